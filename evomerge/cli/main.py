@@ -1,0 +1,207 @@
+"""Verbs and the edge where an exception becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomerge.errors import ConfigError, EvomergeError
+
+if TYPE_CHECKING:
+    from evomerge.store import Store
+
+app = typer.Typer(
+    name="evomerge",
+    help="Evolutionary search for merge recipes of language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of the studies.", show_default="$EVOMERGE_ROOT or results")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and log lines.")]
+_verbose = False
+
+
+def main() -> None:
+    """Runs the command line; every error is one line on standard error and an exit code."""
+    try:
+        app()
+    except EvomergeError as error:
+        if _verbose:
+            raise
+        print(f"error[{error.code}] {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if _verbose:
+            raise
+        print(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.callback()
+def _options(verbose: Verbose = False) -> None:
+    global _verbose
+    _verbose = verbose
+    if verbose:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+
+
+@app.command(rich_help_panel="Search")
+def run(
+    config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study if it exists.")] = False,
+    evaluations: Annotated[int | None, typer.Option(help="Budget of the search, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
+    root: Root = None,
+) -> None:
+    """Start a search, or go on with it."""
+    from evomerge import config as configs
+
+    settings, text = configs.load(config)
+    if study is not None:
+        settings, text = configs.rename(text, study)
+    given = {key: value for key, value in (("evaluations", evaluations), ("seed", seed)) if value is not None}
+    _search(settings, text, given, root, resume)
+
+
+@app.command(rich_help_panel="Search")
+def resume(
+    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
+    root: Root = None,
+) -> None:
+    """Go on with a stored study, perhaps with a larger budget."""
+    from evomerge import config as configs
+
+    with _open(study, root) as store:
+        row = store.study()
+    if row is None:
+        raise ConfigError(f"'{study}' holds no study yet; start it with run")
+    settings, text = configs.stored(row.name, row.config, row.overrides)
+    given = dict(row.overrides)
+    if evaluations is not None:
+        if not evaluations.removeprefix("+").isdigit():
+            raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
+        given["evaluations"] = int(evaluations) + (settings.search.evaluations if evaluations.startswith("+") else 0)
+    _search(settings, text, given, root, resume=True)
+
+
+@app.command(rich_help_panel="Look")
+def status(
+    study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None, root: Root = None, as_json: Json = False
+) -> None:
+    """State, best candidate, parents and hand recipes of a study; without a name, every study in a line."""
+    from evomerge import report
+    from evomerge.cli import screens
+    from evomerge.study_files import root as studies_root
+    from evomerge.study_files import studies
+
+    if study is None:
+        rows = []
+        for name in studies(studies_root(root)):
+            with _open(name, root) as store:
+                rows.append(report.summary(store))
+        print(json.dumps(rows, indent=2) if as_json else screens.studies(rows))
+        return
+    with _open(study, root) as store:
+        data = report.summary(store)
+    print(json.dumps(data, indent=2) if as_json else screens.study(data))
+
+
+@app.command(rich_help_panel="Look")
+def show(candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")], root: Root = None, as_json: Json = False) -> None:
+    """One candidate: where it comes from, its scores, or why it failed."""
+    from evomerge import report
+    from evomerge.cli import screens
+
+    study, reference = _split(candidate)
+    with _open(study, root) as store:
+        trial = report.resolve(store, reference)
+        data = report.candidate(store, trial)
+        recipe = store.recipe(trial.recipe_id)
+    print(json.dumps(data | {"recipe_body": json.loads(recipe.canonical())}, indent=2) if as_json else screens.candidate(data))
+
+
+@app.command(rich_help_panel="Ship")
+def export(
+    candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to make.")],
+    weights: Annotated[bool, typer.Option("--weights", help="Write the merged model too.")] = False,
+    root: Root = None,
+) -> None:
+    """Write a candidate's mergekit recipe, card and lineage, and its weights if asked."""
+    from evomerge import export as exporting
+    from evomerge import launch, report
+    from evomerge.cli import screens
+
+    study, reference = _split(candidate)
+    with _open(study, root) as store:
+        trial = report.resolve(store, reference)
+        parents = launch.stored_parents(store)
+        with screens.bar("tensors") as progress:
+            exporting.export(store, trial, parents, directory, weights=weights, progress=progress)
+    print(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
+    if weights:
+        print(f"try it: lm_eval --model hf --model_args pretrained={directory} --tasks …, or vllm serve {directory}")
+    else:
+        print(f"build it: evomerge merge {directory}/recipe.json MODEL, or mergekit-yaml {directory}/recipe.yaml MODEL")
+
+
+@app.command(rich_help_panel="Ship")
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A mergekit YAML (models or slices), or an exported recipe.json.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Merge by a recipe file into a Hugging Face folder."""
+    from evomerge import merging
+    from evomerge.cli import screens
+
+    with screens.bar("tensors") as progress:
+        merging.merge_file(recipe, directory, progress)
+    print(f"{directory}: merged by {recipe}")
+
+
+def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool) -> None:
+    from evomerge.cli import screens
+
+    with screens.Search(settings.study) as screen:
+        from evomerge import launch, report
+        from evomerge.study_files import root as studies_root
+
+        studies = studies_root(root)
+        study = launch.prepare(settings, text, studies, overrides=overrides, resume=resume, show=screen.show)
+        with study.store:
+            with screens.signals(study):
+                study.run()
+            path = study.store.path.with_name("report.md")
+            path.write_text(report.markdown(study.store))
+            data = report.summary(study.store)
+    print(screens.study(data))
+    where = f" --root {root}" if root else ""
+    print(f"report: {path}\nnext:   evomerge export {settings.study}/best OUT --weights{where}")
+
+
+def _open(study: str, root: Path | None) -> Store:
+    from evomerge.store import Store
+    from evomerge.study_files import root as studies_root
+    from evomerge.study_files import store_path
+
+    return Store.open(store_path(study, studies_root(root)))
+
+
+def _split(candidate: str) -> tuple[str, str]:
+    study, slash, reference = candidate.partition("/")
+    if not slash or not study or not reference:
+        raise ConfigError(f"'{candidate}' names no candidate; write STUDY/ID or STUDY/best")
+    return study, reference

@@ -1,0 +1,223 @@
+"""The search file: one YAML document, checked field by field; errors name file, line, column and the nearest right key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from evomerge import data, documents
+from evomerge.errors import ConfigError, suggest
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Strict):
+    """A parent: a folder (from the working directory) or a Hugging Face repository, with an optional revision."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class RangeConfig(_Strict):
+    """Bounds of a searched parameter and where the search starts; low < start < high."""
+
+    low: float
+    high: float
+    start: float
+
+    @model_validator(mode="after")
+    def _inside(self) -> RangeConfig:
+        if not self.low < self.start < self.high:
+            raise ValueError(f"start {self.start:g} must lie inside ({self.low:g}, {self.high:g})")
+        return self
+
+
+class SpaceConfig(_Strict):
+    """groups: how many layer groups, or their sizes from the bottom; a parameter is a range, or a number that fixes it."""
+
+    groups: int | tuple[int, ...] = 4
+    components: tuple[Literal["attention", "mlp", "other"], ...] = ("attention", "mlp")
+    embeddings: bool = True
+    head: bool = True
+    parameters: dict[str, RangeConfig | float] = Field(default_factory=dict)
+
+
+class TaskConfig(_Strict):
+    """A task of the objective. metric, filter: the task's first unless named; weight: its share."""
+
+    task: str
+    metric: str | None = None
+    filter: str | None = None
+    weight: float = Field(default=1.0, gt=0)
+    num_fewshot: int | None = Field(default=None, ge=0)
+
+
+class EvaluationConfig(_Strict):
+    """items: items of each task that a generation is scored on; validation, test: most items of each task, null for all.
+
+    splits: 'declared' or 'hash', see `evomerge.lm_harness.TaskSpec`; include: folders of task YAML files.
+    """
+
+    items: int = Field(default=100, ge=1)
+    validation: int | None = Field(default=None, ge=2)
+    test: int | None = Field(default=None, ge=2)
+    splits: Literal["declared", "hash"] = "hash"
+    batch_size: int = Field(default=64, ge=1)
+    include: tuple[str, ...] = ()
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+
+
+class SearchConfig(_Strict):
+    """evaluations: budget of the search, parents and hand recipes not counted. sigma: initial deviation in ranges.
+
+    population: None for CMA-ES' default. diagonal: None chooses it when evaluations < 20 per gene.
+    start: 'space' starts at the parameters' own starts, 'best' at the best hand recipe the space can hold.
+    finalists: how many candidates are re-scored on validation, the distribution's mean always among them.
+    """
+
+    evaluations: int = Field(default=500, ge=1)
+    population: int | None = Field(default=None, ge=4)
+    sigma: float = Field(default=0.15, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    diagonal: bool | None = None
+    start: Literal["space", "best"] = "space"
+    finalists: int = Field(default=6, ge=1)
+
+
+class Config(_Strict):
+    """A whole search. objective: 'mean' (weighted) of the tasks or the 'worst' of them."""
+
+    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    models: dict[str, ModelConfig] = Field(min_length=2)
+    base: str
+    method: str
+    out_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    space: SpaceConfig = Field(default_factory=SpaceConfig)
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    objective: Literal["mean", "worst"] = "mean"
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The models that are mixed: all but the base, in the order written."""
+        return tuple(name for name in self.models if name != self.base)
+
+
+def load(reference: str) -> tuple[Config, str]:
+    """(configuration, its YAML verbatim) from a file, or from a shipped search space of that name."""
+    shipped = data.search_spaces()
+    path = Path(reference)
+    if not path.is_file() and reference in shipped:
+        path = shipped[reference]
+    if not path.exists():
+        raise ConfigError(f"there is no search file '{reference}'. {suggest(reference, shipped)} These are shipped; or give a path.")
+    document = documents.read(path)
+    return check(document), document.text
+
+
+def stored(study: str, text: str, overrides: Mapping[str, int]) -> tuple[Config, str]:
+    """The configuration of a stored study, flags applied, and its YAML."""
+    return override(check(documents.parse(text, f"{study} (stored)")), overrides), text
+
+
+def rename(text: str, study: str) -> tuple[Config, str]:
+    """The configuration under another study name, in the settings and in its YAML."""
+    lines = text.splitlines(keepends=True)
+    renamed = "".join(f"study: {study}\n" if re.match(r"study\s*:", line) else line for line in lines)
+    return check(documents.parse(renamed, f"--study {study}")), renamed
+
+
+def override(settings: Config, overrides: Mapping[str, int]) -> Config:
+    """The settings with `evaluations` or `seed` of the search replaced."""
+    search = settings.search.model_dump() | dict(overrides)
+    try:
+        return settings.model_copy(update={"search": SearchConfig.model_validate(search)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--{_sentence(first, first['loc'])}") from None
+
+
+def check(document: documents.Document) -> Config:
+    """The configuration in a document; raises ConfigError for the first thing wrong in it."""
+    if not isinstance(document.data, dict):
+        raise ConfigError(f"{document.where()} must be a mapping with keys such as study, models, base, method, tasks")
+    try:
+        config = Config.model_validate(document.data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = tuple(part for part in first["loc"] if part not in ("RangeConfig", "float", "int") and "tuple" not in str(part))
+        raise ConfigError(f"{document.where(path)} {_sentence(first, path)}") from None
+    from evomerge.methods import METHODS
+
+    def fail(path: documents.Key, message: str) -> ConfigError:
+        return ConfigError(f"{document.where(path)} {message}")
+
+    if config.base not in config.models:
+        raise fail(("base",), f"base '{config.base}' is not among the models. {suggest(config.base, config.models)}")
+    if config.method not in METHODS:
+        raise fail(("method",), f"unknown method '{config.method}'. {suggest(config.method, METHODS)}")
+    method = METHODS[config.method]
+    least, most = method.models
+    if not least <= len(config.parents) <= most:
+        raise fail(("models",), f"{method.name} takes {least} to {most} models besides the base, got {len(config.parents)}")
+    for name, value in config.space.parameters.items():
+        place = ("space", "parameters", name)
+        param = method.param(name)
+        if param is None:
+            raise fail(place, f"{method.name} has no parameter '{name}'. {suggest(name, [p.name for p in method.params])}")
+        for number in (value.low, value.high) if isinstance(value, RangeConfig) else (value,):
+            if not param.hard_low <= number <= param.hard_high:
+                raise fail(place, f"{name} must be in [{param.hard_low:g}, {param.hard_high:g}], got {number:g}")
+    if isinstance(config.space.groups, tuple) and (not config.space.groups or min(config.space.groups) < 1):
+        raise fail(("space", "groups"), f"groups are sizes of at least 1, got {list(config.space.groups)}")
+    if isinstance(config.space.groups, int) and config.space.groups < 1:
+        raise fail(("space", "groups"), f"groups must be at least 1, got {config.space.groups}")
+    names = [t.task for t in config.tasks]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise fail(("tasks", i, "task"), f"task '{name}' is listed twice; give it one entry and a weight")
+    return config
+
+
+def _sentence(error: Any, path: documents.Key) -> str:
+    """One sentence for one pydantic error."""
+    name = ".".join(str(p) for p in path) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{name}'. {suggest(str(path[-1]), _known(path[:-1]))}"
+    if error["type"] == "missing":
+        return f"'{name}' is missing; it is required"
+    message = error["msg"].removeprefix("Value error, ")
+    seen = error.get("input")
+    shown = f", got {seen!r}" if isinstance(seen, str | int | float | bool | type(None)) else ""
+    return f"{name}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _known(path: documents.Key) -> list[str]:
+    """The keys allowed at a path."""
+    model: type[BaseModel] = Config
+    steps: dict[str, type[BaseModel]] = {
+        "models": ModelConfig,
+        "space": SpaceConfig,
+        "parameters": RangeConfig,
+        "tasks": TaskConfig,
+        "evaluation": EvaluationConfig,
+        "search": SearchConfig,
+    }
+    for part in path:
+        model = steps.get(str(part), model)
+    return list(model.model_fields)

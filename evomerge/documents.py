@@ -1,0 +1,126 @@
+"""Reads YAML a user wrote: bounded, without surprises, with the place of every key for error messages.
+
+Differs from plain PyYAML on purpose: `1e-5` is a number, `no` is text (YAML 1.2), a repeated key, an anchor, an
+alias or a merge key is an error, and so is a file over 1 MB or nested deeper than 32.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A parsed file. data: plain mappings, lists and scalars; marks: key path -> (line, column), both from 1."""
+
+    name: str
+    text: str
+    data: Any
+    marks: dict[Key, tuple[int, int]] = field(repr=False)
+
+    def where(self, path: Key = ()) -> str:
+        """'file:line:column' of the longest known prefix of a key path."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        line, column = self.marks.get(path, (1, 1))
+        return f"{self.name}:{line}:{column}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's numbers and booleans."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag not in (_t + "bool", _t + "float", _t + "int", _t + "timestamp")]
+        for _t in ("tag:yaml.org,2002:",)
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def read(path: Path) -> Document:
+    """The document in a file; raises ConfigError naming file, line and column for anything malformed."""
+    try:
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; a search or recipe file has at most {MAX_BYTES:,}")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; is it a YAML file?") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str) -> Document:
+    """The document in a text; `name` stands for it in error messages."""
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}")
+    try:
+        _check_events(text, name)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        marks: dict[Key, tuple[int, int]] = {}
+        data = _build(loader, root, (), marks, name) if root is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise ConfigError(f"{place} is not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+    return Document(name, text, data, marks)
+
+
+def _place(name: str, thing: yaml.Event | yaml.Node) -> str:
+    mark = thing.start_mark
+    return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+
+
+def _check_events(text: str, name: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        place = _place(name, event)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ConfigError(f"{place} uses a YAML anchor or alias; write the value out instead")
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{place} is nested deeper than {MAX_DEPTH} levels")
+        elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            depth -= 1
+
+
+def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[int, int]], name: str) -> Any:
+    marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, child, (*path, i), marks, name) for i, child in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    out: dict[Any, Any] = {}
+    for key_node, child in node.value:
+        place = _place(name, key_node)
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+            raise ConfigError(f"{place} has a key that is not plain text; write the entries out")
+        key = key_node.value
+        if key in out:
+            raise ConfigError(f"{place} repeats the key '{key}'; keep one of them")
+        marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+        out[key] = _build(loader, child, (*path, key), marks, name)
+    return out

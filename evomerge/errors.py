@@ -1,0 +1,99 @@
+"""Every exception evomerge raises on purpose.
+
+EvomergeError                 E000  exit 1
+├── ConfigError               E100  exit 2   something the user wrote: a search file, a flag, a reference
+│   └── RecipeError           E110  exit 2   a merge recipe, ours or mergekit's
+├── SetupError                E200  exit 3   something on the machine: a missing file, library or disk space
+│   ├── CheckpointError       E210  exit 3   a parent model on disk
+│   └── TaskError             E220  exit 3   an lm-eval task
+├── StudyError                E300  exit 2   a stored study: unknown, changed, locked, damaged
+├── NothingToExport           E310  exit 4   no candidate is worth exporting
+├── FailureBudget             E320  exit 5   too many candidates failed
+├── CandidateError            E400  exit 1   one candidate; the worker turns it into a value
+└── Paused                    E500  exit 75  a signal asked the search to stop; start it again to go on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class EvomergeError(Exception):
+    """Base of all errors; ``str(error)`` says what was seen, what was expected and what to do."""
+
+    code = "E000"
+    exit_code = 1
+
+
+class ConfigError(EvomergeError):
+    """A search file, flag or reference that cannot be used as written."""
+
+    code = "E100"
+    exit_code = 2
+
+
+class RecipeError(ConfigError):
+    """A merge recipe that names something unknown or a value out of range."""
+
+    code = "E110"
+
+
+class SetupError(EvomergeError):
+    """The machine lacks something the search needs."""
+
+    code = "E200"
+    exit_code = 3
+
+
+class CheckpointError(SetupError):
+    """A parent model that cannot be read or does not fit the others."""
+
+    code = "E210"
+
+
+class TaskError(SetupError):
+    """An lm-eval task that cannot be loaded, split or scored."""
+
+    code = "E220"
+
+
+class StudyError(EvomergeError):
+    """A stored study that is unknown, differs from what was asked, or is being written by another process."""
+
+    code = "E300"
+    exit_code = 2
+
+
+class NothingToExport(EvomergeError):
+    """The study holds no candidate that could be exported."""
+
+    code = "E310"
+    exit_code = 4
+
+
+class FailureBudget(EvomergeError):
+    """More than half of a generation failed; the first cause is in the message."""
+
+    code = "E320"
+    exit_code = 5
+
+
+class CandidateError(EvomergeError):
+    """One candidate cannot be built or scored; never ends a search."""
+
+    code = "E400"
+
+
+class Paused(EvomergeError):
+    """A signal asked for a stop between evaluations; nothing is lost."""
+
+    code = "E500"
+    exit_code = 75
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A sentence for an error message: the nearest known word, or all of them if none is near."""
+    known = sorted(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known) or 'none'}."

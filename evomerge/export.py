@@ -1,0 +1,138 @@
+"""A stored candidate -> a folder others can use: mergekit recipe, card, lineage, and the weights if asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge import __version__, merge, mergekit_yaml
+from evomerge.checkpoint import Checkpoint
+from evomerge.errors import NothingToExport, SetupError
+from evomerge.methods import method
+from evomerge.recipe import Recipe
+from evomerge.store import Store, StudyRow, Trial
+
+
+def export(
+    store: Store,
+    trial: Trial,
+    parents: Mapping[str, Checkpoint],
+    directory: Path,
+    *,
+    weights: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes recipe.yaml, recipe.json, lineage.json and README.md, and the merged checkpoint if `weights`.
+
+    The folder appears whole or not at all. Raises SetupError if it exists, NothingToExport for a failed candidate.
+    """
+    if trial.score is None:
+        raise NothingToExport(f"candidate {trial.id} failed ({trial.error}); choose another")
+    if directory.exists():
+        raise SetupError(f"{directory} exists; choose another folder or remove it")
+    study = store.study()
+    assert study is not None
+    recipe = store.recipe(trial.recipe_id)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        staging.chmod(0o755)
+        if weights:
+            merge.write_into(recipe, parents, staging, progress)
+        (staging / "recipe.json").write_text(recipe.canonical() + "\n")
+        (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
+        (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
+        (staging / "README.md").write_text(card(store, study, trial, recipe))
+        staging.rename(directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Checkpoint]) -> str:
+    """The mergekit YAML of a candidate, with where it comes from as a comment."""
+    shell = parents[recipe.base]
+    named = mergekit_yaml.with_outer_filters(recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
+    header = [
+        f"evomerge {__version__}, study {study.name}, candidate {trial.id}, recipe {recipe.id}, seed {study.seed}",
+        f"objective on search items {trial.score:.4f}; more in lineage.json. For mergekit 0.1.5: mergekit-yaml recipe.yaml OUT",
+    ]
+    if any(method(m.method).randomized for m in recipe.mixes):
+        header.append("mergekit draws its own random masks: its model is like the scored one, not equal; `evomerge merge` of recipe.json is.")
+    return mergekit_yaml.dump(named, references(study, parents), header)
+
+
+def references(study: StudyRow, parents: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Model name -> what a recipe file calls it: repository[@revision], or the absolute folder of a local one."""
+    out = {}
+    for name, fact in study.facts["parents"].items():
+        local = Path(fact["path"]).expanduser().is_dir()
+        remote = fact["path"] + (f"@{fact['revision']}" if fact["revision"] else "")
+        out[name] = str(parents[name].path) if local else remote
+    return out
+
+
+def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
+    """Everything needed to know how a candidate came about."""
+    return {
+        "evomerge": __version__,
+        "study": study.name,
+        "seed": study.seed,
+        "candidate": trial.id,
+        "recipe": trial.recipe_id,
+        "origin": trial.origin,
+        "label": trial.label,
+        "generation": trial.generation,
+        "slot": trial.slot,
+        "genome": trial.genome,
+        "parents": list(trial.parents),
+        "scores": [
+            {"role": role, "objective": s.score, "metrics": dict(s.evaluation.metrics), "items": len(s.evaluation.items)}
+            for role, s in store.evaluations(trial.recipe_id)
+        ],
+        "facts": study.facts,
+        "config": study.config,
+    }
+
+
+def card(store: Store, study: StudyRow, trial: Trial, recipe: Recipe) -> str:
+    """A model card: what it is, what it scored and on how many items, beside the parents."""
+    rows = ["| model | role | objective | items | " + " | ".join(study.facts["tasks"]) + " |", "| --- " * (4 + len(study.facts["tasks"])) + "|"]
+    shown = [("this model", trial.recipe_id)]
+    shown += [(str(t.label), t.recipe_id) for t in store.trials() if t.origin == "parent"]
+    for name, recipe_id in shown:
+        for role, scored in store.evaluations(recipe_id):
+            if role != "search" and scored.score is not None:
+                values = " | ".join(f"{scored.evaluation.metrics.get(task, float('nan')):.4f}" for task in study.facts["tasks"])
+                rows.append(f"| {name} | {role} | {scored.score:.4f} | {len(scored.evaluation.items)} | {values} |")
+    models = "\n".join(
+        f"- {name}: `{fact['path']}`" + (f" at {fact['revision']}" if fact["revision"] else "") for name, fact in study.facts["parents"].items()
+    )
+    methods = ", ".join(sorted({m.method for m in recipe.mixes}))
+    return f"""---
+tags:
+- merge
+- evomerge
+---
+# {study.name}: candidate {trial.id}
+
+A merge ({methods}) found by evomerge {__version__}, study `{study.name}`, seed {study.seed}. Recipe id `{recipe.id}`.
+The license is not set: it follows from those of the models merged, which are
+
+{models}
+
+## Scores
+
+{chr(10).join(rows)}
+
+Validation items chose this candidate among the finalists; test items were used once, after the choice.
+
+## Files
+
+- `recipe.yaml`: for mergekit 0.1.5 (`mergekit-yaml recipe.yaml OUT`); `recipe.json`: the same, exact, for `evomerge merge recipe.json OUT`
+- `lineage.json`: genome, ancestors, hashes of models and tasks, the search file
+"""

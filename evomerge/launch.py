@@ -1,0 +1,250 @@
+"""Configuration -> a running search: opens parents, builds space, tasks, worker and store, and starts the study."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge import __version__, config, worker
+from evomerge.baselines import baselines
+from evomerge.checkpoint import COMPONENTS, Checkpoint, check_compatible, locate
+from evomerge.config import Config
+from evomerge.errors import ConfigError, StudyError
+from evomerge.evaluation import ROLES, Evaluator, Objective, Term
+from evomerge.methods import method
+from evomerge.optimizers.cma_es import CmaEs
+from evomerge.pools import InProcessPool
+from evomerge.space import EMBEDDINGS, HEAD, Range, Space
+from evomerge.store import Store
+from evomerge.study import Plan, Progress, Study
+from evomerge.study_files import store_path
+
+log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
+
+
+def prepare(
+    settings: Config,
+    text: str,
+    studies: Path,
+    *,
+    overrides: Mapping[str, int] | None = None,
+    resume: bool = False,
+    show: Callable[[Progress], None] = lambda progress: None,
+    wrap: Callable[[Evaluator], Evaluator] = lambda evaluator: evaluator,
+) -> Study:
+    """A study ready to `run`, with its store open for writing; `study.store.close()` when done.
+
+    text: the YAML of the settings; overrides: budget or seed that replace the YAML's. resume: go on with a study that
+    exists. wrap: replaces the evaluator, for scoring by other means. Raises StudyError if the study exists and resume
+    is not asked, if another process writes it, or if it was begun with other settings, models, tasks or versions.
+    """
+    path = store_path(settings.study, studies, new=True)
+    if path.is_file() and not resume:
+        raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store = Store.open(path, write=True)
+    try:
+        return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, show, wrap)
+    except BaseException:
+        empty = store.study() is None
+        store.close()
+        if empty:
+            _remove(path)
+        raise
+
+
+def _prepare(
+    settings: Config, text: str, store: Store, overrides: Mapping[str, int], show: Callable[[Progress], None], wrap: Callable[[Evaluator], Evaluator]
+) -> Study:
+    torch.set_num_threads(max(1, int(os.environ.get("EVOMERGE_THREADS", os.cpu_count() or 1))))
+    parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
+    check_compatible(parents, settings.base)
+    base = parents[settings.base]
+    space = make_space(settings, parents)
+    harness = _harness(settings, base)
+    evaluator = wrap(harness)
+    search, stored = settings.search, store.study()
+    diagonal = search.diagonal if search.diagonal is not None else search.evaluations < 20 * len(space.axes)
+    facts = {
+        "parents": {name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()} for name, m in settings.models.items()},
+        "tasks": harness.fingerprint(),
+        "metrics": {t.task: harness.metric(t.task) for t in settings.tasks},
+        "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
+        "axes": [axis.name for axis in space.axes],
+        "diagonal": stored.facts["diagonal"] if stored else diagonal,  # a larger budget must not change the optimizer
+        "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+    }
+    _agree(store, settings, text, overrides, facts)
+    plan = Plan(
+        space=space,
+        baselines=baselines(space),
+        objective=Objective(tuple(Term(t.task, t.weight, harness.sign(t.task)) for t in settings.tasks), settings.objective),
+        optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
+        items={role: evaluator.items(role) for role in ROLES},
+        per_generation=settings.evaluation.items,
+        evaluations=search.evaluations,
+        finalists=search.finalists,
+        start_at_best=search.start == "best",
+        seed=search.seed,
+    )
+    pool = InProcessPool(worker.Worker(parents, settings.base, evaluator, dtype=settings.out_dtype))
+    return Study(plan, store, pool, show)
+
+
+def _remove(path: Path) -> None:
+    """Takes back a study that never began."""
+    for file in path.parent.glob(path.name + "*"):
+        file.unlink()
+    if not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
+def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Checkpoint]:
+    """Opens models by name: name -> (path or repository, revision)."""
+    return {name: Checkpoint(locate(path, revision)) for name, (path, revision) in models.items()}
+
+
+def stored_parents(store: Store) -> dict[str, Checkpoint]:
+    """The parents of a stored study; raises StudyError if their content is no longer what was searched."""
+    study = store.study()
+    if study is None:
+        raise StudyError(f"{store.path} holds no study yet")
+    facts = study.facts["parents"]
+    parents = open_parents({name: (fact["path"], fact["revision"]) for name, fact in facts.items()})
+    for name, parent in parents.items():
+        if parent.content_hash() != facts[name]["sha256"]:
+            raise StudyError(f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; bring that one back")
+    return parents
+
+
+def make_space(settings: Config, parents: Mapping[str, Checkpoint]) -> Space:
+    """The search space of a configuration over open parents."""
+    base = parents[settings.base]
+    sizes = settings.space.groups
+    groups = tuple(sizes) if isinstance(sizes, tuple) else _divide(base.num_layers, sizes)
+    if sum(groups) != base.num_layers:
+        raise ConfigError(f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.num_layers}")
+    rule = method(settings.method)
+    ranges = {}
+    for param in rule.params:
+        given = settings.space.parameters.get(param.name)
+        if isinstance(given, int | float):
+            ranges[param.name] = Range(float(given), float(given), float(given))
+        elif given is not None:
+            ranges[param.name] = Range(given.low, given.high, given.start)
+        elif not param.flag and param.name in ("weight", "t"):
+            ranges[param.name] = Range(param.low, param.high, 0.5 if param.name == "t" else 1.0 / len(settings.parents))
+    space = Space(
+        method=rule,
+        base=settings.base,
+        models=settings.parents,
+        groups=groups,
+        components=settings.space.components,
+        segments=_segments(base),
+        ranges=ranges,
+        embeddings=settings.space.embeddings,
+        head=settings.space.head,
+        out_dtype=settings.out_dtype,
+        seed=settings.search.seed,
+        searchable=False,
+    )
+    dead = _dead(space, parents) if rule.needs_base else frozenset()
+    return Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead", "searchable")}, dead=dead)
+
+
+def _harness(settings: Config, base: Checkpoint) -> Any:
+    from evomerge.lm_harness import LmHarness, TaskSpec
+
+    e = settings.evaluation
+    limits = {role: n for role, n in (("validation", e.validation), ("test", e.test)) if n is not None}
+    return LmHarness(
+        [TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits) for t in settings.tasks],
+        worker.load_tokenizer(base),
+        batch_size=e.batch_size,
+        include=[Path(p) for p in e.include],
+        apply_chat_template=e.apply_chat_template,
+        fewshot_as_multiturn=e.fewshot_as_multiturn,
+        limits=limits,  # type: ignore[arg-type]
+    )
+
+
+def _divide(layers: int, groups: int) -> tuple[int, ...]:
+    """Sizes of `groups` groups that differ by at most one; the bottom ones are the larger."""
+    groups = min(groups, layers)
+    return tuple(layers // groups + (i < layers % groups) for i in range(groups))
+
+
+def _segments(base: Checkpoint) -> tuple[tuple[str, str], ...]:
+    """(text, component) pairs: '.self_attn.' is attention, '.mlp.' is mlp; the rest is 'other'."""
+    found: dict[str, str] = {}
+    for layer in range(base.num_layers):
+        for suffix in base.layer_suffixes(layer):
+            component = base.place(base.layer_name(layer, suffix)).component
+            text = f".{suffix.split('.', 1)[0]}."
+            if component != "other":
+                found[text] = component
+    return tuple(sorted(found.items(), key=lambda pair: (COMPONENTS.index(pair[1]), pair[0])))
+
+
+def _dead(space: Space, parents: Mapping[str, Checkpoint]) -> frozenset[tuple[str, str | None, str]]:
+    """Cells of the space where a parent equals the base in every tensor: its parameters there change nothing."""
+    base = parents[space.base]
+    spans = space.spans()
+    listed = set(space.components)
+    dead = []
+    for name in space.models:
+        same = set(base.equal_tensors(parents[name]))
+        alive: set[tuple[str, str | None]] = set()
+        for tensor in base.tensors:
+            if tensor in same:
+                continue
+            place = base.place(tensor)
+            if place.layer is None:
+                alive.add((EMBEDDINGS if place.part == "embeddings" else HEAD, None))
+                continue
+            group = next(g for g, span in spans if place.layer in span)
+            alive.update((group, c) for c in ([place.component] if place.component in listed else listed))
+        cells = [(EMBEDDINGS, None), *((g, c) for g, _ in spans for c in space.components), (HEAD, None)]
+        dead += [(group, component, name) for group, component in cells if (group, component) not in alive]
+    return frozenset(dead)
+
+
+def _agree(store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: dict[str, Any]) -> None:
+    """Begins a new study, or checks that the stored one is this one; only its budget may differ."""
+    stored = store.study()
+    if stored is None:
+        store.begin(settings.study, settings.search.seed, text, overrides, facts)
+        return
+    before, _ = config.stored(stored.name, stored.config, stored.overrides)
+    differences = [*_diff(_comparable(before), _comparable(settings)), *_diff(stored.facts, facts)]
+    if differences:
+        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
+        raise StudyError(f"study '{settings.study}' was begun with other settings, so this would be another search: {shown}")
+    store.set_config(text, overrides)
+
+
+def _comparable(settings: Config) -> dict[str, Any]:
+    """Settings without the budget, which may change between runs."""
+    data = settings.model_dump(mode="json")
+    for key in ("evaluations", "finalists"):
+        data["search"].pop(key)
+    return data
+
+
+def _diff(before: Any, now: Any, path: str = "") -> list[str]:
+    """'path was X, is Y' for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [line for k in keys for line in _diff(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+    if before == now:
+        return []
+    short = [f"{str(v)[:40]}…" if len(str(v)) > 40 else str(v) for v in (before, now)]
+    return [f"{path} was {short[0]}, is {short[1]}"]

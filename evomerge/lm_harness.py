@@ -1,0 +1,287 @@
+"""lm-eval tasks as an `Evaluator`: prompts, metrics and filters are lm-eval's own. The only room that imports lm_eval.
+
+Tasks are loaded and their requests built once; a candidate costs forward passes, filters and metrics. Knows nothing
+of merging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import lm_eval.models.huggingface as hf
+from lm_eval.tasks import TaskManager
+from torch import nn
+
+from evomerge import data
+from evomerge.errors import CandidateError, TaskError, suggest
+from evomerge.evaluation import ROLES, Items, ItemScore, Role
+
+log = logging.getLogger(__name__)
+_SPLIT_SHARES: dict[Role, int] = {"search": 6, "validation": 2, "test": 2}  # tenths, for tasks with one split
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """What of a task is scored. metric: None for the task's first; filter: None for its first.
+
+    splits: 'declared' takes the task's training, validation and test documents for the roles; 'hash' deals the
+    documents that lm-eval would score (test, else validation) to the roles by hash: 6, 2 and 2 tenths.
+    """
+
+    task: str
+    metric: str | None = None
+    filter: str | None = None
+    num_fewshot: int | None = None
+    splits: Literal["declared", "hash"] = "hash"
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A task with the requests of its items. requests: item id -> lm-eval instances, in order."""
+
+    spec: TaskSpec
+    task: Any
+    metric: str
+    filter: str
+    higher_is_better: bool
+    items: dict[Role, tuple[str, ...]]
+    requests: dict[str, list[Any]]
+
+
+class LmHarness:
+    """Scores models on lm-eval tasks. Satisfies `evomerge.evaluation.Evaluator`."""
+
+    def __init__(
+        self,
+        specs: Sequence[TaskSpec],
+        tokenizer: Any,
+        *,
+        batch_size: int = 64,
+        include: Sequence[Path] = (),
+        apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool = False,
+        limits: Mapping[Role, int] | None = None,
+    ) -> None:
+        """Loads tasks and builds every request.
+
+        include: folders of task YAML files besides the shipped ones. limits: role -> most items of each task, taken
+        in order of their ids. Raises TaskError for unknown tasks or metrics and for roles left without items.
+        """
+        self.tokenizer, self.batch_size, self.chat, self.multiturn = tokenizer, batch_size, apply_chat_template, fewshot_as_multiturn
+        self._limits = dict(limits or {})
+        self._lm: Any = None
+        folders = [data.evaluators(), *include]
+        for folder in folders:
+            if not folder.is_dir():
+                raise TaskError(f"there is no task folder '{folder}'")
+        quiet = logging.getLogger("lm_eval")
+        quiet.setLevel(max(quiet.level, logging.ERROR))
+        manager = TaskManager(include_path=[str(f) for f in folders], include_defaults=False)
+        builtin: TaskManager | None = None
+        self._tasks: dict[str, _Loaded] = {}
+        for spec in specs:
+            if spec.task not in manager.all_subtasks and builtin is None:
+                log.info("reading lm-eval's own task tree for '%s'", spec.task)
+                builtin = TaskManager(include_path=[str(f) for f in folders])
+            source = manager if spec.task in manager.all_subtasks else builtin
+            assert source is not None
+            if spec.task not in source.all_subtasks:
+                raise TaskError(f"unknown task '{spec.task}'. {suggest(spec.task, source.all_subtasks)}")
+            self._tasks[spec.task] = self._load(spec, source)
+
+    def items(self, role: Role) -> Items:
+        """Task name -> item ids of a role, sorted by id."""
+        return {name: loaded.items[role] for name, loaded in self._tasks.items()}
+
+    def sign(self, task: str) -> int:
+        """+1 if higher values of the task's metric are better, else -1."""
+        return 1 if self._tasks[task].higher_is_better else -1
+
+    def metric(self, task: str) -> str:
+        """Name of the metric of a task that is scored."""
+        return self._tasks[task].metric
+
+    def fingerprint(self) -> dict[str, str]:
+        """Task name -> SHA-256 of its settings, every item of every role and every request: what resume compares."""
+        return {name: self._fingerprint(loaded) for name, loaded in self._tasks.items()}
+
+    def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
+        """Per-item values and each task's metric as lm-eval computes them. Raises CandidateError for NaN log-likelihoods."""
+        chosen = {name: [(item, self._tasks[name].requests[item]) for item in ids] for name, ids in items.items() if ids}
+        self._respond(model, [request for rows in chosen.values() for _, requests in rows for request in requests])
+        scores: list[ItemScore] = []
+        metrics: dict[str, float] = {}
+        for name, rows in chosen.items():
+            loaded = self._tasks[name]
+            values = self._values(loaded, rows)
+            metrics[name] = float(loaded.task.aggregation()[loaded.metric](list(values)))
+            for (item, _), value in zip(rows, values, strict=True):
+                number = float(value) if isinstance(value, int | float) else math.nan
+                if math.isnan(number):
+                    raise CandidateError(f"task '{name}' gave {value!r} for item {item}")
+                scores.append(ItemScore(name, item, number))
+        return tuple(scores), metrics
+
+    def _respond(self, model: nn.Module, requests: Sequence[Any]) -> None:
+        """Puts the model's answers into the requests."""
+        if self._lm is None or self._lm._model is not model:
+            self._lm = hf.HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+        kinds: dict[str, list[Any]] = defaultdict(list)
+        for request in requests:
+            request.resps, request.filtered_resps = [], {}
+            kinds[request.request_type].extend([request] * request.repeats)
+        for kind, rows in kinds.items():
+            for request, answer in zip(rows, getattr(self._lm, kind)(rows, disable_tqdm=True), strict=True):
+                number = answer[0] if isinstance(answer, tuple) else answer if isinstance(answer, float) else 0.0
+                if math.isnan(number):
+                    raise CandidateError(f"the model gives NaN log-likelihoods in task '{request.task_name}'")
+                request.resps.append(answer)
+
+    @staticmethod
+    def _values(loaded: _Loaded, rows: Sequence[tuple[str, list[Any]]]) -> list[Any]:
+        task = loaded.task
+        task._instances = [request for _, requests in rows for request in requests]
+        task.apply_filters()
+        values = []
+        for item, requests in rows:
+            results = [request.filtered_resps[loaded.filter] for request in requests]
+            outcome = task.process_results(requests[0].doc, results)
+            if loaded.metric not in outcome:
+                raise TaskError(f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; it reports {sorted(outcome)}")
+            values.append(outcome[loaded.metric])
+        return values
+
+    def _load(self, spec: TaskSpec, manager: TaskManager) -> _Loaded:
+        task = _build(manager, spec.task)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TaskError(f"task '{spec.task}' executes code that models write; evomerge does not run it")
+        if spec.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=spec.num_fewshot)
+        task.set_fewshot_seed(seed=1234)
+        known = list(task.aggregation())
+        metric = spec.metric or known[0]
+        if metric not in known:
+            raise TaskError(f"task '{spec.task}' reports no metric '{metric}'. {suggest(metric, known)}")
+        filters = [f.name for f in task._filters]
+        chosen = spec.filter or filters[0]
+        if chosen not in filters:
+            raise TaskError(f"task '{spec.task}' has no filter '{chosen}'. {suggest(chosen, filters)}")
+        loaded = _Loaded(spec, task, metric, chosen, bool(task.higher_is_better()[metric]), {}, {})
+        for role, docs in _documents(task, spec).items():
+            ids = self._requests(loaded, docs)
+            ids = [i for i in ids if spec.splits == "declared" or _dealt(i) == role]
+            kept = tuple(sorted(ids)[: self._limits.get(role)])
+            if not kept:
+                raise TaskError(f"task '{spec.task}' has no items left for {role}; give it more documents or other splits")
+            loaded.items[role] = kept
+        seen: dict[str, Role] = {}
+        for role, role_ids in loaded.items.items():
+            for item in role_ids:
+                if seen.setdefault(item, role) != role:
+                    raise TaskError(f"task '{spec.task}' has an item in both {seen[item]} and {role}: {loaded.requests[item][0].doc}")
+        needed = {i for ids in loaded.items.values() for i in ids}
+        loaded.requests = {item: requests for item, requests in loaded.requests.items() if item in needed}
+        return loaded
+
+    def _requests(self, loaded: _Loaded, docs: Sequence[Any]) -> list[str]:
+        """Builds the requests of documents in order, so that few-shot examples are those that lm-eval draws."""
+        task, ids = loaded.task, []
+        template = self._chat_template if self.chat else None
+        for index, doc in enumerate(docs):
+            item = _item_id(doc)
+            context = task.fewshot_context(
+                doc,
+                num_fewshot=task.config.num_fewshot or 0,
+                system_instruction=None,
+                apply_chat_template=self.chat,
+                fewshot_as_multiturn=self.multiturn,
+                chat_template=template,
+                gen_prefix=task.doc_to_prefix(doc),
+            )
+            made = task.construct_requests(
+                doc=doc,
+                ctx=context,
+                metadata=(loaded.spec.task, index, task.config.repeats),
+                apply_chat_template=self.chat,
+                chat_template=template,
+            )
+            if item not in loaded.requests:
+                loaded.requests[item] = made if isinstance(made, list) else [made]
+                ids.append(item)
+        return ids
+
+    def _chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text = self.tokenizer.apply_chat_template(
+            history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
+        return str(text)
+
+    @staticmethod
+    def _fingerprint(loaded: _Loaded) -> str:
+        digest = hashlib.sha256(f"{loaded.metric}|{loaded.filter}".encode())
+        for role in ROLES:
+            digest.update(role.encode())
+            for item in loaded.items[role]:
+                digest.update(item.encode())
+                for request in loaded.requests[item]:
+                    digest.update(repr(request.args).encode())
+        return digest.hexdigest()
+
+
+def _build(manager: TaskManager, name: str) -> Any:
+    """The lm-eval task object; data files named relative to the repository are found next to the shipped tasks."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = manager.task_index[name]
+    try:
+        if entry.yaml_path is not None and str(entry.yaml_path).startswith(str(data.evaluators())):
+            config = load_yaml(entry.yaml_path)
+            files = config.get("dataset_kwargs", {}).get("data_files", {})
+            config["dataset_kwargs"] = {**config.get("dataset_kwargs", {}), "data_files": {k: str(data.root() / v) for k, v in files.items()}}
+            return manager.load([config])["tasks"][name]
+        return manager.load([name])["tasks"][name]
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _documents(task: Any, spec: TaskSpec) -> dict[Role, list[Any]]:
+    if spec.splits == "hash":
+        docs = list(task.eval_docs)
+        return dict.fromkeys(ROLES, docs)
+    found = {
+        "search": task.has_training_docs() and task.training_docs(),
+        "validation": task.has_validation_docs() and task.validation_docs(),
+        "test": task.has_test_docs() and task.test_docs(),
+    }
+    missing = [role for role, docs in found.items() if not docs]
+    if missing:
+        raise TaskError(f"task '{spec.task}' declares no documents for {', '.join(missing)}; use splits: hash")
+    return {role: list(found[role]) for role in ROLES}
+
+
+def _item_id(doc: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a document's canonical JSON."""
+    return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _dealt(item: str) -> Role:
+    tenth = int(item[:8], 16) % 10
+    for role in ROLES:
+        tenth -= _SPLIT_SHARES[role]
+        if tenth < 0:
+            return role
+    raise AssertionError("shares sum to ten")

@@ -1,0 +1,31 @@
+"""Weighted average of models (Wortsman et al. 2022, Model Soups, arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.method import Method, Param, Values, switch
+
+
+def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+    """sum_i w_i x_i, divided by sum_i w_i if `normalize`. A zero sum of weights gives inf or NaN, as in mergekit."""
+    weight = values["weight"]
+    assert isinstance(weight, tuple)
+    w = torch.tensor(weight, dtype=tensors[0].dtype, device=tensors[0].device)
+    out = torch.zeros_like(tensors[0])
+    for x, w_i in zip(tensors, w, strict=True):
+        out.addcmul_(x, w_i)
+    return out.div_(w.sum()) if values["normalize"] else out
+
+
+LINEAR = Method(
+    name="linear",
+    kernel=linear,
+    params=(Param("weight", 0.0, 1.0, 1.0), switch("normalize", True)),
+    needs_base=False,
+    paper="arXiv 2203.05482",
+    summary="weighted average",
+)

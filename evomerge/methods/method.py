@@ -1,0 +1,72 @@
+"""What a merge method declares about itself. Knows nothing of names, files or dtype policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from evomerge.errors import RecipeError
+
+Values = Mapping[str, float | tuple[float, ...]]
+"""Parameter values of one tensor: a float per merge parameter, a tuple with one float per source otherwise."""
+
+
+class Kernel(Protocol):
+    """Merges one tensor. Pure: inputs are left as they are, no I/O, no global generator."""
+
+    def __call__(self, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+        """tensors: one per source, all of one shape and floating dtype; base: same shape or None; keys: one
+        signed 64-bit mask key per source. Returns a new tensor of that shape and dtype.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter: interval of useful values, default, and whether each model or the whole merge has one.
+
+    low, high: bounds of a search; closed. hard_low, hard_high: outside them the method is undefined.
+    flag: the parameter is a switch (1.0 or 0.0) and is never searched.
+    """
+
+    name: str
+    low: float
+    high: float
+    default: float
+    per: Literal["model", "merge"] = "model"
+    hard_low: float = -math.inf
+    hard_high: float = math.inf
+    flag: bool = False
+
+    def check(self, value: float, where: str) -> float:
+        """The value itself if the method is defined there, else RecipeError."""
+        if math.isfinite(value) and self.hard_low <= value <= self.hard_high:
+            return value
+        raise RecipeError(f"{self.name} must be in [{self.hard_low:g}, {self.hard_high:g}], got {value:g} ({where})")
+
+
+def switch(name: str, default: bool) -> Param:
+    """A parameter of the merge that is on (1.0) or off (0.0)."""
+    return Param(name, 0.0, 1.0, float(default), per="merge", hard_low=0.0, hard_high=1.0, flag=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A merge method. models: allowed number of sources, the base not counted, as (least, most)."""
+
+    name: str
+    kernel: Kernel
+    params: tuple[Param, ...]
+    needs_base: bool
+    paper: str
+    summary: str
+    randomized: bool = False
+    models: tuple[int, int] = (1, 1_000)
+
+    def param(self, name: str) -> Param | None:
+        """The declared parameter of that name, or None."""
+        return next((p for p in self.params if p.name == name), None)

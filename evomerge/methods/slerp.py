@@ -1,0 +1,48 @@
+"""Spherical interpolation of two models (Shoemake 1985), each tensor taken as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.method import Method, Param, Values
+
+_CHUNK = 1 << 20  # elements; mergekit sums norms and dot products by chunks of this size
+_EPS = 1e-8  # a norm at or below this counts as 1
+_PARALLEL = 0.9995  # above this |cosine| the arc degenerates: interpolate linearly
+
+
+def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+    """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base."""
+    assert base is not None and len(tensors) == 1
+    a, b = base.reshape(1, -1), tensors[0].reshape(1, -1)
+    t = torch.tensor(values["t"], dtype=a.dtype, device=a.device)
+    if not a.numel():
+        return base.clone()
+    norm_a, norm_b = _norm(a), _norm(b)
+    parts = [((x / norm_a) * (y / norm_b)).sum(dim=1) for x, y in zip(torch.split(a, _CHUNK, 1), torch.split(b, _CHUNK, 1), strict=True)]
+    dot = torch.stack(parts).sum(dim=0).clamp(-1, 1)
+    parallel = dot.abs() > _PARALLEL
+    theta = torch.acos(torch.where(parallel, 0, dot))
+    sin = torch.sin(theta)
+    c_a = torch.where(parallel, 1 - t, torch.sin((1 - t) * theta) / sin)
+    c_b = torch.where(parallel, t, torch.sin(t * theta) / sin)
+    return (c_a * a + c_b * b).reshape(base.shape)
+
+
+def _norm(v: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(c, dim=1) for c in torch.split(v, _CHUNK, 1)]), dim=0)
+    return torch.where(norm > _EPS, norm, 1)
+
+
+SLERP = Method(
+    name="slerp",
+    kernel=slerp,
+    params=(Param("t", 0.0, 1.0, 0.5, per="merge"),),
+    needs_base=True,
+    models=(1, 1),
+    paper="Shoemake 1985",
+    summary="arc between the base and one model",
+)

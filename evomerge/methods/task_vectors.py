@@ -1,0 +1,74 @@
+"""Sums of task vectors, the frame that task arithmetic, TIES and DARE share.
+
+delta_i = x_i - b; s_i = sparsify(delta_i); y_i = w_i s_i; out = b + lambda * combine(y). Operations and their
+order are those of mergekit 0.1.5, so that in float32 both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.method import Param, Values, switch
+
+Sparsify = Callable[[Tensor, float, int], Tensor]
+"""(delta, density in (0, 1), mask key) -> 0/1 mask of delta's shape and dtype."""
+
+WEIGHT = Param("weight", -0.5, 2.0, 1.0)
+DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0)
+LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
+
+
+def params(*, normalize: bool, rescale: bool, density: bool) -> tuple[Param, ...]:
+    """The parameters of a task-vector method with the defaults that tell the methods apart."""
+    shared = (WEIGHT, LAMBDA, switch("normalize", normalize))
+    return (*shared, DENSITY, switch("rescale", rescale)) if density else shared
+
+
+def merge(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    sparsify: Sparsify | None = None,
+    elect_sign: bool = False,
+) -> Tensor:
+    """b + lambda * (sum of weighted, sparsified task vectors), with sign election if asked. Same shape as the base."""
+    assert base is not None
+    weight, density = values["weight"], values.get("density", ())
+    assert isinstance(weight, tuple) and isinstance(density, tuple)
+    deltas = torch.stack([x - base for x in tensors])  # [sources, *shape]
+    if sparsify is not None:
+        for i, (d, key) in enumerate(zip(density, keys, strict=True)):
+            if d < 1:
+                deltas[i] = _masked(deltas[i], sparsify(deltas[i], d, key), rescale=bool(values["rescale"]))
+    w = torch.tensor(weight, dtype=deltas.dtype, device=deltas.device).reshape(-1, *[1] * base.dim())
+    deltas.mul_(w)
+    if elect_sign:
+        agree = deltas.sign() == (deltas.sum(dim=0) >= 0).to(deltas.dtype) * 2 - 1  # exact zeros agree with no sign
+        mixed = (deltas * agree).sum(dim=0)
+        divisor = (w * agree).sum(dim=0)
+        divisor = torch.where(divisor == 0, 1.0, divisor)
+    else:
+        mixed = deltas.sum(dim=0)
+        divisor = w.sum(dim=0)
+        divisor = torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+    if values["normalize"]:
+        mixed = mixed / divisor
+    scale = values["lambda"]
+    assert isinstance(scale, float)
+    if scale != 1:
+        mixed = mixed * scale
+    return base + mixed
+
+
+def _masked(delta: Tensor, mask: Tensor, *, rescale: bool) -> Tensor:
+    """delta * mask, scaled back to delta's L1 norm if asked (unless either norm is below 1e-7)."""
+    kept = delta * mask
+    if not rescale:
+        return kept
+    before, after = delta.abs().sum(), kept.abs().sum()
+    return kept if before < 1e-7 or after < 1e-7 else kept * (before / after)

@@ -1,0 +1,107 @@
+"""CMA-ES (Hansen 2016, arXiv 1604.00772) through pycma: the only room that imports cma. Resumes by replay.
+
+pycma minimizes and uses numpy's global generator; both stay in here: scores are negated once, and the global
+generator's state is swapped in and out around every call.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from evomerge.optimizers import Array
+
+GRID = 2.0**-14  # asked genomes are rounded to it, so that a replay is exact across BLAS kernels and thread counts
+
+
+class CmaEs:
+    """CMA-ES in R^n. Satisfies `evomerge.optimizers.Optimizer`."""
+
+    def __init__(self, start: Sequence[float], sigma: float, *, population: int | None = None, diagonal: bool = False, seed: int = 0) -> None:
+        """start: [n] initial mean, n >= 1; sigma: initial standard deviation > 0; population: None for 4 + 3 ln n."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import cma
+        self._n = len(start)
+        self._state = np.random.RandomState(seed).get_state()
+        options = {
+            "seed": math.nan,  # leave the generator alone: `_own_generator` holds it
+            "popsize": population or 4 + int(3 * math.log(max(2, self._n))),
+            "CMA_diagonal": diagonal,
+            "verbose": -9,
+            "signals_filename": None,
+            "tolfun": 0,
+            "tolfunhist": 0,
+            "tolx": 0,
+            "tolflatfitness": math.inf,
+            "tolstagnation": math.inf,
+            "tolfacupx": math.inf,
+            "tolconditioncov": math.inf,
+            "maxiter": math.inf,
+        }
+        # pycma refuses n = 1: a second gene that no one reads makes it a plane
+        x0 = np.zeros(max(2, self._n))
+        x0[: self._n] = start
+        with self._own_generator():
+            self._es = cma.CMAEvolutionStrategy(x0, sigma, options)
+        self._asked: Array | None = None
+
+    def ask(self) -> Array:
+        """[population, n] genomes on a grid of 2**-14."""
+        with self._own_generator():
+            x = np.asarray(self._es.ask(), dtype=np.float64)
+        self._asked = np.round(x / GRID) * GRID
+        return self._asked[:, : self._n]
+
+    def inject(self, genomes: Sequence[Sequence[float]]) -> None:
+        """Puts genomes into the next `ask`; steps longer than the distribution would take are shortened."""
+        padded = np.zeros((len(genomes), self._es.N))
+        padded[:, : self._n] = genomes
+        with self._own_generator():
+            self._es.inject(list(padded))
+
+    def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
+        """Learns from a generation. Ties share their mean rank, so that their order cannot move the mean."""
+        asked = self._asked
+        if asked is None or not np.array_equal(asked[:, : self._n], genomes):
+            raise ValueError("tell takes the genomes of the last ask")
+        if any(s is not None and not math.isfinite(s) for s in scores):
+            raise ValueError("a score must be finite; tell None for a failed candidate")
+        ranks = _ranks(scores)
+        with self._own_generator(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._es.tell(list(asked), ranks)
+        order = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
+        return order[: int(self._es.sp.weights.mu)]
+
+    @property
+    def mean(self) -> Array:
+        """[n] centre of the distribution, on the grid."""
+        x: Array = np.asarray(self._es.mean, dtype=np.float64)[: self._n]
+        return np.round(x / GRID) * GRID
+
+    @property
+    def deviations(self) -> Array:
+        """[n] standard deviation of each gene under the distribution."""
+        s: Array = np.asarray(self._es.stds, dtype=np.float64)[: self._n]
+        return s
+
+    @contextmanager
+    def _own_generator(self) -> Iterator[None]:
+        outer = np.random.get_state()
+        np.random.set_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = np.random.get_state()
+            np.random.set_state(outer)
+
+
+def _ranks(scores: Sequence[float | None]) -> list[float]:
+    """Mean ranks, 0 for the best; failed candidates share the last ranks."""
+    keys = [math.inf if s is None else -s for s in scores]
+    return [sum(k < key for k in keys) + (sum(k == key for k in keys) - 1) / 2 for key in keys]

@@ -1,0 +1,197 @@
+"""What a merge is: frozen, hashable values with a canonical JSON form. Knows nothing of tensors, files or optimizers.
+
+A `Recipe` lists one `Mix` per *output* layer, so that weight search (layer i mixes the parents' layers i) and
+layer routing (output layer 17 is layer 9 of `math`, passed through) are the same type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import RecipeError
+
+Source = tuple[str, int | None]
+"""(model name, layer index); the layer is None for tensors outside the layer stack."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A value that depends on the tensor: the first case whose text is in the tensor's name wins; '*' is in all.
+
+    cases: ((text, value), ...), at least one.
+    """
+
+    cases: tuple[tuple[str, float], ...]
+
+    def at(self, tensor: str) -> float | None:
+        """The value for a tensor name, or None if no case matches."""
+        for text, value in self.cases:
+            if text == "*" or text in tensor:
+                return value
+        return None
+
+
+Setting = float | Filtered
+ParamValue = Setting | tuple[Setting, ...]
+"""One setting for a parameter of the merge; a tuple with one setting per source for a parameter of the models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """How one output layer (or the tensors before or after the stack) is made.
+
+    method: name in `evomerge.methods`.
+    sources: the models mixed, in order; the base is not among them.
+    base: the base model's (name, layer) for methods that need one, else None.
+    params: ((name, value), ...) sorted by name; see `ParamValue`.
+    """
+
+    method: str
+    sources: tuple[Source, ...]
+    base: Source | None = None
+    params: tuple[tuple[str, ParamValue], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise RecipeError(f"a mix by '{self.method}' has no source models; list at least one")
+        for name, value in self.params:
+            if isinstance(value, tuple) and len(value) != len(self.sources):
+                raise RecipeError(f"{name} has {len(value)} values for {len(self.sources)} source models; give one for each")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model named, sources first, without repeats."""
+        named = [model for model, _ in self.sources] + ([self.base[0]] if self.base else [])
+        return tuple(dict.fromkeys(named))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole merged model.
+
+    base: model whose config, tokenizer and other files the output gets.
+    layers: one mix per output layer; the depth is their number.
+    embeddings: the tensors before the layer stack; head: those after it (final norm, output head).
+    dtype: arithmetic type, 'float32' (see `evomerge.merge`); out_dtype: type of the tensors that are scored and shipped.
+    seed: keys the masks of randomized methods, in [0, 2**63).
+    """
+
+    base: str
+    layers: tuple[Mix, ...]
+    embeddings: Mix
+    head: Mix
+    dtype: str = "float32"
+    out_dtype: str = "bfloat16"
+    seed: int = 0
+    tokenizer: str = "base"
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise RecipeError("a recipe needs at least one output layer, got none")
+
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """All mixes in output order: embeddings, layers, head."""
+        return (self.embeddings, *self.layers, self.head)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model the recipe reads, in order of first use, the base included."""
+        return tuple(dict.fromkeys([model for mix in self.mixes for model in mix.models] + [self.base]))
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of `canonical`: the same on every machine."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, shortest exact floats; equal recipes give equal text."""
+        return json.dumps(_plain(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe whose `canonical` text this is. Raises RecipeError on any other text."""
+        try:
+            data = json.loads(text)
+            return cls(
+                base=data["base"],
+                layers=tuple(_mix(m) for m in data["layers"]),
+                embeddings=_mix(data["embeddings"]),
+                head=_mix(data["head"]),
+                dtype=data["dtype"],
+                out_dtype=data["out_dtype"],
+                seed=data["seed"],
+                tokenizer=data["tokenizer"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"not a recipe in canonical JSON: {error}") from error
+
+
+def setting(value: Any, what: str) -> float:
+    """A finite float from a number; raises RecipeError otherwise (booleans become 1.0 and 0.0, as in mergekit)."""
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value) + 0.0  # -0.0 and 0.0 are one recipe
+    raise RecipeError(f"{what} must be a finite number, got {value!r}")
+
+
+def params(values: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:
+    """The sorted tuple form that `Mix.params` holds."""
+    return tuple(sorted(values.items()))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Recipe():
+            return {
+                "base": value.base,
+                "layers": [_plain(m) for m in value.layers],
+                "embeddings": _plain(value.embeddings),
+                "head": _plain(value.head),
+                "dtype": value.dtype,
+                "out_dtype": value.out_dtype,
+                "seed": value.seed,
+                "tokenizer": value.tokenizer,
+            }
+        case Mix():
+            return {
+                "method": value.method,
+                "sources": [list(s) for s in value.sources],
+                "base": list(value.base) if value.base else None,
+                "params": {name: _plain(v) for name, v in value.params},
+            }
+        case Filtered():
+            return {"cases": [[text, number] for text, number in value.cases]}
+        case tuple():
+            return [_plain(v) for v in value]
+    return value
+
+
+def _mix(data: Any) -> Mix:
+    return Mix(
+        method=data["method"],
+        sources=tuple(_source(s) for s in data["sources"]),
+        base=_source(data["base"]) if data["base"] else None,
+        params=params({name: _value(v) for name, v in data["params"].items()}),
+    )
+
+
+def _source(data: Any) -> Source:
+    model, layer = data
+    return (model, layer)
+
+
+def _value(data: Any) -> ParamValue:
+    if isinstance(data, list):
+        return tuple(_setting(v) for v in data)
+    return _setting(data)
+
+
+def _setting(data: Any) -> Setting:
+    if isinstance(data, dict):
+        return Filtered(tuple((text, float(number)) for text, number in data["cases"]))
+    return float(data)

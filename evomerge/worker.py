@@ -1,0 +1,73 @@
+"""One device, parents opened once: Recipe -> Evaluation. A candidate's failure is a value. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from evomerge import merge
+from evomerge.checkpoint import Checkpoint
+from evomerge.errors import CandidateError, EvomergeError, SetupError
+from evomerge.evaluation import Evaluation, Evaluator, Items
+from evomerge.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Merges candidates into one resident model and scores it."""
+
+    def __init__(self, parents: Mapping[str, Checkpoint], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu") -> None:
+        """dtype: the type of the tensors that are scored and shipped. Loads the base once as the resident model."""
+        self.parents, self.evaluator = parents, evaluator
+        self.model = load(parents[base], dtype).to(device)
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        """Scores a recipe on items; whatever goes wrong is in the evaluation's `error`."""
+        seconds: dict[str, float] = {}
+        try:
+            started = time.perf_counter()
+            merge.check(recipe)
+            merge.into(recipe, self.parents, self.model)
+            seconds["merge"] = time.perf_counter() - started
+            started = time.perf_counter()
+            scores, metrics = self.evaluator.score(self.model, items)
+            seconds["score"] = time.perf_counter() - started
+            for task, value in metrics.items():
+                if not math.isfinite(value):
+                    raise CandidateError(f"task '{task}' gave the metric {value}")
+            return Evaluation(recipe.id, scores, metrics, seconds)
+        except Exception as error:  # the one place where a candidate's failure becomes data
+            log.debug("candidate %s failed", recipe.id, exc_info=True)
+            cause = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
+            return Evaluation(recipe.id, (), {}, seconds, error=" ".join(cause.split()))
+
+
+def load(checkpoint: Checkpoint, dtype: str) -> nn.Module:
+    """The checkpoint as a live transformers model in evaluation mode. Never runs code from the checkpoint."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SetupError(f"transformers cannot load {checkpoint.path}: {str(error).splitlines()[0]}") from None
+    module: nn.Module = model.eval()
+    return module.requires_grad_(False)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> object:
+    """The checkpoint's tokenizer."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SetupError(f"transformers cannot load the tokenizer of {checkpoint.path}: {str(error).splitlines()[0]}") from None
