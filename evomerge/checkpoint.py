@@ -52,7 +52,7 @@ class Checkpoint:
         self._files = {file.name: _open(file) for file in _shards(path)}
         self.tensors: dict[str, TensorInfo] = {}
         for file, handle in self._files.items():
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 view = handle.get_slice(name)
                 self.tensors[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), file)
         if not self.tensors:

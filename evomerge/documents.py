@@ -40,9 +40,8 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers and booleans."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if tag not in (_t + "bool", _t + "float", _t + "int", _t + "timestamp")]
-        for _t in ("tag:yaml.org,2002:",)
+    yaml_implicit_resolvers = {  # type: ignore[misc]  # noqa: RUF012
+        first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -109,9 +109,7 @@ def card(store: Store, study: StudyRow, trial: Trial, recipe: Recipe) -> str:
             if role != "search" and scored.score is not None:
                 values = " | ".join(f"{scored.evaluation.metrics.get(task, float('nan')):.4f}" for task in study.facts["tasks"])
                 rows.append(f"| {name} | {role} | {scored.score:.4f} | {len(scored.evaluation.items)} | {values} |")
-    models = "\n".join(
-        f"- {name}: `{fact['path']}`" + (f" at {fact['revision']}" if fact["revision"] else "") for name, fact in study.facts["parents"].items()
-    )
+    models = "\n".join(f"- {name}: `{fact['path']}`" + _at(fact["revision"]) for name, fact in study.facts["parents"].items())
     methods = ", ".join(sorted({m.method for m in recipe.mixes}))
     return f"""---
 tags:
@@ -136,3 +134,7 @@ Validation items chose this candidate among the finalists; test items were used 
 - `recipe.yaml`: for mergekit 0.1.5 (`mergekit-yaml recipe.yaml OUT`); `recipe.json`: the same, exact, for `evomerge merge recipe.json OUT`
 - `lineage.json`: genome, ancestors, hashes of models and tasks, the search file
 """
+
+
+def _at(revision: str | None) -> str:
+    return f" at {revision}" if revision else ""

@@ -6,13 +6,14 @@ of merging.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +139,7 @@ class LmHarness:
         """Puts the model's answers into the requests."""
         if self._lm is None or self._lm._model is not model:
             self._lm = hf.HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+            self._lm._encode_pair = functools.cache(self._lm._encode_pair)  # requests are the same for every candidate
         kinds: dict[str, list[Any]] = defaultdict(list)
         for request in requests:
             request.resps, request.filtered_resps = [], {}
@@ -178,6 +180,8 @@ class LmHarness:
         chosen = spec.filter or filters[0]
         if chosen not in filters:
             raise TaskError(f"task '{spec.task}' has no filter '{chosen}'. {suggest(chosen, filters)}")
+        for name in ("doc_to_target", "doc_to_choice"):
+            setattr(task, name, _remembered(getattr(task, name)))
         loaded = _Loaded(spec, task, metric, chosen, bool(task.higher_is_better()[metric]), {}, {})
         for role, docs in _documents(task, spec).items():
             ids = self._requests(loaded, docs)
@@ -256,6 +260,20 @@ def _build(manager: TaskManager, name: str) -> Any:
         raise
     except Exception as error:
         raise TaskError(f"task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A document's targets rendered once: lm-eval compiles the template anew at every call. Keeps the documents alive."""
+    known: dict[int, tuple[Any, Any]] = {}
+
+    def call(doc: Any, *rest: Any) -> Any:
+        if rest:
+            return function(doc, *rest)
+        if id(doc) not in known:
+            known[id(doc)] = (doc, function(doc))
+        return known[id(doc)][1]
+
+    return call
 
 
 def _documents(task: Any, spec: TaskSpec) -> dict[Role, list[Any]]:

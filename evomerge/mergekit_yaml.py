@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.documents import Document, Key
 from evomerge.errors import RecipeError, suggest
-from evomerge.methods import Method, method
+from evomerge.methods import Method, Param, method
 from evomerge.recipe import Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
 
 _TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
@@ -57,9 +57,9 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
     rule = method(methods[0])
     slices = []
     for number, (first, length) in enumerate(parts):
-        outer = [(recipe.embeddings, "embeddings")] if number == 0 else []
-        outer += [(recipe.head, "head")] if number == len(parts) - 1 else []
-        slices.append(_slice(rule, recipe.layers[first], length, [mix for mix, _ in outer], [kind for _, kind in outer], references))
+        outer = [recipe.embeddings] if number == 0 else []
+        outer += [recipe.head] if number == len(parts) - 1 else []
+        slices.append(_slice(rule, recipe.layers[first], length, outer, references))
     data: dict[str, Any] = {"merge_method": rule.name, "base_model": references[recipe.base], "dtype": recipe.dtype, "out_dtype": recipe.out_dtype}
     shared = _shared(slices)
     if shared:
@@ -124,25 +124,15 @@ def _shift(mix: Mix, by: int) -> Mix:
     return replace(mix, sources=tuple(move(s) for s in mix.sources), base=move(mix.base) if mix.base else None)
 
 
-def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], kinds: Sequence[str], references: Mapping[str, str]) -> dict[str, Any]:
-    values = dict(mix.params)
-    sources = []
-    for i, (model, layer) in enumerate(mix.sources):
-        own = {}
-        for param in rule.params:
-            if param.per == "model":
-                own[param.name] = _write(
-                    [_of(dict(o.params), param.name, param.default, i) for o in outer], _of(values, param.name, param.default, i)
-                )
-        sources.append(_source(references[model], layer, length, own))
+def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references: Mapping[str, str]) -> dict[str, Any]:
+    def written(param: Param, source: int | None) -> Any:
+        return _write([_of(o, param, source) for o in outer], _of(mix, param, source))
+
+    own = [{p.name: written(p, i) for p in rule.params if p.per == "model"} for i in range(len(mix.sources))]
+    sources = [_source(references[model], layer, length, values) for (model, layer), values in zip(mix.sources, own, strict=True)]
     if mix.base is not None:
         sources.append(_source(references[mix.base[0]], mix.base[1], length, {}))
-    shared = {}
-    for param in rule.params:
-        if param.per == "merge":
-            shared[param.name] = _write(
-                [_of(dict(o.params), param.name, param.default, None) for o in outer], _of(values, param.name, param.default, None)
-            )
+    shared = {p.name: written(p, None) for p in rule.params if p.per == "merge"}
     for name in [p.name for p in rule.params if p.flag]:
         shared[name] = [{**e, "value": bool(e["value"])} for e in shared[name]] if isinstance(shared[name], list) else bool(shared[name])
     return {"sources": sources, "parameters": shared} if shared else {"sources": sources}
@@ -160,8 +150,8 @@ def _shared(slices: list[dict[str, Any]]) -> dict[str, Any]:
     return common
 
 
-def _of(values: Mapping[str, ParamValue], name: str, default: float, source: int | None) -> Setting:
-    value = values.get(name, default)
+def _of(mix: Mix, param: Param, source: int | None) -> Setting:
+    value = dict(mix.params).get(param.name, param.default)
     if isinstance(value, tuple):
         assert source is not None
         return value[source]
@@ -170,9 +160,9 @@ def _of(values: Mapping[str, ParamValue], name: str, default: float, source: int
 
 def _write(outer: Sequence[Setting], inner: Setting) -> Any:
     """A setting as mergekit writes it: a number, or a filter list with the catch-all last."""
-    if all(isinstance(o, Filtered) and all(v == inner for _, v in o.cases) for o in outer) or not outer:
-        if not isinstance(inner, Filtered):
-            return inner
+    same = all(isinstance(o, Filtered) and all(v == inner for _, v in o.cases) for o in outer)
+    if same and not isinstance(inner, Filtered):
+        return inner
     cases = [case for o in outer for case in (o.cases if isinstance(o, Filtered) else (("*", o),)) if case[0] != "*"]
     cases += list(inner.cases) if isinstance(inner, Filtered) else [("*", inner)]
     return [{"filter": text, "value": value} for text, value in cases]

@@ -27,14 +27,8 @@ class Search:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[best]}"),
-            )
+            left = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (*left, TimeRemainingColumn(), TextColumn("{task.fields[best]}"))
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task("opening models and tasks", total=None, best="")
@@ -111,9 +105,10 @@ def study(data: Mapping[str, Any]) -> str:
         "",
         f"{'':34}{'search':>8}{'valid.':>8}{'test':>8}   lead of the best",
     ]
-    rows = ([data["best"] | {"label": f"best: {data['study']}/{data['best']['id']} ({data['best']['origin']})"}] if data["best"] else []) + list(
-        data["references"]
-    )
+    rows = list(data["references"])
+    if data["best"]:
+        best = data["best"]
+        rows.insert(0, best | {"label": f"best: {data['study']}/{best['id']} ({best['origin']})"})
     for row in rows:
         numbers = "".join(f"{_number(row.get(key)):>8}" for key in ("search", "validation", "test"))
         lead = f"   {row['lead']:+.3f} ± {row['lead_error']:.3f}" if "lead" in row else ""
@@ -132,9 +127,8 @@ def candidate(data: Mapping[str, Any]) -> str:
             lines.append(f"{score['role']}: failed: {score['error']}")
         else:
             metrics = ", ".join(f"{task} {value:.4f}" for task, value in score["metrics"].items())
-            lines.append(
-                f"{score['role']}: {_number(score['objective'])} on {score['items']} items ({metrics}) in {sum(score['seconds'].values()):.2f} s"
-            )
+            seconds = sum(score["seconds"].values())
+            lines.append(f"{score['role']}: {_number(score['objective'])} on {score['items']} items ({metrics}) in {seconds:.2f} s")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ _PARALLEL = 0.9995  # above this |cosine| the arc degenerates: interpolate linea
 
 def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
     """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base."""
-    assert base is not None and len(tensors) == 1
+    assert base is not None
     a, b = base.reshape(1, -1), tensors[0].reshape(1, -1)
     t = torch.tensor(values["t"], dtype=a.dtype, device=a.device)
     if not a.numel():

@@ -39,7 +39,8 @@ def merge(
     """b + lambda * (sum of weighted, sparsified task vectors), with sign election if asked. Same shape as the base."""
     assert base is not None
     weight, density = values["weight"], values.get("density", ())
-    assert isinstance(weight, tuple) and isinstance(density, tuple)
+    assert isinstance(weight, tuple)
+    assert isinstance(density, tuple)
     deltas = torch.stack([x - base for x in tensors])  # [sources, *shape]
     if sparsify is not None:
         for i, (d, key) in enumerate(zip(density, keys, strict=True)):
