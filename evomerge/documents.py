@@ -40,7 +40,7 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers and booleans."""
 
-    yaml_implicit_resolvers = {  # type: ignore[misc]  # noqa: RUF012
+    yaml_implicit_resolvers = {  # type: ignore[misc, unused-ignore]  # noqa: RUF012
         first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

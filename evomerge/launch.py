@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -64,10 +65,10 @@ def prepare(
 def _prepare(
     settings: Config, text: str, store: Store, overrides: Mapping[str, int], show: Callable[[Progress], None], wrap: Callable[[Evaluator], Evaluator]
 ) -> Study:
-    torch.set_num_threads(max(1, int(os.environ.get("EVOMERGE_THREADS", os.cpu_count() or 1))))
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     check_compatible(parents, settings.base)
     base = parents[settings.base]
+    threads = _set_threads(base)
     space = make_space(settings, parents)
     harness = _harness(settings, base)
     evaluator = wrap(harness)
@@ -80,6 +81,7 @@ def _prepare(
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
         "axes": [axis.name for axis in space.axes],
         "diagonal": stored.facts["diagonal"] if stored else diagonal,  # a larger budget must not change the optimizer
+        "threads": threads,
         "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     _agree(store, settings, text, overrides, facts)
@@ -97,6 +99,17 @@ def _prepare(
     )
     pool = InProcessPool(worker.Worker(parents, settings.base, evaluator, dtype=settings.out_dtype))
     return Study(plan, store, pool, show)
+
+
+def _set_threads(base: Checkpoint) -> int:
+    """$EVOMERGE_THREADS, else one for models too small to share out (under 20 M parameters), else every core.
+
+    Scores are compared bit for bit at resume, and sums depend on the number of threads: it is one of the study's facts.
+    """
+    small = sum(math.prod(info.shape) for info in base.tensors.values()) < 20_000_000
+    threads = int(os.environ.get("EVOMERGE_THREADS", 0)) or (1 if small else os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    return threads
 
 
 def _remove(path: Path) -> None:

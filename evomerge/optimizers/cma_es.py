@@ -33,7 +33,7 @@ class CmaEs:
             "popsize": population or 4 + int(3 * math.log(max(2, self._n))),
             "CMA_diagonal": diagonal,
             "verbose": -9,
-            "signals_filename": None,
+            "signals_filename": "",
             "tolfun": 0,
             "tolfunhist": 0,
             "tolx": 0,
