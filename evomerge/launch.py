@@ -48,10 +48,11 @@ def prepare(
     is not asked, if another process writes it, or if it was begun with other settings, models, tasks or versions.
     """
     path = store_path(settings.study, studies, new=True)
-    if path.is_file() and not resume:
-        raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     store = Store.open(path, write=True)
+    if store.study() is not None and not resume:
+        store.close()
+        raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
     try:
         return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, show, wrap)
     except BaseException:

@@ -221,6 +221,17 @@ class Store:
             raise StudyError(f"{self.path} holds no recipe {recipe_id}")
         return Recipe.from_json(row["body"])
 
+    def is_driven(self) -> bool:
+        """Whether a process holds the study open for writing now."""
+        try:
+            with self.path.with_name(self.path.name + ".lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
     def check(self) -> str:
         """'ok', or what SQLite's integrity check found."""
         return str(self._db.execute("PRAGMA integrity_check").fetchone()[0])

@@ -143,7 +143,7 @@ class Study:
         return _Candidate("sampled", self.plan.space.decode(genes), None, genes, parents)
 
     def _select(self, references: list[Trial], optimizer: Optimizer, last: int) -> dict[str, Any]:
-        """Finalists on validation, the winner and every reference on validation and test."""
+        """Scores finalists and references on validation, where the winner is chosen, then winner and references on test."""
         plan, store = self.plan, self.store
         everything = store.trials()
         final = [t for t in everything if t.generation == last and t.origin != "mean"]
@@ -151,13 +151,14 @@ class Study:
         mean = _Candidate("mean", plan.space.decode(genome), "mean of the distribution", genome, tuple(t.id for t in final))
         trial = self._evaluate(last, {len(final): mean}, self.subset(last + 1))[len(final)]
         late = [t for t in everything if t.score is not None and t.origin in ("sampled", "injected") and t.generation > 0.75 * last]
-        leaders = sorted(late, key=lambda t: (-_score(t), t.id))
-        chosen = [trial, *_distinct([_best(references), *leaders])[: max(0, plan.finalists - 1)]]
-        finalists = [t for t in chosen if t.score is not None]
+        leaders = _distinct(sorted(late, key=lambda t: (-_score(t), t.id)))
+        finalists = [t for t in (trial, *leaders[: plan.finalists - 1]) if t.score is not None]
         validated = self._score_all("validation", [*finalists, *references])
-        ranked = sorted((t for t in finalists if validated[t.recipe_id].score is not None), key=lambda t: -(validated[t.recipe_id].score or 0.0))
-        if not ranked:
+        # parents and hand recipes stand for election too: a search never ends below the best of them
+        standing = [t for t in (*finalists, *references) if validated[t.recipe_id].score is not None]
+        if not standing:
             raise NothingToExport("no finalist could be scored on the validation items")
+        ranked = sorted(standing, key=lambda t: -(validated[t.recipe_id].score or 0.0))
         winner = ranked[0]
         tested = self._score_all("test", [winner, *references])
         return {
@@ -271,10 +272,6 @@ class Study:
 
 def _score(trial: Trial) -> float:
     return -math.inf if trial.score is None else trial.score
-
-
-def _best(trials: Sequence[Trial]) -> Trial:
-    return max(trials, key=lambda t: (_score(t), -t.slot))
 
 
 def _distinct(trials: Iterable[Trial]) -> list[Trial]:

@@ -113,7 +113,8 @@ def status(
         rows = []
         for name in studies(studies_root(root)):
             with _open(name, root) as store:
-                rows.append(report.summary(store))
+                if store.study() is not None:
+                    rows.append(report.summary(store))
         print(json.dumps(rows, indent=2) if as_json else screens.studies(rows))
         return
     with _open(study, root) as store:

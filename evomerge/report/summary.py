@@ -9,7 +9,10 @@ from evomerge.store import Store, Trial
 
 
 def summary(store: Store) -> dict[str, Any]:
-    """State, counts, best and every parent and hand recipe with search, validation and test scores."""
+    """State, counts, best and every parent and hand recipe with search, validation and test scores.
+
+    state: running, interrupted (running, but its process is gone), paused, failed or done.
+    """
     study = store.study()
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
@@ -18,7 +21,7 @@ def summary(store: Store) -> dict[str, Any]:
     searched = [t for t in trials if t.generation > 0 and t.origin != "mean"]
     out: dict[str, Any] = {
         "study": study.name,
-        "state": study.state,
+        "state": "interrupted" if study.state == "running" and not store.is_driven() else study.state,
         "seed": study.seed,
         "evaluations": len(searched),
         "failed": counts.get("failed", 0),
