@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import lm_eval.models.huggingface as hf
+from lm_eval import utils as lm_utils
 from lm_eval.tasks import TaskManager
 from torch import nn
 
@@ -30,6 +31,8 @@ from evomerge.errors import CandidateError, TaskError, suggest
 from evomerge.evaluation import ROLES, Items, ItemScore, Role
 
 log = logging.getLogger(__name__)
+# lm-eval compiles a task's templates anew for every document and every call; compiled once, they render the same text
+lm_utils.env.from_string = functools.lru_cache(maxsize=4096)(lm_utils.env.from_string)
 _SPLIT_SHARES: dict[Role, int] = {"search": 6, "validation": 2, "test": 2}  # tenths, for tasks with one split
 
 
@@ -180,8 +183,6 @@ class LmHarness:
         chosen = spec.filter or filters[0]
         if chosen not in filters:
             raise TaskError(f"task '{spec.task}' has no filter '{chosen}'. {suggest(chosen, filters)}")
-        for name in ("doc_to_target", "doc_to_choice"):
-            setattr(task, name, _remembered(getattr(task, name)))
         loaded = _Loaded(spec, task, metric, chosen, bool(task.higher_is_better()[metric]), {}, {})
         for role, docs in _documents(task, spec).items():
             ids = self._requests(loaded, docs)
@@ -260,20 +261,6 @@ def _build(manager: TaskManager, name: str) -> Any:
         raise
     except Exception as error:
         raise TaskError(f"task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A document's targets rendered once: lm-eval compiles the template anew at every call. Keeps the documents alive."""
-    known: dict[int, tuple[Any, Any]] = {}
-
-    def call(doc: Any, *rest: Any) -> Any:
-        if rest:
-            return function(doc, *rest)
-        if id(doc) not in known:
-            known[id(doc)] = (doc, function(doc))
-        return known[id(doc)][1]
-
-    return call
 
 
 def _documents(task: Any, spec: TaskSpec) -> dict[Role, list[Any]]:
