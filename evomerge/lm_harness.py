@@ -80,8 +80,8 @@ class LmHarness:
     ) -> None:
         """Loads tasks and builds every request.
 
-        include: folders of task YAML files besides the shipped ones. limits: role -> most items of each task, taken
-        in order of their ids. Raises TaskError for unknown tasks or metrics and for roles left without items.
+        include: folders of task YAML files besides the shipped ones. limits: role -> most items of each task, chosen
+        by their hash. Raises TaskError for unknown tasks or metrics and for roles left without items.
         """
         self.tokenizer, self.batch_size, self.chat, self.multiturn = tokenizer, batch_size, apply_chat_template, fewshot_as_multiturn
         self._limits = dict(limits or {})
@@ -106,7 +106,7 @@ class LmHarness:
             self._tasks[spec.task] = self._load(spec, source)
 
     def items(self, role: Role) -> Items:
-        """Task name -> item ids of a role, sorted by id."""
+        """Task name -> item ids of a role, in the order of the task's documents."""
         return {name: loaded.items[role] for name, loaded in self._tasks.items()}
 
     def sign(self, task: str) -> int:
@@ -132,7 +132,7 @@ class LmHarness:
             values = self._values(loaded, rows)
             metrics[name] = float(loaded.task.aggregation()[loaded.metric](list(values)))
             for (item, _), value in zip(rows, values, strict=True):
-                number = float(value) if isinstance(value, int | float) else math.nan
+                number = _number(value)
                 if math.isnan(number):
                     raise CandidateError(f"task '{name}' gave {value!r} for item {item}")
                 scores.append(ItemScore(name, item, number))
@@ -183,11 +183,13 @@ class LmHarness:
         chosen = spec.filter or filters[0]
         if chosen not in filters:
             raise TaskError(f"task '{spec.task}' has no filter '{chosen}'. {suggest(chosen, filters)}")
-        loaded = _Loaded(spec, task, metric, chosen, bool(task.higher_is_better()[metric]), {}, {})
+        loaded = _Loaded(spec, task, metric, chosen, bool(task.higher_is_better().get(metric, True)), {}, {})
         for role, docs in _documents(task, spec).items():
             ids = self._requests(loaded, docs)
             ids = [i for i in ids if spec.splits == "declared" or _dealt(i) == role]
-            kept = tuple(sorted(ids)[: self._limits.get(role)])
+            limit = self._limits.get(role)
+            among = set(ids if limit is None else sorted(ids)[:limit])
+            kept = tuple(i for i in ids if i in among)  # in the order of the documents, as lm-eval batches them
             if not kept:
                 raise TaskError(f"task '{spec.task}' has no items left for {role}; give it more documents or other splits")
             loaded.items[role] = kept
@@ -261,6 +263,19 @@ def _build(manager: TaskManager, name: str) -> Any:
         raise
     except Exception as error:
         raise TaskError(f"task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _number(value: Any) -> float:
+    """One number for an item's value: itself; whether a (gold, predicted) pair agrees; a (sum, count) pair's ratio."""
+    if isinstance(value, tuple) and len(value) == 2:
+        first, second = value
+        if isinstance(first, float) and second:
+            return first / float(second)
+        return float(bool(first == second))
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _documents(task: Any, spec: TaskSpec) -> dict[Role, list[Any]]:

@@ -26,6 +26,10 @@ class Worker:
         """dtype: the type of the tensors that are scored and shipped. Loads the base once as the resident model."""
         self.parents, self.evaluator = parents, evaluator
         self.model = load(parents[base], dtype).to(device)
+        self._finite = True
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, nn.Module):
+            head.register_forward_hook(self._watch)
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
         """Scores a recipe on items; whatever goes wrong is in the evaluation's `error`."""
@@ -36,8 +40,11 @@ class Worker:
             merge.into(recipe, self.parents, self.model)
             seconds["merge"] = time.perf_counter() - started
             started = time.perf_counter()
+            self._finite = True
             scores, metrics = self.evaluator.score(self.model, items)
             seconds["score"] = time.perf_counter() - started
+            if not self._finite:
+                raise CandidateError("the model's logits are NaN")
             for task, value in metrics.items():
                 if not math.isfinite(value):
                     raise CandidateError(f"task '{task}' gave the metric {value}")
@@ -46,6 +53,10 @@ class Worker:
             log.debug("candidate %s failed", recipe.id, exc_info=True)
             cause = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
             return Evaluation(recipe.id, (), {}, seconds, error=" ".join(cause.split()))
+
+    def _watch(self, head: nn.Module, inputs: object, logits: torch.Tensor) -> None:
+        """A generation of NaN logits would otherwise be scored as a wrong answer."""
+        self._finite = self._finite and not bool(torch.isnan(logits.sum(dtype=torch.float32)))
 
 
 def load(checkpoint: Checkpoint, dtype: str) -> nn.Module:
