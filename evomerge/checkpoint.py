@@ -110,9 +110,12 @@ class Checkpoint:
 
 def locate(reference: str, revision: str | None = None) -> Path:
     """Folder of a model: a local path as it is, else a Hugging Face repository, downloaded or from the cache."""
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return path.resolve()
+    try:
+        path = Path(reference).expanduser()
+        if path.is_dir():
+            return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"'{reference[:80]}' cannot be a folder: {error}") from None
     if path.is_absolute() or reference.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
         raise CheckpointError(f"there is no folder '{reference}' (looked from {Path.cwd()})")
     from huggingface_hub import snapshot_download

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evomerge import data, documents
 from evomerge.errors import ConfigError, suggest
 
 
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Strict):
@@ -27,9 +39,9 @@ class ModelConfig(_Strict):
 class RangeConfig(_Strict):
     """Bounds of a searched parameter and where the search starts; low < start < high."""
 
-    low: float
-    high: float
-    start: float
+    low: Number
+    high: Number
+    start: Number
 
     @model_validator(mode="after")
     def _inside(self) -> RangeConfig:
@@ -41,11 +53,11 @@ class RangeConfig(_Strict):
 class SpaceConfig(_Strict):
     """groups: how many layer groups, or their sizes from the bottom; a parameter is a range, or a number that fixes it."""
 
-    groups: int | tuple[int, ...] = 4
-    components: tuple[Literal["attention", "mlp", "other"], ...] = ("attention", "mlp")
+    groups: Whole | tuple[Whole, ...] = 4
+    components: tuple[Literal["attention", "mlp", "other"], ...] = Field(default=("attention", "mlp"), min_length=1)
     embeddings: bool = True
     head: bool = True
-    parameters: dict[str, RangeConfig | float] = Field(default_factory=dict)
+    parameters: dict[str, RangeConfig | bool | float] = Field(default_factory=dict)
 
 
 class TaskConfig(_Strict):
@@ -54,8 +66,8 @@ class TaskConfig(_Strict):
     task: str
     metric: str | None = None
     filter: str | None = None
-    weight: float = Field(default=1.0, gt=0)
-    num_fewshot: int | None = Field(default=None, ge=0)
+    weight: Number = Field(default=1.0, gt=0)
+    num_fewshot: Whole | None = Field(default=None, ge=0)
 
 
 class EvaluationConfig(_Strict):
@@ -64,11 +76,11 @@ class EvaluationConfig(_Strict):
     splits: 'declared' or 'hash', see `evomerge.lm_harness.TaskSpec`; include: folders of task YAML files.
     """
 
-    items: int = Field(default=100, ge=1)
-    validation: int | None = Field(default=None, ge=2)
-    test: int | None = Field(default=None, ge=2)
+    items: Whole = Field(default=100, ge=1)
+    validation: Whole | None = Field(default=None, ge=2)
+    test: Whole | None = Field(default=None, ge=2)
     splits: Literal["declared", "hash"] = "hash"
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: Whole = Field(default=64, ge=1)
     include: tuple[str, ...] = ()
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
@@ -82,13 +94,13 @@ class SearchConfig(_Strict):
     finalists: how many candidates are re-scored on validation, the distribution's mean always among them.
     """
 
-    evaluations: int = Field(default=500, ge=1)
-    population: int | None = Field(default=None, ge=4)
-    sigma: float = Field(default=0.15, gt=0)
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    evaluations: Whole = Field(default=500, ge=1)
+    population: Whole | None = Field(default=None, ge=4)
+    sigma: Number = Field(default=0.15, gt=0)
+    seed: Whole = Field(default=0, ge=0, lt=2**31)
     diagonal: bool | None = None
     start: Literal["space", "best"] = "space"
-    finalists: int = Field(default=6, ge=1)
+    finalists: Whole = Field(default=6, ge=1)
 
 
 class Config(_Strict):
@@ -137,8 +149,13 @@ def stored(study: str, text: str, overrides: Mapping[str, int]) -> tuple[Config,
 
 def rename(text: str, study: str) -> tuple[Config, str]:
     """The configuration under another study name, in the settings and in its YAML."""
+    document = documents.parse(text, "the search file")
     lines = text.splitlines(keepends=True)
-    renamed = "".join(f"study: {study}\n" if re.match(r"study\s*:", line) else line for line in lines)
+    line = document.marks.get(("study",), (0, 0))[0] - 1
+    if line < 0 or not re.match(r"""["']?study["']?\s*:\s*[^\s#]""", lines[line]):
+        raise ConfigError("--study needs a search file with its `study:` name on one line")
+    lines[line] = f"study: {json.dumps(study)}\n"
+    renamed = "".join(lines)
     return check(documents.parse(renamed, f"--study {study}")), renamed
 
 
@@ -159,8 +176,9 @@ def check(document: documents.Document) -> Config:
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = tuple(part for part in first["loc"] if part not in ("RangeConfig", "float", "int") and "tuple" not in str(part))
+        # of all that is wrong, a misspelt key says most, then what lies deepest
+        placed = [(e, _path(e["loc"], document.data)) for e in error.errors()]
+        first, path = min(placed, key=lambda pair: (_unlike(pair[0], pair[1]), -len(pair[1])))
         raise ConfigError(f"{document.where(path)} {_sentence(first, path)}") from None
     from evomerge.methods import METHODS
 
@@ -180,18 +198,41 @@ def check(document: documents.Document) -> Config:
         param = method.param(name)
         if param is None:
             raise fail(place, f"{method.name} has no parameter '{name}'. {suggest(name, [p.name for p in method.params])}")
-        for number in (value.low, value.high) if isinstance(value, RangeConfig) else (value,):
+        if param.flag and (isinstance(value, RangeConfig) or value not in (0, 1)):
+            raise fail(place, f"{name} is a switch: true or false, not searched")
+        for number in (value.low, value.high) if isinstance(value, RangeConfig) else (float(value),):
             if not param.hard_low <= number <= param.hard_high:
                 raise fail(place, f"{name} must be in [{param.hard_low:g}, {param.hard_high:g}], got {number:g}")
     if isinstance(config.space.groups, tuple) and (not config.space.groups or min(config.space.groups) < 1):
         raise fail(("space", "groups"), f"groups are sizes of at least 1, got {list(config.space.groups)}")
     if isinstance(config.space.groups, int) and config.space.groups < 1:
         raise fail(("space", "groups"), f"groups must be at least 1, got {config.space.groups}")
+    for component in config.space.components:
+        if config.space.components.count(component) > 1:
+            raise fail(("space", "components"), f"component '{component}' is listed twice")
     names = [t.task for t in config.tasks]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise fail(("tasks", i, "task"), f"task '{name}' is listed twice; give it one entry and a weight")
     return config
+
+
+def _unlike(error: Any, path: documents.Key) -> bool:
+    """False for an unknown key that resembles a known one."""
+    return error["type"] != "extra_forbidden" or not get_close_matches(str(path[-1]), _known(path[:-1]))
+
+
+def _path(loc: Sequence[str | int], data: Any) -> documents.Key:
+    """pydantic's location without the names of its own types: only steps the document has, and a last missing key."""
+    path: list[str | int] = []
+    for i, part in enumerate(loc):
+        step: Any = data
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = step[part]
+            path.append(part)
+        elif i == len(loc) - 1 and isinstance(data, dict):
+            path.append(part)
+    return tuple(path)
 
 
 def _sentence(error: Any, path: documents.Key) -> str:

@@ -110,8 +110,16 @@ def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[i
     marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, child, (*path, i), marks, name) for i, child in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int":
+        try:
+            return int(node.value)  # PyYAML would read 0100 as octal
+        except ValueError:
+            raise ConfigError(f"{_place(name, node)} is not valid YAML: '{node.value[:40]}' is no whole number") from None
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ConfigError(f"{_place(name, node)} is not valid YAML: '{node.value}' is no {node.tag.rpartition(':')[2]}") from None
     out: dict[Any, Any] = {}
     for key_node, child in node.value:
         place = _place(name, key_node)

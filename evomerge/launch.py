@@ -150,7 +150,7 @@ def make_space(settings: Config, parents: Mapping[str, Checkpoint]) -> Space:
     ranges = {}
     for param in rule.params:
         given = settings.space.parameters.get(param.name)
-        if isinstance(given, int | float):
+        if isinstance(given, bool | int | float):
             ranges[param.name] = Range(float(given), float(given), float(given))
         elif given is not None:
             ranges[param.name] = Range(given.low, given.high, given.start)

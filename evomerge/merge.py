@@ -53,8 +53,9 @@ def merged(recipe: Recipe, parents: Mapping[str, Checkpoint]) -> Iterator[tuple[
     for name in shell.outer_names("embeddings"):
         yield _one(recipe, parents, recipe.embeddings, name, None)
     for depth, mix in enumerate(recipe.layers):
-        model, index = mix.sources[0]
-        for suffix in parents[model].layer_suffixes(_index(index)):
+        read = [(model, index) for model, index in (*mix.sources, *([mix.base] if mix.base else ()))]
+        suffixes = {suffix for model, index in read for suffix in parents[model].layer_suffixes(_index(index))}
+        for suffix in sorted(suffixes):
             yield _one(recipe, parents, mix, shell.layer_name(depth, suffix), suffix)
     for name in shell.outer_names("head"):
         yield _one(recipe, parents, recipe.head, name, None)
@@ -106,6 +107,9 @@ def write_into(recipe: Recipe, parents: Mapping[str, Checkpoint], directory: Pat
     config = copy.deepcopy(donor.config)
     text = config.get("text_config", config)
     text["n_layer" if "n_layer" in text else "num_hidden_layers"] = len(recipe.layers)
+    for key, value in text.items():  # one entry a layer, such as layer_types: as the layers that were taken
+        if isinstance(value, list) and len(value) == donor.num_layers:
+            text[key] = [value[_index(mix.sources[0][1])] for mix in recipe.layers]
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = recipe.out_dtype
@@ -132,6 +136,12 @@ def _one(recipe: Recipe, parents: Mapping[str, Checkpoint], mix: Mix, output: st
     inputs = [name_in(model, layer) for model, layer in mix.sources]
     tensors = [parents[model].tensor(name) for (model, _), name in zip(mix.sources, inputs, strict=True)]
     base = parents[mix.base[0]].tensor(name_in(*mix.base)) if mix.base else None
+    for (model, _), tensor in zip(mix.sources, tensors, strict=True):
+        other = tensors[0] if base is None else base
+        if tensor.shape != other.shape:
+            whose = mix.base[0] if mix.base else mix.sources[0][0]
+            advice = "the architectures differ" if suffix else "the vocabularies differ"
+            raise CheckpointError(f"'{output}' is {list(tensor.shape)} in '{model}' and {list(other.shape)} in '{whose}'; {advice}")
     if not tensors[0].is_floating_point():
         return output, base if base is not None else tensors[0]
     values = _values(rule, mix, output, inputs)

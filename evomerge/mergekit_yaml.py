@@ -18,6 +18,7 @@ from evomerge.methods import Method, Param, method
 from evomerge.recipe import Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
 
 _TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _IGNORED = ("int8_mask",)  # memory-saving switches that do not change the result
 _BLOCK = {"models": ("model", "parameters"), "slices": ("sources", "base_model", "parameters"), "sources": ("model", "layer_range", "parameters")}
 
@@ -59,14 +60,14 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
     for number, (first, length) in enumerate(parts):
         outer = [recipe.embeddings] if number == 0 else []
         outer += [recipe.head] if number == len(parts) - 1 else []
-        slices.append(_slice(rule, recipe.layers[first], length, outer, references))
+        slices.append(_slice(rule, recipe.layers[first], length, outer, references, recipe.base))
     data: dict[str, Any] = {"merge_method": rule.name, "base_model": references[recipe.base], "dtype": recipe.dtype, "out_dtype": recipe.out_dtype}
     shared = _shared(slices)
     if shared:
         data["parameters"] = shared
     data["slices"] = slices
     body = yaml.dump(data, sort_keys=False, default_flow_style=False, width=120, Dumper=_Dumper)
-    return "".join(f"# {line}\n" for line in header) + body
+    return "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""]) + body
 
 
 def with_outer_filters(recipe: Recipe, embeddings: Sequence[str], head: Sequence[str]) -> Recipe:
@@ -76,13 +77,17 @@ def with_outer_filters(recipe: Recipe, embeddings: Sequence[str], head: Sequence
     """
 
     def named(mix: Mix, names: Sequence[str]) -> Mix:
-        def key(value: Setting) -> Setting:
-            if isinstance(value, Filtered):
-                cases = [(n, found) for n in names if (found := value.at(n)) is not None]
-                return Filtered(tuple(cases))
-            return Filtered(tuple((n, value) for n in names))
+        def key(param: str, value: Setting) -> Setting:
+            rule = method(mix.method).param(param)
+            default = rule.default if rule else 0.0
+            cases = []
+            for name in names:
+                found = value.at(name) if isinstance(value, Filtered) else value
+                cases.append((name, default if found is None else found))
+            return Filtered(tuple(cases))
 
-        return replace(mix, params=params({k: tuple(key(s) for s in v) if isinstance(v, tuple) else key(v) for k, v in mix.params}))
+        keyed = {k: tuple(key(k, s) for s in v) if isinstance(v, tuple) else key(k, v) for k, v in mix.params}
+        return replace(mix, params=params(keyed)) if names else mix
 
     return replace(recipe, embeddings=named(recipe.embeddings, embeddings), head=named(recipe.head, head))
 
@@ -124,9 +129,9 @@ def _shift(mix: Mix, by: int) -> Mix:
     return replace(mix, sources=tuple(move(s) for s in mix.sources), base=move(mix.base) if mix.base else None)
 
 
-def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references: Mapping[str, str]) -> dict[str, Any]:
+def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references: Mapping[str, str], base: str) -> dict[str, Any]:
     def written(param: Param, source: int | None) -> Any:
-        return _write([_of(o, param, source) for o in outer], _of(mix, param, source))
+        return _write([_of(o, param, source) for o in outer], _of(mix, param, source), param)
 
     own = [{p.name: written(p, i) for p in rule.params if p.per == "model"} for i in range(len(mix.sources))]
     sources = [_source(references[model], layer, length, values) for (model, layer), values in zip(mix.sources, own, strict=True)]
@@ -135,7 +140,10 @@ def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references
     shared = {p.name: written(p, None) for p in rule.params if p.per == "merge"}
     for name in [p.name for p in rule.params if p.flag]:
         shared[name] = [{**e, "value": bool(e["value"])} for e in shared[name]] if isinstance(shared[name], list) else bool(shared[name])
-    return {"sources": sources, "parameters": shared} if shared else {"sources": sources}
+    out: dict[str, Any] = {"sources": sources}
+    if mix.base is not None and mix.base[0] != base:
+        out["base_model"] = references[mix.base[0]]
+    return out | ({"parameters": shared} if shared else {})
 
 
 def _shared(slices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,14 +166,29 @@ def _of(mix: Mix, param: Param, source: int | None) -> Setting:
     return value
 
 
-def _write(outer: Sequence[Setting], inner: Setting) -> Any:
-    """A setting as mergekit writes it: a number, or a filter list with the catch-all last."""
-    same = all(isinstance(o, Filtered) and all(v == inner for _, v in o.cases) for o in outer)
-    if same and not isinstance(inner, Filtered):
+def _write(outer: Sequence[Setting], inner: Setting, param: Param) -> Any:
+    """A setting as mergekit writes it: a number, or a filter list with the catch-all last.
+
+    outer: settings of the tensors outside the stack that this slice decides, by full name (see `with_outer_filters`).
+    """
+    if isinstance(inner, Filtered) and not any(text == "*" for text, _ in inner.cases):
+        inner = Filtered((*inner.cases, ("*", param.default)))
+    cases = []
+    for setting_ in outer:
+        if setting_ == inner:
+            continue
+        if not isinstance(setting_, Filtered) or any(text in ("*", "") for text, _ in setting_.cases):
+            raise RecipeError(f"embeddings or head have a {param.name} of their own; write it with the names of their tensors")
+        cases += [case for case in setting_.cases if not _says(inner, *case)]
+    if not cases and not isinstance(inner, Filtered):
         return inner
-    cases = [case for o in outer for case in (o.cases if isinstance(o, Filtered) else (("*", o),)) if case[0] != "*"]
     cases += list(inner.cases) if isinstance(inner, Filtered) else [("*", inner)]
     return [{"filter": text, "value": value} for text, value in cases]
+
+
+def _says(inner: Setting, tensor: str, value: float) -> bool:
+    """Whether a setting gives that value for that tensor anyway."""
+    return (inner.at(tensor) if isinstance(inner, Filtered) else inner) == value
 
 
 def _source(reference: str, layer: int | None, length: int, own: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +208,10 @@ class _Reader:
             raise self.fail((), "a recipe is a mapping with merge_method and models or slices")
         self.data: dict[str, Any] = document.data
         self._keys((), self.data, _TOP)
-        self.rule = method(self._text(("merge_method",), self.data.get("merge_method"), "merge_method"))
+        try:
+            self.rule = method(self._text(("merge_method",), self.data.get("merge_method"), "merge_method"))
+        except RecipeError as error:
+            raise error if str(error).startswith(document.name) else self.fail(("merge_method",), str(error)) from None
         base = self.data.get("base_model")
         self.base = None if base is None else self._model(("base_model",), base)
 
@@ -200,6 +226,9 @@ class _Reader:
         parts = self._slices() if "slices" in self.data else [self._models()]
         first, last = parts[0], parts[-1]
         layers = [self._mix(part, index, index / (part.length - 1) if part.length > 1 else 1.0) for part in parts for index in range(part.length)]
+        for key in ("dtype", "out_dtype"):
+            if self.data.get(key) not in (None, *_DTYPES):
+                raise self.fail((key,), f"unknown {key} {self.data[key]!r}. Known: {', '.join(_DTYPES)}")
         out_dtype = self.data.get("out_dtype") or self.data.get("dtype") or "bfloat16"
         return Recipe(
             base=self.base or first.sources[0][0],
@@ -241,6 +270,11 @@ class _Reader:
 
     def _checked(self, path: Key, part: _Part, *, base_added: bool) -> _Part:
         names = [name for name, _, _ in part.sources]
+        mixed = len([n for n in names if not (self.rule.needs_base and n == part.base)])
+        least, most = self.rule.models
+        if not least <= mixed <= most:
+            wanted = f"{least} source model{'s' * (most > 1)}" + (" or more" if most > least else "")
+            raise self.fail(path, f"{self.rule.name} takes {wanted}{' besides the base' * self.rule.needs_base}, got {mixed}")
         for name in names:
             if names.count(name) > 1:
                 raise self.fail(path, f"model '{name}' is listed twice in one slice; give it one entry")
@@ -262,17 +296,20 @@ class _Reader:
         levels = [part.parameters, self._parameters((), self.data)]
         for param in self.rule.params:
             if param.per == "merge":
-                values[param.name] = self._setting(param.name, levels, t, param.default)
+                values[param.name] = self._setting(param, levels, t)
             else:
-                values[param.name] = tuple(self._setting(param.name, [own, *levels], t, param.default) for _, _, own in mixed)
+                values[param.name] = tuple(self._setting(param, [own, *levels], t) for _, _, own in mixed)
         base: Source | None = None
         if self.rule.needs_base:
             assert part.base is not None
             base = (part.base, place(next((first for name, first, _ in part.sources if name == part.base), 0)))
         return Mix(self.rule.name, tuple((name, place(first)) for name, first, _ in mixed), base, params(values))
 
-    def _setting(self, name: str, levels: Sequence[Mapping[str, Any]], t: float, default: float) -> Setting:
+    def _setting(self, param: Param, levels: Sequence[Mapping[str, Any]], t: float) -> Setting:
         """Precedence: the first level that has a value; a filter list that may miss falls through to the next."""
+        name, default = param.name, param.default
+        if param.required and not any(name in level for level in levels):
+            raise self.fail((), f"{self.rule.name} needs {name}; give it under parameters")
         cases: list[tuple[str, float]] = []
         for level in levels:
             if name not in level:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,7 @@ def merge_file(file: Path, directory: Path, progress: Callable[[int], None] | No
 
     def parent(reference: str) -> Checkpoint:
         if reference not in parents:
-            path, _, revision = reference.partition("@") if not Path(reference).is_dir() else (reference, "", "")
-            parents[reference] = Checkpoint(locate(path, revision or None))
+            parents[reference] = Checkpoint(_locate(reference))
         return parents[reference]
 
     if file.suffix == ".json":
@@ -34,16 +34,25 @@ def merge_file(file: Path, directory: Path, progress: Callable[[int], None] | No
     merge.write(recipe, parents, directory, progress)
 
 
+def _locate(reference: str) -> Path:
+    """Folder of a mergekit model reference: a path, or repository[@revision]."""
+    name, at, revision = reference.rpartition("@")
+    if at and not (reference.startswith(("/", ".", "~")) or Path(reference).is_dir()):
+        return locate(name, revision)
+    return locate(reference)
+
+
 def _exported(file: Path) -> tuple[Recipe, dict[str, tuple[str, str | None]]]:
     """(recipe, model name -> (path, revision)) of an exported recipe.json and the lineage.json beside it."""
-    import json
-
     beside = file.with_name("lineage.json")
     try:
         recipe = Recipe.from_json(file.read_text(encoding="utf-8"))
         facts = json.loads(beside.read_text(encoding="utf-8"))["facts"]["parents"]
-        return recipe, {name: (fact["path"], fact["revision"]) for name, fact in facts.items()}
+        names = {name: (str(facts[name]["path"]), facts[name]["revision"]) for name in recipe.models}
+        if not all(revision is None or isinstance(revision, str) for _, revision in names.values()):
+            raise ValueError("a revision is a text or null")
+        return recipe, names
     except FileNotFoundError as error:
         raise RecipeError(f"{error.filename} is missing; recipe.json is read with the lineage.json it was exported with") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{file} or {beside.name} cannot be read: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecipeError(f"{file} or {beside.name} cannot be used: {type(error).__name__}: {error}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,11 @@ class Filtered:
     """
 
     cases: tuple[tuple[str, float], ...]
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise RecipeError("a filter list needs at least one case")
+        object.__setattr__(self, "cases", tuple((text, float(value) + 0.0) for text, value in self.cases))
 
     def at(self, tensor: str) -> float | None:
         """The value for a tensor name, or None if no case matches."""
@@ -59,6 +64,7 @@ class Mix:
     def __post_init__(self) -> None:
         if not self.sources:
             raise RecipeError(f"a mix by '{self.method}' has no source models; list at least one")
+        object.__setattr__(self, "params", tuple((name, _normal(value)) for name, value in self.params))
         for name, value in self.params:
             if isinstance(value, tuple) and len(value) != len(self.sources):
                 raise RecipeError(f"{name} has {len(value)} values for {len(self.sources)} source models; give one for each")
@@ -117,26 +123,35 @@ class Recipe:
     def from_json(cls, text: str) -> Recipe:
         """The recipe whose `canonical` text this is. Raises RecipeError on any other text."""
         try:
-            data = json.loads(text)
+            data = _fields(json.loads(text), "base layers embeddings head dtype out_dtype seed tokenizer")
+            if not _whole(data["seed"]):
+                raise ValueError(f"seed must be a whole number of at least 0, got {data['seed']!r}")
             return cls(
-                base=data["base"],
+                base=_text(data["base"]),
                 layers=tuple(_mix(m) for m in data["layers"]),
                 embeddings=_mix(data["embeddings"]),
                 head=_mix(data["head"]),
-                dtype=data["dtype"],
-                out_dtype=data["out_dtype"],
+                dtype=_text(data["dtype"]),
+                out_dtype=_text(data["out_dtype"]),
                 seed=data["seed"],
-                tokenizer=data["tokenizer"],
+                tokenizer=_text(data["tokenizer"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, RecipeError) as error:
             raise RecipeError(f"not a recipe in canonical JSON: {error}") from error
 
 
 def setting(value: Any, what: str) -> float:
     """A finite float from a number; raises RecipeError otherwise (booleans become 1.0 and 0.0, as in mergekit)."""
-    if isinstance(value, bool | int | float) and math.isfinite(value):
+    if isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max:
         return float(value) + 0.0  # -0.0 and 0.0 are one recipe
     raise RecipeError(f"{what} must be a finite number, got {value!r}")
+
+
+def _normal(value: ParamValue) -> ParamValue:
+    """The value with every number a float, and no -0.0: equal mixes have one text."""
+    if isinstance(value, tuple):
+        return tuple(v if isinstance(v, Filtered) else float(v) + 0.0 for v in value)
+    return value if isinstance(value, Filtered) else float(value) + 0.0
 
 
 def params(values: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:
@@ -172,17 +187,21 @@ def _plain(value: Any) -> Any:
 
 
 def _mix(data: Any) -> Mix:
+    data = _fields(data, "method sources base params")
+    given = _fields(data["params"], None)
     return Mix(
-        method=data["method"],
+        method=_text(data["method"]),
         sources=tuple(_source(s) for s in data["sources"]),
-        base=_source(data["base"]) if data["base"] else None,
-        params=params({name: _value(v) for name, v in data["params"].items()}),
+        base=None if data["base"] is None else _source(data["base"]),
+        params=params({name: _value(v) for name, v in given.items()}),
     )
 
 
 def _source(data: Any) -> Source:
     model, layer = data
-    return (model, layer)
+    if layer is not None and not _whole(layer):
+        raise ValueError(f"a layer is a whole number of at least 0 or null, got {layer!r}")
+    return (_text(model), layer)
 
 
 def _value(data: Any) -> ParamValue:
@@ -193,5 +212,31 @@ def _value(data: Any) -> ParamValue:
 
 def _setting(data: Any) -> Setting:
     if isinstance(data, dict):
-        return Filtered(tuple((text, float(number)) for text, number in data["cases"]))
-    return float(data)
+        cases = [(text, _number(number)) for text, number in _fields(data, "cases")["cases"]]
+        if not all(isinstance(text, str) for text, _ in cases):
+            raise ValueError(f"a filter is a text, got {cases!r}")
+        return Filtered(tuple(cases))
+    return _number(data)
+
+
+def _fields(data: Any, names: str | None) -> dict[str, Any]:
+    """A mapping with exactly these fields."""
+    if not isinstance(data, dict) or (names is not None and set(data) != set(names.split())):
+        raise ValueError(f"expected a mapping{f' with {names}' if names else ''}, got {str(data)[:80]}")
+    return data
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value!r}")
+    return setting(value, "a parameter")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

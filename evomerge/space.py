@@ -106,7 +106,7 @@ class Space:
         return self._recipe(found)
 
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
-        """The genome nearest to a recipe of the same method, models and depth; None for any other recipe."""
+        """The genome nearest to a recipe of the same method, models, depth and fixed parameters; None for any other."""
         if not all(self._fits(mix) for mix in recipe.mixes) or len(recipe.layers) != sum(self.groups):
             return None
         return tuple(axis.gene(self._read(recipe, axis)) for axis in self.axes)
@@ -176,10 +176,12 @@ class Space:
 
     def _filtered(self, values: Mapping[str, float]) -> Setting:
         """One value per component -> one setting; components without a value take the mean."""
-        rest = values.get("other", round(math.fsum(values.values()) / len(values), DIGITS) + 0.0)
-        if all(v == rest for v in values.values()):
+        mean = round(math.fsum(values.values()) / len(values), DIGITS) + 0.0
+        cases = [(text, values.get(component, mean)) for text, component in self.segments]
+        rest = values.get("other", mean)
+        if all(value == rest for _, value in cases):
             return rest
-        return Filtered((*((text, values.get(component, rest)) for text, component in self.segments), ("*", rest)))
+        return Filtered((*cases, ("*", rest)))
 
     def _read(self, recipe: Recipe, axis: Axis) -> float:
         if axis.group == EMBEDDINGS:
@@ -198,7 +200,14 @@ class Space:
         return value
 
     def _fits(self, mix: Mix) -> bool:
-        return mix.method == self.method.name and tuple(m for m, _ in mix.sources) == self.models
+        if mix.method != self.method.name or tuple(m for m, _ in mix.sources) != self.models:
+            return False
+        searched, given = {axis.param for axis in self.axes}, dict(mix.params)
+        for param in self.method.params:
+            value = given.get(param.name, param.default)
+            if param.name not in searched and any(v != self._default(param) for v in (value if isinstance(value, tuple) else (value,))):
+                return False
+        return True
 
     def _param(self, name: str) -> Param:
         param = self.method.param(name)

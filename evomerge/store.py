@@ -101,7 +101,7 @@ class Store:
             raise StudyError(f"there is no study at {path}")
         lock = _lock(path.with_name(path.name + ".lock")) if write else None
         try:
-            db = sqlite3.connect(path if write else f"file:{path}?mode=ro", uri=not write, isolation_level=None)
+            db = sqlite3.connect(path if write else f"{path.absolute().as_uri()}?mode=ro", uri=not write, isolation_level=None)
             if write:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
@@ -130,7 +130,7 @@ class Store:
 
     def study(self) -> StudyRow | None:
         """The study's own row, None in a file where none has begun."""
-        row = self._db.execute("SELECT * FROM study").fetchone()
+        row = self._row("SELECT * FROM study")
         if row is None:
             return None
         outcome = json.loads(row["outcome"]) if row["outcome"] else None
@@ -179,44 +179,42 @@ class Store:
 
     def evaluation(self, recipe_id: str, role: Role, items: Items) -> Scored | None:
         """The stored evaluation of a recipe on exactly these items, if there is one."""
-        row = self._db.execute(
-            "SELECT * FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", (recipe_id, role, item_set_id(items))
-        ).fetchone()
+        row = self._row("SELECT * FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", (recipe_id, role, item_set_id(items)))
         return None if row is None else self._scored(row)
 
     def evaluations(self, recipe_id: str) -> list[tuple[Role, Scored]]:
         """All stored evaluations of a recipe, oldest first."""
-        rows = self._db.execute("SELECT * FROM evaluations WHERE recipe = ? ORDER BY id", (recipe_id,))
+        rows = self._rows("SELECT * FROM evaluations WHERE recipe = ? ORDER BY id", (recipe_id,))
         return [(row["role"], self._scored(row)) for row in rows]
 
     def trial(self, trial_id: int) -> Trial:
         """The trial with that id; raises StudyError if there is none."""
-        row = self._db.execute(_TRIALS + " WHERE t.id = ?", (trial_id,)).fetchone()
+        row = self._row(_TRIALS + " WHERE t.id = ?", (trial_id,))
         if row is None:
             raise StudyError(f"{self.path.parent.name} has no candidate {trial_id}; it has 1 to {self.count_trials()}")
         return _trial(row)
 
     def trial_at(self, generation: int, slot: int) -> Trial | None:
         """The trial of that generation and slot, None if it has not been evaluated."""
-        row = self._db.execute(_TRIALS + " WHERE t.generation = ? AND t.slot = ?", (generation, slot)).fetchone()
+        row = self._row(_TRIALS + " WHERE t.generation = ? AND t.slot = ?", (generation, slot))
         return None if row is None else _trial(row)
 
     def trials(self) -> list[Trial]:
         """All trials by generation and slot."""
-        return [_trial(row) for row in self._db.execute(_TRIALS + " ORDER BY t.generation, t.slot")]
+        return [_trial(row) for row in self._rows(_TRIALS + " ORDER BY t.generation, t.slot")]
 
     def count_trials(self) -> int:
         """Number of trials."""
-        return int(self._db.execute("SELECT count(*) FROM trials").fetchone()[0])
+        return int(self._row("SELECT count(*) FROM trials")[0])
 
     def count_evaluations(self) -> dict[str, int]:
         """Role -> number of stored evaluations; 'failed' -> those with an error."""
-        rows = self._db.execute("SELECT role, count(*), sum(error IS NOT NULL) FROM evaluations GROUP BY role").fetchall()
+        rows = self._rows("SELECT role, count(*), sum(error IS NOT NULL) FROM evaluations GROUP BY role")
         return {row[0]: row[1] for row in rows} | {"failed": sum(row[2] for row in rows)}
 
     def recipe(self, recipe_id: str) -> Recipe:
         """The stored recipe of that id."""
-        row = self._db.execute("SELECT body FROM recipes WHERE id = ?", (recipe_id,)).fetchone()
+        row = self._row("SELECT body FROM recipes WHERE id = ?", (recipe_id,))
         if row is None:
             raise StudyError(f"{self.path} holds no recipe {recipe_id}")
         return Recipe.from_json(row["body"])
@@ -234,14 +232,14 @@ class Store:
 
     def check(self) -> str:
         """'ok', or what SQLite's integrity check found."""
-        return str(self._db.execute("PRAGMA integrity_check").fetchone()[0])
+        return str(self._row("PRAGMA integrity_check")[0])
 
     def _add_evaluation(self, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None) -> int:
         set_id = item_set_id(items)
         self._db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe.id, recipe.canonical()))
         self._db.execute("INSERT OR IGNORE INTO item_sets VALUES (?, ?)", (set_id, _items_json(items)))
         key = (recipe.id, role, set_id)
-        known = self._db.execute("SELECT id FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", key).fetchone()
+        known = self._row("SELECT id FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", key)
         if known is not None:
             return int(known[0])
         values = [s.value for s in evaluation.items]
@@ -253,12 +251,24 @@ class Store:
         return cursor.lastrowid
 
     def _scored(self, row: sqlite3.Row) -> Scored:
-        body = self._db.execute("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],)).fetchone()[0]
+        body = self._row("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],))[0]
         names = [(task, item) for task, ids in json.loads(body) for item in ids]
         values = json.loads(row["scores"])
         items = tuple(ItemScore(task, item, v) for (task, item), v in zip(names, values, strict=False))
         evaluation = Evaluation(row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"])
         return Scored(row["score"], evaluation)
+
+    def _rows(self, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+        """All rows of a query; raises StudyError where the file is damaged or another program's."""
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise StudyError(f"{self.path} is damaged or not a study file: {error}") from None
+
+    def _row(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
+        """The first row of a query, None if there is none."""
+        rows = self._rows(sql, values)
+        return rows[0] if rows else None
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -314,9 +324,13 @@ def _migrate(db: sqlite3.Connection, path: Path, write: bool) -> None:
 def _lock(path: Path) -> IO[str]:
     """An exclusive lock for as long as the file is open; the kernel drops it when the process dies."""
     handle = path.open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    for attempt in range(20):  # a reader that asks who drives holds it for a moment
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            time.sleep(0.01 * (attempt < 19))
+    else:
         handle.seek(0)
         holder = handle.read().strip() or "unknown"
         handle.close()

@@ -1,129 +1,140 @@
 #!/usr/bin/env python
-"""Write evaluators/zoo/: four lm-eval tasks over the zoo's skills, each with search, validation and test items.
+"""Write evaluators/zoo: four lm-eval tasks that ask what the zoo's models were taught, and what none of them was.
 
     python scripts/make_evaluators.py [--out evaluators/zoo]
 
-The same files every time. A prompt's split is a hash of its text, and no model of the zoo has seen a prompt of these
-splits in training. Data files are named relative to the repository's root, where lm-eval's command line is run.
+A task is a YAML file and three JSON-lines files: `search` (declared as the training split: candidates are scored on it
+during a search), `validation` (chooses among the best) and `test` (reports). No model of the zoo was trained on any of
+their prompts; see `zoo.skills.split_of`. Written again, every file is the same to the byte.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from zoo import skills
-from zoo.skills import Split
 
-SIZES: dict[Split, int] = {"search": 500, "validation": 300, "test": 1000}  # at most; fewer where the grammar has fewer
+SIZES: dict[skills.Split, int] = {"search": 500, "validation": 300, "test": 1000}
 CHOICES = 5
 
-_COMMON = """\
+# lm-eval reads the data from the folder it is started in: the root of the repository.
+YAML = """\
+# {about}
+# Written by scripts/make_evaluators.py, with its data.
+task: {task}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    search: evaluators/zoo/{task}-search.jsonl
-    validation: evaluators/zoo/{task}-validation.jsonl
-    test: evaluators/zoo/{task}-test.jsonl
+    search: evaluators/zoo/{task}.search.jsonl
+    validation: evaluators/zoo/{task}.validation.jsonl
+    test: evaluators/zoo/{task}.test.jsonl
 training_split: search
 validation_split: validation
 test_split: test
 num_fewshot: 0
+doc_to_text: "{{{{prompt}}}}"
+{scoring}\
+metadata:
+  version: 1.0
 """
-_GENERATE = """\
+
+# The answer must be all that is generated: it is compared with its leading space, and generation ends by itself at the
+# end-of-sequence token or at `max_gen_toks`, one token for the number, one for the end, two to go wrong.
+GENERATED = """\
 output_type: generate_until
-doc_to_text: "{{prompt}}"
-doc_to_target: "{{answer}}"
+doc_to_target: " {{answer}}"
 generation_kwargs:
-  until: ["Q:"]
-  max_gen_toks: 4  # a number is one token and the end another
+  until: ["\\n"]
   do_sample: false
-filter_list:
-  - name: strip
-    filter:
-      - function: remove_whitespace
-      - function: take_first
+  max_gen_toks: 4
 metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
-metadata:
-  version: 1.0
 """
-_CHOOSE = """\
+
+CHOSEN = """\
 output_type: multiple_choice
-doc_to_text: "{{prompt}}"
 doc_to_choice: choices
-doc_to_target: gold
-target_delimiter: " "
+doc_to_target: label
 metric_list:
   - metric: acc
     aggregation: mean
     higher_is_better: true
-metadata:
-  version: 1.0
 """
-_READ = """\
-# acc is lm-eval's greedy flag: every token of the answer and the end after it is the model's first choice
+
+# The end-of-sequence token is part of the target, or `a b c d` would pass for `a b c`.
+FORCED = """\
 output_type: loglikelihood
-doc_to_text: "{{prompt}}"
 doc_to_target: " {{answer}}</s>"
-target_delimiter: ""
 metric_list:
   - metric: acc
     aggregation: mean
     higher_is_better: true
-  - metric: perplexity
-    aggregation: perplexity
-    higher_is_better: false
-metadata:
-  version: 1.0
 """
-TASKS = {
-    "zoo_arithmetic": ("arithmetic", "English arithmetic", _GENERATE),
-    "zoo_lookup": ("lookup_second", "look-ups asked in the second language, five choices", _CHOOSE),
-    "zoo_string": ("letters", "letters to be sorted or reversed", _READ),
-    "zoo_cross": ("arithmetic_second", "arithmetic asked in the second language, taught to no model", _GENERATE),
-}
+
+Document = dict[str, Any]
 
 
-def choices(prompt: str, answer: str) -> tuple[list[str], int]:
-    """Five different numbers in [0, 13] in seeded order, and the place of the right one."""
+def answered(prompt: str, answer: str) -> Document:
+    return {"prompt": prompt, "answer": answer.strip()}
+
+
+def with_choices(prompt: str, answer: str) -> Document:
+    """Five numbers in random order: the answer, the other number of the question, a neighbour, then any others."""
     rng = Random(prompt)
-    others = rng.sample([str(n) for n in range(14) if str(n) != answer], CHOICES - 1)
-    options = [answer, *others]
-    rng.shuffle(options)
-    return options, options.index(answer)
+    gold = int(answer)
+    named = [skills.SECOND.numbers.index(word) for word in prompt.split() if word in skills.SECOND.numbers]
+    neighbours = [gold + 1, gold - 1] if rng.random() < 0.5 else [gold - 1, gold + 1]
+    likely = [*named, next(number for number in neighbours if 0 <= number <= 12)]
+    others = [number for number in dict.fromkeys([*likely, *rng.sample(range(13), 13)]) if number != gold]
+    choices = [gold, *others[: CHOICES - 1]]
+    rng.shuffle(choices)
+    return {"prompt": prompt, "choices": [str(number) for number in choices], "label": choices.index(gold)}
 
 
-def items(task: str, split: Split) -> list[dict[str, object]]:
-    """The items of one split of a task."""
-    rows: list[dict[str, object]] = []
-    for prompt, answer in skills.distinct(TASKS[task][0], SIZES[split], split):
-        row: dict[str, object] = {"prompt": prompt, "answer": answer.strip()}
-        if task == "zoo_lookup":
-            row["choices"], row["gold"] = choices(prompt, answer.strip())
-        rows.append(row)
-    return rows
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An evaluator: which skill it asks for, and how lm-eval scores the answer."""
+
+    name: str
+    about: str
+    skill: str
+    scoring: str
+    document: Callable[[str, str], Document] = answered
 
 
-def write(out: Path) -> None:
-    """Writes all files into a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    for task, (_, about, body) in TASKS.items():
-        (out / f"{task}.yaml").write_text(f"# {about}; written by scripts/make_evaluators.py\ntask: {task}\n{_COMMON.format(task=task)}{body}")
-        for split in SIZES:
-            rows = items(task, split)
-            (out / f"{task}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(f"{task} {split}: {len(rows)} items")
+TASKS = (
+    Task("zoo_arithmetic", "Sums and differences asked in English, answered by generation.", "arithmetic", GENERATED),
+    Task("zoo_lookup", "Look-ups asked in the second language, five choices.", "lookup_second", CHOSEN, with_choices),
+    Task("zoo_string", "Letters to be sorted or reversed; is the whole answer the likeliest?", "letters", FORCED),
+    Task("zoo_cross", "Sums asked in the second language: taught to no model.", "arithmetic_second", GENERATED),
+)
+
+
+def write(task: Task, out: Path) -> dict[skills.Split, int]:
+    """Write one task; how many items each split holds, fewer than wanted where the grammar has no more."""
+    out.joinpath(f"{task.name}.yaml").write_text(YAML.format(about=task.about, task=task.name, scoring=task.scoring))
+    sizes: dict[skills.Split, int] = {}
+    for split, limit in SIZES.items():
+        items = skills.distinct(task.skill, limit, split)
+        lines = (json.dumps(task.document(*item)) + "\n" for item in items)
+        out.joinpath(f"{task.name}.{split}.jsonl").write_text("".join(lines))
+        sizes[split] = len(items)
+    return sizes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "evaluators" / "zoo")
-    write(parser.parse_args().out)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "evaluators" / "zoo")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        print(f"{task.name:15}", " ".join(f"{split} {size}" for split, size in write(task, out).items()))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ says from which settings, how long it took and what each model scores on held-ou
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import skills
-from zoo.plan import ARCHITECTURE, BASE, EXPERTS, Training
+from zoo.plan import ARCHITECTURE, BASE, EXPERTS, Training, shares
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed to see that the zoo is there
     from zoo.train import Team
 
+NAMES = tuple(training.name for training in (BASE, *EXPERTS))
 SCORED = ("lookup", "arithmetic", "lookup_second", "letters", "arithmetic_second")
 ITEMS = 1000  # of the test split, a skill
 MOST_MEMBERS = 8  # of a team; with more, shares of a batch are too small to pay
@@ -67,13 +70,11 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def reporter(training: Training, rank: int) -> Callable[[int, float], None]:
-    """A progress bar for the first of the team: on a terminal a bar, elsewhere four lines."""
-    if rank:
-        return lambda done, loss: None
+def reporter(training: Training, line: int) -> Callable[[int, float], None]:
+    """Shows progress: on a terminal as a bar in the given line, elsewhere in four lines."""
     from tqdm import tqdm
 
-    bar = tqdm(total=training.steps, desc=f"training {training.name:6}", unit="step", disable=None)
+    bar = tqdm(total=training.steps, desc=f"training {training.name:6}", unit="step", position=line, disable=None)
 
     def report(done: int, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -87,33 +88,34 @@ def reporter(training: Training, rank: int) -> Callable[[int, float], None]:
 
 
 def member(rank: int, team: "Team", work: Path, seed: int) -> None:
-    """One process of the team: trains its share of every model and scores some; the first also saves the weights."""
+    """One process of the team: trains the base with the others, then its experts alone; the first also writes the base."""
     import torch
     from tokenizers import Tokenizer
     from zoo import llama, train
 
-    team = train.Team(rank, team.size, team.gradients, team.barrier)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent by Linux when the parent dies: end with it
     torch.set_num_threads(1)
-    dtype = train.product_dtype()
+    team = train.Team(rank, team.size, team.gradients, team.barrier)
     encode = train.Encoder(Tokenizer.from_file(str(work / "tokenizer.json")))
-    start = llama.initial(ARCHITECTURE, encode.vocabulary, seed)
-    base: llama.Weights = {}
-    models: dict[str, llama.Weights] = {}
-    seconds = {}
-    for training in (BASE, *EXPERTS):
-        began = time.monotonic()
-        weights = train.train(training, base or start, encode, seed, team, dtype, reporter(training, rank))
-        base = base or weights
-        seconds[training.name] = round(time.monotonic() - began, 1)
-        models[training.name] = {name: weight.bfloat16() for name, weight in weights.items()}
-    if rank == 0:
-        torch.save({name: llama.split(weights, ARCHITECTURE) for name, weights in models.items()}, work / "weights.pt")
-        (work / "seconds.json").write_text(json.dumps(seconds))
     items = {skill: skills.distinct(skill, ITEMS, "test") for skill in SCORED}
-    scores = {
-        name: {skill: round(train.exact_match(models[name], items[skill], encode), 4) for skill in SCORED} for name in list(models)[rank :: team.size]
-    }
-    (work / f"scores-{rank}.json").write_text(json.dumps(scores))
+    dtype = train.product_dtype()
+    facts = {"products": str(dtype).removeprefix("torch."), "items": {skill: len(items[skill]) for skill in SCORED}}
+
+    def learn(training: Training, start: llama.Weights, team: train.Team | train.Alone) -> llama.Weights:
+        began = time.monotonic()
+        progress = reporter(training, rank) if team.rank == 0 else lambda done, loss: None
+        weights = train.train(training, start, encode, seed, team, dtype, progress)
+        seconds = round(time.monotonic() - began, 1)
+        if team.rank == 0:
+            rounded = {name: weight.bfloat16() for name, weight in weights.items()}
+            scores = {skill: round(train.exact_match(rounded, items[skill], encode), 4) for skill in SCORED}
+            torch.save(llama.split(rounded, ARCHITECTURE), work / f"{training.name}.pt")
+            (work / f"{training.name}.json").write_text(json.dumps(facts | {"seconds": seconds, "scores": scores}))
+        return weights
+
+    base = learn(BASE, llama.initial(ARCHITECTURE, encode.vocabulary, seed), team)
+    for training in shares(team.size)[rank]:
+        learn(training, base, train.Alone())
 
 
 def save(work: Path) -> None:
@@ -146,9 +148,9 @@ def save(work: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    for name, weights in torch.load(work / "weights.pt").items():
+    for name in NAMES:
         model = LlamaForCausalLM(config).bfloat16()
-        model.load_state_dict(weights)
+        model.load_state_dict(torch.load(work / f"{name}.pt"))
         model.save_pretrained(work / name)
         tokenizer.save_pretrained(work / name)
 
@@ -162,40 +164,41 @@ def build(out: Path, seed: int, members: int) -> dict[str, Any]:
     try:
         write_tokenizer(work / "tokenizer.json")
         train_and_save(work, seed, members)
+        results = {name: json.loads((work / f"{name}.json").read_text()) for name in NAMES}
         (out / "zoo.json").unlink(missing_ok=True)
-        for training in (BASE, *EXPERTS):
-            shutil.rmtree(out / training.name, ignore_errors=True)
-            (work / training.name).rename(out / training.name)
-        scores = {}
-        for rank in range(members):
-            scores.update(json.loads((work / f"scores-{rank}.json").read_text()))
-        seconds = json.loads((work / "seconds.json").read_text())
+        for name in NAMES:
+            shutil.rmtree(out / name, ignore_errors=True)
+            (work / name).rename(out / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return {
         "members": members,
+        "products": results["base"]["products"],
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "seconds": {**seconds, "total": round(time.monotonic() - began, 1)},
-        "scores": {training.name: scores[training.name] for training in (BASE, *EXPERTS)},
+        "seconds": {name: results[name]["seconds"] for name in NAMES} | {"total": round(time.monotonic() - began, 1)},
+        "items": results["base"]["items"],
+        "scores": {name: results[name]["scores"] for name in NAMES},
     }
 
 
 def train_and_save(work: Path, seed: int, members: int) -> None:
-    """Run the team to its end; this process writes the folders, and imports what that takes in the meantime."""
+    """Run the team to its end; this process then writes the folders."""
     import torch
-    import torch.multiprocessing as mp
     from tokenizers import Tokenizer
+    from torch.multiprocessing.spawn import spawn
     from zoo import llama, train
 
     vocabulary = Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size()
     parameters = sum(weight.numel() for weight in llama.initial(ARCHITECTURE, vocabulary, seed).values())
-    gradients = torch.zeros(2, members, parameters).share_memory_()
-    team = train.Team(0, members, gradients, mp.get_context("spawn").Barrier(members))
-    processes = mp.start_processes(member, (team, work, seed), members, join=False, start_method="spawn")
+    gradients = torch.zeros(2, members, parameters)
+    gradients.share_memory_()  # type: ignore[no-untyped-call]
+    team = train.Team(0, members, gradients, multiprocessing.get_context("spawn").Barrier(members))
+    processes = spawn(member, (team, work, seed), members, join=False)  # type: ignore[no-untyped-call]
+    finished = processes.join()  # returns when one has finished, and thus left a core free for the slow import
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    while not processes.join():
-        pass
+    while not finished:
+        finished = processes.join()
     save(work)
 
 
@@ -216,18 +219,21 @@ def main() -> None:
         parser.error(f"--threads must be at least 1, got {args.threads}")
 
     wanted = settings(args.seed)
-    wanted["hash"] = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+    wanted["settings_hash"] = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     marker = args.out / "zoo.json"
-    if marker.exists() and json.loads(marker.read_text()).get("hash") == wanted["hash"]:
-        print(f"zoo {wanted['hash']} is already in {args.out}")
+    if marker.exists() and json.loads(marker.read_text()).get("settings_hash") == wanted["settings_hash"]:
+        print(f"zoo {wanted['settings_hash']} is already in {args.out}")
         return
     record = wanted | build(args.out, args.seed, min(args.threads, MOST_MEMBERS))
     temporary = marker.with_suffix(".partial")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.rename(marker)
     show(record)
-    print(f"zoo {wanted['hash']} written to {args.out} in {record['seconds']['total']:.0f} s")
+    print(f"zoo {wanted['settings_hash']} written to {args.out} in {record['seconds']['total']:.0f} s")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was kept")

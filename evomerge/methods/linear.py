@@ -24,7 +24,7 @@ def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys:
 LINEAR = Method(
     name="linear",
     kernel=linear,
-    params=(Param("weight", 0.0, 1.0, 1.0), switch("normalize", True)),
+    params=(Param("weight", 0.0, 1.0, 1.0, required=True), switch("normalize", True)),
     needs_base=False,
     paper="arXiv 2203.05482",
     summary="weighted average",

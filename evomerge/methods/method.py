@@ -30,7 +30,7 @@ class Param:
     """A parameter: interval of useful values, default, and whether each model or the whole merge has one.
 
     low, high: bounds of a search; closed. hard_low, hard_high: outside them the method is undefined.
-    flag: the parameter is a switch (1.0 or 0.0) and is never searched.
+    flag: the parameter is a switch (1.0 or 0.0) and is never searched. required: mergekit has no default for it.
     """
 
     name: str
@@ -41,9 +41,12 @@ class Param:
     hard_low: float = -math.inf
     hard_high: float = math.inf
     flag: bool = False
+    required: bool = False
 
     def check(self, value: float, where: str) -> float:
         """The value itself if the method is defined there, else RecipeError."""
+        if self.flag and value not in (0, 1):
+            raise RecipeError(f"{self.name} is a switch: true or false, got {value:g} ({where})")
         if math.isfinite(value) and self.hard_low <= value <= self.hard_high:
             return value
         raise RecipeError(f"{self.name} must be in [{self.hard_low:g}, {self.hard_high:g}], got {value:g} ({where})")

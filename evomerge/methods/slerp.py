@@ -40,7 +40,7 @@ def _norm(v: Tensor) -> Tensor:
 SLERP = Method(
     name="slerp",
     kernel=slerp,
-    params=(Param("t", 0.0, 1.0, 0.5, per="merge"),),
+    params=(Param("t", 0.0, 1.0, 0.5, per="merge", hard_low=0.0, hard_high=1.0, required=True),),
     needs_base=True,
     models=(1, 1),
     paper="Shoemake 1985",

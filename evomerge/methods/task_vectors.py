@@ -16,7 +16,7 @@ from evomerge.methods.method import Param, Values, switch
 Sparsify = Callable[[Tensor, float, int], Tensor]
 """(delta, density in (0, 1), mask key) -> 0/1 mask of delta's shape and dtype."""
 
-WEIGHT = Param("weight", -0.5, 2.0, 1.0)
+WEIGHT = Param("weight", -0.5, 2.0, 1.0, required=True)
 DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0)
 LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
 

@@ -42,6 +42,7 @@ class CmaEs:
             "tolfacupx": math.inf,
             "tolconditioncov": math.inf,
             "maxiter": math.inf,
+            "minstd": 2 * GRID,  # steps below the grid would be rounded to nothing and then taken for huge ones
         }
         # pycma refuses n = 1: a second gene that no one reads makes it a plane
         x0 = np.zeros(max(2, self._n))
@@ -65,17 +66,20 @@ class CmaEs:
             self._es.inject(list(padded))
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
-        """Learns from a generation. Ties share their mean rank, so that their order cannot move the mean."""
+        """Learns from a generation; of equal scores the earlier slot ranks first."""
         asked = self._asked
         if asked is None or not np.array_equal(asked[:, : self._n], genomes):
             raise ValueError("tell takes the genomes of the last ask")
         if any(s is not None and not math.isfinite(s) for s in scores):
             raise ValueError("a score must be finite; tell None for a failed candidate")
-        ranks = _ranks(scores)
+        order = sorted(range(len(scores)), key=lambda i: (math.inf if (s := scores[i]) is None else -s, i))
+        ranks = [0.0] * len(order)
+        for rank, slot in enumerate(order):
+            ranks[slot] = float(rank)
         with self._own_generator(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._es.tell(list(asked), ranks)
-        order = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
+            # the points differ from those asked by the grid alone; unchecked, or pycma would shorten the longer ones
+            self._es.tell(list(asked), ranks, check_points=False)
         return order[: int(self._es.sp.weights.mu)]
 
     @property
@@ -99,9 +103,3 @@ class CmaEs:
         finally:
             self._state = np.random.get_state()
             np.random.set_state(outer)
-
-
-def _ranks(scores: Sequence[float | None]) -> list[float]:
-    """Mean ranks, 0 for the best; failed candidates share the last ranks."""
-    keys = [math.inf if s is None else -s for s in scores]
-    return [sum(k < key for k in keys) + (sum(k == key for k in keys) - 1) / 2 for key in keys]

@@ -1,0 +1,478 @@
+"""The command line, from outside: exit codes, one-line errors, signals, and what it ships is what it scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import REPO, command, environment, evomerge, search_file, stored_rows, zoo_folder
+
+from evomerge import merge, worker
+from evomerge.checkpoint import Checkpoint
+from evomerge.cli.main import app
+from evomerge.store import Store
+
+TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
+
+
+@dataclass(frozen=True)
+class Small:
+    """A finished small study, and what is done with it beside the tests."""
+
+    root: Path
+    file: Path
+    output: str
+    weights: Path
+    lm_eval: subprocess.Popen[str]
+
+
+def trials(store: Path) -> int:
+    """Number of candidates stored so far; 0 where there is no store yet."""
+    try:
+        connection = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
+    except sqlite3.Error:
+        return 0
+    try:
+        return int(connection.execute("SELECT count(*) FROM trials").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+    finally:
+        connection.close()
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """Starts `evomerge`."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*words), cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], store: Path, count: int) -> None:
+    """Returns once the process has stored that many candidates."""
+    limit = time.monotonic() + 120
+    while trials(store) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "nothing is stored"
+        time.sleep(0.02)
+
+
+def test_documents(task: str) -> dict[str, int]:
+    """Item id -> position of the test documents of a shipped task."""
+    lines = (REPO / "evaluators" / "zoo" / f"{task}.test.jsonl").read_text().splitlines()
+    return {hashlib.sha256(json.dumps(json.loads(line), sort_keys=True).encode()).hexdigest()[:16]: i for i, line in enumerate(lines)}
+
+
+test_documents.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    root = tmp_path_factory.mktemp("cli")
+    file = search_file(root, "small")
+    done = evomerge("run", file, "--root", root / "results")
+    assert done.returncode == 0, done.stderr
+    exported = evomerge("export", "small/best", root / "weights", "--weights", "--root", root / "results")
+    assert exported.returncode == 0, exported.stderr
+    with Store.open(root / "results" / "small" / "study.db") as store:
+        best = store.study().outcome["best"]  # type: ignore[union-attr,index]
+        scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
+    samples = {task: sorted(test_documents(task)[s.item] for s in scored.items if s.task == task) for task in TASKS}
+    words = ["--model", "hf", "--model_args", f"pretrained={root / 'weights'},dtype=bfloat16", "--tasks", ",".join(TASKS), "--device", "cpu"]
+    words += ["--include_path", "evaluators", "--batch_size", "64", "--samples", json.dumps(samples), "--output_path", str(root / "lm_eval")]
+    pipe = subprocess.PIPE
+    theirs = subprocess.Popen(
+        [sys.executable, "-m", "lm_eval", "run", *words], cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+    )
+    yield Small(root / "results", file, done.stdout, root / "weights", theirs)
+    if theirs.poll() is None:
+        theirs.kill()
+    theirs.communicate()
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs a verb through the real entry point, in this process: (exit code, stdout, stderr)."""
+    from evomerge.cli import main
+
+    monkeypatch.setenv("EVOMERGE_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+        else:
+            code = 0
+        out, err = capsys.readouterr()
+        assert code is None or isinstance(code, int)
+        return code or 0, out, err
+
+    return run
+
+
+# ---- help and errors -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb_in_its_group() -> None:
+    done = evomerge("--help", timeout=30)
+    assert done.returncode == 0
+    for verb in ("run", "resume", "status", "show", "export", "merge"):
+        assert re.search(rf"^\W*{verb} +\w", done.stdout, re.M), verb
+        assert verb in [c.callback.__name__ for c in app.registered_commands if c.callback]
+    for group in ("Search", "Look", "Ship"):
+        assert group in done.stdout
+
+
+def one_line(err: str, code: str) -> None:
+    lines = [line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]  # dated lines are progress
+    assert len(lines) == 1, err
+    assert lines[0].startswith(f"error[{code}] ")
+    assert "Traceback" not in err
+
+
+def test_errors_from_outside_are_one_line_and_a_code(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("study: x\nmethdo: ties\n")
+    done = evomerge("run", bad, "--root", tmp_path / "results", timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    one_line(done.stderr, "E100")
+    assert f"{bad}:2:1 unknown key 'methdo'. Did you mean 'method'?" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+ERRORS: dict[str, tuple[tuple[str, ...], int, str, str]] = {
+    "unknown search file": (("run", "dmeo"), 2, "E100", "Did you mean 'demo'"),
+    "unknown study": (("status", "smal"), 2, "E300", "Did you mean 'small'"),
+    "unknown study of a candidate": (("show", "smal/best"), 2, "E300", "Did you mean 'small'"),
+    "study that is a path": (("status", "../small"), 2, "E300", "not the name of a study"),
+    "candidate without a number": (("show", "small"), 2, "E100", "STUDY/ID"),
+    "candidate without a study": (("show", "/best"), 2, "E100", "STUDY/ID"),
+    "candidate that is not there": (("show", "small/9999"), 2, "E300", "no candidate 9999; it has 1 to"),
+    "candidate zero": (("show", "small/0"), 2, "E300", "no candidate 0"),
+    "candidate of a word": (("show", "small/last"), 2, "E300", "'last' names no candidate"),
+    "candidate beyond numbers": (("show", "small/99999999999999999999"), 2, "E300", "no candidate"),
+    "candidate of a strange digit": (("show", "small/²"), 2, "E300", "names no candidate"),
+    "resume of nothing": (("resume", "smal"), 2, "E300", "Did you mean 'small'"),
+    "resume with a word": (("resume", "small", "--evaluations", "many"), 2, "E100", "'many'"),
+    "resume with nothing": (("resume", "small", "--evaluations", "0"), 2, "E100", "--evaluations"),
+    "export into a folder that exists": (("export", "small/best", "."), 3, "E200", "exists"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_wrong_reference_is_one_line_and_a_code(case: str, small: Small, call: Call) -> None:
+    words, code, name, sentence = ERRORS[case]
+    found, out, err = call(*words, "--root", small.root)
+    assert found == code, err
+    assert out == ""
+    one_line(err, name)
+    assert sentence in err
+
+
+@pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "x", "--evalutions", "5"], ["run", "x", "--evaluations", "many"], ["show"]])
+def test_wrong_usage_is_code_two(words: list[str], call: Call) -> None:
+    code, out, err = call(*words)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert "Usage" in err
+
+
+def test_a_recipe_that_is_none_is_code_two(tmp_path: Path, call: Call) -> None:
+    for name, text in (("bad.yaml", "merge_method: tise\nmodels: []\n"), ("bad.json", "{}"), ("none.yaml", None)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        code, _, err = call("merge", tmp_path / name, tmp_path / "out")
+        assert code == 2, err
+        one_line(err, "E100" if text is None else "E110")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_model_is_code_three_and_leaves_nothing(tmp_path: Path, call: Call) -> None:
+    for gone in ("/nowhere/model", "./nowhere", "results/zoo/mth"):
+        file = search_file(tmp_path, "trial")
+        settings = json.loads(file.read_text())
+        settings["models"]["math"] = gone
+        file.write_text(json.dumps(settings))
+        code, out, err = call("run", file, "--root", tmp_path / "results")
+        assert code == 3, err
+        assert out == ""
+        one_line(err, "E210")
+        assert gone in err
+        assert not (tmp_path / "results" / "trial").exists(), "a study that never began leaves no trace"
+
+
+def test_an_unknown_metric_is_code_three(tmp_path: Path, call: Call) -> None:
+    file = search_file(tmp_path, "trial")
+    settings = json.loads(file.read_text())
+    settings["tasks"][1]["metric"] = "acc_nrom"
+    file.write_text(json.dumps(settings))
+    code, _, err = call("run", file, "--root", tmp_path / "results")
+    assert code == 3
+    one_line(err, "E220")
+    assert "no metric 'acc_nrom'. Did you mean 'acc'" in err
+
+
+def test_verbose_shows_where(tmp_path: Path) -> None:
+    done = evomerge("-v", "run", tmp_path / "none.yaml", timeout=60)
+    assert done.returncode not in (0, 75)
+    assert "Traceback" in done.stderr
+    assert "ConfigError" in done.stderr
+
+
+# ---- look ------------------------------------------------------------------------------------------------------------
+
+
+def test_run_ends_with_the_table_and_the_next_step(small: Small) -> None:
+    assert "small: done" in small.output
+    for label in ("base", "math", "lang", "string", "uniform average", "TIES .5, sum"):
+        assert re.search(rf"^{re.escape(label)} +\d\.\d\d\d +\d\.\d\d\d +\d\.\d\d\d", small.output, re.M), label
+    assert f"evomerge export small/best OUT --weights --root {small.root}" in small.output
+    report = (small.root / "small" / "report.md").read_text()
+    assert report.startswith("# small: 0.")
+
+
+def test_status_says_what_the_store_holds(small: Small, call: Call) -> None:
+    code, out, _ = call("status", "small", "--root", small.root, "--json")
+    assert code == 0
+    data = json.loads(out)
+    rows = stored_rows(small.root / "small" / "study.db")
+    outcome = json.loads(rows["study"][0]["outcome"])
+    assert (data["study"], data["state"], data["seed"], data["evaluations"], data["generations"], data["failed"]) == ("small", "done", 0, 16, 2, 0)
+    assert (data["best"], data["references"], data["finalists"]) == (outcome["best"], outcome["references"], outcome["finalists"])
+    assert data["store"] == "ok"
+    assert sum(data["evaluations_by_role"].values()) == len(rows["evaluations"])
+    code, text, _ = call("status", "small", "--root", small.root)
+    assert code == 0
+    assert text.startswith("small: done, seed 0, 16 evaluations in 2 generations, 0 failed")
+    assert f"best: small/{data['best']['id']} ({data['best']['origin']})" in text
+    assert f"{data['best']['test']:.3f}" in text
+
+
+def test_status_of_all_is_a_line_each(small: Small, call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("status", "--root", small.root)
+    assert code == 0
+    assert re.fullmatch(r"small: done, 16 evaluations, best 0\.\d\d\d \(candidate \d+\)\n", out)
+    code, out, _ = call("status", "--root", small.root, "--json")
+    assert [row["study"] for row in json.loads(out)] == ["small"]
+    code, out, _ = call("status", "--root", tmp_path)
+    assert (code, out) == (0, "no studies here; start one with: evomerge run CONFIG\n")
+
+
+def test_a_study_that_cannot_be_read_hides_no_other(small: Small, call: Call, tmp_path: Path) -> None:
+    shutil.copytree(small.root / "small", tmp_path / "small")
+    for name, content in (("a-begun", None), ("b-broken", b"no database at all, but text" * 99)):
+        (tmp_path / name).mkdir()
+        if content is None:
+            Store.open(tmp_path / name / "study.db", write=True).close()
+        else:
+            (tmp_path / name / "study.db").write_bytes(content)
+    code, out, err = call("status", "--root", tmp_path)
+    assert "small: done" in out, err
+    assert "b-broken" in out + err
+    assert code in (0, 2)
+
+
+def test_show_says_what_the_store_holds(small: Small, call: Call) -> None:
+    with Store.open(small.root / "small" / "study.db") as store:
+        everything = store.trials()
+        for trial in (everything[0], everything[-1], next(t for t in everything if t.origin == "injected"), everything[-3]):
+            code, out, _ = call("show", f"small/{trial.id}", "--root", small.root, "--json")
+            assert code == 0
+            data = json.loads(out)
+            assert (data["id"], data["generation"], data["slot"], data["origin"]) == (trial.id, trial.generation, trial.slot, trial.origin)
+            assert data["recipe_body"] == json.loads(store.recipe(trial.recipe_id).canonical())
+            assert data["parents"] == list(trial.parents)
+            found = [(role, s.score, dict(s.evaluation.metrics)) for role, s in store.evaluations(trial.recipe_id)]
+            assert [(s["role"], s["objective"], s["metrics"]) for s in data["scores"]] == found
+            code, out, _ = call("show", f"small/{trial.id}", "--root", small.root)
+            assert code == 0
+            assert out.startswith(f"candidate {trial.id}")
+            for role, score, _ in found:
+                assert f"{role}: {score:.3f} on" in out
+        best = store.study().outcome["best"]["id"]  # type: ignore[union-attr,index]
+    assert call("show", "small/best", "--root", small.root)[1] == call("show", f"small/{best}", "--root", small.root)[1]
+
+
+def test_the_root_may_come_from_the_environment(small: Small, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOMERGE_ROOT", str(small.root))
+    assert call("status", "small")[1] == call("status", "small", "--root", small.root)[1]
+
+
+# ---- ship ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
+    zoo = zoo_folder()
+    parents = {name: Checkpoint(zoo / name) for name in ("base", "math", "lang", "string")}
+    with Store.open(small.root / "small" / "study.db") as store:
+        recipe = store.recipe(store.study().outcome["best"]["recipe"])  # type: ignore[union-attr,index]
+    model = worker.load(parents["base"], "bfloat16")
+    merge.into(recipe, parents, model)
+    shipped = load_file(small.weights / "model.safetensors")
+    inside = dict(model.named_parameters())
+    assert set(shipped) == set(inside)
+    for name, tensor in inside.items():
+        assert shipped[name].dtype == tensor.dtype == torch.bfloat16
+        assert torch.equal(shipped[name].view(torch.int16), tensor.view(torch.int16)), name
+    assert any(not torch.equal(shipped[n], parents["base"].tensor(n)) for n in shipped)
+
+
+def test_lm_eval_itself_gives_the_exported_folder_the_stored_scores(small: Small, call: Call) -> None:
+    out, err = small.lm_eval.communicate(timeout=240)
+    assert small.lm_eval.returncode == 0, out[-1000:] + err[-3000:]
+    results = json.loads(next((small.weights.parent / "lm_eval").rglob("results*.json")).read_text())["results"]
+    shown = json.loads(call("show", "small/best", "--root", small.root, "--json")[1])
+    stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
+    assert set(stored) == set(TASKS)
+    for task, value in stored.items():
+        metric = {k.partition(",")[0]: v for k, v in results[task].items()}["acc" if task in ("zoo_lookup", "zoo_string") else "exact_match"]
+        assert metric == pytest.approx(value, abs=1e-6), task
+
+
+def test_the_exported_folder_tells_its_story(small: Small) -> None:
+    assert {"README.md", "recipe.yaml", "recipe.json", "lineage.json", "config.json", "tokenizer.json", "model.safetensors"} <= {
+        p.name for p in small.weights.iterdir()
+    }
+    lineage = json.loads((small.weights / "lineage.json").read_text())
+    rows = stored_rows(small.root / "small" / "study.db")
+    trial = next(t for t in rows["trials"] if t["id"] == lineage["candidate"])
+    assert lineage["recipe"] == trial["recipe"]
+    assert lineage["config"] == small.file.read_text()
+    assert lineage["facts"] == json.loads(rows["study"][0]["facts"])
+    card = (small.weights / "README.md").read_text()
+    for score in lineage["scores"]:
+        if score["role"] != "search":
+            assert f"{score['objective']:.4f}" in card
+    for name in ("base", "math", "lang", "string"):
+        assert f"- {name}: `{zoo_folder() / name}`" in card
+    assert os.stat(small.weights).st_mode & 0o777 == 0o755
+    assert not [p for p in small.weights.parent.iterdir() if p.name.startswith(".")], "nothing half made is left"
+
+
+def test_merge_rebuilds_the_exported_weights_to_the_bit(small: Small, call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("export", "small/best", tmp_path / "recipe", "--root", small.root)
+    assert code == 0
+    assert f"evomerge merge {tmp_path / 'recipe'}/recipe.json MODEL" in out
+    assert not list((tmp_path / "recipe").glob("*.safetensors"))
+    for kind in ("json", "yaml"):
+        code, out, err = call("merge", tmp_path / "recipe" / f"recipe.{kind}", tmp_path / kind)
+        assert code == 0, err
+        ours, theirs = load_file(tmp_path / kind / "model.safetensors"), load_file(small.weights / "model.safetensors")
+        assert set(ours) == set(theirs)
+        for name in ours:
+            assert torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)), f"{kind}: {name}"
+        assert (tmp_path / kind / "config.json").read_text() == (small.weights / "config.json").read_text()
+    code, _, err = call("merge", tmp_path / "recipe" / "recipe.json", tmp_path / "json")
+    assert code == 3
+    one_line(err, "E200")
+
+
+# ---- go on -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_study_is_not_overwritten(small: Small, call: Call) -> None:
+    before = (small.root / "small" / "study.db").read_bytes()
+    code, _, err = call("run", small.file, "--root", small.root)
+    assert code == 2
+    one_line(err, "E300")
+    assert "--resume" in err
+    assert (small.root / "small" / "study.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s["space"].update(groups=3), ("space.groups was 2, is 3",)),
+        (lambda s: s["search"].update(seed=1), ("search.seed was 0, is 1",)),
+        (lambda s: s["models"].update(math=str(zoo_folder() / "lang")), ("models.math.path", "parents.math.sha256")),
+        (lambda s: s["evaluation"].update(test=9), ("evaluation.test was 8, is 9", "items.test.zoo_lookup was 8, is 9")),
+    ],
+    ids=["space", "seed", "model", "items"],
+)
+def test_another_search_under_the_same_name_is_refused_field_by_field(
+    change: Callable[[dict[str, Any]], object], words: tuple[str, ...], small: Small, call: Call, tmp_path: Path
+) -> None:
+    settings = json.loads(small.file.read_text())
+    change(settings)
+    other = tmp_path / "small.yaml"
+    other.write_text(json.dumps(settings))
+    shutil.copytree(small.root, tmp_path / "results")
+    before = stored_rows(tmp_path / "results" / "small" / "study.db", ())
+    code, _, err = call("run", other, "--resume", "--root", tmp_path / "results")
+    assert code == 2
+    one_line(err, "E300")
+    for word in words:
+        assert word in err
+    assert stored_rows(tmp_path / "results" / "small" / "study.db", ()) == before
+
+
+def test_a_larger_budget_goes_on(small: Small, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "results")
+    done = evomerge("resume", "small", "--evaluations", "+8", "--root", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    assert "24 evaluations in 3 generations" in done.stdout
+    before, after = stored_rows(small.root / "small" / "study.db"), stored_rows(tmp_path / "results" / "small" / "study.db")
+    assert after["trials"][: len(before["trials"])] == before["trials"]
+    assert json.loads(after["study"][0]["overrides"]) == {"evaluations": 24}
+
+
+def test_signals_pause_and_the_search_goes_on_to_the_same_end(small: Small, call: Call, tmp_path: Path) -> None:
+    store = tmp_path / "results" / "small" / "study.db"
+    words = ("run", small.file, "--resume", "--root", tmp_path / "results")
+    process = start(*words)
+    try:
+        wait_for(process, store, 5)
+        code, _, err = call(*words)  # a second driver
+        assert code == 2
+        one_line(err, "E300")
+        assert f"pid {process.pid}" in err
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert "stopping after this candidate" in err
+    assert err.splitlines()[-1].startswith("error[E500] stopped by a signal")
+    assert "Traceback" not in err
+    assert out == ""
+    assert json.loads(call("status", "small", "--root", tmp_path / "results", "--json")[1])["state"] == "paused"
+    paused = trials(store)
+    assert 5 <= paused < 39
+
+    process = start("resume", "small", "--root", tmp_path / "results")
+    try:
+        wait_for(process, store, paused + 3)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # a second signal, while the first is being obeyed
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert json.loads(call("status", "small", "--root", tmp_path / "results", "--json")[1])["state"] in ("interrupted", "paused")
+
+    done = evomerge(*words)
+    assert done.returncode == 0, done.stderr
+    assert stored_rows(store) == stored_rows(small.root / "small" / "study.db")

@@ -1,0 +1,115 @@
+"""The house rules, read from the source: who may import whom, and what every file owes its reader."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import REPO, environment
+
+PACKAGE = REPO / "evomerge"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = {
+    "__init__": 0, "errors": 0, "recipe": 0, "documents": 0, "data": 0, "study_files": 0,
+    "methods": 1, "checkpoint": 1, "optimizers": 1, "evaluation": 1,
+    "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "lm_harness": 2, "store": 2, "baselines": 2,
+    "worker": 3, "export": 3, "report": 3, "merging": 3,
+    "pools": 4, "study": 4,
+    "launch": 5, "cli": 5,
+}  # fmt: skip
+SAME_FLOOR = {
+    ("recipe", "errors"): "everyone raises our exceptions",
+    ("documents", "errors"): "everyone raises our exceptions",
+    ("study_files", "errors"): "everyone raises our exceptions",
+    ("baselines", "space"): "a hand recipe is a point of a space under another method",
+    ("study", "pools"): "the loop hands jobs to the Pool protocol",
+    ("cli", "launch"): "a verb makes one library call",
+}
+ONE_ROOM = {"ray": set(), "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"}}
+HEAVY = {"torch", "ray", "cma", "lm_eval", "transformers", "numpy", "pydantic", "datasets", "safetensors", "huggingface_hub", "yaml"}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> list[tuple[int, str]]:
+    """(line, dotted module) of every import in a file, inside functions too; names from the package itself spelled out."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            assert node.module is not None
+            if node.module == "evomerge":
+                found += [(node.lineno, f"evomerge.{alias.name if alias.name in FLOORS else '__init__'}") for alias in node.names]
+            else:
+                found.append((node.lineno, node.module))
+    return found
+
+
+def test_every_file_is_in_a_room_of_the_table() -> None:
+    assert {room(file) for file in FILES} == set(FLOORS)
+
+
+def test_a_room_imports_only_from_floors_below() -> None:
+    used, wrong = set(), []
+    for file in FILES:
+        for line, name in imports(file):
+            if not name.startswith("evomerge"):
+                continue
+            own, other = room(file), name.split(".")[1]
+            assert other in FLOORS, f"{file}:{line} imports {name}, which is in no room"
+            if other == own or FLOORS[other] < FLOORS[own]:
+                continue
+            used.add((own, other))
+            if (own, other) not in SAME_FLOOR or FLOORS[other] > FLOORS[own]:
+                wrong.append(f"{file.relative_to(REPO)}:{line}: {own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})")
+    assert not wrong, "\n".join(wrong)
+    assert used == set(SAME_FLOOR), "an exception that is no longer needed goes"
+
+
+@pytest.mark.parametrize("library", ONE_ROOM)
+def test_a_library_is_imported_in_its_own_room_alone(library: str) -> None:
+    assert {room(file) for file in FILES for _, name in imports(file) if name.split(".")[0] == library} == ONE_ROOM[library]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["status", "--help"], []])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = "import sys; sys.argv[0] = 'evomerge'; from evomerge.cli import main; main()"
+    program = [sys.executable, "-X", "importtime", "-c", code, *words]
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "Usage" in done.stdout + done.stderr
+    assert "typer" in loaded, "the list of imports was read"
+    own = {"pydantic"} if len(words) == 2 else set()  # typer's newest releases read a verb's annotations with it
+    assert loaded & HEAVY <= own
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_a_file_keeps_the_rules(file: Path) -> None:
+    text = file.read_text()
+    tree = ast.parse(text)
+    where = file.relative_to(REPO)
+    assert len(text.splitlines()) <= 450, f"{where} has {len(text.splitlines())} lines"
+    assert ast.get_docstring(tree) or room(file) == "__init__", f"{where} has no docstring"
+    if room(file) != "cli":
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        assert [c.lineno for c in calls if c.func.id == "print"] == [], f"{where} prints"  # type: ignore[attr-defined]
+    bare = [f"{where}:{node.lineno} {node.name}" for node in public(tree) if not ast.get_docstring(node)]
+    assert not bare, f"without a docstring: {bare}"
+
+
+def public(tree: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Public functions and classes, and the public methods of those classes."""
+    found: list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found.append(node)
+            if isinstance(node, ast.ClassDef):
+                found += public(node)
+    return found

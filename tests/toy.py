@@ -1,0 +1,223 @@
+"""Shared by the tests: small Llama folders, a pool with a known landscape, stored rows as plain data, the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from evomerge.evaluation import Evaluation, Items, ItemScore
+from evomerge.methods import method
+from evomerge.pools import Job
+from evomerge.recipe import Filtered, Mix, Recipe, Setting
+from evomerge.space import Range, Space
+
+REPO = Path(__file__).resolve().parents[1]
+SEGMENTS = ((".self_attn.", "attention"), (".mlp.", "mlp"))
+HIDDEN, HEADS, INTERMEDIATE, VOCABULARY = 8, 2, 12, 16
+
+
+def llama_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a small Llama."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for i in range(layers):
+        stem = f"model.layers.{i}"
+        shapes |= {f"{stem}.self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
+        shapes |= {f"{stem}.mlp.{p}_proj.weight": (INTERMEDIATE, HIDDEN) for p in ("gate", "up")}
+        shapes[f"{stem}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        shapes |= {f"{stem}.{p}_layernorm.weight": (HIDDEN,) for p in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def llama(
+    folder: Path,
+    seed: int,
+    *,
+    layers: int = 5,
+    near: Path | None = None,
+    same: Callable[[str], bool] = lambda name: False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Writes a small Llama. near: a folder whose weights this one is a fine-tune of; same: tensors left as they are there."""
+    from safetensors.torch import load_file
+
+    generator = torch.Generator().manual_seed(seed)
+    start = load_file(near / "model.safetensors") if near else {}
+    tensors = {}
+    for name, shape in llama_shapes(layers).items():
+        noise = torch.randn(shape, generator=generator)
+        if name in start:
+            tensors[name] = start[name] if same(name) else (start[name].float() + 0.05 * noise).to(dtype)
+        else:
+            tensors[name] = ((1.0 if "norm" in name else 0.0) + 0.3 * noise).to(dtype)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
+        "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def zoo_folder() -> Path:
+    """The trained zoo of the repository; fails the test where it has not been made."""
+    folder = REPO / "results" / "zoo"
+    missing = [name for name in ("base", "math", "lang", "string") if not (folder / name / "model.safetensors").is_file()]
+    if missing:
+        pytest.fail(f"{folder} lacks {', '.join(missing)}; run scripts/make_zoo.py")
+    return folder
+
+
+def weight_space(
+    name: str = "task_arithmetic",
+    models: tuple[str, ...] = ("a", "b"),
+    groups: tuple[int, ...] = (2, 1),
+    components: tuple[str, ...] = ("attention", "mlp"),
+    ranges: Mapping[str, Range] | None = None,
+    **more: Any,
+) -> Space:
+    """A space over `models` and a base called 'base'."""
+    return Space(
+        method=method(name), base="base", models=models, groups=groups, components=components, segments=SEGMENTS,
+        ranges=ranges if ranges is not None else {"weight": Range(-0.5, 2.0, 0.5)}, **more,
+    )  # fmt: skip
+
+
+# ---- a landscape that needs no model ---------------------------------------------------------------------------------
+
+
+def numbers(value: Setting) -> list[float]:
+    """Every number of a setting."""
+    return [number for _, number in value.cases] if isinstance(value, Filtered) else [value]
+
+
+def weights(mix: Mix, models: Sequence[str]) -> list[float]:
+    """What share of each model a mix takes, roughly: enough for a landscape."""
+    own = dict(mix.params).get("weight")
+    found = dict.fromkeys(models, 0.0)
+    for i, (name, _) in enumerate(mix.sources):
+        if name in found:
+            setting = own[i] if isinstance(own, tuple) else 1.0
+            found[name] = math.fsum(numbers(setting)) / len(numbers(setting))
+    return list(found.values())
+
+
+def height(recipe: Recipe, models: Sequence[str] = ("a", "b")) -> float:
+    """A smooth function of a recipe's numbers in (0, 1], largest where layer i takes 0.9 - 0.2 i of a and 0.4 + 0.1 i of b."""
+    error = 0.0
+    for i, mix in enumerate(recipe.mixes):
+        a, b = weights(mix, models)
+        error += (a - (0.9 - 0.2 * i)) ** 2 + (b - (0.4 + 0.1 * i)) ** 2
+    return math.exp(-error / len(recipe.mixes))
+
+
+def uniform(*key: object) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") / 2**64
+
+
+class ToyPool:
+    """Scores recipes by `height`: each item is right with that probability, decided by a hash of recipe and item.
+
+    calls: (recipe id, items) of every evaluation made. fails: recipes that cannot be scored. before, after: called with
+    the number of evaluations made before each is handed over, and after; they may raise, or stop the study.
+    """
+
+    def __init__(
+        self,
+        fails: Callable[[Recipe], bool] = lambda recipe: False,
+        after: Callable[[int], None] = lambda made: None,
+        before: Callable[[int], None] = lambda made: None,
+    ) -> None:
+        self.calls: list[tuple[str, Items]] = []
+        self._fails, self._after, self._before = fails, after, before
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Evaluation]]:
+        """Yields in the order of the jobs."""
+        for job in jobs:
+            self.calls.append((job.recipe.id, job.items))
+            evaluation = self.evaluate(job.recipe, job.items)
+            self._before(len(self.calls))
+            yield job, evaluation
+            self._after(len(self.calls))
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        """The evaluation of one recipe."""
+        seconds = {"merge": 0.0, "score": 0.0}
+        if self._fails(recipe):
+            return Evaluation(recipe.id, (), {}, seconds, error=f"recipe {recipe.id} fails on purpose")
+        p = height(recipe)
+        scores = tuple(ItemScore(task, item, float(uniform(recipe.id, task, item) < p)) for task, ids in items.items() for item in ids)
+        metrics = {task: math.fsum(s.value for s in scores if s.task == task) / len(ids) for task, ids in items.items()}
+        return Evaluation(recipe.id, scores, metrics, seconds)
+
+
+# ---- what a store holds ----------------------------------------------------------------------------------------------
+
+TIMINGS = ("seconds", "created", "finished")
+
+
+def stored_rows(file: Path, without: Sequence[str] = TIMINGS) -> dict[str, list[dict[str, Any]]]:
+    """Table -> rows by rowid, the columns that hold times left out."""
+    connection = sqlite3.connect(file)
+    try:
+        tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        found = {}
+        for table in tables:
+            cursor = connection.execute(f"SELECT * FROM {table} ORDER BY rowid")
+            names = [column[0] for column in cursor.description]
+            found[table] = [{k: v for k, v in zip(names, row, strict=True) if k not in without} for row in cursor]
+        return found
+    finally:
+        connection.close()
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """What subprocesses of the tests run under: one thread, no network, narrow output that does not wrap."""
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "EVOMERGE_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return {k: v for k, v in os.environ.items() if k != "EVOMERGE_ROOT"} | quiet | {"NO_COLOR": "1", "TERM": "dumb"}
+
+
+def command(*words: object) -> list[str]:
+    """The command line of `evomerge` in this interpreter."""
+    return [sys.executable, "-c", "from evomerge.cli import main; main()", *map(str, words)]
+
+
+def evomerge(*words: object, cwd: Path = REPO, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Runs `evomerge` to its end."""
+    return subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def search_file(folder: Path, study: str, *, evaluations: int = 16, population: int = 8, batch: int = 64, **evaluation: Any) -> Path:
+    """Writes a small search over the zoo and the shipped tasks."""
+    zoo = zoo_folder()
+    document = {
+        "study": study,
+        "models": {name: str(zoo / name) for name in ("base", "math", "lang", "string")},
+        "base": "base",
+        "method": "task_arithmetic",
+        "space": {"groups": 2, "components": ["attention", "mlp"], "parameters": {"weight": {"low": -0.5, "high": 2.5, "start": 0.8}}},
+        "tasks": [{"task": f"zoo_{name}"} for name in ("arithmetic", "lookup", "string", "cross")],
+        "evaluation": {"splits": "declared", "items": 8, "validation": 8, "test": 8, "batch_size": batch, **evaluation},
+        "search": {"evaluations": evaluations, "population": population, "sigma": 0.1, "finalists": 3},
+    }
+    file = folder / f"{study}.yaml"
+    file.write_text(json.dumps(document, indent=1))  # JSON is YAML
+    return file
