@@ -86,7 +86,10 @@ class Checkpoint:
     def layer_suffixes(self, layer: int) -> tuple[str, ...]:
         """Names after 'stack.N.' of one layer's tensors, sorted."""
         prefix = f"{self.stack}.{layer}."
-        return tuple(sorted(name[len(prefix) :] for name in self.tensors if name.startswith(prefix)))
+        found = tuple(sorted(name[len(prefix) :] for name in self.tensors if name.startswith(prefix)))
+        if not found:
+            raise CheckpointError(f"{self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}")
+        return found
 
     def outer_names(self, part: Part) -> tuple[str, ...]:
         """Names of the tensors before ('embeddings') or after ('head') the stack, sorted."""

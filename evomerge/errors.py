@@ -95,5 +95,5 @@ class Paused(EvomergeError):
 def suggest(word: str, known: Iterable[str]) -> str:
     """A sentence for an error message: the nearest known word, or all of them if none is near."""
     known = sorted(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known) or 'none'}."

@@ -103,7 +103,12 @@ class LmHarness:
             assert source is not None
             if spec.task not in source.all_subtasks:
                 raise TaskError(f"unknown task '{spec.task}'. {suggest(spec.task, source.all_subtasks)}")
-            self._tasks[spec.task] = self._load(spec, source)
+            try:
+                self._tasks[spec.task] = self._load(spec, source)
+            except TaskError:
+                raise
+            except Exception as error:  # a task's templates and data can raise anything
+                raise TaskError(f"task '{spec.task}' cannot be loaded: {type(error).__name__}: {error}") from error
 
     def items(self, role: Role) -> Items:
         """Task name -> item ids of a role, in the order of the task's documents."""
@@ -170,11 +175,10 @@ class LmHarness:
 
     def _load(self, spec: TaskSpec, manager: TaskManager) -> _Loaded:
         task = _build(manager, spec.task)
-        if getattr(task, "UNSAFE_CODE", False):
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
             raise TaskError(f"task '{spec.task}' executes code that models write; evomerge does not run it")
         if spec.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=spec.num_fewshot)
-        task.set_fewshot_seed(seed=1234)
         known = list(task.aggregation())
         metric = spec.metric or known[0]
         if metric not in known:
@@ -185,7 +189,12 @@ class LmHarness:
             raise TaskError(f"task '{spec.task}' has no filter '{chosen}'. {suggest(chosen, filters)}")
         loaded = _Loaded(spec, task, metric, chosen, bool(task.higher_is_better().get(metric, True)), {}, {})
         for role, docs in _documents(task, spec).items():
-            ids = self._requests(loaded, docs)
+            if spec.splits == "declared" or not loaded.requests:
+                task.set_fewshot_seed(seed=1234)  # lm-eval's own, for each run over a split
+                ids = self._requests(loaded, docs)
+                everything = list(loaded.requests)
+            else:
+                ids = everything
             ids = [i for i in ids if spec.splits == "declared" or _dealt(i) == role]
             limit = self._limits.get(role)
             among = set(ids if limit is None else sorted(ids)[:limit])
@@ -225,9 +234,10 @@ class LmHarness:
                 chat_template=template,
             )
             if item not in loaded.requests:
+                _check_gold(task, doc)
                 loaded.requests[item] = made if isinstance(made, list) else [made]
-                ids.append(item)
-        return ids
+            ids.append(item)
+        return list(dict.fromkeys(ids))
 
     def _chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text = self.tokenizer.apply_chat_template(
@@ -237,7 +247,9 @@ class LmHarness:
 
     @staticmethod
     def _fingerprint(loaded: _Loaded) -> str:
-        digest = hashlib.sha256(f"{loaded.metric}|{loaded.filter}".encode())
+        settings = {k: v for k, v in loaded.task.dump_config().items() if k not in ("dataset_path", "dataset_kwargs", "metadata")}
+        text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__name__", type(value).__name__))
+        digest = hashlib.sha256(f"{loaded.metric}|{loaded.filter}|{text}".encode())
         for role in ROLES:
             digest.update(role.encode())
             for item in loaded.items[role]:
@@ -252,17 +264,22 @@ def _build(manager: TaskManager, name: str) -> Any:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     entry = manager.task_index[name]
-    try:
-        if entry.yaml_path is not None and str(entry.yaml_path).startswith(str(data.evaluators())):
-            config = load_yaml(entry.yaml_path)
-            files = config.get("dataset_kwargs", {}).get("data_files", {})
-            config["dataset_kwargs"] = {**config.get("dataset_kwargs", {}), "data_files": {k: str(data.root() / v) for k, v in files.items()}}
-            return manager.load([config])["tasks"][name]
-        return manager.load([name])["tasks"][name]
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    if entry.yaml_path is not None and str(entry.yaml_path).startswith(str(data.evaluators())):
+        config = load_yaml(entry.yaml_path)
+        files = config.get("dataset_kwargs", {}).get("data_files", {})
+        config["dataset_kwargs"] = {**config.get("dataset_kwargs", {}), "data_files": {k: str(data.root() / v) for k, v in files.items()}}
+        return manager.load([config])["tasks"][name]
+    return manager.load([name])["tasks"][name]
+
+
+def _check_gold(task: Any, doc: Any) -> None:
+    """lm-eval scores an item whose right answer is none of the choices as wrong, whatever the model says."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return
+    options, gold = task.doc_to_choice(doc), task.doc_to_target(doc)
+    for right in gold if isinstance(gold, list) else [gold]:
+        if not ((isinstance(right, int) and 0 <= right < len(options)) or right in options):
+            raise TaskError(f"task '{task.config.task}' has an item whose answer {right!r} is none of its choices: {doc}")
 
 
 def _number(value: Any) -> float:

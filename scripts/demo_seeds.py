@@ -79,7 +79,7 @@ def main() -> None:
         "same test items, once, after the choice on validation; the lead is the paired difference. Search scores are on different",
         "items per generation.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; zoo settings `{zoo['settings_hash'][:16]}`.",
+        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; zoo `{zoo['settings_hash']}`.",
         "",
     ]
     Path(args.out).write_text("\n".join(head + parts))

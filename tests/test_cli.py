@@ -32,13 +32,18 @@ TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 
 @dataclass(frozen=True)
 class Small:
-    """A finished small study, and what is done with it beside the tests."""
+    """A finished small study, the same one paused by a signal, and what is done with the first beside the tests.
+
+    paused: the root of the paused study; stopped: its process' exit code, output and error.
+    """
 
     root: Path
     file: Path
     output: str
     weights: Path
     lm_eval: subprocess.Popen[str]
+    paused: Path
+    stopped: tuple[int, str, str]
 
 
 def trials(store: Path) -> int:
@@ -83,8 +88,17 @@ test_documents.__test__ = False  # type: ignore[attr-defined]
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     root = tmp_path_factory.mktemp("cli")
     file = search_file(root, "small")
-    done = evomerge("run", file, "--root", root / "results")
-    assert done.returncode == 0, done.stderr
+    whole = start("run", file, "--root", root / "results")
+    signalled = start("run", file, "--root", root / "paused")
+    try:
+        wait_for(signalled, root / "paused" / "small" / "study.db", 5)
+        signalled.send_signal(signal.SIGTERM)
+        out, err = signalled.communicate(timeout=60)
+        output, error = whole.communicate(timeout=120)
+    finally:
+        signalled.kill()
+        whole.kill()
+    assert whole.returncode == 0, error
     exported = evomerge("export", "small/best", root / "weights", "--weights", "--root", root / "results")
     assert exported.returncode == 0, exported.stderr
     with Store.open(root / "results" / "small" / "study.db") as store:
@@ -97,7 +111,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     theirs = subprocess.Popen(
         [sys.executable, "-m", "lm_eval", "run", *words], cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
     )
-    yield Small(root / "results", file, done.stdout, root / "weights", theirs)
+    yield Small(root / "results", file, output, root / "weights", theirs, root / "paused", (signalled.returncode, out, err))
     if theirs.poll() is None:
         theirs.kill()
     theirs.communicate()
@@ -226,12 +240,12 @@ def test_a_missing_model_is_code_three_and_leaves_nothing(tmp_path: Path, call: 
 def test_an_unknown_metric_is_code_three(tmp_path: Path, call: Call) -> None:
     file = search_file(tmp_path, "trial")
     settings = json.loads(file.read_text())
-    settings["tasks"][1]["metric"] = "acc_nrom"
+    settings["tasks"][1]["metric"] = "ac"
     file.write_text(json.dumps(settings))
     code, _, err = call("run", file, "--root", tmp_path / "results")
     assert code == 3
     one_line(err, "E220")
-    assert "no metric 'acc_nrom'. Did you mean 'acc'" in err
+    assert "no metric 'ac'. Did you mean 'acc'" in err
 
 
 def test_verbose_shows_where(tmp_path: Path) -> None:
@@ -339,18 +353,6 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     assert any(not torch.equal(shipped[n], parents["base"].tensor(n)) for n in shipped)
 
 
-def test_lm_eval_itself_gives_the_exported_folder_the_stored_scores(small: Small, call: Call) -> None:
-    out, err = small.lm_eval.communicate(timeout=240)
-    assert small.lm_eval.returncode == 0, out[-1000:] + err[-3000:]
-    results = json.loads(next((small.weights.parent / "lm_eval").rglob("results*.json")).read_text())["results"]
-    shown = json.loads(call("show", "small/best", "--root", small.root, "--json")[1])
-    stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
-    assert set(stored) == set(TASKS)
-    for task, value in stored.items():
-        metric = {k.partition(",")[0]: v for k, v in results[task].items()}["acc" if task in ("zoo_lookup", "zoo_string") else "exact_match"]
-        assert metric == pytest.approx(value, abs=1e-6), task
-
-
 def test_the_exported_folder_tells_its_story(small: Small) -> None:
     assert {"README.md", "recipe.yaml", "recipe.json", "lineage.json", "config.json", "tokenizer.json", "model.safetensors"} <= {
         p.name for p in small.weights.iterdir()
@@ -428,51 +430,60 @@ def test_another_search_under_the_same_name_is_refused_field_by_field(
     assert stored_rows(tmp_path / "results" / "small" / "study.db", ()) == before
 
 
-def test_a_larger_budget_goes_on(small: Small, tmp_path: Path) -> None:
+def test_a_larger_budget_goes_on(small: Small, call: Call, tmp_path: Path) -> None:
     shutil.copytree(small.root, tmp_path / "results")
-    done = evomerge("resume", "small", "--evaluations", "+8", "--root", tmp_path / "results")
-    assert done.returncode == 0, done.stderr
-    assert "24 evaluations in 3 generations" in done.stdout
+    code, out, err = call("resume", "small", "--evaluations", "+8", "--root", tmp_path / "results")
+    assert code == 0, err
+    assert "24 evaluations in 3 generations" in out
     before, after = stored_rows(small.root / "small" / "study.db"), stored_rows(tmp_path / "results" / "small" / "study.db")
     assert after["trials"][: len(before["trials"])] == before["trials"]
     assert json.loads(after["study"][0]["overrides"]) == {"evaluations": 24}
+    code, out, _ = call("status", "small", "--root", tmp_path / "results", "--json")
+    assert (code, json.loads(out)["evaluations"], json.loads(out)["state"]) == (0, 24, "done")
 
 
-def test_signals_pause_and_the_search_goes_on_to_the_same_end(small: Small, call: Call, tmp_path: Path) -> None:
-    store = tmp_path / "results" / "small" / "study.db"
-    words = ("run", small.file, "--resume", "--root", tmp_path / "results")
-    process = start(*words)
-    try:
-        wait_for(process, store, 5)
-        code, _, err = call(*words)  # a second driver
-        assert code == 2
-        one_line(err, "E300")
-        assert f"pid {process.pid}" in err
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 75, err
+def test_a_signal_pauses_and_a_second_one_drops_and_the_end_is_the_same(small: Small, call: Call) -> None:
+    store = small.paused / "small" / "study.db"
+    code, out, err = small.stopped
+    assert code == 75, err
     assert "stopping after this candidate" in err
     assert err.splitlines()[-1].startswith("error[E500] stopped by a signal")
     assert "Traceback" not in err
     assert out == ""
-    assert json.loads(call("status", "small", "--root", tmp_path / "results", "--json")[1])["state"] == "paused"
+    assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] == "paused"
     paused = trials(store)
     assert 5 <= paused < 39
 
-    process = start("resume", "small", "--root", tmp_path / "results")
+    process = start("resume", "small", "--root", small.paused)
     try:
-        wait_for(process, store, paused + 3)
+        wait_for(process, store, paused + 1)
+        code, _, err = call("run", small.file, "--resume", "--root", small.paused)  # a second driver
+        assert code == 2
+        one_line(err, "E300")
+        assert f"pid {process.pid}" in err
+        assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] == "running"
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)  # a second signal, while the first is being obeyed
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert json.loads(call("status", "small", "--root", tmp_path / "results", "--json")[1])["state"] in ("interrupted", "paused")
+    assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] in ("interrupted", "paused")
+    assert trials(store) > paused
 
-    done = evomerge(*words)
-    assert done.returncode == 0, done.stderr
+    code, _, err = call("run", small.file, "--resume", "--root", small.paused)
+    assert code == 0, err
     assert stored_rows(store) == stored_rows(small.root / "small" / "study.db")
+
+
+def test_lm_eval_itself_gives_the_exported_folder_the_stored_scores(small: Small, call: Call) -> None:
+    out, err = small.lm_eval.communicate(timeout=240)
+    assert small.lm_eval.returncode == 0, out[-1000:] + err[-3000:]
+    results = json.loads(next((small.weights.parent / "lm_eval").rglob("results*.json")).read_text())["results"]
+    shown = json.loads(call("show", "small/best", "--root", small.root, "--json")[1])
+    stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
+    assert set(stored) == set(TASKS)
+    for task, value in stored.items():
+        metric = {k.partition(",")[0]: v for k, v in results[task].items()}["acc" if task in ("zoo_lookup", "zoo_string") else "exact_match"]
+        assert metric == pytest.approx(value, abs=1e-6), task

@@ -320,6 +320,16 @@ def test_a_changed_task_has_another_fingerprint(change: str, tmp_path: Path, tok
     assert load(tmp_path / "before", tokenizer, spec).fingerprint() != load(tmp_path / "after", tokenizer, spec).fingerprint()
 
 
+def test_changed_code_has_another_fingerprint(tmp_path: Path, tokenizer: Any) -> None:
+    found = []
+    for name, value in (("before", 1.0), ("same", 1.0), ("after", 0.5)):
+        settings = GENERATE | {"process_results": "!function own.score", "metric_list": [{"metric": "own", "aggregation": "mean"}]}
+        write_task(tmp_path / name, "trial", settings)
+        (tmp_path / name / "own.py").write_text(f"def score(doc, results):\n    return {{'own': {value}}}\n")
+        found.append(load(tmp_path / name, tokenizer, TaskSpec("trial", splits="declared")).fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
 def test_changed_documents_and_choices_have_another_fingerprint(tmp_path: Path, tokenizer: Any) -> None:
     docs = {"search": sums(30), "validation": sums(20, 30), "test": sums(40, 50)}
     write_task(tmp_path / "same", "trial", GENERATE, docs)

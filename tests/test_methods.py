@@ -325,6 +325,16 @@ def test_rescaling_matches_the_norm_of_the_whole_task_vector(rule):
         assert (kept != 0).double().mean().item() == pytest.approx(density, abs=0.04)
 
 
+def test_task_vectors_of_hardly_any_norm_are_not_rescaled():
+    """Below 1e-7 the ratio of norms says nothing; from there on it counts."""
+    rule, base = METHODS["dare_linear"], torch.zeros(64, dtype=torch.float64)
+    for size, rescaled in ((1e-4, True), (1e-8, True), (1e-10, False)):
+        delta = torch.full_like(base, size)
+        kept = rule.kernel([delta], base, numbers(rule, 1, density=(0.5,), weight=(1.0,), rescale=1.0), [7])
+        plain = rule.kernel([delta], base, numbers(rule, 1, density=(0.5,), weight=(1.0,), rescale=0.0), [7])
+        assert torch.equal(kept, plain) is not rescaled
+
+
 @pytest.mark.parametrize("rule", [m for m in METHODS.values() if m.randomized], ids=lambda m: m.name)
 def test_randomized_methods_follow_their_keys_and_others_ignore_them(rule):
     tensors, base, keys = example(rule, (16, 16))
@@ -471,6 +481,13 @@ def test_a_mask_is_zeros_and_ones_of_the_dtype_of_its_tensor(dtype):
 def test_nothing_is_kept_at_density_zero_and_everything_at_one():
     assert not mask(0.0, KEYS[0]).any()
     assert mask(1.0, KEYS[0]).all()
+
+
+def test_an_entry_is_kept_from_the_density_just_above_its_number():
+    numbers_drawn = dare.uniform(KEYS[0], 50).tolist()
+    for i, u in enumerate(numbers_drawn):
+        assert not mask(u / 2**31, KEYS[0], 50)[i]
+        assert mask((u + 1) / 2**31, KEYS[0], 50)[i]
 
 
 def test_masks_nest_as_the_density_falls():

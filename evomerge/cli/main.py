@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.errors import ConfigError, EvomergeError
+from evomerge.errors import ConfigError, EvomergeError, StudyError
 
 if TYPE_CHECKING:
     from evomerge.store import Store
@@ -112,9 +112,12 @@ def status(
     if study is None:
         rows = []
         for name in studies(studies_root(root)):
-            with _open(name, root) as store:
-                if store.study() is not None:
-                    rows.append(report.summary(store))
+            try:
+                with _open(name, root) as store:
+                    if store.study() is not None:
+                        rows.append(report.summary(store))
+            except StudyError as error:  # one that cannot be read hides no other
+                print(f"error[{error.code}] {error}", file=sys.stderr)
         print(json.dumps(rows, indent=2) if as_json else screens.studies(rows))
         return
     with _open(study, root) as store:

@@ -46,7 +46,7 @@ def resolve(store: Store, reference: str) -> Trial:
         if best is None:
             raise StudyError(f"{study.name} has no scored candidate yet")
         return store.trial(int(best["id"]))
-    if not reference.isdigit():
+    if not (reference.isascii() and reference.isdigit() and len(reference) < 18):
         raise StudyError(f"'{reference}' names no candidate of {study.name}; use a number or 'best'")
     return store.trial(int(reference))
 
