@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def search(seed: int, root: str) -> tuple[dict[str, Any], float]:
     """(status of the finished study, seconds of this call)."""
-    study = f"demo-seed{seed}"
+    study = f"demo-seed{seed}" if seed else "demo"  # seed 0 is the one that scripts/demo runs
     started = time.monotonic()
     command = ["evomerge", "run", "search_spaces/demo.yaml", "--study", study, "--seed", str(seed), "--root", root, "--resume"]
     subprocess.run(command, cwd=REPOSITORY, check=True)
