@@ -61,6 +61,12 @@ class Checkpoint:
         self.num_layers = int(text.get("num_hidden_layers", text.get("n_layer", 0)))
         self.stack = _stack(self.tensors, self.num_layers, path)
 
+    @property
+    def dtype(self) -> str:
+        """The type of most of its tensors, in torch's name; 'float32' where that is none of the usual three."""
+        kinds = [info.dtype for info in self.tensors.values()]
+        return {"BF16": "bfloat16", "F16": "float16"}.get(max(kinds, key=kinds.count), "float32")
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, memory-mapped where its file is aligned for it."""
         try:

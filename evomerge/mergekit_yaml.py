@@ -33,13 +33,13 @@ class _Part:
     parameters: Mapping[str, Any]
 
 
-def load(document: Document, num_layers: Callable[[str], int]) -> Recipe:
+def load(document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str] = lambda reference: "bfloat16") -> Recipe:
     """The recipe in a mergekit document; model names are its references as written.
 
-    num_layers: model reference -> depth. Raises RecipeError, with line and column, for what mergekit would reject,
-    silently ignore or guess.
+    num_layers: model reference -> depth; dtype: model reference -> type of its tensors, for files that name none.
+    Raises RecipeError, with line and column, for what mergekit would reject, silently ignore or guess.
     """
-    return _Reader(document, num_layers).recipe()
+    return _Reader(document, num_layers, dtype).recipe()
 
 
 def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = ()) -> str:
@@ -202,8 +202,8 @@ def _source(reference: str, layer: int | None, length: int, own: dict[str, Any])
 class _Reader:
     """Reads one document. Methods raise RecipeError that names the place."""
 
-    def __init__(self, document: Document, num_layers: Callable[[str], int]) -> None:
-        self.document, self.num_layers = document, num_layers
+    def __init__(self, document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str]) -> None:
+        self.document, self.num_layers, self.dtype = document, num_layers, dtype
         if not isinstance(document.data, dict):
             raise self.fail((), "a recipe is a mapping with merge_method and models or slices")
         self.data: dict[str, Any] = document.data
@@ -229,9 +229,10 @@ class _Reader:
         for key in ("dtype", "out_dtype"):
             if self.data.get(key) not in (None, *_DTYPES):
                 raise self.fail((key,), f"unknown {key} {self.data[key]!r}. Known: {', '.join(_DTYPES)}")
-        out_dtype = self.data.get("out_dtype") or self.data.get("dtype") or "bfloat16"
+        donor = self.base or first.sources[0][0]
+        out_dtype = self.data.get("out_dtype") or self.data.get("dtype") or self.dtype(donor)
         return Recipe(
-            base=self.base or first.sources[0][0],
+            base=donor,
             layers=tuple(layers),
             embeddings=self._mix(first, None, 0.0),
             head=self._mix(last, None, 0.0),
@@ -244,6 +245,8 @@ class _Reader:
             path: Key = ("models", i)
             self._keys(path, entry, _BLOCK["models"])
             sources.append((self._model((*path, "model"), entry.get("model")), 0, self._parameters(path, entry)))
+        if self.base and not self.rule.needs_base and self.base not in [name for name, _, _ in sources]:
+            sources.append((self.base, 0, {}))  # as mergekit does: a base_model is one of the models
         depths = {m: self.num_layers(m) for m in [s[0] for s in sources] + ([self.base] if self.base else [])}
         if len(set(depths.values())) > 1:
             raise self.fail(("models",), f"models differ in depth: {', '.join(f'{m} has {n}' for m, n in depths.items())} layers; use slices")
@@ -322,6 +325,8 @@ class _Reader:
             if cases[-1][0] == "*":
                 break
         else:
+            if param.required:
+                raise self.fail((), f"{name} has no value for tensors that its filters miss; add an entry without filter at the end")
             cases.append(("*", default))
         stop = next(i for i, (text, _) in enumerate(cases) if text == "*")
         cases = cases[: stop + 1]
@@ -409,6 +414,8 @@ def _gradient(value: Any, t: float, name: str) -> float:
     """mergekit's gradient: n numbers over depth t in [0, 1], linear between neighbours."""
     if not isinstance(value, list):
         return setting(value, name)
+    if all(isinstance(v, bool) for v in value):
+        return setting(value[int(t * (len(value) - 1))], name)
     scaled = t * (len(value) - 1)
     low = int(scaled)
     high = min(len(value) - 1, low + 1)

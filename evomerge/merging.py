@@ -25,7 +25,7 @@ def merge_file(file: Path, directory: Path, progress: Callable[[int], None] | No
         recipe, names = _exported(file)
         parents |= {name: Checkpoint(locate(path, revision)) for name, (path, revision) in names.items()}
     else:
-        recipe = mergekit_yaml.load(documents.read(file), lambda reference: parent(reference).num_layers)
+        recipe = mergekit_yaml.load(documents.read(file), lambda reference: parent(reference).num_layers, lambda reference: parent(reference).dtype)
         parents |= {name: parent(name) for name in recipe.models}
     for mix in recipe.mixes:
         for model, layer in (*mix.sources, *([mix.base] if mix.base else [])):
