@@ -108,7 +108,10 @@ def _set_threads(base: Checkpoint) -> int:
     Scores are compared bit for bit at resume, and sums depend on the number of threads: it is one of the study's facts.
     """
     small = sum(math.prod(info.shape) for info in base.tensors.values()) < 20_000_000
-    threads = int(os.environ.get("EVOMERGE_THREADS", 0)) or (1 if small else os.cpu_count() or 1)
+    given = os.environ.get("EVOMERGE_THREADS", "")
+    if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 10_000):
+        raise ConfigError(f"$EVOMERGE_THREADS must be a number of threads, got '{given}'; correct or unset it")
+    threads = int(given) if given else 1 if small else os.cpu_count() or 1
     torch.set_num_threads(threads)
     return threads
 
