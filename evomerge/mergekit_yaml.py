@@ -225,6 +225,8 @@ class _Reader:
             raise self.fail((), "give exactly one of models and slices")
         parts = self._slices() if "slices" in self.data else [self._models()]
         first, last = parts[0], parts[-1]
+        if len(last.sources) > len(first.sources):
+            raise self.fail(("slices", len(parts) - 1), "the last slice has more sources than the first; mergekit then reads the head from some only")
         layers = [self._mix(part, index, index / (part.length - 1) if part.length > 1 else 1.0) for part in parts for index in range(part.length)]
         for key in ("dtype", "out_dtype"):
             if self.data.get(key) not in (None, *_DTYPES):
@@ -353,7 +355,7 @@ class _Reader:
 
     def _check_value(self, path: Key, name: str, value: Any, check: Callable[[float, str], float]) -> None:
         if isinstance(value, dict):
-            raise self.fail(path, f"{name} has a single filter entry; mergekit crashes on it, write a list: - filter: …")
+            raise self.fail(path, f"{name} has a single filter entry; write a list: - filter: …")
         entries = value if isinstance(value, list) else [value]
         if not entries:
             raise self.fail(path, f"{name} is an empty list")
@@ -364,6 +366,8 @@ class _Reader:
             at = (*path, i) if isinstance(value, list) else path
             if isinstance(entry, dict):
                 self._keys(at, entry, ("filter", "value"))
+                if not isinstance(entry.get("filter"), str | None):
+                    raise self.fail((*at, "filter"), f"a filter is text, got {entry['filter']!r}")
                 numbers = entry.get("value") if isinstance(entry.get("value"), list) else [entry.get("value")]
             else:
                 numbers = [entry]

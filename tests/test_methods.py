@@ -366,6 +366,20 @@ def test_slerp_keeps_the_length_of_unit_vectors_and_moves_at_an_even_pace():
     assert [p.norm().item() for p in points] == pytest.approx([1.0] * 11)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.035, 0.05, 0.2, -0.2, 3.0])
+def test_slerp_is_the_reference_on_both_sides_of_nearly_parallel(noise):
+    a = random((2000,), 0, dtype=torch.float64)
+    for b in (a + noise * random((2000,), 1, dtype=torch.float64), -a + noise * random((2000,), 1, dtype=torch.float64)):
+        want = torch.tensor(slerp_reference(a.tolist(), b.tolist(), 0.3), dtype=torch.float64)
+        torch.testing.assert_close(METHODS["slerp"].kernel([b], a, {"t": 0.3}, [0]), want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_scaled_by_zero_is_zero():
+    x = random((4, 4), 0)
+    assert torch.equal(METHODS["passthrough"].kernel([x], None, {"scale": (0.0,)}, [0]), torch.zeros(4, 4))
+    assert torch.equal(METHODS["passthrough"].kernel([x], None, {"scale": (1.0,)}, [0]), x)
+
+
 def test_slerp_of_a_tensor_larger_than_a_chunk_is_one_arc():
     a, b = (random(((1 << 20) + 77,), i) for i in range(2))
     angle = torch.acos(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
