@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import REPO, command, environment, evomerge, search_file, stored_rows, zoo_folder
+from toy import REPO, Fork, Prepared, command, count_rows, environment, evomerge, in_process, search_file, stored_rows, zoo_folder
 
 from evomerge import merge, worker
 from evomerge.checkpoint import Checkpoint
@@ -44,104 +44,67 @@ class Small:
     lm_eval: subprocess.Popen[str]
     paused: Path
     stopped: tuple[int, str, str]
-
-
-def trials(store: Path) -> int:
-    """Number of candidates stored so far; 0 where there is no store yet."""
-    try:
-        connection = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
-    except sqlite3.Error:
-        return 0
-    try:
-        return int(connection.execute("SELECT count(*) FROM trials").fetchone()[0])
-    except sqlite3.Error:
-        return 0
-    finally:
-        connection.close()
+    prepared: Prepared
 
 
 def start(*words: object) -> subprocess.Popen[str]:
-    """Starts `evomerge`."""
+    """Starts a program beside the tests."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(*words), cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(list(map(str, words)), cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
 
 
-def wait_for(process: subprocess.Popen[str], store: Path, count: int) -> None:
+def wait_for(process: Fork, store: Path, count: int) -> None:
     """Returns once the process has stored that many candidates."""
     limit = time.monotonic() + 120
-    while trials(store) < count:
-        assert process.poll() is None, process.communicate()
+    while count_rows(store, "trials") < count:
+        assert process.alive(), process.err.read_text()
         assert time.monotonic() < limit, "nothing is stored"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
-def test_documents(task: str) -> dict[str, int]:
+def positions(task: str) -> dict[str, int]:
     """Item id -> position of the test documents of a shipped task."""
     lines = (REPO / "evaluators" / "zoo" / f"{task}.test.jsonl").read_text().splitlines()
     return {hashlib.sha256(json.dumps(json.loads(line), sort_keys=True).encode()).hexdigest()[:16]: i for i, line in enumerate(lines)}
-
-
-test_documents.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     root = tmp_path_factory.mktemp("cli")
     file = search_file(root, "small")
-    whole = start("run", file, "--root", root / "results")
-    signalled = start("run", file, "--root", root / "paused")
-    try:
+    whole = start(*command("run", file, "--root", root / "results"))
+    with Prepared(root) as prepared:
+        signalled = prepared.start("run", file, "--root", root / "paused")
         wait_for(signalled, root / "paused" / "small" / "study.db", 5)
-        signalled.send_signal(signal.SIGTERM)
-        out, err = signalled.communicate(timeout=60)
+        os.kill(signalled.pid, signal.SIGTERM)
+        stopped = (signalled.wait(), signalled.out.read_text(), signalled.err.read_text())
         output, error = whole.communicate(timeout=120)
-    finally:
-        signalled.kill()
-        whole.kill()
-    assert whole.returncode == 0, error
-    exported = evomerge("export", "small/best", root / "weights", "--weights", "--root", root / "results")
-    assert exported.returncode == 0, exported.stderr
-    with Store.open(root / "results" / "small" / "study.db") as store:
-        best = store.study().outcome["best"]  # type: ignore[union-attr,index]
-        scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
-    samples = {task: sorted(test_documents(task)[s.item] for s in scored.items if s.task == task) for task in TASKS}
-    words = ["--model", "hf", "--model_args", f"pretrained={root / 'weights'},dtype=bfloat16", "--tasks", ",".join(TASKS), "--device", "cpu"]
-    words += ["--include_path", "evaluators", "--batch_size", "64", "--samples", json.dumps(samples), "--output_path", str(root / "lm_eval")]
-    pipe = subprocess.PIPE
-    theirs = subprocess.Popen(
-        [sys.executable, "-m", "lm_eval", "run", *words], cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
-    )
-    yield Small(root / "results", file, output, root / "weights", theirs, root / "paused", (signalled.returncode, out, err))
-    if theirs.poll() is None:
-        theirs.kill()
-    theirs.communicate()
+        assert whole.returncode == 0, error
+        exported = evomerge("export", "small/best", root / "weights", "--weights", "--root", root / "results")
+        assert exported.returncode == 0, exported.stderr
+        with Store.open(root / "results" / "small" / "study.db") as store:
+            best = store.study().outcome["best"]  # type: ignore[union-attr,index]
+            scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
+        samples = {task: sorted(positions(task)[s.item] for s in scored.items if s.task == task) for task in TASKS}
+        words = ["--model", "hf", "--model_args", f"pretrained={root / 'weights'},dtype=bfloat16", "--tasks", ",".join(TASKS), "--device", "cpu"]
+        words += ["--include_path", "evaluators", "--batch_size", "64", "--samples", json.dumps(samples), "--output_path", str(root / "lm_eval")]
+        theirs = start(sys.executable, "-m", "lm_eval", "run", *words)
+        yield Small(root / "results", file, output, root / "weights", theirs, root / "paused", stopped, prepared)
+        if theirs.poll() is None:
+            theirs.kill()
+        theirs.communicate()
 
 
 Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs a verb through the real entry point, in this process: (exit code, stdout, stderr)."""
-    from evomerge.cli import main
-
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs a verb in this process, from the root of the repository."""
     monkeypatch.setenv("EVOMERGE_THREADS", "1")
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code
-        else:
-            code = 0
-        out, err = capsys.readouterr()
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return run
+    monkeypatch.chdir(REPO)
+    return in_process
 
 
 # ---- help and errors -------------------------------------------------------------------------------------------------
@@ -248,6 +211,33 @@ def test_an_unknown_metric_is_code_three(tmp_path: Path, call: Call) -> None:
     assert "no metric 'ac'. Did you mean 'acc'" in err
 
 
+def test_threads_that_are_no_number_are_code_two(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads in ("two", "-1", "1.5"):
+        monkeypatch.setenv("EVOMERGE_THREADS", threads)
+        code, _, err = call("run", search_file(tmp_path, "trial"), "--root", tmp_path / "results")
+        assert code == 2, err
+        one_line(err, "E100")
+        assert "EVOMERGE_THREADS" in err
+
+
+def test_a_search_whose_candidates_all_fail_is_code_five(tmp_path: Path, call: Call) -> None:
+    file = search_file(tmp_path, "trial", evaluations=8)
+    settings = json.loads(file.read_text())
+    settings["space"]["parameters"]["weight"] = {"low": 1e290, "high": 3e290, "start": 2e290}
+    settings["tasks"] = settings["tasks"][1:2]
+    file.write_text(json.dumps(settings))
+    for words in (("run", file), ("resume", "trial")):
+        code, out, err = call(*words, "--root", tmp_path / "results")
+        assert code == 5, err
+        assert out == ""
+        last = err.splitlines()[-1]
+        assert last.startswith("error[E320] 8 of 8 candidates of generation 1 failed; the first because: merging gave a value that is not finite")
+        assert "Traceback" not in err
+    data = json.loads(call("status", "trial", "--root", tmp_path / "results", "--json")[1])
+    assert (data["state"], data["failed"], data["evaluations"]) == ("failed", 8, 8)
+    assert data["best"]["origin"] in ("parent", "hand")
+
+
 def test_verbose_shows_where(tmp_path: Path) -> None:
     done = evomerge("-v", "run", tmp_path / "none.yaml", timeout=60)
     assert done.returncode not in (0, 75)
@@ -329,6 +319,39 @@ def test_show_says_what_the_store_holds(small: Small, call: Call) -> None:
     assert call("show", "small/best", "--root", small.root)[1] == call("show", f"small/{best}", "--root", small.root)[1]
 
 
+NOTES = (
+    "generation 1: best 0.625, median 0.5",
+    "candidate 9 failed: cannot open [/tmp/model]",
+    "candidate 10 failed: shapes [bold] and [3, 4] {differ}",
+)
+
+
+def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a person sees: nothing here may fail because there is a terminal."""
+    from evomerge.cli import screens
+    from evomerge.study import Progress
+
+    main, side = os.openpty()
+    with os.fdopen(side, "w") as terminal, os.fdopen(main, "rb") as seen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "150")
+        with screens.Search("small") as screen:
+            for done in range(1, 4):
+                screen.show(Progress("parents and hand recipes", done, 3, 0.25))
+            screen.show(Progress("search", 5, 8))
+            for note in NOTES:
+                screen.show(Progress("search", 9, 16, 0.75, note))
+        with screens.bar("tensors") as counter:
+            for done in range(1, 4):
+                counter(done)
+        terminal.flush()
+        os.set_blocking(seen.fileno(), False)
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.read().decode())
+    for words in ("search", "9/16", "best 0.750", "tensors", *NOTES):
+        assert words in text
+
+
 def test_the_root_may_come_from_the_environment(small: Small, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOMERGE_ROOT", str(small.root))
     assert call("status", "small")[1] == call("status", "small", "--root", small.root)[1]
@@ -391,6 +414,36 @@ def test_merge_rebuilds_the_exported_weights_to_the_bit(small: Small, call: Call
     one_line(err, "E200")
 
 
+@pytest.mark.parametrize("label", ["base", "uniform average", "task arithmetic 0.5", "TIES .5, normalized", "TIES .5, sum", "lang + string at 1"])
+def test_hand_recipes_can_be_taken_along_too(label: str, small: Small, call: Call, tmp_path: Path) -> None:
+    with Store.open(small.root / "small" / "study.db") as store:
+        trial = next(t for t in store.trials() if t.label == label)
+    assert call("export", f"small/{trial.id}", tmp_path / "all", "--weights", "--root", small.root)[0] == 0
+    theirs = load_file(tmp_path / "all" / "model.safetensors")
+    code, _, err = call("merge", tmp_path / "all" / "recipe.yaml", tmp_path / "built")
+    assert code == 0, err
+    ours = load_file(tmp_path / "built" / "model.safetensors")
+    assert all(torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)) for name in theirs)
+    if label == "base":
+        base = load_file(zoo_folder() / "base" / "model.safetensors")
+        assert all(torch.equal(theirs[name], base[name]) for name in base)
+
+
+def test_a_parent_that_has_changed_since_is_named(small: Small, call: Call, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "results")
+    connection = sqlite3.connect(tmp_path / "results" / "small" / "study.db")
+    facts = json.loads(connection.execute("SELECT facts FROM study").fetchone()[0])
+    facts["parents"]["math"]["path"] = facts["parents"]["lang"]["path"]  # another model now lies there
+    connection.execute("UPDATE study SET facts = ?", (json.dumps(facts, sort_keys=True),))
+    connection.commit()
+    connection.close()
+    code, _, err = call("export", "small/best", tmp_path / "out", "--weights", "--root", tmp_path / "results")
+    assert code == 2
+    one_line(err, "E300")
+    assert "model 'math'" in err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- go on -----------------------------------------------------------------------------------------------------------
 
 
@@ -451,30 +504,46 @@ def test_a_signal_pauses_and_a_second_one_drops_and_the_end_is_the_same(small: S
     assert "Traceback" not in err
     assert out == ""
     assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] == "paused"
-    paused = trials(store)
+    paused = count_rows(store, "trials")
     assert 5 <= paused < 39
 
-    process = start("resume", "small", "--root", small.paused)
-    try:
-        wait_for(process, store, paused + 1)
-        code, _, err = call("run", small.file, "--resume", "--root", small.paused)  # a second driver
-        assert code == 2
-        one_line(err, "E300")
-        assert f"pid {process.pid}" in err
-        assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] == "running"
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)  # a second signal, while the first is being obeyed
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
+    process = small.prepared.start("resume", "small", "--root", small.paused)
+    wait_for(process, store, paused + 1)
+    code, _, err = call("run", small.file, "--resume", "--root", small.paused)  # a second driver
+    assert code == 2
+    one_line(err, "E300")
+    assert f"pid {process.pid}" in err
+    assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] == "running"
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)  # a second signal, while the first is being obeyed
+    code, err = process.wait(), process.err.read_text()
+    assert code == 130, err
     assert "Traceback" not in err
     assert json.loads(call("status", "small", "--root", small.paused, "--json")[1])["state"] in ("interrupted", "paused")
-    assert trials(store) > paused
+    assert count_rows(store, "trials") > paused
 
     code, _, err = call("run", small.file, "--resume", "--root", small.paused)
     assert code == 0, err
     assert stored_rows(store) == stored_rows(small.root / "small" / "study.db")
+
+
+@pytest.mark.parametrize(
+    ("number", "codes"), [(signal.SIGTERM, (75,)), (signal.SIGUSR1, (75,)), (signal.SIGINT, (75, 130))], ids=lambda v: getattr(v, "name", "")
+)
+def test_a_signal_while_models_are_opened_asks_to_be_started_again(
+    number: int, codes: tuple[int, ...], small: Small, call: Call, tmp_path: Path
+) -> None:
+    process = small.prepared.start("run", small.file, "--root", tmp_path)
+    limit = time.monotonic() + 60
+    while "opening models and tasks" not in process.err.read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    assert process.wait() in codes, process.err.read_text()
+    assert "Traceback" not in process.err.read_text()
+    assert process.out.read_text() == ""
+    assert call("status", "--root", tmp_path)[:2] == (0, "no studies here; start one with: evomerge run CONFIG\n")
 
 
 def test_lm_eval_itself_gives_the_exported_folder_the_stored_scores(small: Small, call: Call) -> None:

@@ -95,10 +95,6 @@ def test_scores_are_lm_evals_item_by_item(zoo_harness: LmHarness, scored: Any, m
     assert len({s.value for s in items}) == 2, "some right, some wrong"
 
 
-def test_scoring_again_gives_the_same(zoo_harness: LmHarness, scored: Any, model: Any) -> None:
-    assert zoo_harness.score(model, zoo_harness.items("test")) == scored
-
-
 def test_a_part_of_the_items_can_be_scored(zoo_harness: LmHarness, model: Any) -> None:
     part = {"zoo_lookup": zoo_harness.items("search")["zoo_lookup"][5:15], "zoo_cross": zoo_harness.items("validation")["zoo_cross"][:3]}
     items, metrics = zoo_harness.score(model, part)
@@ -110,7 +106,8 @@ def test_a_part_of_the_items_can_be_scored(zoo_harness: LmHarness, model: Any) -
 
 def test_another_model_is_scored_as_itself(zoo_harness: LmHarness, scored: Any, model: Any) -> None:
     other = worker.load(Checkpoint(zoo_folder() / "lang"), "bfloat16")
-    _, metrics = zoo_harness.score(other, zoo_harness.items("test"))
+    part = {task: zoo_harness.items("test")[task][:30] for task in ("zoo_lookup", "zoo_arithmetic")}
+    _, metrics = zoo_harness.score(other, part)
     assert metrics["zoo_lookup"] > scored[1]["zoo_lookup"] + 0.3
     assert metrics["zoo_arithmetic"] < scored[1]["zoo_arithmetic"] - 0.3
     assert zoo_harness.score(model, zoo_harness.items("test")) == scored
@@ -439,4 +436,6 @@ def test_nan_weights_are_an_error_not_a_score(task: str, tokenizer: Any, zoo_har
         sick.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = math.nan
     with pytest.raises(CandidateError, match=f"NaN log-likelihoods in task '{task}'"):
         zoo_harness.score(sick, {task: zoo_harness.items("test")[task]})
-    assert zoo_harness.score(model, zoo_harness.items("test")) == scored, "the next model is not harmed"
+    part = {task: zoo_harness.items("test")[task]}
+    wanted = tuple(s for s in scored[0] if s.task == task)
+    assert zoo_harness.score(model, part) == (wanted, {task: scored[1][task]}), "the next model is not harmed"

@@ -336,6 +336,17 @@ def test_injected_genomes_come_first_in_their_direction(make: Callable[..., CmaE
     assert length < math.sqrt(n) + 3, "a long step is shortened to one the distribution would take"
 
 
+def test_the_mean_itself_may_be_injected(make: Callable[..., CmaEs]) -> None:
+    """As a search does that starts at its best hand recipe."""
+    es = make()
+    es.inject([es.mean.tolist()] * 2)
+    genomes = es.ask()
+    assert np.isfinite(genomes).all()
+    assert np.abs(genomes[0] - es.mean).max() < 3 * 0.3
+    es.tell(genomes, [bowl(g) for g in genomes])
+    assert all(np.isfinite(g).all() for g in run(es, 5))
+
+
 def test_a_good_injected_genome_is_learnt_from() -> None:
     plain, helped = CmaEs([0.0] * 20, 0.1, seed=1), CmaEs([0.0] * 20, 0.1, seed=1)
     helped.inject([[0.5] * 20])

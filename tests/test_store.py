@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from toy import stored_rows, weight_space
 
-from evomerge.errors import StudyError
+from evomerge.errors import EvomergeError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipe import Recipe
 from evomerge.store import MIGRATIONS, Store, Trial, item_set_id
@@ -179,6 +179,21 @@ def test_a_failure_in_the_middle_leaves_no_half_record(broken: str, store: Store
     assert stored_rows(file) == before
     add(store, 1, 1, recipe(0.5))  # and the store goes on
     assert store.count_trials() == 2
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_record(store: Store, file: Path) -> None:
+    add(store, 1, 0, recipe())
+    before = stored_rows(file)
+    pages = int(store._db.execute("PRAGMA page_count").fetchone()[0])
+    store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    big: Items = {"first": tuple(f"item {i}" for i in range(5000))}
+    with pytest.raises(EvomergeError, match="full"):
+        add(store, 1, 1, recipe(0.5), items=big)
+    assert stored_rows(file) == before
+    store._db.execute("PRAGMA max_page_count = 1000000")  # room again
+    add(store, 1, 1, recipe(0.5), items=big)
+    assert [t.slot for t in store.trials()] == [0, 1]
+    assert store.check() == "ok"
 
 
 # ---- one writer, many readers ----------------------------------------------------------------------------------------

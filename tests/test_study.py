@@ -236,7 +236,7 @@ def test_broken_off_anywhere_and_taken_up_it_is_the_same_search(
 ) -> None:
     rows, pool, _ = whole
     calls = len(pool.calls)
-    for k in range(1, calls + 1, 1 if how == "stop" else 3):
+    for k in range(1, calls + 1, 1 if how == "stop" else 5):
         file = tmp_path / f"{k}" / "study.db"
         pools = broken(file, [k], how)
         assert stored_rows(file) == rows, f"broken off after {k} of {calls}"
@@ -354,6 +354,20 @@ def test_the_same_budget_again_changes_nothing(whole: tuple[dict[str, list[dict[
     assert search(file, pool) == whole[2]
     assert pool.calls == []
     assert stored_rows(file) == whole[0]
+
+
+def test_a_smaller_budget_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "trial" / "study.db"
+    search(file, ToyPool())
+    before = stored_rows(file)
+    pool = ToyPool()
+    outcome = search(file, pool, plan(evaluations=6))
+    assert outcome["generations"] == 1
+    after = stored_rows(file)
+    for table in ("recipes", "evaluations", "trials"):
+        assert after[table][: len(before[table])] == before[table]
+    assert outcome["best"]["validation"] == max(r["validation"] for r in [*outcome["finalists"], *outcome["references"]])
+    assert search(file, ToyPool())["generations"] == 3, "and back"
 
 
 def test_the_budget_is_reached_in_whole_generations(tmp_path: Path) -> None:
@@ -509,6 +523,15 @@ def test_the_lead_is_the_paired_difference_on_test_items(
             assert row["lead"] == pytest.approx(mean, abs=1e-12)
             assert row["lead"] == pytest.approx(outcome["best"]["test"] - row["test"], abs=1e-12)
             assert row["lead_error"] == pytest.approx(variance**0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("mean", (0.2 + 3 * -4.0) / 4), ("worst", -4.0)])
+def test_the_objective_is_the_weighted_mean_or_the_worst(kind: Any, wanted: float) -> None:
+    objective = Objective((Term("acc"), Term("perplexity", 3.0, -1)), kind)
+    assert objective({"acc": 0.2, "perplexity": 4.0}) == pytest.approx(wanted, abs=1e-12)
+    assert objective({"acc": 0.9, "perplexity": 2.0}) > objective({"acc": 0.9, "perplexity": 3.0})
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert objective({"acc": bad, "perplexity": 1.0}) != objective({"acc": bad, "perplexity": 1.0}), "NaN"
 
 
 # ---- a store that is not this search's -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import evomerge, llama, search_file, uniform, zoo_folder
+from toy import in_process, llama, search_file, uniform, zoo_folder
 
 from evomerge import config, launch, merge, report
 from evomerge.checkpoint import Checkpoint
@@ -367,8 +367,10 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
             assert [s["error"] for s in found["scores"] if s["role"] == "search"] == [t.error]
             assert f"candidate {t.id}: {t.error}" in text
         assert not [t for t in failed if t.id == outcome["best"]["id"]]
-    shown = evomerge("show", f"poisoned/{failed[0].id}", "--root", tmp_path / "root")
-    assert shown.returncode == 0
-    assert f"failed: {failed[0].error}" in shown.stdout
-    assert evomerge("export", f"poisoned/{failed[0].id}", tmp_path / "out", "--root", tmp_path / "root").returncode == 4
+    code, out, _ = in_process("show", f"poisoned/{failed[0].id}", "--root", tmp_path / "root")
+    assert code == 0
+    assert f"failed: {failed[0].error}" in out
+    code, _, err = in_process("export", f"poisoned/{failed[0].id}", tmp_path / "out", "--root", tmp_path / "root")
+    assert code == 4
+    assert err.startswith("error[E310]")
     assert not (tmp_path / "out").exists()

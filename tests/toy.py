@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +163,8 @@ class ToyPool:
         seconds = {"merge": 0.0, "score": 0.0}
         if self._fails(recipe):
             return Evaluation(recipe.id, (), {}, seconds, error=f"recipe {recipe.id} fails on purpose")
-        p = height(recipe)
-        scores = tuple(ItemScore(task, item, float(uniform(recipe.id, task, item) < p)) for task, ids in items.items() for item in ids)
+        p, key = height(recipe), recipe.id
+        scores = tuple(ItemScore(task, item, float(uniform(key, task, item) < p)) for task, ids in items.items() for item in ids)
         metrics = {task: math.fsum(s.value for s in scores if s.task == task) / len(ids) for task, ids in items.items()}
         return Evaluation(recipe.id, scores, metrics, seconds)
 
@@ -203,6 +206,116 @@ def command(*words: object) -> list[str]:
 def evomerge(*words: object, cwd: Path = REPO, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs `evomerge` to its end."""
     return subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def in_process(*words: object) -> tuple[int, str, str]:
+    """Runs `evomerge` through its real entry point in this process: (exit code, stdout, stderr)."""
+    from evomerge.cli import main
+
+    out, err, kept = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = ["evomerge", *map(str, words)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:
+        sys.argv = kept
+    return code, out.getvalue(), err.getvalue()
+
+
+# A process with every library imported and nothing run: what is forked from it starts in a fraction of the time.
+_PREPARED = """
+import os, sys
+import evomerge.launch, evomerge.lm_harness, transformers.models.llama.modeling_llama
+from evomerge.cli import main
+for line in sys.stdin:
+    verb, *words = line.rstrip("\\n").split("\\t")
+    if verb == "wait":
+        print(os.waitstatus_to_exitcode(os.waitpid(int(words[0]), 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        for number, file in ((0, os.devnull), (1, words[0]), (2, words[1])):
+            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = ["evomerge", *words[2:]]
+        code = 1
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+"""
+
+
+class Prepared:
+    """Starts `evomerge` in forks of a process that has imported everything; a context manager that ends that process."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: for the output of what is started."""
+        self.folder, self._count = folder, 0
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen([sys.executable, "-c", _PREPARED], cwd=REPO, env=environment(), stdin=pipe, stdout=pipe, text=True)
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def start(self, *words: object) -> Fork:
+        """Starts `evomerge`."""
+        self._count += 1
+        out, err = (self.folder / f"{self._count}.{name}" for name in ("out", "err"))
+        out.touch(), err.touch()
+        return Fork(int(self.ask("start", out, err, *words)), out, err, self)
+
+    def ask(self, *words: object) -> str:
+        """One line to the process, one line back."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\t".join(map(str, words)) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A started `evomerge`."""
+
+    pid: int
+    out: Path
+    err: Path
+    prepared: Prepared
+
+    def alive(self) -> bool:
+        """Whether it runs (a zombie does not)."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal that killed it."""
+        return int(self.prepared.ask("wait", self.pid))
+
+
+def count_rows(store: Path, table: str) -> int:
+    """Rows of a table; 0 where there is no store yet."""
+    try:
+        connection = sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)
+    except sqlite3.Error:
+        return 0
+    try:
+        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+    finally:
+        connection.close()
 
 
 def search_file(folder: Path, study: str, *, evaluations: int = 16, population: int = 8, batch: int = 64, **evaluation: Any) -> Path:
