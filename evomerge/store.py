@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from evomerge.errors import StudyError
+from evomerge.errors import SetupError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore, Role
 from evomerge.recipe import Recipe
 
@@ -275,10 +275,13 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:  # SQLite has rolled back by itself where the disk is full
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise SetupError(f"{self.path} cannot be written: {error}; make room and resume, nothing is lost") from None
             raise
-        self._db.execute("COMMIT")
 
 
 _TRIALS = "SELECT t.*, e.score, e.error, e.metrics, e.seconds FROM trials t JOIN evaluations e ON e.id = t.evaluation"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,8 +11,11 @@ import re
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -332,7 +337,17 @@ def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     from evomerge.study import Progress
 
     main, side = os.openpty()
-    with os.fdopen(side, "w") as terminal, os.fdopen(main, "rb") as seen:
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))  # rows, columns
+    written: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the end of a terminal is an error
+            while more := os.read(main, 1 << 16):
+                written.append(more)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(side, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "150")
@@ -345,9 +360,9 @@ def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         with screens.bar("tensors") as counter:
             for done in range(1, 4):
                 counter(done)
-        terminal.flush()
-        os.set_blocking(seen.fileno(), False)
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.read().decode())
+    reader.join()
+    os.close(main)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(written).decode())
     for words in ("search", "9/16", "best 0.750", "tensors", *NOTES):
         assert words in text
 

@@ -182,11 +182,11 @@ def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | No
     from evomerge.cli import screens
 
     with screens.Search(settings.study) as screen:
-        from evomerge import launch, report
-        from evomerge.study_files import root as studies_root
+        with screens.opening():
+            from evomerge import launch, report
+            from evomerge.study_files import root as studies_root
 
-        studies = studies_root(root)
-        study = launch.prepare(settings, text, studies, overrides=overrides, resume=resume, show=screen.show)
+            study = launch.prepare(settings, text, studies_root(root), overrides=overrides, resume=resume, show=screen.show)
         with study.store:
             with screens.signals(study):
                 study.run()

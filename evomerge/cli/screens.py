@@ -49,7 +49,7 @@ class Search:
                 self._task = self._bar.add_task(progress.stage, total=progress.total, best=best)
             self._bar.update(self._task, completed=progress.done, total=progress.total, best=best)
             if progress.note:
-                self._bar.console.print(progress.note, highlight=False)
+                self._bar.console.print(progress.note, highlight=False, markup=False)
         elif progress.note or progress.stage != self._stage or time.monotonic() - self._said > 15:
             self._line(f"{progress.stage} {progress.done}/{progress.total} {progress.note or best}".rstrip())
         self._stage = progress.stage
@@ -57,6 +57,22 @@ class Search:
     def _line(self, text: str) -> None:
         self._said = time.monotonic()
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._name}: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def opening() -> Iterator[None]:
+    """Until the search runs, SIGTERM and SIGUSR1 leave at once with 75: nothing is begun, start it again."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        print("stopped while opening; start it again", file=sys.stderr, flush=True)
+        raise SystemExit(75)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager
