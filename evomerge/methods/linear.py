@@ -10,7 +10,7 @@ from torch import Tensor
 from evomerge.methods.method import Method, Param, Values, switch
 
 
-def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
     """sum_i w_i x_i, divided by sum_i w_i if `normalize`. A zero sum of weights gives inf or NaN, as in mergekit."""
     weight = values["weight"]
     assert isinstance(weight, tuple)

@@ -18,9 +18,10 @@ Values = Mapping[str, float | tuple[float, ...]]
 class Kernel(Protocol):
     """Merges one tensor. Pure: inputs are left as they are, no I/O, no global generator."""
 
-    def __call__(self, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+    def __call__(self, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
         """tensors: one per source, all of one shape and floating dtype; base: same shape or None; keys: one
-        signed 64-bit mask key per source. Returns a new tensor of that shape and dtype.
+        signed 64-bit mask key per source. parity: do as mergekit 0.1.5 does, in its order of operations and with its
+        faults, where the two differ. Returns a new tensor of that shape and dtype.
         """
         ...
 
@@ -59,7 +60,10 @@ def switch(name: str, default: bool) -> Param:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A merge method. models: allowed number of sources, the base not counted, as (least, most)."""
+    """A merge method. models: allowed number of sources, the base not counted, as (least, most).
+
+    needs_base: it cannot do without a base model; takes_base: it merges differences from a base if there is one.
+    """
 
     name: str
     kernel: Kernel
@@ -68,6 +72,7 @@ class Method:
     paper: str
     summary: str
     randomized: bool = False
+    takes_base: bool = False
     models: tuple[int, int] = (1, 1_000)
 
     def param(self, name: str) -> Param | None:

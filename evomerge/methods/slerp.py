@@ -14,7 +14,7 @@ _EPS = 1e-8  # a norm at or below this counts as 1
 _PARALLEL = 0.9995  # above this |cosine| the arc degenerates: interpolate linearly
 
 
-def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
     """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base."""
     assert base is not None
     a, b = base.reshape(1, -1), tensors[0].reshape(1, -1)

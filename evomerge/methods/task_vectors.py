@@ -33,6 +33,7 @@ def merge(
     values: Values,
     keys: Sequence[int],
     *,
+    parity: bool = False,
     sparsify: Sparsify | None = None,
     elect_sign: bool = False,
 ) -> Tensor:
