@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evomerge import headers
 from evomerge.errors import CheckpointError
+from evomerge.headers import TensorInfo as TensorInfo
 
 Part = Literal["embeddings", "layer", "head"]
 COMPONENTS = ("attention", "mlp", "other")
@@ -33,13 +35,61 @@ class Place:
     suffix: str
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Header facts of one tensor. dtype: safetensors' name, such as 'BF16'; file: the shard that holds it."""
+class Parent(Protocol):
+    """What a merge reads: a checkpoint, or a checkpoint with an adapter folded in."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
+    @property
+    def path(self) -> Path:
+        """Folder of the config, the tokenizer and the weights before any adapter."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Tensor name -> header facts."""
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the decoder stack."""
+
+    @property
+    def stack(self) -> str:
+        """Prefix of the decoder stack's tensors, such as 'model.layers'."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of most of its tensors, in torch's name."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+
+    def tensor(self, name: str, /) -> Tensor:
+        """The tensor of that name; never written to."""
+
+    def place(self, name: str, /) -> Place:
+        """Part, layer and component that a tensor's name says."""
+
+    def layer_name(self, layer: int, suffix: str, /) -> str:
+        """Full name of a layer's tensor."""
+
+    def layer_suffixes(self, layer: int, /) -> tuple[str, ...]:
+        """Names after 'stack.N.' of one layer's tensors, sorted."""
+
+    def outer_names(self, part: Part, /) -> tuple[str, ...]:
+        """Names of the tensors before or after the stack, sorted."""
+
+    def content_hash(self) -> str:
+        """What a study remembers it by."""
+
+    def equal_tensors(self, other: Parent, /) -> Iterator[str]:
+        """Names of the tensors that are the same in both."""
 
 
 class Checkpoint:
@@ -48,24 +98,30 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         """Reads config and headers only. Raises CheckpointError naming the file that is missing or broken."""
         self.path = path
-        self.config: dict[str, Any] = _json(path / "config.json", "a Hugging Face model folder has one")
-        self._files = {file.name: _open(file) for file in _shards(path)}
-        self.tensors: dict[str, TensorInfo] = {}
-        for file, handle in self._files.items():
-            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                view = handle.get_slice(name)
-                self.tensors[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), file)
+        self.config: dict[str, Any] = headers.json_object(path / "config.json", _no_config(path))
+        text = _text_config(self.config, path)
+        self.tensors: dict[str, TensorInfo] = headers.tensors(path)
         if not self.tensors:
-            raise CheckpointError(f"{path} holds no tensors")
-        text = self.config.get("text_config", self.config)
-        self.num_layers = int(text.get("num_hidden_layers", text.get("n_layer", 0)))
+            raise CheckpointError(f"{path} holds no tensors; fetch the model again")
+        self.num_layers = _depth(text, len(self.tensors), path)
         self.stack = _stack(self.tensors, self.num_layers, path)
+        self._files = {file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})}
 
     @property
     def dtype(self) -> str:
         """The type of most of its tensors, in torch's name; 'float32' where that is none of the usual three."""
         kinds = [info.dtype for info in self.tensors.values()]
         return {"BF16": "bfloat16", "F16": "float16"}.get(max(kinds, key=kinds.count), "float32")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, as they are stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor, as it is stored."""
+        return max(info.nbytes for info in self.tensors.values())
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, memory-mapped where its file is aligned for it."""
@@ -80,7 +136,7 @@ class Checkpoint:
         """Part, layer and component that a tensor's name says."""
         if name.startswith(self.stack + "."):
             index, _, suffix = name[len(self.stack) + 1 :].partition(".")
-            if index.isdigit():
+            if index.isascii() and index.isdigit():
                 return Place("layer", int(index), _component(suffix), suffix)
         part: Part = "embeddings" if any(word in name for word in _EMBEDDINGS) else "head"
         return Place(part, None, "other", name)
@@ -109,12 +165,17 @@ class Checkpoint:
                 digest.update(file.encode() + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
-    def equal_tensors(self, other: Checkpoint) -> Iterator[str]:
-        """Names of the tensors that are the same, bit for bit, in both checkpoints."""
-        for name, info in self.tensors.items():
-            twin = other.tensors.get(name)
-            if twin and (twin.shape, twin.dtype) == (info.shape, info.dtype) and torch.equal(self.tensor(name), other.tensor(name)):
-                yield name
+    def equal_tensors(self, other: Parent) -> Iterator[str]:
+        """Names of the tensors that are the same, bit for bit, in both."""
+        return equal(self, other)
+
+
+def equal(one: Parent, other: Parent) -> Iterator[str]:
+    """Names of the tensors that two parents have in the same shape, type and values."""
+    for name, info in one.tensors.items():
+        twin = other.tensors.get(name)
+        if twin and (twin.shape, twin.dtype) == (info.shape, info.dtype) and torch.equal(one.tensor(name), other.tensor(name)):
+            yield name
 
 
 def locate(reference: str, revision: str | None = None) -> Path:
@@ -140,7 +201,7 @@ def locate(reference: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def check_compatible(parents: Mapping[str, Checkpoint], base: str) -> None:
+def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
     """Raises CheckpointError unless every parent has the base's tensors in the base's shapes, layer for layer."""
     expected = parents[base]
     for name, parent in parents.items():
@@ -154,55 +215,54 @@ def check_compatible(parents: Mapping[str, Checkpoint], base: str) -> None:
                 raise CheckpointError(f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}")
 
 
-def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_json(index, "an index")["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index} names files outside its folder")
-        files = [path / name for name in names]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        kinds = sorted(file.name for file in path.glob("*.bin"))
-        hint = f"; convert {kinds[0]} with save_pretrained(safe_serialization=True)" if kinds else ""
-        raise CheckpointError(f"{path} has no .safetensors file{hint}")
-    return files
-
-
 def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing or not a regular file")
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from None
+        raise CheckpointError(f"{file} is not a readable safetensors file ({' '.join(str(error).split())}); fetch or save it again") from None
 
 
-def _json(file: Path, why: str) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; {why}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, got {type(data).__name__}")
-    return data
+def _no_config(path: Path) -> str:
+    """What to do about a folder without config.json."""
+    if (path / "adapter_config.json").exists():
+        return f"{path.name} is a LoRA adapter: name it with its base, as base+{path.name}"
+    return "give a Hugging Face model folder, which has one" if path.is_dir() else "there is no such folder; give that of a model"
+
+
+def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The part of a config that describes the language model. Raises CheckpointError for a quantised model."""
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{path / 'config.json'}: text_config must be an object, got {type(text).__name__}")
+    if any(part.get(key) for part in (config, text) for key in ("quantization_config", "compression_config")):
+        raise CheckpointError(f"{path / 'config.json'} has a quantization_config: quantised weights cannot be merged; dequantise the model first")
+    return text
+
+
+def _depth(text: Mapping[str, Any], tensors: int, path: Path) -> int:
+    """Number of decoder layers that a config names; a layer has at least one of the folder's tensors."""
+    key = next((key for key in ("num_hidden_layers", "n_layer") if key in text), None)
+    if key is None:
+        raise CheckpointError(f"{path / 'config.json'} has no num_hidden_layers; give a decoder language model")
+    depth = text[key]
+    if type(depth) is not int or not 0 < depth <= tensors:
+        raise CheckpointError(f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, got {depth!r:.80}")
+    return depth
 
 
 def _stack(names: Mapping[str, TensorInfo], depth: int, path: Path) -> str:
     """Prefix of the decoder stack: of the numbered families with exactly `depth` members, the one with most tensors."""
-    families: dict[str, set[int]] = {}
+    families: dict[str, set[str]] = {}
     count: dict[str, int] = {}
     for name in names:
-        for match in re.finditer(r"\.(\d+)\.", name):
+        for match in re.finditer(r"\.([0-9]+)\.", name):
             prefix = name[: match.start()]
-            families.setdefault(prefix, set()).add(int(match[1]))
+            families.setdefault(prefix, set()).add(match[1])
             count[prefix] = count.get(prefix, 0) + 1
-    fitting = sorted((p for p, seen in families.items() if seen == set(range(depth))), key=lambda p: (-count[p], len(p), p))
+    depths = {str(layer) for layer in range(depth)}
+    fitting = sorted((p for p, seen in families.items() if seen == depths), key=lambda p: (-count[p], len(p), p))
     if not fitting:
-        raise CheckpointError(f"{path}: no stack of {depth} layers found among the tensor names (config says num_hidden_layers={depth})")
+        raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
     return fitting[0]
 
 
