@@ -180,14 +180,15 @@ def equal(one: Parent, other: Parent) -> Iterator[str]:
 
 def locate(reference: str, revision: str | None = None) -> Path:
     """Folder of a model: a local path as it is, else a Hugging Face repository, downloaded or from the cache."""
+    shown = f"'{reference[:200]}'" if reference.isprintable() else ascii(reference[:200])
     try:
         path = Path(reference).expanduser()
         if path.is_dir():
             return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"'{reference[:80]}' cannot be a folder: {error}") from None
+        raise CheckpointError(f"{shown} cannot be a folder: {' '.join(str(error).split())[:300]}; give the folder of a model") from None
     if path.is_absolute() or reference.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
-        raise CheckpointError(f"there is no folder '{reference}' (looked from {Path.cwd()})")
+        raise CheckpointError(f"there is no folder {shown} (looked from {Path.cwd()})")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -196,9 +197,7 @@ def locate(reference: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"'{reference}' is neither a folder here (looked from {Path.cwd()}) nor a model that could be fetched: {reason}"
-        ) from None
+        raise CheckpointError(f"{shown} is neither a folder here (looked from {Path.cwd()}) nor a model that could be fetched: {reason}") from None
 
 
 def check_compatible(parents: Mapping[str, Parent], base: str) -> None:

@@ -162,7 +162,7 @@ def split_reference(reference: str) -> tuple[str, str | None, str | None, str | 
         folders = [_is_folder(model) + _is_folder(adapter) for (model, _), (adapter, _) in halves]
         halves = [half for half, count in zip(halves, folders, strict=True) if count == max(folders) > 0]
     if len(halves) != 1 or not (halves[0][0][0] and halves[0][1][0]):
-        raise ConfigError(f"'{reference[:200]}' is no model reference; write model or model+adapter, each a folder or repository[@revision]")
+        raise ConfigError(f"{reference[:200]!r} is no model reference; write model or model+adapter, each a folder or repository[@revision]")
     return (*halves[0][0], *halves[0][1])
 
 
