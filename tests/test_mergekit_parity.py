@@ -437,7 +437,7 @@ def space(method: str, out_dtype: str) -> Space:
     ranges = {p.name: Range(p.low, p.high, 0.4 * p.low + 0.6 * p.high) for p in rule.params if not p.flag}
     models = ("math", "code", "chat")[: rule.models[1]]
     segments = (("self_attn.", "attention"), (".mlp.", "mlp"))
-    return Space(rule, "base", models, (1, 2, 1), ("attention", "mlp"), segments, ranges, out_dtype=out_dtype)
+    return Space(rule, "base", models, (1, 2, 1), ("attention", "mlp"), segments, ranges, out_dtype=out_dtype, searchable=bool(ranges))
 
 
 def points():

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_references import REFERENCES
 from torch import Tensor
 
 from evomerge.errors import RecipeError
@@ -15,12 +17,14 @@ from evomerge.methods import METHODS, Method, Param, dare, method
 
 SHAPES = [(), (1,), (7,), (1, 5), (3, 4), (2, 3, 4), (0,), (3, 0)]
 WEIGHTS, DENSITIES = (0.75, 0.5, 1.25, -0.25), (0.5, 0.25, 0.75, 0.4)
-NEED_BASE = [m for m in METHODS.values() if m.needs_base]
+BASED = {f"{m.name} with base": replace(m, needs_base=True) for m in METHODS.values() if m.takes_base}
+CASES = METHODS | BASED
+NEED_BASE = [m for m in CASES.values() if m.needs_base]
 SPARSE = [m for m in METHODS.values() if m.param("density")]
 
-every_method = pytest.mark.parametrize("rule", METHODS.values(), ids=METHODS)
+every_method = pytest.mark.parametrize("rule", CASES.values(), ids=CASES)
 every_method_and_count = pytest.mark.parametrize(
-    ("rule", "n"), [pytest.param(m, n, id=f"{m.name}-{n}") for m in METHODS.values() for n in range(m.models[0], min(4, m.models[1]) + 1)]
+    ("rule", "n"), [pytest.param(m, n, id=f"{name}-{n}") for name, m in CASES.items() for n in range(m.models[0], min(4, m.models[1]) + 1)]
 )
 
 
@@ -28,12 +32,21 @@ def random(shape, seed, scale=1.0, dtype=torch.float32):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
 
-def example(rule: Method, shape=(6, 5), n=None, dtype=torch.float32, seed=0):
+def example(rule: Method, shape=(6, 5), n=None, dtype=torch.float32, seed=0, spread=0.5):
     """(tensors, base, keys) of fine-tunes near a base."""
     n = min(3, rule.models[1]) if n is None else n
     base = random(shape, seed, dtype=dtype)
-    tensors = [base + random(shape, seed + i + 1, 0.5, dtype) for i in range(n)]
+    tensors = [base + random(shape, seed + i + 1, spread, dtype) for i in range(n)]
     return tensors, base if rule.needs_base else None, [mask_key(seed, "tensor", f"model {i}") for i in range(n)]
+
+
+MATTER = {
+    "nuslerp": {"nuslerp_flatten": 0.0},
+    "multislerp": {"eps": 0.5},
+    "sce": {"select_topk": 0.5},
+    "ram": {"epsilon": 0.4},
+    "ramplus_tl": {"epsilon": 0.4, "r": 0.3},
+}
 
 
 def numbers(rule: Method, n: int, **given):
@@ -41,7 +54,7 @@ def numbers(rule: Method, n: int, **given):
     values = {p.name: (p.default,) * n if p.per == "model" else p.default for p in rule.params}
     values |= {"weight": WEIGHTS[:n]} if rule.param("weight") else {}
     values |= {"density": DENSITIES[:n]} if rule.param("density") else {}
-    return values | given
+    return values | MATTER.get(rule.name, {}) | given
 
 
 # ---- the reference: the formulas, element by element
@@ -50,15 +63,19 @@ def numbers(rule: Method, n: int, **given):
 def reference(name: str, tensors: list[Tensor], base: Tensor | None, values, keys) -> Tensor:
     xs = [x.double().flatten().tolist() for x in tensors]
     b = base.double().flatten().tolist() if base is not None else None
-    out = {
-        "linear": lambda: linear_reference(xs, values),
-        "slerp": lambda: slerp_reference(b, xs[0], values["t"]),
-        "passthrough": lambda: [v * values["scale"][0] for v in xs[0]],
-        "task_arithmetic": lambda: task_vector_reference(xs, b, values, keys, keep_all, consensus=False),
-        "ties": lambda: task_vector_reference(xs, b, values, keys, keep_largest, consensus=True),
-        "dare_linear": lambda: task_vector_reference(xs, b, values, keys, keep_random, consensus=False),
-        "dare_ties": lambda: task_vector_reference(xs, b, values, keys, keep_random, consensus=True),
-    }[name]()
+    others = {n: lambda rule=rule: rule(xs, b, values, tuple(tensors[0].shape)) for n, rule in REFERENCES.items()}
+    out = (
+        others
+        | {
+            "linear": lambda: linear_reference(xs, values),
+            "slerp": lambda: slerp_reference(b, xs[0], values["t"]),
+            "passthrough": lambda: [v * values["scale"][0] for v in xs[0]],
+            "task_arithmetic": lambda: task_vector_reference(xs, b, values, keys, keep_all, consensus=False),
+            "ties": lambda: task_vector_reference(xs, b, values, keys, keep_largest, consensus=True),
+            "dare_linear": lambda: task_vector_reference(xs, b, values, keys, keep_random, consensus=False),
+            "dare_ties": lambda: task_vector_reference(xs, b, values, keys, keep_random, consensus=True),
+        }
+    )[name]()
     return torch.tensor(out, dtype=torch.float64).reshape(tensors[0].shape)
 
 
@@ -275,13 +292,14 @@ def test_a_normalized_average_of_zero_weight_is_not_finite():
         assert not torch.isfinite(METHODS["linear"].kernel(tensors, None, {"weight": weights, "normalize": 1.0}, keys)).any()
 
 
-@pytest.mark.parametrize("rule", [m for m in METHODS.values() if m.models[1] > 1], ids=lambda m: m.name)
+@pytest.mark.parametrize("rule", [m for m in CASES.values() if m.models[1] > 1], ids=[name for name, m in CASES.items() if m.models[1] > 1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=str)
 def test_the_order_of_parents_with_their_numbers_does_not_matter(rule, dtype, tolerance):
-    tensors, base, keys = example(rule, (33, 9), 4, dtype)
-    values = numbers(rule, 4)
+    n = min(4, rule.models[1])
+    tensors, base, keys = example(rule, (33, 9), n, dtype)
+    values = numbers(rule, n)
     straight = rule.kernel(tensors, base, values, keys)
-    for order in itertools.permutations(range(4)):
+    for order in itertools.permutations(range(n)):
         turned = {k: tuple(v[i] for i in order) if isinstance(v, tuple) else v for k, v in values.items()}
         out = rule.kernel([tensors[i] for i in order], base, turned, [keys[i] for i in order])
         torch.testing.assert_close(out, straight, rtol=tolerance, atol=tolerance)
@@ -290,7 +308,7 @@ def test_the_order_of_parents_with_their_numbers_does_not_matter(rule, dtype, to
 @every_method
 def test_each_declared_parameter_changes_the_result(rule):
     n = min(3, rule.models[1])
-    tensors, base, keys = example(rule, (32, 16))
+    tensors, base, keys = example(rule, (32, 16), spread=1.0)
     for param in rule.params:
         for other in (param.low, param.high):
             values = numbers(rule, n)
@@ -399,12 +417,16 @@ def test_switches_default_as_in_mergekit():
         "dare_linear": {"normalize": 0.0, "rescale": 1.0},
         "dare_ties": {"normalize": 0.0, "rescale": 1.0},
         "passthrough": {},
+        "nuslerp": {"nuslerp_flatten": 1.0, "nuslerp_row_wise": 0.0},
+        "multislerp": {"normalize_weights": 1.0},
+        "model_stock": {"filter_wise": 0.0},
+        **{name: {} for name in ("karcher", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion")},
     }
     assert {name: {p.name: p.default for p in rule.params if p.flag} for name, rule in METHODS.items()} == default
     assert {p.default for rule in METHODS.values() for p in rule.params if p.name in ("lambda", "density", "scale")} == {1.0}
 
 
-@every_method
+@pytest.mark.parametrize("rule", METHODS.values(), ids=METHODS)
 def test_declarations_are_in_order(rule):
     assert METHODS[rule.name] is rule
     assert method(rule.name) is rule

@@ -7,17 +7,33 @@ tests derive from it.
 from __future__ import annotations
 
 from evomerge.errors import RecipeError, suggest
+from evomerge.methods.arcee_fusion import ARCEE_FUSION
 from evomerge.methods.dare import DARE_LINEAR, DARE_TIES
+from evomerge.methods.karcher import KARCHER
 from evomerge.methods.linear import LINEAR
 from evomerge.methods.method import Kernel, Method, Param, Values
+from evomerge.methods.model_stock import MODEL_STOCK
+from evomerge.methods.multislerp import MULTISLERP
+from evomerge.methods.nearswap import NEARSWAP
+from evomerge.methods.nuslerp import NUSLERP
 from evomerge.methods.passthrough import PASSTHROUGH
+from evomerge.methods.ram import RAM, RAMPLUS_TL
+from evomerge.methods.sce import SCE
 from evomerge.methods.slerp import SLERP
 from evomerge.methods.task_arithmetic import TASK_ARITHMETIC
 from evomerge.methods.ties import TIES
 
 __all__ = ["METHODS", "Kernel", "Method", "Param", "Values", "method"]
 
-METHODS: dict[str, Method] = {m.name: m for m in (LINEAR, SLERP, TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, PASSTHROUGH)}
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        *(LINEAR, SLERP, NUSLERP, MULTISLERP, KARCHER),
+        *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES),
+        *(SCE, RAM, RAMPLUS_TL, MODEL_STOCK),
+        *(NEARSWAP, ARCEE_FUSION, PASSTHROUGH),
+    )
+}
 
 
 def method(name: str) -> Method:

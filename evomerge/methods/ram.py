@@ -1,0 +1,78 @@
+"""RAM and RAM+ (arXiv 2601.13572): average what several models changed, keep in full what one changed alone.
+
+A model changed an entry if |x - b| > `epsilon`; other entries count as the base's. RAM+ enlarges what one model
+changed alone by 1 + r · min(shared / alone, alpha), from the counts of its changed entries in this tensor. mergekit
+divides the counts in 32-bit floats, and by `epsilon` for a model that changed nothing alone, which has no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.method import Method, Param, Values
+
+_EPSILON = Param("epsilon", 0.0, 0.001, 1e-5, per="merge", hard_low=0.0)
+
+
+def ram(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+    """b + at each entry the mean of the differences of the models that changed it. The same with and without parity."""
+    return _reinforced(tensors, base, values, parity=parity)
+
+
+def ramplus_tl(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+    """As `ram`, with what a model changed alone made larger the more of its changes are shared."""
+    r, alpha = values["r"], values["alpha"]
+    assert isinstance(r, float)
+    assert isinstance(alpha, float)
+    return _reinforced(tensors, base, values, (r, alpha), parity=parity)
+
+
+def _reinforced(tensors: Sequence[Tensor], base: Tensor | None, values: Values, plus: tuple[float, float] | None = None, *, parity: bool) -> Tensor:
+    """plus: r and alpha of RAM+."""
+    assert base is not None
+    epsilon = values["epsilon"]
+    assert isinstance(epsilon, float)
+    if not base.numel():
+        return base.clone()
+    deltas = torch.stack([(x - base).reshape(-1) for x in tensors])  # [sources, numel]
+    changed = deltas.abs() > epsilon
+    deltas = deltas * changed
+    count = changed.sum(dim=0)
+    alone, shared = count == 1, count > 1
+    own = deltas * alone
+    if plus is not None:
+        own = own * _enlarge((changed & shared).sum(dim=1), (changed & alone).sum(dim=1), *plus, epsilon, deltas.dtype, parity=parity)
+    mixed = (own + deltas * shared / count.clamp(min=1)).sum(dim=0)
+    return (base + mixed.reshape(base.shape)).to(base.dtype)
+
+
+def _enlarge(shared: Tensor, alone: Tensor, r: float, alpha: float, epsilon: float, dtype: torch.dtype, *, parity: bool) -> Tensor:
+    """[sources, 1]: 1 + r · min(shared / alone, alpha). With parity in float32, to which half precision is then promoted."""
+    ratio = shared / alone.clamp(min=epsilon) if parity else shared.double() / alone.clamp(min=1)
+    factor = 1 + r * ratio.clamp(0, alpha)
+    return (factor if parity else factor.to(dtype))[:, None]
+
+
+RAM = Method(
+    name="ram",
+    kernel=ram,
+    params=(_EPSILON,),
+    needs_base=True,
+    paper="arXiv 2601.13572",
+    summary="average what several models changed, keep what one changed alone",
+)
+RAMPLUS_TL = Method(
+    name="ramplus_tl",
+    kernel=ramplus_tl,
+    params=(
+        Param("r", 0.0, 1.0, 0.1, per="merge", hard_low=0.0),
+        Param("alpha", 0.0, 1.0, 0.2, per="merge", hard_low=0.0),
+        _EPSILON,
+    ),
+    needs_base=True,
+    paper="arXiv 2601.13572",
+    summary="as ram, with what one model changed alone made larger",
+)

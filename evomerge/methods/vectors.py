@@ -1,0 +1,52 @@
+"""Angles and sums of tensors, for the methods that take a tensor, or each of its rows, as a vector.
+
+Dot products are summed in 64-bit floats, so that a merge does not follow the number of threads; the elements
+themselves are mixed in the dtype of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20
+"""Elements that are held in 64-bit floats at a time."""
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """[rows] float64: dot products of the rows of two matrices [rows, length]."""
+    width = max(1, CHUNK // max(1, a.shape[0]))
+    out = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
+    for p, q in zip(torch.split(a, width, 1), torch.split(b, width, 1), strict=True):
+        out += (p.double() * q.double()).sum(dim=1)
+    return out
+
+
+def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Dot products of all pairs, each tensor one vector."""
+    flat = [x.reshape(1, -1) for x in tensors]
+    out = [[0.0] * len(flat) for _ in flat]
+    for i, x in enumerate(flat):
+        for j, y in enumerate(flat[: i + 1]):
+            out[i][j] = out[j][i] = dot(x, y).item()
+    return out
+
+
+def form(matrix: list[list[float]], a: Sequence[float], b: Sequence[float]) -> float:
+    """sum_ij a_i matrix_ij b_j: with a Gram matrix, the dot product of two combinations of its tensors."""
+    return sum(p * q * m for p, row in zip(a, matrix, strict=True) for q, m in zip(b, row, strict=True))
+
+
+def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """sum_i c_i x_i, in the dtype of the tensors."""
+    out = tensors[0] * coefficients[0]
+    for c, x in zip(coefficients[1:], tensors[1:], strict=True):
+        out.add_(x, alpha=c)
+    return out
+
+
+def differences(tensors: Sequence[Tensor], base: Tensor | None) -> list[Tensor]:
+    """x_i - b, or the tensors themselves if there is no base."""
+    return list(tensors) if base is None else [x - base for x in tensors]

@@ -1,0 +1,194 @@
+"""The formulas of the methods on spheres and of those that select, in loops over Python floats; calls of their kernels."""
+
+import math
+import statistics
+
+import torch
+from torch import Tensor
+
+from evomerge.methods import METHODS
+
+Row = list[float]
+SPREAD = {"near": 0.001, "far": 0.5}
+
+
+def length(v: Row) -> float:
+    return math.sqrt(math.fsum(a * a for a in v))
+
+
+def inner(v: Row, w: Row) -> float:
+    return math.fsum(a * b for a, b in zip(v, w, strict=True))
+
+
+def add(*terms: tuple[float, Row]) -> Row:
+    return [math.fsum(c * v[j] for c, v in terms) for j in range(len(terms[0][1]))]
+
+
+def mean(vs: list[Row]) -> Row:
+    return add(*((1 / len(vs), v) for v in vs))
+
+
+def minus(xs: list[Row], b: Row | None) -> list[Row]:
+    return xs if b is None else [add((1, x), (-1, b)) for x in xs]
+
+
+def lines(shape: tuple[int, ...], axis: int) -> list[list[int]]:
+    """Places in the flat tensor of each vector along an axis."""
+    if not shape:
+        return [[0]]
+    return torch.arange(math.prod(shape)).reshape(shape).movedim(axis, -1).reshape(-1, shape[axis]).tolist()
+
+
+def nuslerp(xs, b, values, shape):
+    weights = values["weight"]
+    t = weights[1] / sum(weights) if abs(sum(weights)) >= 1e-6 else 0.5
+    groups = [list(range(len(xs[0])))] if values["nuslerp_flatten"] else lines(shape, 0 if values["nuslerp_row_wise"] else -1)
+    deltas, out = minus(xs, b), list(b or [0.0] * len(xs[0]))
+    for places in groups:
+        v, w = ([d[j] for j in places] for d in deltas)
+        size = length(v) * length(w)
+        angle = math.acos(max(-1.0, min(1.0, inner(v, w) / size))) if size else 0.0
+        straight = math.sin(angle) < 1e-8
+        c = (1 - t, t) if straight else [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)]
+        for j, value in zip(places, add((c[0], v), (c[1], w)), strict=True):
+            out[j] += value
+    return out
+
+
+def multislerp(xs, b, values, shape):
+    if len(xs) == 1:
+        return xs[0]
+    weights = values["weight"]
+    if values["normalize_weights"]:
+        weights = [w / sum(weights) for w in weights] if sum(weights) else [1 / len(xs)] * len(xs)
+    deltas = minus(xs, b)
+    direction = add(*((w / ((length(d) + values["eps"]) or 1), d) for w, d in zip(weights, deltas, strict=True)))
+    if length(direction) <= max(values["eps"], 1e-6):
+        out = add(*zip(weights, deltas, strict=True))
+    else:
+        out = add((sum(w * length(d) for w, d in zip(weights, deltas, strict=True)) / length(direction), direction))
+    return add((1, out), (1, b)) if b else out
+
+
+def karcher(xs, b, values, shape):
+    if len(xs) == 1:
+        return xs[0]
+    units = [add((1 / length(x), x)) for x in xs if length(x)]
+    radius = sum(map(length, xs)) / len(xs)
+    if not units:
+        return xs[0]
+    if length(mean(units)) < 1e-6:
+        return mean(xs)
+    point = add((1 / length(mean(units)), mean(units)))
+    for _ in range(int(values["max_iter"])):
+        logs = []
+        for u in units:
+            angle = math.acos(max(-1.0, min(1.0, inner(u, point))))
+            if math.sin(angle) > 1e-6:
+                logs.append(add((angle / math.sin(angle), u), (-angle / math.tan(angle), point)))
+            else:
+                logs.append(add((1, u), (-1, point)) if angle < 1 else [0.0] * len(u))
+        step = mean(logs)
+        angle = length(step)
+        if angle < values["tol"] or not angle:
+            break
+        point = add((math.cos(angle), point), (math.sin(angle) / angle, step))
+        point = add((1 / length(point), point))
+    return add((radius, point))
+
+
+def model_stock(xs, b, values, shape):
+    groups = lines(shape, -1) if values["filter_wise"] else [list(range(len(b)))]
+    deltas, n, out = minus(xs, b), len(xs), list(b)
+    for places in groups:
+        rows = [[d[j] for j in places] for d in deltas]
+        pairs = [(v, w) for i, v in enumerate(rows) for w in rows[:i]]
+        cosines = [inner(v, w) / (length(v) * length(w)) if length(v) * length(w) else 0.0 for v, w in pairs]
+        cos = max(0.0, sum(cosines) / len(pairs))
+        t = n * cos / (1 + (n - 1) * cos)
+        for j, value in zip(places, mean(rows), strict=True):
+            out[j] = t * (value + b[j]) + (1 - t) * b[j]
+    return out
+
+
+def sce(xs, b, values, shape):
+    deltas = minus(xs, b)
+    columns = list(zip(*deltas, strict=True))
+    share = values["select_topk"]
+    if share < 1 and share > 0 and any(len(set(c)) > 1 for c in columns):
+        variance = [statistics.pvariance(c) for c in columns]
+        k = max(1, int(share * sum(len(set(c)) > 1 for c in columns)))
+        chosen = set(sorted(range(len(columns)), key=lambda j: (-variance[j], j))[:k])
+        deltas = [[v if j in chosen else 0.0 for j, v in enumerate(d)] for d in deltas]
+    elif share <= 0:
+        deltas = [[0.0] * len(b) for _ in deltas]
+    energy = [math.fsum(v * v for v in d) for d in deltas]
+    out = list(b)
+    for j, column in enumerate(zip(*deltas, strict=True)):
+        sign = 1 if math.fsum(column) >= 0 else -1
+        agree = [(e, v) for e, v in zip(energy, column, strict=True) if v * sign > 0]
+        out[j] += sum(e * v for e, v in agree) / sum(e for e, _ in agree) if agree else 0.0
+    return out
+
+
+def nearswap(xs, b, values, shape):
+    t = values["t"]
+    return [x if abs(x - v) <= t else v + math.copysign(t, x - v) for x, v in zip(xs[0], b, strict=True)]
+
+
+def arcee_fusion(xs, b, values, shape):
+    [x], importance = xs, [0.0] * len(b)
+    for places in lines(shape, -1):
+        p, q = ([math.exp(v[j]) for j in places] for v in (x, b))
+        p, q = ([v / math.fsum(row) for v in row] for row in (p, q))
+        divergence = max(0.0, math.fsum(v * math.log(v / w) for v, w in zip(p, q, strict=True)))
+        for j in places:
+            importance[j] = abs(x[j] - b[j]) * divergence
+    q1, median, q3 = (sorted(importance)[int(q * (len(b) - 1))] for q in (0.25, 0.5, 0.75))
+    return [x[j] if importance[j] >= median + 1.5 * (q3 - q1) else b[j] for j in range(len(b))]
+
+
+def ram(xs, b, values, shape):
+    return reinforced(xs, b, values, lambda shared, alone: 1.0)
+
+
+def ramplus_tl(xs, b, values, shape):
+    return reinforced(xs, b, values, lambda shared, alone: 1 + values["r"] * min(shared / alone, values["alpha"]))
+
+
+def reinforced(xs, b, values, enlarge):
+    deltas, out = minus(xs, b), list(b)
+    changed = [[i for i, d in enumerate(deltas) if abs(d[j]) > values["epsilon"]] for j in range(len(b))]
+    shared, alone = ([sum(i in models and (len(models) > 1) is several for models in changed) for i in range(len(xs))] for several in (True, False))
+    for j, models in enumerate(changed):
+        if len(models) == 1:
+            [i] = models
+            out[j] += enlarge(shared[i], alone[i]) * deltas[i][j]
+        elif models:
+            out[j] += sum(deltas[i][j] for i in models) / len(models)
+    return out
+
+
+REFERENCES = {
+    rule.__name__: rule for rule in (nuslerp, multislerp, karcher, model_stock, sce, nearswap, arcee_fusion, ram, ramplus_tl)
+}  # (rows of the sources, row of the base or None, values, shape) -> row
+
+
+def complete(method: str, n: int, given: dict[str, float | tuple[float, ...]]) -> dict[str, float | tuple[float, ...]]:
+    """Those values, and defaults for the rest."""
+    return {p.name: (p.default,) * n if p.per == "model" else p.default for p in METHODS[method].params} | given
+
+
+def merge(method: str, tensors: list[Tensor], base: Tensor | None = None, *, parity: bool = False, **given: float | tuple[float, ...]) -> Tensor:
+    return METHODS[method].kernel(tensors, base, complete(method, len(tensors), given), [0] * len(tensors), parity=parity)
+
+
+def random(shape, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def models(kind: str, shape: tuple[int, ...], n: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Fine-tunes of a base and the base. near: small changes of a third of the entries; far: large ones of all."""
+    base = random(shape, 0).to(dtype)
+    some = [(random(shape, 100 + i) > 0.4) if kind == "near" else 1.0 for i in range(n)]
+    return [(base.double() + random(shape, i + 1, SPREAD[kind]) * some[i]).to(dtype) for i in range(n)], base
