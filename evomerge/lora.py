@@ -132,7 +132,7 @@ class _Rule:
                 f"{file}: init_lora_weights is {start!r:.60}, which changes the base's weights as it loads; merge the adapter with peft first"
             )
         if data.get("bias", "none") not in ("none", "lora_only", "all"):
-            raise CheckpointError(f"{file}: bias must be none, lora_only or all, got {data['bias']!r:.60}")
+            raise CheckpointError(f"{file}: bias must be none, lora_only or all, got {data['bias']!r:.60}; save the adapter again")
         self.stable = bool(data.get("use_rslora"))
         self.rank, self.alpha = _number(data.get("r", 8), "r", file), _number(data.get("lora_alpha", 8), "lora_alpha", file)
         self.ranks, self.alphas = _patterns(data, "rank_pattern", file), _patterns(data, "alpha_pattern", file)

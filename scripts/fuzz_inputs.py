@@ -388,7 +388,7 @@ def main() -> None:
         wrong: list[tuple[str, str]] = []
         rows = []
         for kind in counts:
-            total, start = getattr(args, f"{kind}s"), time.monotonic()
+            total, start = getattr(args, f"{kind}s"), time.process_time()
             for number in range(total):
                 name = f"{args.seed}/{kind}/{number}"
                 ended, said = run(name, models, scratch)
@@ -396,7 +396,7 @@ def main() -> None:
                 if ended == "wrong":
                     wrong.append((name, said.replace(str(scratch), "…")))
                     print(*wrong[-1], sep=": ", flush=True)
-            rate = total / max(time.monotonic() - start, 1e-9)
+            rate = total / max(time.process_time() - start, 1e-9)
             rows.append(f"| {kind}s | {total} | {ends[kind, 'merged']} | {ends[kind, 'refused']} | {ends[kind, 'wrong']} | {rate:.0f} |")
     finally:
         os.chdir(REPOSITORY)
@@ -408,7 +408,7 @@ def main() -> None:
         "values or bytes changed, and model or adapter folders with a damaged file. Refused: one EvomergeError of one line that names",
         "the file or the model, nothing left behind. Wrong: anything else that is not a whole checkpoint.",
         "",
-        "| | cases | merged | refused | wrong | a second |",
+        "| | cases | merged | refused | wrong | per CPU second |",
         "| --- | --- | --- | --- | --- | --- |",
         *rows,
         *(["", *(f"- `{name}` {said}" for name, said in wrong)] if wrong else []),

@@ -1,12 +1,10 @@
-"""LoRA adapters folded into a base: against float64 loops, against peft, and against mergekit's model+adapter."""
+"""LoRA adapters folded into a base, against float64 loops; what is refused; and references. peft is asked in test_lora_peft.py."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from evomerge.errors import CheckpointError, ConfigError
 from evomerge.lora import Adapted, open_parent, split_reference
 from evomerge.recipe import Mix, Recipe, params
 
-REPO = Path(__file__).resolve().parents[1]
-ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
 PREFIX = "base_model.model."
 Q, V, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.3.mlp.down_proj"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -66,6 +62,14 @@ def looped(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float,
     return out
 
 
+def tensors_of(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"]
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=4e-6)
+
+
 @pytest.fixture(scope="module")
 def base(tiny32: dict[str, Path]) -> Checkpoint:
     return Checkpoint(tiny32["base"])
@@ -84,15 +88,12 @@ def base(tiny32: dict[str, Path]) -> Checkpoint:
         ({"r": 9, "rank_pattern": {"[qv]_proj": 4}, "use_rslora": True}, (4.0, 4.0)),
     ],
 )
-def test_a_tensor_is_the_base_plus_the_scaled_product(
-    settings: dict[str, Any], scales: tuple[float, float], base: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_tensor_is_the_base_plus_the_product(settings: dict[str, Any], scales: tuple[float, ...], base: Checkpoint, tmp_path: Path) -> None:
     tensors = pair(Q) | pair(V, seed=2)
     parent = Adapted(base, adapter(tmp_path / "lora", tensors, **settings))
     for module, scale in zip((Q, V), scales, strict=True):
-        a, b = (tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
-        expected = looped(base.tensor(f"{module}.weight"), a, b, scale)
-        torch.testing.assert_close(parent.tensor(f"{module}.weight").double(), expected, rtol=0, atol=4e-6)
+        expected = looped(base.tensor(f"{module}.weight"), *tensors_of(tensors, module), scale)
+        near(parent.tensor(f"{module}.weight"), expected)
     assert parent.changed == (f"{V}.weight", f"{Q}.weight")
     for name in base.tensors:
         assert name in parent.changed or torch.equal(parent.tensor(name), base.tensor(name))
@@ -102,19 +103,14 @@ def test_a_rank_of_its_own_is_read_from_the_pattern(base: Checkpoint, tmp_path: 
     tensors = pair(Q, 2) | pair(V, 4, seed=2)
     parent = Adapted(base, adapter(tmp_path / "lora", tensors, rank_pattern={"q_proj": 2}))
     expected = looped(base.tensor(f"{Q}.weight"), *tensors_of(tensors, Q), 8 / 2)
-    torch.testing.assert_close(parent.tensor(f"{Q}.weight").double(), expected, rtol=0, atol=4e-6)
-
-
-def tensors_of(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"]
+    near(parent.tensor(f"{Q}.weight"), expected)
 
 
 def test_embeddings_are_folded_transposed(base: Checkpoint, tmp_path: Path) -> None:
     tensors = embedding()
     parent = Adapted(base, adapter(tmp_path / "lora", tensors))
-    a, b = tensors.values()
-    expected = looped(base.tensor(f"{EMBEDDING}.weight"), a, b, 2.0, transposed=True)
-    torch.testing.assert_close(parent.tensor(f"{EMBEDDING}.weight").double(), expected, rtol=0, atol=4e-6)
+    expected = looped(base.tensor(f"{EMBEDDING}.weight"), *tensors.values(), 2.0, transposed=True)
+    near(parent.tensor(f"{EMBEDDING}.weight"), expected)
 
 
 def test_a_module_saved_whole_replaces_the_bases(base: Checkpoint, tmp_path: Path) -> None:
@@ -125,10 +121,9 @@ def test_a_module_saved_whole_replaces_the_bases(base: Checkpoint, tmp_path: Pat
 
 def test_an_embedding_saved_with_its_adapter_is_replaced_and_then_changed(base: Checkpoint, tmp_path: Path) -> None:
     tensors, start = embedding(), noise(*SHAPES[EMBEDDING], seed=4)
-    a, b = tensors.values()
     parent = Adapted(base, adapter(tmp_path / "lora", tensors | {f"{PREFIX}{EMBEDDING}.base_layer.weight": start}))
-    expected = looped(start, a, b, 2.0, transposed=True)
-    torch.testing.assert_close(parent.tensor(f"{EMBEDDING}.weight").double(), expected, rtol=0, atol=4e-6)
+    expected = looped(start, *tensors.values(), 2.0, transposed=True)
+    near(parent.tensor(f"{EMBEDDING}.weight"), expected)
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
@@ -166,7 +161,7 @@ def test_weights_that_keep_inputs_first_are_changed_transposed(name: str, prefix
     tensors = pair(module, shape=(rows, columns))
     parent = Adapted(base, adapter(tmp_path / "lora", tensors, fan_in_fan_out=flag))
     expected = looped(base.tensor(f"{prefix}h.1.{name}.weight"), *tensors_of(tensors, module), 2.0, transposed=True)
-    torch.testing.assert_close(parent.tensor(f"{prefix}h.1.{name}.weight").double(), expected, rtol=0, atol=4e-6)
+    near(parent.tensor(f"{prefix}h.1.{name}.weight"), expected)
 
 
 def test_biases_saved_with_the_adapter_replace_the_bases(tmp_path: Path) -> None:
@@ -251,11 +246,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "parameters": ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    "replication": ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
     "alora": ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
     "other type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-    "adalora": ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
     "no type": ({"peft_type": None}, "peft_type is None"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
     "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights"),
@@ -263,7 +256,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "some"}, "bias must be"),
     "bias is a list": ({"bias": ["none"]}, "bias must be"),
     "r is text": ({"r": "4"}, "r must be a positive number"),
-    "r is true": ({"r": True}, "r must be a positive number"),
     "r is zero": ({"r": 0}, "r must be a positive number"),
     "r is huge": ({"r": 10**400}, "r must be a positive number"),
     "alpha is nan": ({"lora_alpha": math.nan}, "lora_alpha must be a positive number"),
@@ -376,109 +368,3 @@ def test_a_parent_is_opened_by_its_reference(tiny32: dict[str, Path], tmp_path: 
     assert parent.changed == (f"{Q}.weight",)
     with pytest.raises(CheckpointError, match="there is no folder"):
         open_parent(f"{tiny32['base']}+{tmp_path}/nowhere")
-
-
-# ---- against peft, and mergekit with peft
-
-LLAMA: dict[str, dict[str, Any]] = {
-    "plain": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
-    "all-linear": {"target_modules": "all-linear", "r": 3, "lora_alpha": 5, "use_rslora": True},
-    "patterns": {
-        "target_modules": ["q_proj", "up_proj", "down_proj"], "r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.*": 6},
-        "alpha_pattern": {"model.layers.2.self_attn.q_proj": 3, "up_proj": 1}, "use_rslora": True,
-    },
-    "outer": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 4, "lora_alpha": 8},
-    "saved": {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
-    "square-flag": {"target_modules": ["q_proj", "o_proj"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
-    "gaussian": {"target_modules": ["gate_proj"], "r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian", "layers_to_transform": [1, 3]},
-}  # fmt: skip
-GPT2: dict[str, dict[str, Any]] = {
-    "conv": {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
-    "conv-flag-forgotten": {"target_modules": ["attn.c_proj", "wte"], "r": 4, "lora_alpha": 8},
-    "conv-bias": {"target_modules": ["attn.c_attn"], "r": 4, "lora_alpha": 8, "bias": "lora_only"},
-    "conv-bias-all": {"target_modules": ["attn.c_attn"], "r": 4, "lora_alpha": 8, "bias": "all"},
-}
-DRIVER = """
-import json, sys
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-
-torch.set_num_threads(1)
-job = json.load(sys.stdin)
-torch.manual_seed(0)
-GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)).save_pretrained(job["gpt2"])
-for base, adapter, merged, settings in job["cases"]:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(len(adapter))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    model.save_pretrained(adapter)
-    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    PeftModel.from_pretrained(fresh, adapter).merge_and_unload().save_pretrained(merged)
-config = MergeConfiguration.model_validate(job["recipe"])
-run_merge(config, job["out"], MergeOptions(lora_merge_cache=job["cache"], quiet=True, write_model_card=False))
-"""
-
-
-@pytest.fixture(scope="module")
-def theirs(tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters made, saved, loaded and merged by peft, and a merge of mergekit's with two of them: one process for all."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"there is no mergekit (and so no peft) in {ENVIRONMENT}; run scripts/make_mergekit_env")
-    root = tmp_path_factory.mktemp("peft")
-    cases = [
-        (str(root / "gpt2" if name in GPT2 else tiny32["base"]), str(root / f"{name}-adapter"), str(root / f"{name}-merged"), settings)
-        for name, settings in (LLAMA | GPT2).items()
-    ]
-    recipe = {
-        "merge_method": "task_arithmetic", "base_model": str(tiny32["base"]), "dtype": "float32",
-        "models": [
-            {"model": f"{tiny32['base']}+{root}/plain-adapter", "parameters": {"weight": 0.6}},
-            {"model": f"{tiny32['math']}+{root}/patterns-adapter", "parameters": {"weight": 0.3}},
-        ],
-    }  # fmt: skip
-    job = {"gpt2": str(root / "gpt2"), "cases": cases, "recipe": recipe, "out": str(root / "mergekit"), "cache": str(root / "cache")}
-    done = subprocess.run(
-        [str(python), "-c", DRIVER], input=json.dumps(job), capture_output=True, text=True, timeout=280, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root
-
-
-@pytest.mark.parametrize("name", [*LLAMA, *GPT2])
-def test_peft_merges_the_same_weights(name: str, theirs: Path, base: Checkpoint) -> None:
-    start = Checkpoint(theirs / "gpt2") if name in GPT2 else base
-    ours, merged = Adapted(start, theirs / f"{name}-adapter"), Checkpoint(theirs / f"{name}-merged")
-    assert set(ours.tensors) == set(merged.tensors)
-    for tensor in merged.tensors:
-        torch.testing.assert_close(ours.tensor(tensor), merged.tensor(tensor), rtol=0, atol=4e-6, msg=lambda text, t=tensor: f"{t}: {text}")
-        if tensor not in ours.changed:
-            assert torch.equal(ours.tensor(tensor), merged.tensor(tensor))
-    assert ours.changed
-    assert sum(not torch.equal(merged.tensor(t), start.tensor(t)) for t in merged.tensors) == len(ours.changed) - sum(
-        torch.equal(ours.tensor(t), start.tensor(t)) for t in ours.changed
-    )
-
-
-def test_mergekit_reads_model_and_adapter_alike(theirs: Path, tiny32: dict[str, Path], base: Checkpoint) -> None:
-    parents = {
-        "base": base,
-        "a": open_parent(f"{tiny32['base']}+{theirs}/plain-adapter"),
-        "b": open_parent(f"{tiny32['math']}+{theirs}/patterns-adapter"),
-    }
-    given = params({"weight": (0.6, 0.3)})
-    outer = Mix("task_arithmetic", (("a", None), ("b", None)), ("base", None), given)
-    layers = tuple(Mix("task_arithmetic", (("a", i), ("b", i)), ("base", i), given) for i in range(4))
-    ours = dict(merge.merged(Recipe("base", layers, outer, outer, dtype="float32", out_dtype="float32"), parents))
-    merged = Checkpoint(theirs / "mergekit")
-    assert set(ours) == set(merged.tensors)
-    for name in ours:
-        torch.testing.assert_close(ours[name], merged.tensor(name), rtol=0, atol=4e-6)
