@@ -14,7 +14,7 @@ PACKAGE = REPO / "evomerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "__init__": 0, "errors": 0, "recipe": 0, "documents": 0, "data": 0, "study_files": 0, "tokens": 0, "naming": 0,
-    "methods": 1, "checkpoint": 1, "headers": 1, "lora": 1, "optimizers": 1, "evaluation": 1,
+    "methods": 1, "fused": 1, "checkpoint": 1, "headers": 1, "lora": 1, "optimizers": 1, "evaluation": 1,
     "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "resident": 2, "lm_harness": 2, "store": 2, "baselines": 2, "vocabulary": 2,
     "worker": 3, "export": 3, "report": 3, "merging": 3,
     "pools": 4, "study": 4,
@@ -28,6 +28,7 @@ SAME_FLOOR = {
     ("checkpoint", "headers"): "a folder's headers are read without torch",
     ("lora", "headers"): "an adapter's files are read as a checkpoint's",
     ("lora", "checkpoint"): "an adapter changes the tensors of a checkpoint",
+    ("fused", "methods"): "a method says what it is a sum of",
     ("baselines", "space"): "a hand recipe is a point of a space under another method",
     ("study", "pools"): "the loop hands jobs to the Pool protocol",
     ("cli", "launch"): "a verb makes one library call",

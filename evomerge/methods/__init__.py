@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from evomerge.errors import RecipeError, suggest
 from evomerge.methods.arcee_fusion import ARCEE_FUSION
+from evomerge.methods.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
 from evomerge.methods.dare import DARE_LINEAR, DARE_TIES
+from evomerge.methods.della import DELLA, DELLA_LINEAR
 from evomerge.methods.karcher import KARCHER
 from evomerge.methods.linear import LINEAR
 from evomerge.methods.method import Kernel, Method, Param, Values
@@ -29,7 +31,7 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         *(LINEAR, SLERP, NUSLERP, MULTISLERP, KARCHER),
-        *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES),
+        *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, BREADCRUMBS, BREADCRUMBS_TIES, DELLA, DELLA_LINEAR),
         *(SCE, RAM, RAMPLUS_TL, MODEL_STOCK),
         *(NEARSWAP, ARCEE_FUSION, PASSTHROUGH),
     )

@@ -7,23 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values, switch
+from evomerge.methods.method import Frame, Method, Param, Values, switch
 
 
 def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
     """sum_i w_i x_i, divided by sum_i w_i if `normalize`. A zero sum of weights gives inf or NaN, as in mergekit."""
     weight = values["weight"]
     assert isinstance(weight, tuple)
-    w = torch.tensor(weight, dtype=tensors[0].dtype, device=tensors[0].device)
-    out = torch.zeros_like(tensors[0])
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)  # mergekit sums in float32 whatever the dtype
+    w = torch.tensor(weight, dtype=dtype, device=tensors[0].device)
+    out = torch.zeros_like(tensors[0], dtype=dtype)
     for x, w_i in zip(tensors, w, strict=True):
-        out.addcmul_(x, w_i)
-    return out.div_(w.sum()) if values["normalize"] else out
+        out.addcmul_(x.to(dtype), w_i)
+    return (out.div_(w.sum()) if values["normalize"] else out).to(tensors[0].dtype)
 
 
 LINEAR = Method(
     name="linear",
     kernel=linear,
+    frame=Frame(without_base=True),
     params=(Param("weight", 0.0, 1.0, 1.0, required=True), switch("normalize", True)),
     needs_base=False,
     paper="arXiv 2203.05482",

@@ -27,11 +27,25 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """A method that is a sum of (sparsified) task vectors: `evomerge.fused` merges those in one pass.
+
+    sparsify: which entries of x - base stay: the largest, a random part, a band of magnitudes, or at random by rank.
+    elect_sign: sum only what has the sign of the sum. without_base: sum the models themselves.
+    """
+
+    sparsify: Literal["largest", "random", "band", "rank"] | None = None
+    elect_sign: bool = False
+    without_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Param:
     """A parameter: interval of useful values, default, and whether each model or the whole merge has one.
 
     low, high: bounds of a search; closed. hard_low, hard_high: outside them the method is undefined.
     flag: the parameter is a switch (1.0 or 0.0) and is never searched. required: mergekit has no default for it.
+    digits: decimals of a searched value.
     """
 
     name: str
@@ -43,6 +57,7 @@ class Param:
     hard_high: float = math.inf
     flag: bool = False
     required: bool = False
+    digits: int = 4
 
     def check(self, value: float, where: str) -> float:
         """The value itself if the method is defined there, else RecipeError."""
@@ -73,6 +88,7 @@ class Method:
     summary: str
     randomized: bool = False
     takes_base: bool = False
+    frame: Frame | None = None
     models: tuple[int, int] = (1, 1_000)
 
     def param(self, name: str) -> Param | None:

@@ -1,11 +1,16 @@
-"""Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089): add weighted task vectors to the base."""
+"""Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089): add weighted task vectors to the base.
+
+A negative weight subtracts a skill (unlearning); a task analogy C + (B - A) is a stage of its own (see the README).
+"""
 
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Method
+from evomerge.methods.method import Frame, Method
 
+_FRAME = Frame()
 TASK_ARITHMETIC = Method(
     name="task_arithmetic",
-    kernel=task_vectors.merge,
+    kernel=task_vectors.kernel(_FRAME),
+    frame=_FRAME,
     params=task_vectors.params(normalize=False, rescale=False, density=False),
     needs_base=True,
     paper="arXiv 2212.04089",

@@ -1,23 +1,25 @@
-"""Sums of task vectors, the frame that task arithmetic, TIES and DARE share.
+"""Sums of task vectors, the frame that task arithmetic, TIES, DARE, breadcrumbs and DELLA share.
 
-delta_i = x_i - b; s_i = sparsify(delta_i); y_i = w_i s_i; out = b + lambda * combine(y). Operations and their
-order are those of mergekit 0.1.5, so that in float32 both give the same bits.
+delta_i = x_i - b; s_i = sparsify(delta_i); y_i = w_i s_i; out = b + lambda * combine(y). The kernel here holds whole
+tensors and works in any float type: operations and their order are those of mergekit 0.1.5, so that with `parity`
+both give the same bits. In float32 a merge runs `evomerge.fused` instead, by the same formulas in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Param, Values, switch
+from evomerge.methods.method import Frame, Kernel, Param, Values, switch
 
-Sparsify = Callable[[Tensor, float, int], Tensor]
-"""(delta, density in (0, 1), mask key) -> 0/1 mask of delta's shape and dtype."""
+Sparsify = Callable[[Tensor, float, int, Mapping[str, float], bool], Tensor]
+"""(delta, density in (0, 1), mask key, the source's own numbers, parity) -> 0/1 mask of delta's shape and dtype."""
 
 WEIGHT = Param("weight", -0.5, 2.0, 1.0, required=True)
-DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0)
+DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0, digits=3)
 LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
 
 
@@ -25,6 +27,11 @@ def params(*, normalize: bool, rescale: bool, density: bool) -> tuple[Param, ...
     """The parameters of a task-vector method with the defaults that tell the methods apart."""
     shared = (WEIGHT, LAMBDA, switch("normalize", normalize))
     return (*shared, DENSITY, switch("rescale", rescale)) if density else shared
+
+
+def kernel(frame: Frame, sparsify: Sparsify | None = None) -> Kernel:
+    """The kernel of a method of this frame."""
+    return partial(merge, sparsify=sparsify, elect_sign=frame.elect_sign)
 
 
 def merge(
@@ -46,7 +53,9 @@ def merge(
     if sparsify is not None:
         for i, (d, key) in enumerate(zip(density, keys, strict=True)):
             if d < 1:
-                deltas[i] = _masked(deltas[i], sparsify(deltas[i], d, key), rescale=bool(values["rescale"]))
+                own = {name: value[i] for name, value in values.items() if isinstance(value, tuple)}
+                mask = sparsify(deltas[i], d, key, own, parity) if d > 0 and deltas[i].numel() else torch.zeros_like(deltas[i])
+                deltas[i] = _masked(deltas[i], mask, rescale=bool(values["rescale"]))
     w = torch.tensor(weight, dtype=deltas.dtype, device=deltas.device).reshape(-1, *[1] * base.dim())
     deltas.mul_(w)
     if elect_sign:
@@ -64,7 +73,7 @@ def merge(
     assert isinstance(scale, float)
     if scale != 1:
         mixed = mixed * scale
-    return base + mixed
+    return (base + mixed).to(base.dtype)
 
 
 def _masked(delta: Tensor, mask: Tensor, *, rescale: bool) -> Tensor:

@@ -1,0 +1,294 @@
+/* The sums of task vectors of one tensor in one pass: what `sweep.py` says, in C, bit for bit.
+
+   Blocks of BLOCK elements stay in the first-level cache; loops are written for the compiler to vectorise. Compile with
+   -ffp-contract=off and without -ffast-math: every operation is one IEEE operation, as in torch. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BLOCK 1024
+enum { DENSE, BAND, RANDOM, RANKED };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { WEIGHT, SCALE, LOW, HIGH, P_LOW, P_STEP, NUMBERS };
+
+static void load(float *restrict to, const void *from, int type, int64_t at, int n) {
+    if (type == FLOAT32) {
+        memcpy(to, (const float *)from + at, (size_t)n * 4);
+    } else if (type == BFLOAT16) {
+        const uint16_t *restrict x = (const uint16_t *)from + at;
+        for (int j = 0; j < n; j++) {
+            uint32_t bits = (uint32_t)x[j] << 16;
+            memcpy(to + j, &bits, 4);
+        }
+    } else {
+        const _Float16 *restrict x = (const _Float16 *)from + at;
+        for (int j = 0; j < n; j++) to[j] = (float)x[j];
+    }
+}
+
+/* Rounds to nearest, ties to even. Returns 1 if a value is not finite. */
+static int store(void *to, const float *restrict from, int type, int64_t at, int n) {
+    uint32_t bad = 0;
+    if (type == FLOAT32) {
+        memcpy((float *)to + at, from, (size_t)n * 4);
+        for (int j = 0; j < n; j++) bad |= !(fabsf(from[j]) < INFINITY);
+    } else if (type == BFLOAT16) {
+        uint16_t *restrict o = (uint16_t *)to + at;
+        for (int j = 0; j < n; j++) {
+            uint32_t bits, up;
+            memcpy(&bits, from + j, 4);
+            up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+            up = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : up;
+            bad |= (up & 0x7f80) == 0x7f80;
+            o[j] = (uint16_t)up;
+        }
+    } else {
+        _Float16 *restrict o = (_Float16 *)to + at;
+        for (int j = 0; j < n; j++) {
+            o[j] = (_Float16)from[j];
+            bad |= !(fabsf((float)o[j]) < INFINITY);
+        }
+    }
+    return bad != 0;
+}
+
+static inline uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+/* d: differences, masked in place; h: mixed element indices. */
+static void mask(float *restrict d, const uint32_t *restrict h, int kind, const float *f, const int32_t *k, const uint16_t *restrict rank, int n) {
+    if (kind == BAND) {
+        const float low = f[LOW], high = f[HIGH]; /* high is NaN where there is no upper bound */
+        for (int j = 0; j < n; j++) {
+            float a = fabsf(d[j]);
+            d[j] = (a < low) | (a >= high) ? 0.0f : d[j];
+        }
+    } else if (kind == RANDOM) {
+        const uint32_t key = (uint32_t)k[0], odd = (uint32_t)k[1];
+        const int32_t bound = k[2];
+        for (int j = 0; j < n; j++) d[j] = (int32_t)((h[j] ^ key) * odd) < bound ? d[j] : 0.0f;
+    } else if (kind == RANKED) {
+        const uint32_t key = (uint32_t)k[0], odd = (uint32_t)k[1];
+        const float low = f[P_LOW], step = f[P_STEP];
+        for (int j = 0; j < n; j++) {
+            float p = low + (float)rank[j] * step;
+            d[j] = (float)(int32_t)((h[j] ^ key) * odd) < p * 4294967296.0f - 2147483648.0f ? d[j] : 0.0f;
+        }
+    }
+}
+
+static void indices(uint32_t *restrict h, int64_t first, int n) {
+    for (int j = 0; j < n; j++) h[j] = mix((uint32_t)first + (uint32_t)j);
+}
+
+static void difference(float *restrict d, const float *restrict b, int n) {
+    for (int j = 0; j < n; j++) d[j] -= b[j];
+}
+
+/* The same for sources, base and output of one type, at most FEW sources and one kind of mask: everything in registers.
+   The arguments before `n` are constants at every call, so that each call becomes a loop of its own. */
+#define FEW 4
+
+static inline __attribute__((always_inline)) float widen(const void *x, int type, int64_t j) {
+    if (type == FLOAT32) return ((const float *)x)[j];
+    uint32_t bits = (uint32_t)((const uint16_t *)x)[j] << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline __attribute__((always_inline)) int few(int sources, int kind, int type, int elect, int based, int64_t from, int64_t to,
+                                                     const void *restrict base, const void *const *x, void *restrict out, const float *numbers,
+                                                     const int32_t *keys, int divide, float divisor, float lambda) {
+    float weight[FEW], scale[FEW], low[FEW];
+    uint32_t key[FEW], odd[FEW], bad = 0;
+    int32_t bound[FEW];
+    const void *restrict source[FEW];
+    for (int i = 0; i < sources; i++) {
+        weight[i] = numbers[i * NUMBERS + WEIGHT];
+        scale[i] = numbers[i * NUMBERS + SCALE];
+        low[i] = numbers[i * NUMBERS + LOW];
+        key[i] = (uint32_t)keys[i * 3];
+        odd[i] = (uint32_t)keys[i * 3 + 1];
+        bound[i] = keys[i * 3 + 2];
+        source[i] = x[i];
+    }
+    for (int64_t j = from; j < to; j++) {
+        const float b = based ? widen(base, type, j) : 0.0f;
+        const uint32_t h = kind == RANDOM ? mix((uint32_t)j) : 0;
+        float y[FEW], sum = 0, agreed = 0;
+        for (int i = 0; i < sources; i++) {
+            float d = widen(source[i], type, j);
+            if (based) d -= b;
+            if (kind == BAND) d = fabsf(d) < low[i] ? 0.0f : d;
+            if (kind == RANDOM) d = (int32_t)((h ^ key[i]) * odd[i]) <= bound[i] ? d : 0.0f;
+            y[i] = d * scale[i] * weight[i];
+            sum += y[i];
+        }
+        if (elect) {
+            const float sign = sum >= 0 ? 1.0f : -1.0f;
+            sum = 0;
+            for (int i = 0; i < sources; i++) {
+                float t = y[i] * sign;
+                sum += t <= 0 ? 0.0f : t;
+                agreed += t > 0 ? weight[i] : 0.0f;
+            }
+            sum *= sign;
+        }
+        if (divide == 1) sum /= divisor;
+        if (divide == 2) sum /= agreed == 0 ? 1.0f : agreed;
+        const float result = b + sum * lambda;
+        uint32_t bits;
+        memcpy(&bits, &result, 4);
+        if (type == FLOAT32) {
+            ((float *)out)[j] = result;
+            bad |= (bits & 0x7f800000) == 0x7f800000;
+        } else {
+            uint32_t up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+            up = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : up;
+            ((uint16_t *)out)[j] = (uint16_t)up;
+            bad |= (up & 0x7f80) == 0x7f80;
+        }
+    }
+    return bad != 0;
+}
+
+#define RUN(n, kind, type, elect, based, divide) \
+    return few(n, kind, type, elect, based, from, to, base, x, out, f, k, divide, divisor, lambda)
+#define SUMMED(n, kind, type) \
+    if (elect && divide) RUN(n, kind, type, 1, 1, 2); \
+    if (elect) RUN(n, kind, type, 1, 1, 0); \
+    if (divide) RUN(n, kind, type, 0, 1, 1); \
+    RUN(n, kind, type, 0, 1, 0);
+#define MASKED(n, type) \
+    if (!base && divide) RUN(n, DENSE, type, 0, 0, 1); \
+    if (!base) RUN(n, DENSE, type, 0, 0, 0); \
+    if (kind == RANDOM) { SUMMED(n, RANDOM, type) } \
+    SUMMED(n, BAND, type)
+#define TYPED(n) \
+    case n: \
+        if (type == FLOAT32) { MASKED(n, FLOAT32) } \
+        MASKED(n, BFLOAT16)
+
+/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: BAND without upper bound, or RANDOM with an inclusive bound; with
+   `elect`, divide is 0 or 2, without it 0 or 1. Without a base nothing is masked. */
+int sweep_few(int sources, int kind, int type, int64_t from, int64_t to, const void *base, const void *const *x, void *out, const float *f,
+              const int32_t *k, int elect, int divide, float divisor, float lambda) {
+    switch (sources) {
+        TYPED(1)
+        TYPED(2)
+        TYPED(3)
+        TYPED(4)
+    }
+    return -1;
+}
+
+/* Elements [from, to) of a tensor. base may be NULL. f: [sources][NUMBERS]; k: [sources][3]. elect: sum only what has
+   the sign of the sum. divide: 0 no, 1 by `divisor`, 2 by the weights that agree. Returns 1 if a result is not finite,
+   -1 without memory. */
+int sweep(int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x, const int32_t *types,
+          void *out, int out_type, const int32_t *kinds, const float *f, const int32_t *k, const uint16_t *const *ranks,
+          int elect, int divide, float divisor, float lambda) {
+    float *work = malloc((size_t)(sources + 4) * BLOCK * 4);
+    if (!work) return -1;
+    float *restrict b = work, *restrict sum = work + BLOCK, *restrict agreed = work + 2 * BLOCK;
+    uint32_t *restrict h = (uint32_t *)(work + 3 * BLOCK);
+    float *ys = work + 4 * BLOCK;
+    int bad = 0, hashed = 0;
+    memset(b, 0, BLOCK * 4);
+    for (int i = 0; i < sources; i++) hashed |= kinds[i] == RANDOM || kinds[i] == RANKED;
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        if (base) load(b, base, base_type, at, n);
+        if (hashed) indices(h, at, n);
+        memset(sum, 0, BLOCK * 4);
+        for (int i = 0; i < sources; i++) {
+            float *restrict y = ys + (int64_t)i * BLOCK;
+            const float weight = f[i * NUMBERS + WEIGHT], scale = f[i * NUMBERS + SCALE];
+            load(y, x[i], types[i], at, n);
+            if (base) difference(y, b, n);
+            mask(y, h, kinds[i], f + i * NUMBERS, k + i * 3, kinds[i] == RANKED ? ranks[i] + at : NULL, n);
+            for (int j = 0; j < n; j++) {
+                y[j] = y[j] * scale * weight;
+                sum[j] += y[j];
+            }
+        }
+        if (elect) {
+            float *restrict sign = (float *)h; /* h is free now */
+            for (int j = 0; j < n; j++) {
+                sign[j] = sum[j] >= 0 ? 1.0f : -1.0f;
+                sum[j] = 0;
+                agreed[j] = 0;
+            }
+            for (int i = 0; i < sources; i++) {
+                const float *restrict y = ys + (int64_t)i * BLOCK;
+                const float weight = f[i * NUMBERS + WEIGHT];
+                for (int j = 0; j < n; j++) {
+                    float t = y[j] * sign[j];
+                    sum[j] += t <= 0 ? 0.0f : t;
+                    agreed[j] += t > 0 ? weight : 0.0f;
+                }
+            }
+            for (int j = 0; j < n; j++) sum[j] *= sign[j];
+        }
+        if (divide == 1)
+            for (int j = 0; j < n; j++) sum[j] /= divisor;
+        if (divide == 2)
+            for (int j = 0; j < n; j++) sum[j] /= agreed[j] == 0 ? 1.0f : agreed[j];
+        for (int j = 0; j < n; j++) sum[j] = b[j] + sum[j] * lambda;
+        bad |= store(out, sum, out_type, at, n);
+    }
+    free(work);
+    return bad;
+}
+
+/* Counts of the bit patterns of |x - base|: of the upper 16 bits, or, with prefix >= 0, of the lower 16 bits of those
+   whose upper bits are `prefix`. counts: [65536], added to. */
+int histogram(int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t prefix, int64_t *counts) {
+    float b[BLOCK], d[BLOCK];
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        load(b, base, base_type, at, n);
+        load(d, x, type, at, n);
+        difference(d, b, n);
+        for (int j = 0; j < n; j++) {
+            uint32_t bits;
+            memcpy(&bits, d + j, 4);
+            bits &= 0x7fffffff;
+            if (prefix < 0)
+                counts[bits >> 16]++;
+            else if ((int32_t)(bits >> 16) == prefix)
+                counts[bits & 0xffff]++;
+        }
+    }
+    return 0;
+}
+
+/* Adds to totals[0] the sum of floor(|x - base| * unit), and to totals[1] that of the elements kept. */
+int norms(int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int kind, const float *f,
+          const int32_t *k, const uint16_t *rank, float unit, double *totals) {
+    float b[BLOCK], d[BLOCK], a[BLOCK];
+    uint32_t h[BLOCK];
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        double all = 0, kept = 0; /* whole numbers below 2^53: exact in any order */
+        load(b, base, base_type, at, n);
+        load(d, x, type, at, n);
+        difference(d, b, n);
+        for (int j = 0; j < n; j++) a[j] = floorf(fabsf(d[j]) * unit);
+#pragma omp simd reduction(+ : all)
+        for (int j = 0; j < n; j++) all += a[j];
+        indices(h, at, n);
+        mask(d, h, kind, f, k, rank ? rank + at : NULL, n);
+        for (int j = 0; j < n; j++) a[j] = floorf(fabsf(d[j]) * unit);
+#pragma omp simd reduction(+ : kept)
+        for (int j = 0; j < n; j++) kept += a[j];
+        totals[0] += all;
+        totals[1] += kept;
+    }
+    return 0;
+}

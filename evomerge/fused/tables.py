@@ -1,0 +1,179 @@
+"""What a search asks again and again about a parent's difference from its base, found once and kept.
+
+Thresholds and norms for a thousand densities come from one sort (or one pass over the mask) of a tensor; any other
+density is found directly and remembered. Both give the same numbers: a table changes the time, never the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.fused import sweep
+from evomerge.fused.plan import NOTHING, Kind, Level, Share
+from evomerge.methods import hashing
+
+GRID = 1000  # a table answers the densities 1/GRID, 2/GRID, ...: those a search proposes
+_SMALL = 1 << 16  # below this many elements finding a threshold directly costs no more than a table
+_KEPT = 200_000  # answers remembered
+T = TypeVar("T")
+Array = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A parent's tensor and its base's. id: what it is remembered by; None is never remembered."""
+
+    base: Tensor
+    source: Tensor
+    id: Hashable = None
+
+    @property
+    def n(self) -> int:
+        """Number of elements."""
+        return self.base.numel()
+
+
+class Tables:
+    """Answers about pairs. `build`: make tables, for a search; without it every answer is found directly."""
+
+    def __init__(self, *, build: bool = False, ranks_bytes: int = 0) -> None:
+        """ranks_bytes: memory that the rank tables of DELLA may take; beyond it ranks are found anew each time."""
+        self.build, self.room = build, ranks_bytes
+        self._known: dict[Hashable, object] = {}
+
+    def unit(self, pair: Pair) -> float:
+        """The unit of `sweep.norms`."""
+        return self._remember(pair, ("unit",), lambda: sweep.unit_of(sweep.largest(pair.base, pair.source), pair.n))
+
+    def level(self, pair: Pair, k: int) -> Level:
+        """The k elements of largest magnitude; of equal ones the first come first."""
+        if k <= 0 or pair.n == 0:
+            return NOTHING
+        if self.build and pair.id is not None and pair.n > _SMALL and (found := self._sorted(pair).get(k)):
+            return found[0]
+        return self._remember(pair, ("level", k), lambda: _level(pair, k))
+
+    def scale(self, pair: Pair, share: Share, memo: Hashable) -> float:
+        """||x - base||_1 / ||what the share keeps||_1; 1 where either is below 1e-7. memo: what the mask depends on."""
+        unit = self.unit(pair)
+        total, kept = self._norms(pair, share, memo, unit)
+        return 1.0 if total < 1e-7 * unit or kept < 1e-7 * unit else total / kept
+
+    def ranks(self, pair: Pair) -> Tensor:
+        """[n] uint16 (int32 for rows beyond 65536): rank of each magnitude in its row (last axis), ascending."""
+        known: Tensor | None = self._known.get((pair.id, "ranks"))  # type: ignore[assignment]
+        if known is None:
+            known = _ranks(pair)
+            if self.build and pair.id is not None and known.nbytes <= self.room:
+                self.room -= known.nbytes
+                self._known[pair.id, "ranks"] = known
+        return known
+
+    def _norms(self, pair: Pair, share: Share, memo: Hashable, unit: float) -> tuple[float, float]:
+        if self.build and pair.id is not None and pair.n > _SMALL:
+            if share.kind is Kind.RANDOM:
+                table, bounds = self._remember(pair, ("hashes", share.key), lambda: _hash_table(pair, share, unit))
+                at = int(np.searchsorted(bounds, share.bound))
+                if at < len(bounds) and bounds[at] == share.bound:
+                    return float(table[-1]), float(table[at])
+            elif share.kind is Kind.BAND and share.outer is None and isinstance(memo, int) and (found := self._sorted(pair).get(memo)):
+                return self._remember(pair, ("norm",), lambda: sweep.norms(pair.base, pair.source, Share(Kind.DENSE, 1.0), unit)[0]), found[1]
+        return self._remember(pair, ("norms", share.kind, share.key, memo), lambda: sweep.norms(pair.base, pair.source, share, unit))
+
+    def _sorted(self, pair: Pair) -> dict[int, tuple[Level, float]]:
+        return self._remember(pair, ("sorted",), lambda: _sort_table(pair, self.unit(pair)))
+
+    def _remember(self, pair: Pair, what: tuple[Hashable, ...], find: object) -> T:  # type: ignore[type-var]
+        if pair.id is None:
+            return find()  # type: ignore[operator, no-any-return]
+        key = (pair.id, *what)
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[key] = find()  # type: ignore[operator]
+        return self._known[key]  # type: ignore[return-value]
+
+
+def count(density: float, n: int) -> int:
+    """How many of n elements TIES keeps: max(1, int(density * n)), none at density 0."""
+    return max(1, int(density * n)) if density > 0 else 0
+
+
+def _level(pair: Pair, k: int) -> Level:
+    """By two histograms of the bit patterns of |x - base|, no sort; then a scan for the last of the equal ones."""
+    prefix, above = _from_top(sweep.histogram(pair.base, pair.source), k)
+    low, above_low = _from_top(sweep.histogram(pair.base, pair.source, prefix), k - above)
+    threshold = float(np.array([(prefix << 16) | low], np.int32).view(np.float32)[0])
+    room = k - above - above_low  # how many of those at the threshold belong
+    b, x = pair.base.reshape(-1), pair.source.reshape(-1)
+    for start in range(0, pair.n, 1 << 20):
+        stop = min(pair.n, start + (1 << 20))
+        equal = (sweep.difference(b, x, start, stop).abs() == threshold).nonzero().reshape(-1)
+        if len(equal) >= room:
+            return Level(threshold, start + int(equal[room - 1]))
+        room -= len(equal)
+    return Level(threshold, pair.n)  # only with NaN among the magnitudes; the merge refuses those
+
+
+def _from_top(counts: np.ndarray[tuple[int], np.dtype[np.int64]], k: int) -> tuple[int, int]:
+    """(the bin that holds the k-th from the top, how many lie in the bins above it)."""
+    above = np.cumsum(counts[::-1])
+    position = min(int(np.searchsorted(above, k)), len(counts) - 1)
+    return len(counts) - 1 - position, int(above[position - 1]) if position else 0
+
+
+def _sort_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
+    """k -> (level, sum of floor(unit * magnitude) over it) for the k of every density on the grid."""
+    n = pair.n
+    keys = np.empty(n, np.uint64)
+    b, x = pair.base.reshape(-1), pair.source.reshape(-1)
+    for start in range(0, n, 1 << 20):
+        stop = min(n, start + (1 << 20))
+        bits = sweep.difference(b, x, start, stop).abs().view(torch.int32).cpu().numpy().astype(np.uint64)
+        keys[start:stop] = ((np.uint64(0x7FFFFFFF) - bits) << np.uint64(32)) | np.arange(start, stop, dtype=np.uint64)
+    keys.sort()  # largest magnitude first, of equal ones the first come first
+    ends = sorted({count(j / GRID, n) for j in range(1, GRID)})
+    table, done, total = {}, 0, 0.0
+    for k in ends:
+        total += float(np.floor(_magnitudes(keys[done:k]) * np.float32(unit)).sum(dtype=np.float64))
+        table[k] = (Level(float(_magnitudes(keys[k - 1 : k])[0]), int(keys[k - 1] & np.uint64(0xFFFFFFFF))), total)
+        done = k
+    return table
+
+
+def _magnitudes(keys: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return (np.uint64(0x7FFFFFFF) - (keys >> np.uint64(32))).astype(np.uint32).view(np.float32)
+
+
+def _hash_table(pair: Pair, share: Share, unit: float) -> tuple[Array, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """(sums of floor(unit * magnitude) over what each bound keeps, those bounds), for every density on the grid."""
+    bounds = np.array([*(hashing.bound(j / GRID) for j in range(1, GRID)), 1 << 31], np.int64)
+    sums = np.zeros(GRID)
+    b, x = pair.base.reshape(-1), pair.source.reshape(-1)
+    for start in range(0, pair.n, 1 << 20):
+        stop = min(pair.n, start + (1 << 20))
+        u = hashing.hashed(hashing.mixed(start, stop, b.device), share.key).cpu().numpy().astype(np.int64)
+        q = (sweep.difference(b, x, start, stop).abs() * unit).floor().cpu().numpy().astype(np.float64)
+        sums += np.bincount(np.searchsorted(bounds, u, side="right"), weights=q, minlength=GRID)
+    return np.cumsum(sums), bounds
+
+
+def _ranks(pair: Pair) -> Tensor:
+    """Row by row: `sweep.difference`, then the inverse of a stable sort."""
+    width = pair.base.shape[-1] if pair.base.dim() else 1
+    kind = torch.uint16 if width <= 65536 else torch.int32
+    out = torch.empty(pair.n, dtype=kind, device=pair.base.device)
+    b, x = pair.base.reshape(-1), pair.source.reshape(-1)
+    rows = max(1, (1 << 20) // max(1, width)) * max(1, width)
+    for start in range(0, pair.n, rows):
+        stop = min(pair.n, start + rows)
+        order = sweep.difference(b, x, start, stop).abs().reshape(-1, width).argsort(dim=1, stable=True)
+        place = torch.arange(width, dtype=torch.int32, device=order.device).expand_as(order)
+        out[start:stop] = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, place).reshape(-1).to(kind)
+    return out

@@ -1,0 +1,58 @@
+"""DELLA (Deep et al. 2024, arXiv 2406.11617): drop entries at random, the small ones of a row more often.
+
+The keep probability is linear in an entry's rank by magnitude within its row (last axis), from density - epsilon to
+density + epsilon. mergekit refuses an epsilon that leaves (0, 1) and ranks tensors of three and more axes along the
+second; here epsilon shrinks to min(epsilon, density, 1 - density), so that every point of a search can be merged.
+Masks are keyed (see `hashing`); for mergekit's they agree in distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evomerge.methods import hashing, task_vectors
+from evomerge.methods.method import Frame, Method, Param
+
+
+def window(density: float, epsilon: float, width: int) -> tuple[float, float]:
+    """(probability of the smallest entry of a row, growth for each rank) for rows of `width` entries."""
+    epsilon = min(epsilon, density, 1 - density) if width > 1 else 0.0
+    return density - epsilon, 2 * epsilon / max(1, width - 1)
+
+
+def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float], parity: bool = False) -> Tensor:
+    """0/1 mask, each entry kept with its own probability; own: epsilon. Same shape and dtype as delta."""
+    width = delta.shape[-1] if delta.dim() else 1
+    low, step = window(density, own["epsilon"], width)
+    order = delta.abs().reshape(-1, width).argsort(dim=1, stable=True)
+    place = torch.arange(width, device=delta.device).expand_as(order)
+    p = torch.empty_like(order).scatter_(1, order, place).flatten().float() * step + low
+    u = hashing.hashed(hashing.mixed(0, delta.numel(), delta.device), hashing.split(key))
+    return (u.float() < p * 2.0**32 - 2.0**31).to(delta.dtype).reshape(delta.shape)
+
+
+_EPSILON = Param("epsilon", 0.0, 0.2, 0.15, hard_low=0.0, hard_high=0.5)
+_LINEAR, _TIES = Frame(sparsify="rank"), Frame(sparsify="rank", elect_sign=True)
+DELLA = Method(
+    name="della",
+    kernel=task_vectors.kernel(_TIES, keep),
+    frame=_TIES,
+    params=(*task_vectors.params(normalize=True, rescale=True, density=True), _EPSILON),
+    needs_base=True,
+    randomized=True,
+    paper="arXiv 2406.11617",
+    summary="drop small entries more often, rescale, elect a sign, sum those that agree",
+)
+DELLA_LINEAR = Method(
+    name="della_linear",
+    kernel=task_vectors.kernel(_LINEAR, keep),
+    frame=_LINEAR,
+    params=(*task_vectors.params(normalize=False, rescale=True, density=True), _EPSILON),
+    needs_base=True,
+    randomized=True,
+    paper="arXiv 2406.11617",
+    summary="drop small entries more often, rescale, sum",
+)
