@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The type of most of its tensors, in torch's name; 'float32' where that is none of the usual three."""
-        kinds = [info.dtype for info in self.tensors.values()]
-        return {"BF16": "bfloat16", "F16": "float16"}.get(max(kinds, key=kinds.count), "float32")
+        kinds = Counter(info.dtype for info in self.tensors.values())
+        return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.most_common(1)[0][0], "float32")
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +184,7 @@ def locate(reference: str, revision: str | None = None) -> Path:
     shown = f"'{reference[:200]}'" if reference.isprintable() else ascii(reference[:200])
     try:
         path = Path(reference).expanduser()
-        if path.is_dir():
+        if reference and path.is_dir():
             return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{shown} cannot be a folder: {' '.join(str(error).split())[:300]}; give the folder of a model") from None

@@ -152,18 +152,19 @@ class _Rule:
 def split_reference(reference: str) -> tuple[str, str | None, str | None, str | None]:
     """(model, revision, adapter, adapter's revision) of 'path[@revision][+adapter[@revision]]'.
 
-    A folder that exists wins over '+' and '@' in its name. Raises ConfigError for more than one possible '+'.
+    A folder that exists wins over '+' and '@' in its name. Raises ConfigError for an empty part and for more than one possible '+'.
     """
+    halves: list[tuple[str, str | None, str | None, str | None]] = []
     if "+" not in reference or _is_folder(reference):
-        return (*_revision(reference), None, None)
-    at = [i for i, sign in enumerate(reference) if sign == "+"]
-    halves = [(_revision(reference[:i]), _revision(reference[i + 1 :])) for i in at]
+        halves = [(*_revision(reference), None, None)]
+    else:
+        halves = [(*_revision(reference[:at]), *_revision(reference[at + 1 :])) for at, sign in enumerate(reference) if sign == "+"]
     if len(halves) > 1:  # a '+' inside a folder's name: the cut that leaves the most folders
-        folders = [_is_folder(model) + _is_folder(adapter) for (model, _), (adapter, _) in halves]
+        folders = [_is_folder(model) + _is_folder(adapter or "") for model, _, adapter, _ in halves]
         halves = [half for half, count in zip(halves, folders, strict=True) if count == max(folders) > 0]
-    if len(halves) != 1 or not (halves[0][0][0] and halves[0][1][0]):
+    if len(halves) != 1 or "" in halves[0]:
         raise ConfigError(f"{reference[:200]!r} is no model reference; write model or model+adapter, each a folder or repository[@revision]")
-    return (*halves[0][0], *halves[0][1])
+    return halves[0]
 
 
 def open_parent(reference: str) -> Checkpoint | Adapted:
@@ -177,6 +178,7 @@ def _plan(base: Checkpoint, tensors: Mapping[str, TensorInfo], rule: _Rule, file
     """Base tensor -> what the adapter does to it. Every tensor of the adapter is used, or it is refused."""
     changes: dict[str, _Change] = {}
     left = dict(tensors)
+    inputs_first = _keeps_inputs_first(base)
     for name, info in tensors.items():
         if info.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(f"{file} holds '{name}' as {info.dtype}; an adapter is floating point, save it again")
@@ -190,7 +192,9 @@ def _plan(base: Checkpoint, tensors: Mapping[str, TensorInfo], rule: _Rule, file
             raise CheckpointError(f"{file} has '{name}' without its '{_PAIRS[ending].strip('.')}'; save the adapter again")
         module = stem.removeprefix(_PREFIX)
         target = _target(base, module + ".weight", name, file)
-        transposed = _fit(base, target, a.shape, b.shape, ending == ".lora_embedding_A", f"'{stem}' of {file}")
+        transposed = _fit(base, target, a.shape, b.shape, ending == ".lora_embedding_A", inputs_first, f"'{stem}' of {file}")
+        if target in changes:
+            raise CheckpointError(f"{file} changes '{target}' twice, by '{changes[target].a}' and '{name}'; save the adapter again")
         changes[target] = _Change(None, name, stem + _PAIRS[ending], rule.scale(module, a.shape[0]), transposed)
     for name in left:
         plain = name.removeprefix(_PREFIX)
@@ -219,7 +223,7 @@ def _target(base: Checkpoint, wanted: str, name: str, file: Path) -> str:
     raise CheckpointError(f"'{name}' of {file} matches no tensor of base {base.path}; give the base that the adapter was trained on")
 
 
-def _fit(base: Checkpoint, target: str, a: tuple[int, ...], b: tuple[int, ...], embedding: bool, what: str) -> bool:
+def _fit(base: Checkpoint, target: str, a: tuple[int, ...], b: tuple[int, ...], embedding: bool, inputs_first: bool, what: str) -> bool:
     """Whether A [r, in] and B [out, r] fit a base tensor transposed, [in, out]; raises CheckpointError where they do not fit at all."""
     shape = base.tensors[target].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0 or shape not in ((b[0], a[1]), (a[1], b[0])):
@@ -228,7 +232,7 @@ def _fit(base: Checkpoint, target: str, a: tuple[int, ...], b: tuple[int, ...], 
         raise _misfit(f"{what} has A {list(a)} and B {list(b)}", base, target)
     if embedding or a[1] != b[0]:
         return embedding or shape == (a[1], b[0])
-    return base.place(target).part == "layer" and _keeps_inputs_first(base)
+    return inputs_first and base.place(target).part == "layer"
 
 
 def _keeps_inputs_first(base: Checkpoint) -> bool:
@@ -287,6 +291,6 @@ def _revision(reference: str) -> tuple[str, str | None]:
 
 def _is_folder(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_dir()
+        return bool(text) and Path(text).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):
         return False

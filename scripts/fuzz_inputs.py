@@ -37,6 +37,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from models import LAYERS, build  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from evomerge import documents  # noqa: E402
 from evomerge.checkpoint import Checkpoint, locate  # noqa: E402
 from evomerge.errors import EvomergeError  # noqa: E402
 from evomerge.lora import open_parent  # noqa: E402
@@ -280,8 +281,8 @@ def make(kind: str, rng: random.Random, folder: Path, models: list[Path]) -> Cas
 def quoted(file: Path) -> list[str]:
     """The model references of a recipe file, as far as it can be read."""
     try:
-        data = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        data = documents.read(file).data
+    except EvomergeError:
         return []
     found = []
     for path in places(data):

@@ -395,7 +395,7 @@ def test_vocabularies_of_other_sizes_are_found_before_a_tensor_is_read(folder: P
         check_compatible(parents, "base")
 
 
-@pytest.mark.parametrize("reference", ["a\nb", "\ud800/x", "a\0b", "x" * 5000, "~nobody-here/x", "/no/such", "./no", "a b", "\u2028"])
+@pytest.mark.parametrize("reference", ["", "a\nb", "\ud800/x", "a\0b", "x" * 5000, "~nobody-here/x", "/no/such", "./no", "a b", "\u2028"])
 def test_a_reference_that_is_no_folder_is_one_short_line(reference: str) -> None:
     with pytest.raises(CheckpointError, match=r"there is no folder|cannot be a folder") as error:
         locate(reference)

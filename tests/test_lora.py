@@ -295,6 +295,7 @@ STRAY: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         {f"{PREFIX}{EMBEDDING}.lora_embedding_A": noise(4, 32), f"{PREFIX}{EMBEDDING}.lora_embedding_B": noise(64, 4)}, r"A \[4, 32\]"
     ),
     "whole twice": ({f"{PREFIX}{HEAD}.weight": noise(64, 32), f"{PREFIX}{HEAD}.base_layer.weight": noise(64, 32)}, "has both"),
+    "one tensor by two names": (pair(Q) | pair(Q.removeprefix("model."), shape=(32, 32)), "changes 'model.layers.1.self_attn.q_proj.weight' twice"),
     "integers": ({f"{PREFIX}{HEAD}.weight": torch.ones(64, 32, dtype=torch.int32)}, "as I32"),
 }  # fmt: skip
 
@@ -354,7 +355,9 @@ def test_a_folder_that_exists_wins_over_signs_in_its_name(tmp_path: Path, monkey
     assert split_reference("org/x@1+a+b") == ("org/x", "1", "a+b", None)
 
 
-@pytest.mark.parametrize("reference", ["a+b+c", "+lora", "model+", "+", "a++b", "/no/where+x+y"])
+@pytest.mark.parametrize(
+    "reference", ["a+b+c", "+lora", "model+", "+", "a++b", "/no/where+x+y", "", "@", "@v1", "org/model@", "org/model+@v1", "org/model+l@", "a\n+b+"]
+)
 def test_a_reference_that_can_be_split_in_no_way_or_in_two_is_refused(reference: str) -> None:
     with pytest.raises(ConfigError, match="is no model reference"):
         split_reference(reference)
