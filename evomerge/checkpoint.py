@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,8 +18,9 @@ from torch import Tensor
 from evomerge import headers
 from evomerge.errors import CheckpointError
 from evomerge.headers import TensorInfo as TensorInfo
+from evomerge.naming import towers
 
-Part = Literal["embeddings", "layer", "head"]
+Part = Literal["embeddings", "layer", "head", "tower"]
 COMPONENTS = ("attention", "mlp", "other")
 _ATTENTION = ("attn", "attention", "mixer")
 _MLP = ("mlp", "feed_forward", "ffn", "experts", "block_sparse_moe")
@@ -28,7 +29,10 @@ _EMBEDDINGS = ("embed", "wte", "wpe", "emb.")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor belongs. layer: index in the decoder stack, None outside it; suffix: name after 'stack.N.'."""
+    """Where a tensor belongs. layer: index in the decoder stack, None outside it; suffix: name after 'stack.N.'.
+
+    A 'tower' tensor is no part of the language model: a vision tower, a projector.
+    """
 
     part: Part
     layer: int | None
@@ -84,7 +88,7 @@ class Parent(Protocol):
         """Names after 'stack.N.' of one layer's tensors, sorted."""
 
     def outer_names(self, part: Part, /) -> tuple[str, ...]:
-        """Names of the tensors before or after the stack, sorted."""
+        """Names of the tensors of one part outside the stack, sorted."""
 
     def content_hash(self) -> str:
         """What a study remembers it by."""
@@ -104,8 +108,19 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = headers.tensors(path)
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensors; fetch the model again")
-        self.num_layers = _depth(text, len(self.tensors), path)
-        self.stack = _stack(self.tensors, self.num_layers, path)
+        depth = _depth(text, len(self.tensors), path)
+        found = towers({name: info.shape for name, info in self.tensors.items()}, self.config)
+        if found is None:
+            raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
+        self.stack = found.stack
+        self._towers, self._layers = set(found.others), _layers(self.tensors, found.stack, found.others)
+        self.num_layers = len(self._layers) if depth is None else depth
+        further = [layer for layer in self._layers if layer >= self.num_layers]
+        if further and len(further) == text.get("num_nextn_predict_layers"):  # they predict further tokens; transformers leaves them out
+            for layer in further:
+                self._towers |= {self.layer_name(layer, suffix) for suffix in self._layers.pop(layer)}
+        if set(self._layers) != set(range(self.num_layers)):
+            raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
         self._files = {file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})}
 
     @property
@@ -135,10 +150,10 @@ class Checkpoint:
 
     def place(self, name: str) -> Place:
         """Part, layer and component that a tensor's name says."""
-        if name.startswith(self.stack + "."):
-            index, _, suffix = name[len(self.stack) + 1 :].partition(".")
-            if index.isascii() and index.isdigit():
-                return Place("layer", int(index), _component(suffix), suffix)
+        if name in self._towers:
+            return Place("tower", None, "other", name)
+        if found := _layer(name, self.stack):
+            return Place("layer", found[0], _component(found[1]), found[1])
         part: Part = "embeddings" if any(word in name for word in _EMBEDDINGS) else "head"
         return Place(part, None, "other", name)
 
@@ -148,14 +163,13 @@ class Checkpoint:
 
     def layer_suffixes(self, layer: int) -> tuple[str, ...]:
         """Names after 'stack.N.' of one layer's tensors, sorted."""
-        prefix = f"{self.stack}.{layer}."
-        found = tuple(sorted(name[len(prefix) :] for name in self.tensors if name.startswith(prefix)))
+        found = self._layers.get(layer)
         if not found:
             raise CheckpointError(f"{self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}")
         return found
 
     def outer_names(self, part: Part) -> tuple[str, ...]:
-        """Names of the tensors before ('embeddings') or after ('head') the stack, sorted."""
+        """Names of the tensors before ('embeddings') or after ('head') the stack, or of other 'tower's, sorted."""
         return tuple(sorted(name for name in self.tensors if self.place(name).part == part))
 
     def content_hash(self) -> str:
@@ -239,31 +253,30 @@ def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     return text
 
 
-def _depth(text: Mapping[str, Any], tensors: int, path: Path) -> int:
-    """Number of decoder layers that a config names; a layer has at least one of the folder's tensors."""
+def _depth(text: Mapping[str, Any], tensors: int, path: Path) -> int | None:
+    """Number of decoder layers that a config names, None if it names none; a layer has at least one of the folder's tensors."""
     key = next((key for key in ("num_hidden_layers", "n_layer") if key in text), None)
-    if key is None:
-        raise CheckpointError(f"{path / 'config.json'} has no num_hidden_layers; give a decoder language model")
-    depth = text[key]
-    if type(depth) is not int or not 0 < depth <= tensors:
+    depth = text[key] if key else None
+    if key and (type(depth) is not int or not 0 < depth <= tensors):
         raise CheckpointError(f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, got {depth!r:.80}")
     return depth
 
 
-def _stack(names: Mapping[str, TensorInfo], depth: int, path: Path) -> str:
-    """Prefix of the decoder stack: of the numbered families with exactly `depth` members, the one with most tensors."""
-    families: dict[str, set[str]] = {}
-    count: dict[str, int] = {}
+def _layer(name: str, stack: str) -> tuple[int, str] | None:
+    """(layer, suffix) of a name in the stack."""
+    if not name.startswith(stack + "."):
+        return None
+    index, _, suffix = name[len(stack) + 1 :].partition(".")
+    return (int(index), suffix) if index.isascii() and index.isdigit() else None
+
+
+def _layers(names: Iterable[str], stack: str, others: Collection[str]) -> dict[int, tuple[str, ...]]:
+    """Layer -> its suffixes, sorted."""
+    layers: dict[int, list[str]] = {}
     for name in names:
-        for match in re.finditer(r"\.([0-9]+)\.", name):
-            prefix = name[: match.start()]
-            families.setdefault(prefix, set()).add(match[1])
-            count[prefix] = count.get(prefix, 0) + 1
-    depths = {str(layer) for layer in range(depth)}
-    fitting = sorted((p for p, seen in families.items() if seen == depths), key=lambda p: (-count[p], len(p), p))
-    if not fitting:
-        raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
-    return fitting[0]
+        if name not in others and (found := _layer(name, stack)):
+            layers.setdefault(found[0], []).append(found[1])
+    return {layer: tuple(sorted(suffixes)) for layer, suffixes in layers.items()}
 
 
 def _component(suffix: str) -> str:

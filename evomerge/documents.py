@@ -56,35 +56,51 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> Document:
-    """The document in a file; raises ConfigError naming file, line and column for anything malformed."""
+    """The one document in a file; raises ConfigError naming file, line and column for anything malformed."""
+    return parse(_text(path), str(path))
+
+
+def _text(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; a search or recipe file has at most {MAX_BYTES:,}")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; is it a YAML file?") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    return parse(text, str(path))
+
+
+def read_all(path: Path) -> list[Document]:
+    """Every document in a file; see `read`."""
+    return parse_all(_text(path), str(path))
 
 
 def parse(text: str, name: str) -> Document:
-    """The document in a text; `name` stands for it in error messages."""
+    """The one document in a text; `name` stands for it in error messages."""
+    found = parse_all(text, name)
+    if len(found) > 1:
+        raise ConfigError(f"{name} holds {len(found)} documents; keep one")
+    return found[0] if found else Document(name, text, None, {})
+
+
+def parse_all(text: str, name: str) -> list[Document]:
+    """Every document in a text, in order."""
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}")
     try:
         _check_events(text, name)
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        marks: dict[Key, tuple[int, int]] = {}
-        data = _build(loader, root, (), marks, name) if root is not None else None
+        loader, out = _Loader(text), []
+        while loader.check_node():
+            root, marks = loader.get_node(), dict[Key, tuple[int, int]]()
+            out.append(Document(name, text, _build(loader, root, (), marks, name) if root is not None else None, marks))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise ConfigError(f"{place} is not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
     except ValueError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from None
-    return Document(name, text, data, marks)
+    return out
 
 
 def _place(name: str, thing: yaml.Event | yaml.Node) -> str:

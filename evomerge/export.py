@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge import __version__, merge, mergekit_yaml
-from evomerge.checkpoint import Checkpoint
+from evomerge import __version__, folder, merge, mergekit_yaml
+from evomerge.checkpoint import Parent
 from evomerge.errors import NothingToExport, SetupError
 from evomerge.methods import method
 from evomerge.recipe import Recipe
@@ -20,11 +20,11 @@ from evomerge.store import Store, StudyRow, Trial
 def export(
     store: Store,
     trial: Trial,
-    parents: Mapping[str, Checkpoint],
+    parents: Mapping[str, Parent],
     directory: Path,
     *,
     weights: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: folder.Progress | None = None,
 ) -> None:
     """Writes recipe.yaml, recipe.json, lineage.json and README.md, and the merged checkpoint if `weights`.
 
@@ -42,7 +42,7 @@ def export(
     try:
         staging.chmod(0o755)
         if weights:
-            merge.write_into(recipe, parents, staging, progress)
+            folder.write_into(merge.Merge(recipe, parents), staging, progress)
         (staging / "recipe.json").write_text(recipe.canonical() + "\n")
         (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
         (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
@@ -53,7 +53,7 @@ def export(
         raise
 
 
-def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Checkpoint]) -> str:
+def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:
     """The mergekit YAML of a candidate, with where it comes from as a comment."""
     shell = parents[recipe.base]
     named = mergekit_yaml.with_outer_filters(recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
@@ -66,7 +66,7 @@ def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[
     return mergekit_yaml.dump(named, references(study, parents), header)
 
 
-def references(study: StudyRow, parents: Mapping[str, Checkpoint]) -> dict[str, str]:
+def references(study: StudyRow, parents: Mapping[str, Parent]) -> dict[str, str]:
     """Model name -> what a recipe file calls it: repository[@revision], or the absolute folder of a local one."""
     out = {}
     for name, fact in study.facts["parents"].items():

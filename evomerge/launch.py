@@ -15,10 +15,11 @@ import torch
 
 from evomerge import __version__, config, worker
 from evomerge.baselines import baselines
-from evomerge.checkpoint import COMPONENTS, Checkpoint, check_compatible, locate
+from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import ConfigError, StudyError
 from evomerge.evaluation import ROLES, Evaluator, Objective, Term
+from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.pools import InProcessPool
@@ -26,6 +27,7 @@ from evomerge.space import EMBEDDINGS, HEAD, Range, Space
 from evomerge.store import Store
 from evomerge.study import Plan, Progress, Study
 from evomerge.study_files import store_path
+from evomerge.vocabulary import check_rows
 
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
@@ -68,6 +70,8 @@ def _prepare(
 ) -> Study:
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     check_compatible(parents, settings.base)
+    if warning := check_rows(parents, settings.base):
+        log.warning(warning)
     base = parents[settings.base]
     threads = _set_threads(base)
     space = make_space(settings, parents)
@@ -102,7 +106,7 @@ def _prepare(
     return Study(plan, store, pool, show)
 
 
-def _set_threads(base: Checkpoint) -> int:
+def _set_threads(base: Parent) -> int:
     """$EVOMERGE_THREADS, else one for models too small to share out (under 20 M parameters), else every core.
 
     Scores are compared bit for bit at resume, and sums depend on the number of threads: it is one of the study's facts.
@@ -124,12 +128,12 @@ def _remove(path: Path) -> None:
         path.parent.rmdir()
 
 
-def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Checkpoint]:
+def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Parent]:
     """Opens models by name: name -> (path or repository, revision)."""
-    return {name: Checkpoint(locate(path, revision)) for name, (path, revision) in models.items()}
+    return {name: open_parent(f"{path}@{revision}" if revision else path) for name, (path, revision) in models.items()}
 
 
-def stored_parents(store: Store) -> dict[str, Checkpoint]:
+def stored_parents(store: Store) -> dict[str, Parent]:
     """The parents of a stored study; raises StudyError if their content is no longer what was searched."""
     study = store.study()
     if study is None:
@@ -142,7 +146,7 @@ def stored_parents(store: Store) -> dict[str, Checkpoint]:
     return parents
 
 
-def make_space(settings: Config, parents: Mapping[str, Checkpoint]) -> Space:
+def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
     """The search space of a configuration over open parents."""
     base = parents[settings.base]
     sizes = settings.space.groups
@@ -177,7 +181,7 @@ def make_space(settings: Config, parents: Mapping[str, Checkpoint]) -> Space:
     return Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead", "searchable")}, dead=dead)
 
 
-def _harness(settings: Config, base: Checkpoint) -> Any:
+def _harness(settings: Config, base: Parent) -> Any:
     from evomerge.lm_harness import LmHarness, TaskSpec
 
     e = settings.evaluation
@@ -199,7 +203,7 @@ def _divide(layers: int, groups: int) -> tuple[int, ...]:
     return tuple(layers // groups + (i < layers % groups) for i in range(groups))
 
 
-def _segments(base: Checkpoint) -> tuple[tuple[str, str], ...]:
+def _segments(base: Parent) -> tuple[tuple[str, str], ...]:
     """(text, component) pairs: '.self_attn.' is attention, '.mlp.' is mlp; the rest is 'other'."""
     found: dict[str, str] = {}
     for layer in range(base.num_layers):
@@ -211,7 +215,7 @@ def _segments(base: Checkpoint) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found.items(), key=lambda pair: (COMPONENTS.index(pair[1]), pair[0])))
 
 
-def _dead(space: Space, parents: Mapping[str, Checkpoint]) -> frozenset[tuple[str, str | None, str]]:
+def _dead(space: Space, parents: Mapping[str, Parent]) -> frozenset[tuple[str, str | None, str]]:
     """Cells of the space where a parent equals the base in every tensor: its parameters there change nothing."""
     base = parents[space.base]
     spans = space.spans()
@@ -224,6 +228,8 @@ def _dead(space: Space, parents: Mapping[str, Checkpoint]) -> frozenset[tuple[st
             if tensor in same:
                 continue
             place = base.place(tensor)
+            if place.part == "tower":
+                continue
             if place.layer is None:
                 alive.add((EMBEDDINGS if place.part == "embeddings" else HEAD, None))
                 continue

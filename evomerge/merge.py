@@ -1,36 +1,230 @@
 """Recipe + parents -> merged tensors: one code path, into a live model, to disk, or as an iterator.
 
-Arithmetic: inputs are upcast to the recipe's dtype, merged there, and rounded once to its out_dtype. What a worker
-scores is what `write` ships, bit for bit.
+Under the policy 'float32' inputs are upcast, merged and rounded once to the recipe's out_dtype; under 'mergekit' the
+types and operations are mergekit's. What a worker scores is what `evomerge.folder` ships, bit for bit.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from evomerge.checkpoint import Checkpoint
-from evomerge.errors import CandidateError, CheckpointError, RecipeError, SetupError, suggest
+from evomerge import fused
+from evomerge.checkpoint import Parent, Place, equal
+from evomerge.errors import CandidateError, CheckpointError, RecipeError, suggest
+from evomerge.fused import Pair, Tables
+from evomerge.headers import TensorInfo
 from evomerge.methods import Method, Values, method
-from evomerge.recipe import Filtered, Mix, ParamValue, Recipe, Setting
+from evomerge.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting
+from evomerge.resident import Resident
+from evomerge.vocabulary import Vocabulary, vocabulary_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "generation_config.json", "*.jinja", "added_tokens.json")
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output tensor. info: its header facts; inputs: its name in each source; base: in the base; mix: None for a tensor taken over."""
+
+    name: str
+    info: TensorInfo
+    mix: Mix | None = None
+    inputs: tuple[str, ...] = ()
+    base: str | None = None
+
+
+class Merge:
+    """A recipe that has been checked and planned from headers alone; `tensor` then merges one output at a time."""
+
+    def __init__(self, recipe: Recipe, parents: Mapping[str, Parent], known: Tables | None = None, device: str = "cpu") -> None:
+        """known: tables of a search, which make merges faster and never different.
+
+        Raises RecipeError for a recipe no method accepts, CheckpointError for parents whose tensors do not fit together.
+        """
+        check(recipe)
+        self.recipe, self.known, self.device = recipe, known or Tables(), device
+        self.parents: dict[str, Parent] = dict(parents)
+        for name, stage in recipe.stages:
+            self.parents[name] = Stage(name, replace(stage, stages=()), dict(self.parents))
+        for name in recipe.reads:
+            if name not in self.parents:
+                raise RecipeError(f"the recipe reads model '{name}', which is not there. {suggest(name, self.parents)}")
+        self.vocabulary = _vocabulary(recipe, self.parents)
+        self._tables = frozenset(vocabulary_tensors(self.parents[recipe.base])) if self.vocabulary else frozenset()
+        self.steps = tuple(_steps(recipe, self.parents, self.vocabulary, self._tables))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the merged model: the base's, with depth, lists with an entry a layer, vocabulary and dtype of the recipe."""
+        donor = self.parents[self.recipe.base]
+        config = self.vocabulary.config(donor.config) if self.vocabulary else _copy(donor.config)
+        text = config.get("text_config", config)
+        text["n_layer" if "n_layer" in text else "num_hidden_layers"] = len(self.recipe.layers)
+        for key, value in text.items():  # one entry a layer, such as layer_types: as the layers that were taken
+            if isinstance(value, list) and len(value) == donor.num_layers:
+                text[key] = [value[_index(mix.sources[0][1])] for mix in self.recipe.layers]
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = self.recipe.out_dtype
+        return config
+
+    def tensor(self, step: Step, out: Tensor | None = None) -> Tensor:
+        """The merged tensor of a step, in `out` where it is given and can be used: contiguous, of the step's shape and out_dtype.
+
+        Raises CandidateError if it comes out with a value that is not finite.
+        """
+        dtype = DTYPES[self.recipe.out_dtype]
+        if step.mix is None:
+            taken = self.parents[self.recipe.base].tensor(step.name)
+            return taken.to(dtype) if taken.is_floating_point() else taken
+        mix, rule = step.mix, method(step.mix.method)
+        tensors = [self._read(model, name) for (model, _), name in zip(mix.sources, step.inputs, strict=True)]
+        base = self._read(mix.base[0], step.base) if mix.base and step.base else None
+        if not tensors[0].is_floating_point():
+            return base if base is not None else tensors[0]
+        if self.vocabulary is not None and step.name in self._tables:
+            tensors, base = self._aligned(mix, tensors, base)
+        values = _values(rule, mix, step.name, step.inputs)
+        keys = [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
+        if self.recipe.policy == "mergekit":
+            merged = self._as_mergekit(rule, tensors, base, values, keys).to(dtype)
+            finite = bool(torch.isfinite(merged).all())
+        elif rule.frame is not None:
+            merged = torch.empty(step.info.shape, dtype=dtype, device=self.device) if out is None else out
+            finite = fused.merge(rule.frame, self._pairs(step, tensors, base), tensors, base, values, keys, merged, self.known)
+        else:
+            merged = rule.kernel([t.float() for t in tensors], None if base is None else base.float(), values, keys).to(dtype)
+            finite = bool(torch.isfinite(merged).all())
+        if not finite:
+            raise CandidateError(f"merging gave a value that is not finite in tensor '{step.name}' ({mix.method} of {', '.join(mix.models)})")
+        return merged
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(output tensor name, tensor of out_dtype), one at a time: embeddings, layers in order, head, other towers."""
+        for step in self.steps:
+            yield step.name, self.tensor(step)
+
+    def _read(self, model: str, name: str) -> Tensor:
+        tensor = self.parents[model].tensor(name)
+        return tensor if tensor.device.type == self.device else tensor.to(self.device, non_blocking=True)
+
+    def _as_mergekit(self, rule: Method, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+        kinds = [t.dtype for t in (*tensors, *([] if base is None else [base]))]
+        dtype = functools.reduce(torch.promote_types, kinds) if self.recipe.dtype == STORED else DTYPES[self.recipe.dtype]
+        return rule.kernel([t.to(dtype) for t in tensors], None if base is None else base.to(dtype), values, keys, parity=True)
+
+    def _aligned(self, mix: Mix, tensors: Sequence[Tensor], base: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """The tensors with the output vocabulary's rows. As in mergekit, rows are averaged in the arithmetic type."""
+        assert self.vocabulary is not None
+        dtype = DTYPES.get(self.recipe.dtype)
+        tables = {model: t.to(dtype) if dtype else t for (model, _), t in zip(mix.sources, tensors, strict=True)}
+        if mix.base is not None and base is not None:
+            tables.setdefault(mix.base[0], base.to(dtype) if dtype else base)
+        found = self.vocabulary.aligned(tables, base=mix.base[0] if mix.base else None)
+        return [found[model].contiguous() for model, _ in mix.sources], found[mix.base[0]].contiguous() if mix.base else None
+
+    def _pairs(self, step: Step, tensors: Sequence[Tensor], base: Tensor | None) -> list[Pair]:
+        """Each source with its base, and what the tables remember the two by."""
+        if base is None or step.mix is None or step.mix.base is None:
+            return []
+        ids = [(model, name, step.mix.base[0], step.base) for (model, _), name in zip(step.mix.sources, step.inputs, strict=True)]
+        return [Pair(base, t, None if step.name in self._tables else id_) for t, id_ in zip(tensors, ids, strict=True)]
+
+
+class Stage:
+    """A merged model as a parent of another merge: its tensors are merged when they are read."""
+
+    def __init__(self, name: str, recipe: Recipe, parents: Mapping[str, Parent]) -> None:
+        if recipe.tokenizer is not None or recipe.chat_template is not None:
+            raise RecipeError(f"stage '{name}' has a tokenizer or chat template of its own; merge it to a folder first, or give it to the last stage")
+        self._merge = Merge(recipe, parents)
+        donor = self._merge.parents[recipe.base]
+        self._steps = {step.name: step for step in self._merge.steps}
+        self.path, self.stack, self.dtype, self.num_layers = donor.path, donor.stack, recipe.out_dtype, len(recipe.layers)
+        self.config = self._merge.config
+        self.tensors: dict[str, TensorInfo] = {name: step.info for name, step in self._steps.items()}
+        self.nbytes = sum(info.nbytes for info in self.tensors.values())
+        self.largest = max(info.nbytes for info in self.tensors.values())
+        self._donor = donor
+        self._suffixes: dict[int, tuple[str, ...]] = {}
+        for tensor in self.tensors:
+            place = donor.place(tensor)
+            if place.layer is not None:
+                self._suffixes[place.layer] = tuple(sorted((*self._suffixes.get(place.layer, ()), place.suffix)))
+
+    def tensor(self, name: str) -> Tensor:
+        """The merged tensor of that name."""
+        if name not in self._steps:
+            raise CheckpointError(f"the stage merged on {self.path} has no tensor '{name}'")
+        return self._merge.tensor(self._steps[name])
+
+    def place(self, name: str) -> Place:
+        """Part, layer and component that a tensor's name says."""
+        return self._donor.place(name)
+
+    def layer_name(self, layer: int, suffix: str) -> str:
+        """Full name of a layer's tensor."""
+        return self._donor.layer_name(layer, suffix)
+
+    def layer_suffixes(self, layer: int) -> tuple[str, ...]:
+        """Names after 'stack.N.' of one layer's tensors, sorted."""
+        if layer not in self._suffixes:
+            raise CheckpointError(f"the stage merged on {self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}")
+        return self._suffixes[layer]
+
+    def outer_names(self, part: str) -> tuple[str, ...]:
+        """Names of the tensors of one part outside the stack, sorted."""
+        return tuple(sorted(name for name in self.tensors if self.place(name).part == part))
+
+    def content_hash(self) -> str:
+        """SHA-256 over the recipe and its parents' content."""
+        parts = [self._merge.recipe.canonical(), *(self._merge.parents[m].content_hash() for m in self._merge.recipe.reads)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def equal_tensors(self, other: Parent) -> Iterator[str]:
+        """Names of the tensors that are the same in both."""
+        return equal(self, other)
+
+
+def merged(recipe: Recipe, parents: Mapping[str, Parent]) -> Iterator[tuple[str, Tensor]]:
+    """(output tensor name, tensor of out_dtype), one at a time; see `Merge`."""
+    yield from Merge(recipe, parents)
+
+
+def into(recipe: Recipe, parents: Mapping[str, Parent], resident: Resident, known: Tables | None = None, device: str = "cpu") -> None:
+    """Merges into a live model of the base's architecture, in place where a tensor has a place of its own."""
+    depth = parents[recipe.base].num_layers
+    if len(recipe.layers) != depth:
+        raise CandidateError(f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the base's depth")
+    merge = Merge(recipe, parents, known, device)
+    if merge.vocabulary is not None and merge.vocabulary.size != len(parents[recipe.base].tensor(vocabulary_tensors(parents[recipe.base])[0])):
+        raise CandidateError("the recipe's tokenizer changes the number of rows; a search keeps the base's vocabulary")
+    with torch.no_grad():
+        for step in merge.steps:
+            if step.mix is not None:  # the resident model holds the base's other towers already
+                slot = resident.slot(step.name, DTYPES[recipe.out_dtype])
+                tensor = merge.tensor(step, slot)
+                if tensor is not slot:
+                    resident.put(step.name, tensor)
+
+
+def mask_key(seed: int, tensor: str, model: str) -> int:
+    """Signed 64-bit key of a random mask: a function of recipe seed, output tensor name and parent, nothing else."""
+    digest = hashlib.blake2b(f"{seed}\x1f{tensor}\x1f{model}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def check(recipe: Recipe) -> None:
     """Raises RecipeError, naming layer and model, unless every mix is one that its method accepts."""
     for name in (recipe.dtype, recipe.out_dtype):
-        if name not in DTYPES:
+        if name not in DTYPES and not (name == STORED and recipe.policy == "mergekit" and recipe.out_dtype != STORED):
             raise RecipeError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}")
     for where, mix in zip(_places(recipe), recipe.mixes, strict=True):
         rule = method(mix.method)
@@ -40,119 +234,75 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(f"{mix.method} takes {wanted} source models besides the base, got {len(mix.sources)} ({where})")
         if rule.needs_base and mix.base is None:
             raise RecipeError(f"{mix.method} needs a base model ({where})")
+        if mix.base is not None and not (rule.needs_base or rule.takes_base):
+            raise RecipeError(f"{mix.method} has no base model; list '{mix.base[0]}' among its sources ({where})")
         for name, value in mix.params:
             _check_param(rule, name, value, mix, where)
 
 
-def merged(recipe: Recipe, parents: Mapping[str, Checkpoint]) -> Iterator[tuple[str, Tensor]]:
-    """(output tensor name, tensor of out_dtype), one at a time: embeddings, layers in order, head.
-
-    Raises CandidateError if a tensor comes out with a value that is not finite.
-    """
+def _steps(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary | None, tables: frozenset[str]) -> Iterator[Step]:
+    """Every output tensor in order, its inputs found and their shapes compared, from headers alone."""
     shell = parents[recipe.base]
     for name in shell.outer_names("embeddings"):
-        yield _one(recipe, parents, recipe.embeddings, name, None)
+        yield _step(recipe, parents, recipe.embeddings, name, None, vocabulary, tables)
     for depth, mix in enumerate(recipe.layers):
         read = [(model, index) for model, index in (*mix.sources, *([mix.base] if mix.base else ()))]
         suffixes = {suffix for model, index in read for suffix in parents[model].layer_suffixes(_index(index))}
         for suffix in sorted(suffixes):
-            yield _one(recipe, parents, mix, shell.layer_name(depth, suffix), suffix)
+            yield _step(recipe, parents, mix, shell.layer_name(depth, suffix), suffix, vocabulary, tables)
     for name in shell.outer_names("head"):
-        yield _one(recipe, parents, recipe.head, name, None)
+        yield _step(recipe, parents, recipe.head, name, None, vocabulary, tables)
+    for name in shell.outer_names("tower"):
+        yield Step(name, _header(shell.tensors[name], recipe.out_dtype))
 
 
-def into(recipe: Recipe, parents: Mapping[str, Checkpoint], model: nn.Module) -> None:
-    """Copies the merged tensors into a live model of the base's architecture; parameter objects stay the same."""
-    slots = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    if len(recipe.layers) != parents[recipe.base].num_layers:
-        raise CandidateError(
-            f"the recipe has {len(recipe.layers)} layers, the resident model {parents[recipe.base].num_layers}; a search keeps the base's depth"
-        )
-    with torch.no_grad():
-        for name, tensor in merged(recipe, parents):
-            slot = slots.get(name)
-            if slot is None:
-                raise CheckpointError(f"the model in memory has no tensor '{name}'; this architecture renames tensors on loading")
-            slot.copy_(tensor)
+def _step(
+    recipe: Recipe, parents: Mapping[str, Parent], mix: Mix, output: str, suffix: str | None, vocabulary: Vocabulary | None, tables: frozenset[str]
+) -> Step:
+    """suffix: the name inside a layer, None for a tensor outside the stack."""
+    read = [*mix.sources, *([mix.base] if mix.base else [])]
+    names = [output if suffix is None else parents[model].layer_name(_index(layer), suffix) for model, layer in read]
+    names = [_present(parents[model], model, name) for (model, _), name in zip(read, names, strict=True)]
+    infos = [parents[model].tensors[name] for (model, _), name in zip(read, names, strict=True)]
+    resized = vocabulary is not None and output in tables
+    for (model, _), info in zip(read, infos, strict=True):
+        if info.shape[resized:] != infos[-1].shape[resized:]:
+            advice = "the architectures differ" if suffix else "the vocabularies differ; set tokenizer_source: union"
+            raise CheckpointError(f"'{output}' is {list(info.shape)} in '{model}' and {list(infos[-1].shape)} in '{read[-1][0]}'; {advice}")
+    shape = (vocabulary.size, *infos[-1].shape[1:]) if resized and vocabulary is not None else infos[-1].shape
+    info = replace(_header(infos[-1], recipe.out_dtype), shape=shape)
+    sources = len(mix.sources)
+    return Step(output, info, mix, tuple(names[:sources]), names[sources] if mix.base else None)
 
 
-def write(recipe: Recipe, parents: Mapping[str, Checkpoint], directory: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Writes a Hugging Face folder (safetensors, config, tokenizer) beside `directory` and renames it into place.
-
-    progress: called with the number of tensors done. Raises SetupError if the directory exists.
-    """
-    if directory.exists():
-        raise SetupError(f"{directory} exists; choose another folder or remove it")
-    check(recipe)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        staging.chmod(0o755)
-        write_into(recipe, parents, staging, progress)
-        staging.rename(directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+def _present(parent: Parent, model: str, name: str) -> str:
+    """The tensor's name in a parent; a head tied to the embeddings is the embeddings."""
+    if name in parent.tensors:
+        return name
+    text = parent.config.get("text_config", parent.config)
+    if (
+        parent.place(name).part == "head"
+        and name.endswith(".weight")
+        and text.get("tie_word_embeddings", parent.config.get("tie_word_embeddings", True))
+    ):
+        tables = vocabulary_tensors(parent)
+        if tables and "norm" not in name:
+            return tables[0]
+    raise CheckpointError(f"model '{model}' lacks the tensor '{name}'; the architectures differ")
 
 
-def write_into(recipe: Recipe, parents: Mapping[str, Checkpoint], directory: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Like `write`, into a directory that exists; the caller makes it whole."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in merged(recipe, parents):
-        tensors[name] = tensor.contiguous()
-        if progress:
-            progress(len(tensors))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    donor = parents[recipe.base]
-    config = copy.deepcopy(donor.config)
-    text = config.get("text_config", config)
-    text["n_layer" if "n_layer" in text else "num_hidden_layers"] = len(recipe.layers)
-    for key, value in text.items():  # one entry a layer, such as layer_types: as the layers that were taken
-        if isinstance(value, list) and len(value) == donor.num_layers:
-            text[key] = [value[_index(mix.sources[0][1])] for mix in recipe.layers]
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = recipe.out_dtype
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for pattern in _COPIED:
-        for file in donor.path.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
+def _header(info: TensorInfo, out_dtype: str) -> TensorInfo:
+    floating = info.dtype in ("F64", "F32", "F16", "BF16")
+    return TensorInfo(info.shape, _CODES[out_dtype] if floating else info.dtype, "")
 
 
-def mask_key(seed: int, tensor: str, model: str) -> int:
-    """Signed 64-bit key of a random mask: a function of recipe seed, output tensor name and parent, nothing else."""
-    digest = hashlib.blake2b(f"{seed}\x1f{tensor}\x1f{model}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def _vocabulary(recipe: Recipe, parents: Mapping[str, Parent]) -> Vocabulary | None:
+    if recipe.tokenizer is None:
+        return None
+    return Vocabulary(recipe.tokenizer, recipe.base, {name: parents[name] for name in recipe.reads})
 
 
-def _one(recipe: Recipe, parents: Mapping[str, Checkpoint], mix: Mix, output: str, suffix: str | None) -> tuple[str, Tensor]:
-    """Merges one tensor. suffix: the name inside a layer, None for a tensor outside the stack."""
-    dtype, out_dtype = DTYPES[recipe.dtype], DTYPES[recipe.out_dtype]
-    rule = method(mix.method)
-
-    def name_in(model: str, layer: int | None) -> str:
-        return output if suffix is None else parents[model].layer_name(_index(layer), suffix)
-
-    inputs = [name_in(model, layer) for model, layer in mix.sources]
-    tensors = [parents[model].tensor(name) for (model, _), name in zip(mix.sources, inputs, strict=True)]
-    base = parents[mix.base[0]].tensor(name_in(*mix.base)) if mix.base else None
-    for (model, _), tensor in zip(mix.sources, tensors, strict=True):
-        other = tensors[0] if base is None else base
-        if tensor.shape != other.shape:
-            whose = mix.base[0] if mix.base else mix.sources[0][0]
-            advice = "the architectures differ" if suffix else "the vocabularies differ"
-            raise CheckpointError(f"'{output}' is {list(tensor.shape)} in '{model}' and {list(other.shape)} in '{whose}'; {advice}")
-    if not tensors[0].is_floating_point():
-        return output, base if base is not None else tensors[0]
-    values = _values(rule, mix, output, inputs)
-    keys = [mask_key(recipe.seed, output, model) for model, _ in mix.sources]
-    out = rule.kernel([t.to(dtype) for t in tensors], None if base is None else base.to(dtype), values, keys).to(out_dtype)
-    if not bool(torch.isfinite(out).all()):
-        raise CandidateError(f"merging gave a value that is not finite in tensor '{output}' ({mix.method} of {', '.join(mix.models)})")
-    return output, out
-
-
-def _values(rule: Method, mix: Mix, output: str, inputs: list[str]) -> Values:
+def _values(rule: Method, mix: Mix, output: str, inputs: Sequence[str]) -> Values:
     """Numbers for one tensor: filters see the output name for merge parameters, the model's own for model parameters."""
     given = dict(mix.params)
     values: dict[str, float | tuple[float, ...]] = {}
@@ -195,3 +345,9 @@ def _index(layer: int | None) -> int:
     if layer is None:
         raise RecipeError("a source of an output layer must name a layer")
     return layer
+
+
+def _copy(config: Mapping[str, Any]) -> dict[str, Any]:
+    import copy
+
+    return copy.deepcopy(dict(config))

@@ -3,54 +3,73 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from evomerge import documents, merge, mergekit_yaml
-from evomerge.checkpoint import Checkpoint, locate
+from evomerge import documents, folder, mergekit_yaml
+from evomerge.checkpoint import Parent
 from evomerge.errors import RecipeError
+from evomerge.folder import Progress
+from evomerge.lora import open_parent
 from evomerge.recipe import Recipe
+from evomerge.vocabulary import check_rows
 
 
-def merge_file(file: Path, directory: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Merges by a mergekit YAML or an exported recipe.json into a new folder. Raises RecipeError for a bad recipe."""
-    parents: dict[str, Checkpoint] = {}
+def merge_file(
+    file: Path, directory: Path, progress: Progress | None = None, *, policy: str = "float32", memory: int | None = None
+) -> tuple[str, ...]:
+    """Merges by a mergekit YAML or an exported recipe.json into a new folder; returns warnings, each a sentence.
 
-    def parent(reference: str) -> Checkpoint:
+    policy: of the arithmetic, for a YAML; memory: bytes that merging may hold besides the parents' mapped files.
+    Raises RecipeError for a bad recipe, CheckpointError for parents that do not fit.
+    """
+    parents: dict[str, Parent] = {}
+
+    def parent(reference: str) -> Parent:
         if reference not in parents:
-            parents[reference] = Checkpoint(_locate(reference))
+            parents[reference] = open_parent(reference)
         return parents[reference]
 
     if file.suffix == ".json":
         recipe, names = _exported(file)
-        parents |= {name: Checkpoint(locate(path, revision)) for name, (path, revision) in names.items()}
+        opened = {name: parent(reference) for name, reference in names.items()}
     else:
-        recipe = mergekit_yaml.load(documents.read(file), lambda reference: parent(reference).num_layers, lambda reference: parent(reference).dtype)
-        parents |= {name: parent(name) for name in recipe.models}
+        recipe = mergekit_yaml.load(documents.read_all(file), lambda name: parent(name).num_layers, lambda name: parent(name).dtype, policy)
+        opened = {name: parent(name) for name in recipe.models}
+    for read in (*(stage for _, stage in recipe.stages), recipe):
+        _check_layers(read, opened)
+    folder.write(recipe, opened, directory, progress, memory)
+    return _warnings(recipe, opened)
+
+
+def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
     for mix in recipe.mixes:
         for model, layer in (*mix.sources, *([mix.base] if mix.base else [])):
-            if layer is not None and layer >= parents[model].num_layers:
+            if layer is not None and model in parents and layer >= parents[model].num_layers:
                 raise RecipeError(f"the recipe reads layer {layer} of '{model}', which has {parents[model].num_layers}")
-    merge.write(recipe, parents, directory, progress)
 
 
-def _locate(reference: str) -> Path:
-    """Folder of a mergekit model reference: a path, or repository[@revision]."""
-    name, at, revision = reference.rpartition("@")
-    if at and not (reference.startswith(("/", ".", "~")) or Path(reference).is_dir()):
-        return locate(name, revision)
-    return locate(reference)
+def _warnings(recipe: Recipe, parents: dict[str, Parent]) -> tuple[str, ...]:
+    found = []
+    if recipe.tokenizer is None and recipe.base in parents and (differs := check_rows(parents, recipe.base)):
+        found.append(differs)
+    towers = parents[recipe.base].outer_names("tower") if recipe.base in parents else ()
+    if towers and len(recipe.models) > 1:
+        found.append(f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged")
+    return tuple(found)
 
 
-def _exported(file: Path) -> tuple[Recipe, dict[str, tuple[str, str | None]]]:
-    """(recipe, model name -> (path, revision)) of an exported recipe.json and the lineage.json beside it."""
+def _exported(file: Path) -> tuple[Recipe, dict[str, str]]:
+    """(recipe, model name -> reference) of an exported recipe.json and the lineage.json beside it."""
     beside = file.with_name("lineage.json")
     try:
         recipe = Recipe.from_json(file.read_text(encoding="utf-8"))
         facts = json.loads(beside.read_text(encoding="utf-8"))["facts"]["parents"]
-        names = {name: (str(facts[name]["path"]), facts[name]["revision"]) for name in recipe.models}
-        if not all(revision is None or isinstance(revision, str) for _, revision in names.values()):
-            raise ValueError("a revision is a text or null")
+        names = {}
+        for name in recipe.models:
+            path, revision = str(facts[name]["path"]), facts[name]["revision"]
+            if not isinstance(revision, str | None):
+                raise ValueError("a revision is a text or null")
+            names[name] = f"{path}@{revision}" if revision else path
         return recipe, names
     except FileNotFoundError as error:
         raise RecipeError(f"{error.filename} is missing; recipe.json is read with the lineage.json it was exported with") from None

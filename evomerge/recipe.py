@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import RecipeError
+from evomerge.tokens import TokenizerSpec
 
 Source = tuple[str, int | None]
 """(model name, layer index); the layer is None for tensors outside the layer stack."""
@@ -41,6 +42,8 @@ class Filtered:
         return None
 
 
+POLICIES = ("float32", "mergekit")
+STORED = "stored"
 Setting = float | Filtered
 ParamValue = Setting | tuple[Setting, ...]
 """One setting for a parameter of the merge; a tuple with one setting per source for a parameter of the models."""
@@ -83,8 +86,13 @@ class Recipe:
     base: model whose config, tokenizer and other files the output gets.
     layers: one mix per output layer; the depth is their number.
     embeddings: the tensors before the layer stack; head: those after it (final norm, output head).
-    dtype: arithmetic type, 'float32' (see `evomerge.merge`); out_dtype: type of the tensors that are scored and shipped.
+    policy: 'float32': inputs are upcast and the result is rounded once; 'mergekit': the types, operations and faults of
+    mergekit 0.1.5. dtype: the arithmetic type under 'mergekit', STORED for that of the inputs; else 'float32'.
+    out_dtype: type of the tensors that are scored and shipped.
     seed: keys the masks of randomized methods, in [0, 2**63).
+    tokenizer: what the output's tokenizer is made of; None: the base's files, and vocabularies must agree.
+    chat_template: Jinja text, a known name, 'auto', or None for the base's.
+    stages: (name, recipe) pairs, merged before and read like models by the recipes after them.
     """
 
     base: str
@@ -94,11 +102,21 @@ class Recipe:
     dtype: str = "float32"
     out_dtype: str = "bfloat16"
     seed: int = 0
-    tokenizer: str = "base"
+    policy: str = "float32"
+    tokenizer: TokenizerSpec | None = None
+    chat_template: str | None = None
+    stages: tuple[tuple[str, Recipe], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise RecipeError("a recipe needs at least one output layer, got none")
+        if self.policy not in POLICIES:
+            raise RecipeError(f"unknown arithmetic policy '{self.policy}'. Known: {', '.join(POLICIES)}")
+        if self.policy == "float32" and self.dtype != "float32":
+            raise RecipeError(f"under the policy 'float32' arithmetic is in float32, got dtype '{self.dtype}'; use the policy 'mergekit'")
+        names = [name for name, _ in self.stages]
+        if len(set(names)) < len(names) or any(recipe.stages for _, recipe in self.stages):
+            raise RecipeError("every stage has a name of its own and no stages inside")
 
     @property
     def mixes(self) -> tuple[Mix, ...]:
@@ -106,9 +124,17 @@ class Recipe:
         return (self.embeddings, *self.layers, self.head)
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Every model or stage that the mixes, the base and the tokenizer name, in order of first use."""
+        named = [model for mix in self.mixes for model in mix.models] + [self.base]
+        return tuple(dict.fromkeys([*named, *(self.tokenizer.models if self.tokenizer else ())]))
+
+    @property
     def models(self) -> tuple[str, ...]:
-        """Every model the recipe reads, in order of first use, the base included."""
-        return tuple(dict.fromkeys([model for mix in self.mixes for model in mix.models] + [self.base]))
+        """Every model read by the recipe or a stage of it, in order of first use, the base included."""
+        named = [model for _, stage in self.stages for model in stage.reads] + list(self.reads)
+        stages = {name for name, _ in self.stages}
+        return tuple(dict.fromkeys(model for model in named if model not in stages))
 
     @property
     def id(self) -> str:
@@ -123,19 +149,7 @@ class Recipe:
     def from_json(cls, text: str) -> Recipe:
         """The recipe whose `canonical` text this is. Raises RecipeError on any other text."""
         try:
-            data = _fields(json.loads(text), "base layers embeddings head dtype out_dtype seed tokenizer")
-            if not _whole(data["seed"]):
-                raise ValueError(f"seed must be a whole number of at least 0, got {data['seed']!r}")
-            return cls(
-                base=_text(data["base"]),
-                layers=tuple(_mix(m) for m in data["layers"]),
-                embeddings=_mix(data["embeddings"]),
-                head=_mix(data["head"]),
-                dtype=_text(data["dtype"]),
-                out_dtype=_text(data["out_dtype"]),
-                seed=data["seed"],
-                tokenizer=_text(data["tokenizer"]),
-            )
+            return _recipe(json.loads(text))
         except (KeyError, TypeError, ValueError, RecursionError, RecipeError) as error:
             raise RecipeError(f"not a recipe in canonical JSON: {error}") from error
 
@@ -170,7 +184,10 @@ def _plain(value: Any) -> Any:
                 "dtype": value.dtype,
                 "out_dtype": value.out_dtype,
                 "seed": value.seed,
-                "tokenizer": value.tokenizer,
+                "policy": value.policy,
+                "tokenizer": value.tokenizer.to_plain() if value.tokenizer else None,
+                "chat_template": value.chat_template,
+                "stages": [[name, _plain(stage)] for name, stage in value.stages],
             }
         case Mix():
             return {
@@ -184,6 +201,25 @@ def _plain(value: Any) -> Any:
         case tuple():
             return [_plain(v) for v in value]
     return value
+
+
+def _recipe(data: Any) -> Recipe:
+    data = _fields(data, "base layers embeddings head dtype out_dtype seed policy tokenizer chat_template stages")
+    if not _whole(data["seed"]):
+        raise ValueError(f"seed must be a whole number of at least 0, got {data['seed']!r}")
+    return Recipe(
+        base=_text(data["base"]),
+        layers=tuple(_mix(m) for m in data["layers"]),
+        embeddings=_mix(data["embeddings"]),
+        head=_mix(data["head"]),
+        dtype=_text(data["dtype"]),
+        out_dtype=_text(data["out_dtype"]),
+        seed=data["seed"],
+        policy=_text(data["policy"]),
+        tokenizer=None if data["tokenizer"] is None else TokenizerSpec.from_plain(data["tokenizer"]),
+        chat_template=None if data["chat_template"] is None else _text(data["chat_template"]),
+        stages=tuple((_text(name), _recipe(stage)) for name, stage in data["stages"]),
+    )
 
 
 def _mix(data: Any) -> Mix:

@@ -82,6 +82,13 @@ class Resident:
             for slot, value in self._pairs(name, tensor):
                 slot.copy_(value)
 
+    def slot(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """The parameter itself, if a disk tensor is all of it, in the same order and in this type: it may be written in place."""
+        place = self._places.get(name)
+        slot = self._slots[place.slot].detach() if isinstance(place, _Slice) else None
+        whole = isinstance(place, _Slice) and slot is not None and place.shape == tuple(slot.shape)
+        return slot if slot is not None and whole and slot.dtype == dtype and slot.is_contiguous() else None
+
     def verify(self, read: Callable[[str], Tensor]) -> None:
         """Checks the plan against transformers' own loading, bit for bit; for a model just loaded. Reads every tensor once.
 

@@ -2,7 +2,8 @@
 
 A genome is a point of R^n, all zeros at the start. An axis maps its gene through a sigmoid onto (low, high), scaled
 so that at the start one unit of gene moves the value by the axis' whole range: smooth, monotone, never on a bound,
-so what is optimized is what is merged. Values are snapped to a grid of 1e-4: recipe, YAML and merge hold one number.
+so what is optimized is what is merged. Values are snapped to a decimal grid (the
+parameter's `digits`): recipe, YAML and merge hold one number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ EMBEDDINGS, HEAD = "embeddings", "head"
 @dataclass(frozen=True, slots=True)
 class Axis:
     """One searched number. group: 'layers a-b', 'embeddings' or 'head'; component: None outside the layers;
-    source: the model, None for a parameter of the merge; low < start < high."""
+    source: the model, None for a parameter of the merge; low < start < high; digits: decimals of a value."""
 
     group: str
     component: str | None
@@ -32,6 +33,7 @@ class Axis:
     low: float
     high: float
     start: float
+    digits: int = DIGITS
 
     def __post_init__(self) -> None:
         if not self.low < self.start < self.high:
@@ -47,7 +49,7 @@ class Axis:
         """Gene in R -> value in [low, high], snapped."""
         f0 = (self.start - self.low) / (self.high - self.low)
         z = _logit(f0) + gene / (f0 * (1 - f0))
-        return round(self.low + (self.high - self.low) / (1 + math.exp(-max(-700.0, min(700.0, z)))), DIGITS) + 0.0
+        return round(self.low + (self.high - self.low) / (1 + math.exp(-max(-700.0, min(700.0, z)))), self.digits) + 0.0
 
     def gene(self, value: float) -> float:
         """Inverse of `value`; values outside the bounds are moved just inside."""
@@ -149,7 +151,7 @@ class Space:
                 for source in self.models if param.per == "model" else (None,):
                     alive = source is None or (group, component, source) not in self.dead
                     if alive:
-                        axes.append(Axis(group, component, param.name, source, bounds.low, bounds.high, bounds.start))
+                        axes.append(Axis(group, component, param.name, source, bounds.low, bounds.high, bounds.start, param.digits))
         return axes
 
     def _recipe(self, found: Mapping[tuple[str, str | None, str, str | None], float]) -> Recipe:

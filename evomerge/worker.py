@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from evomerge import merge
-from evomerge.checkpoint import Checkpoint
+from evomerge.checkpoint import Parent
 from evomerge.errors import CandidateError, EvomergeError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items
+from evomerge.fused import Tables
 from evomerge.recipe import Recipe
+from evomerge.resident import Resident
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +25,13 @@ log = logging.getLogger(__name__)
 class Worker:
     """Merges candidates into one resident model and scores it."""
 
-    def __init__(self, parents: Mapping[str, Checkpoint], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu") -> None:
+    def __init__(self, parents: Mapping[str, Parent], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu") -> None:
         """dtype: the type of the tensors that are scored and shipped. Loads the base once as the resident model."""
         self.parents, self.evaluator = parents, evaluator
+        self.device = device
+        self.known = Tables(build=True, ranks_bytes=_spare() // 4)
         self.model = load(parents[base], dtype).to(device)
+        self.resident = Resident(self.model, parents[base].tensors)
         self._finite = True
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):
@@ -36,8 +42,7 @@ class Worker:
         seconds: dict[str, float] = {}
         try:
             started = time.perf_counter()
-            merge.check(recipe)
-            merge.into(recipe, self.parents, self.model)
+            merge.into(recipe, self.parents, self.resident, self.known, self.device)
             seconds["merge"] = time.perf_counter() - started
             started = time.perf_counter()
             self._finite = True
@@ -59,22 +64,32 @@ class Worker:
         self._finite = self._finite and not bool(torch.isnan(logits.sum(dtype=torch.float32)))
 
 
-def load(checkpoint: Checkpoint, dtype: str) -> nn.Module:
+def load(checkpoint: Parent, dtype: str) -> nn.Module:
     """The checkpoint as a live transformers model in evaluation mode. Never runs code from the checkpoint."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    refusal = ""
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        try:
+            model = kind.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            refusal = refusal or str(error).splitlines()[0]
+            continue
+        module: nn.Module = model.eval()
+        return module.requires_grad_(False)
+    raise SetupError(f"transformers cannot load {checkpoint.path}: {refusal}")
+
+
+def _spare() -> int:
+    """Bytes of memory that are free now; half a gigabyte where the system does not say."""
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise SetupError(f"transformers cannot load {checkpoint.path}: {str(error).splitlines()[0]}") from None
-    module: nn.Module = model.eval()
-    return module.requires_grad_(False)
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 1 << 29
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> object:
+def load_tokenizer(checkpoint: Parent) -> object:
     """The checkpoint's tokenizer."""
     import transformers
 

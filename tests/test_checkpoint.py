@@ -361,9 +361,18 @@ def test_a_missing_config_or_folder_is_said(folder: Path, tmp_path: Path) -> Non
     refused(folder / "model.safetensors", "cannot be read|is missing", "config.json")
 
 
-def test_a_config_without_any_depth_is_refused(folder: Path) -> None:
+def test_a_config_without_any_depth_is_counted_by_its_tensors(folder: Path) -> None:
+    """Hub configs may leave out what is transformers' default."""
     (folder / "config.json").write_text('{"model_type": "x"}')
-    refused(folder, "has no num_hidden_layers", "config.json")
+    assert Checkpoint(folder).num_layers == 4
+
+
+def test_layers_that_predict_further_tokens_are_no_part_of_the_stack(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.num_layers == 3
+    assert {checkpoint.place(name).part for name in checkpoint.tensors if ".layers.3." in name} == {"tower"}
 
 
 @pytest.mark.parametrize("config", [{"n_layer": 4}, {"text_config": {"num_hidden_layers": 4}}, {"text_config": None, "num_hidden_layers": 4}])

@@ -166,16 +166,28 @@ def export(
 
 @app.command(rich_help_panel="Ship")
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="A mergekit YAML (models or slices), or an exported recipe.json.")],
+    recipe: Annotated[Path, typer.Argument(help="A mergekit YAML of any form, or an exported recipe.json.")],
     directory: Annotated[Path, typer.Argument(help="Folder to make.")],
+    policy: Annotated[str, typer.Option(help="Arithmetic of a YAML: float32 (rounded once), or mergekit (its types and operations).")] = "float32",
+    memory: Annotated[str | None, typer.Option(help="Most memory to merge in, such as 8G; a recipe that needs more is refused.")] = None,
+    check_against: Annotated[Path | None, typer.Option(help="Virtual environment with mergekit: merge there too and compare.")] = None,
 ) -> None:
     """Merge by a recipe file into a Hugging Face folder."""
     from evomerge import merging
     from evomerge.cli import screens
 
     with screens.bar("tensors") as progress:
-        merging.merge_file(recipe, directory, progress)
+        warnings = merging.merge_file(recipe, directory, progress, policy=policy, memory=_bytes(memory))
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
     print(f"{directory}: merged by {recipe}")
+    if check_against is not None:
+        from evomerge.oracle import against_mergekit
+
+        found = against_mergekit(recipe, directory, check_against)
+        print(f"against mergekit: {found}")
+        if not found.agrees:
+            raise typer.Exit(1)
 
 
 def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool) -> None:
@@ -204,6 +216,22 @@ def _open(study: str, root: Path | None) -> Store:
     from evomerge.study_files import store_path
 
     return Store.open(store_path(study, studies_root(root)))
+
+
+def _bytes(size: str | None) -> int | None:
+    """8G, 500M, 1.5GB or a plain number of bytes."""
+    if size is None:
+        return None
+    number, unit = size.strip().upper().removesuffix("B").removesuffix("I"), 1
+    if number and number[-1] in "KMGT":
+        number, unit = number[:-1], 1000 ** ("KMGT".index(number[-1]) + 1)
+    try:
+        found = float(number) * unit
+    except ValueError:
+        found = -1
+    if not 0 < found < 1e18:
+        raise ConfigError(f"--memory takes a size such as 8G or 500M, got '{size}'")
+    return int(found)
 
 
 def _split(candidate: str) -> tuple[str, str]:

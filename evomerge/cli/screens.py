@@ -94,13 +94,14 @@ def signals(study: Study) -> Iterator[None]:
 
 
 @contextmanager
-def bar(unit: str) -> Iterator[Callable[[int], None]]:
-    """A counter on a terminal; silent elsewhere. Yields what to call with the count."""
+def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A counter on a terminal; silent elsewhere. Yields what to call with the count and the total."""
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False) as counter:
 
-        def show(done: int) -> None:
+        def show(done: int, total: int) -> None:
+            counter.total = total
             counter.update(done - counter.n)
 
         yield show

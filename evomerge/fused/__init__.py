@@ -21,7 +21,16 @@ from evomerge.methods.method import Frame, Values
 __all__ = ["Kind", "Level", "Pair", "Share", "Sum", "Tables", "merge"]
 
 
-def merge(frame: Frame, pairs: Sequence[Pair], sources: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], out: Tensor, known: Tables) -> bool:
+def merge(
+    frame: Frame,
+    pairs: Sequence[Pair],
+    sources: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    out: Tensor,
+    known: Tables,
+) -> bool:
     """Merges one tensor into `out` (shape of the sources, any float type); returns whether the result is finite.
 
     sources: in their stored types; pairs: each with its base, for methods that have one; keys: 64-bit mask keys.
@@ -75,4 +84,3 @@ def _each(values: Values, name: str) -> tuple[float, ...]:
     found = values[name]
     assert isinstance(found, tuple)
     return found
-

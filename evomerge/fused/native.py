@@ -92,7 +92,9 @@ def _compiled(compiler: str, flags: Sequence[str]) -> Path:
     if not target.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
-            subprocess.run([compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE), "-lm"], check=True, capture_output=True, timeout=120)
+            subprocess.run(
+                [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE), "-lm"], check=True, capture_output=True, timeout=120
+            )
             built.replace(target)
     return target
 

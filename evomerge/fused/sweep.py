@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -196,10 +197,7 @@ def _histogram_c(base: Tensor, source: Tensor, prefix: int, start: int, stop: in
 
 def _histogram_torch(base: Tensor, source: Tensor, prefix: int, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     bits = difference(base, source, start, stop).abs().view(torch.int32)
-    if prefix >= 0:
-        bits = bits[(bits >> 16) == prefix] & 0xFFFF
-    else:
-        bits = bits >> 16
+    bits = bits[(bits >> 16) == prefix] & 0xFFFF if prefix >= 0 else bits >> 16
     counts: np.ndarray[tuple[int], np.dtype[np.int64]] = torch.bincount(bits, minlength=65536).cpu().numpy()
     return counts
 
@@ -211,7 +209,7 @@ def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
 def _jobs(n: int, total: Sum, size: int = _JOB) -> list[tuple[int, int]]:
     """[start, stop) pieces of n elements, of at most `size`, none of them across a cut."""
     cuts = sorted({0, n, *(cut for share in total.shares for cut in share.cuts() if 0 < cut < n)})
-    return [(a + start, a + stop) for a, b in zip(cuts, cuts[1:], strict=False) for start, stop in _spans(b - a, size)]
+    return [(a + start, a + stop) for a, b in itertools.pairwise(cuts) for start, stop in _spans(b - a, size)]
 
 
 def _each(spans: Iterator[tuple[int, int]] | Sequence[tuple[int, int]], work: Callable[[int, int], T]) -> list[T]:

@@ -6,7 +6,7 @@ density is found directly and remembered. Both give the same numbers: a table ch
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -89,14 +89,14 @@ class Tables:
     def _sorted(self, pair: Pair) -> dict[int, tuple[Level, float]]:
         return self._remember(pair, ("sorted",), lambda: _sort_table(pair, self.unit(pair)))
 
-    def _remember(self, pair: Pair, what: tuple[Hashable, ...], find: object) -> T:  # type: ignore[type-var]
+    def _remember(self, pair: Pair, what: tuple[Hashable, ...], find: Callable[[], T]) -> T:
         if pair.id is None:
-            return find()  # type: ignore[operator, no-any-return]
+            return find()
         key = (pair.id, *what)
         if key not in self._known:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            self._known[key] = find()  # type: ignore[operator]
+            self._known[key] = find()
         return self._known[key]  # type: ignore[return-value]
 
 

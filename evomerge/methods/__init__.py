@@ -43,4 +43,4 @@ def method(name: str) -> Method:
     try:
         return METHODS[name]
     except KeyError:
-        raise RecipeError(f"unknown merge method '{name}'. {suggest(name, METHODS)}") from None
+        raise RecipeError(f"unknown merge method {name[:80]!r}. {suggest(name, METHODS)}") from None

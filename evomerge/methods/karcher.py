@@ -118,8 +118,8 @@ KARCHER = Method(
     name="karcher",
     kernel=karcher,
     params=(
-        Param("max_iter", 1.0, 10.0, 10.0, per="merge", hard_low=0.0),
-        Param("tol", 0.0, 0.01, 1e-5, per="merge", hard_low=0.0),
+        Param("max_iter", 1.0, 10.0, 10.0, per="merge", hard_low=0.0, digits=0),
+        Param("tol", 0.0, 0.01, 1e-5, per="merge", hard_low=0.0, digits=8),
     ),
     needs_base=False,
     paper="arXiv 2603.04972",

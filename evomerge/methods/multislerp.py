@@ -75,7 +75,7 @@ MULTISLERP = Method(
     params=(
         Param("weight", 0.0, 1.0, 1.0, required=True),
         switch("normalize_weights", True),
-        Param("eps", 0.0, 0.01, 1e-8, per="merge", hard_low=0.0),
+        Param("eps", 0.0, 0.01, 1e-8, per="merge", hard_low=0.0, digits=8),
     ),
     needs_base=False,
     takes_base=True,

@@ -29,7 +29,7 @@ def nearswap(tensors: Sequence[Tensor], base: Tensor | None, values: Values, key
 NEARSWAP = Method(
     name="nearswap",
     kernel=nearswap,
-    params=(Param("t", 0.0, 0.01, 1e-4, per="merge", hard_low=0.0, required=True),),
+    params=(Param("t", 0.0, 0.01, 1e-4, per="merge", hard_low=0.0, required=True, digits=8),),
     needs_base=True,
     models=(1, 1),
     paper="alchemonaut 2024",

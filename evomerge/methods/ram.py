@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evomerge.methods.method import Method, Param, Values
 
-_EPSILON = Param("epsilon", 0.0, 0.001, 1e-5, per="merge", hard_low=0.0)
+_EPSILON = Param("epsilon", 0.0, 0.001, 1e-5, per="merge", hard_low=0.0, digits=8)
 
 
 def ram(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -1,8 +1,4 @@
-"""Recipe <-> mergekit's YAML (version 0.1.5). Knows the language, runs nothing.
-
-Reading resolves gradients and precedence into one number (or filter list) per output layer. Writing spells out
-everything mergekit would otherwise guess: base, dtype, switches, filters with a catch-all, embeddings and head.
-"""
+"""mergekit's YAML -> recipe. Names the place of whatever mergekit would reject, silently ignore or guess."""
 
 from __future__ import annotations
 
@@ -10,17 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
+from evomerge import chat_templates
 from evomerge.documents import Document, Key
 from evomerge.errors import RecipeError, suggest
-from evomerge.methods import Method, Param, method
-from evomerge.recipe import Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
+from evomerge.mergekit_yaml import references
+from evomerge.methods import Param, method
+from evomerge.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
+from evomerge.tokens import WHOLE, TokenizerSpec
 
-_TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_FORMS = ("models", "slices", "modules")
+_TOP = ("name", "merge_method", "base_model", *_FORMS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _IGNORED = ("int8_mask",)  # memory-saving switches that do not change the result
-_BLOCK = {"models": ("model", "parameters"), "slices": ("sources", "base_model", "parameters"), "sources": ("model", "layer_range", "parameters")}
+_BLOCK = {
+    "models": ("model", "parameters"),
+    "slices": ("sources", "base_model", "parameters"),
+    "sources": ("model", "layer_range", "parameters"),
+    "modules": ("models", "slices", "parameters"),
+}
+_LANGUAGE = ("default", "text_decoder", "decoder", "language_model")  # mergekit's names for the module that is the language model
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,177 +37,80 @@ class _Part:
     parameters: Mapping[str, Any]
 
 
-def load(document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str] = lambda reference: "bfloat16") -> Recipe:
-    """The recipe in a mergekit document; model names are its references as written.
+def load(
+    documents: Document | Sequence[Document],
+    num_layers: Callable[[str], int],
+    dtype: Callable[[str], str] = lambda reference: "bfloat16",
+    policy: str = "float32",
+) -> Recipe:
+    """The recipe in a mergekit file; model names are its references as written.
 
-    num_layers: model reference -> depth; dtype: model reference -> type of its tensors, for files that name none.
+    documents: one, or several as mergekit-multi takes them: each with a `name` is a stage that the others can read like a
+    model; the one without a name, or else the last, is the result. num_layers: model reference -> depth; dtype: model
+    reference -> type of its tensors, for files that name none; policy: of the arithmetic.
     Raises RecipeError, with line and column, for what mergekit would reject, silently ignore or guess.
     """
-    return _Reader(document, num_layers, dtype).recipe()
+    documents = [documents] if isinstance(documents, Document) else list(documents)
+    return _File(documents, num_layers, dtype, policy).recipe()
 
 
-def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = ()) -> str:
-    """mergekit YAML that rebuilds the recipe. references: model name -> what to write for it; header: comment lines.
+class _File:
+    """All documents of a file: stages are read when another document names them."""
 
-    Raises RecipeError for a recipe that one mergekit file cannot express.
-    """
-    methods = sorted({mix.method for mix in recipe.mixes})
-    if len(methods) > 1:
-        raise RecipeError(f"one mergekit file has one method, this recipe has {', '.join(methods)}")
-    parts = _parts(recipe)
-    for end, mix in ((0, recipe.embeddings), (-1, recipe.head)):
-        near = recipe.layers[end]
-        if [m for m, _ in mix.sources] != [m for m, _ in near.sources] or (mix.base or (None,))[0] != (near.base or (None,))[0]:
-            raise RecipeError("mergekit takes embeddings from the first slice's models and the head from the last slice's; this recipe does not")
-    rule = method(methods[0])
-    slices = []
-    for number, (first, length) in enumerate(parts):
-        outer = [recipe.embeddings] if number == 0 else []
-        outer += [recipe.head] if number == len(parts) - 1 else []
-        slices.append(_slice(rule, recipe.layers[first], length, outer, references, recipe.base))
-    data: dict[str, Any] = {"merge_method": rule.name, "base_model": references[recipe.base], "dtype": recipe.dtype, "out_dtype": recipe.out_dtype}
-    shared = _shared(slices)
-    if shared:
-        data["parameters"] = shared
-    data["slices"] = slices
-    body = yaml.dump(data, sort_keys=False, default_flow_style=False, width=120, Dumper=_Dumper)
-    return "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""]) + body
+    def __init__(self, documents: Sequence[Document], num_layers: Callable[[str], int], dtype: Callable[[str], str], policy: str) -> None:
+        self._depth, self._dtype, self._policy = num_layers, dtype, policy
+        self._named: dict[str, Document] = {}
+        unnamed = []
+        for document in documents:
+            name = document.data.get("name") if isinstance(document.data, dict) else None
+            if name is None:
+                unnamed.append(document)
+            elif not isinstance(name, str) or not name or name in self._named:
+                raise RecipeError(f"{document.where(('name',))} name must be a text that no other document has, got {name!r:.80}")
+            else:
+                self._named[name] = document
+        if len(unnamed) > 1:
+            raise RecipeError(f"{unnamed[1].where()} is the second document without a name; name all stages but the last")
+        if not documents:
+            raise RecipeError("the file holds no document; write a mergekit recipe")
+        self._last = unnamed[0] if unnamed else documents[-1]
+        if not unnamed and isinstance(self._last.data, dict):
+            self._named.pop(self._last.data["name"])
+        self._stages: dict[str, Recipe] = {}
+        self._open: list[str] = []
 
+    def recipe(self) -> Recipe:
+        last = self._read(self._last)
+        for name, document in self._named.items():
+            if name not in self._stages:
+                raise RecipeError(f"{document.where(('name',))} stage '{name}' is read by none of the others; remove it or use it")
+        return replace(last, stages=tuple(self._stages.items()))
 
-def with_outer_filters(recipe: Recipe, embeddings: Sequence[str], head: Sequence[str]) -> Recipe:
-    """The same recipe with the outer mixes' settings keyed by their tensors' full names.
+    def _read(self, document: Document) -> Recipe:
+        return _Reader(document, self._num_layers, self._dtype_of, self._policy).recipe()
 
-    mergekit resolves those tensors with the first and last slice's parameters; naming them keeps the two apart.
-    """
+    def _stage(self, name: str) -> Recipe:
+        if name in self._open:
+            raise RecipeError(f"{self._named[name].where(('name',))} stage '{name}' needs itself, by way of {' and '.join(self._open)}")
+        if name not in self._stages:
+            self._open.append(name)
+            found = self._read(self._named[name])
+            self._open.pop()
+            self._stages[name] = found
+        return self._stages[name]
 
-    def named(mix: Mix, names: Sequence[str]) -> Mix:
-        def key(param: str, value: Setting) -> Setting:
-            rule = method(mix.method).param(param)
-            default = rule.default if rule else 0.0
-            cases = []
-            for name in names:
-                found = value.at(name) if isinstance(value, Filtered) else value
-                cases.append((name, default if found is None else found))
-            return Filtered(tuple(cases))
+    def _num_layers(self, reference: str) -> int:
+        return len(self._stage(reference).layers) if reference in self._named else self._depth(reference)
 
-        keyed = {k: tuple(key(k, s) for s in v) if isinstance(v, tuple) else key(k, v) for k, v in mix.params}
-        return replace(mix, params=params(keyed)) if names else mix
-
-    return replace(recipe, embeddings=named(recipe.embeddings, embeddings), head=named(recipe.head, head))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists of numbers and filter entries on one line."""
-
-    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
-        if isinstance(mapping, dict) and set(mapping) == {"filter", "value"}:
-            flow_style = True
-        return super().represent_mapping(tag, mapping, flow_style)
-
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
-        if all(isinstance(e, int | float) for e in sequence):
-            flow_style = True
-        return super().represent_sequence(tag, sequence, flow_style)
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _parts(recipe: Recipe) -> list[tuple[int, int]]:
-    """(first output layer, length) of maximal runs of layers that differ only by consecutive source layers."""
-    parts: list[tuple[int, int]] = []
-    for index, mix in enumerate(recipe.layers):
-        if parts:
-            first, length = parts[-1]
-            if _shift(recipe.layers[first], length) == mix:
-                parts[-1] = (first, length + 1)
-                continue
-        parts.append((index, 1))
-    return parts
-
-
-def _shift(mix: Mix, by: int) -> Mix:
-    def move(source: Source) -> Source:
-        return (source[0], (source[1] or 0) + by)
-
-    return replace(mix, sources=tuple(move(s) for s in mix.sources), base=move(mix.base) if mix.base else None)
-
-
-def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references: Mapping[str, str], base: str) -> dict[str, Any]:
-    def written(param: Param, source: int | None) -> Any:
-        return _write([_of(o, param, source) for o in outer], _of(mix, param, source), param)
-
-    own = [{p.name: written(p, i) for p in rule.params if p.per == "model"} for i in range(len(mix.sources))]
-    sources = [_source(references[model], layer, length, values) for (model, layer), values in zip(mix.sources, own, strict=True)]
-    if mix.base is not None:
-        sources.append(_source(references[mix.base[0]], mix.base[1], length, {}))
-    shared = {p.name: written(p, None) for p in rule.params if p.per == "merge"}
-    for name in [p.name for p in rule.params if p.flag]:
-        shared[name] = [{**e, "value": bool(e["value"])} for e in shared[name]] if isinstance(shared[name], list) else bool(shared[name])
-    out: dict[str, Any] = {"sources": sources}
-    if mix.base is not None and mix.base[0] != base:
-        out["base_model"] = references[mix.base[0]]
-    return out | ({"parameters": shared} if shared else {})
-
-
-def _shared(slices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Moves per-merge parameters that all slices agree on to the top."""
-    first = slices[0].get("parameters", {})
-    common = {k: v for k, v in first.items() if all(s.get("parameters", {}).get(k) == v for s in slices)}
-    for s in slices:
-        rest = {k: v for k, v in s.get("parameters", {}).items() if k not in common}
-        s.pop("parameters", None)
-        if rest:
-            s["parameters"] = rest
-    return common
-
-
-def _of(mix: Mix, param: Param, source: int | None) -> Setting:
-    value = dict(mix.params).get(param.name, param.default)
-    if isinstance(value, tuple):
-        assert source is not None
-        return value[source]
-    return value
-
-
-def _write(outer: Sequence[Setting], inner: Setting, param: Param) -> Any:
-    """A setting as mergekit writes it: a number, or a filter list with the catch-all last.
-
-    outer: settings of the tensors outside the stack that this slice decides, by full name (see `with_outer_filters`).
-    """
-    if isinstance(inner, Filtered) and not any(text == "*" for text, _ in inner.cases):
-        inner = Filtered((*inner.cases, ("*", param.default)))
-    cases = []
-    for setting_ in outer:
-        if setting_ == inner:
-            continue
-        if not isinstance(setting_, Filtered) or any(text in ("*", "") for text, _ in setting_.cases):
-            raise RecipeError(f"embeddings or head have a {param.name} of their own; write it with the names of their tensors")
-        cases += [case for case in setting_.cases if not _says(inner, *case)]
-    if not cases and not isinstance(inner, Filtered):
-        return inner
-    cases += list(inner.cases) if isinstance(inner, Filtered) else [("*", inner)]
-    return [{"filter": text, "value": value} for text, value in cases]
-
-
-def _says(inner: Setting, tensor: str, value: float) -> bool:
-    """Whether a setting gives that value for that tensor anyway."""
-    return (inner.at(tensor) if isinstance(inner, Filtered) else inner) == value
-
-
-def _source(reference: str, layer: int | None, length: int, own: dict[str, Any]) -> dict[str, Any]:
-    assert layer is not None
-    out: dict[str, Any] = {"model": reference, "layer_range": [layer, layer + length]}
-    if own:
-        out["parameters"] = own
-    return out
+    def _dtype_of(self, reference: str) -> str:
+        return self._stage(reference).out_dtype if reference in self._named else self._dtype(reference)
 
 
 class _Reader:
     """Reads one document. Methods raise RecipeError that names the place."""
 
-    def __init__(self, document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str]) -> None:
-        self.document, self.num_layers, self.dtype = document, num_layers, dtype
+    def __init__(self, document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str], policy: str) -> None:
+        self.document, self.num_layers, self.dtype, self.policy = document, num_layers, dtype, policy
         if not isinstance(document.data, dict):
             raise self.fail((), "a recipe is a mapping with merge_method and models or slices")
         self.data: dict[str, Any] = document.data
@@ -216,48 +123,104 @@ class _Reader:
         self.base = None if base is None else self._model(("base_model",), base)
 
     def fail(self, path: Key, message: str) -> RecipeError:
-        return RecipeError(f"{self.document.where(path)} {message}")
+        return RecipeError(f"{self.document.where(path)} {' '.join(message.split())}")
 
     def recipe(self) -> Recipe:
-        if self.data.get("tokenizer_source", "base") not in ("base", self.base):
-            raise self.fail(("tokenizer_source",), "only the base's tokenizer can be used yet; remove tokenizer_source or set it to base")
-        if ("models" in self.data) == ("slices" in self.data):
-            raise self.fail((), "give exactly one of models and slices")
-        parts = self._slices() if "slices" in self.data else [self._models()]
+        given = [form for form in _FORMS if form in self.data]
+        if len(given) != 1:
+            raise self.fail((), f"give exactly one of models, slices and modules, got {' and '.join(given) or 'none'}")
+        block, at, own = (self.data, (), None) if given != ["modules"] else self._module()
+        parts = self._slices(block, at) if "slices" in block else [self._models(block, at)]
         first, last = parts[0], parts[-1]
         if len(last.sources) > len(first.sources):
             raise self.fail(("slices", len(parts) - 1), "the last slice has more sources than the first; mergekit then reads the head from some only")
+        self.shared = [*([own] if own else []), self._parameters((), self.data)]
         layers = [self._mix(part, index, index / (part.length - 1) if part.length > 1 else 1.0) for part in parts for index in range(part.length)]
         for key in ("dtype", "out_dtype"):
             if self.data.get(key) not in (None, *_DTYPES):
                 raise self.fail((key,), f"unknown {key} {self.data[key]!r}. Known: {', '.join(_DTYPES)}")
         donor = self.base or first.sources[0][0]
         out_dtype = self.data.get("out_dtype") or self.data.get("dtype") or self.dtype(donor)
+        dtype = "float32" if self.policy == "float32" else self.data.get("dtype") or STORED
         return Recipe(
             base=donor,
             layers=tuple(layers),
             embeddings=self._mix(first, None, 0.0),
             head=self._mix(last, None, 0.0),
+            dtype=self._text(("dtype",), dtype, "dtype"),
             out_dtype=self._text(("out_dtype",), out_dtype, "out_dtype"),
+            policy=self.policy,
+            tokenizer=self._tokenizer(),
+            chat_template=self._chat_template(),
         )
 
-    def _models(self) -> _Part:
+    def _module(self) -> tuple[Mapping[str, Any], Key, Mapping[str, Any]]:
+        """(block, its place, its parameters) of the language model's module; the others come from the base as they are."""
+        modules = self.data["modules"]
+        if not isinstance(modules, dict) or not all(isinstance(m, dict) for m in modules.values()):
+            raise self.fail(("modules",), "modules is a mapping from module names to mappings with models or slices")
+        name = next((n for n in _LANGUAGE if n in modules), None) or (next(iter(modules)) if len(modules) == 1 else None)
+        if name is None:
+            raise self.fail(("modules",), f"none of the modules {', '.join(modules) or '(none)'} is the language model, which is called text_decoder")
+        for other, block in modules.items():
+            at: Key = ("modules", other)
+            self._keys(at, block, _BLOCK["modules"])
+            if ("models" in block) == ("slices" in block):
+                raise self.fail(at, "a module has exactly one of models and slices")
+            if other != name:
+                sources = self._list((*at, "models"), block["models"]) if "models" in block else self._slice_sources(block, at)
+                if {self._model((*at, "model"), source.get("model")) for source in sources} != {self.base}:
+                    raise self.fail(at, f"module '{other}' is not the language model: it comes from the base unmerged; list the base alone here")
+        return modules[name], ("modules", name), self._parameters(("modules", name), modules[name])
+
+    def _slice_sources(self, block: Mapping[str, Any], at: Key) -> list[Any]:
+        found = []
+        for i, entry in enumerate(self._list((*at, "slices"), block["slices"])):
+            found += self._list((*at, "slices", i, "sources"), entry.get("sources"))
+        return found
+
+    def _tokenizer(self) -> TokenizerSpec | None:
+        source, spec = self.data.get("tokenizer_source"), self.data.get("tokenizer")
+        if source is not None and spec is not None:
+            raise self.fail(("tokenizer",), "give one of tokenizer_source and tokenizer")
+        if source is not None:
+            return TokenizerSpec(source if source in WHOLE else self._model(("tokenizer_source",), source))
+        if spec is None:
+            return None
+        try:
+            return references.tokenizer(spec, lambda value: self._model(("tokenizer",), value))
+        except RecipeError as error:
+            text = str(error)
+            raise error if text.startswith(self.document.name) else self.fail(("tokenizer",), text) from None
+
+    def _chat_template(self) -> str | None:
+        wish = self.data.get("chat_template")
+        if wish is None:
+            return None
+        try:
+            chat_templates.check(self._text(("chat_template",), wish, "chat_template"))
+        except RecipeError as error:
+            text = str(error)
+            raise error if text.startswith(self.document.name) else self.fail(("chat_template",), text) from None
+        return str(wish)
+
+    def _models(self, block: Mapping[str, Any], place: Key) -> _Part:
         sources = []
-        for i, entry in enumerate(self._list(("models",), self.data["models"])):
-            path: Key = ("models", i)
+        for i, entry in enumerate(self._list((*place, "models"), block["models"])):
+            path: Key = (*place, "models", i)
             self._keys(path, entry, _BLOCK["models"])
             sources.append((self._model((*path, "model"), entry.get("model")), 0, self._parameters(path, entry)))
-        if self.base and not self.rule.needs_base and self.base not in [name for name, _, _ in sources]:
+        if self.base and not self.rule.needs_base and not self.rule.takes_base and self.base not in [name for name, _, _ in sources]:
             sources.append((self.base, 0, {}))  # as mergekit does: a base_model is one of the models
         depths = {m: self.num_layers(m) for m in [s[0] for s in sources] + ([self.base] if self.base else [])}
         if len(set(depths.values())) > 1:
-            raise self.fail(("models",), f"models differ in depth: {', '.join(f'{m} has {n}' for m, n in depths.items())} layers; use slices")
-        return self._checked(("models",), _Part(tuple(sources), next(iter(depths.values())), self.base, {}), base_added=True)
+            raise self.fail((*place, "models"), f"models differ in depth: {', '.join(f'{m} has {n}' for m, n in depths.items())} layers; use slices")
+        return self._checked((*place, "models"), _Part(tuple(sources), next(iter(depths.values())), self.base, {}), base_added=True)
 
-    def _slices(self) -> list[_Part]:
+    def _slices(self, block: Mapping[str, Any], place: Key) -> list[_Part]:
         parts = []
-        for i, entry in enumerate(self._list(("slices",), self.data["slices"])):
-            path: Key = ("slices", i)
+        for i, entry in enumerate(self._list((*place, "slices"), block["slices"])):
+            path: Key = (*place, "slices", i)
             self._keys(path, entry, _BLOCK["slices"])
             sources, lengths = [], set()
             for j, source in enumerate(self._list((*path, "sources"), entry.get("sources"))):
@@ -275,7 +238,7 @@ class _Reader:
 
     def _checked(self, path: Key, part: _Part, *, base_added: bool) -> _Part:
         names = [name for name, _, _ in part.sources]
-        mixed = len([n for n in names if not (self.rule.needs_base and n == part.base)])
+        mixed = len([n for n in names if not (self._based(part) and n == part.base)])
         least, most = self.rule.models
         if not least <= mixed <= most:
             wanted = f"{least} source model{'s' * (most > 1)}" + (" or more" if most > least else "")
@@ -283,12 +246,15 @@ class _Reader:
         for name in names:
             if names.count(name) > 1:
                 raise self.fail(path, f"model '{name}' is listed twice in one slice; give it one entry")
-        if self.rule.needs_base:
-            if part.base is None:
-                raise self.fail(path, f"{self.rule.name} needs base_model")
-            if part.base not in names and not base_added:
-                raise self.fail(path, f"{self.rule.name} needs the base '{part.base}' among the sources of every slice; add it with its layer_range")
+        if self.rule.needs_base and part.base is None:
+            raise self.fail(path, f"{self.rule.name} needs base_model")
+        if self._based(part) and part.base not in names and not base_added:
+            raise self.fail(path, f"{self.rule.name} needs the base '{part.base}' among the sources of every slice; add it with its layer_range")
         return part
+
+    def _based(self, part: _Part) -> bool:
+        """Whether the slice's base is set apart from its sources."""
+        return self.rule.needs_base or (self.rule.takes_base and part.base is not None)
 
     def _mix(self, part: _Part, index: int | None, t: float) -> Mix:
         """The mix of a slice's layer, or of the tensors outside the stack where index is None."""
@@ -296,16 +262,16 @@ class _Reader:
         def place(first: int) -> int | None:
             return None if index is None else first + index
 
-        mixed = [s for s in part.sources if not (self.rule.needs_base and s[0] == part.base)]
+        mixed = [s for s in part.sources if not (self._based(part) and s[0] == part.base)]
         values: dict[str, ParamValue] = {}
-        levels = [part.parameters, self._parameters((), self.data)]
+        levels = [part.parameters, *self.shared]
         for param in self.rule.params:
             if param.per == "merge":
                 values[param.name] = self._setting(param, levels, t)
             else:
                 values[param.name] = tuple(self._setting(param, [own, *levels], t) for _, _, own in mixed)
         base: Source | None = None
-        if self.rule.needs_base:
+        if self._based(part):
             assert part.base is not None
             base = (part.base, place(next((first for name, first, _ in part.sources if name == part.base), 0)))
         return Mix(self.rule.name, tuple((name, place(first)) for name, first, _ in mixed), base, params(values))
@@ -320,6 +286,7 @@ class _Reader:
             if name not in level:
                 continue
             value = level[name]
+            value = [value] if isinstance(value, dict) else value
             if not (isinstance(value, list) and value and isinstance(value[0], dict)):
                 cases.append(("*", _gradient(value, t, name)))
             for case in value if isinstance(value, list) and value and isinstance(value[0], dict) else ():
@@ -339,7 +306,7 @@ class _Reader:
         at = (*path, "parameters")
         if not isinstance(given, dict):
             raise self.fail(at, "parameters is a mapping from names to values")
-        inside_model = bool(path) and path[0] in ("models", "slices") and "model" in entry
+        inside_model = bool(path) and "model" in entry
         out = {}
         for name, value in given.items():
             if name in _IGNORED:
@@ -354,8 +321,6 @@ class _Reader:
         return out
 
     def _check_value(self, path: Key, name: str, value: Any, check: Callable[[float, str], float]) -> None:
-        if isinstance(value, dict):
-            raise self.fail(path, f"{name} has a single filter entry; write a list: - filter: …")
         entries = value if isinstance(value, list) else [value]
         if not entries:
             raise self.fail(path, f"{name} is an empty list")
@@ -385,8 +350,11 @@ class _Reader:
         return value[0], value[1]
 
     def _model(self, path: Key, value: Any) -> str:
-        if isinstance(value, str) and "+" in value:
-            raise self.fail(path, f"LoRA adapters as parents ('{value}') cannot be read yet; merge the adapter first")
+        if isinstance(value, dict):
+            try:
+                return references.text(value)
+            except RecipeError as error:
+                raise self.fail(path, str(error)) from None
         return self._text(path, value, "a model")
 
     def _text(self, path: Key, value: Any, what: str) -> str:
