@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -24,6 +24,11 @@ class Baseline:
 def baselines(space: Space) -> list[Baseline]:
     """Parents first, then hand recipes over all models of a space: the same for every search method."""
     return [*_parents(space), *_hand(space)]
+
+
+def soup(space: Space, names: Sequence[str]) -> Baseline:
+    """The plain average of some of a space's models, the base among them or not."""
+    return Baseline(f"soup of {' + '.join(names)}", "hand", _with(space, "linear", tuple(names)).uniform({"weight": 1.0}))
 
 
 def _parents(space: Space) -> Iterator[Baseline]:

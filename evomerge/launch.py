@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from evomerge import __version__, config, worker
-from evomerge.baselines import baselines
+from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import ConfigError, StudyError
@@ -93,6 +94,7 @@ def _prepare(
     plan = Plan(
         space=space,
         baselines=baselines(space),
+        soup=functools.partial(soup, space),
         objective=Objective(tuple(Term(t.task, t.weight, harness.sign(t.task)) for t in settings.tasks), settings.objective),
         optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
         items={role: evaluator.items(role) for role in ROLES},

@@ -44,7 +44,8 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A search ready to run. optimizer: makes one from its starting genome; items: all items of each role;
-    per_generation: items of each task a generation is scored on; evaluations: budget of the search."""
+    per_generation: items of each task a generation is scored on; evaluations: budget of the search; soup: makes the
+    average of some parents, for a greedy soup among the hand recipes."""
 
     space: Space
     baselines: Sequence[Baseline]
@@ -56,6 +57,7 @@ class Plan:
     finalists: int
     start_at_best: bool
     seed: int
+    soup: Callable[[Sequence[str]], Baseline] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,22 @@ class Study:
         trials = self._generation(0, candidates, "parents and hand recipes", 0, len(candidates))
         if all(t.score is None for t in trials):
             raise FailureBudget(f"no parent and no hand recipe could be scored; the first failed because: {trials[0].error}")
+        return self._soup(candidates, trials) if self.plan.soup else trials
+
+    def _soup(self, candidates: list[_Candidate], trials: list[Trial]) -> list[Trial]:
+        """Adds the greedy soup: parents from the best down, each averaged in if the average does not get worse.
+
+        Wortsman et al. 2022, "Model soups", arXiv:2203.05482, recipe 1, on the search items.
+        """
+        assert self.plan.soup is not None
+        order = sorted([t for t in trials if t.origin == "parent" and t.score is not None], key=lambda t: (-_score(t), t.slot))
+        names, best = [str(t.label) for t in order[:1]], _score(order[0]) if order else 0.0
+        for parent in order[1:]:
+            tried = self.plan.soup((*names, str(parent.label)))
+            candidates = [*candidates, _Candidate(tried.origin, tried.recipe, label=tried.label)]
+            trials = self._generation(0, candidates, "greedy soup", 0, len(candidates))
+            if _score(trials[-1]) >= best:
+                names, best = [*names, str(parent.label)], _score(trials[-1])
         return trials
 
     def _search(self, references: list[Trial]) -> tuple[Optimizer, int]:
