@@ -1,12 +1,15 @@
-"""The formulas of the methods on spheres and of those that select, in loops over Python floats; calls of their kernels."""
+"""The formulas of the merge methods in loops over Python numbers; calls of their kernels."""
 
+import itertools
 import math
 import statistics
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from evomerge.methods import METHODS
+from evomerge.methods import METHODS, Method
 
 Row = list[float]
 SPREAD = {"near": 0.001, "far": 0.5}
@@ -37,6 +40,23 @@ def lines(shape: tuple[int, ...], axis: int) -> list[list[int]]:
     if not shape:
         return [[0]]
     return torch.arange(math.prod(shape)).reshape(shape).movedim(axis, -1).reshape(-1, shape[axis]).tolist()
+
+
+def linear(xs, b, values, shape):
+    return add(*((w / (sum(values["weight"]) if values["normalize"] else 1), x) for w, x in zip(values["weight"], xs, strict=True)))
+
+
+def passthrough(xs, b, values, shape):
+    return [v * values["scale"][0] for v in xs[0]]
+
+
+def slerp(xs, b, values, shape):
+    [x], t = xs, values["t"]
+    dot = max(-1.0, min(1.0, inner(b, x) / ((length(b) or 1) * (length(x) or 1))))
+    if abs(dot) > 0.9995:
+        return add((1 - t, b), (t, x))
+    angle = math.acos(dot)
+    return add((math.sin((1 - t) * angle) / math.sin(angle), b), (math.sin(t * angle) / math.sin(angle), x))
 
 
 def nuslerp(xs, b, values, shape):
@@ -169,9 +189,127 @@ def reinforced(xs, b, values, enlarge):
     return out
 
 
+# ---- sums of task vectors
+
+
+def task_vectors(xs, b, values, shape, keys, keep=None, *, elect):
+    """keep: (delta, the model's own numbers, mask key, shape) -> places that stay, at densities in (0, 1)."""
+    trimmed = []
+    for i, delta in enumerate(minus(xs, b)):
+        own = {name: v[i] for name, v in values.items() if isinstance(v, tuple)}
+        density = own.get("density", 1.0)
+        if density < 1:
+            places = keep(delta, own, keys[i], shape) if density > 0 else set()
+            kept = [d if j in places else 0.0 for j, d in enumerate(delta)]
+            before, after = math.fsum(map(abs, delta)), math.fsum(map(abs, kept))
+            if values["rescale"] and before >= 1e-7 and after >= 1e-7:
+                kept = [d * (before / after) for d in kept]
+            delta = kept
+        trimmed.append(delta)
+    out, weight = [], values["weight"]
+    for j in range(len(b)):
+        y = [w * delta[j] for w, delta in zip(weight, trimmed, strict=True)]
+        if elect:
+            sign = 1.0 if sum(y) >= 0 else -1.0
+            agree = [i for i, v in enumerate(y) if v * sign > 0]
+            total, divisor = sum(y[i] for i in agree), sum(weight[i] for i in agree) or 1.0
+        else:
+            total, divisor = sum(y), sum(weight)
+            divisor = 1.0 if abs(divisor) < 1e-8 else divisor
+        out.append(b[j] + values["lambda"] * (total / divisor if values["normalize"] else total))
+    return out
+
+
+def largest_first(delta):
+    """Of entries of equal magnitude the first come first."""
+    return sorted(range(len(delta)), key=lambda j: (-abs(delta[j]), j))
+
+
+def keep_largest(delta, own, key, shape):
+    """The int(d * n) largest, but one at least."""
+    return set(largest_first(delta)[: max(1, int(own["density"] * len(delta)))])
+
+
+def keep_band(delta, own, key, shape):
+    """int(d * n) entries, after the int(gamma * n) largest have gone, or as many of those as leave enough entries."""
+    n = len(delta)
+    stay = int(own["density"] * n)
+    gone = min(int(own["gamma"] * n), n - stay)
+    return set(largest_first(delta)[gone : gone + stay])
+
+
+def keep_random(delta, own, key, shape):
+    return {j for j in range(len(delta)) if hash_reference(j, key) < own["density"] * 2**32}
+
+
+def keep_by_rank(delta, own, key, shape):
+    """Probabilities evenly spaced over density ± epsilon, by rank within a row."""
+    places, density = set(), own["density"]
+    for row in lines(shape, -1):
+        epsilon = min(own["epsilon"], density, 1 - density) if len(row) > 1 else 0.0
+        for rank, j in enumerate(sorted(row, key=lambda j: (abs(delta[j]), j))):
+            share = density - epsilon + 2 * epsilon * rank / max(1, len(row) - 1)
+            if hash_reference(j, key) < share * 2**32:
+                places.add(j)
+    return places
+
+
+def hash_reference(index: int, key: int) -> int:
+    """The hash of an entry in [0, 2**32): that of hashing.py, which is signed, plus 2**31."""
+    word = 2**32 - 1
+    x = index & word
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & word
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & word
+    x ^= x >> 16
+    return ((((x ^ (key & word)) * (((key >> 32) & word) | 1)) & word) + 2**31) & word
+
+
 REFERENCES = {
-    rule.__name__: rule for rule in (nuslerp, multislerp, karcher, model_stock, sce, nearswap, arcee_fusion, ram, ramplus_tl)
+    rule.__name__: rule
+    for rule in (linear, slerp, nuslerp, multislerp, karcher, model_stock, sce, nearswap, arcee_fusion, passthrough, ram, ramplus_tl)
 }  # (rows of the sources, row of the base or None, values, shape) -> row
+OF_TASK_VECTORS = {
+    "task_arithmetic": partial(task_vectors, elect=False),
+    "ties": partial(task_vectors, keep=keep_largest, elect=True),
+    "dare_linear": partial(task_vectors, keep=keep_random, elect=False),
+    "dare_ties": partial(task_vectors, keep=keep_random, elect=True),
+    "breadcrumbs": partial(task_vectors, keep=keep_band, elect=False),
+    "breadcrumbs_ties": partial(task_vectors, keep=keep_band, elect=True),
+    "della": partial(task_vectors, keep=keep_by_rank, elect=True),
+    "della_linear": partial(task_vectors, keep=keep_by_rank, elect=False),
+}  # the same with mask keys
+
+
+def reference(name: str, tensors: list[Tensor], base: Tensor | None, values, keys) -> Tensor:
+    """What the method of that name should make of the tensors, float64."""
+    xs = [x.double().flatten().tolist() for x in tensors]
+    b, shape = base.double().flatten().tolist() if base is not None else None, tuple(tensors[0].shape)
+    out = OF_TASK_VECTORS[name](xs, b, values, shape, keys) if name in OF_TASK_VECTORS else REFERENCES[name](xs, b, values, shape)
+    return torch.tensor(out, dtype=torch.float64).reshape(shape)
+
+
+# ---- calls
+
+
+def corners(rule: Method, n: int) -> Iterator[dict[str, float | tuple[float, ...]]]:
+    """Bounds of a search in every combination; of a model's parameter also low for one model and high for the rest.
+
+    Left out: weights that are all zero in a normalized average, which has no value.
+    """
+    choices = {}
+    for p in rule.params:
+        low, high = p.low, p.high
+        some = {(low,) * n, (high,) * n, (low, *(high,) * (n - 1)), (high, *(low,) * (n - 1))}
+        choices[p.name] = [low, high] if p.per == "merge" else sorted(some)
+    for combination in itertools.product(*choices.values()):
+        values = dict(zip(choices, combination, strict=True))
+        if not is_empty_average(rule, values):
+            yield values
+
+
+def is_empty_average(rule: Method, values) -> bool:
+    """Whether models, not differences from a base, are to be averaged with weights that sum to zero."""
+    return bool(rule.frame and rule.frame.without_base and values["normalize"] and not sum(values["weight"]))
 
 
 def complete(method: str, n: int, given: dict[str, float | tuple[float, ...]]) -> dict[str, float | tuple[float, ...]]:
