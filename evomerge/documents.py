@@ -80,12 +80,12 @@ def parse(text: str, name: str) -> Document:
     """The one document in a text; `name` stands for it in error messages."""
     found = parse_all(text, name)
     if len(found) > 1:
-        raise ConfigError(f"{name} holds {len(found)} documents; keep one")
-    return found[0] if found else Document(name, text, None, {})
+        raise ConfigError(f"{found[1].where()} begins the second of {len(found)} documents; keep one")
+    return found[0]
 
 
 def parse_all(text: str, name: str) -> list[Document]:
-    """Every document in a text, in order."""
+    """Every document in a text, in order; one without data if there is none."""
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}")
     try:
@@ -100,7 +100,7 @@ def parse_all(text: str, name: str) -> list[Document]:
         raise ConfigError(f"{place} is not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
     except ValueError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from None
-    return out
+    return out or [Document(name, text, None, {})]
 
 
 def _place(name: str, thing: yaml.Event | yaml.Node) -> str:

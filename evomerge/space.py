@@ -171,14 +171,14 @@ class Space:
                 default = self._default(param)
                 if not inside:
                     return found.get((group, None, param.name, source), default)
-                return self._filtered({c: found.get((group, c, param.name, source), default) for c in self.components})
+                return self._filtered({c: found.get((group, c, param.name, source), default) for c in self.components}, param.digits)
 
             out[param.name] = one(None) if param.per == "merge" else tuple(one(s) for s in self.models)
         return params(out)
 
-    def _filtered(self, values: Mapping[str, float]) -> Setting:
-        """One value per component -> one setting; components without a value take the mean."""
-        mean = round(math.fsum(values.values()) / len(values), DIGITS) + 0.0
+    def _filtered(self, values: Mapping[str, float], digits: int) -> Setting:
+        """One value per component -> one setting; components without a value take the mean, snapped like the others."""
+        mean = round(math.fsum(values.values()) / len(values), digits) + 0.0
         cases = [(text, values.get(component, mean)) for text, component in self.segments]
         rest = values.get("other", mean)
         if all(value == rest for _, value in cases):

@@ -30,6 +30,7 @@ from toy import REPO, Fork, Prepared, command, count_rows, environment, evomerge
 from evomerge import merge, worker
 from evomerge.checkpoint import Checkpoint
 from evomerge.cli.main import app
+from evomerge.resident import Resident
 from evomerge.store import Store
 
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
@@ -359,7 +360,7 @@ def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
                 screen.show(Progress("search", 9, 16, 0.75, note))
         with screens.bar("tensors") as counter:
             for done in range(1, 4):
-                counter(done)
+                counter(done, 3)
     reader.join()
     os.close(main)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(written).decode())
@@ -381,7 +382,7 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     with Store.open(small.root / "small" / "study.db") as store:
         recipe = store.recipe(store.study().outcome["best"]["recipe"])  # type: ignore[union-attr,index]
     model = worker.load(parents["base"], "bfloat16")
-    merge.into(recipe, parents, model)
+    merge.into(recipe, parents, Resident(model, parents["base"].tensors))
     shipped = load_file(small.weights / "model.safetensors")
     inside = dict(model.named_parameters())
     assert set(shipped) == set(inside)

@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "merge key": ("  items: 100", "  §<<: {items: 100}", ("not plain text",)),
     "python object": ("study: trial", "§study: !!python/object/apply:os.getcwd []", ("study", "string")),
     "python name": ("study: trial", "study: §!!python/name:os.getcwd ''", ("not valid YAML",)),
-    "second document": ("search:\n", "---\nsearch:\n", ("not valid YAML",)),
+    "second document": ("search:\n", "---\n§search:\n", ("second of 2 documents",)),
 }  # fmt: skip
 
 

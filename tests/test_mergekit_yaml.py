@@ -26,7 +26,7 @@ OUTER = ("model.embed_tokens.weight",), ("lm_head.weight", "model.norm.weight")
 
 
 def load(text: str, depth: int = 4) -> Recipe:
-    return mergekit_yaml.load(documents.parse(text, "recipe.yaml"), lambda reference: depth)
+    return mergekit_yaml.load(documents.parse_all(text, "recipe.yaml"), lambda reference: depth)
 
 
 def dump(recipe: Recipe, references: dict[str, str] | None = None, header=()) -> str:
@@ -274,6 +274,7 @@ def test_a_header_is_comments_whatever_is_in_it():
 
 LINEAR = "merge_method: linear\nbase_model: math\n"
 TIES = "merge_method: ties\nbase_model: base\n"
+FIRST = "models: [{model: first}]\nparameters: {weight: 1}\n"
 MISTAKES = {
     "weight outside parameters": (
         LINEAR + "models:\n  - model: math\n    §weight: 0.5\nparameters: {weight: 1}",
@@ -293,10 +294,15 @@ MISTAKES = {
         "normalize belongs to the whole merge",
     ),
     "t under a model": ("merge_method: slerp\nbase_model: base\nmodels:\n- model: math\n  parameters: {§t: 0.5}\n", "t belongs to the whole merge"),
-    "a filter that is no list": (
-        TIES + "models: [{model: math}]\nparameters:\n  §weight: {filter: mlp, value: 1}\n",
-        "weight has a single filter entry",
+    "a filter that is no list and misses": (
+        TIES + "models: [{model: math}]\nparameters:\n  weight: {filter: mlp, value: 1}\n",
+        "weight has no value for tensors that its filters miss",
     ),
+    "a filter that is no list and has no value": (
+        TIES + "models: [{model: math}]\nparameters:\n  §weight: {filter: mlp, value: high}\n",
+        "weight must be a finite number, got 'high'",
+    ),
+    "a filter that is a number": (TIES + "models: [{model: math}]\nparameters:\n  weight:\n  - {§filter: 3, value: 1}\n", "a filter is text, got 3"),
     "numbers among filters": (TIES + "models: [{model: math}]\nparameters:\n  §weight: [1, {filter: mlp, value: 1}]\n", "mixes numbers and filter"),
     "a filter without a value": (
         TIES + "models: [{model: math}]\nparameters:\n  weight:\n  - §filter: mlp\n",
@@ -368,9 +374,9 @@ MISTAKES = {
     ),
     "models and slices": (
         "§merge_method: linear\nmodels: [{model: math}]\nslices: [{sources: [{model: math, layer_range: [0, 4]}]}]\n",
-        "exactly one of models and slices",
+        "exactly one of models, slices and modules, got models and slices",
     ),
-    "neither models nor slices": ("§merge_method: linear\nbase_model: math\n", "exactly one of models and slices"),
+    "neither models nor slices": ("§merge_method: linear\nbase_model: math\n", "exactly one of models, slices and modules, got none"),
     "models without an entry": (LINEAR + "§models: []\n", "models must be a list of mappings"),
     "models as names": (LINEAR + "§models: [math, code]\n", "models must be a list of mappings"),
     "models as a mapping": (LINEAR + "§models: {model: math}\n", "models must be a list of mappings"),
@@ -379,8 +385,57 @@ MISTAKES = {
     "a model that is a number": (LINEAR + "models:\n- §model: 7\n", "a model must be text, got 7"),
     "a base that is a list": ("merge_method: linear\n§base_model: [math]\nmodels: [{model: math}]\n", "a model must be text"),
     "parameters as a list": (LINEAR + "models: [{model: math}]\n§parameters: [weight, 1]\n", "parameters is a mapping"),
-    "an adapter": (LINEAR + "models:\n- §model: math+lora\n", "LoRA"),
-    "another tokenizer": (LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer_source: union\n", "tokenizer"),
+    "an adapter without a path": (
+        LINEAR + "models:\n- §model: {model: math, lora: {revision: main}}\n",
+        "a model is a text, or a path with a revision",
+    ),
+    "an adapter with a typo": (LINEAR + "models:\n- §model: {model: math, lroa: x}\n", r"unknown key 'lroa'\. Did you mean 'lora'\?"),
+    "a tokenizer that is a number": (LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer_source: 3\n", "must be text, got 3"),
+    "a tokenizer that is a word": (LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer: union\n", "tokenizer must be a mapping"),
+    "two tokenizers": (
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\ntokenizer_source: union\n§tokenizer: {source: base}\n",
+        "one of tokenizer_source and tokenizer",
+    ),
+    "a tokenizer with a typo": (
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer: {sorce: base}\n",
+        r"unknown key 'sorce'\. Did you mean 'source'\?",
+    ),
+    "a token of another kind": (
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer: {tokens: {w: {source: {kind: one}}}}\n",
+        "the kind zero or model_token, got 'one'",
+    ),
+    "a token forced from nowhere": (
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer: {tokens: {w: {force: true}}}\n",
+        "a forced token needs a source",
+    ),
+    "rows to a multiple of none": (
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer: {pad_to_multiple_of: 0}\n",
+        "pad_to_multiple_of must be a whole number",
+    ),
+    "a chat template that is none": (
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§chat_template: chatlm\n",
+        "chat_template must be auto, alpaca, chatml",
+    ),
+    "a chat template that is a number": (LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§chat_template: 4\n", "must be text, got 4"),
+    "modules and models": (
+        "§merge_method: linear\nmodels: [{model: math}]\nmodules: {text_decoder: {models: [{model: math}]}}\n",
+        "exactly one of models, slices and modules, got models and modules",
+    ),
+    "modules as a list": (LINEAR + "§modules: [{models: [{model: math}]}]\n", "modules is a mapping"),
+    "a module that is a list": (LINEAR + "§modules: {text_decoder: [{model: math}]}\n", "modules is a mapping"),
+    "a module with a typo": (
+        LINEAR + "modules:\n  text_decoder:\n    models: [{model: math}]\n    §paramters: {weight: 1}\n",
+        r"unknown key 'paramters'.*Did you mean 'parameters'\?",
+    ),
+    "an empty module": (LINEAR + "modules:\n  §text_decoder: {}\n", "exactly one of models and slices"),
+    "modules without the language model": (
+        LINEAR + "§modules: {eyes: {models: [{model: math}]}, ears: {models: [{model: math}]}}\n",
+        "none of the modules eyes, ears is the language model",
+    ),
+    "a tower that is merged": (
+        LINEAR + "modules:\n  text_decoder: {models: [{model: math}]}\n  §vision_tower: {models: [{model: code}]}\nparameters: {weight: 1}\n",
+        "module 'vision_tower' is not the language model: it comes from the base unmerged",
+    ),
     "a type that is none": (LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n§out_dtype: float33\n", "float33"),
     "an arithmetic that is none": (LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\nout_dtype: float32\n§dtype: float33\n", "float33"),
     "two models for slerp": (
@@ -395,7 +450,35 @@ MISTAKES = {
     "a word": ("§linear", "a recipe is a mapping"),
     "brackets that do not close": ("merge_method: linear\nmodels: [{model: math}\n§", "not valid YAML"),
     "a tab for indentation": ("merge_method: linear\nmodels:\n§\t- model: math\n", "not valid YAML"),
-    "two documents": ("merge_method: linear\n§---\nmerge_method: linear\n", "not valid YAML"),
+    "two documents": (LINEAR + "models: [{model: math}]\n---\n§" + LINEAR + "models: [{model: math}]\n", "second document without a name"),
+    "a stage without use": (
+        LINEAR
+        + "models: [{model: math}]\nparameters: {weight: 1}\n---\n§name: first\n"
+        + LINEAR
+        + "models: [{model: code}]\nparameters: {weight: 1}\n",
+        "stage 'first' is read by none of the others",
+    ),
+    "a stage's name twice": (
+        ("name: first\n" + LINEAR + "models: [{model: code}]\n---\n") + "§name: first\n" + LINEAR + "models: [{model: code}]\n---\n" + LINEAR,
+        "name must be a text that no other document has, got 'first'",
+    ),
+    "a stage's name that is a number": ("§name: 3\n" + LINEAR + "models: [{model: code}]\n", "name must be a text"),
+    "an empty name": ("§name: ''\n" + LINEAR + "models: [{model: code}]\n", "name must be a text"),
+    "a stage that needs itself": (
+        "§name: first\n"
+        + LINEAR
+        + "models: [{model: first}]\nparameters: {weight: 1}\n---\n"
+        + LINEAR
+        + "models: [{model: first}]\nparameters: {weight: 1}\n",
+        "stage 'first' needs itself",
+    ),
+    "a mistake in a stage": (
+        LINEAR
+        + "models: [{model: first}]\nparameters: {weight: 1}\n---\nname: first\n"
+        + TIES
+        + "models:\n- model: math\n  parameters: {§wieght: 1}\n",
+        r"ties has no parameter 'wieght'\. Did you mean 'weight'\?",
+    ),
     "an object of Python": ("merge_method: §!!python/name:os.system x\n", "YAML"),
     "a time that is none": ("merge_method: §!!timestamp x\n", "YAML"),
     "a truth that is none": ("merge_method: §!!bool perhaps\n", "YAML"),
@@ -523,7 +606,7 @@ def mutated(rng: random.Random, text: str) -> str:
 
 def outcome(text: str) -> Recipe | Exception:
     try:
-        recipe = mergekit_yaml.load(documents.parse(text, "fuzz.yaml"), lambda reference: 4)
+        recipe = mergekit_yaml.load(documents.parse_all(text, "fuzz.yaml"), lambda reference: 4)
         merge.check(recipe)
     except Exception as error:
         return error

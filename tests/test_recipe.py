@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.errors import RecipeError
-from evomerge.recipe import Filtered, Mix, Recipe, params, setting
+from evomerge.recipe import STORED, Filtered, Mix, Recipe, params, setting
+from evomerge.tokens import TokenDonor, TokenizerSpec
 
 TEXT = st.text(max_size=8)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0)
@@ -29,17 +31,29 @@ def mixes(draw):
     return Mix(draw(TEXT), sources, draw(st.none() | SOURCE), params(draw(st.dictionaries(TEXT, SETTING | each, max_size=3))))
 
 
-RECIPES = st.builds(
-    Recipe,
-    base=TEXT,
-    layers=st.lists(mixes(), min_size=1, max_size=3).map(tuple),
-    embeddings=mixes(),
-    head=mixes(),
-    dtype=TEXT,
-    out_dtype=TEXT,
-    seed=st.integers(0, 2**63 - 1),
-    tokenizer=TEXT,
-)
+WORD = st.text(min_size=1, max_size=8)
+DONORS = st.builds(TokenDonor, WORD | st.tuples(WORD, TEXT | st.integers(0, 9)), st.booleans()) | st.just(TokenDonor(None))
+SPECS = st.builds(TokenizerSpec, WORD, st.dictionaries(WORD, DONORS, max_size=2).map(lambda d: tuple(d.items())), st.none() | st.integers(1, 64))
+
+
+def recipes(stages):
+    arithmetic = st.just({"policy": "float32", "dtype": "float32"}) | TEXT.map(lambda dtype: {"policy": "mergekit", "dtype": dtype})
+    return st.builds(
+        lambda more, **fields: Recipe(**fields, **more),
+        arithmetic,
+        base=TEXT,
+        layers=st.lists(mixes(), min_size=1, max_size=3).map(tuple),
+        embeddings=mixes(),
+        head=mixes(),
+        out_dtype=TEXT,
+        seed=st.integers(0, 2**63 - 1),
+        tokenizer=st.none() | SPECS,
+        chat_template=st.none() | TEXT,
+        stages=stages,
+    )
+
+
+RECIPES = recipes(st.dictionaries(TEXT, recipes(st.just(())), max_size=2).map(lambda d: tuple(d.items())))
 
 MIX = Mix("ties", (("math", 0), ("code", 1)), ("base", 0), params({"weight": (0.1, Filtered((("mlp", 1 / 3), ("*", 1e-5)))), "lambda": 1.0}))
 RECIPE = Recipe("base", (MIX, MIX), replace(MIX, sources=(("math", None), ("code", None))), MIX, seed=7)
@@ -104,10 +118,21 @@ CHANGES = {
     "layers": {"layers": (MIX,)},
     "embeddings": {"embeddings": MIX},
     "head": {"head": replace(MIX, method="linear")},
-    "dtype": {"dtype": "float64"},
+    "dtype": {"dtype": "float64", "policy": "mergekit"},
+    "the type of the inputs": {"dtype": STORED, "policy": "mergekit"},
+    "policy": {"policy": "mergekit"},
     "out_dtype": {"out_dtype": "float32"},
     "seed": {"seed": 8},
-    "tokenizer": {"tokenizer": "math"},
+    "tokenizer": {"tokenizer": TokenizerSpec("math")},
+    "rows of a tokenizer": {"tokenizer": TokenizerSpec("math", pad_to_multiple_of=8)},
+    "a token": {"tokenizer": TokenizerSpec("math", (("w", TokenDonor("zero")),))},
+    "the order of tokens": {"tokenizer": TokenizerSpec("math", (("v", TokenDonor("zero")), ("w", TokenDonor("zero"))))},
+    "the order of tokens turned": {"tokenizer": TokenizerSpec("math", (("w", TokenDonor("zero")), ("v", TokenDonor("zero"))))},
+    "chat_template": {"chat_template": "auto"},
+    "a stage": {"stages": (("one", Recipe("base", (MIX,), MIX, MIX)),)},
+    "the name of a stage": {"stages": (("two", Recipe("base", (MIX,), MIX, MIX)),)},
+    "two stages": {"stages": (("one", Recipe("base", (MIX,), MIX, MIX)), ("two", Recipe("base", (MIX,), MIX, MIX)))},
+    "the order of stages": {"stages": (("two", Recipe("base", (MIX,), MIX, MIX)), ("one", Recipe("base", (MIX,), MIX, MIX)))},
     "a source": {"head": replace(MIX, sources=(("math", 0), ("code", 0)))},
     "the order of sources": {"head": replace(MIX, sources=MIX.sources[::-1])},
     "the base of a mix": {"head": replace(MIX, base=None)},
@@ -269,3 +294,36 @@ def test_models_are_named_once_in_order_of_use():
 
 def test_params_are_sorted_by_name():
     assert params({"weight": 1.0, "density": (0.5,), "lambda": 2.0}) == (("density", (0.5,)), ("lambda", 2.0), ("weight", 1.0))
+
+
+# ---- what a recipe may not be
+
+
+ARITHMETIC = {
+    "another type under float32": ({"dtype": "bfloat16"}, "in float32, got dtype 'bfloat16'; use the policy 'mergekit'"),
+    "the inputs' type under float32": ({"dtype": STORED}, "in float32, got dtype 'stored'"),
+    "a policy that is none": ({"policy": "exact"}, "unknown arithmetic policy 'exact'. Known: float32, mergekit"),
+    "a stage inside a stage": ({"stages": (("one", replace(RECIPE, stages=(("two", RECIPE),))),)}, "no stages inside"),
+    "two stages of one name": ({"stages": (("one", RECIPE), ("one", RECIPE))}, "a name of its own"),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_what_no_recipe_can_be_is_refused_also_in_canonical_text(name):
+    change, message = ARITHMETIC[name]
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        replace(RECIPE, **change)
+    plain = json.loads(RECIPE.canonical())
+    stages = [[stage, json.loads(of.canonical())] for stage, of in change.get("stages", ())]
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        Recipe.from_json(json.dumps(plain | {k: v for k, v in change.items() if k != "stages"} | ({"stages": stages} if stages else {})))
+
+
+def test_the_models_of_a_recipe_are_those_of_its_stages_too_and_no_stage():
+    def of(*models: str, **fields) -> Recipe:
+        mix = Mix("linear", tuple((m, 0) for m in models))
+        return Recipe(models[0], (mix,), mix, mix, **fields)
+
+    recipe = of("one", "c", "two", stages=(("one", of("a", "b")), ("two", of("one", "d"))), tokenizer=TokenizerSpec("e"))
+    assert recipe.models == ("a", "b", "d", "c", "e")
+    assert recipe.reads == ("one", "c", "two", "e")

@@ -144,7 +144,7 @@ def test_zeros_decode_to_the_starts(name: str) -> None:
     space = full_space(name)
     recipe = space.decode([0.0] * len(space.axes))
     for axis in space.axes:
-        assert set(values_of(recipe, space, axis)) == {round(axis.start, 4)}, axis.name
+        assert set(values_of(recipe, space, axis)) == {round(axis.start, axis.digits)}, axis.name
 
 
 @pytest.mark.parametrize("components", CHOICES, ids="+".join)
@@ -163,11 +163,11 @@ def test_every_tensor_gets_the_value_of_its_own_component(name: str, components:
         for component in rest:
             for param, source in {(a.param, a.source) for a in space.axes}:
                 listed = [v for a, v in wanted.items() if (a.group, a.param, a.source) == (group, param, source)]
-                lost = Axis(group, component, param, source, 0, 1, 0.5)
+                lost = Axis(group, component, param, source, 0, 1, 0.5, next(a.digits for a in wanted if a.param == param))
                 found = values_of(recipe, space, lost)
                 assert len(found) == len(span) * {"attention": 4, "mlp": 3, "other": 2}[component]
                 mean = math.fsum(listed) / len(listed)
-                assert all(abs(v - mean) <= 0.5 * GRID + 1e-9 for v in found), f"{component} takes the mean of {components}"
+                assert all(abs(v - mean) <= 0.5 * 10.0**-lost.digits + 1e-9 for v in found), f"{component} takes the mean of {components}"
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -182,7 +182,7 @@ def test_encode_inverts_decode(name: str, data: st.DataObject) -> None:
     assert space.decode(back) == recipe
     assert space.decode(back).id == recipe.id
     for axis, before, after in zip(space.axes, genes, back, strict=True):
-        assert abs(curve(axis.low, axis.high, axis.start, before) - curve(axis.low, axis.high, axis.start, after)) <= 0.5 * GRID + 1e-9
+        assert abs(curve(axis.low, axis.high, axis.start, before) - curve(axis.low, axis.high, axis.start, after)) <= 0.5 * 10.0**-axis.digits + 1e-9
 
 
 @pytest.mark.parametrize("groups", [(5,), (1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])

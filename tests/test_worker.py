@@ -171,7 +171,7 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
         case "a kernel that spoils its inputs":
             return layer(method(spoils_its_inputs)), ("not finite", "model.layers.1")
         case "a kernel of the wrong shape":
-            return layer(method(wrong_shape)), ("size",)
+            return layer(method(wrong_shape)), ("model.layers.1.input_layernorm.weight", "[7]", "[8]")
         case "weights that overflow":
             return layer("task_arithmetic", weight=(1e38, 1e38), **{"lambda": 1e30}), ("not finite", "model.layers.1", "task_arithmetic of a, b")
         case "weights that cancel":

@@ -15,9 +15,10 @@ _PARALLEL = 0.9995  # above this |cosine| the arc degenerates: interpolate linea
 
 
 def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
-    """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base."""
+    """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base. In float32 at least, as in mergekit."""
     assert base is not None
-    a, b = base.reshape(1, -1), tensors[0].reshape(1, -1)
+    wide = torch.promote_types(base.dtype, torch.float32)
+    a, b = base.reshape(1, -1).to(wide), tensors[0].reshape(1, -1).to(wide)
     t = torch.tensor(values["t"], dtype=a.dtype, device=a.device)
     if not a.numel():
         return base.clone()
@@ -29,7 +30,7 @@ def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: 
     sin = torch.sin(theta)
     c_a = torch.where(parallel, 1 - t, torch.sin((1 - t) * theta) / sin)
     c_b = torch.where(parallel, t, torch.sin(t * theta) / sin)
-    return (c_a * a + c_b * b).reshape(base.shape)
+    return (c_a * a + c_b * b).reshape(base.shape).to(base.dtype)
 
 
 def _norm(v: Tensor) -> Tensor:
