@@ -99,6 +99,8 @@ class Merge:
         elif rule.frame is not None:
             merged = torch.empty(step.info.shape, dtype=dtype, device=self.device) if out is None else out
             finite = fused.merge(rule.frame, self._pairs(step, tensors, base), tensors, base, values, keys, merged, self.known)
+        elif rule.coefficients is not None and (done := self._by_angles(step, rule, tensors, base, values, out)) is not None:
+            merged, finite = done
         else:
             merged = rule.kernel([t.float() for t in tensors], None if base is None else base.float(), values, keys).to(dtype)
             finite = bool(torch.isfinite(merged).all())
@@ -119,6 +121,13 @@ class Merge:
         kinds = [t.dtype for t in (*tensors, *([] if base is None else [base]))]
         dtype = functools.reduce(torch.promote_types, kinds) if self.recipe.dtype == STORED else DTYPES[self.recipe.dtype]
         return rule.kernel([t.to(dtype) for t in tensors], None if base is None else base.to(dtype), values, keys, parity=True)
+
+    def _by_angles(
+        self, step: Step, rule: Method, tensors: Sequence[Tensor], base: Tensor | None, values: Values, out: Tensor | None
+    ) -> tuple[Tensor, bool] | None:
+        merged = torch.empty(step.info.shape, dtype=DTYPES[self.recipe.out_dtype], device=self.device) if out is None else out
+        finite = fused.by_angles(rule, tensors, base, values, merged)
+        return None if finite is None else (merged, finite)
 
     def _aligned(self, mix: Mix, tensors: Sequence[Tensor], base: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """The tensors with the output vocabulary's rows. As in mergekit, rows are averaged in the arithmetic type."""

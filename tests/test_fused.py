@@ -200,3 +200,77 @@ def test_a_histogram_counts_bit_patterns():
     assert np.array_equal(sweep.histogram(base, source), np.bincount(bits >> 16, minlength=65536))
     prefix = int(bits[0] >> 16)
     assert np.array_equal(sweep.histogram(base, source, prefix), np.bincount(bits[bits >> 16 == prefix] & 0xFFFF, minlength=65536))
+
+
+# ---- what C does for the tables, against torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_by_histograms_are_tables_by_sorting(dtype):
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    for seed, n in enumerate((1, 3, 1000, 70_001)):
+        (source,), base = models((n,), 1, dtype, seed)
+        if seed == 2:
+            source[: n // 2] = base[: n // 2]  # half of the differences are zero
+        pair = Pair(base, source, "t")
+        unit = Tables().unit(pair)
+        ends = sorted({tables.count(j / tables.GRID, n) for j in range(1, tables.GRID)})
+        assert tables._by_histogram(pair, unit, ends) == tables._by_sort(pair, unit, ends)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 33), (3, 4, 50), (2, 70_000)], ids=str)
+def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
+    (source,), base = models(shape, 1)
+    found = tables.Tables().ranks(Pair(base, source))
+    monkeypatch.setattr(native, "fits", lambda tensors: False)
+    assert torch.equal(found.int(), tables.Tables().ranks(Pair(base, source)).int())
+    size = (source.float() - base.float()).abs().reshape(-1, shape[-1])
+    for row, ranks in zip(size, found.int().reshape(-1, shape[-1]), strict=True):
+        assert ranks[row.argsort(stable=True)].tolist() == list(range(shape[-1]))
+
+
+def test_hash_tables_in_c_are_those_of_torch(monkeypatch):
+    (source,), base = models((90_001,), 1)
+    pair, share = Pair(base, source), fused.Share(fused.Kind.RANDOM, 1.0, key=hashing.split(mask_key(5, "a", "b")))
+    unit = Tables().unit(pair)
+    sums, bounds = tables._hash_table(pair, share, unit)
+    monkeypatch.setattr(native, "fits", lambda tensors: False)
+    again, same = tables._hash_table(pair, share, unit)
+    assert np.array_equal(sums, again)
+    assert np.array_equal(bounds, same)
+
+
+def test_rows_longer_than_a_short_number_counts_are_ranked_right():
+    """DELLA's ranks of rows beyond 65536 do not fit 16 bits; the compiled pass once read them as if they did."""
+    rule = METHODS["della_linear"]
+    sources, base = models((2, 70_000), 1, torch.float32)
+    values = numbers(rule, 1, (0.5,), rescale=0.0)
+    torch.testing.assert_close(run(rule, sources, base, values).double(), in_float64(rule, sources, base, values), rtol=3e-5, atol=1e-7)
+
+
+# ---- methods by angles
+
+
+@pytest.mark.parametrize("rule", [m for m in METHODS.values() if m.coefficients], ids=lambda m: m.name)
+@pytest.mark.parametrize("based", [True, False])
+def test_a_combination_by_dot_products_is_the_kernel_in_float64(rule, based, monkeypatch):
+    if (not based and rule.needs_base) or (based and not (rule.needs_base or rule.takes_base)):
+        pytest.skip("the method has no such form")
+    for n in range(rule.models[0], min(rule.models[1], 3) + 1):
+        for shape in [(300, 257), (7,), ()]:
+            sources, base = models(shape, n, torch.float32, seed=n)
+            sources = [x + 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(sources)]
+            base = base if based else None
+            values = numbers(rule, n) if rule.param("weight") else {p.name: p.default for p in rule.params}
+            want = rule.kernel([x.double() for x in sources], None if base is None else base.double(), values, [0] * n)
+            results = []
+            for compiled in (True, False):
+                with monkeypatch.context() as m:
+                    if not compiled:
+                        m.setattr(native, "fits", lambda tensors: False)
+                    out = torch.empty(shape)
+                    assert fused.by_angles(rule, sources, base, values, out)
+                    results.append(out)
+            torch.testing.assert_close(results[0].double(), want, rtol=2e-5, atol=1e-6)
+            torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)

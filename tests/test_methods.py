@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_references import OF_TASK_VECTORS, REFERENCES, corners, hash_reference, reference, slerp
 
+from evomerge import fused
 from evomerge.errors import RecipeError
 from evomerge.merge import mask_key
 from evomerge.methods import METHODS, Method, Param, dare, hashing, method
@@ -388,3 +389,18 @@ def test_a_mask_key_depends_on_seed_tensor_and_model():
     assert len(keys) == 27
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert mask_key(1, "1", "a") != mask_key(11, "", "a")
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "breadcrumbs_ties", "della"])
+def test_agreeing_weights_that_cancel_up_to_rounding_do_not_blow_up(name):
+    """.1 + .2 - .3 is 2.8e-17 in 64-bit floats and 7e-9 in 32-bit ones: dividing by it gave 1e16."""
+    rule, delta = METHODS[name], torch.tensor([1.0, 2.0, -1.0, 0.5])
+    values = numbers(rule, 3, normalize=1.0, density=(1.0,) * 3)
+    for order in itertools.permutations(range(3)):
+        tensors = [[delta, delta, -delta][i] for i in order]
+        given = values | {"weight": tuple((0.1, 0.2, -0.3)[i] for i in order)}
+        out = torch.empty(4)
+        base = torch.zeros(4)
+        assert fused.merge(rule.frame, [fused.Pair(base, t) for t in tensors], tensors, base, given, [0] * 3, out, fused.Tables())
+        for found in (out, rule.kernel(tensors, base, given, [0] * 3)):
+            torch.testing.assert_close(found, 0.6 * delta, rtol=1e-5, atol=1e-6)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from evomerge.fused import tables
 from evomerge.fused.plan import Kind, Level, Share, Sum
-from evomerge.fused.sweep import run
+from evomerge.fused.sweep import gram, run
 from evomerge.fused.tables import Pair, Tables
 from evomerge.methods import breadcrumbs, della, hashing
-from evomerge.methods.method import Frame, Values
+from evomerge.methods.method import Frame, Method, Values
 
-__all__ = ["Kind", "Level", "Pair", "Share", "Sum", "Tables", "merge"]
+__all__ = ["Kind", "Level", "Pair", "Share", "Sum", "Tables", "by_angles", "merge"]
 
 
 def merge(
@@ -42,6 +42,8 @@ def merge(
         shares = tuple(Share(Kind.DENSE, w) for w in weights)
     else:
         rescale = bool(values["rescale"])
+        if frame.sparsify == "largest":
+            known.prepare(pairs)
         shares = tuple(_share(frame, pair, values, i, key, rescale, known) for i, (pair, key) in enumerate(zip(pairs, keys, strict=True)))
     divisor: float | None = 1.0
     if normalize:
@@ -49,6 +51,20 @@ def merge(
         if divisor is not None and base is not None and abs(divisor) < 1e-8:
             divisor = 1.0
     return run(base, sources, Sum(shares, frame.elect_sign, divisor, factor), out)
+
+
+def by_angles(rule: Method, sources: Sequence[Tensor], base: Tensor | None, values: Values, out: Tensor) -> bool | None:
+    """Like `merge`, for a method whose result is a combination of its vectors by coefficients that their dot products give.
+
+    Returns None, and leaves `out`, where the method has no such coefficients for these values.
+    """
+    assert rule.coefficients is not None
+    if base is not None and not rule.base_is_origin:
+        sources, base = [base, *sources], None
+    found = rule.coefficients(gram(base, sources), values) if out.numel() else None
+    if found is None:
+        return None
+    return run(base, sources, Sum(tuple(Share(Kind.DENSE, c) for c in found)), out)
 
 
 def _share(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, rescale: bool, known: Tables) -> Share:

@@ -69,7 +69,7 @@ class Sum:
     """How shares become a tensor: base + factor * sum / divisor.
 
     elect: only what has the sign of the sum counts. divisor: a number, or None for the sum of the weights that
-    agree (with `elect`; 0 counts as 1).
+    agree (with `elect`; 0 but for rounding counts as 1).
     """
 
     shares: tuple[Share, ...]

@@ -140,7 +140,7 @@ static inline __attribute__((always_inline)) int few(int sources, int kind, int 
             sum *= sign;
         }
         if (divide == 1) sum /= divisor;
-        if (divide == 2) sum /= agreed == 0 ? 1.0f : agreed;
+        if (divide == 2) sum /= fabsf(agreed) < 1e-6f ? 1.0f : agreed;
         const float result = b + sum * lambda;
         uint32_t bits;
         memcpy(&bits, &result, 4);
@@ -238,7 +238,7 @@ int sweep(int sources, int64_t from, int64_t to, const void *base, int base_type
         if (divide == 1)
             for (int j = 0; j < n; j++) sum[j] /= divisor;
         if (divide == 2)
-            for (int j = 0; j < n; j++) sum[j] /= agreed[j] == 0 ? 1.0f : agreed[j];
+            for (int j = 0; j < n; j++) sum[j] /= fabsf(agreed[j]) < 1e-6f ? 1.0f : agreed[j];
         for (int j = 0; j < n; j++) sum[j] = b[j] + sum[j] * lambda;
         bad |= store(out, sum, out_type, at, n);
     }
@@ -290,5 +290,214 @@ int norms(int64_t from, int64_t to, const void *base, int base_type, const void 
         totals[0] += all;
         totals[1] += kept;
     }
+    return 0;
+}
+
+/* Adds to products[sources][sources] (lower half) the dot products of x_i - base, or of x_i without a base, in 64-bit floats. */
+int gram(int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x, const int32_t *types, double *products) {
+    float *work = malloc((size_t)(sources + 1) * BLOCK * 4);
+    if (!work) return -1;
+    float *b = work + (size_t)sources * BLOCK;
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        if (base) load(b, base, base_type, at, n);
+        for (int i = 0; i < sources; i++) {
+            float *d = work + (size_t)i * BLOCK;
+            load(d, x[i], types[i], at, n);
+            if (base) difference(d, b, n);
+            for (int k = 0; k <= i; k++) {
+                const float *e = work + (size_t)k * BLOCK;
+                double sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int j = 0; j < n; j++) sum += (double)d[j] * (double)e[j];
+                products[i * sources + k] += sum;
+            }
+        }
+    }
+    free(work);
+    return 0;
+}
+
+/* sums[grid]: adds floor(|x - base| * unit) of every element to the entry of its hash: the share of all 32-bit numbers below
+   it, times `grid`, rounded down. */
+int hash_sums(int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t key, int32_t odd, float unit, int grid,
+              double *sums) {
+    float b[BLOCK], d[BLOCK];
+    uint32_t h[BLOCK];
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        load(b, base, base_type, at, n);
+        load(d, x, type, at, n);
+        difference(d, b, n);
+        indices(h, at, n);
+        for (int j = 0; j < n; j++) {
+            h[j] = (uint32_t)(((uint64_t)(((h[j] ^ (uint32_t)key) * (uint32_t)odd) ^ 0x80000000u) * (uint32_t)grid) >> 32);
+            d[j] = floorf(fabsf(d[j]) * unit);
+        }
+        for (int j = 0; j < n; j++) sums[h[j]] += d[j];
+    }
+    return 0;
+}
+
+static inline float value_of(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* For each k of ks[count], ascending: the k-th largest |x - base| (thresholds), the index of the last of the k largest at
+   that value, the first coming first (lasts), and the sum of floor(unit * magnitude) over the k largest (sums). Two
+   histograms of the bit patterns, of their upper 20 and lower 12 bits, and a scan. Returns -1 without memory, 1 if a k
+   is not met (NaN). */
+int levels(int64_t n, const void *base, int base_type, const void *x, int type, float unit, int count, const int64_t *ks, float *thresholds,
+           int64_t *lasts, double *sums) {
+    enum { UPPER = 1 << 19, LOWER = 1 << 12 };
+    int64_t *counts = calloc(UPPER, 8);
+    double *totals = calloc(UPPER, 8);
+    int32_t *slots = malloc(UPPER * 4);
+    uint32_t *fine = NULL, *exact = malloc((size_t)count * 4);
+    int64_t *room = malloc((size_t)count * 8);
+    int32_t *buckets = malloc((size_t)count * 4), *first = NULL;
+    int status = -1, used = 0;
+    if (!counts || !totals || !slots || !exact || !room || !buckets) goto done;
+    float b[BLOCK], d[BLOCK];
+#define MAGNITUDES(at) \
+    const int m = n - at < BLOCK ? (int)(n - at) : BLOCK; \
+    load(b, base, base_type, at, m); \
+    load(d, x, type, at, m); \
+    difference(d, b, m); \
+    for (int j = 0; j < m; j++) d[j] = fabsf(d[j]);
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        MAGNITUDES(at)
+        for (int j = 0; j < m; j++) {
+            uint32_t bits;
+            memcpy(&bits, d + j, 4);
+            counts[bits >> 12]++;
+            totals[bits >> 12] += floorf(d[j] * unit);
+        }
+    }
+    memset(slots, 0xff, UPPER * 4);
+    status = 1;
+    int64_t above = 0;
+    double sum = 0;
+    int next = 0;
+    for (int bucket = UPPER - 1; bucket >= 0 && next < count; bucket--) {
+        while (next < count && ks[next] <= above + counts[bucket]) {
+            if (slots[bucket] < 0) slots[bucket] = used++;
+            buckets[next] = bucket;
+            room[next] = ks[next] - above;
+            sums[next] = sum;
+            next++;
+        }
+        above += counts[bucket];
+        sum += totals[bucket];
+    }
+    if (next < count) goto done;
+    fine = calloc((size_t)used * LOWER, 4);
+    first = malloc((size_t)used * 4);
+    if (!fine || !first) {
+        status = -1;
+        goto done;
+    }
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        MAGNITUDES(at)
+        for (int j = 0; j < m; j++) {
+            uint32_t bits;
+            memcpy(&bits, d + j, 4);
+            int32_t slot = slots[bits >> 12];
+            if (slot >= 0) fine[(size_t)slot * LOWER + (bits & (LOWER - 1))]++;
+        }
+    }
+    memset(first, 0xff, (size_t)used * 4);
+    for (int i = 0; i < count; i++) {
+        int32_t slot = slots[buckets[i]];
+        if (first[slot] < 0) first[slot] = i;
+        for (int low = LOWER - 1; low >= 0; low--) {
+            int64_t here = fine[(size_t)slot * LOWER + low];
+            float value = value_of(((uint32_t)buckets[i] << 12) | (uint32_t)low);
+            double weight = floorf(value * unit);
+            if (room[i] <= here) {
+                exact[i] = (uint32_t)low;
+                thresholds[i] = value;
+                sums[i] += weight * (double)room[i];
+                break;
+            }
+            room[i] -= here;
+            sums[i] += weight * (double)here;
+        }
+        lasts[i] = -1;
+    }
+    /* the scan: entries of `fine` are free now and count how many of a value have come */
+    memset(fine, 0, (size_t)used * LOWER * 4);
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        MAGNITUDES(at)
+        for (int j = 0; j < m; j++) {
+            uint32_t bits;
+            memcpy(&bits, d + j, 4);
+            int32_t slot = slots[bits >> 12];
+            if (slot < 0) continue;
+            uint32_t low = bits & (LOWER - 1);
+            int64_t come = 0;
+            for (int i = first[slot]; i < count && slots[buckets[i]] == slot; i++)
+                if (exact[i] == low) {
+                    if (!come) come = ++fine[(size_t)slot * LOWER + low];
+                    if (come == room[i]) lasts[i] = at + j;
+                }
+        }
+    }
+    status = 0;
+done:
+    free(counts);
+    free(totals);
+    free(slots);
+    free(fine);
+    free(exact);
+    free(room);
+    free(buckets);
+    free(first);
+    return status;
+}
+
+/* Ranks of |x - base| within rows of `width` <= 65536 elements, ascending, equal ones in order: a radix sort by bytes. from, to:
+   multiples of width. Returns -1 without memory. */
+int rank_rows(int64_t from, int64_t to, int64_t width, const void *base, int base_type, const void *x, int type, uint16_t *ranks) {
+    uint64_t *a = malloc((size_t)width * 8), *c = malloc((size_t)width * 8);
+    if (!a || !c) {
+        free(a);
+        free(c);
+        return -1;
+    }
+    float b[BLOCK], d[BLOCK];
+    for (int64_t row = from; row < to; row += width) {
+        uint32_t counts[4][256] = {{0}};
+        for (int64_t at = 0; at < width; at += BLOCK) {
+            const int n = width - at < BLOCK ? (int)(width - at) : BLOCK;
+            load(b, base, base_type, row + at, n);
+            load(d, x, type, row + at, n);
+            difference(d, b, n);
+            for (int j = 0; j < n; j++) {
+                uint32_t bits;
+                memcpy(&bits, d + j, 4);
+                bits &= 0x7fffffff;
+                a[at + j] = (uint64_t)bits << 32 | (uint64_t)(at + j);
+                for (int byte = 0; byte < 4; byte++) counts[byte][(bits >> (8 * byte)) & 255]++;
+            }
+        }
+        for (int byte = 0; byte < 4; byte++) {
+            uint32_t place = 0, shift = 32 + 8 * (uint32_t)byte;
+            for (int v = 0; v < 256; v++) {
+                uint32_t here = counts[byte][v];
+                counts[byte][v] = place;
+                place += here;
+            }
+            for (int64_t j = 0; j < width; j++) c[counts[byte][(a[j] >> shift) & 255]++] = a[j];
+            uint64_t *swap = a;
+            a = c;
+            c = swap;
+        }
+        for (int64_t j = 0; j < width; j++) ranks[row + (int64_t)(uint32_t)a[j]] = (uint16_t)j;
+    }
+    free(a);
+    free(c);
     return 0;
 }

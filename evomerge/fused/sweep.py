@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ def run(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor)
     flat = [t.reshape(-1) for t in sources]
     b = None if base is None else base.reshape(-1)
     target = out.view(-1)
-    if native.fits([base, *sources, out]):
+    narrow = all(share.ranks is None or share.ranks.dtype == torch.uint16 for share in total.shares)
+    if narrow and native.fits([base, *sources, out]):
         return all(_each(_jobs(n, total), functools.partial(_sweep_c, b, flat, total, target)))
     chunk = _CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
     finite = [_sweep_torch(b, flat, total, target, *span) for span in _jobs(n, total, chunk)]
@@ -66,11 +67,9 @@ def keep(delta: Tensor, share: Share, start: int) -> Tensor:
 def norms(base: Tensor, source: Tensor, share: Share, unit: float) -> tuple[float, float]:
     """Sums of floor(unit * |x - base|): over all elements, and over those a share keeps. Exact for a unit of `unit_of`."""
     b, x = base.reshape(-1), source.reshape(-1)
-    spans = _jobs(b.numel(), Sum((share,)), _JOB if native.fits([base, source]) else _CHUNK)
-    if native.fits([base, source]):
-        parts = _each(spans, functools.partial(_norms_c, b, x, share, unit))
-    else:
-        parts = [_norms_torch(b, x, share, unit, *span) for span in spans]
+    compiled = native.fits([base, source]) and (share.ranks is None or share.ranks.dtype == torch.uint16)
+    spans = _jobs(b.numel(), Sum((share,)), _JOB if compiled else _CHUNK)
+    parts = _each(spans, functools.partial(_norms_c if compiled else _norms_torch, b, x, share, unit))
     return math.fsum(p[0] for p in parts), math.fsum(p[1] for p in parts)
 
 
@@ -82,6 +81,19 @@ def histogram(base: Tensor, source: Tensor, prefix: int = -1) -> np.ndarray[tupl
     else:
         parts = [_histogram_torch(b, x, prefix, *span) for span in _spans(b.numel(), 1 << 20)]
     return np.sum(parts, axis=0) if parts else np.zeros(65536, np.int64)
+
+
+def gram(base: Tensor | None, sources: Sequence[Tensor]) -> list[list[float]]:
+    """Dot products of all pairs of x_i - base (of x_i without a base), each tensor one vector, in 64-bit floats.
+
+    Summed piece by piece in a fixed order: the number of threads changes nothing.
+    """
+    flat, count = [t.reshape(-1) for t in sources], len(sources)
+    b = None if base is None else base.reshape(-1)
+    work = _gram_c if native.fits([base, *sources]) else _gram_torch
+    parts = _each(_spans(flat[0].numel(), _JOB), functools.partial(work, b, flat))
+    total = np.sum(parts, axis=0) if parts else np.zeros((count, count))
+    return [[float(total[max(i, j), min(i, j)]) for j in range(count)] for i in range(count)]
 
 
 def largest(base: Tensor, source: Tensor) -> float:
@@ -96,6 +108,11 @@ def unit_of(top: float, n: int) -> float:
     if not 0 < top < math.inf:
         return 1.0
     return 2.0 ** max(-126, min(126, 52 - math.ceil(math.log2(n)) - math.frexp(top)[1]))
+
+
+def each(n: int, size: int, work: Callable[[int, int], T]) -> list[T]:
+    """work(start, stop) of every piece of `size` of n elements, in order, on torch's number of threads."""
+    return _each(_spans(n, size), work)
 
 
 def difference(base: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
@@ -118,7 +135,7 @@ def _sweep_torch(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out
         if total.divisor is None:
             weights = [torch.where(t > 0, _single(share.weight), 0.0) for t, share in zip(agreeing, total.shares, strict=True)]
             divisor = functools.reduce(torch.add, weights, zero)
-            result = result / torch.where(divisor == 0, 1.0, divisor)
+            result = result / torch.where(divisor.abs() < 1e-6, 1.0, divisor)
     if total.divisor is not None and total.divisor != 1:
         result = result / _single(total.divisor)
     result = (b + result * _single(total.factor)).to(out.dtype)
@@ -185,6 +202,22 @@ def _norms_torch(base: Tensor, source: Tensor, share: Share, unit: float, start:
     delta = difference(base, source, start, stop)
     kept = keep(delta, share, start)
     return tuple(float((t.abs() * unit).floor().sum(dtype=torch.float64)) for t in (delta, kept))  # type: ignore[return-value]
+
+
+def _gram_c(base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    lib, count = native.library(), len(sources)
+    out = np.zeros((count, count))
+    assert lib is not None
+    pointers = (*native.pointer(base), native.addresses(sources), native.type_codes(sources))
+    if lib.gram(count, ctypes.c_int64(start), ctypes.c_int64(stop), *pointers, ctypes.c_void_p(out.ctypes.data)):
+        raise MemoryError("no memory for a block of elements")
+    return out
+
+
+def _gram_torch(base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    rows = torch.stack([x[start:stop].float() - (0.0 if base is None else base[start:stop].float()) for x in sources]).double()
+    out: np.ndarray[Any, np.dtype[np.float64]] = (rows @ rows.T).cpu().numpy()
+    return out
 
 
 def _histogram_c(base: Tensor, source: Tensor, prefix: int, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

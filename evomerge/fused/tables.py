@@ -6,15 +6,18 @@ density is found directly and remembered. Both give the same numbers: a table ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import ctypes
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.fused import sweep
+from evomerge.fused import native, sweep
 from evomerge.fused.plan import NOTHING, Kind, Level, Share
 from evomerge.methods import hashing
 
@@ -22,7 +25,7 @@ GRID = 1000  # a table answers the densities 1/GRID, 2/GRID, ...: those a search
 _SMALL = 1 << 16  # below this many elements finding a threshold directly costs no more than a table
 _KEPT = 200_000  # answers remembered
 T = TypeVar("T")
-Array = np.ndarray[tuple[int], np.dtype[np.float64]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,12 @@ class Tables:
             return found[0]
         return self._remember(pair, ("level", k), lambda: _level(pair, k))
 
+    def prepare(self, pairs: Sequence[Pair]) -> None:
+        """Makes the tables of magnitudes of several pairs side by side."""
+        wanted = [pair for pair in pairs if self.build and pair.id is not None and pair.n > _SMALL and (pair.id, "sorted") not in self._known]
+        if len(wanted) > 1 and torch.get_num_threads() > 1:
+            list(_builders(torch.get_num_threads()).map(self._sorted, wanted))
+
     def scale(self, pair: Pair, share: Share, memo: Hashable) -> float:
         """||x - base||_1 / ||what the share keeps||_1; 1 where either is below 1e-7. memo: what the mask depends on."""
         unit = self.unit(pair)
@@ -87,7 +96,7 @@ class Tables:
         return self._remember(pair, ("norms", share.kind, share.key, memo), lambda: sweep.norms(pair.base, pair.source, share, unit))
 
     def _sorted(self, pair: Pair) -> dict[int, tuple[Level, float]]:
-        return self._remember(pair, ("sorted",), lambda: _sort_table(pair, self.unit(pair)))
+        return self._remember(pair, ("sorted",), lambda: level_table(pair, self.unit(pair)))
 
     def _remember(self, pair: Pair, what: tuple[Hashable, ...], find: Callable[[], T]) -> T:
         if pair.id is None:
@@ -98,6 +107,11 @@ class Tables:
                 self._known.clear()
             self._known[key] = find()
         return self._known[key]  # type: ignore[return-value]
+
+
+@functools.cache
+def _builders(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tables")
 
 
 def count(density: float, n: int) -> int:
@@ -121,15 +135,32 @@ def _level(pair: Pair, k: int) -> Level:
     return Level(threshold, pair.n)  # only with NaN among the magnitudes; the merge refuses those
 
 
-def _from_top(counts: np.ndarray[tuple[int], np.dtype[np.int64]], k: int) -> tuple[int, int]:
+def _from_top(counts: Array, k: int) -> tuple[int, int]:
     """(the bin that holds the k-th from the top, how many lie in the bins above it)."""
     above = np.cumsum(counts[::-1])
     position = min(int(np.searchsorted(above, k)), len(counts) - 1)
     return len(counts) - 1 - position, int(above[position - 1]) if position else 0
 
 
-def _sort_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
+def level_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
     """k -> (level, sum of floor(unit * magnitude) over it) for the k of every density on the grid."""
+    ends = sorted({count(j / GRID, pair.n) for j in range(1, GRID)})
+    return (_by_histogram(pair, unit, ends) if native.fits([pair.base, pair.source]) else None) or _by_sort(pair, unit, ends)
+
+
+def _by_histogram(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Level, float]] | None:
+    """In C, by histograms; None if the magnitudes hold NaN or memory is short."""
+    lib, ks = native.library(), np.array(ends, np.int64)
+    thresholds, lasts, sums = np.zeros(len(ks), np.float32), np.zeros(len(ks), np.int64), np.zeros(len(ks))
+    assert lib is not None
+    arrays = [ctypes.c_void_p(a.ctypes.data) for a in (ks, thresholds, lasts, sums)]
+    tensors = (*native.pointer(pair.base), *native.pointer(pair.source))
+    if lib.levels(ctypes.c_int64(pair.n), *tensors, ctypes.c_float(unit), len(ks), *arrays):
+        return None
+    return {k: (Level(float(t), int(last)), float(s)) for k, t, last, s in zip(ends, thresholds, lasts, sums, strict=True)}
+
+
+def _by_sort(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Level, float]]:
     n = pair.n
     keys = np.empty(n, np.uint64)
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
@@ -138,7 +169,6 @@ def _sort_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
         bits = sweep.difference(b, x, start, stop).abs().view(torch.int32).cpu().numpy().astype(np.uint64)
         keys[start:stop] = ((np.uint64(0x7FFFFFFF) - bits) << np.uint64(32)) | np.arange(start, stop, dtype=np.uint64)
     keys.sort()  # largest magnitude first, of equal ones the first come first
-    ends = sorted({count(j / GRID, n) for j in range(1, GRID)})
     table, done, total = {}, 0, 0.0
     for k in ends:
         total += float(np.floor(_magnitudes(keys[done:k]) * np.float32(unit)).sum(dtype=np.float64))
@@ -147,33 +177,56 @@ def _sort_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
     return table
 
 
-def _magnitudes(keys: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _magnitudes(keys: Array) -> Array:
     return (np.uint64(0x7FFFFFFF) - (keys >> np.uint64(32))).astype(np.uint32).view(np.float32)
 
 
-def _hash_table(pair: Pair, share: Share, unit: float) -> tuple[Array, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def _hash_table(pair: Pair, share: Share, unit: float) -> tuple[Array, Array]:
     """(sums of floor(unit * magnitude) over what each bound keeps, those bounds), for every density on the grid."""
     bounds = np.array([*(hashing.bound(j / GRID) for j in range(1, GRID)), 1 << 31], np.int64)
-    sums = np.zeros(GRID)
+    work = _hash_sums_c if native.fits([pair.base, pair.source]) else _hash_sums_torch
+    parts = sweep.each(pair.n, 1 << 20, functools.partial(work, pair, share.key, unit, bounds))
+    return np.cumsum(np.sum(parts, axis=0)), bounds
+
+
+def _hash_sums_c(pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int) -> Array:
+    lib, sums = native.library(), np.zeros(GRID)
+    assert lib is not None
+    tensors = (*native.pointer(pair.base), *native.pointer(pair.source))
+    address = ctypes.c_void_p(sums.ctypes.data)
+    lib.hash_sums(ctypes.c_int64(start), ctypes.c_int64(stop), *tensors, *map(ctypes.c_int32, key), ctypes.c_float(unit), GRID, address)
+    return sums
+
+
+def _hash_sums_torch(pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int) -> Array:
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
-    for start in range(0, pair.n, 1 << 20):
-        stop = min(pair.n, start + (1 << 20))
-        u = hashing.hashed(hashing.mixed(start, stop, b.device), share.key).cpu().numpy().astype(np.int64)
-        q = (sweep.difference(b, x, start, stop).abs() * unit).floor().cpu().numpy().astype(np.float64)
-        sums += np.bincount(np.searchsorted(bounds, u, side="right"), weights=q, minlength=GRID)
-    return np.cumsum(sums), bounds
+    u = hashing.hashed(hashing.mixed(start, stop, b.device), key).cpu().numpy().astype(np.int64)
+    q = (sweep.difference(b, x, start, stop).abs() * unit).floor().cpu().numpy().astype(np.float64)
+    sums: Array = np.bincount(np.searchsorted(bounds, u, side="right"), weights=q, minlength=GRID)
+    return sums
 
 
 def _ranks(pair: Pair) -> Tensor:
-    """Row by row: `sweep.difference`, then the inverse of a stable sort."""
+    """Row by row: the inverse of a stable sort of the magnitudes."""
     width = pair.base.shape[-1] if pair.base.dim() else 1
     kind = torch.uint16 if width <= 65536 else torch.int32
     out = torch.empty(pair.n, dtype=kind, device=pair.base.device)
-    b, x = pair.base.reshape(-1), pair.source.reshape(-1)
-    rows = max(1, (1 << 20) // max(1, width)) * max(1, width)
-    for start in range(0, pair.n, rows):
-        stop = min(pair.n, start + rows)
-        order = sweep.difference(b, x, start, stop).abs().reshape(-1, width).argsort(dim=1, stable=True)
-        place = torch.arange(width, dtype=torch.int32, device=order.device).expand_as(order)
-        out[start:stop] = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, place).reshape(-1).to(kind)
+    size = max(1, (1 << 20) // max(1, width)) * max(1, width)  # whole rows
+    compiled = kind == torch.uint16 and native.fits([pair.base, pair.source])
+    sweep.each(pair.n, size, functools.partial(_ranks_c if compiled else _ranks_torch, pair, width, out))
     return out
+
+
+def _ranks_c(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> None:
+    lib = native.library()
+    assert lib is not None
+    span = (ctypes.c_int64(start), ctypes.c_int64(stop), ctypes.c_int64(width))
+    if lib.rank_rows(*span, *native.pointer(pair.base), *native.pointer(pair.source), ctypes.c_void_p(out.data_ptr())):
+        raise MemoryError("no memory to sort a row")
+
+
+def _ranks_torch(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> None:
+    b, x = pair.base.reshape(-1), pair.source.reshape(-1)
+    order = sweep.difference(b, x, start, stop).abs().reshape(-1, width).argsort(dim=1, stable=True)
+    place = torch.arange(width, dtype=torch.int32, device=order.device).expand_as(order)
+    out[start:stop] = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, place).reshape(-1).to(out.dtype)

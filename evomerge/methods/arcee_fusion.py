@@ -5,7 +5,9 @@ model's entry is taken where importance is at least median + 1.5 (q3 - q1).
 
 mergekit finds the quantiles of tensors above a million entries from a random sample, anew each time; here they are
 those of all entries, also when asked for mergekit's behaviour. mergekit adds 1e-8 to probabilities and computes in the
-dtype of the merge, where the divergence of near models is rounding and may be negative; here it is exact.
+dtype of the merge, where the divergence of near models is rounding and may be negative; here it is exact. Its result is
+in float32 even where the merge is in bfloat16, and without an `out_dtype` its file too; so is the result here with
+`parity`, but the file has the type that the recipe says.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def arcee_fusion(tensors: Sequence[Tensor], base: Tensor | None, values: Values,
     q1, median, q3 = _quartiles(importance)
     chosen = importance >= median + 1.5 * (q3 - q1)
     if parity:
-        return (base + (x - base) * chosen.float()).to(base.dtype)
+        return base + (x - base) * chosen.float()
     return torch.where(chosen, x, base)
 
 

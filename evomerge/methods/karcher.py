@@ -28,23 +28,28 @@ def karcher(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys
     assert isinstance(tol, float)
     if len(tensors) == 1 or not tensors[0].numel():
         return tensors[0].clone()
-    return (_mean_as_mergekit if parity else _mean)(tensors, int(steps), tol)
+    return _mean_as_mergekit(tensors, int(steps), tol) if parity else combine(coefficients(gram(tensors), values), tensors)
 
 
-def _mean(tensors: Sequence[Tensor], steps: int, tol: float) -> Tensor:
-    products = gram(tensors)
-    norms = [math.sqrt(products[i][i]) for i in range(len(tensors))]
+def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float]:
+    """Of the models; one model is left as it is."""
+    steps, tol, n = values["max_iter"], values["tol"], len(products)
+    assert isinstance(steps, float)
+    assert isinstance(tol, float)
+    if n == 1:
+        return [1.0]
+    norms = [math.sqrt(products[i][i]) for i in range(n)]
     length = math.fsum(norms) / len(norms)
     some = [i for i, n in enumerate(norms) if n]
     if not some:
-        return torch.zeros_like(tensors[0])
+        return [0.0] * n
     cosines = [[products[i][j] / (norms[i] * norms[j]) for j in some] for i in some]
     mean = [1 / len(some)] * len(some)  # coefficients of the unit vectors of `some`
     size = math.sqrt(max(0.0, form(cosines, mean, mean)))
     if size < 1e-6:
-        return combine([1 / len(tensors)] * len(tensors), tensors)
+        return [1 / n] * n
     mean = [c / size for c in mean]
-    for _ in range(steps):
+    for _ in range(int(steps)):
         step = _pull(cosines, mean)
         angle = math.sqrt(max(0.0, form(cosines, step, step)))
         if angle < tol or angle == 0:
@@ -52,10 +57,10 @@ def _mean(tensors: Sequence[Tensor], steps: int, tol: float) -> Tensor:
         mean = [math.cos(angle) * c + math.sin(angle) / angle * s for c, s in zip(mean, step, strict=True)]
         size = math.sqrt(form(cosines, mean, mean))
         mean = [c / size for c in mean]
-    coefficients = [0.0] * len(tensors)
+    found = [0.0] * n
     for i, c in zip(some, mean, strict=True):
-        coefficients[i] = length / norms[i] * c
-    return combine(coefficients, tensors)
+        found[i] = length / norms[i] * c
+    return found
 
 
 def _pull(cosines: list[list[float]], mean: Sequence[float]) -> list[float]:
@@ -117,6 +122,7 @@ def _mean_as_mergekit(tensors: Sequence[Tensor], steps: int, tol: float) -> Tens
 KARCHER = Method(
     name="karcher",
     kernel=karcher,
+    coefficients=coefficients,
     params=(
         Param("max_iter", 1.0, 10.0, 10.0, per="merge", hard_low=0.0, digits=0),
         Param("tol", 0.0, 0.01, 1e-5, per="merge", hard_low=0.0, digits=8),

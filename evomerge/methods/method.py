@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,13 +15,18 @@ Values = Mapping[str, float | tuple[float, ...]]
 """Parameter values of one tensor: a float per merge parameter, a tuple with one float per source otherwise."""
 
 
+Coefficients = Callable[[Sequence[Sequence[float]], Values], Sequence[float] | None]
+"""(dot products of all pairs of vectors, values) -> a coefficient for each vector; None where the method needs more."""
+
+
 class Kernel(Protocol):
     """Merges one tensor. Pure: inputs are left as they are, no I/O, no global generator."""
 
     def __call__(self, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
         """tensors: one per source, all of one shape and floating dtype; base: same shape or None; keys: one
         signed 64-bit mask key per source. parity: do as mergekit 0.1.5 does, in its order of operations and with its
-        faults, where the two differ. Returns a new tensor of that shape and dtype.
+        faults, where the two differ. Returns a new tensor of that shape and dtype; with parity of a wider one where
+        mergekit does.
         """
         ...
 
@@ -78,6 +83,8 @@ class Method:
     """A merge method. models: allowed number of sources, the base not counted, as (least, most).
 
     needs_base: it cannot do without a base model; takes_base: it merges differences from a base if there is one.
+    coefficients: for methods whose result combines whole tensors; base_is_origin: those are then the differences from the
+    base, to which the result is added; else the base is the first of the vectors.
     """
 
     name: str
@@ -89,6 +96,8 @@ class Method:
     randomized: bool = False
     takes_base: bool = False
     frame: Frame | None = None
+    coefficients: Coefficients | None = None
+    base_is_origin: bool = True
     models: tuple[int, int] = (1, 1_000)
 
     def param(self, name: str) -> Param | None:

@@ -11,6 +11,7 @@ step away from the models; here it is 0, the base, as the paper's geometry has n
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,17 @@ def model_stock(tensors: Sequence[Tensor], base: Tensor | None, values: Values, 
         return base.clone()
     b, *xs = [_rows(x, by_filter=bool(values["filter_wise"])) for x in (base, *tensors)]
     return (_mix_as_mergekit if parity else _mix)(b, xs).reshape(base.shape)
+
+
+def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float] | None:
+    """Of the differences from the base, each tensor one vector."""
+    if values["filter_wise"]:
+        return None
+    n = len(products)
+    norms = [math.sqrt(products[i][i]) for i in range(n)]
+    cosines = [products[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] else 0.0 for i, j in itertools.combinations(range(n), 2)]
+    cos = max(0.0, min(1.0, sum(cosines) / len(cosines)))
+    return [cos / (1 + (n - 1) * cos)] * n
 
 
 def _rows(x: Tensor, *, by_filter: bool) -> Tensor:
@@ -67,6 +79,7 @@ def _mix_as_mergekit(base: Tensor, xs: Sequence[Tensor]) -> Tensor:
 MODEL_STOCK = Method(
     name="model_stock",
     kernel=model_stock,
+    coefficients=coefficients,
     params=(switch("filter_wise", False),),
     needs_base=True,
     models=(2, 1_000),

@@ -28,22 +28,31 @@ def multislerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, k
     if len(tensors) == 1 or not tensors[0].numel():
         return tensors[0].clone()
     vectors = differences(tensors, base)
-    out = _mean_as_mergekit(vectors, weight, bool(values["normalize_weights"]), eps) if parity else _mean(vectors, weight, values, eps)
+    out = (
+        _mean_as_mergekit(vectors, weight, bool(values["normalize_weights"]), eps)
+        if parity
+        else combine(coefficients(gram(vectors), values), vectors)
+    )
     return out if base is None else out + base
 
 
-def _mean(vectors: Sequence[Tensor], weight: Sequence[float], values: Values, eps: float) -> Tensor:
+def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float]:
+    """Of the models; one model is left as it is."""
+    weight, eps, n = values["weight"], values["eps"], len(products)
+    assert isinstance(weight, tuple)
+    assert isinstance(eps, float)
+    if n == 1:
+        return [1.0]
     if values["normalize_weights"]:
         total = math.fsum(weight)
-        weight = [w / total for w in weight] if abs(total) >= 1e-8 else [1 / len(weight)] * len(weight)
-    products = gram(vectors)
-    norms = [math.sqrt(products[i][i]) for i in range(len(vectors))]
+        weight = tuple(w / total for w in weight) if abs(total) >= 1e-8 else (1 / n,) * n
+    norms = [math.sqrt(products[i][i]) for i in range(n)]
     shares = [w / (n + eps) if n else 0.0 for w, n in zip(weight, norms, strict=True)]
     size = math.sqrt(max(0.0, form(products, shares, shares)))
     if size <= max(eps, 1e-6):
-        return combine(weight, vectors)
+        return weight
     length = sum(w * n for w, n in zip(weight, norms, strict=True))
-    return combine([length / size * s for s in shares], vectors)
+    return [length / size * s for s in shares]
 
 
 def _mean_as_mergekit(vectors: Sequence[Tensor], weight: Sequence[float], normalize: bool, eps: float) -> Tensor:
@@ -72,6 +81,7 @@ def _mean_as_mergekit(vectors: Sequence[Tensor], weight: Sequence[float], normal
 MULTISLERP = Method(
     name="multislerp",
     kernel=multislerp,
+    coefficients=coefficients,
     params=(
         Param("weight", 0.0, 1.0, 1.0, required=True),
         switch("normalize_weights", True),

@@ -10,6 +10,7 @@ angle whose sine is the square root of the dtype's precision, since no single ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,21 @@ def nuslerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys
     return out if base is None else base + out
 
 
+def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[float, float] | None:
+    """Of the two models, each tensor one vector."""
+    weight = values["weight"]
+    assert isinstance(weight, tuple)
+    if not values["nuslerp_flatten"]:
+        return None
+    total = weight[0] + weight[1]
+    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    size = math.sqrt(products[0][0] * products[1][1])
+    theta = math.acos(max(-1.0, min(1.0, products[0][1] / size))) if size else 0.0
+    if math.sin(theta) <= torch.finfo(torch.float32).eps ** 0.5:
+        return 1 - t, t
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+
+
 def _arc(x: Tensor, y: Tensor, t: float) -> Tensor:
     """[..., length] and the same -> the same: for each pair of vectors, sin((1-t)θ)/sin θ · x + sin(tθ)/sin θ · y."""
     length = x.shape[-1] if x.dim() else 1
@@ -64,6 +80,7 @@ def _arc_as_mergekit(x: Tensor, y: Tensor, t: float) -> Tensor:
 NUSLERP = Method(
     name="nuslerp",
     kernel=nuslerp,
+    coefficients=coefficients,
     params=(Param("weight", 0.0, 1.0, 1.0, required=True), switch("nuslerp_flatten", True), switch("nuslerp_row_wise", False)),
     needs_base=False,
     takes_base=True,

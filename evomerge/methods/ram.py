@@ -2,7 +2,9 @@
 
 A model changed an entry if |x - b| > `epsilon`; other entries count as the base's. RAM+ enlarges what one model
 changed alone by 1 + r · min(shared / alone, alpha), from the counts of its changed entries in this tensor. mergekit
-divides the counts in 32-bit floats, and by `epsilon` for a model that changed nothing alone, which has no effect.
+divides the counts in 32-bit floats, and by `epsilon` for a model that changed nothing alone, which has no effect. Its
+result for RAM+ is in float32 even where the merge is in bfloat16, and without an `out_dtype` its file too; so is the
+result here with `parity`, but the file has the type that the recipe says.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def _reinforced(tensors: Sequence[Tensor], base: Tensor | None, values: Values, 
     if plus is not None:
         own = own * _enlarge((changed & shared).sum(dim=1), (changed & alone).sum(dim=1), *plus, epsilon, deltas.dtype, parity=parity)
     mixed = (own + deltas * shared / count.clamp(min=1)).sum(dim=0)
-    return (base + mixed.reshape(base.shape)).to(base.dtype)
+    out = base + mixed.reshape(base.shape)
+    return out if parity else out.to(base.dtype)
 
 
 def _enlarge(shared: Tensor, alone: Tensor, r: float, alpha: float, epsilon: float, dtype: torch.dtype, *, parity: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,19 @@ def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: 
     return (c_a * a + c_b * b).reshape(base.shape).to(base.dtype)
 
 
+def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[float, float]:
+    """Of the base and of the model."""
+    t = values["t"]
+    assert isinstance(t, float)
+    norms = [math.sqrt(products[i][i]) for i in range(2)]
+    length = [n if n > _EPS else 1.0 for n in norms]
+    dot = max(-1.0, min(1.0, products[0][1] / (length[0] * length[1])))
+    if abs(dot) > _PARALLEL:
+        return 1 - t, t
+    theta = math.acos(dot)
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+
+
 def _norm(v: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(c, dim=1) for c in torch.split(v, _CHUNK, 1)]), dim=0)
     return torch.where(norm > _EPS, norm, 1)
@@ -41,6 +55,8 @@ def _norm(v: Tensor) -> Tensor:
 SLERP = Method(
     name="slerp",
     kernel=slerp,
+    coefficients=coefficients,
+    base_is_origin=False,
     params=(Param("t", 0.0, 1.0, 0.5, per="merge", hard_low=0.0, hard_high=1.0, required=True),),
     needs_base=True,
     models=(1, 1),

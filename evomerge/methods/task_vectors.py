@@ -62,7 +62,8 @@ def merge(
         agree = deltas.sign() == (deltas.sum(dim=0) >= 0).to(deltas.dtype) * 2 - 1  # exact zeros agree with no sign
         mixed = (deltas * agree).sum(dim=0)
         divisor = (w * agree).sum(dim=0)
-        divisor = torch.where(divisor == 0, 1.0, divisor)
+        none = divisor == 0 if parity else divisor.abs() < 1e-6  # weights that cancel up to rounding are no divisor
+        divisor = torch.where(none, 1.0, divisor)
     else:
         mixed = deltas.sum(dim=0)
         divisor = w.sum(dim=0)

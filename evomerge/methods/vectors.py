@@ -34,7 +34,7 @@ def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
     return out
 
 
-def form(matrix: list[list[float]], a: Sequence[float], b: Sequence[float]) -> float:
+def form(matrix: Sequence[Sequence[float]], a: Sequence[float], b: Sequence[float]) -> float:
     """sum_ij a_i matrix_ij b_j: with a Gram matrix, the dot product of two combinations of its tensors."""
     return sum(p * q * m for p, row in zip(a, matrix, strict=True) for q, m in zip(b, row, strict=True))
 
