@@ -140,11 +140,14 @@ class Merge:
         return [found[model].contiguous() for model, _ in mix.sources], found[mix.base[0]].contiguous() if mix.base else None
 
     def _pairs(self, step: Step, tensors: Sequence[Tensor], base: Tensor | None) -> list[Pair]:
-        """Each source with its base, and what the tables remember the two by."""
+        """Each source with its base, and what the tables remember the two by: nothing where a stage makes one, which is the recipe's own."""
         if base is None or step.mix is None or step.mix.base is None:
             return []
-        ids = [(model, name, step.mix.base[0], step.base) for (model, _), name in zip(step.mix.sources, step.inputs, strict=True)]
-        return [Pair(base, t, None if step.name in self._tables else id_) for t, id_ in zip(tensors, ids, strict=True)]
+        made, pairs = {name for name, _ in self.recipe.stages}, []
+        for (model, _), name, tensor in zip(step.mix.sources, step.inputs, tensors, strict=True):
+            lasting = step.name not in self._tables and not made & {model, step.mix.base[0]}
+            pairs.append(Pair(base, tensor, (model, name, step.mix.base[0], step.base) if lasting else None))
+        return pairs
 
 
 class Stage:

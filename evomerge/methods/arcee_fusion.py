@@ -30,10 +30,10 @@ def arcee_fusion(tensors: Sequence[Tensor], base: Tensor | None, values: Values,
     divergence = _divergence_as_mergekit(x, base) if parity else _divergence(x, base)
     importance = (x - base).abs() * divergence
     q1, median, q3 = _quartiles(importance)
-    chosen = importance >= median + 1.5 * (q3 - q1)
+    threshold = median + 1.5 * (q3 - q1)
     if parity:
-        return base + (x - base) * chosen.float()
-    return torch.where(chosen, x, base)
+        return base + (x - base) * (importance >= threshold).float()
+    return torch.where(importance < threshold, base, x)  # NaN is taken over, so that it is seen
 
 
 def _quartiles(x: Tensor) -> list[Tensor]:
