@@ -104,8 +104,13 @@ def _prepare(
         start_at_best=search.start == "best",
         seed=search.seed,
     )
-    pool = InProcessPool(worker.Worker(parents, settings.base, evaluator, dtype=settings.out_dtype))
+    pool = InProcessPool(worker.Worker(parents, settings.base, evaluator, dtype=settings.out_dtype, device=_device()))
     return Study(plan, store, pool, show)
+
+
+def _device() -> str:
+    """$EVOMERGE_DEVICE, else the first CUDA device, else the CPU."""
+    return os.environ.get("EVOMERGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _set_threads(base: Parent) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from evomerge import merge
+from evomerge import merge, placement
 from evomerge.checkpoint import Parent
 from evomerge.errors import CandidateError, EvomergeError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items
@@ -27,11 +27,15 @@ class Worker:
 
     def __init__(self, parents: Mapping[str, Parent], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu") -> None:
         """dtype: the type of the tensors that are scored and shipped. Loads the base once as the resident model."""
-        self.parents, self.evaluator = parents, evaluator
-        self.device = device
+        self.evaluator, self.device = evaluator, device
         self.known = Tables(build=True, ranks_bytes=_spare() // 4)
         self.model = load(parents[base], dtype).to(device)
         self.resident = Resident(self.model, parents[base].tensors)
+        self.places = placement.plan({name: p.nbytes for name, p in parents.items()}, base, placement.free_memory(device), _spare())
+        if device == "cpu":
+            self.places = dict.fromkeys(self.places, "disk")
+        log.info("parents: %s", placement.said(self.places))
+        self.parents = {name: placement.held(parent, self.places[name], device) for name, parent in parents.items()}
         self._finite = True
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):

@@ -357,7 +357,7 @@ int levels(int64_t n, const void *base, int base_type, const void *x, int type, 
     int32_t *slots = malloc(UPPER * 4);
     uint32_t *fine = NULL, *exact = malloc((size_t)count * 4);
     int64_t *room = malloc((size_t)count * 8);
-    int32_t *buckets = malloc((size_t)count * 4), *first = NULL;
+    int32_t *buckets = malloc((size_t)count * 4), *pending = NULL;
     int status = -1, used = 0;
     if (!counts || !totals || !slots || !exact || !room || !buckets) goto done;
     float b[BLOCK], d[BLOCK];
@@ -394,8 +394,8 @@ int levels(int64_t n, const void *base, int base_type, const void *x, int type, 
     }
     if (next < count) goto done;
     fine = calloc((size_t)used * LOWER, 4);
-    first = malloc((size_t)used * 4);
-    if (!fine || !first) {
+    pending = calloc((size_t)used * LOWER, 4);
+    if (!fine || !pending) {
         status = -1;
         goto done;
     }
@@ -408,16 +408,15 @@ int levels(int64_t n, const void *base, int base_type, const void *x, int type, 
             if (slot >= 0) fine[(size_t)slot * LOWER + (bits & (LOWER - 1))]++;
         }
     }
-    memset(first, 0xff, (size_t)used * 4);
     for (int i = 0; i < count; i++) {
         int32_t slot = slots[buckets[i]];
-        if (first[slot] < 0) first[slot] = i;
         for (int low = LOWER - 1; low >= 0; low--) {
             int64_t here = fine[(size_t)slot * LOWER + low];
             float value = value_of(((uint32_t)buckets[i] << 12) | (uint32_t)low);
             double weight = floorf(value * unit);
             if (room[i] <= here) {
                 exact[i] = (uint32_t)low;
+                if (!pending[(size_t)slot * LOWER + low]) pending[(size_t)slot * LOWER + low] = i + 1;
                 thresholds[i] = value;
                 sums[i] += weight * (double)room[i];
                 break;
@@ -436,13 +435,15 @@ int levels(int64_t n, const void *base, int base_type, const void *x, int type, 
             memcpy(&bits, d + j, 4);
             int32_t slot = slots[bits >> 12];
             if (slot < 0) continue;
-            uint32_t low = bits & (LOWER - 1);
-            int64_t come = 0;
-            for (int i = first[slot]; i < count && slots[buckets[i]] == slot; i++)
-                if (exact[i] == low) {
-                    if (!come) come = ++fine[(size_t)slot * LOWER + low];
-                    if (come == room[i]) lasts[i] = at + j;
-                }
+            const size_t place = (size_t)slot * LOWER + (bits & (LOWER - 1));
+            int i = pending[place]; /* 1 + the k that waits for this value, 0 if none does */
+            if (!i) continue;
+            const int64_t come = ++fine[place];
+            while (i && room[i - 1] == come) {
+                lasts[i - 1] = at + j;
+                i = i < count && buckets[i] == buckets[i - 1] && exact[i] == exact[i - 1] ? i + 1 : 0;
+            }
+            pending[place] = i;
         }
     }
     status = 0;
@@ -454,7 +455,7 @@ done:
     free(exact);
     free(room);
     free(buckets);
-    free(first);
+    free(pending);
     return status;
 }
 

@@ -26,7 +26,7 @@ from evomerge.methods import hashing
 T = TypeVar("T")
 _JOB = 1 << 18  # elements one thread takes at a time
 _CHUNK = 1 << 16  # elements the torch version holds at a time on a CPU
-_DEVICE_CHUNK = 1 << 28
+_DEVICE_CHUNK = 1 << 24
 _FEW = 4  # sources of `sweep_few`
 _ALL = Level(-1.0, 1 << 62)
 
