@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from evomerge import documents
 from evomerge.checkpoint import Checkpoint
 from evomerge.errors import SetupError
 
@@ -43,20 +44,27 @@ class Comparison:
         )
 
 
+def program(recipe: Path, environment: Path) -> Path:
+    """The mergekit command of a virtual environment that merges a recipe. Raises SetupError if there is none."""
+    if recipe.suffix == ".json":
+        raise SetupError(f"mergekit cannot read {recipe}; with --check-against, merge by the recipe.yaml that was exported beside it")
+    several = len(documents.read_all(recipe)) > 1
+    found = environment / "bin" / ("mergekit-multi" if several else "mergekit-yaml")
+    if not found.is_file():
+        raise SetupError(f"{found} is missing; --check-against takes a virtual environment with mergekit 0.1.5 (scripts/make_mergekit_env makes one)")
+    return found.absolute()
+
+
 def against_mergekit(recipe: Path, ours: Path, environment: Path) -> Comparison:
     """Merges the recipe with the mergekit of a virtual environment, into a folder that is removed again, and compares.
 
     Raises SetupError if there is no mergekit, or if it fails on the recipe.
     """
-    several = len([line for line in recipe.read_text(encoding="utf-8").splitlines() if line.strip() == "---"]) > 0
-    program = environment / "bin" / ("mergekit-multi" if several else "mergekit-yaml")
-    if not program.is_file():
-        raise SetupError(
-            f"{program} is missing; --check-against takes a virtual environment with mergekit 0.1.5 (scripts/make_mergekit_env makes one)"
-        )
+    command = program(recipe, environment)
     with tempfile.TemporaryDirectory(dir=ours.parent, prefix=".mergekit-") as scratch:
         out = Path(scratch) / "out"
-        words = [str(program), str(recipe), *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)])]
+        several = command.name == "mergekit-multi"
+        words = [str(command), str(recipe), *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)])]
         done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=False)
         if done.returncode or not (out / "config.json").is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

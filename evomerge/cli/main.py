@@ -173,18 +173,19 @@ def merge(
     check_against: Annotated[Path | None, typer.Option(help="Virtual environment with mergekit: merge there too and compare.")] = None,
 ) -> None:
     """Merge by a recipe file into a Hugging Face folder."""
-    from evomerge import merging
+    from evomerge import merging, oracle
     from evomerge.cli import screens
 
+    allowed = _bytes(memory)
+    if check_against is not None and recipe.is_file():
+        oracle.program(recipe, check_against)  # before a long merge
     with screens.bar("tensors") as progress:
-        warnings = merging.merge_file(recipe, directory, progress, policy=policy, memory=_bytes(memory))
+        warnings = merging.merge_file(recipe, directory, progress, policy=policy, memory=allowed)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     print(f"{directory}: merged by {recipe}")
     if check_against is not None:
-        from evomerge.oracle import against_mergekit
-
-        found = against_mergekit(recipe, directory, check_against)
+        found = oracle.against_mergekit(recipe, directory, check_against)
         print(f"against mergekit: {found}")
         if not found.agrees:
             raise typer.Exit(1)
