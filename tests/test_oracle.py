@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -143,18 +142,11 @@ def test_mergekit_bears_witness(mergekit: Path, recipe: Path, tmp_path: Path) ->
 
 def test_mergekit_bears_witness_to_merges_of_merges_and_a_difference_is_code_one(mergekit: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
     """Stages in bfloat16; then random masks, which are drawn otherwise in mergekit."""
-    stages = [
-        {
-            "name": "half",
-            "merge_method": "slerp",
-            "base_model": str(tiny["base"]),
-            "models": [{"model": str(tiny["math"])}],
-            "parameters": {"t": 0.5},
-        },
-        base | {"merge_method": "task_arithmetic", "models": [{"model": "half"}], "parameters": {"weight": 0.5}},
-    ]
+    base = {"base_model": str(tiny["base"]), "dtype": "bfloat16"}
+    half = base | {"name": "half", "merge_method": "slerp", "models": [{"model": str(tiny["math"])}], "parameters": {"t": 0.5}}
+    last = base | {"merge_method": "task_arithmetic", "models": [{"model": "half"}], "parameters": {"weight": 0.5}}
     file = tmp_path / "stages.yaml"
-    file.write_text("---\n".join(yaml.safe_dump(s | {"dtype": "bfloat16"}) for s in stages))
+    file.write_text("---\n".join(map(yaml.safe_dump, (half, last))))
     code, out, err = in_process("merge", file, tmp_path / "stages", "--policy", "mergekit", "--check-against", mergekit)
     assert code == 0, out + err
     assert f"against mergekit: 39 tensors, {SIZE:,} elements: " in out
@@ -170,7 +162,7 @@ def test_what_mergekit_says_is_passed_on_and_what_it_left_is_removed(recipe: Pat
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\nmkdir -p "$2"\necho wall >&2\necho "ValueError: of frames" >&2\nexit 1\n')
     program.chmod(0o755)
-    code, out, err = in_process("merge", recipe, tmp_path / "out", "--check-against", tmp_path / "env")
+    code, _, err = in_process("merge", recipe, tmp_path / "out", "--check-against", tmp_path / "env")
     assert (code, err) == (3, f"error[E200] mergekit failed on {recipe}: ValueError: of frames\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "out", "recipe.yaml"]
 
