@@ -7,8 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from evomerge import documents
 from evomerge.checkpoint import Checkpoint
@@ -64,12 +66,23 @@ def against_mergekit(recipe: Path, ours: Path, environment: Path) -> Comparison:
     with tempfile.TemporaryDirectory(dir=ours.parent, prefix=".mergekit-") as scratch:
         out = Path(scratch) / "out"
         several = command.name == "mergekit-multi"
-        words = [str(command), str(recipe), *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)])]
+        copy = Path(scratch) / "recipe.yaml"
+        copy.write_text(yaml.safe_dump_all([_absolute(d.data) for d in documents.read_all(recipe)], sort_keys=False))
+        words = [str(command), str(copy), *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)])]
         done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=False)
         if done.returncode or not (out / "config.json").is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SetupError(f"mergekit failed on {recipe}: {last[:300]}")
         return compare(Checkpoint(ours), Checkpoint(out))
+
+
+def _absolute(value: Any) -> Any:
+    """The same document with folders by their full path: mergekit takes some relative ones for repositories."""
+    if isinstance(value, dict):
+        return {key: _absolute(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_absolute(entry) for entry in value]
+    return str(Path(value).absolute()) if isinstance(value, str) and "/" in value and len(value) < 4096 and Path(value).is_dir() else value
 
 
 def compare(one: Checkpoint, other: Checkpoint) -> Comparison:
