@@ -1,4 +1,9 @@
-"""mergekit's YAML -> recipe. Names the place of whatever mergekit would reject, silently ignore or guess."""
+"""mergekit's YAML -> recipe. Names the place of whatever mergekit would reject, silently ignore or guess.
+
+Tensors are those on disk, and filters see their names there. mergekit merges, and its filters see, what transformers 5 makes
+of them: of experts that the hub has one by one, one tensor for a layer (in Mixtral, under 'mlp' and not under
+'block_sparse_moe'), and GPT-2's with the prefix 'transformer.'. Methods that measure a whole tensor differ by that.
+"""
 
 from __future__ import annotations
 
