@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evomerge import documents, folder, mergekit_yaml
 from evomerge.checkpoint import Parent
-from evomerge.errors import RecipeError
+from evomerge.errors import CheckpointError, RecipeError
 from evomerge.folder import Progress
 from evomerge.lora import open_parent
 from evomerge.recipe import Recipe
@@ -37,8 +37,9 @@ def merge_file(
         opened = {name: parent(name) for name in recipe.models}
     for read in (*(stage for _, stage in recipe.stages), recipe):
         _check_layers(read, opened)
+    warnings = _warnings(recipe, opened)
     folder.write(recipe, opened, directory, progress, memory)
-    return _warnings(recipe, opened)
+    return warnings
 
 
 def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
@@ -50,8 +51,12 @@ def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
 
 def _warnings(recipe: Recipe, parents: dict[str, Parent]) -> tuple[str, ...]:
     found = []
-    if recipe.tokenizer is None and recipe.base in parents and (differs := check_rows(parents, recipe.base)):
-        found.append(differs)
+    if recipe.tokenizer is None and recipe.base in parents:
+        try:
+            differs = check_rows(parents, recipe.base)
+        except CheckpointError as error:  # rows that differ are refused by the plan; a broken tokenizer only cannot be compared
+            differs = str(error)
+        found += [differs] if differs else []
     towers = parents[recipe.base].outer_names("tower") if recipe.base in parents else ()
     if towers and len(recipe.models) > 1:
         found.append(f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged")
