@@ -46,7 +46,7 @@ def batch(cells: Sequence[Cell], folder: Path, zoo: Path) -> Iterable[dict[str, 
     for number, cell in enumerate(cells):
         files[cell] = folder / f"{number}.yaml"
         files[cell].write_text(Template(parity_cases.text(cell)).substitute(parity_cases.models(zoo, cell.architecture, cell.types)))
-    process = parity_cases.start([(file, file.with_suffix(".theirs")) for file in files.values()])
+    process = parity_cases.start([(file, file.with_suffix(".theirs")) for file in files.values()], [cell.seed for cell in files])
     refused: dict[tuple[Cell, str], str] = {}
     for cell, file in files.items():
         for policy in POLICIES if not METHODS[cell.method].randomized else ():
@@ -61,7 +61,7 @@ def batch(cells: Sequence[Cell], folder: Path, zoo: Path) -> Iterable[dict[str, 
         if str(theirs) in errors:
             row["theirs"] = re.sub(r"/[^ ,')]*/", "", errors[str(theirs)])
         elif METHODS[cell.method].randomized:
-            row["z"] = parity_cases.deviations(file, theirs)
+            row["z"] = parity_cases.deviations(cell, file, theirs)
         else:
             for policy in POLICIES:
                 if (cell, policy) in refused:
@@ -176,7 +176,7 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
         columns = [f"| {variant}", str(len(of)), str(len(z))]
         for name in ("kept", "L1", "signs", "along the whole"):
             values = torch.tensor([found[name] for found in z])
-            columns.append(f"{values.mean():+.2f}, {values.square().mean().sqrt():.2f}, {values.abs().max():.1f}")
+            columns.append(f"{values.mean():+.2f}, {values.square().mean().sqrt():.2f}, {values.abs().max():.1f}" if z else "")
         lines.append(" | ".join([*columns, str(sum("theirs" in row for row in of.values()))]) + " |")
     lines += [
         "",

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import subprocess
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -85,6 +86,11 @@ class Cell:
         """Whether the method takes so many models."""
         least, most = METHODS[self.method].models
         return least <= self.parents <= most
+
+    @property
+    def seed(self) -> int:
+        """Of its own, so that deviations of many cells are independent."""
+        return zlib.crc32(str(self).encode())
 
     @property
     def arithmetic(self) -> str:
@@ -215,8 +221,8 @@ def models(folder: Path, architecture: str, types: str) -> dict[str, Path]:
     return paths
 
 
-def start(jobs: Sequence[tuple[Path, Path]], seed: int = 7) -> "subprocess.Popen[str]":
-    """One mergekit process at work on (file, folder) pairs; `finish` waits for it."""
+def start(jobs: Sequence[tuple[Path, Path]], seeds: Sequence[int] = ()) -> "subprocess.Popen[str]":
+    """One mergekit process at work on (file, folder) pairs, with seed 7 if none are given; `finish` waits for it."""
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to one)")
@@ -230,7 +236,7 @@ def start(jobs: Sequence[tuple[Path, Path]], seed: int = 7) -> "subprocess.Popen
         env=os.environ | quiet,
     )
     assert process.stdin is not None
-    json.dump([(str(file), str(folder), seed) for file, folder in jobs], process.stdin)
+    json.dump([(str(file), str(folder), seed) for (file, folder), seed in zip(jobs, seeds or [7] * len(jobs), strict=True)], process.stdin)
     process.stdin.flush()
     return process
 
@@ -321,11 +327,11 @@ def read(file: Path, policy: str) -> tuple[Recipe, dict[str, Parent]]:
     return recipe, {name: parent(name) for name in recipe.models}
 
 
-def deviations(file: Path, theirs: Path, draws: int = 8) -> dict[str, float]:
+def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str, float]:
     """mergekit's one draw of a random method against ours of other seeds: for each measure of the change from the base, how many
     standard deviations of a draw it lies from our mean (Student's t with draws - 1 degrees of freedom)."""
     recipe, opened = read(file, "mergekit")
-    merges = [flat(dict(merge.merged(replace(recipe, seed=seed), opened))) for seed in range(draws)]
+    merges = [flat(dict(merge.merged(replace(recipe, seed=seed), opened))) for seed in range(cell.seed, cell.seed + draws)]
     dense = replace(recipe, layers=tuple(_dense(m) for m in recipe.layers), embeddings=_dense(recipe.embeddings), head=_dense(recipe.head))
     whole, b = flat(dict(merge.merged(dense, opened))), flat(_bases(recipe, opened))
     found = {}

@@ -51,7 +51,7 @@ def files(work: Path) -> dict[Cell, Path]:
 def theirs(files: dict[Cell, Path]) -> dict[Cell, Path]:
     """Cell -> mergekit's folder."""
     folders = {cell: file.with_suffix(".theirs") for cell, file in files.items()}
-    errors = parity_cases.finish(parity_cases.start([(files[cell], folder) for cell, folder in folders.items()]))
+    errors = parity_cases.finish(parity_cases.start([(files[cell], folder) for cell, folder in folders.items()], [cell.seed for cell in folders]))
     assert not errors
     return folders
 
@@ -82,7 +82,7 @@ def test_under_the_policy_float32_a_plain_merge_differs_by_its_last_place_at_mos
 
 
 def test_random_methods_agree_within_sampling_error(files: dict[Cell, Path], theirs: dict[Cell, Path]):
-    found = {f"{cell}: {name}": z for cell in RANDOM for name, z in deviations(files[cell], theirs[cell]).items()}
+    found = {f"{cell}: {name}": z for cell in RANDOM for name, z in deviations(cell, files[cell], theirs[cell]).items()}
     z = torch.tensor(list(found.values()))
     assert z.abs().max() < 12, max(found.items(), key=lambda item: abs(item[1]))  # one in 100,000 of Student's t with 7 degrees
     assert z.square().mean().sqrt() < 1.8, found  # 1.18 is expected
