@@ -331,19 +331,21 @@ def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str
     """mergekit's one draw of a random method against ours of other seeds: for each measure of the change from the base, how many
     standard deviations of a draw it lies from our mean (Student's t with draws - 1 degrees of freedom)."""
     recipe, opened = read(file, "mergekit")
-    merges = [flat(dict(merge.merged(replace(recipe, seed=seed), opened))) for seed in range(cell.seed, cell.seed + draws)]
+    drawn = [dict(merge.merged(replace(recipe, seed=seed), opened)) for seed in range(cell.seed, cell.seed + draws)]
+    matrix = flat({name: torch.full_like(tensor, float(tensor.dim() > 1)) for name, tensor in drawn[0].items()}) > 0
     dense = replace(recipe, layers=tuple(_dense(m) for m in recipe.layers), embeddings=_dense(recipe.embeddings), head=_dense(recipe.head))
     whole, b = flat(dict(merge.merged(dense, opened))), flat(_bases(recipe, opened))
+    ours, one = [flat(t) for t in drawn], flat(tensors(theirs))
     found = {}
     for name, measure in {
         "kept": lambda t: (t != b).double().mean(),
-        "L1": lambda t: (t - b).abs().sum(),
+        "L1": lambda t: (t - b).abs()[matrix].sum(),  # a vector of 8 entries may lose all of them
         "signs": lambda t: ((t - b).sign() == (whole - b).sign())[t != b].double().mean(),
         "along the whole": lambda t: ((t - b) * (whole - b)).sum(),
     }.items():
-        seen = torch.stack([measure(t) for t in merges])
-        spread = float(seen.std() * (1 + 1 / draws) ** 0.5) + 1e-9 * float(seen.abs().mean()) + 1e-30
-        found[name] = float(measure(flat(tensors(theirs))) - seen.mean()) / spread
+        seen = torch.stack([measure(t) for t in ours])
+        spread = float(seen.std() * (1 + 1 / draws) ** 0.5) + 1e-4 * float(seen.abs().mean())  # rounding, where rescaling leaves nothing to chance
+        found[name] = float(measure(one) - seen.mean()) / spread
     return found
 
 
