@@ -73,10 +73,12 @@ def need(merge: Merge, step: Step) -> int:
         elements *= side
     if step.mix is None:
         return step.info.nbytes
-    inputs = len(step.inputs) + (step.base is not None)
+    inputs, rule = len(step.inputs) + (step.base is not None), method(step.mix.method)
     stages = {name for name, _ in merge.recipe.stages}
     staged = sum(4 * elements for model in step.mix.models if model in stages)
-    if method(step.mix.method).frame is not None and merge.recipe.policy == "float32":
+    if merge.recipe.policy == "float32" and rule.frame is not None:  # one pass; DELLA holds the ranks of every element
+        return 2 * step.info.nbytes + staged + (2 * elements * len(step.inputs) if rule.frame.sparsify == "rank" else 0)
+    if merge.recipe.policy == "float32" and merge.combines(step):
         return 2 * step.info.nbytes + staged
     return 2 * step.info.nbytes + staged + 4 * elements * (inputs + 3)
 

@@ -108,6 +108,15 @@ class Merge:
             raise CandidateError(f"merging gave a value that is not finite in tensor '{step.name}' ({mix.method} of {', '.join(mix.models)})")
         return merged
 
+    def combines(self, step: Step) -> bool:
+        """Whether a step's result is a combination of its inputs whose coefficients come from their dot products."""
+        rule = method(step.mix.method) if step.mix else None
+        if rule is None or step.mix is None or rule.coefficients is None:
+            return False
+        vectors = len(step.inputs) + (not rule.base_is_origin)
+        alike = [[1.0] * vectors] * vectors
+        return rule.coefficients(alike, _values(rule, step.mix, step.name, step.inputs)) is not None
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(output tensor name, tensor of out_dtype), one at a time: embeddings, layers in order, head, other towers."""
         for step in self.steps:
