@@ -4,7 +4,7 @@ The base has random weights and the three "fine-tunes" are random perturbations 
 bytes to move. Each cell is the median of --repeats runs in one process with the files in the page cache; a cell stops
 early, and says so, once --seconds are spent on it.
 
-usage: python scripts/bench_merge.py [--layers 24] [--repeats 5] [--seconds 150] [--threads 2] [--methods …] [--scratch DIR] [--out results/bench_merge.md]
+usage: python scripts/bench_merge.py [--layers 24] [--repeats 5] [--seconds 150] [--threads 2] [--methods …] [--out FILE]
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ static inline __attribute__((always_inline)) int few(int sources, int kind, int 
             if (based) d -= b;
             if (kind == BAND) d = fabsf(d) < low[i] ? 0.0f : d;
             if (kind == RANDOM) d = (int32_t)((h ^ key[i]) * odd[i]) <= bound[i] ? d : 0.0f;
-            y[i] = d * scale[i] * weight[i];
+            y[i] = kind == DENSE ? d * weight[i] : d * scale[i] * weight[i]; /* without a mask the scale is 1 */
             sum += y[i];
         }
         if (elect) {
@@ -168,13 +168,14 @@ static inline __attribute__((always_inline)) int few(int sources, int kind, int 
     if (!base && divide) RUN(n, DENSE, type, 0, 0, 1); \
     if (!base) RUN(n, DENSE, type, 0, 0, 0); \
     if (kind == RANDOM) { SUMMED(n, RANDOM, type) } \
+    if (kind == DENSE) { SUMMED(n, DENSE, type) } \
     SUMMED(n, BAND, type)
 #define TYPED(n) \
     case n: \
         if (type == FLOAT32) { MASKED(n, FLOAT32) } \
         MASKED(n, BFLOAT16)
 
-/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: BAND without upper bound, or RANDOM with an inclusive bound; with
+/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: DENSE, BAND without upper bound, or RANDOM with an inclusive bound; with
    `elect`, divide is 0 or 2, without it 0 or 1. Without a base nothing is masked. */
 int sweep_few(int sources, int kind, int type, int64_t from, int64_t to, const void *base, const void *const *x, void *out, const float *f,
               const int32_t *k, int elect, int divide, float divisor, float lambda) {

@@ -24,7 +24,8 @@ from evomerge.fused.plan import Kind, Level, Share, Sum
 from evomerge.methods import hashing
 
 T = TypeVar("T")
-_JOB = 1 << 18  # elements one thread takes at a time
+_JOB = 1 << 18  # elements that are worth a thread of their own
+_PIECE = 1 << 20  # elements whose products are summed before the sums are: fixed, so that threads change nothing
 _CHUNK = 1 << 16  # elements the torch version holds at a time on a CPU
 _DEVICE_CHUNK = 1 << 24
 _FEW = 4  # sources of `sweep_few`
@@ -42,7 +43,7 @@ def run(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor)
     target = out.view(-1)
     narrow = all(share.ranks is None or share.ranks.dtype == torch.uint16 for share in total.shares)
     if narrow and native.fits([base, *sources, out]):
-        return all(_each(_jobs(n, total), functools.partial(_sweep_c, b, flat, total, target)))
+        return all(_each(_jobs(n, total, _share_of(n)), functools.partial(_sweep_c, b, flat, total, target)))
     chunk = _CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
     finite = [_sweep_torch(b, flat, total, target, *span) for span in _jobs(n, total, chunk)]
     return bool(torch.stack(finite).all()) if finite else True
@@ -68,7 +69,7 @@ def norms(base: Tensor, source: Tensor, share: Share, unit: float) -> tuple[floa
     """Sums of floor(unit * |x - base|): over all elements, and over those a share keeps. Exact for a unit of `unit_of`."""
     b, x = base.reshape(-1), source.reshape(-1)
     compiled = native.fits([base, source]) and (share.ranks is None or share.ranks.dtype == torch.uint16)
-    spans = _jobs(b.numel(), Sum((share,)), _JOB if compiled else _CHUNK)
+    spans = _jobs(b.numel(), Sum((share,)), _share_of(b.numel()) if compiled else _CHUNK)
     parts = _each(spans, functools.partial(_norms_c if compiled else _norms_torch, b, x, share, unit))
     return math.fsum(p[0] for p in parts), math.fsum(p[1] for p in parts)
 
@@ -91,7 +92,7 @@ def gram(base: Tensor | None, sources: Sequence[Tensor]) -> list[list[float]]:
     flat, count = [t.reshape(-1) for t in sources], len(sources)
     b = None if base is None else base.reshape(-1)
     work = _gram_c if native.fits([base, *sources]) else _gram_torch
-    parts = _each(_spans(flat[0].numel(), _JOB), functools.partial(work, b, flat))
+    parts = _each(_spans(flat[0].numel(), _PIECE), functools.partial(work, b, flat))
     total = np.sum(parts, axis=0) if parts else np.zeros((count, count))
     return [[float(total[max(i, j), min(i, j)]) for j in range(count)] for i in range(count)]
 
@@ -168,7 +169,7 @@ def _one_kind(shares: Sequence[Share]) -> Kind | None:
     kinds = {share.kind for share in shares} - {Kind.DENSE}
     if len(kinds) > 1 or Kind.RANKED in kinds or any(share.outer is not None for share in shares):
         return None
-    return kinds.pop() if kinds else Kind.BAND
+    return kinds.pop() if kinds else Kind.DENSE
 
 
 def _of_kind(share: Share, kind: Kind) -> Share:
@@ -239,7 +240,12 @@ def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(n, start + size)) for start in range(0, n, size))
 
 
-def _jobs(n: int, total: Sum, size: int = _JOB) -> list[tuple[int, int]]:
+def _share_of(n: int) -> int:
+    """Elements a thread takes, where every thread takes its part of n."""
+    return max(_JOB, -(-n // torch.get_num_threads()))
+
+
+def _jobs(n: int, total: Sum, size: int) -> list[tuple[int, int]]:
     """[start, stop) pieces of n elements, of at most `size`, none of them across a cut."""
     cuts = sorted({0, n, *(cut for share in total.shares for cut in share.cuts() if 0 < cut < n)})
     return [(a + start, a + stop) for a, b in itertools.pairwise(cuts) for start, stop in _spans(b - a, size)]
