@@ -73,7 +73,9 @@ def in_memory(config):
     architecture = get_architecture_info(config, options)
     config = config.model_copy(deep=True)
     shape = config.base_model.config()
-    tasks = MergePlanner(config, architecture, options=options, out_model_config=shape).plan_in_memory()
+    planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
+    planner._plan()  # plan_in_memory makes tasks of an abstract class and fails in 0.1.5
+    tasks = [task for _, task in planner._tensors]
     held = []
     for task, value in Executor(targets=tasks, math_device="cpu", storage_device="cpu").run(quiet=True):
         held.append(value)
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--no-mergekit", action="store_true")
+    parser.add_argument("--rows", type=Path, help="keep what is measured here; run again with the same file, it goes on from there")
     parser.add_argument("--out", type=Path, default=REPO / "results" / "bench_merge.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -134,10 +137,13 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         for name in parent.tensors:
             parent.tensor(name).view(torch.int16).sum()
     recipes = {method: recipe(method, models, scratch) for method in args.methods}
-    rows: dict[str, Any] = {"bytes": nbytes, "parameters": nbytes // 2, "methods": {}}
+    kept = json.loads(args.rows.read_text()) if args.rows and args.rows.is_file() else {}
+    rows: dict[str, Any] = {"bytes": nbytes, "parameters": nbytes // 2, "methods": kept}
     resident = Resident(skeleton(models[0]), parents[str(models[0])].tensors)
     known = Tables(build=True, ranks_bytes=8 << 30)
     for method, file in recipes.items():
+        if method in kept:
+            continue
         found = mergekit_yaml.load(documents.read(file), lambda name: parents[name].num_layers, lambda name: parents[name].dtype)
         row: dict[str, Any] = {"models": len(found.models)}
         row["copy"] = copy_bandwidth()
@@ -148,10 +154,11 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         row["to disk"] = timed(lambda found=found: folder.write(found, parents, scratch / "out"), args, lambda: shutil.rmtree(scratch / "out", True))
         shutil.rmtree(scratch / "out", ignore_errors=True)
         rows["methods"][method] = row
+        keep(rows, args)
         print(method, json.dumps(row), flush=True)
     environment = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit") / "bin" / "python"
     if not args.no_mergekit and environment.is_file():
-        jobs = [[str(file), str(scratch / "theirs")] for file in recipes.values()]
+        jobs = [[str(file), str(scratch / "theirs")] for method, file in recipes.items() if "mergekit" not in rows["methods"][method]]
         program = [str(environment), "-c", MERGEKIT, str(args.threads), str(args.repeats), str(args.seconds)]
         with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None
@@ -162,8 +169,14 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
                 if line.startswith("ROW"):
                     theirs = json.loads(line[3:])
                     rows["methods"][Path(theirs.pop("file")).stem]["mergekit"] = theirs
+                    keep(rows, args)
                     print(line[3:].strip(), flush=True)
     return rows
+
+
+def keep(rows: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.rows:
+        args.rows.write_text(json.dumps(rows["methods"]))
 
 
 def make(scratch: Path, layers: int) -> list[Path]:
@@ -278,11 +291,11 @@ def report(rows: dict[str, Any], args: argparse.Namespace) -> str:
         f"`python scripts/bench_merge.py --threads {args.threads} --repeats {args.repeats} --seconds {args.seconds:g}`, "
         f"{datetime.now(UTC):%Y-%m-%d}, {args.threads} threads, {processor()}, Python {platform.python_version()}, "
         f"torch {version('torch')}, transformers {version('transformers')}, mergekit 0.1.5; C pass: {'yes' if native.library() else 'no'}.", "",
-        f"Base and three random perturbations (no fine-tunes), {rows['parameters'] / 1e6:.0f} M parameters, bf16, files in the page cache. "
-        "Medians; GB/s counts parents read and output written; peak is anonymous memory above the start. `first` is the first candidate of a search, "
-        "which builds the tables; a run that used up its time before the last repeat is marked with its number of runs.", "",
-        "| method | copy GB/s | first s | in place s | GB/s | of copy | peak MB | to disk s | peak MB | mergekit in memory s | peak MB | mergekit to disk s | peak MB | "
-        "in place / in memory | to disk / to disk |",
+        f"Base and three random perturbations (no fine-tunes), {rows['parameters'] / 1e6:.0f} M parameters, bf16, files in the page cache. Medians; "
+        "GB/s counts parents read and output written; peak is the growth of anonymous memory (0 where the process held it already). `first` is the "
+        "first candidate of a search, which builds the tables; a cell that used up its time before the last repeat names its number of runs.", "",
+        "| method | copy GB/s | first s | in place s | GB/s | of copy | peak MB | to disk s | peak MB | mergekit in memory s | peak MB | "
+        "mergekit to disk s | peak MB | in place / in memory | to disk / to disk |",
         "| --- " * 15 + "|",
     ]  # fmt: skip
     for method, row in rows["methods"].items():
