@@ -30,6 +30,8 @@ def merge_file(
         return parents[reference]
 
     if file.suffix == ".json":
+        if policy != "float32":
+            raise RecipeError(f"{file} says its own arithmetic policy; '{policy}' can be asked of a YAML, such as the recipe.yaml beside it")
         recipe, names = _exported(file)
         opened = {name: parent(reference) for name, reference in names.items()}
     else:

@@ -529,3 +529,9 @@ def test_a_recipe_without_its_lineage_says_what_is_missing(tmp_path):
     (tmp_path / "x" / "lineage.json").unlink()
     with pytest.raises(RecipeError, match=r"lineage\.json is missing"):
         merge_file(tmp_path / "x" / "recipe.json", tmp_path / "out")
+
+
+def test_a_policy_asked_of_an_exported_recipe_is_refused_not_ignored(tmp_path):
+    with pytest.raises(RecipeError, match="says its own arithmetic policy"):
+        merge_file(exported(tmp_path / "x", candidate("ties"), {}), tmp_path / "out", policy="mergekit")
+    assert not (tmp_path / "out").exists()
