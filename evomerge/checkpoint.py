@@ -121,6 +121,8 @@ class Checkpoint:
                 self._towers |= {self.layer_name(layer, suffix) for suffix in self._layers.pop(layer)}
         if set(self._layers) != set(range(self.num_layers)):
             raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
+        outer = [(place.part, name) for name in sorted(self.tensors) if (place := self.place(name)).layer is None]
+        self._outer = {part: tuple(name for of, name in outer if of == part) for part, _ in outer}
         self._files = {file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})}
 
     @property
@@ -170,7 +172,7 @@ class Checkpoint:
 
     def outer_names(self, part: Part) -> tuple[str, ...]:
         """Names of the tensors before ('embeddings') or after ('head') the stack, or of other 'tower's, sorted."""
-        return tuple(sorted(name for name in self.tensors if self.place(name).part == part))
+        return self._outer.get(part, ())
 
     def content_hash(self) -> str:
         """SHA-256 over config and tensor files: what a study remembers a parent by. Reads every byte once."""

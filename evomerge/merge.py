@@ -6,6 +6,7 @@ types and operations are mergekit's. What a worker scores is what `evomerge.fold
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ class Merge:
     def config(self) -> dict[str, Any]:
         """config.json of the merged model: the base's, with depth, lists with an entry a layer, vocabulary and dtype of the recipe."""
         donor = self.parents[self.recipe.base]
-        config = self.vocabulary.config(donor.config) if self.vocabulary else _copy(donor.config)
+        config = self.vocabulary.config(donor.config) if self.vocabulary else copy.deepcopy(donor.config)
         text = config.get("text_config", config)
         text["n_layer" if "n_layer" in text else "num_hidden_layers"] = len(self.recipe.layers)
         for key, value in text.items():  # one entry a layer, such as layer_types: as the layers that were taken
@@ -366,9 +367,3 @@ def _index(layer: int | None) -> int:
     if layer is None:
         raise RecipeError("a source of an output layer must name a layer")
     return layer
-
-
-def _copy(config: Mapping[str, Any]) -> dict[str, Any]:
-    import copy
-
-    return copy.deepcopy(dict(config))

@@ -31,9 +31,8 @@ class Worker:
         self.known = Tables(build=True, ranks_bytes=_spare() // 4)
         self.model = load(parents[base], dtype).to(device)
         self.resident = Resident(self.model, parents[base].tensors)
-        self.places = placement.plan({name: p.nbytes for name, p in parents.items()}, base, placement.free_memory(device), _spare())
-        if device == "cpu":
-            self.places = dict.fromkeys(self.places, "disk")
+        host = 0 if device == "cpu" else _spare()  # on a CPU the page cache serves all processes; a copy would not
+        self.places = placement.plan({name: p.nbytes for name, p in parents.items()}, base, placement.free_memory(device), host)
         log.info("parents: %s", placement.said(self.places))
         self.parents = {name: placement.held(parent, self.places[name], device) for name, parent in parents.items()}
         self._finite = True

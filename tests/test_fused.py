@@ -10,7 +10,7 @@ import torch
 from evomerge import fused
 from evomerge.fused import Pair, Tables, native, sweep, tables
 from evomerge.merge import mask_key
-from evomerge.methods import METHODS, hashing
+from evomerge.methods import METHODS, hashing, ties
 
 FRAMES = [m for m in METHODS.values() if m.frame]
 SPARSE = [m for m in FRAMES if m.param("density")]
@@ -112,7 +112,7 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
         size = (source.float() - base.float()).abs()
         order = size.argsort(descending=True, stable=True)
         known = Tables(build=True)
-        for k in sorted({1, n, max(1, n // 3), max(1, n - 1), *(tables.count(j / 1000, n) for j in (1, 37, 500, 999))}):
+        for k in sorted({1, n, max(1, n // 3), max(1, n - 1), *(ties.count(j / 1000, n) for j in (1, 37, 500, 999))}):
             want = torch.zeros(n, dtype=torch.bool)
             want[order[:k]] = True
             for level in (Tables().level(Pair(base, source), k), known.level(Pair(base, source, "id"), k)):
@@ -215,7 +215,7 @@ def test_tables_by_histograms_are_tables_by_sorting(dtype):
             source[: n // 2] = base[: n // 2]  # half of the differences are zero
         pair = Pair(base, source, "t")
         unit = Tables().unit(pair)
-        ends = sorted({tables.count(j / tables.GRID, n) for j in range(1, tables.GRID)})
+        ends = sorted({ties.count(j / tables.GRID, n) for j in range(1, tables.GRID)})
         assert tables._by_histogram(pair, unit, ends) == tables._by_sort(pair, unit, ends)
 
 

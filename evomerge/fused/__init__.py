@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from evomerge.fused import tables
 from evomerge.fused.plan import Kind, Level, Share, Sum
 from evomerge.fused.sweep import gram, run
 from evomerge.fused.tables import Pair, Tables
-from evomerge.methods import breadcrumbs, della, hashing
+from evomerge.methods import breadcrumbs, della, hashing, ties
 from evomerge.methods.method import Frame, Method, Values
 
 __all__ = ["Kind", "Level", "Pair", "Share", "Sum", "Tables", "by_angles", "merge"]
@@ -77,14 +77,14 @@ def _share(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, resc
     if not rescale:
         return share
     scale = known.scale(pair, share, memo)
-    return Share(share.kind, weight, scale, share.inner, share.outer, share.key, share.bound, share.ranks, share.low, share.step)
+    return replace(share, scale=scale)
 
 
 def _kept(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, known: Tables) -> tuple[Share, Hashable]:
     """The share before it is rescaled, and what its mask depends on besides the pair and the key."""
     weight, d, n = _each(values, "weight")[i], _each(values, "density")[i], pair.n
     if frame.sparsify == "largest":
-        k = tables.count(d, n)
+        k = ties.count(d, n)
         return Share(Kind.BAND, weight, inner=known.level(pair, k)), k
     if frame.sparsify == "random":
         bound = hashing.bound(d)

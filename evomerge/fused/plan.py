@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 from torch import Tensor
 
 
@@ -80,6 +81,4 @@ class Sum:
 
 def _next(x: float) -> float:
     """The float32 after x >= 0."""
-    import numpy as np
-
     return float(np.nextafter(np.float32(x), np.float32(np.inf)))

@@ -1,7 +1,7 @@
 """One pass over the tensors of a sum: in torch, chunk by chunk, which is the law, or in C with the same bits.
 
 Every operation is one IEEE operation on float32, in one order, whatever the chunks, threads or device: inputs are
-upcast, and the result is rounded once. Sums that would depend on their order are sums of whole numbers (see `unit`).
+upcast, and the result is rounded once. Sums that would depend on their order are sums of whole numbers (see `unit_of`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def run(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor)
     flat = [t.reshape(-1) for t in sources]
     b = None if base is None else base.reshape(-1)
     target = out.view(-1)
-    narrow = all(share.ranks is None or share.ranks.dtype == torch.uint16 for share in total.shares)
-    if narrow and native.fits([base, *sources, out]):
+    if _compiled([base, *sources, out], total.shares):
         return all(_each(_jobs(n, total, _share_of(n)), functools.partial(_sweep_c, b, flat, total, target)))
     chunk = _CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
     finite = [_sweep_torch(b, flat, total, target, *span) for span in _jobs(n, total, chunk)]
@@ -68,7 +67,7 @@ def keep(delta: Tensor, share: Share, start: int) -> Tensor:
 def norms(base: Tensor, source: Tensor, share: Share, unit: float) -> tuple[float, float]:
     """Sums of floor(unit * |x - base|): over all elements, and over those a share keeps. Exact for a unit of `unit_of`."""
     b, x = base.reshape(-1), source.reshape(-1)
-    compiled = native.fits([base, source]) and (share.ranks is None or share.ranks.dtype == torch.uint16)
+    compiled = _compiled([base, source], [share])
     spans = _jobs(b.numel(), Sum((share,)), _share_of(b.numel()) if compiled else _CHUNK)
     parts = _each(spans, functools.partial(_norms_c if compiled else _norms_torch, b, x, share, unit))
     return math.fsum(p[0] for p in parts), math.fsum(p[1] for p in parts)
@@ -119,6 +118,11 @@ def each(n: int, size: int, work: Callable[[int, int], T]) -> list[T]:
 def difference(base: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
     """x - base of the elements [start, stop) of two flat tensors, in float32."""
     return source[start:stop].float() - base[start:stop].float()
+
+
+def _compiled(tensors: Sequence[Tensor | None], shares: Sequence[Share]) -> bool:
+    """Whether C takes these tensors and shares; its ranks have 16 bits."""
+    return native.fits(tensors) and all(share.ranks is None or share.ranks.dtype == torch.uint16 for share in shares)
 
 
 def _sweep_torch(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from evomerge.fused import native, sweep
 from evomerge.fused.plan import NOTHING, Kind, Level, Share
 from evomerge.methods import hashing
+from evomerge.methods.ties import count
 
 GRID = 1000  # a table answers the densities 1/GRID, 2/GRID, ...: those a search proposes
 _SMALL = 1 << 16  # below this many elements finding a threshold directly costs no more than a table
@@ -49,6 +50,7 @@ class Tables:
         """ranks_bytes: memory that the rank tables of DELLA may take; beyond it ranks are found anew each time."""
         self.build, self.room = build, ranks_bytes
         self._known: dict[Hashable, object] = {}
+        self._ranks: dict[Hashable, Tensor] = {}
 
     def unit(self, pair: Pair) -> float:
         """The unit of `sweep.norms`."""
@@ -76,13 +78,13 @@ class Tables:
 
     def ranks(self, pair: Pair) -> Tensor:
         """[n] uint16 (int32 for rows beyond 65536): rank of each magnitude in its row (last axis), ascending."""
-        known: Tensor | None = self._known.get((pair.id, "ranks"))  # type: ignore[assignment]
-        if known is None:
-            known = _ranks(pair)
-            if self.build and pair.id is not None and known.nbytes <= self.room:
-                self.room -= known.nbytes
-                self._known[pair.id, "ranks"] = known
-        return known
+        if pair.id in self._ranks:
+            return self._ranks[pair.id]
+        found = _ranks(pair)
+        if self.build and pair.id is not None and found.nbytes <= self.room:
+            self.room -= found.nbytes
+            self._ranks[pair.id] = found
+        return found
 
     def _norms(self, pair: Pair, share: Share, memo: Hashable, unit: float) -> tuple[float, float]:
         if self.build and pair.id is not None and pair.n > _SMALL:
@@ -112,11 +114,6 @@ class Tables:
 @functools.cache
 def _builders(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="tables")
-
-
-def count(density: float, n: int) -> int:
-    """How many of n elements TIES keeps: max(1, int(density * n)), none at density 0."""
-    return max(1, int(density * n)) if density > 0 else 0
 
 
 def _level(pair: Pair, k: int) -> Level:

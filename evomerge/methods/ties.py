@@ -14,6 +14,11 @@ from evomerge.methods import task_vectors
 from evomerge.methods.method import Frame, Method
 
 
+def count(density: float, n: int) -> int:
+    """How many of n entries are kept: max(1, int(density * n)), none at density 0."""
+    return max(1, int(density * n)) if density > 0 else 0
+
+
 def largest(delta: Tensor, density: float, key: int = 0, own: Mapping[str, float] | None = None, parity: bool = False) -> Tensor:
     """0/1 mask of the max(1, int(density * numel)) entries of largest magnitude.
 
@@ -23,7 +28,7 @@ def largest(delta: Tensor, density: float, key: int = 0, own: Mapping[str, float
     size = size if size.dtype == torch.float64 else size.float()
     order = torch.argsort(size, descending=True, stable=not parity)
     mask = torch.zeros_like(delta).flatten()
-    mask[order[: max(1, int(density * delta.numel()))]] = 1
+    mask[order[: count(density, delta.numel())]] = 1
     return mask.reshape(delta.shape)
 
 
