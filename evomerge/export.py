@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evomerge import __version__, folder, merge, mergekit_yaml
 from evomerge.checkpoint import Parent
-from evomerge.errors import NothingToExport, SetupError
+from evomerge.errors import NothingToExport
 from evomerge.methods import method
 from evomerge.recipe import Recipe
 from evomerge.store import Store, StudyRow, Trial
@@ -32,25 +30,16 @@ def export(
     """
     if trial.score is None:
         raise NothingToExport(f"candidate {trial.id} failed ({trial.error}); choose another")
-    if directory.exists():
-        raise SetupError(f"{directory} exists; choose another folder or remove it")
     study = store.study()
     assert study is not None
     recipe = store.recipe(trial.recipe_id)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        staging.chmod(0o755)
+    with folder.whole(directory) as staging:
         if weights:
             folder.write_into(merge.Merge(recipe, parents), staging, progress)
         (staging / "recipe.json").write_text(recipe.canonical() + "\n")
         (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
         (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
         (staging / "README.md").write_text(card(store, study, trial, recipe))
-        staging.rename(directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,14 +37,27 @@ def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path, progre
     memory: bytes that merging may hold besides the parents' mapped files. Raises SetupError, before a tensor is read, if
     the directory exists, the disk is too full or a tensor needs more than that.
     """
+    check_new(directory)
+    merge = Merge(recipe, parents)
+    with whole(directory) as staging:
+        write_into(merge, staging, progress, memory)
+
+
+def check_new(directory: Path) -> None:
+    """Raises SetupError if the directory exists."""
     if directory.exists():
         raise SetupError(f"{directory} exists; choose another folder or remove it")
-    merge = Merge(recipe, parents)
+
+
+@contextmanager
+def whole(directory: Path) -> Iterator[Path]:
+    """A folder to fill beside `directory`, renamed to it at the end; whatever is raised, nothing is left."""
+    check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         staging.chmod(0o755)
-        write_into(merge, staging, progress, memory)
+        yield staging
         staging.rename(directory)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -57,10 +72,11 @@ def write_into(merge: Merge, directory: Path, progress: Progress | None = None, 
         raise SetupError(
             f"the merged model takes {needed / 1e9:.1f} GB, {directory.parent} has {free / 1e9:.1f} GB free; make room or choose another disk"
         )
-    largest = max(merge.steps, key=lambda step: need(merge, step))
-    if memory is not None and need(merge, largest) > memory:
-        what = f"tensor '{largest.name}' takes {need(merge, largest) / 1e6:,.0f} MB to merge"
-        raise SetupError(f"{what}, more than the {memory / 1e6:,.0f} MB allowed; raise --memory")
+    if memory is not None:
+        most, name = max((need(merge, step), step.name) for step in merge.steps)
+        if most > memory:
+            what = f"tensor '{name}' takes {most / 1e6:,.0f} MB to merge"
+            raise SetupError(f"{what}, more than the {memory / 1e6:,.0f} MB allowed; raise --memory")
     _save(merge, directory, progress, shard)
     (directory / "config.json").write_text(json.dumps(merge.config, indent=2) + "\n")
     _companions(merge, directory)
@@ -68,9 +84,7 @@ def write_into(merge: Merge, directory: Path, progress: Progress | None = None, 
 
 def need(merge: Merge, step: Step) -> int:
     """Bytes that merging one tensor takes at most, by estimate: the result, the one before it that is being written, and copies of the inputs."""
-    elements = 1
-    for side in step.info.shape:
-        elements *= side
+    elements = math.prod(step.info.shape)
     if step.mix is None:
         return step.info.nbytes
     inputs, rule = len(step.inputs) + (step.base is not None), method(step.mix.method)

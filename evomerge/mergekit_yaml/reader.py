@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from evomerge import chat_templates
 from evomerge.documents import Document, Key
@@ -19,6 +19,7 @@ from evomerge.methods import Param, method
 from evomerge.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
 from evomerge.tokens import WHOLE, TokenizerSpec
 
+T = TypeVar("T")
 _FORMS = ("models", "slices", "modules")
 _TOP = ("name", "merge_method", "base_model", *_FORMS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -120,15 +121,19 @@ class _Reader:
             raise self.fail((), "a recipe is a mapping with merge_method and models or slices")
         self.data: dict[str, Any] = document.data
         self._keys((), self.data, _TOP)
-        try:
-            self.rule = method(self._text(("merge_method",), self.data.get("merge_method"), "merge_method"))
-        except RecipeError as error:
-            raise error if str(error).startswith(document.name) else self.fail(("merge_method",), str(error)) from None
+        self.rule = self._placed(("merge_method",), lambda: method(self._text(("merge_method",), self.data.get("merge_method"), "merge_method")))
         base = self.data.get("base_model")
         self.base = None if base is None else self._model(("base_model",), base)
 
     def fail(self, path: Key, message: str) -> RecipeError:
         return RecipeError(f"{self.document.where(path)} {' '.join(message.split())}")
+
+    def _placed(self, path: Key, read: Callable[[], T]) -> T:
+        """What `read` gives; an error of its own that names no place gets that of `path`."""
+        try:
+            return read()
+        except RecipeError as error:
+            raise error if str(error).startswith(self.document.name) else self.fail(path, str(error)) from None
 
     def recipe(self) -> Recipe:
         given = [form for form in _FORMS if form in self.data]
@@ -192,22 +197,14 @@ class _Reader:
             return TokenizerSpec(source if source in WHOLE else self._model(("tokenizer_source",), source))
         if spec is None:
             return None
-        try:
-            return references.tokenizer(spec, lambda value: self._model(("tokenizer",), value))
-        except RecipeError as error:
-            text = str(error)
-            raise error if text.startswith(self.document.name) else self.fail(("tokenizer",), text) from None
+        return self._placed(("tokenizer",), lambda: references.tokenizer(spec, lambda value: self._model(("tokenizer",), value)))
 
     def _chat_template(self) -> str | None:
-        wish = self.data.get("chat_template")
-        if wish is None:
+        if self.data.get("chat_template") is None:
             return None
-        try:
-            chat_templates.check(self._text(("chat_template",), wish, "chat_template"))
-        except RecipeError as error:
-            text = str(error)
-            raise error if text.startswith(self.document.name) else self.fail(("chat_template",), text) from None
-        return str(wish)
+        wish = self._text(("chat_template",), self.data["chat_template"], "chat_template")
+        self._placed(("chat_template",), lambda: chat_templates.check(wish))
+        return wish
 
     def _models(self, block: Mapping[str, Any], place: Key) -> _Part:
         sources = []
@@ -356,10 +353,7 @@ class _Reader:
 
     def _model(self, path: Key, value: Any) -> str:
         if isinstance(value, dict):
-            try:
-                return references.text(value)
-            except RecipeError as error:
-                raise self.fail(path, str(error)) from None
+            return self._placed(path, lambda: references.text(value))
         return self._text(path, value, "a model")
 
     def _text(self, path: Key, value: Any, what: str) -> str:

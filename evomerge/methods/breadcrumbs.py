@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Frame, Method, Param
+from evomerge.methods.method import Frame, Param
 
 
 def band(n: int, density: float, gamma: float) -> tuple[int, int]:
@@ -39,22 +39,21 @@ def middle(delta: Tensor, density: float, key: int, own: Mapping[str, float], pa
 
 
 _GAMMA = Param("gamma", 0.0, 0.1, 0.01, hard_low=0.0, hard_high=1.0)
-_LINEAR, _TIES = Frame(sparsify="band"), Frame(sparsify="band", elect_sign=True)
-BREADCRUMBS = Method(
-    name="breadcrumbs",
-    kernel=task_vectors.kernel(_LINEAR, middle),
-    frame=_LINEAR,
-    params=(*task_vectors.params(normalize=False, rescale=False, density=True), _GAMMA),
-    needs_base=True,
+BREADCRUMBS = task_vectors.method(
+    "breadcrumbs",
+    Frame(sparsify="band"),
+    middle,
+    (_GAMMA,),
+    normalize=False,
     paper="arXiv 2312.06795",
     summary="trim small entries and outliers, sum",
 )
-BREADCRUMBS_TIES = Method(
-    name="breadcrumbs_ties",
-    kernel=task_vectors.kernel(_TIES, middle),
-    frame=_TIES,
-    params=(*task_vectors.params(normalize=False, rescale=False, density=True), _GAMMA),
-    needs_base=True,
+BREADCRUMBS_TIES = task_vectors.method(
+    "breadcrumbs_ties",
+    Frame(sparsify="band", elect_sign=True),
+    middle,
+    (_GAMMA,),
+    normalize=False,
     paper="arXiv 2312.06795, 2306.01708",
     summary="trim small entries and outliers, elect a sign, sum those that agree",
 )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from evomerge.methods import hashing, task_vectors
-from evomerge.methods.method import Frame, Method
+from evomerge.methods.method import Frame
 
 
 def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float] | None = None, parity: bool = False) -> Tensor:
@@ -21,24 +21,21 @@ def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float] | Non
     return (u.long() < hashing.bound(density)).to(delta.dtype).reshape(delta.shape)
 
 
-_LINEAR, _TIES = Frame(sparsify="random"), Frame(sparsify="random", elect_sign=True)
-DARE_LINEAR = Method(
-    name="dare_linear",
-    kernel=task_vectors.kernel(_LINEAR, keep),
-    frame=_LINEAR,
-    params=task_vectors.params(normalize=False, rescale=True, density=True),
-    needs_base=True,
-    randomized=True,
+DARE_LINEAR = task_vectors.method(
+    "dare_linear",
+    Frame(sparsify="random"),
+    keep,
+    normalize=False,
+    rescale=True,
     paper="arXiv 2311.03099",
     summary="drop entries at random, rescale, sum",
 )
-DARE_TIES = Method(
-    name="dare_ties",
-    kernel=task_vectors.kernel(_TIES, keep),
-    frame=_TIES,
-    params=task_vectors.params(normalize=False, rescale=True, density=True),
-    needs_base=True,
-    randomized=True,
+DARE_TIES = task_vectors.method(
+    "dare_ties",
+    Frame(sparsify="random", elect_sign=True),
+    keep,
+    normalize=False,
+    rescale=True,
     paper="arXiv 2311.03099, 2306.01708",
     summary="drop entries at random, rescale, elect a sign, sum those that agree",
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import hashing, task_vectors
-from evomerge.methods.method import Frame, Method, Param
+from evomerge.methods.method import Frame, Param
 
 
 def window(density: float, epsilon: float, width: int) -> tuple[float, float]:
@@ -35,24 +35,23 @@ def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float], pari
 
 
 _EPSILON = Param("epsilon", 0.0, 0.2, 0.15, hard_low=0.0, hard_high=0.5)
-_LINEAR, _TIES = Frame(sparsify="rank"), Frame(sparsify="rank", elect_sign=True)
-DELLA = Method(
-    name="della",
-    kernel=task_vectors.kernel(_TIES, keep),
-    frame=_TIES,
-    params=(*task_vectors.params(normalize=True, rescale=True, density=True), _EPSILON),
-    needs_base=True,
-    randomized=True,
+DELLA = task_vectors.method(
+    "della",
+    Frame(sparsify="rank", elect_sign=True),
+    keep,
+    (_EPSILON,),
+    normalize=True,
+    rescale=True,
     paper="arXiv 2406.11617",
     summary="drop small entries more often, rescale, elect a sign, sum those that agree",
 )
-DELLA_LINEAR = Method(
-    name="della_linear",
-    kernel=task_vectors.kernel(_LINEAR, keep),
-    frame=_LINEAR,
-    params=(*task_vectors.params(normalize=False, rescale=True, density=True), _EPSILON),
-    needs_base=True,
-    randomized=True,
+DELLA_LINEAR = task_vectors.method(
+    "della_linear",
+    Frame(sparsify="rank"),
+    keep,
+    (_EPSILON,),
+    normalize=False,
+    rescale=True,
     paper="arXiv 2406.11617",
     summary="drop small entries more often, rescale, sum",
 )

@@ -4,15 +4,8 @@ A negative weight subtracts a skill (unlearning); a task analogy C + (B - A) is 
 """
 
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Frame, Method
+from evomerge.methods.method import Frame
 
-_FRAME = Frame()
-TASK_ARITHMETIC = Method(
-    name="task_arithmetic",
-    kernel=task_vectors.kernel(_FRAME),
-    frame=_FRAME,
-    params=task_vectors.params(normalize=False, rescale=False, density=False),
-    needs_base=True,
-    paper="arXiv 2212.04089",
-    summary="base + weighted sum of task vectors",
+TASK_ARITHMETIC = task_vectors.method(
+    "task_arithmetic", Frame(), normalize=False, paper="arXiv 2212.04089", summary="base + weighted sum of task vectors"
 )

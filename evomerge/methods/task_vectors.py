@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Frame, Kernel, Param, Values, switch
+from evomerge.methods.method import Frame, Method, Param, Values, switch
 
 Sparsify = Callable[[Tensor, float, int, Mapping[str, float], bool], Tensor]
 """(delta, density in (0, 1), mask key, the source's own numbers, parity) -> 0/1 mask of delta's shape and dtype."""
@@ -23,15 +23,29 @@ DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0, digits=3)
 LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
 
 
-def params(*, normalize: bool, rescale: bool, density: bool) -> tuple[Param, ...]:
-    """The parameters of a task-vector method with the defaults that tell the methods apart."""
-    shared = (WEIGHT, LAMBDA, switch("normalize", normalize))
-    return (*shared, DENSITY, switch("rescale", rescale)) if density else shared
-
-
-def kernel(frame: Frame, sparsify: Sparsify | None = None) -> Kernel:
-    """The kernel of a method of this frame."""
-    return partial(merge, sparsify=sparsify, elect_sign=frame.elect_sign)
+def method(
+    name: str,
+    frame: Frame,
+    mask: Sparsify | None = None,
+    own: tuple[Param, ...] = (),
+    *,
+    normalize: bool,
+    rescale: bool = False,
+    paper: str,
+    summary: str,
+) -> Method:
+    """A task-vector method. mask: what `frame.sparsify` names; own: parameters that it alone has; normalize, rescale: defaults."""
+    sparse = (DENSITY, switch("rescale", rescale)) if mask else ()
+    return Method(
+        name=name,
+        kernel=partial(merge, sparsify=mask, elect_sign=frame.elect_sign),
+        frame=frame,
+        params=(WEIGHT, LAMBDA, switch("normalize", normalize), *sparse, *own),
+        needs_base=True,
+        randomized=frame.sparsify in ("random", "rank"),
+        paper=paper,
+        summary=summary,
+    )
 
 
 def merge(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Frame, Method
+from evomerge.methods.method import Frame
 
 
 def count(density: float, n: int) -> int:
@@ -32,13 +32,11 @@ def largest(delta: Tensor, density: float, key: int = 0, own: Mapping[str, float
     return mask.reshape(delta.shape)
 
 
-_FRAME = Frame(sparsify="largest", elect_sign=True)
-TIES = Method(
-    name="ties",
-    kernel=task_vectors.kernel(_FRAME, largest),
-    frame=_FRAME,
-    params=task_vectors.params(normalize=True, rescale=False, density=True),
-    needs_base=True,
+TIES = task_vectors.method(
+    "ties",
+    Frame(sparsify="largest", elect_sign=True),
+    largest,
+    normalize=True,
     paper="arXiv 2306.01708",
     summary="trim small entries, elect a sign, sum those that agree",
 )
