@@ -19,11 +19,17 @@ Items = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class ItemScore:
-    """One item's value of its task's metric."""
+    """One item's value of its task's metric, and two soft scores beside it where the task has a right answer.
+
+    probability: of the right answer, in [0, 1]: among the choices, or of the whole answer. logprob: mean log-probability
+    of a token of the right answer, in nats, at most 0.
+    """
 
     task: str
     item: str
     value: float
+    probability: float | None = None
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
