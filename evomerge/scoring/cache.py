@@ -36,14 +36,14 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def fork(cache: Any, *, rows: int | None = None, index: Tensor | None = None) -> Any:
-    """A cache over other rows; the original stays as it is. rows: a cache of one row for that many; index [n]: those rows."""
+def fork(cache: Any, *, rows: int = 1, index: Tensor | None = None) -> Any:
+    """A cache over other rows; the original stays as it is. index [n]: those rows; else a cache of one row for `rows`."""
     forked = copy.copy(cache)
     forked.layers = [_fork(layer, rows, index) for layer in cache.layers]
     return forked
 
 
-def _fork(layer: Any, rows: int | None, index: Tensor | None) -> Any:
+def _fork(layer: Any, rows: int, index: Tensor | None) -> Any:
     new = copy.copy(layer)
     for name, value in list(vars(new).items()):
         if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
@@ -53,7 +53,7 @@ def _fork(layer: Any, rows: int | None, index: Tensor | None) -> Any:
     return new
 
 
-def _own(state: Any, rows: int | None, index: Tensor | None) -> Any:
+def _own(state: Any, rows: int, index: Tensor | None) -> Any:
     if not isinstance(state, Tensor) or state.dim() < 2:
         return state
     return state.index_select(0, index) if index is not None else state.expand(rows, *state.shape[1:]).clone()
