@@ -40,6 +40,12 @@ MIGRATIONS = (
         evaluation INTEGER NOT NULL REFERENCES evaluations, UNIQUE (generation, slot));
     CREATE INDEX trials_by_recipe ON trials (recipe);
     """,
+    """
+    CREATE TABLE sensitivity (
+        id INTEGER PRIMARY KEY, centre TEXT NOT NULL REFERENCES recipes, axis TEXT NOT NULL, value REAL NOT NULL,
+        recipe TEXT NOT NULL REFERENCES recipes, role TEXT NOT NULL, item_set TEXT NOT NULL REFERENCES item_sets, score REAL, error TEXT,
+        metrics TEXT NOT NULL, scores TEXT NOT NULL, seconds TEXT NOT NULL, created REAL NOT NULL, UNIQUE (centre, axis, value, role, item_set));
+    """,
 )
 
 
@@ -187,6 +193,27 @@ class Store:
         rows = self._rows("SELECT * FROM evaluations WHERE recipe = ? ORDER BY id", (recipe_id,))
         return [(row["role"], self._scored(row)) for row in rows]
 
+    def add_sensitivity(
+        self, centre: Recipe, axis: str, value: float, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None
+    ) -> None:
+        """Stores a candidate scored with one coefficient changed, in one transaction. It is no evaluation of the search.
+
+        centre: the candidate; axis, value: the coefficient; recipe: what it was changed to.
+        """
+        with self._transaction():
+            set_id = self._add_items(items)
+            for known in (centre, recipe):
+                self._db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (known.id, known.canonical()))
+            values = (json.dumps([s.value for s in evaluation.items]), _json(evaluation.seconds), time.time())
+            row = (centre.id, axis, value, recipe.id, role, set_id, score, evaluation.error, _json(evaluation.metrics), *values)
+            names = "centre, axis, value, recipe, role, item_set, score, error, metrics, scores, seconds, created"
+            self._db.execute(f"INSERT INTO sensitivity ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def sensitivity(self, centre_id: str, role: Role, items: Items) -> dict[tuple[str, float], Scored]:
+        """(axis, value) -> what is stored of a candidate's neighbours on exactly these items."""
+        sql = "SELECT * FROM sensitivity WHERE centre = ? AND role = ? AND item_set = ? ORDER BY id"
+        return {(row["axis"], row["value"]): self._scored(row) for row in self._rows(sql, (centre_id, role, item_set_id(items)))}
+
     def trial(self, trial_id: int) -> Trial:
         """The trial with that id; raises StudyError if there is none."""
         row = self._row(_TRIALS + " WHERE t.id = ?", (trial_id,))
@@ -235,9 +262,8 @@ class Store:
         return str(self._row("PRAGMA integrity_check")[0])
 
     def _add_evaluation(self, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None) -> int:
-        set_id = item_set_id(items)
         self._db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe.id, recipe.canonical()))
-        self._db.execute("INSERT OR IGNORE INTO item_sets VALUES (?, ?)", (set_id, _items_json(items)))
+        set_id = self._add_items(items)
         key = (recipe.id, role, set_id)
         known = self._row("SELECT id FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", key)
         if known is not None:
@@ -249,6 +275,11 @@ class Store:
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
+
+    def _add_items(self, items: Items) -> str:
+        set_id = item_set_id(items)
+        self._db.execute("INSERT OR IGNORE INTO item_sets VALUES (?, ?)", (set_id, _items_json(items)))
+        return set_id
 
     def _scored(self, row: sqlite3.Row) -> Scored:
         body = self._row("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],))[0]
