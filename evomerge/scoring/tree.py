@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LAUNCH = 96  # what one more forward costs, in tokens
+_SHORT = 16  # tokens below which a prefix is not shared: rows on top of a cache lose the fast causal kernel
 _DEEP = 200  # levels of prefixes within prefixes that are looked at
 
 
@@ -25,7 +26,7 @@ def shared_prefixes(contexts: Sequence[tuple[int, ...]], launch: int = LAUNCH) -
     """(groups, left over): prefixes that pay for a prefill of their own, as (length, indices of contexts), and the rest.
 
     Walks the radix tree of the sorted contexts: a node of depth k with n contexts saves (n - 1) k tokens and costs about
-    `launch` tokens for one more forward; it is taken if that beats what its children save. Contexts should be distinct:
+    `launch` tokens for one more forward; it is taken if that beats what its children save. A prefix of under 16 tokens is left alone. Contexts should be distinct:
     the choices of one item are no group.
     """
     order = sorted(range(len(contexts)), key=lambda i: contexts[i])
@@ -37,7 +38,7 @@ def shared_prefixes(contexts: Sequence[tuple[int, ...]], launch: int = LAUNCH) -
             return 0, [], order[low:high]
         depth = min(lcp[low : high - 1])
         cuts = [low, *(j + 1 for j in range(low, high - 1) if lcp[j] == depth), high]
-        here = (high - low - 1) * depth - launch
+        here = (high - low - 1) * depth - launch if depth >= _SHORT else 0
         below, groups, left = 0, [], []
         for a, b in pairwise(cuts):
             saved, more, rest = walk(a, b, level + 1)
