@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import ConfigError, StudyError
-from evomerge.evaluation import ROLES, Evaluator, Objective, Term
+from evomerge.evaluation import ROLES, Evaluation, Evaluator, Objective, Term
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
@@ -95,7 +96,7 @@ def _prepare(
         space=space,
         baselines=baselines(space),
         soup=functools.partial(soup, space),
-        objective=Objective(tuple(Term(t.task, t.weight, harness.sign(t.task)) for t in settings.tasks), settings.objective),
+        objective=_objective(settings, harness),
         optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
         items={role: evaluator.items(role) for role in ROLES},
         per_generation=settings.evaluation.items,
@@ -153,6 +154,40 @@ def stored_parents(store: Store) -> dict[str, Parent]:
     return parents
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stored study with its models and tasks open again, as the search had them."""
+
+    settings: Config
+    parents: Mapping[str, Parent]
+    space: Space
+    harness: Any
+    objective: Objective
+
+    def load(self, evaluator: Evaluator | None = None) -> worker.Worker:
+        """Loads the base and merges into it; scores by `evaluator` where one is given."""
+        own = self.harness if evaluator is None else evaluator
+        return worker.Worker(self.parents, self.settings.base, own, dtype=self.settings.out_dtype, device=_device())
+
+    def score(self, evaluation: Evaluation) -> float | None:
+        """The objective, None where there is none."""
+        score = math.nan if evaluation.error is not None else self.objective(evaluation.metrics)
+        return score if math.isfinite(score) else None
+
+
+def open_study(store: Store) -> Opened:
+    """Opens what a stored study was searched with; raises StudyError where a model or a task is no longer what it was."""
+    parents = stored_parents(store)
+    study = store.study()
+    assert study is not None
+    settings, _ = config.stored(study.name, study.config, study.overrides)
+    _set_threads(parents[settings.base])
+    harness = _harness(settings, parents[settings.base])
+    if changed := [task for task, digest in harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
+        raise StudyError(f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back")
+    return Opened(settings, parents, make_space(settings, parents), harness, _objective(settings, harness))
+
+
 def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
     """The search space of a configuration over open parents."""
     base = parents[settings.base]
@@ -186,6 +221,10 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
     )
     dead = _dead(space, parents) if rule.needs_base else frozenset()
     return Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead", "searchable")}, dead=dead)
+
+
+def _objective(settings: Config, harness: Any) -> Objective:
+    return Objective(tuple(Term(t.task, t.weight, harness.sign(t.task)) for t in settings.tasks), settings.objective)
 
 
 def _harness(settings: Config, base: Parent) -> Any:
