@@ -1,27 +1,43 @@
-"""lm-eval tasks as an `Evaluator`: prompts, metrics and filters are lm-eval's own.
+"""lm-eval tasks as an `Evaluator`: prompts, metrics and filters are lm-eval's own, the forward passes the engine's.
 
-Tasks are loaded and their requests built once; a candidate costs forward passes, filters and metrics. Knows nothing
-of merging.
+Tasks are loaded and their requests built once; a set of items is compiled once and replayed for every candidate. Knows
+nothing of merging.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lm_eval.models.huggingface as hf
 from torch import nn
 
-from evomerge.errors import CandidateError, TaskError
+from evomerge.errors import CandidateError
 from evomerge.evaluation import Items, ItemScore, Role
-from evomerge.lm_harness.tasks import Loaded, Prompting, TaskSpec, fingerprint, load
+from evomerge.lm_harness.backend import Backend, LmEvalBackend
+from evomerge.lm_harness.groups import Group, add_groups
+from evomerge.lm_harness.items import Rules
+from evomerge.lm_harness.outcomes import Outcomes, check, gold_requests, measures, number, remember_documents, soft
+from evomerge.lm_harness.resident import ResidentBackend
+from evomerge.lm_harness.prompts import Prompting
+from evomerge.lm_harness.tasks import Loaded, TaskSpec, load
+from evomerge.scoring.verdicts import Verdict
 
 log = logging.getLogger(__name__)
+_COMPILED = 4  # sets of items whose plans are kept
+
+
+@dataclass(slots=True)
+class _Compiled:
+    """Items ready to be asked. rows: by task, (item, its requests, requests of its right answers); prepared: of a backend."""
+
+    rows: dict[str, list[tuple[str, list[Any], list[Any]]]]
+    requests: list[Any]
+    prepared: Any
 
 
 class LmHarness:
@@ -36,89 +52,137 @@ class LmHarness:
         include: Sequence[Path] = (),
         apply_chat_template: bool = False,
         fewshot_as_multiturn: bool = False,
+        system_instruction: str | None = None,
         limits: Mapping[Role, int] | None = None,
+        rules: Rules | None = None,
+        backend: Literal["resident", "lm-eval"] = "resident",
     ) -> None:
         """Loads tasks and builds every request.
 
         include: folders of task YAML files besides the shipped ones. limits: role -> most items of each task, chosen
-        by their hash. Raises TaskError for unknown tasks or metrics and for roles left without items.
+        by their hash. rules: which documents may become items. backend: 'resident' compiles the requests for the live model, 'lm-eval' hands all to HFLM.
+        batch_size: of what goes through HFLM. Raises TaskError for unknown tasks or metrics and for roles left without items.
         """
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self._tasks = load(specs, Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, limits), include)
-        self._lm: Any = None
+        found = load(specs, Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction), include, rules, limits)
+        self._tasks, self.groups, self._found = found.leaves, found.groups, found
+        self._outcomes = {name: Outcomes(loaded) for name, loaded in self._tasks.items()}
+        self._searched = {(name, item) for name, loaded in self._tasks.items() for item in loaded.items["search"]}
+        for loaded in self._tasks.values():
+            remember_documents(loaded.task)
+        self._kind = backend
+        self._model: nn.Module | None = None
+        self._backend: Backend
+        self._compiled: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
 
     def items(self, role: Role) -> Items:
         """Task name -> item ids of a role, in the order of the task's documents."""
         return {name: loaded.items[role] for name, loaded in self._tasks.items()}
 
     def sign(self, task: str) -> int:
-        """+1 if higher values of the task's metric are better, else -1."""
-        return 1 if self._tasks[task].higher_is_better else -1
+        """+1 if higher values of the metric of a task or group are better, else -1."""
+        return 1 if self._named(task).higher_is_better else -1
 
     def metric(self, task: str) -> str:
-        """Name of the metric of a task that is scored."""
-        return self._tasks[task].metric
+        """Name of the metric of a task or group that is scored."""
+        return self._named(task).metric
+
+    def leaves(self, task: str) -> tuple[tuple[str, float], ...]:
+        """(task with items, its share) of a group, shares summing to one; a task is its own leaf."""
+        return self.groups[task].shares() if task in self.groups else ((task, 1.0),)
+
+    def findings(self) -> tuple[str, ...]:
+        """Sentences about the items that a user should read: what occurs twice, is truncated, or is given away."""
+        return self._found.findings
+
+    def _named(self, task: str) -> Loaded | Group:
+        return self.groups[task] if task in self.groups else self._tasks[task]
+
+    def measures(self, task: str) -> tuple[str, ...]:
+        """Soft scores that a task, or every task of a group, has beside its metric: of 'probability' and 'logprob'."""
+        own = [measures(self._tasks[leaf]) for leaf, _ in self.leaves(task)]
+        return tuple(m for m in own[0] if all(m in others for others in own))
+
+    def is_mean(self, task: str) -> bool:
+        """Whether the metric of a task, or of every task of a group, is the mean of its items' values."""
+        own = [self._tasks[leaf] for leaf, _ in self.leaves(task)]
+        return all(getattr(loaded.task.aggregation()[loaded.metric], "__name__", "") == "mean" for loaded in own)
 
     def fingerprint(self) -> dict[str, str]:
-        """Task name -> SHA-256 of its settings, every item of every role and every request: what resume compares."""
-        return {name: fingerprint(loaded) for name, loaded in self._tasks.items()}
+        """Name of a task or group -> SHA-256 of its settings, every item of every role and every request: what resume compares."""
+        return {name: self._found.fingerprint(name) for name in self._found.terms}
+
+    def backends(self, model: nn.Module) -> dict[str, str]:
+        """Task name -> what answers it: 'compiled', or 'lm-eval: ' and why, in so far as its search items say."""
+        found = {}
+        for name, loaded in self._tasks.items():
+            self._compile(model, {name: loaded.items["search"][:1]})
+            reason = self._backend.handed(name)
+            found[name] = "compiled" if reason is None else f"lm-eval: {reason}"
+        return found
+
+    def techniques(self, model: nn.Module, items: Items) -> Mapping[str, Verdict]:
+        """Technique -> the numeric probe's verdict on this model, at the lengths of these items; none where lm-eval answers all."""
+        self._compile(model, items)
+        return self._backend.techniques()
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Per-item values and each task's metric as lm-eval computes them. Raises CandidateError for NaN log-likelihoods."""
-        chosen = {name: [(item, self._tasks[name].requests[item]) for item in ids] for name, ids in items.items() if ids}
-        self._respond(model, [request for rows in chosen.values() for _, requests in rows for request in requests])
+        """Per-item values and each task's metric as lm-eval computes them, and means of the soft scores as 'TASK:probability', 'TASK:logprob'.
+
+        Items of the search are scored by float32 sums, which tie less; all others with lm-eval's rounding. Raises
+        CandidateError for NaN log-likelihoods and for requests that the model cannot take.
+        """
+        compiled = self._answered(model, items)
         scores: list[ItemScore] = []
         metrics: dict[str, float] = {}
-        for name, rows in chosen.items():
+        for name, rows in compiled.rows.items():
             loaded = self._tasks[name]
-            values = self._values(loaded, rows)
+            values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
             metrics[name] = float(loaded.task.aggregation()[loaded.metric](list(values)))
-            for (item, _), value in zip(rows, values, strict=True):
-                number = _number(value)
-                if math.isnan(number):
+            own = []
+            for (item, requests, gold), value in zip(rows, values, strict=True):
+                found = number(value)
+                if math.isnan(found):
                     raise CandidateError(f"task '{name}' gave {value!r} for item {item}")
-                scores.append(ItemScore(name, item, number))
+                own.append(ItemScore(name, item, found, *soft(loaded, requests, gold, self._backend.tokens)))
+            scores += own
+            for measure in measures(loaded):
+                known = [v for s in own if (v := getattr(s, measure)) is not None]
+                if known:
+                    metrics[f"{name}:{measure}"] = math.fsum(known) / len(known)
+        add_groups(metrics, self.groups)
         return tuple(scores), metrics
 
-    def _respond(self, model: nn.Module, requests: Sequence[Any]) -> None:
-        """Puts the model's answers into the requests."""
-        if self._lm is None or self._lm._model is not model:
-            self._lm = hf.HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
-            self._lm._encode_pair = functools.cache(self._lm._encode_pair)  # requests are the same for every candidate
-        kinds: dict[str, list[Any]] = defaultdict(list)
-        for request in requests:
-            request.resps, request.filtered_resps = [], {}
-            kinds[request.request_type].extend([request] * request.repeats)
-        for kind, rows in kinds.items():
-            for request, answer in zip(rows, getattr(self._lm, kind)(rows, disable_tqdm=True), strict=True):
-                number = answer[0] if isinstance(answer, tuple) else answer if isinstance(answer, float) else 0.0
-                if math.isnan(number):
-                    raise CandidateError(f"the model gives NaN log-likelihoods in task '{request.task_name}'")
-                request.resps.append(answer)
+    def _answered(self, model: nn.Module, items: Items) -> _Compiled:
+        """Items whose requests hold the model's responses."""
+        compiled = self._compile(model, items)
+        searched = all((name, item) in self._searched for name, rows in compiled.rows.items() for item, _, _ in rows)
+        for request, answers in zip(compiled.requests, self._backend.answer(compiled.prepared, "float32" if searched else "model"), strict=True):
+            request.resps, request.filtered_resps = answers, {}
+        for name, rows in compiled.rows.items():
+            for item, requests, gold in rows:
+                check(self._tasks[name], item, [*requests, *gold])
+        return compiled
 
-    @staticmethod
-    def _values(loaded: Loaded, rows: Sequence[tuple[str, list[Any]]]) -> list[Any]:
-        task = loaded.task
-        task._instances = [request for _, requests in rows for request in requests]
-        task.apply_filters()
-        values = []
-        for item, requests in rows:
-            results = [request.filtered_resps[loaded.filter] for request in requests]
-            outcome = task.process_results(requests[0].doc, results)
-            if loaded.metric not in outcome:
-                raise TaskError(f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; it reports {sorted(outcome)}")
-            values.append(outcome[loaded.metric])
-        return values
+    def _compile(self, model: nn.Module, items: Items) -> _Compiled:
+        """The items' requests prepared for the model; the latest sets are kept."""
+        if self._model is not model:
+            if self._model is not None:
+                self._backend.close()
+            kind = ResidentBackend if self._kind == "resident" else LmEvalBackend
+            self._backend = kind(model, self.tokenizer, self.batch_size)
+            self._model = model
+            self._compiled.clear()
+        key = tuple((name, tuple(ids)) for name, ids in items.items() if ids)
+        if key not in self._compiled:
+            rows = {name: [self._row(name, item) for item in ids] for name, ids in key}
+            requests = [r for found in rows.values() for _, own, gold in found for r in (*own, *gold)]
+            self._compiled[key] = _Compiled(rows, requests, self._backend.prepare(requests))
+            if len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return self._compiled[key]
 
-
-def _number(value: Any) -> float:
-    """One number for an item's value: itself; whether a (gold, predicted) pair agrees; a (sum, count) pair's ratio."""
-    if isinstance(value, tuple) and len(value) == 2:
-        first, second = value
-        if isinstance(first, float) and second:
-            return first / float(second)
-        return float(bool(first == second))
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+    def _row(self, name: str, item: str) -> tuple[str, list[Any], list[Any]]:
+        requests = self._tasks[name].requests[item]
+        return item, requests, gold_requests(self._tasks[name], requests)

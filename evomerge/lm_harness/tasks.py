@@ -1,4 +1,4 @@
-"""lm-eval tasks loaded for a search: which documents serve which role, their requests built once, in lm-eval's own words."""
+"""lm-eval tasks loaded for a search: found by name, expanded if they are groups, their items dealt, their requests built once."""
 
 from __future__ import annotations
 
@@ -8,44 +8,58 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import lm_eval.tasks as lm_tasks
 from lm_eval import utils as lm_utils
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from evomerge import data
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation import ROLES, Role
+from evomerge.lm_harness import items as item_sets
+from evomerge.lm_harness.groups import Group, Wish, wish
+from evomerge.lm_harness.items import Asked, Rules, Splits
+from evomerge.lm_harness.prompts import Prompting, asked
+from evomerge.overlap import overlaps, read
 
 log = logging.getLogger(__name__)
+TREE = Path(lm_tasks.__file__).parent  # lm-eval's own tasks: public benchmarks
 # lm-eval compiles a task's templates anew for every document and every call; compiled once, they render the same text
 lm_utils.env.from_string = functools.lru_cache(maxsize=4096)(lm_utils.env.from_string)
-_SPLIT_SHARES: dict[Role, int] = {"search": 6, "validation": 2, "test": 2}  # tenths, for tasks with one split
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """What of a task is scored. metric: None for the task's first; filter: None for its first.
+    """What of a task, group or tag is scored. metric: None for the task's first; filter: None for its first.
 
     splits: 'declared' takes the task's training, validation and test documents for the roles; 'hash' deals the
-    documents that lm-eval would score (test, else validation) to the roles by hash: 6, 2 and 2 tenths.
+    documents that lm-eval would score (test, else validation) to the roles by hash: 6, 2 and 2 tenths; 'hash-train'
+    deals the training documents. items: role -> numbers or ids of exactly its documents. soft: score the right answers
+    of generation tasks too, which costs one more request an item.
     """
 
     task: str
     metric: str | None = None
     filter: str | None = None
     num_fewshot: int | None = None
-    splits: Literal["declared", "hash"] = "hash"
+    splits: Splits = "hash"
+    soft: bool = False
+    items: Mapping[Role, Sequence[int | str]] | None = None
 
 
 @dataclass(slots=True)
 class Loaded:
-    """A task with the requests of its items. requests: item id -> lm-eval instances, in order."""
+    """A task with the requests of its items. requests: item id -> lm-eval instances, in order.
+
+    size: test items before any limit. findings: sentences about its items that a user should read.
+    """
 
     spec: TaskSpec
     task: Any
@@ -54,119 +68,233 @@ class Loaded:
     higher_is_better: bool
     items: dict[Role, tuple[str, ...]]
     requests: dict[str, list[Any]]
+    size: int = 0
+    findings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class Prompting:
-    """How every task is asked. limits: role -> most items of each task, chosen by their hash."""
+class Tasks:
+    """Leaf tasks by name, the groups that some of them make up, and the names of both that the user wrote, in order."""
 
-    tokenizer: Any
-    chat: bool = False
-    multiturn: bool = False
-    limits: Mapping[Role, int] | None = None
+    leaves: dict[str, Loaded]
+    groups: dict[str, Group]
+    terms: tuple[str, ...]
+    findings: tuple[str, ...]
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 of a task, see `fingerprint`, or of a group's leaves and their weights."""
+        group = self.groups.get(name)
+        if group is None:
+            return fingerprint(self.leaves[name])
+        return hashlib.sha256(repr([(fingerprint(self.leaves[m]), m, n) for m, n in zip(group.members, group.sizes, strict=True)]).encode()).hexdigest()
 
 
-def load(specs: Sequence[TaskSpec], prompting: Prompting, include: Sequence[Path] = ()) -> dict[str, Loaded]:
-    """The tasks by name, in the order given. Raises TaskError for unknown tasks or metrics and for roles left without items."""
-    folders = [data.evaluators(), *include]
-    for folder in folders:
-        if not folder.is_dir():
-            raise TaskError(f"there is no task folder '{folder}'")
-    quiet = logging.getLogger("lm_eval")
-    quiet.setLevel(max(quiet.level, logging.ERROR))
-    manager = TaskManager(include_path=[str(f) for f in folders], include_defaults=False)
-    builtin: TaskManager | None = None
-    tasks: dict[str, Loaded] = {}
+def load(
+    specs: Sequence[TaskSpec],
+    prompting: Prompting,
+    include: Sequence[Path] = (),
+    rules: Rules | None = None,
+    limits: Mapping[Role, int] | None = None,
+) -> Tasks:
+    """The tasks, in the order given. limits: role -> most items of each leaf, chosen by their hash.
+
+    Raises TaskError for unknown tasks or metrics, for roles left without items, and for what the rules refuse. What
+    they allow but a user should know is logged as a warning, once, and kept as findings.
+    """
+    rules = rules or Rules()
+    catalogue = _Catalogue(include)
+    leaves: dict[str, tuple[Loaded, dict[Role, list[Asked]]]] = {}
+    wishes: dict[str, tuple[tuple[str, ...], Wish]] = {}
+    findings: list[str] = []
     for spec in specs:
-        if spec.task not in manager.all_subtasks and builtin is None:
-            log.info("reading lm-eval's own task tree for '%s'", spec.task)
-            builtin = TaskManager(include_path=[str(f) for f in folders])
-        source = manager if spec.task in manager.all_subtasks else builtin
-        assert source is not None
-        if spec.task not in source.all_subtasks:
-            raise TaskError(f"unknown task '{spec.task}'. {suggest(spec.task, source.all_subtasks)}")
         try:
-            tasks[spec.task] = _load(spec, source, prompting)
+            members, wished = _expand(spec, catalogue, findings)
+            for name, (own, task) in members.items():
+                if name in leaves:
+                    raise TaskError(f"task '{name}' is part of '{spec.task}' and of an entry before it; list it once")
+                leaves[name] = _load(own, task, prompting, rules, catalogue.is_benchmark(task, spec.task))
         except TaskError:
             raise
         except Exception as error:  # a task's templates and data can raise anything
             raise TaskError(f"task '{spec.task}' cannot be loaded: {type(error).__name__}: {error}") from error
-    return tasks
+        if wished is not None:
+            wishes[spec.task] = wished
+    if rules.training_texts:
+        _compare(leaves, rules)
+    for loaded, roles in leaves.values():
+        _settle(loaded, roles, limits or {})
+    tasks = {name: loaded for name, (loaded, _) in leaves.items()}
+    groups = {name: _group(name, members, wished, tasks) for name, (members, wished) in wishes.items()}
+    findings += [f for loaded in tasks.values() for f in loaded.findings]
+    for finding in findings:
+        log.warning(finding)
+    return Tasks(tasks, groups, tuple(spec.task for spec in specs), tuple(findings))
 
 
-def _load(spec: TaskSpec, manager: TaskManager, prompting: Prompting) -> Loaded:
-    task = build(manager, spec.task)
+class _Catalogue:
+    """Tasks by name: those shipped and included, and lm-eval's own tree once a name is in neither, for it takes seconds to read."""
+
+    def __init__(self, include: Sequence[Path]) -> None:
+        self.folders = [data.evaluators(), *include]
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise TaskError(f"there is no task folder '{folder}'")
+        quiet = logging.getLogger("lm_eval")
+        quiet.setLevel(max(quiet.level, logging.ERROR))
+        self.own = self._manager(self.folders)
+        self._all: TaskManager | None = None
+
+    def everything(self) -> TaskManager:
+        if self._all is None:
+            log.info("reading lm-eval's own task tree")
+            self._all = self._manager([TREE, *self.folders])
+        return self._all
+
+    def build(self, name: str) -> tuple[dict[str, Any], Any | None, bool]:
+        """(leaf tasks by name, lm-eval's group of that name or None, whether it is a tag). Raises TaskError for unknown names."""
+        manager = self.own if name in self.own.all_tasks else self.everything()
+        if name not in manager.all_tasks:
+            raise TaskError(f"unknown task '{name}'. {suggest(name, manager.all_tasks)}")
+        several = name not in manager.all_subtasks
+        try:
+            found = manager.load([name])
+        except Exception:  # a group of the user's may hold tasks of lm-eval's
+            if manager is not self.own or not several:
+                raise
+            found = self.everything().load([name])
+        return dict(found["tasks"]), found.get("groups", {}).get(name), several and name in manager.all_tags
+
+    def is_benchmark(self, task: Any, asked_as: str) -> bool:
+        """Whether a task comes from lm-eval's own tree and not from a folder of ours or the user's."""
+        source = (getattr(task.config, "metadata", None) or {}).get("config_source", "inline")
+        if source == "inline":  # shipped, of a group's own making, or written in Python
+            if asked_as in self.own.all_tasks:
+                return False
+            entry = self.everything().task_index.get(task.task_name) or self.everything().task_index[asked_as]
+            source = str(entry.yaml_path)
+        path = Path(source).resolve()
+        return path.is_relative_to(TREE.resolve()) and not any(path.is_relative_to(f.resolve()) for f in self.folders)
+
+    @staticmethod
+    def _manager(folders: Sequence[Path]) -> TaskManager:
+        """A manager in which the shipped tasks' data files, named from the repository's root, are found from anywhere."""
+        manager = TaskManager(include_path=[str(f) for f in folders], include_defaults=False)
+        for entry in manager.task_index.values():
+            if entry.yaml_path is not None and Path(entry.yaml_path).is_relative_to(data.evaluators()):
+                config = load_yaml(entry.yaml_path)
+                files = config.get("dataset_kwargs", {}).get("data_files")
+                if files:
+                    absolute = {split: str(data.root() / file) for split, file in files.items()}
+                    config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": absolute}
+                    entry.yaml_path, entry.cfg = None, config
+        return manager
+
+
+def _expand(
+    spec: TaskSpec, catalogue: _Catalogue, findings: list[str]
+) -> tuple[dict[str, tuple[TaskSpec, Any]], tuple[tuple[str, ...], Wish] | None]:
+    """(leaf name -> what of it is scored and lm-eval's task, for a group or tag its members and what number it wants)."""
+    tasks, group, tag = catalogue.build(spec.task)
+    if group is None and not tag:
+        return {spec.task: (spec, tasks[spec.task])}, None
+    if spec.items:
+        raise TaskError(f"'{spec.task}' is a group of {len(tasks)} tasks; items are listed for a task, so name its tasks one by one")
+    wished = wish(spec.task, group, spec.metric, spec.filter)
+    names = [task.task_name for task in group.get_all_tasks()] if group is not None else list(tasks)
+    reporting = {n for n in names if wished.metric in (None, *tasks[n].aggregation()) and wished.filter in (None, *_filters(tasks[n]))}
+    members = tuple(n for n in names if n in reporting)
+    if not members:
+        raise TaskError(f"none of the {len(names)} tasks of '{spec.task}' reports '{wished.metric}'; name another metric")
+    if silent := [n for n in names if n not in reporting]:
+        findings.append(f"group '{spec.task}': {', '.join(silent)} report no '{wished.metric}' and count for nothing, as in lm-eval")
+    if not wished.aggregated:
+        findings.append(f"lm-eval reports no number for '{spec.task}'; here it is the plain mean of its {len(members)} tasks")
+    leaves = {n: (replace(spec, task=n, metric=wished.metric, filter=wished.filter), tasks[n]) for n in members}
+    return leaves, (members, wished)
+
+
+def _group(name: str, members: tuple[str, ...], wished: Wish, tasks: Mapping[str, Loaded]) -> Group:
+    directions = {tasks[member].higher_is_better for member in members}
+    if len(directions) > 1:
+        raise TaskError(f"in some tasks of '{name}' a higher metric is better, in others a lower one; name a metric, or the tasks one by one")
+    sizes = tuple(tasks[member].size if wished.by_size else 1 for member in members)
+    return Group(name, members, sizes, wished.metric or tasks[members[0]].metric, directions.pop())
+
+
+def _load(spec: TaskSpec, task: Any, prompting: Prompting, rules: Rules, benchmark: bool) -> tuple[Loaded, dict[Role, list[Asked]]]:
+    """(a task without items yet, the documents of each role)."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
         raise TaskError(f"task '{spec.task}' executes code that models write; evomerge does not run it")
+    if benchmark and spec.splits == "hash" and not rules.allow_benchmark_test:
+        raise TaskError(_refusal(spec.task, task))
+    findings = []
     if spec.num_fewshot is not None:
+        if task.config.num_fewshot == 0 and spec.num_fewshot:
+            findings.append(
+                f"task '{spec.task}' fixes num_fewshot: 0, which lm-eval's --num_fewshot would not change; it is asked with {spec.num_fewshot}"
+            )
         task.set_config(key="num_fewshot", value=spec.num_fewshot)
-    known = list(task.aggregation())
-    metric = spec.metric or known[0]
+    known, filters = list(task.aggregation()), _filters(task)
+    metric, chosen = spec.metric or known[0], spec.filter or filters[0]
     if metric not in known:
         raise TaskError(f"task '{spec.task}' reports no metric '{metric}'. {suggest(metric, known)}")
-    filters = [f.name for f in task._filters]
-    chosen = spec.filter or filters[0]
     if chosen not in filters:
         raise TaskError(f"task '{spec.task}' has no filter '{chosen}'. {suggest(chosen, filters)}")
-    loaded = Loaded(spec, task, metric, chosen, bool(task.higher_is_better().get(metric, True)), {}, {})
-    for role, docs in _documents(task, spec).items():
-        if spec.splits == "declared" or not loaded.requests:
-            task.set_fewshot_seed(seed=1234)  # lm-eval's own, for each run over a split
-            ids = _requests(loaded, docs, prompting)
-            everything = list(loaded.requests)
-        else:
-            ids = everything
-        ids = [i for i in ids if spec.splits == "declared" or _dealt(i) == role]
-        limit = (prompting.limits or {}).get(role)
-        among = set(ids if limit is None else sorted(ids)[:limit])
-        kept = tuple(i for i in ids if i in among)  # in the order of the documents, as lm-eval batches them
-        if not kept:
-            raise TaskError(f"task '{spec.task}' has no items left for {role}; give it more documents or other splits")
-        loaded.items[role] = kept
-    seen: dict[str, Role] = {}
-    for role, role_ids in loaded.items.items():
-        for item in role_ids:
-            if seen.setdefault(item, role) != role:
-                raise TaskError(f"task '{spec.task}' has an item in both {seen[item]} and {role}: {loaded.requests[item][0].doc}")
-    needed = {i for ids in loaded.items.values() for i in ids}
-    loaded.requests = {item: requests for item, requests in loaded.requests.items() if item in needed}
-    return loaded
+    better = bool(task.higher_is_better().get(metric, True))
+    roles = item_sets.deal(spec.task, asked(task, spec.task, spec.splits, prompting), spec.items or {})
+    refuse = spec.splits == "declared" and rules.duplicates == "refuse"
+    roles, twins = item_sets.without_twins(spec.task, roles, refuse=refuse)
+    return Loaded(spec, task, metric, chosen, better, {}, {}, findings=[*findings, *twins]), roles
 
 
-def _requests(loaded: Loaded, docs: Sequence[Any], prompting: Prompting) -> list[str]:
-    """Builds the requests of documents in order, so that few-shot examples are those that lm-eval draws."""
-    task, ids = loaded.task, []
-    template = functools.partial(_chat_template, prompting.tokenizer) if prompting.chat else None
-    for index, doc in enumerate(docs):
-        item = _item_id(doc)
-        context = task.fewshot_context(
-            doc,
-            num_fewshot=task.config.num_fewshot or 0,
-            system_instruction=None,
-            apply_chat_template=prompting.chat,
-            fewshot_as_multiturn=prompting.multiturn,
-            chat_template=template,
-            gen_prefix=task.doc_to_prefix(doc),
-        )
-        made = task.construct_requests(
-            doc=doc,
-            ctx=context,
-            metadata=(loaded.spec.task, index, task.config.repeats),
-            apply_chat_template=prompting.chat,
-            chat_template=template,
-        )
-        if item not in loaded.requests:
-            _check_gold(task, doc)
-            loaded.requests[item] = made if isinstance(made, list) else [made]
-        ids.append(item)
-    return list(dict.fromkeys(ids))
+def _filters(task: Any) -> list[str]:
+    return [f.name for f in task._filters]
 
 
-def _chat_template(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    text = tokenizer.apply_chat_template(
-        history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+def _refusal(name: str, task: Any) -> str:
+    """Why a benchmark is not searched on, and what to do instead."""
+    which = "test" if task.has_test_docs() else "validation"
+    instead = (
+        "write splits: hash-train, which deals its training items, or splits: declared"
+        if task.has_training_docs()
+        else "it has no training items, so take another task for the search"
     )
-    return str(text)
+    return (
+        f"task '{name}' is lm-eval's: with splits: hash the search would optimise on the benchmark's own {which} items, and its score there "
+        f"would mean nothing any more; {instead}, or accept that with evaluation.allow_benchmark_test: true"
+    )
+
+
+def _compare(leaves: Mapping[str, tuple[Loaded, dict[Role, list[Asked]]]], rules: Rules) -> None:
+    """Finds, and perhaps drops, items that the training texts hold; the texts are read once for all tasks."""
+    rows = [(loaded, role, row) for loaded, roles in leaves.values() for role in ROLES for row in roles[role]]
+    result = overlaps([row.text for _, _, row in rows], read(rules.training_texts), rules.overlap_ngram)
+    drop = rules.overlap == "drop"
+    for loaded, roles in leaves.values():
+        for role in ROLES:
+            shared = [row for at in result.found for owner, r, row in [rows[at]] if owner is loaded and r == role]
+            short = sum(1 for at in result.short if rows[at][0] is loaded and rows[at][1] == role)
+            total = len(roles[role])
+            if shared:
+                how = f"share {rules.overlap_ngram} words in a row with the training texts{' and are left out' if drop else ''}"
+                loaded.findings.append(f"task '{loaded.spec.task}': {len(shared)} of {total} items of {role} {how}: {item_sets.named(shared)}")
+            if short:
+                loaded.findings.append(f"task '{loaded.spec.task}': {short} of {total} items of {role} are too short to compare with training texts")
+            if drop:
+                gone = {row.item for row in shared}
+                roles[role] = [row for row in roles[role] if row.item not in gone]
+
+
+def _settle(loaded: Loaded, roles: Mapping[Role, Sequence[Asked]], limits: Mapping[Role, int]) -> None:
+    """Gives a task its items and their requests."""
+    loaded.size = len(roles["test"])
+    for role in ROLES:
+        most = None if loaded.spec.items and role in loaded.spec.items else limits.get(role)
+        rows = item_sets.limited(roles[role], most)
+        if not rows:
+            raise TaskError(f"task '{loaded.spec.task}' has no items left for {role}; give it more documents or other splits")
+        loaded.items[role] = tuple(row.item for row in rows)
+        loaded.requests |= {row.item: row.requests for row in rows}
 
 
 def fingerprint(loaded: Loaded) -> str:
@@ -181,55 +309,3 @@ def fingerprint(loaded: Loaded) -> str:
             for request in loaded.requests[item]:
                 digest.update(repr(request.args).encode())
     return digest.hexdigest()
-
-
-def build(manager: TaskManager, name: str) -> Any:
-    """The lm-eval task object; data files named relative to the repository are found next to the shipped tasks."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    entry = manager.task_index[name]
-    if entry.yaml_path is not None and str(entry.yaml_path).startswith(str(data.evaluators())):
-        config = load_yaml(entry.yaml_path)
-        files = config.get("dataset_kwargs", {}).get("data_files", {})
-        config["dataset_kwargs"] = {**config.get("dataset_kwargs", {}), "data_files": {k: str(data.root() / v) for k, v in files.items()}}
-        return manager.load([config])["tasks"][name]
-    return manager.load([name])["tasks"][name]
-
-
-def _check_gold(task: Any, doc: Any) -> None:
-    """lm-eval scores an item whose right answer is none of the choices as wrong, whatever the model says."""
-    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
-        return
-    options, gold = task.doc_to_choice(doc), task.doc_to_target(doc)
-    for right in gold if isinstance(gold, list) else [gold]:
-        if not ((isinstance(right, int) and 0 <= right < len(options)) or right in options):
-            raise TaskError(f"task '{task.config.task}' has an item whose answer {right!r} is none of its choices: {doc}")
-
-
-def _documents(task: Any, spec: TaskSpec) -> dict[Role, list[Any]]:
-    if spec.splits == "hash":
-        docs = list(task.eval_docs)
-        return dict.fromkeys(ROLES, docs)
-    found = {
-        "search": task.has_training_docs() and task.training_docs(),
-        "validation": task.has_validation_docs() and task.validation_docs(),
-        "test": task.has_test_docs() and task.test_docs(),
-    }
-    missing = [role for role, docs in found.items() if not docs]
-    if missing:
-        raise TaskError(f"task '{spec.task}' declares no documents for {', '.join(missing)}; use splits: hash")
-    return {role: list(found[role]) for role in ROLES}
-
-
-def _item_id(doc: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a document's canonical JSON."""
-    return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _dealt(item: str) -> Role:
-    tenth = int(item[:8], 16) % 10
-    for role in ROLES:
-        tenth -= _SPLIT_SHARES[role]
-        if tenth < 0:
-            return role
-    raise AssertionError("shares sum to ten")
