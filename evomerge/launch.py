@@ -26,7 +26,7 @@ from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.pools import InProcessPool
 from evomerge.space import EMBEDDINGS, HEAD, Range, Space
-from evomerge.store import Store
+from evomerge.store import Store, StudyRow
 from evomerge.study import Plan, Progress, Study
 from evomerge.study_files import store_path
 from evomerge.vocabulary import check_rows
@@ -85,6 +85,7 @@ def _prepare(
         "parents": {name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()} for name, m in settings.models.items()},
         "tasks": harness.fingerprint(),
         "metrics": {t.task: harness.metric(t.task) for t in settings.tasks},
+        "terms": _terms(settings, harness),
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
         "axes": [axis.name for axis in space.axes],
         "diagonal": stored.facts["diagonal"] if stored else diagonal,  # a larger budget must not change the optimizer
@@ -96,7 +97,7 @@ def _prepare(
         space=space,
         baselines=baselines(space),
         soup=functools.partial(soup, space),
-        objective=_objective(settings, harness),
+        objective=_objective(settings, facts["terms"]),
         optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
         items={role: evaluator.items(role) for role in ROLES},
         per_generation=settings.evaluation.items,
@@ -185,7 +186,7 @@ def open_study(store: Store) -> Opened:
     harness = _harness(settings, parents[settings.base])
     if changed := [task for task, digest in harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
         raise StudyError(f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back")
-    return Opened(settings, parents, make_space(settings, parents), harness, _objective(settings, harness))
+    return Opened(settings, parents, make_space(settings, parents), harness, stored_objective(study))
 
 
 def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
@@ -223,8 +224,29 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
     return Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead", "searchable")}, dead=dead)
 
 
-def _objective(settings: Config, harness: Any) -> Objective:
-    return Objective(tuple(Term(t.task, t.weight, harness.sign(t.task)) for t in settings.tasks), settings.objective)
+def _terms(settings: Config, harness: Any) -> dict[str, dict[str, Any]]:
+    """What the tasks say of themselves: a fact of the study, so that its scores are compared without loading tasks."""
+    return {
+        t.task: {"sign": harness.sign(t.task), "mean": harness.is_mean(t.task), "leaves": [[leaf, share] for leaf, share in harness.leaves(t.task)]}
+        for t in settings.tasks
+    }
+
+
+def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]]) -> Objective:
+    """The objective of a configuration; said: `_terms`."""
+    terms = []
+    for t in settings.tasks:
+        own = said[t.task]
+        terms.append(Term(t.task, t.weight, own["sign"], leaves=tuple((leaf, share) for leaf, share in own["leaves"]), mean=own["mean"]))
+    return Objective(tuple(terms), settings.objective)
+
+
+def stored_objective(study: StudyRow) -> Objective:
+    """The objective of a stored study, from its rows alone; raises StudyError for one begun before tasks were described there."""
+    settings, _ = config.stored(study.name, study.config, study.overrides)
+    if "terms" not in study.facts:
+        raise StudyError(f"{study.name} was begun with an evomerge that did not store what its tasks' metrics are; begin it anew to compare")
+    return _objective(settings, study.facts["terms"])
 
 
 def _harness(settings: Config, base: Parent) -> Any:
