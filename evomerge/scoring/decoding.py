@@ -1,0 +1,117 @@
+"""What every greedy decoder shares: the prompts as tensors, the forward with its cache, and the texts as they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomerge.scoring import cache
+from evomerge.scoring.heads import RowHead, device_of, dtype_of
+from evomerge.scoring.masks import Windows, windows
+from evomerge.scoring.processors import process
+from evomerge.scoring.stops import Stops
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prompts that are prefilled in one forward.
+
+    requests: their numbers; prefix: the number of the prefix they all begin with, which is not among ids; ids [b, S];
+    rows [b]: where each row's logits are read in [b * S]; positions [b, S] or None where the model takes none; mask
+    [b, S] of padding or None; lengths: tokens of each prompt, the prefix included. Without padding (`lockstep`) ids holds
+    what all rows have: the rest of longer prompts is fed token by token.
+    """
+
+    requests: tuple[int, ...]
+    prefix: int | None
+    ids: Tensor
+    rows: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """Prompts ready to be decoded any number of times.
+
+    prompts: distinct ones; limits: most new tokens of each; places: of each prompt asked for, its number among them;
+    prefixes: shared beginnings [1, P]; chunks: in the order in which they are prefilled; processors: of each prompt, or None.
+    slots: rows that run at once; length: positions that a row needs.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    limits: tuple[int, ...]
+    places: tuple[int, ...]
+    stops: Stops
+    processors: list[Any] | None
+    decoder: str
+    prefixes: tuple[Tensor, ...]
+    chunks: tuple[Chunk, ...]
+    slots: int
+    length: int
+
+
+class Forward:
+    """A model's forward over a cache, at the rows that are read."""
+
+    def __init__(self, model: nn.Module, head: RowHead, pad_id: int) -> None:
+        self.model, self.head, self.pad_id = model, head, pad_id
+        self.device, self.dtype = device_of(model), dtype_of(model)
+        self.limits: Windows = windows(model)
+        self.argument = cache.cache_argument(model)
+        self.takes_positions = cache.takes_positions(model)
+
+    def __call__(self, rows: Tensor, ids: Tensor, past: Any, *, positions: Tensor | None = None, mask: Any = None) -> Tensor:
+        """Logits [N, V] of rows [N] of ids [B, S]; `past` grows by them. positions [B, S]; mask: as the model takes it."""
+        inputs: dict[str, Any] = {"use_cache": False}
+        if past is not None:
+            if self.argument is None:
+                raise TypeError(f"{type(self.model).__name__} takes no cache that can be forked")
+            inputs = {self.argument: past, "use_cache": True}
+        if positions is not None and self.takes_positions:
+            inputs["position_ids"] = positions
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        return self.head(rows, ids, **inputs)
+
+    def prefill(self, ids: Tensor, *, windowed: bool) -> Any:
+        """The cache of tokens [1, P]. windowed: as the model keeps it; else every position in every layer."""
+        past = cache.new_cache(self.model, windowed=windowed)
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        self(torch.zeros(1, dtype=torch.long, device=self.device), ids, past, positions=positions)
+        return past
+
+
+class Texts:
+    """Generated tokens of every prompt of a plan. trace: the logits that each token was taken from are kept as well."""
+
+    def __init__(self, plan: GenerationPlan, eos_ids: frozenset[int], *, trace: bool = False) -> None:
+        self._plan, self._eos = plan, eos_ids
+        self.tokens: list[list[int]] = [[] for _ in plan.prompts]
+        self.trace: list[list[Tensor]] | None = [[] for _ in plan.prompts] if trace else None
+
+    def add(self, requests: Sequence[int], logits: Tensor) -> tuple[list[int], list[int]]:
+        """Appends the likeliest token of each request from logits [n, V]: (tokens [n], places in [0, n) of rows that go on).
+
+        The token that ends a text is kept: HFLM decodes it with the rest.
+        """
+        plan = self._plan
+        if self.trace is not None:
+            for request, row in zip(requests, logits.float().cpu(), strict=True):
+                self.trace[request].append(row)
+        if plan.processors is not None:
+            rows = [process(plan.processors[r], plan.prompts[r], self.tokens[r], row) for r, row in zip(requests, logits, strict=True)]
+            logits = torch.stack(rows)
+        new: list[int] = logits.argmax(-1).tolist()
+        hit, eos, limits, going = plan.stops.hit, self._eos, plan.limits, []
+        for place, (request, token) in enumerate(zip(requests, new, strict=True)):
+            text = self.tokens[request]
+            text.append(token)
+            if token not in eos and len(text) < limits[request] and not hit(text):
+                going.append(place)
+        return new, going

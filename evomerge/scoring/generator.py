@@ -1,0 +1,191 @@
+"""Greedy generation on a live model: the tokens that lm-eval's HFLM gets at batch size 1, many prompts at a time.
+
+Prompts never change between candidates, so a plan is compiled once and run on every one. Which decoder a model can be
+trusted with is decided by `evomerge.scoring.regret`. Knows nothing of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomerge.scoring import lockstep, slots
+from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Texts
+from evomerge.scoring.heads import RowHead
+from evomerge.scoring.processors import processors
+from evomerge.scoring.stops import Stops
+from evomerge.scoring.tree import LAUNCH, shared_prefixes
+
+DECODERS = ("slots", "padded", "equal", "single")  # the fastest first
+_LOGITS = 1 << 26  # elements of logits that one forward may make
+_SPREAD = 64  # most tokens by which prompts of an unpadded batch differ
+
+
+class Generator:
+    """Decodes prompts on one model, whose weights may change between two runs of a plan."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: RowHead,
+        *,
+        tokenizer: Any,
+        max_length: int,
+        pad_id: int,
+        eos_ids: frozenset[int],
+        decoder: str,
+        shares: bool = False,
+        rows: int = 512,
+        tokens: int = 2048,
+        memory: int = 1 << 30,
+        launch: int = LAUNCH,
+    ) -> None:
+        """decoder: of DECODERS, 'single' being 'equal' with one row; shares: whether prefixes may be shared, both as `probe_decoders` allows.
+
+        eos_ids: of the generation config and the tokenizer. rows: most prompts that run at once; tokens: most inputs of one
+        forward; memory: bytes that the keys and values of running prompts may take, if one prompt fits; launch: what a
+        forward costs, in tokens. Raises ValueError for an unknown decoder.
+        """
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got '{decoder}'")
+        self.model, self.tokenizer, self.max_length, self.eos_ids = model, tokenizer, max_length, eos_ids
+        self.decoder, self.rows, self.tokens, self.memory, self.launch = decoder, 1 if decoder == "single" else rows, tokens, memory, launch
+        self.forward = Forward(model, head, pad_id)
+        self.shares = shares and self.forward.argument is not None
+        config: Any = model.config
+        self._most: int = max(1, _LOGITS // config.get_text_config(decoder=True).vocab_size)
+        self._stops: dict[tuple[str, ...], Stops] = {}
+
+    @torch.inference_mode()
+    def compile(
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new: int | Sequence[int], *, processed: bool = True
+    ) -> GenerationPlan:
+        """The plan for prompts (token ids), stop strings and the most new tokens, of all or of each.
+
+        processed: as the model's generation_config asks (penalties, suppressed tokens); else by its logits alone.
+        A prompt that leaves no room for its new tokens loses its beginning, as in HFLM. Raises ValueError for an empty
+        prompt, and where new tokens alone fill max_length.
+        """
+        wanted = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
+        found: dict[tuple[tuple[int, ...], int], int] = {}
+        places = []
+        for prompt, most in zip(prompts, wanted, strict=True):
+            room = self.max_length - most
+            if not len(prompt) or most < 1 or room < 1:
+                raise ValueError(
+                    f"{most} new tokens after a prompt of {len(prompt)}; expected a prompt, at least 1 new token and fewer than {self.max_length}"
+                )
+            places.append(found.setdefault((tuple(prompt[-room:]), most), len(found)))
+        unique, limits = tuple(p for p, _ in found), tuple(m for _, m in found)
+        length = max((len(p) + m for p, m in found), default=1)
+        running = self._running(len(unique), length)
+        prefixes, chunks = self._chunks(unique, limits, running)
+        kept = tuple(stops)
+        if kept not in self._stops:
+            self._stops[kept] = Stops(self.tokenizer, kept)
+        rules = processors(self.model, unique, limits) if processed else None
+        return GenerationPlan(unique, limits, tuple(places), self._stops[kept], rules, self.decoder, prefixes, chunks, running, length)
+
+    @torch.inference_mode()
+    def run(self, plan: GenerationPlan) -> list[list[int]]:
+        """New tokens of each prompt asked for, the one that ends it included. Raises whatever the model raises."""
+        texts = self.texts(plan)
+        return [list(texts.tokens[place]) for place in plan.places]
+
+    @torch.inference_mode()
+    def texts(self, plan: GenerationPlan, *, trace: bool = False) -> Texts:
+        """As `run`, but of the distinct prompts. trace: with the logits behind every token."""
+        texts = Texts(plan, self.eos_ids, trace=trace)
+        (slots if plan.decoder == "slots" else lockstep).decode(plan, self.forward, texts)
+        return texts
+
+    # ---- compiling ---------------------------------------------------------------------------------------------------------
+
+    def _running(self, prompts: int, length: int) -> int:
+        """How many rows of a length fit at once."""
+        fit = max(1, self.memory // max(1, self._row_bytes(length)))
+        return max(1, min(self.rows, prompts, fit, self._most))
+
+    def _row_bytes(self, length: int) -> int:
+        """Bytes of the cache of one row: measured at one and two tokens, for what grows with the length and what does not."""
+        if self.forward.argument is None:
+            return 0
+        one, two = (_bytes(self._cached(n)) for n in (1, 2))
+        return one + (two - one) * (length - 1)
+
+    def _cached(self, tokens: int) -> Any:
+        ids = torch.full((1, tokens), self.forward.pad_id, device=self.forward.device)
+        return self.forward.prefill(ids, windowed=self.decoder != "slots")
+
+    def _chunks(self, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], running: int) -> tuple[tuple[Tensor, ...], tuple[Chunk, ...]]:
+        """Prefixes, and chunks of the longest prompts first; those of one prefix follow each other."""
+        groups: list[tuple[int, list[int]]] = []
+        left = list(range(len(prompts)))
+        if self.shares:
+            groups, left = shared_prefixes([p[:-1] for p in prompts], self.launch)  # a token is left to be read from
+        parts = [*groups, (0, left)]
+        parts.sort(key=lambda part: -max((len(prompts[i]) for i in part[1]), default=0))
+        prefixes: list[Tensor] = []
+        chunks: list[Chunk] = []
+        for depth, members in parts:
+            number = None
+            if depth:
+                number = len(prefixes)
+                prefixes.append(torch.tensor([prompts[members[0]][:depth]], device=self.forward.device))
+            ordered = sorted(members, key=lambda i: -len(prompts[i]))
+            padded = self.decoder == "padded" and not depth
+            way = "padded" if padded else "slots" if self.decoder == "slots" else "equal"
+            for batch in self._batches([len(prompts[i]) - depth for i in ordered], [limits[i] for i in ordered], running, way):
+                chunks.append(self._chunk(prompts, [ordered[k] for k in batch], number, depth, padded))
+        return tuple(prefixes), tuple(chunks)
+
+    def _batches(self, lengths: Sequence[int], limits: Sequence[int], running: int, way: str) -> Iterator[range]:
+        """Places of prompts, the longest first, that make one chunk each."""
+        most = running
+        if way == "slots" and running < len(lengths):
+            most = max(1, running // 4)  # a chunk waits until it fits
+        start = 0
+        while start < len(lengths):
+            end = start + 1
+            spread = {"slots": lengths[start], "padded": lengths[start] // 2, "equal": min(_SPREAD, limits[start])}[way]
+            while (
+                end < len(lengths)
+                and end - start < most
+                and (end - start + 1) * lengths[start] <= self.tokens
+                and lengths[start] - lengths[end] <= spread
+            ):
+                end += 1
+            yield range(start, end)
+            start = end
+
+    def _chunk(self, prompts: Sequence[tuple[int, ...]], members: list[int], prefix: int | None, depth: int, padded: bool) -> Chunk:
+        """Tensors of prompts that are prefilled together."""
+        device, pad = self.forward.device, self.forward.pad_id
+        rests = [prompts[i][depth:] for i in members]
+        lengths = tuple(len(prompts[i]) for i in members)
+        width = max(map(len, rests))
+        mask = positions = None
+        if self.decoder == "slots":
+            ids = torch.tensor([[*r, *[pad] * (width - len(r))] for r in rests], device=device)
+            rows = torch.tensor([k * width + len(r) - 1 for k, r in enumerate(rests)], device=device)
+            positions = torch.arange(depth, depth + width, device=device).expand(len(rests), -1)
+        elif padded:
+            ids = torch.tensor([[*[pad] * (width - len(r)), *r] for r in rests], device=device)
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rests], device=device)
+            rows = torch.arange(1, len(rests) + 1, device=device) * width - 1
+            positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        else:
+            width = min(map(len, rests))
+            ids = torch.tensor([r[:width] for r in rests], device=device)
+            rows = torch.arange(1, len(rests) + 1, device=device) * width - 1
+        return Chunk(tuple(members), prefix, ids, rows, positions, mask, lengths)
+
+
+def _bytes(past: Any) -> int:
+    """Bytes of the tensors of a cache."""
+    values: list[Any] = [value for layer in past.layers for value in vars(layer).values()]
+    tensors = [item for value in values for item in (value.values() if isinstance(value, dict) else [value])]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
