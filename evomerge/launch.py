@@ -19,7 +19,7 @@ from evomerge import __version__, config, worker
 from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
-from evomerge.errors import ConfigError, StudyError
+from evomerge.errors import CandidateError, ConfigError, StudyError
 from evomerge.evaluation import ROLES, Evaluation, Evaluator, Objective, Term
 from evomerge.lora import open_parent
 from evomerge.methods import method
@@ -70,26 +70,23 @@ def prepare(
 def _prepare(
     settings: Config, text: str, store: Store, overrides: Mapping[str, int], show: Callable[[Progress], None], wrap: Callable[[Evaluator], Evaluator]
 ) -> Study:
-    parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
-    check_compatible(parents, settings.base)
-    if warning := check_rows(parents, settings.base):
+    opened = open_search(settings)
+    parents, space, harness = opened.parents, opened.space, opened.harness
+    for warning in opened.warnings:
         log.warning(warning)
-    base = parents[settings.base]
-    threads = _set_threads(base)
-    space = make_space(settings, parents)
-    harness = _harness(settings, base)
     evaluator = wrap(harness)
+    scorer = opened.load(evaluator)
     search, stored = settings.search, store.study()
-    diagonal = search.diagonal if search.diagonal is not None else search.evaluations < 20 * len(space.axes)
     facts = {
         "parents": {name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()} for name, m in settings.models.items()},
         "tasks": harness.fingerprint(),
         "metrics": {t.task: harness.metric(t.task) for t in settings.tasks},
         "terms": _terms(settings, harness),
+        "backends": backends(harness, scorer.model) if evaluator is harness else {},
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
         "axes": [axis.name for axis in space.axes],
-        "diagonal": stored.facts["diagonal"] if stored else diagonal,  # a larger budget must not change the optimizer
-        "threads": threads,
+        "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),  # a larger budget must not change the optimizer
+        "threads": torch.get_num_threads(),
         "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     _agree(store, settings, text, overrides, facts)
@@ -106,8 +103,22 @@ def _prepare(
         start_at_best=search.start == "best",
         seed=search.seed,
     )
-    pool = InProcessPool(worker.Worker(parents, settings.base, evaluator, dtype=settings.out_dtype, device=_device()))
-    return Study(plan, store, pool, show)
+    return Study(plan, store, InProcessPool(scorer), show)
+
+
+def is_diagonal(settings: Config, space: Space) -> bool:
+    """Whether CMA-ES learns a diagonal covariance: as asked, else where the budget is too small for a full one."""
+    search = settings.search
+    return search.diagonal if search.diagonal is not None else search.evaluations < 20 * len(space.axes)
+
+
+def backends(harness: Any, model: torch.nn.Module) -> dict[str, str]:
+    """Task -> what answers it with this model: 'compiled', or 'lm-eval: ' and why; 'nothing: ' and why where it cannot be asked at all."""
+    try:
+        found: dict[str, str] = harness.backends(model)
+    except CandidateError as error:  # the search will say so of every candidate
+        return dict.fromkeys(harness.items("search"), f"nothing: {error}")
+    return found
 
 
 def _device() -> str:
@@ -115,7 +126,7 @@ def _device() -> str:
     return os.environ.get("EVOMERGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _set_threads(base: Parent) -> int:
+def _set_threads(base: Parent) -> None:
     """$EVOMERGE_THREADS, else one for models too small to share out (under 20 M parameters), else every core.
 
     Scores are compared bit for bit at resume, and sums depend on the number of threads: it is one of the study's facts.
@@ -126,7 +137,6 @@ def _set_threads(base: Parent) -> int:
         raise ConfigError(f"$EVOMERGE_THREADS must be a number of threads, got '{given}'; correct or unset it")
     threads = int(given) if given else 1 if small else os.cpu_count() or 1
     torch.set_num_threads(threads)
-    return threads
 
 
 def _remove(path: Path) -> None:
@@ -157,13 +167,14 @@ def stored_parents(store: Store) -> dict[str, Parent]:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A stored study with its models and tasks open again, as the search had them."""
+    """The models, tasks and space of a search, open. warnings: what a user should know of the models."""
 
     settings: Config
     parents: Mapping[str, Parent]
     space: Space
     harness: Any
     objective: Objective
+    warnings: tuple[str, ...] = ()
 
     def load(self, evaluator: Evaluator | None = None) -> worker.Worker:
         """Loads the base and merges into it; scores by `evaluator` where one is given."""
@@ -176,17 +187,31 @@ class Opened:
         return score if math.isfinite(score) else None
 
 
+def open_search(settings: Config) -> Opened:
+    """Opens what a search needs; raises what `prepare` raises for models that do not fit each other and tasks that cannot be had."""
+    parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
+    check_compatible(parents, settings.base)
+    warning = check_rows(parents, settings.base)
+    return _opened(settings, parents, (warning,) if warning else ())
+
+
 def open_study(store: Store) -> Opened:
     """Opens what a stored study was searched with; raises StudyError where a model or a task is no longer what it was."""
     parents = stored_parents(store)
     study = store.study()
     assert study is not None
     settings, _ = config.stored(study.name, study.config, study.overrides)
-    _set_threads(parents[settings.base])
-    harness = _harness(settings, parents[settings.base])
-    if changed := [task for task, digest in harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
+    opened = _opened(settings, parents, ())
+    if changed := [task for task, digest in opened.harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
         raise StudyError(f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back")
-    return Opened(settings, parents, make_space(settings, parents), harness, stored_objective(study))
+    return opened
+
+
+def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...]) -> Opened:
+    _set_threads(parents[settings.base])
+    space = make_space(settings, parents)
+    harness = _harness(settings, parents[settings.base])
+    return Opened(settings, parents, space, harness, _objective(settings, _terms(settings, harness)), warnings)
 
 
 def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
