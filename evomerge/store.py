@@ -17,36 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from evomerge.errors import SetupError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore, Role
 from evomerge.recipe import Recipe
+from evomerge.schema import MIGRATIONS
 
-MIGRATIONS = (
-    """
-    CREATE TABLE study (
-        id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT NOT NULL, seed INTEGER NOT NULL, config TEXT NOT NULL,
-        overrides TEXT NOT NULL, facts TEXT NOT NULL, state TEXT NOT NULL, outcome TEXT, created REAL NOT NULL, finished REAL);
-    CREATE TABLE recipes (id TEXT PRIMARY KEY, body TEXT NOT NULL);
-    CREATE TABLE item_sets (id TEXT PRIMARY KEY, body TEXT NOT NULL);
-    CREATE TABLE evaluations (
-        id INTEGER PRIMARY KEY, recipe TEXT NOT NULL REFERENCES recipes, role TEXT NOT NULL,
-        item_set TEXT NOT NULL REFERENCES item_sets, score REAL, error TEXT, metrics TEXT NOT NULL, scores TEXT NOT NULL,
-        seconds TEXT NOT NULL, created REAL NOT NULL, UNIQUE (recipe, role, item_set));
-    CREATE TABLE trials (
-        id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, slot INTEGER NOT NULL, origin TEXT NOT NULL, label TEXT,
-        genome TEXT, parents TEXT NOT NULL, recipe TEXT NOT NULL REFERENCES recipes,
-        evaluation INTEGER NOT NULL REFERENCES evaluations, UNIQUE (generation, slot));
-    CREATE INDEX trials_by_recipe ON trials (recipe);
-    """,
-    """
-    CREATE TABLE sensitivity (
-        id INTEGER PRIMARY KEY, centre TEXT NOT NULL REFERENCES recipes, axis TEXT NOT NULL, value REAL NOT NULL,
-        recipe TEXT NOT NULL REFERENCES recipes, role TEXT NOT NULL, item_set TEXT NOT NULL REFERENCES item_sets, score REAL, error TEXT,
-        metrics TEXT NOT NULL, scores TEXT NOT NULL, seconds TEXT NOT NULL, created REAL NOT NULL, UNIQUE (centre, axis, value, role, item_set));
-    """,
-)
+Purpose = Role | Literal["rung"]
+"""What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a generation's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +33,9 @@ class Trial:
     """One candidate as it was tried. origin: parent, hand, sampled, injected or mean; label: a hand recipe's name.
 
     generation 0 holds parents and hand recipes; genome is None where the recipe came from no genome. parents: ids of
-    the trials recombined into it. evaluation: row of its search score; score None means it failed, see `error`.
+    the trials recombined into it. score: the objective as the search sees it, None means it failed, see `error`;
+    reported: the objective by the tasks' metrics. dropped: the rung, from 1, at which a race dropped it: its scores are
+    then those of a part of the items. violation: by how much it breaks the search's `keep`, 0 where it keeps it.
     """
 
     id: int
@@ -69,6 +50,9 @@ class Trial:
     error: str | None
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
+    reported: float | None = None
+    dropped: int | None = None
+    violation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +71,11 @@ class StudyRow:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A stored evaluation of a recipe on a role's items."""
+    """A stored evaluation of a recipe on some items. score: what ranked it; reported: the objective by the tasks' metrics."""
 
     score: float | None
     evaluation: Evaluation
+    reported: float | None = None
 
 
 class Store:
@@ -167,31 +152,68 @@ class Store:
         items: Items,
         evaluation: Evaluation,
         score: float | None,
+        reported: float | None = None,
+        point: tuple[float, ...] | None = None,
+        dropped: int | None = None,
+        violation: float = 0.0,
     ) -> Trial:
-        """Stores a trial with its recipe and search evaluation in one transaction."""
+        """Stores a trial with its recipe and search evaluation in one transaction.
+
+        reported: None where it is the score. point: see `add_evaluation`. dropped, violation: see `Trial`.
+        """
         with self._transaction():
-            row = self._add_evaluation(recipe, "search", items, evaluation, score)
+            row = self._add_evaluation(recipe, "search", items, evaluation, score, reported, point)
             values = (generation, slot, origin, label, json.dumps(genome) if genome is not None else None, json.dumps(parents), recipe.id, row)
-            cursor = self._db.execute(
-                "INSERT INTO trials (generation, slot, origin, label, genome, parents, recipe, evaluation) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
-            )
+            columns = "generation, slot, origin, label, genome, parents, recipe, evaluation, dropped, violation"
+            cursor = self._db.execute(f"INSERT INTO trials ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, dropped, violation))
         assert cursor.lastrowid is not None
         return self.trial(cursor.lastrowid)
 
-    def add_evaluation(self, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None) -> None:
-        """Stores an evaluation outside the search (validation, test) in one transaction."""
-        with self._transaction():
-            self._add_evaluation(recipe, role, items, evaluation, score)
+    def add_evaluation(
+        self,
+        recipe: Recipe,
+        role: Purpose,
+        items: Items,
+        evaluation: Evaluation,
+        score: float | None,
+        reported: float | None = None,
+        point: tuple[float, ...] | None = None,
+    ) -> None:
+        """Stores an evaluation that is no trial's (validation, test, a rung) in one transaction.
 
-    def evaluation(self, recipe_id: str, role: Role, items: Items) -> Scored | None:
+        point: the tasks' values, higher is better. Of each role and set of items the store keeps the front: the points
+        that no other equals or betters in every task and betters in one.
+        """
+        with self._transaction():
+            self._add_evaluation(recipe, role, items, evaluation, score, reported, point)
+
+    def evaluation(self, recipe_id: str, role: Purpose, items: Items) -> Scored | None:
         """The stored evaluation of a recipe on exactly these items, if there is one."""
         row = self._row("SELECT * FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", (recipe_id, role, item_set_id(items)))
         return None if row is None else self._scored(row)
 
     def evaluations(self, recipe_id: str) -> list[tuple[Role, Scored]]:
-        """All stored evaluations of a recipe, oldest first."""
-        rows = self._rows("SELECT * FROM evaluations WHERE recipe = ? ORDER BY id", (recipe_id,))
+        """All stored evaluations of a recipe, oldest first; the rungs of races are left out."""
+        rows = self._rows("SELECT * FROM evaluations WHERE recipe = ? AND role != 'rung' ORDER BY id", (recipe_id,))
         return [(row["role"], self._scored(row)) for row in rows]
+
+    def trial_items(self, trial: Trial) -> tuple[ItemScore, ...]:
+        """The item scores behind a trial's own score; none if it failed."""
+        row = self._row("SELECT e.* FROM trials t JOIN evaluations e ON e.id = t.evaluation WHERE t.id = ?", (trial.id,))
+        return self._scored(row).evaluation.items
+
+    def front(self, role: Role) -> list[Trial]:
+        """The candidates that no other dominates among those scored on the role's newest set of items, the earliest first.
+
+        Candidates are compared with those scored on the same items alone: for the search, those of one generation.
+        """
+        newest = self._row("SELECT e.item_set FROM front f JOIN evaluations e ON e.id = f.evaluation WHERE e.role = ? ORDER BY e.id DESC", (role,))
+        own = "t.evaluation = e.id" if role == "search" else "t.recipe = e.recipe"
+        sql = (
+            f"SELECT min(t.id) FROM front f JOIN evaluations e ON e.id = f.evaluation JOIN trials t ON {own} "
+            "WHERE e.role = ? AND e.item_set = ? GROUP BY e.id ORDER BY min(t.id)"
+        )
+        return [self.trial(row[0]) for row in self._rows(sql, (role, newest[0]))] if newest else []
 
     def add_sensitivity(
         self, centre: Recipe, axis: str, value: float, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None
@@ -235,8 +257,8 @@ class Store:
         return int(self._row("SELECT count(*) FROM trials")[0])
 
     def count_evaluations(self) -> dict[str, int]:
-        """Role -> number of stored evaluations; 'failed' -> those with an error."""
-        rows = self._rows("SELECT role, count(*), sum(error IS NOT NULL) FROM evaluations GROUP BY role")
+        """Role -> number of stored evaluations; 'failed' -> those with an error, rungs of races not counted."""
+        rows = self._rows("SELECT role, count(*), sum(error IS NOT NULL AND role != 'rung') FROM evaluations GROUP BY role")
         return {row[0]: row[1] for row in rows} | {"failed": sum(row[2] for row in rows)}
 
     def recipe(self, recipe_id: str) -> Recipe:
@@ -261,7 +283,16 @@ class Store:
         """'ok', or what SQLite's integrity check found."""
         return str(self._row("PRAGMA integrity_check")[0])
 
-    def _add_evaluation(self, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None) -> int:
+    def _add_evaluation(
+        self,
+        recipe: Recipe,
+        role: Purpose,
+        items: Items,
+        evaluation: Evaluation,
+        score: float | None,
+        reported: float | None,
+        point: tuple[float, ...] | None,
+    ) -> int:
         self._db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe.id, recipe.canonical()))
         set_id = self._add_items(items)
         key = (recipe.id, role, set_id)
@@ -269,12 +300,24 @@ class Store:
         if known is not None:
             return int(known[0])
         values = [s.value for s in evaluation.items]
+        soft = (_column([s.probability for s in evaluation.items]), _column([s.logprob for s in evaluation.items]))
+        names = "recipe, role, item_set, score, error, metrics, scores, seconds, created, reported, probabilities, logprobs"
         cursor = self._db.execute(
-            "INSERT INTO evaluations (recipe, role, item_set, score, error, metrics, scores, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*key, score, evaluation.error, _json(evaluation.metrics), json.dumps(values), _json(evaluation.seconds), time.time()),
+            f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*key, score, evaluation.error, _json(evaluation.metrics), json.dumps(values), _json(evaluation.seconds), time.time(), reported, *soft),
         )
         assert cursor.lastrowid is not None
+        if point is not None and score is not None:
+            self._add_to_front(cursor.lastrowid, role, set_id, point)
         return cursor.lastrowid
+
+    def _add_to_front(self, evaluation: int, role: Purpose, set_id: str, point: tuple[float, ...]) -> None:
+        sql = "SELECT f.* FROM front f JOIN evaluations e ON e.id = f.evaluation WHERE e.role = ? AND e.item_set = ?"
+        held = [(int(row["evaluation"]), tuple(json.loads(row["point"]))) for row in self._rows(sql, (role, set_id))]
+        if any(_dominates(other, point) for _, other in held):
+            return
+        self._db.executemany("DELETE FROM front WHERE evaluation = ?", [(other,) for other, place in held if _dominates(point, place)])
+        self._db.execute("INSERT INTO front VALUES (?, ?)", (evaluation, json.dumps(point)))
 
     def _add_items(self, items: Items) -> str:
         set_id = item_set_id(items)
@@ -285,9 +328,12 @@ class Store:
         body = self._row("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],))[0]
         names = [(task, item) for task, ids in json.loads(body) for item in ids]
         values = json.loads(row["scores"])
-        items = tuple(ItemScore(task, item, v) for (task, item), v in zip(names, values, strict=False))
+        stored = row.keys()  # a scan's rows hold no soft scores
+        soft = [json.loads(row[n]) if n in stored and row[n] else [None] * len(values) for n in ("probabilities", "logprobs")]
+        items = tuple(ItemScore(task, item, *scores) for (task, item), *scores in zip(names, values, *soft, strict=False))
         evaluation = Evaluation(row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"])
-        return Scored(row["score"], evaluation)
+        reported = row["reported"] if "reported" in stored else None
+        return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
 
     def _rows(self, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         """All rows of a query; raises StudyError where the file is damaged or another program's."""
@@ -315,7 +361,7 @@ class Store:
             raise
 
 
-_TRIALS = "SELECT t.*, e.score, e.error, e.metrics, e.seconds FROM trials t JOIN evaluations e ON e.id = t.evaluation"
+_TRIALS = "SELECT t.*, e.score, e.reported, e.error, e.metrics, e.seconds FROM trials t JOIN evaluations e ON e.id = t.evaluation"
 
 
 def item_set_id(items: Items) -> str:
@@ -342,6 +388,9 @@ def _trial(row: sqlite3.Row) -> Trial:
         error=row["error"],
         metrics=json.loads(row["metrics"]),
         seconds=json.loads(row["seconds"]),
+        reported=row["score"] if row["reported"] is None else row["reported"],
+        dropped=row["dropped"],
+        violation=row["violation"] or 0.0,
     )
 
 
@@ -373,6 +422,16 @@ def _lock(path: Path) -> IO[str]:
     handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
     handle.flush()
     return handle
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether a is at least as good as b everywhere and better somewhere."""
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+
+def _column(values: list[float | None]) -> str | None:
+    """A list of soft scores; NULL where no item has one."""
+    return json.dumps(values) if any(v is not None for v in values) else None
 
 
 def _json(value: Mapping[str, float]) -> str:

@@ -22,6 +22,7 @@ from evomerge.optimizers import Array, Optimizer
 from evomerge.pools import Job, Pool
 from evomerge.recipe import Recipe
 from evomerge.space import Space
+from evomerge.statistics import paired
 from evomerge.store import Scored, Store, Trial
 
 log = logging.getLogger(__name__)
@@ -202,11 +203,11 @@ class Study:
 
     def _against(self, winner: Trial, other: Trial, tested: Mapping[str, Scored]) -> dict[str, Any]:
         """The winner's lead over a reference on the test items, paired."""
-        if self.plan.objective.kind != "mean":
+        if not self.plan.objective.is_mean_of_items:
             return {}
         pair = (tested[winner.recipe_id].evaluation.items, tested[other.recipe_id].evaluation.items)
-        lead, error = self.plan.objective.paired_difference(*pair)
-        return {} if math.isnan(lead) else {"lead": lead, "lead_error": error}
+        lead = paired(*pair, self.plan.objective.shares())
+        return {"lead": lead.mean, "lead_error": lead.error} if math.isfinite(lead.error) else {}
 
     def _score_all(self, role: Role, trials: Sequence[Trial]) -> dict[str, Scored]:
         """Scores of the trials' recipes on all items of a role."""

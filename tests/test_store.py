@@ -21,7 +21,8 @@ from toy import stored_rows, weight_space
 from evomerge.errors import EvomergeError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipe import Recipe
-from evomerge.store import MIGRATIONS, Store, Trial, item_set_id
+from evomerge.schema import MIGRATIONS
+from evomerge.store import Store, Trial, item_set_id
 
 SPACE = weight_space()
 ITEMS: Items = {"first": ("a", "b"), "second": ("c",)}
@@ -91,7 +92,7 @@ def test_a_trial_comes_back_to_the_bit(store: Store, file: Path) -> None:
     two = add(store, 3, 6, recipe(0.3), genome=None, parents=(), origin="hand", error="it broke")
     assert one == Trial(
         1, 3, 5, "injected", "TIES .5, sum", genome, (4, 2, 9), recipe(0.2).id, 1 / 3, None,
-        {"first": 0.5 / 3, "second": 0.5 / 3}, {"merge": 0.25, "score": 1 / 3},
+        {"first": 0.5 / 3, "second": 0.5 / 3}, {"merge": 0.25, "score": 1 / 3}, reported=1 / 3,
     )  # fmt: skip
     assert two == Trial(2, 3, 6, "hand", None, None, (), recipe(0.3).id, None, "it broke", {}, {"merge": 0.25})
     assert store.trial(1) == store.trial_at(3, 5) == one

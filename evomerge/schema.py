@@ -1,0 +1,36 @@
+"""The tables of a study's file, as the scripts that bring an older file up to date, oldest first. Runs none of them."""
+
+from __future__ import annotations
+
+MIGRATIONS = (
+    """
+    CREATE TABLE study (
+        id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT NOT NULL, seed INTEGER NOT NULL, config TEXT NOT NULL,
+        overrides TEXT NOT NULL, facts TEXT NOT NULL, state TEXT NOT NULL, outcome TEXT, created REAL NOT NULL, finished REAL);
+    CREATE TABLE recipes (id TEXT PRIMARY KEY, body TEXT NOT NULL);
+    CREATE TABLE item_sets (id TEXT PRIMARY KEY, body TEXT NOT NULL);
+    CREATE TABLE evaluations (
+        id INTEGER PRIMARY KEY, recipe TEXT NOT NULL REFERENCES recipes, role TEXT NOT NULL,
+        item_set TEXT NOT NULL REFERENCES item_sets, score REAL, error TEXT, metrics TEXT NOT NULL, scores TEXT NOT NULL,
+        seconds TEXT NOT NULL, created REAL NOT NULL, UNIQUE (recipe, role, item_set));
+    CREATE TABLE trials (
+        id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, slot INTEGER NOT NULL, origin TEXT NOT NULL, label TEXT,
+        genome TEXT, parents TEXT NOT NULL, recipe TEXT NOT NULL REFERENCES recipes,
+        evaluation INTEGER NOT NULL REFERENCES evaluations, UNIQUE (generation, slot));
+    CREATE INDEX trials_by_recipe ON trials (recipe);
+    """,
+    """
+    CREATE TABLE sensitivity (
+        id INTEGER PRIMARY KEY, centre TEXT NOT NULL REFERENCES recipes, axis TEXT NOT NULL, value REAL NOT NULL,
+        recipe TEXT NOT NULL REFERENCES recipes, role TEXT NOT NULL, item_set TEXT NOT NULL REFERENCES item_sets, score REAL, error TEXT,
+        metrics TEXT NOT NULL, scores TEXT NOT NULL, seconds TEXT NOT NULL, created REAL NOT NULL, UNIQUE (centre, axis, value, role, item_set));
+    """,
+    """
+    ALTER TABLE evaluations ADD COLUMN reported REAL;
+    ALTER TABLE evaluations ADD COLUMN probabilities TEXT;
+    ALTER TABLE evaluations ADD COLUMN logprobs TEXT;
+    ALTER TABLE trials ADD COLUMN dropped INTEGER;
+    ALTER TABLE trials ADD COLUMN violation REAL;
+    CREATE TABLE front (evaluation INTEGER PRIMARY KEY REFERENCES evaluations, point TEXT NOT NULL);
+    """,
+)
