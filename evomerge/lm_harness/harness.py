@@ -22,8 +22,9 @@ from evomerge.lm_harness.backend import Backend, LmEvalBackend
 from evomerge.lm_harness.groups import Group, add_groups
 from evomerge.lm_harness.items import Rules
 from evomerge.lm_harness.outcomes import Outcomes, check, gold_requests, measures, number, remember_documents, soft
-from evomerge.lm_harness.resident import ResidentBackend
 from evomerge.lm_harness.prompts import Prompting
+from evomerge.lm_harness.resident import ResidentBackend
+from evomerge.lm_harness.samples import Sample, sample
 from evomerge.lm_harness.tasks import Loaded, TaskSpec, load
 from evomerge.scoring.verdicts import Verdict
 
@@ -60,8 +61,9 @@ class LmHarness:
         """Loads tasks and builds every request.
 
         include: folders of task YAML files besides the shipped ones. limits: role -> most items of each task, chosen
-        by their hash. rules: which documents may become items. backend: 'resident' compiles the requests for the live model, 'lm-eval' hands all to HFLM.
-        batch_size: of what goes through HFLM. Raises TaskError for unknown tasks or metrics and for roles left without items.
+        by their hash. rules: which documents may become items. backend: 'resident' compiles the requests for the live
+        model, 'lm-eval' hands all to HFLM. batch_size: of what goes through HFLM. Raises TaskError for unknown tasks or
+        metrics, for roles left without items, and for what the rules refuse.
         """
         self.tokenizer, self.batch_size = tokenizer, batch_size
         found = load(specs, Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction), include, rules, limits)
@@ -152,6 +154,14 @@ class LmHarness:
                     metrics[f"{name}:{measure}"] = math.fsum(known) / len(known)
         add_groups(metrics, self.groups)
         return tuple(scores), metrics
+
+    def samples(self, model: nn.Module, items: Items) -> list[Sample]:
+        """Prompt, right answer, the model's output and its value, item by item."""
+        found: list[Sample] = []
+        for name, rows in self._answered(model, items).rows.items():
+            values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
+            found += [sample(self._tasks[name], item, requests, number(value)) for (item, requests, _), value in zip(rows, values, strict=True)]
+        return found
 
     def _answered(self, model: nn.Module, items: Items) -> _Compiled:
         """Items whose requests hold the model's responses."""

@@ -86,7 +86,8 @@ class Tasks:
         group = self.groups.get(name)
         if group is None:
             return fingerprint(self.leaves[name])
-        return hashlib.sha256(repr([(fingerprint(self.leaves[m]), m, n) for m, n in zip(group.members, group.sizes, strict=True)]).encode()).hexdigest()
+        members = [(member, size, fingerprint(self.leaves[member])) for member, size in zip(group.members, group.sizes, strict=True)]
+        return hashlib.sha256(repr(members).encode()).hexdigest()
 
 
 def load(
