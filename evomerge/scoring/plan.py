@@ -22,6 +22,7 @@ TECHNIQUES: tuple[Technique, ...] = ("tree", "fork", "prefix", "plain")
 """From the one that shares most down."""
 _Item = TypeVar("_Item")
 _LEAST = 8  # tokens below which a context is not worth a cache of its own
+_WORTH = 0.8  # of its rows' tokens: a tree that is no smaller is not worth its mask
 _RAGGED = 16  # tokens by which the contexts of one batch of forks may differ
 
 
@@ -148,12 +149,19 @@ class _Planner:
             by_context: dict[tuple[int, ...], list[int]] = {}
             for i in numbers:
                 by_context.setdefault(self.inputs[i][length : self.requests[i].first + 1], []).append(i)
-            grown = [(tree([self.inputs[i][length:] for i in choices]), choices) for choices in by_context.values()]
-            source = self._prefill(numbers, length, windowed=False)
-            chains = [i for t, choices in grown if len(t.tokens) == max(len(p) for p in t.paths) for i in choices]
-            branching = [(t, choices) for t, choices in grown if len(t.tokens) > max(len(p) for p in t.paths)]
-            self._rows(chains, length, source, masked=source is not None)
-            self._trees(branching, length, source)
+            alone: list[int] = []
+            grown: list[tuple[Tree, list[int]]] = []
+            for context, choices in by_context.items():
+                rows = _merged([self.inputs[i][length:] for i in choices])
+                t = tree([self.inputs[i][length:] for i in choices]) if len(rows) > 1 and len(context) >= _LEAST else None
+                if t is None or len(t.tokens) > self.facts.tokens or len(t.tokens) > _WORTH * sum(len(row) for row, _ in rows):
+                    alone += choices  # a mask costs more than it saves
+                else:
+                    grown.append((t, choices))
+            if grown:
+                self._trees(grown, length, self._prefill(numbers, length, windowed=False))
+            if alone:
+                self._rows(alone, length, self._prefill(numbers, length))
 
     # ---- the pieces ----------------------------------------------------------------------------------------------------
 
@@ -175,12 +183,9 @@ class _Planner:
         ids = torch.tensor([self.inputs[numbers[0]][:length]])
         return self._add(ids, past=0, keep=True, windowed=windowed)
 
-    def _rows(self, numbers: Sequence[int], past: int = 0, source: int | None = None, *, masked: bool = False) -> None:
+    def _rows(self, numbers: Sequence[int], past: int = 0, source: int | None = None) -> None:
         """Right-padded rows, sorted by length; inputs that begin another input are read from its row."""
         rows = sorted(_merged([self.inputs[i] for i in numbers]), key=lambda row: -len(row[0]))
-        if masked:
-            self._trees([(tree([row[past:]]), [numbers[i] for i in own]) for row, own in rows], past, source)
-            return
         for batch in self._batches(rows, lambda row: len(row[0]) - past, lambda row: self._count(numbers[i] for i in row[1])):
             ids = self._padded([row[past:] for row, _ in batch])
             reads = [(numbers[i], b * ids.shape[1] - past) for b, (_, own) in enumerate(batch) for i in own]
@@ -209,8 +214,7 @@ class _Planner:
             ids = self._padded([t.tokens for t, _ in batch])
             reads: list[tuple[int, list[int]]] = []
             for b, (t, own) in enumerate(batch):
-                paths = t.paths if len(t.paths) == len(own) else t.paths * len(own)
-                for path, i in zip(paths, own, strict=True):
+                for path, i in zip(t.paths, own, strict=True):
                     first = self.requests[i].first - past
                     reads.append((i, [b * width + node for node in path[first : first + len(self.requests[i].continuation)]]))
             seen, queries, keys = visible([t for t, _ in batch], past, width)
