@@ -20,7 +20,7 @@ from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import CandidateError, ConfigError, StudyError
-from evomerge.evaluation import ROLES, Evaluation, Evaluator, Objective, Term
+from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Objective, Term
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
@@ -110,6 +110,12 @@ def is_diagonal(settings: Config, space: Space) -> bool:
     """Whether CMA-ES learns a diagonal covariance: as asked, else where the budget is too small for a full one."""
     search = settings.search
     return search.diagonal if search.diagonal is not None else search.evaluations < 20 * len(space.axes)
+
+
+def first_items(pool: Items, settings: Config) -> dict[str, tuple[str, ...]]:
+    """As many items of each task as a generation is scored on."""
+    count = settings.evaluation.items
+    return {task: tuple(ids[: count if isinstance(count, int) else count.get(task, len(ids))]) for task, ids in pool.items()}
 
 
 def backends(harness: Any, model: torch.nn.Module) -> dict[str, str]:

@@ -106,18 +106,20 @@ def points(space: Space, genome: Sequence[float], places: Sequence[int], step: f
             if recipe.id not in seen:
                 seen.add(recipe.id)
                 found.append(Point(axis.name, axis.value(gene), recipe))
+    if not found:
+        raise ConfigError(f"no step of {step:g} stays inside the bounds of the chosen axes; choose a smaller one")
     return found
 
 
-def subset(pool: Items, count: int) -> dict[str, tuple[str, ...]]:
-    """The same `count` items of each task whenever it is asked, all where a task has fewer: the first by a hash."""
-    if count < 2:
-        raise ConfigError(f"a scan needs at least 2 items of each task for an error, got {count}")
+def subset(pool: Items, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """The same items of each task whenever it is asked: the first of a hash, as many as `sizes` says or as there are."""
+    if few := [f"{task}: {size}" for task, size in sizes.items() if size < 2]:
+        raise ConfigError(f"a scan needs at least 2 items of each task for an error, got {', '.join(few)}")
 
     def place(task: str, item: str) -> bytes:
         return hashlib.sha256(f"sensitivity/{task}/{item}".encode()).digest()
 
-    return {task: tuple(sorted(ids, key=lambda item: place(task, item))[:count]) for task, ids in pool.items()}
+    return {task: tuple(sorted(ids, key=lambda item: place(task, item))[: sizes[task]]) for task, ids in pool.items()}
 
 
 def scan(

@@ -18,9 +18,11 @@ FLOORS = {
     "statistics": 1,
     "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "resident": 2, "lm_harness": 2, "store": 2, "baselines": 2, "placement": 2,
     "vocabulary": 2,
-    "folder": 3, "worker": 3, "export": 3, "report": 3, "merging": 3, "oracle": 3,
-    "pools": 4, "study": 4,
-    "launch": 5, "cli": 5,
+    "folder": 3, "worker": 3, "export": 3, "report": 3, "merging": 3, "oracle": 3, "sensitivity": 3,
+    "pools": 4, "study": 4, "comparing": 4, "plots": 4,
+    "launch": 5,
+    "looking": 6, "planning": 6,
+    "cli": 7,
 }  # fmt: skip
 SAME_FLOOR = {
     ("recipe", "errors"): "everyone raises our exceptions",
@@ -39,10 +41,12 @@ SAME_FLOOR = {
     ("baselines", "space"): "a hand recipe is a point of a space under another method",
     ("study", "pools"): "the loop hands jobs to the Pool protocol",
     ("statistics", "evaluation"): "estimates rest on per-item scores",
-    ("cli", "launch"): "a verb makes one library call",
 }
-ONE_ROOM = {"ray": set(), "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"}}
-HEAVY = {"torch", "ray", "cma", "lm_eval", "transformers", "numpy", "pydantic", "datasets", "safetensors", "huggingface_hub", "yaml"}
+ONE_ROOM = {
+    "ray": set(), "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"},
+    "matplotlib": {"plots"},
+}  # fmt: skip
+HEAVY = {"torch", "ray", "cma", "lm_eval", "transformers", "numpy", "pydantic", "datasets", "safetensors", "huggingface_hub", "yaml", "matplotlib"}
 
 
 def room(file: Path) -> str:

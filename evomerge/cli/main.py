@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from evomerge.errors import ConfigError, EvomergeError, StudyError
-
-if TYPE_CHECKING:
-    from evomerge.store import Store
+from evomerge.cli import look
+from evomerge.cli.flags import Root, open_store, split
+from evomerge.errors import ConfigError, EvomergeError
 
 app = typer.Typer(
     name="evomerge",
@@ -22,8 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the studies.", show_default="$EVOMERGE_ROOT or results")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and log lines.")]
 _verbose = False
 
@@ -58,6 +54,9 @@ def _options(verbose: Verbose = False) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
 
 
+app.command(rich_help_panel="Plan")(look.plan)
+
+
 @app.command(rich_help_panel="Search")
 def run(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
@@ -86,7 +85,7 @@ def resume(
     """Go on with a stored study, perhaps with a larger budget."""
     from evomerge import config as configs
 
-    with _open(study, root) as store:
+    with open_store(study, root) as store:
         row = store.study()
     if row is None:
         raise ConfigError(f"'{study}' holds no study yet; start it with run")
@@ -99,44 +98,8 @@ def resume(
     _search(settings, text, given, root, resume=True)
 
 
-@app.command(rich_help_panel="Look")
-def status(
-    study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None, root: Root = None, as_json: Json = False
-) -> None:
-    """State, best candidate, parents and hand recipes of a study; without a name, every study in a line."""
-    from evomerge import report
-    from evomerge.cli import screens
-    from evomerge.study_files import root as studies_root
-    from evomerge.study_files import studies
-
-    if study is None:
-        rows = []
-        for name in studies(studies_root(root)):
-            try:
-                with _open(name, root) as store:
-                    if store.study() is not None:
-                        rows.append(report.summary(store))
-            except StudyError as error:  # one that cannot be read hides no other
-                print(f"error[{error.code}] {error}", file=sys.stderr)
-        print(json.dumps(rows, indent=2) if as_json else screens.studies(rows))
-        return
-    with _open(study, root) as store:
-        data = report.summary(store)
-    print(json.dumps(data, indent=2) if as_json else screens.study(data))
-
-
-@app.command(rich_help_panel="Look")
-def show(candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")], root: Root = None, as_json: Json = False) -> None:
-    """One candidate: where it comes from, its scores, or why it failed."""
-    from evomerge import report
-    from evomerge.cli import screens
-
-    study, reference = _split(candidate)
-    with _open(study, root) as store:
-        trial = report.resolve(store, reference)
-        data = report.candidate(store, trial)
-        recipe = store.recipe(trial.recipe_id)
-    print(json.dumps(data | {"recipe_body": json.loads(recipe.canonical())}, indent=2) if as_json else screens.candidate(data))
+for verb in (look.status, look.show, look.compare, look.sensitivity):
+    app.command(rich_help_panel="Look")(verb)
 
 
 @app.command(rich_help_panel="Ship")
@@ -151,8 +114,8 @@ def export(
     from evomerge import launch, report
     from evomerge.cli import screens
 
-    study, reference = _split(candidate)
-    with _open(study, root) as store:
+    study, reference = split(candidate)
+    with open_store(study, root) as store:
         trial = report.resolve(store, reference)
         parents = launch.stored_parents(store)
         with screens.bar("tensors") as progress:
@@ -211,14 +174,6 @@ def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | No
     print(f"report: {path}\nnext:   evomerge export {settings.study}/best OUT --weights{where}")
 
 
-def _open(study: str, root: Path | None) -> Store:
-    from evomerge.store import Store
-    from evomerge.study_files import root as studies_root
-    from evomerge.study_files import store_path
-
-    return Store.open(store_path(study, studies_root(root)))
-
-
 def _bytes(size: str | None) -> int | None:
     """8G, 500M, 1.5GB or a plain number of bytes."""
     if size is None:
@@ -233,10 +188,3 @@ def _bytes(size: str | None) -> int | None:
     if not 0 < found < 1e18:
         raise ConfigError(f"--memory takes a size such as 8G or 500M, got '{size}'")
     return int(found)
-
-
-def _split(candidate: str) -> tuple[str, str]:
-    study, slash, reference = candidate.partition("/")
-    if not slash or not study or not reference:
-        raise ConfigError(f"'{candidate}' names no candidate; write STUDY/ID or STUDY/best")
-    return study, reference

@@ -37,7 +37,7 @@ def summary(store: Store) -> dict[str, Any]:
 
 
 def resolve(store: Store, reference: str) -> Trial:
-    """The trial that 'best' or a number names."""
+    """The trial that 'best', a number or the label of a parent or hand recipe names."""
     study = store.study()
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
@@ -47,7 +47,10 @@ def resolve(store: Store, reference: str) -> Trial:
             raise StudyError(f"{study.name} has no scored candidate yet")
         return store.trial(int(best["id"]))
     if not (reference.isascii() and reference.isdigit() and len(reference) < 18):
-        raise StudyError(f"'{reference}' names no candidate of {study.name}; use a number or 'best'")
+        labelled = {t.label: t for t in store.trials() if t.generation == 0}
+        if reference not in labelled:
+            raise StudyError(f"'{reference}' names no candidate of {study.name}; use a number, 'best', or a parent's or hand recipe's name")
+        return labelled[reference]
     return store.trial(int(reference))
 
 

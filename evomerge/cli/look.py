@@ -1,0 +1,115 @@
+"""Verbs that look and start nothing: plan, status, show, compare, sensitivity."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evomerge.cli.flags import Json, Root, open_store, split
+from evomerge.errors import ConfigError, StudyError
+
+
+def plan(
+    config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
+    probe: Annotated[bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Everything that can be checked before a search starts: models, space, tasks and their items, work. Writes nothing."""
+    from evomerge import config as configs
+    from evomerge import planning
+    from evomerge.cli import tables
+
+    settings, _ = configs.load(config)
+    data = planning.plan(settings, probe=probe)
+    print(json.dumps(data, indent=2) if as_json else tables.plan(data))
+
+
+def status(
+    study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None, root: Root = None, as_json: Json = False
+) -> None:
+    """State, best candidate, parents and hand recipes of a study; without a name, every study in a line."""
+    from evomerge import report
+    from evomerge.cli import screens
+    from evomerge.study_files import root as studies_root
+    from evomerge.study_files import studies
+
+    if study is None:
+        rows = []
+        for name in studies(studies_root(root)):
+            try:
+                with open_store(name, root) as store:
+                    if store.study() is not None:
+                        rows.append(report.summary(store))
+            except StudyError as error:  # one that cannot be read hides no other
+                print(f"error[{error.code}] {error}", file=sys.stderr)
+        print(json.dumps(rows, indent=2) if as_json else screens.studies(rows))
+        return
+    with open_store(study, root) as store:
+        data = report.summary(store)
+    print(json.dumps(data, indent=2) if as_json else screens.study(data))
+
+
+def show(candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")], root: Root = None, as_json: Json = False) -> None:
+    """One candidate: where it comes from, its scores, or why it failed."""
+    from evomerge import report
+    from evomerge.cli import screens
+
+    study, reference = split(candidate)
+    with open_store(study, root) as store:
+        trial = report.resolve(store, reference)
+        data = report.candidate(store, trial)
+        recipe = store.recipe(trial.recipe_id)
+    print(json.dumps(data | {"recipe_body": json.loads(recipe.canonical())}, indent=2) if as_json else screens.candidate(data))
+
+
+def compare(
+    candidates: Annotated[list[str], typer.Argument(help="STUDY/ID, STUDY/best or STUDY/LABEL of a parent or hand recipe; two or more.")],
+    role: Annotated[str, typer.Option(help="Items to compare on: test, validation or search.")] = "test",
+    task: Annotated[str | None, typer.Option(help="One task only.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Show this many items with every model's output, those that differ first.")] = None,
+    score: Annotated[bool, typer.Option("--score", help="Score now what is missing; shown, not stored.")] = False,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Candidates beside one another, of one study or several: scores and paired differences to the first; with --samples outputs too."""
+    from evomerge import looking
+    from evomerge.cli import screens, tables
+    from evomerge.evaluation import ROLES
+    from evomerge.study_files import root as studies_root
+
+    if len(candidates) < 2:
+        raise ConfigError(f"compare takes two candidates or more, got {len(candidates)}; for one, use show")
+    if role not in ROLES:
+        raise ConfigError(f"--role must be {', '.join(ROLES)}, got '{role}'")
+    with screens.bar("candidates") as progress:
+        pairs = [(name, *split(name)) for name in candidates]
+        data = looking.compare(pairs, studies_root(root), role, task=task, samples=samples, score=score, show=progress)
+    print(json.dumps(data, indent=2) if as_json else tables.comparison(data, role))
+
+
+def sensitivity(
+    candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")],
+    step: Annotated[float, typer.Option(help="Step of a coefficient, in its own units.")] = 0.1,
+    span: Annotated[float, typer.Option(help="How far to both sides, within the coefficient's bounds.")] = 0.3,
+    axes: Annotated[str | None, typer.Option(help="Part of the axes' names, or a pattern with * and ?; all if left out.")] = None,
+    role: Annotated[str, typer.Option(help="Items to score on: search or validation.")] = "search",
+    items: Annotated[int | None, typer.Option(help="Items of each task; as many as a generation has if left out.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .png, .svg or .pdf.")] = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """How a candidate's score answers to each coefficient, all others kept. Points are stored; the same command goes on."""
+    from evomerge import looking
+    from evomerge.cli import screens, tables
+    from evomerge.evaluation import ROLES
+
+    if role not in ROLES[:2]:
+        raise ConfigError(f"--role must be search or validation, got '{role}'; test items are for the final score alone")
+    study, reference = split(candidate)
+    with open_store(study, root, write=True) as store, screens.bar("points") as progress:
+        data = looking.sensitivity(store, reference, step, span, pattern=axes, role=role, count=items, plot=plot, show=progress)
+    print(json.dumps(data, indent=2) if as_json else tables.sensitivity(data))

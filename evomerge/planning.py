@@ -1,0 +1,132 @@
+"""What a search would be, before it starts: models, space, tasks, work, and on demand how fast a candidate is. Writes nothing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from evomerge.baselines import baselines
+from evomerge.checkpoint import Parent
+from evomerge.config import Config
+from evomerge.errors import SetupError
+from evomerge.evaluation import ROLES, Evaluation, Items
+from evomerge.launch import Opened, backends, first_items, is_diagonal, open_search
+from evomerge.optimizers.cma_es import CmaEs
+
+_TIMED = 3  # candidates whose median is the estimate
+
+
+def plan(settings: Config, *, probe: bool = False) -> dict[str, Any]:
+    """Everything about a search that can be known without starting it, as plain data. Raises what starting it would raise.
+
+    probe: loads the base too, asks what answers each task and which scoring techniques the model can be trusted with, and
+    times a candidate.
+    """
+    opened = open_search(settings)
+    search, space, harness = settings.search, opened.space, opened.harness
+    diagonal = is_diagonal(settings, space)
+    zeros = (0.0,) * len(space.axes)
+    population = len(CmaEs(zeros, search.sigma, population=search.population, diagonal=diagonal, seed=search.seed).ask())
+    items = {role: harness.items(role) for role in ROLES}
+    generation = first_items(items["search"], settings)
+    data: dict[str, Any] = {
+        "study": settings.study,
+        "models": [_model(name, parent, name == settings.base) for name, parent in opened.parents.items()],
+        "warnings": list(opened.warnings),
+        "space": {
+            "method": settings.method,
+            "axes": len(space.axes),
+            "first": [axis.name for axis in space.axes[:4]],
+            "groups": [name for name, _ in space.spans()],
+            "dead": len(space.dead),
+        },
+        "tasks": [_task(t.task, t.weight, opened, items, generation) for t in settings.tasks],
+        "findings": list(harness.findings()),
+        "optimizer": {
+            "name": "CMA-ES",
+            "population": population,
+            "sigma": search.sigma,
+            "covariance": "diagonal" if diagonal else "full",
+            "start": search.start,
+            "seed": search.seed,
+        },
+        "work": _work(settings, opened, population, items, generation),
+    }
+    return data | ({"probe": _probe(opened, generation, data["work"])} if probe else {})
+
+
+def seconds_of(work: dict[str, Any], merge: float, item: float) -> float:
+    """Seconds of a whole search from those of a merge and of an item, without what is done once."""
+    return float(sum(stage["candidates"] * (merge + stage["items"] * item) for stage in work["stages"]))
+
+
+def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
+    return {
+        "name": name,
+        "path": str(parent.path),
+        "base": is_base,
+        "architecture": (parent.config.get("architectures") or [parent.config.get("model_type", "unknown")])[0],
+        "layers": parent.num_layers,
+        "parameters": sum(math.prod(info.shape) for info in parent.tensors.values()),
+        "dtype": parent.dtype,
+        "bytes": parent.nbytes,
+    }
+
+
+def _task(task: str, weight: float, opened: Opened, items: dict[Any, Items], generation: Items) -> dict[str, Any]:
+    harness = opened.harness
+    leaves = [leaf for leaf, _ in harness.leaves(task)]
+    return {
+        "task": task,
+        "tasks": leaves if leaves != [task] else [],
+        "metric": harness.metric(task),
+        "higher_is_better": harness.sign(task) > 0,
+        "mean_of_items": harness.is_mean(task),
+        "soft": list(harness.measures(task)),
+        "weight": weight,
+        "items": {role: sum(len(items[role][leaf]) for leaf in leaves) for role in ROLES},
+        "items_of_a_generation": sum(len(generation[leaf]) for leaf in leaves),
+    }
+
+
+def _work(settings: Config, opened: Opened, population: int, items: dict[Any, Items], generation: Items) -> dict[str, Any]:
+    """Stages of the search with candidates and items each; soups and failures make it more, equal recipes less."""
+    search = settings.search
+    references, generations = len(baselines(opened.space)), math.ceil(search.evaluations / population)
+    sizes = {role: sum(map(len, ids.values())) for role, ids in (*items.items(), ("generation", generation))}
+    stages: list[dict[str, Any]] = [
+        {"stage": "parents and hand recipes", "candidates": references, "items": sizes["generation"]},
+        {"stage": "search", "candidates": generations * population, "items": sizes["generation"]},
+        {"stage": "validation", "candidates": search.finalists + references, "items": sizes["validation"]},
+        {"stage": "test", "candidates": 1 + references, "items": sizes["test"]},
+    ]
+    total = sum(s["candidates"] * s["items"] for s in stages)
+    return {"generations": generations, "stages": stages, "item_evaluations": total, "race": getattr(search, "race", None) is not None}
+
+
+def _probe(opened: Opened, items: Items, work: dict[str, Any]) -> dict[str, Any]:
+    """Verdicts, and the median time of candidates near the start of the space; the first one's, with what is done once, apart."""
+    worker = opened.load()
+    answered = backends(opened.harness, worker.model)
+    axes = len(opened.space.axes)
+    recipes = [opened.space.decode([0.05 * k * (-1) ** i for i in range(axes)]) for k in range(_TIMED + 1)]
+    first, *timed = [_evaluated(worker.evaluate(recipe, items)) for recipe in recipes]
+    verdicts = opened.harness.techniques(worker.model, items)
+    merge, score = (statistics.median(e.seconds[stage] for e in timed) for stage in ("merge", "score"))
+    count = sum(map(len, items.values()))
+    return {
+        "backends": answered,
+        "techniques": {name: {"allowed": v.allowed, "reason": v.reason} for name, v in verdicts.items()},
+        "seconds_first": sum(first.seconds.values()),
+        "seconds_merge": merge,
+        "seconds_score": score,
+        "items": count,
+        "seconds_search": seconds_of(work, merge, score / count),
+    }
+
+
+def _evaluated(evaluation: Evaluation) -> Evaluation:
+    if evaluation.error is not None:
+        raise SetupError(f"a candidate at the start of the space cannot be scored: {evaluation.error}")
+    return evaluation
