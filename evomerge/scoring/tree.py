@@ -26,8 +26,8 @@ def shared_prefixes(contexts: Sequence[tuple[int, ...]], launch: int = LAUNCH) -
     """(groups, left over): prefixes that pay for a prefill of their own, as (length, indices of contexts), and the rest.
 
     Walks the radix tree of the sorted contexts: a node of depth k with n contexts saves (n - 1) k tokens and costs about
-    `launch` tokens for one more forward; it is taken if that beats what its children save. A prefix of under 16 tokens is left alone. Contexts should be distinct:
-    the choices of one item are no group.
+    `launch` tokens for one more forward; it is taken if that beats what its children save and k is at least 16. Contexts
+    should be distinct: the choices of one item are no group.
     """
     order = sorted(range(len(contexts)), key=lambda i: contexts[i])
     lcp = [common(contexts[a], contexts[b]) for a, b in pairwise(order)]
