@@ -61,29 +61,67 @@ class SpaceConfig(_Strict):
 
 
 class TaskConfig(_Strict):
-    """A task of the objective. metric, filter: the task's first unless named; weight: its share."""
+    """A task of the objective: an lm-eval task, group or tag, or a Python function.
+
+    metric, filter: the task's first unless named; weight: its share. items: role -> document numbers or item ids of
+    exactly its items, or a file with one a line. python: 'module:function' in place of a task, see
+    `evomerge.python_tasks`, with a name and whether higher scores are better.
+    """
 
     task: str
     metric: str | None = None
     filter: str | None = None
     weight: Number = Field(default=1.0, gt=0)
     num_fewshot: Whole | None = Field(default=None, ge=0)
+    items: dict[Literal["search", "validation", "test"], Annotated[tuple[Whole | str, ...], Field(min_length=1)] | str] | None = None
+    python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    name: str | None = Field(default=None, min_length=1)
+    higher_is_better: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("python") is not None and "name" in value and "task" not in value:
+            return {**value, "task": value["name"]}
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TaskConfig:
+        if self.python is None and (self.name is not None or not self.higher_is_better):
+            raise ValueError("name and higher_is_better belong to a task with python: module:function")
+        if self.python is not None and self.name is None:
+            raise ValueError("a python task needs a name, not a task")
+        if self.python is not None and (self.metric, self.filter, self.num_fewshot, self.items) != (None, None, None, None):
+            raise ValueError("a python task has no metric, filter, num_fewshot or items: its function decides")
+        if self.name is not None and self.name != self.task:
+            raise ValueError("a python task has a name in place of a task")
+        return self
 
 
 class EvaluationConfig(_Strict):
     """items: items of each task that a generation is scored on; validation, test: most items of each task, null for all.
 
-    splits: 'declared' or 'hash', see `evomerge.lm_harness.TaskSpec`; include: folders of task YAML files.
+    search: most items of each task that generations take theirs from. splits: 'declared', 'hash' or 'hash-train', see
+    `evomerge.lm_harness.TaskSpec`; include: folders of task YAML files. duplicates, allow_benchmark_test,
+    training_texts, overlap, overlap_ngram: see `evomerge.lm_harness.items.Rules`. Of a group, all these counts are of
+    each of its tasks.
     """
 
     items: Whole = Field(default=100, ge=1)
     validation: Whole | None = Field(default=None, ge=2)
     test: Whole | None = Field(default=None, ge=2)
-    splits: Literal["declared", "hash"] = "hash"
+    search: Whole | None = Field(default=None, ge=1)
+    splits: Literal["declared", "hash", "hash-train"] = "hash"
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    allow_benchmark_test: bool = False
+    training_texts: tuple[str, ...] = ()
+    overlap: Literal["warn", "drop"] = "warn"
+    overlap_ngram: Whole = Field(default=13, ge=1)
     batch_size: Whole = Field(default=64, ge=1)
     include: tuple[str, ...] = ()
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
 
 
 class SearchConfig(_Strict):
