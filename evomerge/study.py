@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from evomerge import racing, selection
 from evomerge.baselines import Baseline
-from evomerge.errors import FailureBudget, NothingToExport, Paused, StudyError
-from evomerge.evaluation import Evaluation, Items, Objective, Role
+from evomerge.errors import ConfigError, FailureBudget, NothingToExport, Paused, StudyError
+from evomerge.evaluation import Evaluation, Items, Objective, Role, Standing, ranks
 from evomerge.optimizers import Array, Optimizer
 from evomerge.pools import Job, Pool
 from evomerge.recipe import Recipe
 from evomerge.space import Space
-from evomerge.statistics import paired
+from evomerge.statistics import Estimate
 from evomerge.store import Scored, Store, Trial
 
 log = logging.getLogger(__name__)
@@ -45,20 +46,26 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A search ready to run. optimizer: makes one from its starting genome; items: all items of each role;
-    per_generation: items of each task a generation is scored on; evaluations: budget of the search; soup: makes the
-    average of some parents, for a greedy soup among the hand recipes."""
+    per_generation: items of each task a generation is scored on, or task -> items; evaluations: budget of the search;
+    soup: makes the average of some parents, for a greedy soup among the hand recipes. race: None scores every candidate on
+    all items of its generation. Raises ConfigError for an objective that cannot be raced."""
 
     space: Space
     baselines: Sequence[Baseline]
     objective: Objective
     optimizer: Callable[[Sequence[float]], Optimizer]
     items: Mapping[Role, Items]
-    per_generation: int
+    per_generation: int | Mapping[str, int]
     evaluations: int
     finalists: int
     start_at_best: bool
     seed: int
     soup: Callable[[Sequence[str]], Baseline] | None = None
+    race: racing.Race | None = None
+
+    def __post_init__(self) -> None:
+        if self.race is not None:
+            racing.check(self.objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,7 @@ class Study:
     def __init__(self, plan: Plan, store: Store, pool: Pool, show: Callable[[Progress], None] = lambda progress: None) -> None:
         self.plan, self.store, self.pool, self.show = plan, store, pool, show
         self.stop = False
+        self._guarded: dict[str, tuple[str, Evaluation]] = {}  # task of `keep` -> its best parent, that on all search items
 
     def run(self) -> dict[str, Any]:
         """Searches until the budget is reached and returns the outcome, as stored. Raises Paused if told to stop."""
@@ -87,7 +95,7 @@ class Study:
         except Paused:
             self.store.set_state("paused")
             raise
-        except FailureBudget:
+        except (FailureBudget, ConfigError):
             self.store.set_state("failed")
             raise
         self.store.finish(outcome)
@@ -98,15 +106,37 @@ class Study:
 
         Generation 0 (parents and hand recipes) and generation 1 share theirs.
         """
-        turn = max(0, generation - 1)
-        return {task: _window(ids, turn, self.plan.per_generation, f"{self.plan.seed}/{task}") for task, ids in self.plan.items["search"].items()}
+        turn, sizes = max(0, generation - 1), self.plan.per_generation
+        pool = self.plan.items["search"]
+        return {t: _window(ids, turn, sizes if isinstance(sizes, int) else sizes[t], f"{self.plan.seed}/{t}") for t, ids in pool.items()}
 
     def _references(self) -> list[Trial]:
         candidates = [_Candidate(b.origin, b.recipe, label=b.label) for b in self.plan.baselines]
+        if self.plan.objective.keep:
+            self._guard([b for b in self.plan.baselines if b.origin == "parent"])
         trials = self._generation(0, candidates, "parents and hand recipes", 0, len(candidates))
         if all(t.score is None for t in trials):
             raise FailureBudget(f"no parent and no hand recipe could be scored; the first failed because: {trials[0].error}")
         return self._soup(candidates, trials) if self.plan.soup else trials
+
+    def _guard(self, parents: Sequence[Baseline]) -> None:
+        """Scores the parents on all search items, and finds the best of each task that `keep` names.
+
+        Any generation's floor is then that parent's mean on the generation's own items, less what may be lost.
+        """
+        objective, pool = self.plan.objective, self.plan.items["search"]
+        scored = self._score_all("search", [p.recipe for p in parents], "parents on all search items")
+        whole = [(str(p.label), found.evaluation) for p in parents if (found := scored[p.recipe.id]).score is not None]
+        if not whole:
+            raise FailureBudget(f"no parent could be scored, so that 'keep' has nothing to hold to: {scored[parents[0].recipe.id].evaluation.error}")
+        for task, _ in objective.keep:
+            values = {label: objective.floors({task: selection.item_means(objective, task, e.items, pool)})[task] for label, e in whole}
+            self._guarded[task] = max(whole, key=lambda pair: values[pair[0]])
+
+    def _floors(self, items: Items) -> dict[str, float]:
+        """What `keep` asks on these search items."""
+        objective = self.plan.objective
+        return objective.floors({task: selection.item_means(objective, task, e.items, items) for task, (_, e) in self._guarded.items()})
 
     def _soup(self, candidates: list[_Candidate], trials: list[Trial]) -> list[Trial]:
         """Adds the greedy soup: parents from the best down, each averaged in if the average does not get worse.
@@ -140,17 +170,18 @@ class Study:
                 optimizer.inject([g for _, g in injected])
             genomes = optimizer.ask()
             candidates = [self._candidate(genome, slot, injected, parents) for slot, genome in enumerate(genomes)]
-            trials = self._generation(generation, candidates, "search", done, max(plan.evaluations, done + len(candidates)))
-            failed = [t for t in trials if t.score is None]
+            trials = self._generation(generation, candidates, "search", done, max(plan.evaluations, done + len(candidates)), optimizer.mu)
+            failed, dropped = [t for t in trials if t.score is None], [t for t in trials if t.dropped]
             if 2 * len(failed) > len(trials):
                 first = f"the first because: {failed[0].error}"
                 raise FailureBudget(f"{len(failed)} of {len(trials)} candidates of generation {generation} failed; {first}")
-            order = optimizer.tell(genomes, [t.score for t in trials])
+            order = optimizer.tell(genomes, ranks([self._standing(t) for t in trials]))
             parents = tuple(trials[i].id for i in order)
             done += len(trials)
-            best = max(_score(t) for t in trials)
+            best = max(_score(t) for t in trials if not t.dropped)
             middle = float(np.median([_score(t) for t in trials if t.score is not None]))
-            note = f"generation {generation}: best {best:.3f}, median {middle:.3f}" + (f", {len(failed)} failed" if failed else "")
+            counts = [f"{len(own)} {what}" for own, what in ((dropped, "dropped on the way"), (failed, "failed")) if own]
+            note = f"generation {generation}: " + ", ".join([f"best {best:.3f}", f"median {middle:.3f}", *counts])
             self.show(Progress("search", done, max(plan.evaluations, done), best, note))
         return optimizer, generation
 
@@ -161,35 +192,73 @@ class Study:
             return _Candidate("injected", self.plan.space.decode(genes), source.label, genes, (source.id,))
         return _Candidate("sampled", self.plan.space.decode(genes), None, genes, parents)
 
+    def _standing(self, trial: Trial) -> Standing | None:
+        """What ranks a trial within its generation."""
+        if trial.score is None:
+            return None
+        reached = math.inf if trial.dropped is None else float(trial.dropped)
+        return Standing(reached, -trial.violation, trial.score, self.plan.objective.tie(trial.metrics))
+
     def _select(self, references: list[Trial], optimizer: Optimizer, last: int) -> dict[str, Any]:
         """Scores finalists and references on validation, where the winner is chosen, then winner and references on test."""
-        plan, store = self.plan, self.store
+        plan, store, objective = self.plan, self.store, self.plan.objective
         everything = store.trials()
         final = [t for t in everything if t.generation == last and t.origin != "mean"]
         genome = tuple(float(g) for g in optimizer.mean)
         mean = _Candidate("mean", plan.space.decode(genome), "mean of the distribution", genome, tuple(t.id for t in final))
         trial = self._evaluate(last, {len(final): mean}, self.subset(last + 1))[len(final)]
-        late = [t for t in everything if t.score is not None and t.origin in ("sampled", "injected") and t.generation > 0.75 * last]
-        leaders = _distinct(sorted(late, key=lambda t: (-_score(t), t.id)))
+        late = [t for t in everything if 0.75 * last < t.generation <= last]
+        known = selection.estimates(store, objective, plan.items["search"], [*late, trial, *references], last)
+        leaders = selection.leaders(late, known, 0.75 * last, last)
         finalists = [t for t in (trial, *leaders[: plan.finalists - 1]) if t.score is not None]
-        validated = self._score_all("validation", [*finalists, *references])
+        recipes = {t.recipe_id: store.recipe(t.recipe_id) for t in (*finalists, *references)}
+        validated = self._score_all("validation", list(recipes.values()))
         # parents and hand recipes stand for election too: a search never ends below the best of them
         standing = [t for t in (*finalists, *references) if validated[t.recipe_id].score is not None]
         if not standing:
             raise NothingToExport("no finalist could be scored on the validation items")
-        ranked = sorted(standing, key=lambda t: -(validated[t.recipe_id].score or 0.0))
-        winner = ranked[0]
-        tested = self._score_all("test", [winner, *references])
+        winner = selection.elect(objective, standing, validated, self._validation_floors(references, validated))[0]
+        tested = self._score_all("test", [recipes[t.recipe_id] for t in (winner, *references)])
+        p = selection.p_values(objective, winner.recipe_id, [t.recipe_id for t in standing], validated)
+        best = self._row(winner, validated, tested, known)
+        test, own = (
+            tested[winner.recipe_id],
+            store.evaluation(winner.recipe_id, "search", self.subset(last + 1 if winner == trial else winner.generation)),
+        )
+        whole = selection.headline(objective, test)
+        best |= selection.interval(whole) if whole else {}
+        best |= selection.selection_luck(selection.headline(objective, own) if own else None, whole)
+        parents = [(str(t.label), tested[t.recipe_id]) for t in references if t.origin == "parent" and t.recipe_id != winner.recipe_id]
+        kept = selection.retention(objective, test, [(n, s) for n, s in parents if s.score is not None]) if test.score is not None else []
         return {
-            "best": self._row(winner, validated, tested),
-            "references": [self._row(t, validated, tested) | self._against(winner, t, tested) for t in references],
-            "finalists": [self._row(t, validated, {}) for t in finalists],
+            "best": best,
+            "references": [self._row(t, validated, tested, known, p) | self._against(winner, t, tested) for t in references],
+            "finalists": [self._row(t, validated, {}, known, p) for t in finalists],
+            "retention": kept,
+            "estimates": {str(i): [e.mean, e.error] for i, e in sorted(known.items())},
             "generations": last,
         }
 
-    def _row(self, trial: Trial, validated: Mapping[str, Scored], tested: Mapping[str, Scored]) -> dict[str, Any]:
+    def _validation_floors(self, references: Sequence[Trial], validated: Mapping[str, Scored]) -> dict[str, float]:
+        """What `keep` asks on the validation items; a task whose best parent failed there asks nothing, which is said."""
+        metrics = {str(t.label): validated[t.recipe_id].evaluation for t in references if t.origin == "parent"}
+        for task, (label, _) in self._guarded.items():
+            if metrics[label].error:
+                log.warning("'%s' failed on validation, so that 'keep' cannot hold task '%s' there", label, task)
+        return self.plan.objective.floors({t: metrics[label].metrics for t, (label, _) in self._guarded.items() if not metrics[label].error})
+
+    def _row(
+        self,
+        trial: Trial,
+        validated: Mapping[str, Scored],
+        tested: Mapping[str, Scored],
+        known: Mapping[int, Estimate],
+        p: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         row: dict[str, Any] = {"id": trial.id, "origin": trial.origin, "label": trial.label, "recipe": trial.recipe_id}
-        row["search"] = trial.score
+        row["search"] = trial.reported
+        if trial.id in known:
+            row |= {"estimate": known[trial.id].mean, "estimate_error": known[trial.id].error}
         for role, scored in (("validation", validated), ("test", tested)):
             if trial.recipe_id in scored:
                 found = scored[trial.recipe_id]
@@ -197,33 +266,37 @@ class Study:
                 row[f"{role}_metrics"] = dict(found.evaluation.metrics)
                 if found.evaluation.error:
                     row["error"] = found.evaluation.error
+        if p and trial.recipe_id in p:
+            row["p"] = p[trial.recipe_id]
         if trial.error:
             row["error"] = trial.error
         return row
 
     def _against(self, winner: Trial, other: Trial, tested: Mapping[str, Scored]) -> dict[str, Any]:
         """The winner's lead over a reference on the test items, paired."""
-        if not self.plan.objective.is_mean_of_items:
-            return {}
-        pair = (tested[winner.recipe_id].evaluation.items, tested[other.recipe_id].evaluation.items)
-        lead = paired(*pair, self.plan.objective.shares())
-        return {"lead": lead.mean, "lead_error": lead.error} if math.isfinite(lead.error) else {}
+        lead = selection.against(self.plan.objective, tested[winner.recipe_id], tested[other.recipe_id])
+        return {} if lead is None else {"lead": lead.mean, "lead_error": lead.error, "lead_interval": list(lead.interval(0.95))}
 
-    def _score_all(self, role: Role, trials: Sequence[Trial]) -> dict[str, Scored]:
-        """Scores of the trials' recipes on all items of a role."""
-        items = self.plan.items[role]
-        recipes = {t.recipe_id: self.store.recipe(t.recipe_id) for t in trials}
-        missing = [r for r in recipes.values() if self.store.evaluation(r.id, role, items) is None]
-        done = len(recipes) - len(missing)
+    def _score_all(self, role: Role, recipes: Sequence[Recipe], stage: str = "") -> dict[str, Scored]:
+        """Scores of recipes on all items of a role."""
+        items, objective = self.plan.items[role], self.plan.objective
+        distinct = list({r.id: r for r in recipes}.values())
+        missing = [r for r in distinct if self.store.evaluation(r.id, role, items) is None]
+        done = len(distinct) - len(missing)
         for job, evaluation in self._dispatch([Job(i, r, items) for i, r in enumerate(missing)]):
-            self.store.add_evaluation(job.recipe, role, items, evaluation, self._objective(evaluation))
+            score = _finite(objective, evaluation)
+            point = objective.point(evaluation.metrics) if role == "validation" and score is not None else None
+            self.store.add_evaluation(job.recipe, role, items, evaluation, score, point=point)
             done += 1
-            self.show(Progress(role, done, len(recipes)))
-        found = {i: self.store.evaluation(i, role, items) for i in recipes}
+            self.show(Progress(stage or role, done, len(distinct)))
+        found = {r.id: self.store.evaluation(r.id, role, items) for r in distinct}
         return {i: s for i, s in found.items() if s is not None}
 
-    def _generation(self, number: int, candidates: Sequence[_Candidate], stage: str, done: int, total: int) -> list[Trial]:
-        """Evaluates the candidates of a generation that the store does not hold yet; returns all its trials."""
+    def _generation(self, number: int, candidates: Sequence[_Candidate], stage: str, done: int, total: int, mu: int = 0) -> list[Trial]:
+        """Evaluates the candidates of a generation that the store does not hold yet; returns all its trials.
+
+        mu: how many of the best are learnt from; above 0 the generation is raced, if the plan has a race.
+        """
         trials: dict[int, Trial] = {}
         for slot, candidate in enumerate(candidates):
             stored = self.store.trial_at(number, slot)
@@ -238,11 +311,13 @@ class Study:
 
         def seen(trial: Trial) -> None:
             trials[trial.slot] = trial
-            scores = [t.score for t in trials.values() if t.score is not None]
+            scores = [t.score for t in trials.values() if t.score is not None and not t.dropped]
             note = f"candidate {trial.id} failed: {trial.error}" if trial.error else ""
             self.show(Progress(stage, done + len(trials), total, max(scores, default=None), note))
 
-        if missing:
+        if missing and self.plan.race and mu:
+            self._race(number, dict(enumerate(candidates)), mu, seen, lambda note: self.show(Progress(stage, done + len(trials), total, None, note)))
+        elif missing:
             self._evaluate(number, missing, self.subset(number), seen)
         return [trials[slot] for slot in range(len(candidates))]
 
@@ -251,27 +326,67 @@ class Study:
     ) -> dict[int, Trial]:
         """Scores candidates on items, stores a trial for each and returns them by slot."""
         trials: dict[int, Trial] = {}
+        floors = self._floors(items)
 
-        def keep(slot: int, evaluation: Evaluation, score: float | None) -> None:
-            c = candidates[slot]
-            trials[slot] = self.store.trial_at(number, slot) or self.store.add_trial(
-                generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,
-                recipe=c.recipe, items=items, evaluation=evaluation, score=score,
-            )  # fmt: skip
+        def keep(slot: int, evaluation: Evaluation) -> None:
+            trials[slot] = self.store.trial_at(number, slot) or self._add(number, slot, candidates[slot], items, evaluation, floors)
             seen(trials[slot])
 
         jobs: dict[str, Job] = {}  # equal recipes are scored once
         for slot, candidate in candidates.items():
             known = self.store.evaluation(candidate.recipe.id, "search", items)
             if known is not None:
-                keep(slot, known.evaluation, known.score)
+                keep(slot, known.evaluation)
             else:
                 jobs.setdefault(candidate.recipe.id, Job(slot, candidate.recipe, items))
         for job, evaluation in self._dispatch(list(jobs.values())):
             for slot, candidate in candidates.items():
                 if candidate.recipe.id == job.recipe.id:
-                    keep(slot, evaluation, self._objective(evaluation))
+                    keep(slot, evaluation)
         return trials
+
+    def _race(self, number: int, candidates: Mapping[int, _Candidate], mu: int, seen: Callable[[Trial], None], said: Callable[[str], None]) -> None:
+        """Races a whole generation and stores a trial for each candidate that has none yet, in the order of slots.
+
+        What a rung adds is stored as it is scored, so that a race broken off goes on where it was. An evaluation on all
+        items that is known, such as a hand recipe's, is read instead.
+        """
+        items, store = self.subset(number), self.store
+
+        def score(recipes: Sequence[Recipe], part: Items) -> dict[str, Evaluation]:
+            found: dict[str, Evaluation] = {}
+            for recipe in recipes:
+                if known := store.evaluation(recipe.id, "rung", part):
+                    found[recipe.id] = known.evaluation
+                elif whole := store.evaluation(recipe.id, "search", items):
+                    found[recipe.id] = racing.part_of(whole.evaluation, part)
+            jobs = [Job(i, r, part) for i, r in enumerate({r.id: r for r in recipes if r.id not in found}.values())]
+            for job, evaluation in self._dispatch(jobs):
+                store.add_evaluation(job.recipe, "rung", part, evaluation, None)
+                found[job.recipe.id] = evaluation
+                said("")
+            return found
+
+        assert self.plan.race is not None
+        recipes = {slot: c.recipe for slot, c in candidates.items()}
+        for slot, fate in racing.run(recipes, items, self.plan.race, self.plan.objective, mu, score).items():
+            if store.trial_at(number, slot) is None:
+                seen(self._add(number, slot, candidates[slot], fate.items, fate.evaluation, {}, fate.dropped))
+
+    def _add(
+        self, number: int, slot: int, c: _Candidate, items: Items, evaluation: Evaluation, floors: Mapping[str, float], dropped: int | None = None
+    ) -> Trial:
+        """Stores a candidate's trial. floors: what `keep` asks on these items."""
+        objective = self.plan.objective
+        reported = _finite(objective, evaluation)
+        score = objective.search(evaluation.metrics) if reported is not None else math.nan
+        scored = math.isfinite(score)
+        return self.store.add_trial(
+            generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,
+            recipe=c.recipe, items=items, evaluation=evaluation, score=score if scored else None, reported=reported if scored else None,
+            point=objective.point(evaluation.metrics) if scored and dropped is None else None, dropped=dropped,
+            violation=objective.violation(evaluation.metrics, floors) if scored else 0.0,
+        )  # fmt: skip
 
     def _dispatch(self, jobs: Sequence[Job]) -> Iterable[tuple[Job, Evaluation]]:
         """The pool's results; raises Paused between two of them once `stop` is set."""
@@ -282,19 +397,15 @@ class Study:
             if self.stop:
                 raise Paused("stopped by a signal; run the same command with --resume to go on")
 
-    def _objective(self, evaluation: Evaluation) -> float | None:
-        if evaluation.error is not None:
-            return None
-        score = self.plan.objective(evaluation.metrics)
-        return score if math.isfinite(score) else None
+
+def _finite(objective: Objective, evaluation: Evaluation) -> float | None:
+    """The reported objective; None for a candidate that failed, or whose objective is not finite."""
+    score = math.nan if evaluation.error is not None else objective(evaluation.metrics)
+    return score if math.isfinite(score) else None
 
 
 def _score(trial: Trial) -> float:
     return -math.inf if trial.score is None else trial.score
-
-
-def _distinct(trials: Iterable[Trial]) -> list[Trial]:
-    return list({t.recipe_id: t for t in reversed(list(trials))}.values())[::-1]
 
 
 def _window(ids: Sequence[str], turn: int, size: int, key: str) -> tuple[str, ...]:

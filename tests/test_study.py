@@ -287,6 +287,7 @@ def test_equal_recipes_of_one_generation_share_an_evaluation(tmp_path: Path) -> 
         """Asks for three genomes, two times each."""
 
         mean = CmaEs([0.0] * 12, 0.1).mean
+        mu = 3
 
         def __init__(self) -> None:
             self._es = CmaEs([0.0] * len(SPACE.axes), 0.15, population=6, seed=5)

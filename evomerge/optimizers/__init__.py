@@ -30,6 +30,11 @@ class Optimizer(Protocol):
         ...
 
     @property
+    def mu(self) -> int:
+        """How many of a generation's best are recombined."""
+        ...
+
+    @property
     def mean(self) -> Array:
         """[n] centre of the search distribution."""
         ...

@@ -80,7 +80,12 @@ class CmaEs:
             warnings.simplefilter("ignore")
             # the points differ from those asked by the grid alone; unchecked, or pycma would shorten the longer ones
             self._es.tell(list(asked), ranks, check_points=False)
-        return order[: int(self._es.sp.weights.mu)]
+        return order[: self.mu]
+
+    @property
+    def mu(self) -> int:
+        """How many of a generation's best are recombined; of the others the active update learns where not to go."""
+        return int(self._es.sp.weights.mu)
 
     @property
     def mean(self) -> Array:
