@@ -23,7 +23,7 @@ class Encoding:
         if key not in self._known:
             rolling = request.request_type == "loglikelihood_rolling"
             try:
-                pairs = _windows(self._lm, request.args[0]) if rolling else [_pair(self._lm, request)]
+                pairs = _windows(self._lm, request.args[0]) if rolling else [token_pair(self._lm, request)]
                 if not all(continuation for _, continuation in pairs):
                     raise ValueError("it has no tokens to score")
                 self._known[key] = [Request(tuple(c), tuple(k)).fitted(self._lm.max_length) for c, k in pairs]
@@ -36,7 +36,7 @@ class Encoding:
         return sum(len(piece.continuation) for piece in self(request))
 
 
-def _pair(lm: Any, request: Any) -> tuple[list[int], list[int]]:
+def token_pair(lm: Any, request: Any) -> tuple[list[int], list[int]]:
     """(context, continuation) as lm-eval's own `loglikelihood` tokenises them."""
     found: list[Any] = []
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from evomerge.errors import CandidateError
 from evomerge.evaluation import Items, ItemScore, Role
-from evomerge.lm_harness.backend import Backend, LmEvalBackend
+from evomerge.lm_harness import truncation
+from evomerge.lm_harness.backend import Backend, LmEvalBackend, hflm
 from evomerge.lm_harness.groups import Group, add_groups
 from evomerge.lm_harness.items import Rules
 from evomerge.lm_harness.outcomes import Outcomes, check, gold_requests, measures, number, remember_documents, soft
@@ -93,9 +94,10 @@ class LmHarness:
         """(task with items, its share) of a group, shares summing to one; a task is its own leaf."""
         return self.groups[task].shares() if task in self.groups else ((task, 1.0),)
 
-    def findings(self) -> tuple[str, ...]:
-        """Sentences about the items that a user should read: what occurs twice, is truncated, or is given away."""
-        return self._found.findings
+    def findings(self, model: nn.Module | None = None) -> tuple[str, ...]:
+        """Sentences about the items that a user should read: what occurs twice or is given away, and what the model truncates."""
+        cut = truncation.findings(self._tasks, hflm(model, self.tokenizer, self.batch_size)) if model is not None else ()
+        return (*self._found.findings, *cut)
 
     def _named(self, task: str) -> Loaded | Group:
         return self.groups[task] if task in self.groups else self._tasks[task]
