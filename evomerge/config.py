@@ -25,6 +25,11 @@ Whole = Annotated[int, BeforeValidator(_no_truth)]
 Number = Annotated[float, BeforeValidator(_no_truth)]
 
 
+_ITEMS = 100
+Share = Annotated[Number, Field(gt=0)]
+Measure = Literal["metric", "probability", "logprob"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -63,7 +68,8 @@ class SpaceConfig(_Strict):
 class TaskConfig(_Strict):
     """A task of the objective: an lm-eval task, group or tag, or a Python function.
 
-    metric, filter: the task's first unless named; weight: its share. items: role -> document numbers or item ids of
+    metric, filter: the task's first unless named; weight: its share. search: what candidates are ranked by, the metric,
+    the probability or mean log-probability of the right answer, or measure -> share. items: role -> document numbers or item ids of
     exactly its items, or a file with one a line. python: 'module:function' in place of a task, see
     `evomerge.python_tasks`, with a name and whether higher scores are better.
     """
@@ -72,6 +78,7 @@ class TaskConfig(_Strict):
     metric: str | None = None
     filter: str | None = None
     weight: Number = Field(default=1.0, gt=0)
+    search: Measure | Annotated[dict[Measure, Share], Field(min_length=1)] = "metric"
     num_fewshot: Whole | None = Field(default=None, ge=0)
     items: dict[Literal["search", "validation", "test"], Annotated[tuple[Whole | str, ...], Field(min_length=1)] | str] | None = None
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -99,7 +106,8 @@ class TaskConfig(_Strict):
 
 
 class EvaluationConfig(_Strict):
-    """items: items of each task that a generation is scored on; validation, test: most items of each task, null for all.
+    """items: items of each task that a generation is scored on, or task -> items, 100 of a task that is not named;
+    validation, test: most items of each task, null for all.
 
     search: most items of each task that generations take theirs from. splits: 'declared', 'hash' or 'hash-train', see
     `evomerge.lm_harness.TaskSpec`; include: folders of task YAML files. duplicates, allow_benchmark_test,
@@ -107,7 +115,7 @@ class EvaluationConfig(_Strict):
     each of its tasks.
     """
 
-    items: Whole = Field(default=100, ge=1)
+    items: Annotated[Whole, Field(ge=1)] | dict[str, Annotated[Whole, Field(ge=1)]] = _ITEMS
     validation: Whole | None = Field(default=None, ge=2)
     test: Whole | None = Field(default=None, ge=2)
     search: Whole | None = Field(default=None, ge=1)
@@ -123,6 +131,18 @@ class EvaluationConfig(_Strict):
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
 
+    def items_of(self, task: str) -> int:
+        """How many items of a task, or of each task of a group, a generation is scored on."""
+        return self.items if isinstance(self.items, int) else self.items.get(task, _ITEMS)
+
+
+class RaceConfig(_Strict):
+    """rungs: shares of a generation's items after which candidates are dropped, the last 1; error: how often, at most, a
+    generation may lose one of its best. See `evomerge.racing`."""
+
+    rungs: tuple[Number, ...] = Field(default=(0.25, 0.5, 1.0), min_length=1)
+    error: Number = Field(default=0.05, gt=0, lt=1)
+
 
 class SearchConfig(_Strict):
     """evaluations: budget of the search, parents and hand recipes not counted. sigma: initial deviation in ranges.
@@ -130,6 +150,8 @@ class SearchConfig(_Strict):
     population: None for CMA-ES' default. diagonal: None chooses it when evaluations < 20 per gene.
     start: 'space' starts at the parameters' own starts, 'best' at the best hand recipe the space can hold.
     finalists: how many candidates are re-scored on validation, the distribution's mean always among them.
+    tie_break: soft score that decides between equal ones, None for the probability where tasks have one. race: drop
+    candidates on few items; None scores each on all items of its generation.
     """
 
     evaluations: Whole = Field(default=500, ge=1)
@@ -139,10 +161,15 @@ class SearchConfig(_Strict):
     diagonal: bool | None = None
     start: Literal["space", "best"] = "space"
     finalists: Whole = Field(default=6, ge=1)
+    tie_break: Literal["probability", "logprob", "none"] | None = None
+    race: RaceConfig | None = None
 
 
 class Config(_Strict):
-    """A whole search. objective: 'mean' (weighted) of the tasks or the 'worst' of them."""
+    """A whole search. objective: weighted 'mean' or 'geometric' mean of the tasks, or the 'worst' of them.
+
+    keep: task -> x: a candidate that falls more than x below the best parent there ranks after all that do not.
+    """
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     models: dict[str, ModelConfig] = Field(min_length=2)
@@ -151,7 +178,8 @@ class Config(_Strict):
     out_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    objective: Literal["mean", "worst"] = "mean"
+    objective: Literal["mean", "geometric", "worst"] = "mean"
+    keep: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
 
@@ -252,6 +280,11 @@ def check(document: documents.Document) -> Config:
     for i, name in enumerate(names):
         if name in names[:i]:
             raise fail(("tasks", i, "task"), f"task '{name}' is listed twice; give it one entry and a weight")
+    sizes = config.evaluation.items
+    for place, named in ((("keep",), config.keep), (("evaluation", "items"), sizes if isinstance(sizes, dict) else {})):
+        for name in named:
+            if name not in names:
+                raise fail((*place, name), f"'{name}' is not among the tasks. {suggest(name, names)}")
     return config
 
 
@@ -296,6 +329,7 @@ def _known(path: documents.Key) -> list[str]:
         "tasks": TaskConfig,
         "evaluation": EvaluationConfig,
         "search": SearchConfig,
+        "race": RaceConfig,
     }
     for part in path:
         model = steps.get(str(part), model)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from evomerge import __version__, config, worker
+from evomerge import __version__, config, racing, worker
 from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
-from evomerge.config import Config
+from evomerge.config import Config, TaskConfig
 from evomerge.errors import CandidateError, ConfigError, StudyError
-from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Objective, Term
+from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Measure, Objective, Term, missing
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
@@ -90,18 +90,20 @@ def _prepare(
         "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     _agree(store, settings, text, overrides, facts)
+    objective = _objective(settings, facts["terms"])
     plan = Plan(
         space=space,
         baselines=baselines(space),
         soup=functools.partial(soup, space),
-        objective=_objective(settings, facts["terms"]),
+        objective=objective,
         optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
         items={role: evaluator.items(role) for role in ROLES},
-        per_generation=settings.evaluation.items,
+        per_generation=per_generation(settings, objective),
         evaluations=search.evaluations,
         finalists=search.finalists,
         start_at_best=search.start == "best",
         seed=search.seed,
+        race=_race(settings),
     )
     return Study(plan, store, InProcessPool(scorer), show)
 
@@ -112,10 +114,15 @@ def is_diagonal(settings: Config, space: Space) -> bool:
     return search.diagonal if search.diagonal is not None else search.evaluations < 20 * len(space.axes)
 
 
-def first_items(pool: Items, settings: Config) -> dict[str, tuple[str, ...]]:
+def per_generation(settings: Config, objective: Objective) -> dict[str, int]:
+    """Task with items -> how many of them a generation is scored on."""
+    return {leaf: settings.evaluation.items_of(t.task) for t in objective.terms for leaf, _ in t.strata}
+
+
+def first_items(pool: Items, settings: Config, objective: Objective) -> dict[str, tuple[str, ...]]:
     """As many items of each task as a generation is scored on."""
-    count = settings.evaluation.items
-    return {task: tuple(ids[: count if isinstance(count, int) else count.get(task, len(ids))]) for task, ids in pool.items()}
+    counts = per_generation(settings, objective)
+    return {task: tuple(ids[: counts[task]]) for task, ids in pool.items()}
 
 
 def backends(harness: Any, model: torch.nn.Module) -> dict[str, str]:
@@ -258,18 +265,40 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
 def _terms(settings: Config, harness: Any) -> dict[str, dict[str, Any]]:
     """What the tasks say of themselves: a fact of the study, so that its scores are compared without loading tasks."""
     return {
-        t.task: {"sign": harness.sign(t.task), "mean": harness.is_mean(t.task), "leaves": [[leaf, share] for leaf, share in harness.leaves(t.task)]}
+        t.task: {
+            "sign": harness.sign(t.task),
+            "mean": harness.is_mean(t.task),
+            "measures": list(harness.measures(t.task)),
+            "leaves": [[leaf, share] for leaf, share in harness.leaves(t.task)],
+        }
         for t in settings.tasks
     }
 
 
 def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]]) -> Objective:
-    """The objective of a configuration; said: `_terms`."""
-    terms = []
+    """The objective of a configuration; said: `_terms`. Raises ConfigError where a task lacks a soft score it is to be searched by."""
+    terms, tie = [], settings.search.tie_break
     for t in settings.tasks:
         own = said[t.task]
-        terms.append(Term(t.task, t.weight, own["sign"], leaves=tuple((leaf, share) for leaf, share in own["leaves"]), mean=own["mean"]))
-    return Objective(tuple(terms), settings.objective)
+        search: tuple[tuple[Measure, float], ...] = ((t.search, 1.0),) if isinstance(t.search, str) else tuple(t.search.items())
+        asked = [*(m for m, _ in search if m != "metric"), *((tie,) if tie not in (None, "none") else ())]
+        if lacking := [m for m in asked if m not in own["measures"]]:
+            raise ConfigError(missing(t.task, str(lacking[0])))
+        terms.append(Term(t.task, t.weight, own["sign"], search, tuple((leaf, share) for leaf, share in own["leaves"]), own["mean"]))
+    objective = Objective(tuple(terms), settings.objective, tuple(settings.keep.items()), "probability" if tie is None else tie)
+    if settings.search.race is not None:
+        racing.check(objective)
+    return objective
+
+
+def _asks_soft(settings: Config, task: TaskConfig) -> bool:
+    """Whether a task of generated text has to be given soft scores too, which cost forward passes of their own."""
+    return task.search != "metric" or settings.search.tie_break not in (None, "none")
+
+
+def _race(settings: Config) -> racing.Race | None:
+    given = settings.search.race
+    return None if given is None else racing.Race(given.rungs, given.error)
 
 
 def stored_objective(study: StudyRow) -> Objective:
@@ -286,7 +315,7 @@ def _harness(settings: Config, base: Parent) -> Any:
     e = settings.evaluation
     limits = {role: n for role, n in (("validation", e.validation), ("test", e.test)) if n is not None}
     return LmHarness(
-        [TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits) for t in settings.tasks],
+        [TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits, soft=_asks_soft(settings, t)) for t in settings.tasks],
         worker.load_tokenizer(base),
         batch_size=e.batch_size,
         include=[Path(p) for p in e.include],

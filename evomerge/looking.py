@@ -80,7 +80,7 @@ def sensitivity(
     space, pool = opened.space, opened.harness.items(role)
     genome = scanning.genome_of(space, recipe, trial.genome)
     neighbours = scanning.points(space, genome, scanning.matching(space.axes, pattern), step, span)
-    sizes = {task: len(ids) for task, ids in launch.first_items(opened.harness.items("search"), opened.settings).items()}
+    sizes = {task: len(ids) for task, ids in launch.first_items(opened.harness.items("search"), opened.settings, opened.objective).items()}
     items = scanning.subset(pool, sizes if count is None else dict.fromkeys(pool, count))
     centre = space.decode(genome)
     notes = [] if centre.id == recipe.id else [f"recipe {recipe.id} is no point of the space; its nearest, {centre.id}, is scanned"]
