@@ -40,7 +40,7 @@ def counts(outcomes: Sequence[Outcome]) -> Counter[tuple[bool, bool]]:
     return Counter((o.allowed, o.right) for o in outcomes)
 
 
-def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: float) -> list[str]:
+def report(found: dict[str, list[Outcome]], failed: dict[str, str], wall: float, processor: float) -> list[str]:
     """The lines of results/probe.md."""
     everything = [o for own in found.values() for o in own]
     columns = [*TECHNIQUES, *DECODERS]
@@ -50,12 +50,15 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
         "Written by `python scripts/sweep_probe.py`: what the probe allows a model, beside what is right for it.",
         "",
         f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {seconds / 60:.0f} minutes.",
+        f"torch {torch.__version__}, transformers {transformers.__version__};",
+        f"{processor / 60:.1f} minutes of processor time, {wall / 60:.1f} by the clock of a shared machine.",
         "",
         "Models are tiny and random (tests/text_architectures.py), windows 6 and chunks 16 tokens long; requests are up to 256 tokens.",
         "Right: in float32 every log-likelihood within 1e-3 nats of one request a forward and every greedy flag the same; every text that of",
-        "a whole forward a token. In bfloat16: right in float32, and on average as near as rounding; texts: no chosen token's logit short of the largest",
-        f"by more than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits. A technique that raises is wrong.",
+        "a whole forward a token. In bfloat16: right in float32, and on average as near as rounding; texts: no chosen token's logit short of",
+        f"the largest by more than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits. A technique that raises is wrong.",
+        "shared: the fastest decoder that is allowed, with prefixes computed once. single: what remains where no decoder is allowed, one row at a time;",
+        "right if its tokens are those of transformers' own `generate`, which is what lm-eval has.",
         "",
         "| type | of | used and right | refused and wrong | refused though right | **used and wrong** |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -94,7 +97,7 @@ def main() -> None:
     """Tries every architecture, then writes the report."""
     torch.set_num_threads(1)
     names = sys.argv[1:]
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     found: dict[str, list[Outcome]] = {}
     failed: dict[str, str] = {}
     for name in names or CONFIGS:
@@ -110,7 +113,8 @@ def main() -> None:
         for o in found[name]:
             if o.allowed != o.right:
                 print(f"  {o.name} {o.dtype}: {MEANING[o.allowed, o.right]}; {o.said}", flush=True)
-    lines = report(found, failed, time.perf_counter() - began)
+    seconds = time.perf_counter() - began, time.process_time() - worked
+    lines = report(found, failed, *seconds)
     if names:
         print("\n".join(lines))
     else:

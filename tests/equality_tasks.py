@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WORDS = "river stone the amber hill in winter seven birds over an inn near café she sang on then other rain for 12 €".split()
+_TEXT = "river stone the amber hill in winter seven birds over an inn near café she sang on then other rain for 12 €"
+WORDS = tuple(_TEXT.split())
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?!#%&*"  # as choices of one token one of them may be the likeliest of all
 ROLES = {"search": "training_split", "validation": "validation_split", "test": "test_split"}
 CODE = """
@@ -134,8 +135,6 @@ _FEW = {
     "choose_long": 4,
     "generate_long": 4,
     "likelihood_long": 4,
-    "generate_stops": 10,
-    "generate_3shot": 5,
 }
 
 

@@ -7,7 +7,6 @@ Requests and prompts are those of real tasks: few-shot blocks, choices of severa
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +17,19 @@ from text_architectures import EOS, MAX_LENGTH, PAD, VOCABULARY, build, tokenize
 from torch import Tensor, nn
 
 from evomerge.scoring.engine import Engine
+from evomerge.scoring.generation import Generator, choose_decoder, probe_decoders
 from evomerge.scoring.heads import RowHead
 from evomerge.scoring.probe import probe
 from evomerge.scoring.requests import Request
+from evomerge.scoring.verdicts import Verdict
 
 TECHNIQUES = ("plain", "prefix", "fork", "tree")
-DECODERS = ("slots", "padded", "equal")
+DECODERS = ("slots", "padded", "equal", "shared", "single")
+"""Of evomerge.scoring, with 'shared' for the fastest allowed one with shared prefixes; 'single' is what is left: one row, as `generate`."""
 BFLOAT16_REGRET = 0.25  # standard deviations of the logits
 FLOAT32_ERROR = 1e-3  # nats a request; a wrong mask or state moves it by O(0.1) and more
 NEW_TOKENS = 12
+LIMITS = (NEW_TOKENS, 3, 7, NEW_TOKENS, 1, 9)  # new tokens of each prompt, over and over: rows end one after another
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +151,11 @@ def truth(model: nn.Module, technique: str, asked: Sequence[Request], wanted: Re
 
 
 def prompts(seed: int) -> list[tuple[int, ...]]:
-    """Twelve prompts of four lengths, some of them after one shared block."""
+    """Fifteen prompts of five lengths, the shortest of two tokens, some of the long ones after one shared block."""
     rnd = random.Random(seed)
     block = [rnd.randrange(3, VOCABULARY) for _ in range(40)]
     found = []
-    for length in (5, 19, 53, 90):
+    for length in (2, 5, 19, 53, 90):
         for number in range(3):
             own = [rnd.randrange(3, VOCABULARY) for _ in range(length)]
             found.append(tuple((block + own)[:length] if length > 40 and number else own))
@@ -189,26 +192,41 @@ def regret(model: nn.Module, given: Sequence[Sequence[int]], outs: Sequence[Sequ
     return worst
 
 
-def decoder_truth(model: nn.Module, decoder: str, given: Sequence[tuple[int, ...]], wanted: Sequence[Sequence[int]]) -> Truth:
-    """Whether a decoder's tokens are the reference's; in bf16 whether each is the likeliest but for rounding."""
-    from evomerge.scoring.generation import Generator
-
+def decoder_truth(
+    model: nn.Module, decoder: str, given: Sequence[tuple[int, ...]], wanted: Sequence[Sequence[int]], *, shares: bool = False
+) -> Truth:
+    """Whether a decoder's tokens are those wanted; in bf16 whether each is the likeliest but for rounding. shares: prefixes too."""
+    limits = [LIMITS[i % len(LIMITS)] for i in range(len(given))]
     try:
         with RowHead(model) as head:
-            generator = Generator(model, head, tokenizer=tokenizer(), max_length=MAX_LENGTH, pad_id=PAD, eos_ids=frozenset({EOS}), decoder=decoder)
-            plan = generator.compile([list(prompt) for prompt in given], [], NEW_TOKENS)
+            generator = Generator(
+                model, head, tokenizer=tokenizer(), max_length=MAX_LENGTH, pad_id=PAD, eos_ids=frozenset({EOS}), decoder=decoder,
+                shares=shares, rows=7, launch=4,
+            )  # fmt: skip
+            plan = generator.compile(given, [], limits)
             outs, again = generator.run(plan), generator.run(plan)
     except Exception as error:  # a model may raise anything
         return Truth(False, float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:70]}")
-    if list(map(list, outs)) != list(map(list, again)):
+    if outs != again:
         return Truth(False, float("nan"), "the second run of a plan differs from the first")
-    if any(len(out) > NEW_TOKENS or EOS in out[:-1] or (len(out) < NEW_TOKENS and out[-1:] != [EOS]) for out in map(list, outs)):
+    if any(len(out) > most or EOS in out[:-1] or (len(out) < most and out[-1:] != [EOS]) for out, most in zip(outs, limits, strict=True)):
         return Truth(False, float("nan"), "ends elsewhere than at the EOS or the limit")
     short = regret(model, given, outs)
-    different = sum(list(a) != list(b) for a, b in zip(outs, wanted, strict=True))
+    different = sum(out != list(text)[:most] for out, text, most in zip(outs, wanted, limits, strict=True))
     single = next(model.parameters()).dtype == torch.float32
-    right = different == 0 or short < 1e-4 if single else short <= BFLOAT16_REGRET
+    right = different == 0 or short < 1e-4 if single or decoder == "single" else short <= BFLOAT16_REGRET
     return Truth(right, short, f"{different} of {len(given)} texts differ, regret {short:.2g}")
+
+
+@torch.inference_mode()
+def generated(model: Any, given: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What transformers' own greedy generation gives, a prompt at a time: what HFLM says, right or not."""
+    return [
+        model.generate(
+            input_ids=torch.tensor([list(prompt)]), max_length=len(prompt) + NEW_TOKENS, do_sample=False, use_cache=True, pad_token_id=PAD
+        )[0, len(prompt) :].tolist()
+        for prompt in given
+    ]
 
 
 def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: int = 1) -> list[Outcome]:
@@ -216,7 +234,7 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
     found: list[Outcome] = []
     wrong: set[str] = set()
 
-    def note(key: str, dtype: torch.dtype, verdict: Any, true: Truth) -> None:
+    def note(key: str, dtype: torch.dtype, verdict: Verdict, true: Truth) -> None:
         if not true.right:
             wrong.add(key)
         found.append(Outcome(key, dtype, verdict.allowed, key not in wrong, true.error, f"probe: {verdict.reason}; truth: {true.said or true.error}"))
@@ -229,14 +247,15 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
         wanted = reference(model, asked)
         for technique in TECHNIQUES:
             note(technique, dtype, verdicts[technique], truth(model, technique, asked, wanted))
-        if importlib.util.find_spec("evomerge.scoring.generation") is None:
-            continue
-        from evomerge.scoring.generation import probe_decoders
-
         given = prompts(seed)
-        texts = decoded(model, given)
         with RowHead(model) as head:
-            decoders = probe_decoders(model, head, span=max(map(len, given)), pad_id=PAD, seed=0)
-        for decoder in DECODERS:
-            note(decoder, dtype, decoders[decoder], decoder_truth(model, decoder, given, texts))
+            verdicts = probe_decoders(model, head, span=max(map(len, given)) + NEW_TOKENS, pad_id=PAD)
+        texts = decoded(model, given)
+        for decoder in DECODERS[:3]:
+            note(decoder, dtype, verdicts[decoder], decoder_truth(model, decoder, given, texts))
+        chosen = choose_decoder(verdicts)
+        if chosen != "single":
+            note("shared", dtype, verdicts["prefix"], decoder_truth(model, chosen, given, texts, shares=True))
+        some = given[:4]
+        note("single", dtype, Verdict(True, "always allowed"), decoder_truth(model, "single", some, generated(model, some)))
     return found
