@@ -42,7 +42,8 @@ class Engine:
         launch: int | None = None,
         verdicts: Mapping[str, Verdict] | None = None,
     ) -> None:
-        """tokens: most inputs of one forward (None: 1,024 on a CPU, where more is no faster, else 16,384); launch: what a forward costs, in tokens (None: the default); verdicts: of the probe.
+        """tokens: most inputs of one forward (None: 1,024 on a CPU, where more is no faster, else 16,384); launch: what a
+        forward costs, in tokens (None: the default); verdicts: of the probe.
 
         Without verdicts only plain rows are used unless a technique is asked for.
         """
