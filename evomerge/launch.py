@@ -18,17 +18,19 @@ import torch
 from evomerge import __version__, config, racing, worker
 from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
-from evomerge.config import Config, TaskConfig
+from evomerge.config import Config
 from evomerge.errors import CandidateError, ConfigError, StudyError
 from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Measure, Objective, Term, missing
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.pools import InProcessPool
+from evomerge.several import TaskSet, digest
 from evomerge.space import EMBEDDINGS, HEAD, Range, Space
 from evomerge.store import Store, StudyRow
 from evomerge.study import Plan, Progress, Study
 from evomerge.study_files import store_path
+from evomerge.task_sets import open_tasks
 from evomerge.vocabulary import check_rows
 
 log = logging.getLogger(__name__)
@@ -42,14 +44,16 @@ def prepare(
     *,
     overrides: Mapping[str, int] | None = None,
     resume: bool = False,
+    allow_python: bool = False,
     show: Callable[[Progress], None] = lambda progress: None,
     wrap: Callable[[Evaluator], Evaluator] = lambda evaluator: evaluator,
 ) -> Study:
     """A study ready to `run`, with its store open for writing; `study.store.close()` when done.
 
     text: the YAML of the settings; overrides: budget or seed that replace the YAML's. resume: go on with a study that
-    exists. wrap: replaces the evaluator, for scoring by other means. Raises StudyError if the study exists and resume
-    is not asked, if another process writes it, or if it was begun with other settings, models, tasks or versions.
+    exists. allow_python: run the Python functions that the settings name as tasks. wrap: replaces the evaluator, for
+    scoring by other means. Raises StudyError if the study exists and resume is not asked, if another process writes it,
+    or if it was begun with other settings, models, tasks or versions.
     """
     path = store_path(settings.study, studies, new=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ def prepare(
         store.close()
         raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
     try:
-        return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, show, wrap)
+        return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, allow_python, show, wrap)
     except BaseException:
         empty = store.study() is None
         store.close()
@@ -68,22 +72,31 @@ def prepare(
 
 
 def _prepare(
-    settings: Config, text: str, store: Store, overrides: Mapping[str, int], show: Callable[[Progress], None], wrap: Callable[[Evaluator], Evaluator]
+    settings: Config,
+    text: str,
+    store: Store,
+    overrides: Mapping[str, int],
+    allow_python: bool,
+    show: Callable[[Progress], None],
+    wrap: Callable[[Evaluator], Evaluator],
 ) -> Study:
-    opened = open_search(settings)
+    opened = open_search(settings, allow_python)
     parents, space, harness = opened.parents, opened.space, opened.harness
     for warning in opened.warnings:
         log.warning(warning)
     evaluator = wrap(harness)
     scorer = opened.load(evaluator)
+    for finding in harness.findings(scorer.model):
+        log.warning(finding)
     search, stored = settings.search, store.study()
-    facts = {
+    facts: dict[str, Any] = {
         "parents": {name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()} for name, m in settings.models.items()},
         "tasks": harness.fingerprint(),
         "metrics": {t.task: harness.metric(t.task) for t in settings.tasks},
         "terms": _terms(settings, harness),
         "backends": backends(harness, scorer.model) if evaluator is harness else {},
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
+        "item_sets": {role: {task: digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
         "axes": [axis.name for axis in space.axes],
         "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),  # a larger budget must not change the optimizer
         "threads": torch.get_num_threads(),
@@ -185,7 +198,7 @@ class Opened:
     settings: Config
     parents: Mapping[str, Parent]
     space: Space
-    harness: Any
+    harness: TaskSet
     objective: Objective
     warnings: tuple[str, ...] = ()
 
@@ -200,30 +213,30 @@ class Opened:
         return score if math.isfinite(score) else None
 
 
-def open_search(settings: Config) -> Opened:
+def open_search(settings: Config, allow_python: bool = False) -> Opened:
     """Opens what a search needs; raises what `prepare` raises for models that do not fit each other and tasks that cannot be had."""
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     check_compatible(parents, settings.base)
     warning = check_rows(parents, settings.base)
-    return _opened(settings, parents, (warning,) if warning else ())
+    return _opened(settings, parents, (warning,) if warning else (), allow_python)
 
 
-def open_study(store: Store) -> Opened:
+def open_study(store: Store, allow_python: bool = False) -> Opened:
     """Opens what a stored study was searched with; raises StudyError where a model or a task is no longer what it was."""
     parents = stored_parents(store)
     study = store.study()
     assert study is not None
     settings, _ = config.stored(study.name, study.config, study.overrides)
-    opened = _opened(settings, parents, ())
+    opened = _opened(settings, parents, (), allow_python)
     if changed := [task for task, digest in opened.harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
         raise StudyError(f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back")
     return opened
 
 
-def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...]) -> Opened:
+def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allow_python: bool) -> Opened:
     _set_threads(parents[settings.base])
     space = make_space(settings, parents)
-    harness = _harness(settings, parents[settings.base])
+    harness = open_tasks(settings, parents[settings.base], device=_device(), allow_python=allow_python)
     return Opened(settings, parents, space, harness, _objective(settings, _terms(settings, harness)), warnings)
 
 
@@ -291,11 +304,6 @@ def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]]) -> Objec
     return objective
 
 
-def _asks_soft(settings: Config, task: TaskConfig) -> bool:
-    """Whether a task of generated text has to be given soft scores too, which cost forward passes of their own."""
-    return task.search != "metric" or settings.search.tie_break not in (None, "none")
-
-
 def _race(settings: Config) -> racing.Race | None:
     given = settings.search.race
     return None if given is None else racing.Race(given.rungs, given.error)
@@ -307,22 +315,6 @@ def stored_objective(study: StudyRow) -> Objective:
     if "terms" not in study.facts:
         raise StudyError(f"{study.name} was begun with an evomerge that did not store what its tasks' metrics are; begin it anew to compare")
     return _objective(settings, study.facts["terms"])
-
-
-def _harness(settings: Config, base: Parent) -> Any:
-    from evomerge.lm_harness import LmHarness, TaskSpec
-
-    e = settings.evaluation
-    limits = {role: n for role, n in (("validation", e.validation), ("test", e.test)) if n is not None}
-    return LmHarness(
-        [TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits, soft=_asks_soft(settings, t)) for t in settings.tasks],
-        worker.load_tokenizer(base),
-        batch_size=e.batch_size,
-        include=[Path(p) for p in e.include],
-        apply_chat_template=e.apply_chat_template,
-        fewshot_as_multiturn=e.fewshot_as_multiturn,
-        limits=limits,  # type: ignore[arg-type]
-    )
 
 
 def _divide(layers: int, groups: int) -> tuple[int, ...]:

@@ -115,13 +115,9 @@ class PythonTasks:
             for name, f in self._functions.items()
         }
 
-    def sources(self) -> dict[str, str]:
-        """Task name -> SHA-256 of its module's source file."""
-        return {name: function.sha256 for name, function in self._functions.items()}
-
     def backends(self, model: nn.Module) -> dict[str, str]:
-        """Task name -> the function that answers it."""
-        return {name: f"python: {function.spec.function}" for name, function in self._functions.items()}
+        """Task name -> the function that answers it, and the SHA-256 of its module's source file."""
+        return {name: f"python: {function.spec.function}, sha256 {function.sha256}" for name, function in self._functions.items()}
 
     def techniques(self, model: nn.Module, items: Items) -> dict[str, Any]:
         """None: a function asks the model as it likes."""

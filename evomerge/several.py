@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,11 @@ from torch import nn
 
 from evomerge.errors import TaskError
 from evomerge.evaluation import Evaluator, Items, ItemScore, Role
+
+
+def digest(ids: Sequence[str]) -> str:
+    """SHA-256 of item ids, in order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 class TaskSet(Evaluator, Protocol):

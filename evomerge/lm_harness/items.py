@@ -150,11 +150,6 @@ def named(rows: Sequence[Asked]) -> str:
     return _some([f"{row.opening} (document {row.number})" for row in rows])
 
 
-def digest(ids: Sequence[str]) -> str:
-    """SHA-256 of item ids, in order."""
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
-
-
 def _choose(name: str, role: Role, rows: Sequence[Asked], wanted: Sequence[int | str]) -> list[Asked]:
     if not wanted:
         raise TaskError(f"task '{name}': the list of items for {role} is empty; list some, or leave it out to use all")

@@ -100,7 +100,7 @@ def load(
     """The tasks, in the order given. limits: role -> most items of each leaf, chosen by their hash.
 
     Raises TaskError for unknown tasks or metrics, for roles left without items, and for what the rules refuse. What
-    they allow but a user should know is logged as a warning, once, and kept as findings.
+    they allow but a user should know is in the findings.
     """
     rules = rules or Rules()
     catalogue = _Catalogue(include)
@@ -127,8 +127,6 @@ def load(
     tasks = {name: loaded for name, (loaded, _) in leaves.items()}
     groups = {name: _group(name, members, wished, tasks) for name, (members, wished) in wishes.items()}
     findings += [f for loaded in tasks.values() for f in loaded.findings]
-    for finding in findings:
-        log.warning(finding)
     return Tasks(tasks, groups, tuple(spec.task for spec in specs), tuple(findings))
 
 
