@@ -17,20 +17,30 @@ from evomerge.scoring.stops import Stops
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Prompts that are prefilled in one forward.
+class Level:
+    """Beginnings that several prompts share: ids [r, s] at positions [r, s]; index [n]: the row each of the next n rows goes on from."""
 
-    requests: their numbers; prefix: the number of the prefix they all begin with, which is not among ids; ids [b, S];
-    rows [b]: where each row's logits are read in [b * S]; positions [b, S] or None where the model takes none; mask
-    [b, S] of padding or None; lengths: tokens of each prompt, the prefix included. Without padding (`lockstep`) ids holds
-    what all rows have: the rest of longer prompts is fed token by token.
+    ids: Tensor
+    positions: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prompts that are prefilled together.
+
+    requests: their numbers; prefix: the number of the prefix they all begin with; levels: what they share beyond it; ids
+    [b, S]: the rest; rows [b]: where each row's logits are read in [b * S]; positions [b, S]; mask [b, S] of padding, or
+    None; lengths: tokens of each prompt, all of it. Without padding (`lockstep`) ids ends where the shortest prompt does:
+    the rest of longer ones is fed token by token.
     """
 
     requests: tuple[int, ...]
     prefix: int | None
+    levels: tuple[Level, ...]
     ids: Tensor
     rows: Tensor
-    positions: Tensor | None
+    positions: Tensor
     mask: Tensor | None
     lengths: tuple[int, ...]
 
@@ -78,6 +88,15 @@ class Forward:
         if mask is not None:
             inputs["attention_mask"] = mask
         return self.head(rows, ids, **inputs)
+
+    def shared(self, chunk: Chunk, prefix: Any, *, windowed: bool) -> Any:
+        """The cache [b] of what the prompts of a chunk share; prefix: the cache of its prefix, or None."""
+        first = chunk.levels[0].ids if chunk.levels else chunk.ids
+        past = cache.new_cache(self.model, windowed=windowed) if prefix is None else cache.fork(prefix, rows=len(first))
+        for level in chunk.levels:
+            self(torch.zeros(1, dtype=torch.long, device=self.device), level.ids, past, positions=level.positions)
+            past = cache.fork(past, index=level.index)
+        return past
 
     def prefill(self, ids: Tensor, *, windowed: bool) -> Any:
         """The cache of tokens [1, P]. windowed: as the model keeps it; else every position in every layer."""

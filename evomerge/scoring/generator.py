@@ -6,6 +6,7 @@ trusted with is decided by `evomerge.scoring.regret`. Knows nothing of tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.scoring import lockstep, slots
-from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Texts
+from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Level, Texts
 from evomerge.scoring.heads import RowHead
+from evomerge.scoring.levels import cuts, levels
 from evomerge.scoring.processors import processors
 from evomerge.scoring.stops import Stops
-from evomerge.scoring.tree import LAUNCH, shared_prefixes
+from evomerge.scoring.tree import LAUNCH, common, shared_prefixes
 
 DECODERS = ("slots", "padded", "equal", "single")  # the fastest first
 _LOGITS = 1 << 26  # elements of logits that one forward may make
+_STEP = 1.1  # lengths of prompts that are prefilled together differ by about this factor at most
+_SPLIT = 8  # forwards that a prefix of several chunks must save: what one chunk shares is saved by its levels anyway
+_SHARED = 4  # a chunk that shares much may hold so many times the tokens of one forward
 _SPREAD = 64  # most tokens by which prompts of an unpadded batch differ
 
 
@@ -38,22 +43,23 @@ class Generator:
         eos_ids: frozenset[int],
         decoder: str,
         shares: bool = False,
-        rows: int = 512,
-        tokens: int = 2048,
-        memory: int = 1 << 30,
+        rows: int = 1024,
+        tokens: int = 4096,
+        memory: int | None = None,
         launch: int = LAUNCH,
     ) -> None:
         """decoder: of DECODERS, 'single' being 'equal' with one row; shares: whether prefixes may be shared, both as `probe_decoders` allows.
 
         eos_ids: of the generation config and the tokenizer. rows: most prompts that run at once; tokens: most inputs of one
-        forward; memory: bytes that the keys and values of running prompts may take, if one prompt fits; launch: what a
-        forward costs, in tokens. Raises ValueError for an unknown decoder.
+        forward; memory: bytes that keys and values of running prompts may take, but one prompt always runs (None: half of what an
+        accelerator has left, 1 GiB on a CPU); launch: what a forward costs, in tokens. Raises ValueError for an unknown decoder.
         """
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got '{decoder}'")
         self.model, self.tokenizer, self.max_length, self.eos_ids = model, tokenizer, max_length, eos_ids
-        self.decoder, self.rows, self.tokens, self.memory, self.launch = decoder, 1 if decoder == "single" else rows, tokens, memory, launch
+        self.decoder, self.rows, self.tokens, self.launch = decoder, 1 if decoder == "single" else rows, tokens, launch
         self.forward = Forward(model, head, pad_id)
+        self.memory = _memory(self.forward.device) if memory is None else memory
         self.shares = shares and self.forward.argument is not None
         config: Any = model.config
         self._most: int = max(1, _LOGITS // config.get_text_config(decoder=True).vocab_size)
@@ -125,7 +131,7 @@ class Generator:
         groups: list[tuple[int, list[int]]] = []
         left = list(range(len(prompts)))
         if self.shares:
-            groups, left = shared_prefixes([p[:-1] for p in prompts], self.launch)  # a token is left to be read from
+            groups, left = shared_prefixes([p[:-1] for p in prompts], _SPLIT * self.launch)  # a token is left to be read from
         parts = [*groups, (0, left)]
         parts.sort(key=lambda part: -max((len(prompts[i]) for i in part[1]), default=0))
         prefixes: list[Tensor] = []
@@ -135,53 +141,70 @@ class Generator:
             if depth:
                 number = len(prefixes)
                 prefixes.append(torch.tensor([prompts[members[0]][:depth]], device=self.forward.device))
-            ordered = sorted(members, key=lambda i: -len(prompts[i]))
-            padded = self.decoder == "padded" and not depth
-            way = "padded" if padded else "slots" if self.decoder == "slots" else "equal"
-            for batch in self._batches([len(prompts[i]) - depth for i in ordered], [limits[i] for i in ordered], running, way):
-                chunks.append(self._chunk(prompts, [ordered[k] for k in batch], number, depth, padded))
+            way = "equal" if self.decoder == "single" or (self.decoder == "padded" and depth) else self.decoder
+            ordered = sorted(members, key=lambda i: (-_size(prompts[i], way), prompts[i]))
+            for batch in self._batches([prompts[i][depth:] for i in ordered], [limits[i] for i in ordered], running, way):
+                chunks.append(self._chunk(prompts, [ordered[k] for k in batch], number, depth, way))
         return tuple(prefixes), tuple(chunks)
 
-    def _batches(self, lengths: Sequence[int], limits: Sequence[int], running: int, way: str) -> Iterator[range]:
-        """Places of prompts, the longest first, that make one chunk each."""
+    def _batches(self, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], running: int, way: str) -> Iterator[range]:
+        """Places of prompts (what follows their prefix), in the order to be prefilled, that make one chunk each."""
         most = running
-        if way == "slots" and running < len(lengths):
+        if way == "slots" and running < len(prompts):
             most = max(1, running // 4)  # a chunk waits until it fits
         start = 0
-        while start < len(lengths):
+        while start < len(prompts):
+            first = widest = new = len(prompts[start])  # new: tokens that no other row of the chunk begins with
+            spread = {"slots": first, "padded": first // 2, "equal": min(_SPREAD, limits[start])}[way]
             end = start + 1
-            spread = {"slots": lengths[start], "padded": lengths[start] // 2, "equal": min(_SPREAD, limits[start])}[way]
-            while (
-                end < len(lengths)
-                and end - start < most
-                and (end - start + 1) * lengths[start] <= self.tokens
-                and lengths[start] - lengths[end] <= spread
-            ):
+            while end < len(prompts) and end - start < most and first - len(prompts[end]) <= spread:
+                widest = max(widest, len(prompts[end]))
+                new += len(prompts[end]) - (common(prompts[end - 1], prompts[end]) if self.shares else 0)
+                every = (end - start + 1) * widest
+                if every > self.tokens and (new > self.tokens or way == "padded" or every > _SHARED * self.tokens):
+                    break
                 end += 1
             yield range(start, end)
             start = end
 
-    def _chunk(self, prompts: Sequence[tuple[int, ...]], members: list[int], prefix: int | None, depth: int, padded: bool) -> Chunk:
+    def _chunk(self, prompts: Sequence[tuple[int, ...]], members: list[int], prefix: int | None, depth: int, way: str) -> Chunk:
         """Tensors of prompts that are prefilled together."""
         device, pad = self.forward.device, self.forward.pad_id
         rests = [prompts[i][depth:] for i in members]
         lengths = tuple(len(prompts[i]) for i in members)
-        width = max(map(len, rests))
-        mask = positions = None
-        if self.decoder == "slots":
-            ids = torch.tensor([[*r, *[pad] * (width - len(r))] for r in rests], device=device)
-            rows = torch.tensor([k * width + len(r) - 1 for k, r in enumerate(rests)], device=device)
-            positions = torch.arange(depth, depth + width, device=device).expand(len(rests), -1)
-        elif padded:
-            ids = torch.tensor([[*[pad] * (width - len(r)), *r] for r in rests], device=device)
+        mask = None
+        shared: list[Level] = []
+        if way == "padded":
+            width = max(map(len, rests))
+            ids = [[*[pad] * (width - len(r)), *r] for r in rests]
             mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rests], device=device)
-            rows = torch.arange(1, len(rests) + 1, device=device) * width - 1
+            ends = [width] * len(rests)
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         else:
-            width = min(map(len, rests))
-            ids = torch.tensor([r[:width] for r in rests], device=device)
-            rows = torch.arange(1, len(rests) + 1, device=device) * width - 1
-        return Chunk(tuple(members), prefix, ids, rows, positions, mask, lengths)
+            width = (max if way == "slots" else min)(map(len, rests))
+            depths = cuts(rests, width, self.launch) if self.shares else []
+            start = depth
+            for tokens, index in levels(rests, depths):
+                at = torch.arange(start, start + len(tokens[0]), device=device).expand(len(tokens), -1)
+                shared.append(Level(torch.tensor(tokens, device=device), at, torch.tensor(index, device=device)))
+                start += len(tokens[0])
+            rests = [r[start - depth :] for r in rests]
+            width -= start - depth
+            ends = [min(len(r), width) for r in rests]
+            ids = [[*r[:width], *[pad] * (width - len(r))] for r in rests]
+            positions = torch.arange(start, start + width, device=device).expand(len(rests), -1)
+        rows = torch.tensor([k * width + end - 1 for k, end in enumerate(ends)], device=device)
+        return Chunk(tuple(members), prefix, tuple(shared), torch.tensor(ids, device=device), rows, positions, mask, lengths)
+
+
+def _size(prompt: Sequence[int], way: str) -> int:
+    """What prompts are sorted by: their length, which for slots is rounded so that neighbours may begin alike, too."""
+    return math.ceil(math.log(len(prompt), _STEP)) if way == "slots" else len(prompt)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes for the keys and values of running prompts."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
 
 
 def _bytes(past: Any) -> int:

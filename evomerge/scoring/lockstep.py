@@ -23,12 +23,13 @@ def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
     """Decodes every chunk of a plan into texts."""
     number, prefix = None, None
     for chunk in plan.chunks:
-        if chunk.prefix is not None and chunk.prefix != number:
-            number, prefix = chunk.prefix, forward.prefill(plan.prefixes[chunk.prefix], windowed=True)
+        if chunk.prefix != number:
+            number = chunk.prefix
+            prefix = None if number is None else forward.prefill(plan.prefixes[number], windowed=True)
         if chunk.mask is not None:
             _padded(chunk, forward, texts)
         else:
-            _unpadded(plan, chunk, forward, texts, prefix if chunk.prefix is not None else None)
+            _unpadded(plan, chunk, forward, texts, prefix)
 
 
 def _padded(chunk: Chunk, forward: Forward, texts: Texts) -> None:
@@ -57,12 +58,10 @@ def _padded(chunk: Chunk, forward: Forward, texts: Texts) -> None:
 
 
 def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts, prefix: Any) -> None:
-    """One batch without padding: chunk.ids is what all rows have after the prefix."""
+    """One batch without padding: chunk.ids ends where the shortest prompt does."""
     requests, lengths = list(chunk.requests), list(chunk.lengths)
     ids, seen = chunk.ids, min(chunk.lengths)
-    past = None
-    if forward.argument is not None:
-        past = cache.new_cache(forward.model) if prefix is None else cache.fork(prefix, rows=len(requests))
+    past = None if forward.argument is None else forward.shared(chunk, prefix, windowed=True)
     whole = ids  # all tokens of each row, for models without a cache that can be forked
     new = [0] * len(requests)
     places = list(range(len(requests)))

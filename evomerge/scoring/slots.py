@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from evomerge.scoring import cache
 from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Texts
 from evomerge.scoring.masks import FULL, attention_mask
 
@@ -135,12 +134,10 @@ def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
         while waiting < len(plan.chunks) and len(slots.requests) + len(plan.chunks[waiting].requests) <= plan.slots:
             chunk = plan.chunks[waiting]
             waiting += 1
-            if chunk.prefix is None:
-                past = cache.new_cache(forward.model, windowed=False)
-            else:
-                if chunk.prefix != number:
-                    number, prefix = chunk.prefix, forward.prefill(plan.prefixes[chunk.prefix], windowed=False)
-                past = cache.fork(prefix, rows=len(chunk.requests))
+            if chunk.prefix != number:
+                number = chunk.prefix
+                prefix = None if number is None else forward.prefill(plan.prefixes[number], windowed=False)
+            past = forward.shared(chunk, prefix, windowed=False)
             logits = forward(chunk.rows, chunk.ids, past, positions=chunk.positions)
             new, going = texts.add(chunk.requests, logits)
             if going:
