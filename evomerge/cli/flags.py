@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from evomerge.store import Store
 
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the studies.", show_default="$EVOMERGE_ROOT or results")]
+AllowPython = Annotated[bool, typer.Option("--allow-python", help="Run the Python functions that the search names as tasks, with all your rights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

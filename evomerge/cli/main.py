@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from evomerge.cli import look
-from evomerge.cli.flags import Root, open_store, split
+from evomerge.cli.flags import AllowPython, Root, open_store, split
 from evomerge.errors import ConfigError, EvomergeError
 
 app = typer.Typer(
@@ -64,6 +64,7 @@ def run(
     evaluations: Annotated[int | None, typer.Option(help="Budget of the search, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
+    allow_python: AllowPython = False,
     root: Root = None,
 ) -> None:
     """Start a search, or go on with it."""
@@ -73,13 +74,14 @@ def run(
     if study is not None:
         settings, text = configs.rename(text, study)
     given = {key: value for key, value in (("evaluations", evaluations), ("seed", seed)) if value is not None}
-    _search(settings, text, given, root, resume)
+    _search(settings, text, given, root, resume, allow_python)
 
 
 @app.command(rich_help_panel="Search")
 def resume(
     study: Annotated[str, typer.Argument(help="Name of the study.")],
     evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
+    allow_python: AllowPython = False,
     root: Root = None,
 ) -> None:
     """Go on with a stored study, perhaps with a larger budget."""
@@ -95,7 +97,7 @@ def resume(
         if not evaluations.removeprefix("+").isdigit():
             raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
         given["evaluations"] = int(evaluations) + (settings.search.evaluations if evaluations.startswith("+") else 0)
-    _search(settings, text, given, root, resume=True)
+    _search(settings, text, given, root, True, allow_python)
 
 
 for verb in (look.status, look.show, look.compare, look.sensitivity):
@@ -154,7 +156,7 @@ def merge(
             raise typer.Exit(1)
 
 
-def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool) -> None:
+def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool, allow_python: bool) -> None:
     from evomerge.cli import screens
 
     with screens.Search(settings.study) as screen:
@@ -162,7 +164,9 @@ def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | No
             from evomerge import launch, report
             from evomerge.study_files import root as studies_root
 
-            study = launch.prepare(settings, text, studies_root(root), overrides=overrides, resume=resume, show=screen.show)
+            study = launch.prepare(
+                settings, text, studies_root(root), overrides=overrides, resume=resume, allow_python=allow_python, show=screen.show
+            )
         with study.store:
             with screens.signals(study):
                 study.run()
