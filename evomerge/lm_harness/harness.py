@@ -30,7 +30,7 @@ from evomerge.lm_harness.tasks import Loaded, TaskSpec, load
 from evomerge.scoring.verdicts import Verdict
 
 log = logging.getLogger(__name__)
-_COMPILED = 4  # sets of items whose plans are kept
+_COMPILED = 8  # sets of items whose plans are kept
 
 
 @dataclass(slots=True)

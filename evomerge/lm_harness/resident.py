@@ -63,6 +63,7 @@ class ResidentBackend:
         self._decoders: dict[str, Verdict] = {}
         self._span = -1
         self._reasons: dict[str, str] = {}
+        self._refusals: dict[str, str | None] = {}
         self._encoding = Encoding(self.lm)
         self._prompts: dict[tuple[str, int], list[int]] = {}
         self._text = functools.lru_cache(maxsize=_TEXTS)(self._decode)
@@ -194,9 +195,12 @@ class ResidentBackend:
         """Why HFLM itself has to generate; None if it need not."""
         if request.request_type != "generate_until":
             return None
-        known = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
-        rest = {name: value for name, value in known.items() if name not in ("until", "max_gen_toks")}
-        return refusal(rest, self.model)
+        key = repr(request.args[1])
+        if key not in self._refusals:
+            known = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
+            rest = {name: value for name, value in known.items() if name not in ("until", "max_gen_toks")}
+            self._refusals[key] = refusal(rest, self.model)
+        return self._refusals[key]
 
     def _decode(self, tokens: tuple[int, ...], until: tuple[str, ...]) -> str:
         return str(postprocess_generated_text(self.lm.tok_decode(list(tokens)), list(until), None))
