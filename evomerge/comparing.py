@@ -21,8 +21,8 @@ from evomerge.store import Store, Trial
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A candidate to compare. name: as the user wrote it; label: of a parent or hand recipe, else None; scores: of every
-    item it was scored on in the role."""
+    """A candidate to compare. name: as the user wrote it; study: the folder of its study; scores: of every item that it was
+    scored on in the role, from all of its evaluations there."""
 
     name: str
     study: str
@@ -34,12 +34,10 @@ class Contender:
 
 def contender(store: Store, name: str, reference: str, role: Role) -> Contender:
     """The candidate of a study that a reference names, with all that the study's file holds of it in a role."""
-    study = store.study()
     trial = report.resolve(store, reference)
-    assert study is not None
     evaluations = tuple(s.evaluation for r, s in store.evaluations(trial.recipe_id) if r == role and s.evaluation.error is None)
     scores = {(s.task, s.item): s for e in evaluations for s in e.items}
-    return Contender(name, study.name, trial, store.recipe(trial.recipe_id), scores, evaluations)
+    return Contender(name, store.path.parent.name, trial, store.recipe(trial.recipe_id), scores, evaluations)
 
 
 def check(facts: Mapping[str, Mapping[str, Any]], task: str | None) -> list[str]:
@@ -118,7 +116,10 @@ def compare(contenders: Sequence[Contender], objective: Objective, task: str | N
     corrected = iter(holm([d.p_value() for d in estimates]))
     for row in rows:
         row["differences"] = [None if d is None else _plain(d) | {"p_holm": next(corrected)} for d in row["differences"]]
-    candidates = [{"name": c.name, "id": c.trial.id, "label": c.trial.label, "recipe": c.recipe.id, "scored": len(c.scores)} for c in contenders]
+    candidates = [
+        {"name": c.name, "study": c.study, "id": c.trial.id, "label": c.trial.label, "recipe": c.recipe.id, "scored": len(c.scores)}
+        for c in contenders
+    ]
     return {"candidates": candidates, "items": sum(map(len, items.values())), "rows": rows}
 
 

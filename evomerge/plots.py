@@ -40,6 +40,8 @@ def sensitivity(curves: Sequence[Curve], title: str, file: Path) -> None:
         panel.set_title(curve.axis, fontsize=7)
         panel.tick_params(labelsize=7)
     page.suptitle(title, fontsize=9)
+    page.supxlabel("coefficient; dashed: the candidate's", fontsize=8)
+    page.supylabel("objective, bars: ± 2 errors of the difference", fontsize=8)
     page.savefig(file, dpi=150, metadata={"Date": None} if file.suffix.lower() == ".svg" else None)
 
 

@@ -53,17 +53,30 @@ def status(
     print(json.dumps(data, indent=2) if as_json else screens.study(data))
 
 
-def show(candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")], root: Root = None, as_json: Json = False) -> None:
-    """One candidate: where it comes from, its scores, or why it failed."""
+def show(
+    candidate: Annotated[str, typer.Argument(help="STUDY/ID, STUDY/best, STUDY/LABEL of a parent or hand recipe, or STUDY/pareto.")],
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """One candidate: where it comes from, its scores, or why it failed. Of STUDY/pareto, those that no other betters in every task."""
     from evomerge import report
-    from evomerge.cli import screens
+    from evomerge.cli import screens, tables
 
     study, reference = split(candidate)
     with open_store(study, root) as store:
+        row = store.study()
+        if reference == "pareto":
+            found = report.front(store)
+            print(json.dumps(found, indent=2) if as_json else tables.front(found))
+            return
         trial = report.resolve(store, reference)
         data = report.candidate(store, trial)
         recipe = store.recipe(trial.recipe_id)
-    print(json.dumps(data | {"recipe_body": json.loads(recipe.canonical())}, indent=2) if as_json else screens.candidate(data))
+        backends = row.facts.get("backends", {}) if row else {}
+    if as_json:
+        print(json.dumps(data | {"backends": backends, "recipe_body": json.loads(recipe.canonical())}, indent=2))
+    else:
+        print("\n".join([screens.candidate(data), *tables.backends(backends)]))
 
 
 def compare(

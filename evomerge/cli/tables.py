@@ -54,14 +54,14 @@ def comparison(data: Mapping[str, Any], role: str) -> str:
     """A column a candidate; under each score but the first's the paired difference to the first."""
     candidates = data["candidates"]
     lines = [f"{role}: {data['items']} items that all were scored on; differences are paired, to {candidates[0]['name']}"]
-    lines += [f"note: {note}" for note in data.get("notes", ())]
-    named = [f"{c['name']} ({c['label']})" if c["label"] and not c["name"].endswith(f"/{c['label']}") else c["name"] for c in candidates]
-    lines += ["", f"{'':24}{'items':>7}{named[0][:14]:>16}" + "".join(f"{n[:32]:>34}" for n in named[1:])]
+    lines += [f"{c['name']}: candidate {c['id']} of {c['study']}" + (f", {c['label']}" if c["label"] else "") for c in candidates]
+    lines += [f"note: {note}" for note in data["notes"]]
+    lines += ["", f"{'':24}{'items':>7}{candidates[0]['name'][:20]:>22}" + "".join(f"{c['name'][:32]:>34}" for c in candidates[1:])]
     for row in data["rows"]:
         first, *others = row["scores"]
         cells = [_cell(score, d) for score, d in zip(others, row["differences"], strict=True)]
         arrow = "" if row["higher_is_better"] else " ↓"
-        lines.append(f"{row['task'] + arrow:24.24}{row['items']:>7}{_number(first):>16}" + "".join(f"{c:>34}" for c in cells))
+        lines.append(f"{row['task'] + arrow:24.24}{row['items']:>7}{_number(first):>22}" + "".join(f"{c:>34}" for c in cells))
     lines += ["", "p: two-sided, of the difference, corrected by Holm for all of this table"]
     for sample in data.get("samples", ()):
         lines += ["", *_sample(sample)]
@@ -121,6 +121,23 @@ def sensitivity(data: Mapping[str, Any]) -> str:
         f"bars: {low:.4f} to {high:.4f}, × failed; steep: some step differs from the candidate, paired, p < 0.05 corrected for the steps of the axis",
     ]
     return "\n".join(lines)
+
+
+def front(data: Mapping[str, Any]) -> str:
+    """A line a candidate: its tasks, of which no other candidate has all."""
+    lines = [f"{data['study']}, {data['items']}: {len(data['candidates'])} candidates that no other equals or betters in every task"]
+    for c in data["candidates"]:
+        tasks = ", ".join(f"{task} {value:.4f}" for task, value in c["metrics"].items())
+        lines.append(f"{c['id']:>6}  {_number(c['objective'])}  {tasks}  {c['label'] or c['origin']}")
+    return "\n".join(lines)
+
+
+def backends(found: Mapping[str, str]) -> list[str]:
+    """What answered the tasks, in a line; none where the study does not say."""
+    others = [f"{task}: {how}" for task, how in found.items() if how != "compiled"]
+    compiled = [task for task, how in found.items() if how == "compiled"]
+    lines = ([f"compiled requests: {', '.join(compiled)}"] if compiled else []) + others
+    return [f"answered by {'; '.join(lines)}"] if lines else []
 
 
 def _bar(score: float | None, low: float, high: float) -> str:
