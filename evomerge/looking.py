@@ -29,6 +29,7 @@ def compare(
     task: str | None = None,
     samples: int | None = None,
     score: bool = False,
+    allow_python: bool = False,
     show: Show = lambda done, total: None,
 ) -> dict[str, Any]:
     """Candidates (name, study, reference) on the items of a role that all were scored on, as plain data, see `comparing.compare`.
@@ -43,7 +44,7 @@ def compare(
         rows = {study: row for study, store in stores.items() if (row := store.study()) is not None}
         objectives = {study: launch.stored_objective(row) for study, row in rows.items()}
         notes = comparing.check({study: row.facts for study, row in rows.items()}, task)
-        models = _Models(stores)
+        models = _Models(stores, allow_python)
         if score:
             contenders = models.score(contenders, role, show)
         objective = objectives[contenders[0].study]
@@ -66,6 +67,7 @@ def sensitivity(
     role: Role = "search",
     count: int | None = None,
     plot: Path | None = None,
+    allow_python: bool = False,
     show: Show = lambda done, total: None,
 ) -> dict[str, Any]:
     """A candidate's coefficients scanned, see `sensitivity.scan`, as plain data; the store must be open for writing.
@@ -76,7 +78,7 @@ def sensitivity(
         plots.check(plot)
     trial = report.resolve(store, reference)
     recipe = store.recipe(trial.recipe_id)
-    opened = launch.open_study(store)
+    opened = launch.open_study(store, allow_python)
     space, pool = opened.space, opened.harness.items(role)
     genome = scanning.genome_of(space, recipe, trial.genome)
     neighbours = scanning.points(space, genome, scanning.matching(space.axes, pattern), step, span)
@@ -118,8 +120,8 @@ def sensitivity(
 class _Models:
     """The studies' models, each merged and asked again; one study is open at a time."""
 
-    def __init__(self, stores: dict[str, Store]) -> None:
-        self._stores = stores
+    def __init__(self, stores: dict[str, Store], allow_python: bool) -> None:
+        self._stores, self._allow_python = stores, allow_python
         self._study: str | None = None
         self._opened: launch.Opened
         self._worker: Worker
@@ -172,6 +174,6 @@ class _Models:
 
     def _open(self, study: str) -> None:
         if self._study != study:
-            self._opened = launch.open_study(self._stores[study])
+            self._opened = launch.open_study(self._stores[study], self._allow_python)
             self._worker = self._opened.load()
             self._study = study

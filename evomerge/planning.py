@@ -13,23 +13,24 @@ from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
 from evomerge.launch import Opened, backends, first_items, is_diagonal, open_search
 from evomerge.optimizers.cma_es import CmaEs
+from evomerge.worker import Worker
 
 _TIMED = 3  # candidates whose median is the estimate
 
 
-def plan(settings: Config, *, probe: bool = False) -> dict[str, Any]:
+def plan(settings: Config, *, probe: bool = False, allow_python: bool = False) -> dict[str, Any]:
     """Everything about a search that can be known without starting it, as plain data. Raises what starting it would raise.
 
-    probe: loads the base too, asks what answers each task and which scoring techniques the model can be trusted with, and
-    times a candidate.
+    probe: loads the base too, asks what answers each task, which items it truncates and which scoring techniques it can be
+    trusted with, and times a candidate. allow_python: run the Python functions that the settings name as tasks.
     """
-    opened = open_search(settings)
+    opened = open_search(settings, allow_python)
     search, space, harness = settings.search, opened.space, opened.harness
     diagonal = is_diagonal(settings, space)
     zeros = (0.0,) * len(space.axes)
     population = len(CmaEs(zeros, search.sigma, population=search.population, diagonal=diagonal, seed=search.seed).ask())
     items = {role: harness.items(role) for role in ROLES}
-    generation = first_items(items["search"], settings)
+    generation = first_items(items["search"], settings, opened.objective)
     data: dict[str, Any] = {
         "study": settings.study,
         "models": [_model(name, parent, name == settings.base) for name, parent in opened.parents.items()],
@@ -53,7 +54,11 @@ def plan(settings: Config, *, probe: bool = False) -> dict[str, Any]:
         },
         "work": _work(settings, opened, population, items, generation),
     }
-    return data | ({"probe": _probe(opened, generation, data["work"])} if probe else {})
+    if probe:
+        worker = opened.load()
+        data["findings"] = list(harness.findings(worker.model))
+        data["probe"] = _probe(opened, worker, generation, data["work"])
+    return data
 
 
 def seconds_of(work: dict[str, Any], merge: float, item: float) -> float:
@@ -91,12 +96,13 @@ def _task(task: str, weight: float, opened: Opened, items: dict[Any, Items], gen
 
 
 def _work(settings: Config, opened: Opened, population: int, items: dict[Any, Items], generation: Items) -> dict[str, Any]:
-    """Stages of the search with candidates and items each; soups and failures make it more, equal recipes less."""
+    """Stages of the search with candidates and items each; equal recipes and failures make it less."""
     search = settings.search
-    references, generations = len(baselines(opened.space)), math.ceil(search.evaluations / population)
+    soups = len(settings.models) - 1  # the greedy soup tries each parent but the best once
+    references, generations = len(baselines(opened.space)) + soups, math.ceil(search.evaluations / population)
     sizes = {role: sum(map(len, ids.values())) for role, ids in (*items.items(), ("generation", generation))}
     stages: list[dict[str, Any]] = [
-        {"stage": "parents and hand recipes", "candidates": references, "items": sizes["generation"]},
+        {"stage": "parents, hand recipes and soups", "candidates": references, "items": sizes["generation"]},
         {"stage": "search", "candidates": generations * population, "items": sizes["generation"]},
         {"stage": "validation", "candidates": search.finalists + references, "items": sizes["validation"]},
         {"stage": "test", "candidates": 1 + references, "items": sizes["test"]},
@@ -105,9 +111,8 @@ def _work(settings: Config, opened: Opened, population: int, items: dict[Any, It
     return {"generations": generations, "stages": stages, "item_evaluations": total, "race": getattr(search, "race", None) is not None}
 
 
-def _probe(opened: Opened, items: Items, work: dict[str, Any]) -> dict[str, Any]:
+def _probe(opened: Opened, worker: Worker, items: Items, work: dict[str, Any]) -> dict[str, Any]:
     """Verdicts, and the median time of candidates near the start of the space; the first one's, with what is done once, apart."""
-    worker = opened.load()
     answered = backends(opened.harness, worker.model)
     axes = len(opened.space.axes)
     recipes = [opened.space.decode([0.05 * k * (-1) ** i for i in range(axes)]) for k in range(_TIMED + 1)]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from evomerge.cli.flags import Json, Root, open_store, split
+from evomerge.cli.flags import AllowPython, Json, Root, open_store, split
 from evomerge.errors import ConfigError, StudyError
 
 
 def plan(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
     probe: Annotated[bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")] = False,
+    allow_python: AllowPython = False,
     as_json: Json = False,
 ) -> None:
     """Everything that can be checked before a search starts: models, space, tasks and their items, work. Writes nothing."""
@@ -24,7 +25,7 @@ def plan(
     from evomerge.cli import tables
 
     settings, _ = configs.load(config)
-    data = planning.plan(settings, probe=probe)
+    data = planning.plan(settings, probe=probe, allow_python=allow_python)
     print(json.dumps(data, indent=2) if as_json else tables.plan(data))
 
 
@@ -85,6 +86,7 @@ def compare(
     task: Annotated[str | None, typer.Option(help="One task only.")] = None,
     samples: Annotated[int | None, typer.Option(help="Show this many items with every model's output, those that differ first.")] = None,
     score: Annotated[bool, typer.Option("--score", help="Score now what is missing; shown, not stored.")] = False,
+    allow_python: AllowPython = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +102,8 @@ def compare(
         raise ConfigError(f"--role must be {', '.join(ROLES)}, got '{role}'")
     with screens.bar("candidates") as progress:
         pairs = [(name, *split(name)) for name in candidates]
-        data = looking.compare(pairs, studies_root(root), role, task=task, samples=samples, score=score, show=progress)
+        options: Any = {"task": task, "samples": samples, "score": score, "allow_python": allow_python}
+        data = looking.compare(pairs, studies_root(root), role, show=progress, **options)
     print(json.dumps(data, indent=2) if as_json else tables.comparison(data, role))
 
 
@@ -112,6 +115,7 @@ def sensitivity(
     role: Annotated[str, typer.Option(help="Items to score on: search or validation.")] = "search",
     items: Annotated[int | None, typer.Option(help="Items of each task; as many as a generation has if left out.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .png, .svg or .pdf.")] = None,
+    allow_python: AllowPython = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -124,5 +128,6 @@ def sensitivity(
         raise ConfigError(f"--role must be search or validation, got '{role}'; test items are for the final score alone")
     study, reference = split(candidate)
     with open_store(study, root, write=True) as store, screens.bar("points") as progress:
-        data = looking.sensitivity(store, reference, step, span, pattern=axes, role=role, count=items, plot=plot, show=progress)
+        options: Any = {"pattern": axes, "role": role, "count": items, "plot": plot, "allow_python": allow_python}
+        data = looking.sensitivity(store, reference, step, span, show=progress, **options)
     print(json.dumps(data, indent=2) if as_json else tables.sensitivity(data))
