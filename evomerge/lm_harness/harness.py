@@ -145,7 +145,7 @@ class LmHarness:
             metrics[name] = float(loaded.task.aggregation()[loaded.metric](list(values)))
             own = []
             for (item, requests, gold), value in zip(rows, values, strict=True):
-                found = number(value)
+                found = number(value, loaded.task.aggregation()[loaded.metric])
                 if math.isnan(found):
                     raise CandidateError(f"task '{name}' gave {value!r} for item {item}")
                 own.append(ItemScore(name, item, found, *soft(loaded, requests, gold, self._backend.tokens)))
@@ -162,7 +162,8 @@ class LmHarness:
         found: list[Sample] = []
         for name, rows in self._answered(model, items).rows.items():
             values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
-            found += [sample(self._tasks[name], item, requests, number(value)) for (item, requests, _), value in zip(rows, values, strict=True)]
+            mean = self._tasks[name].task.aggregation()[self._tasks[name].metric]
+            found += [sample(self._tasks[name], item, requests, number(value, mean)) for (item, requests, _), value in zip(rows, values, strict=True)]
         return found
 
     def _answered(self, model: nn.Module, items: Items) -> _Compiled:

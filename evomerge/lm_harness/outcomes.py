@@ -68,14 +68,19 @@ class Outcomes:
         return values
 
 
-def number(value: Any) -> float:
-    """One number for an item's value: itself; whether a (gold, predicted) pair agrees; a (sum, count) pair's ratio."""
-    if isinstance(value, tuple) and len(value) == 2:
-        first, second = value
-        if isinstance(first, float) and second:
-            return first / float(second)
-        return float(bool(first == second))
+def number(value: Any, aggregate: Callable[[list[Any]], Any]) -> float:
+    """One number for an item's value: itself; whether a (gold, predicted) pair agrees; a (sum, count) pair's ratio.
+
+    aggregate: the metric's own over items, for what is none of these, such as a Brier score's (gold, probabilities).
+    """
     try:
+        if isinstance(value, tuple) and len(value) == 2:
+            first, second = value
+            if hasattr(second, "__len__") and not isinstance(second, str):
+                return float(aggregate([value]))
+            if isinstance(first, float) and second:
+                return first / float(second)
+            return float(bool(first == second))
         return float(value)
     except (TypeError, ValueError):
         return math.nan
