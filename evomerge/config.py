@@ -112,7 +112,8 @@ class EvaluationConfig(_Strict):
     search: most items of each task that generations take theirs from. splits: 'declared', 'hash' or 'hash-train', see
     `evomerge.lm_harness.TaskSpec`; include: folders of task YAML files. duplicates, allow_benchmark_test,
     training_texts, overlap, overlap_ngram: see `evomerge.lm_harness.items.Rules`. Of a group, all these counts are of
-    each of its tasks.
+    each of its tasks. backend: 'resident' compiles requests for the live model, 'lm-eval' hands all to lm-eval's own
+    HFLM; batch_size: of what goes through that.
     """
 
     items: Annotated[Whole, Field(ge=1)] | dict[str, Annotated[Whole, Field(ge=1)]] = _ITEMS
@@ -125,6 +126,7 @@ class EvaluationConfig(_Strict):
     training_texts: tuple[str, ...] = ()
     overlap: Literal["warn", "drop"] = "warn"
     overlap_ngram: Whole = Field(default=13, ge=1)
+    backend: Literal["resident", "lm-eval"] = "resident"
     batch_size: Whole = Field(default=64, ge=1)
     include: tuple[str, ...] = ()
     apply_chat_template: bool = False

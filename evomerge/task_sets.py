@@ -42,6 +42,7 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
                 ],
                 tokenizer,
                 batch_size=e.batch_size,
+                backend=e.backend,
                 include=[Path(p) for p in e.include],
                 apply_chat_template=e.apply_chat_template,
                 fewshot_as_multiturn=e.fewshot_as_multiturn,
