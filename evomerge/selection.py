@@ -6,7 +6,7 @@ Plain rows from item scores; nothing is scored here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,35 +14,53 @@ from evomerge.evaluation import Items, ItemScore, Objective
 from evomerge.statistics import Estimate, ItemMeans, control_variate, holm, luck, paired, stratified
 from evomerge.store import Scored, Store, Trial
 
+_Turns = tuple[int, ...]  # by task of the pool, how often its items had been gone through
 ALARM = 1.96
 """A skill is said to be lost where it falls by more than this many standard errors: 2.5 % a comparison, not corrected for
 their number, as an alarm is to be looked at and a loss passed over is not."""
 
 
-def estimates(store: Store, objective: Objective, pool: Items, trials: Sequence[Trial], last: int) -> dict[int, Estimate]:
+def estimates(
+    store: Store, objective: Objective, pool: Items, trials: Sequence[Trial], last: int, epochs: Callable[[Trial], Mapping[str, int]]
+) -> dict[int, Estimate]:
     """Trial id -> its objective as the search sees it, estimated over all items of the search: comparable across generations.
 
-    pool: all items of the search; last: the number of the last generation. The items' ease is that of all candidates
-    scored on a generation's whole subset. Empty where the objective is no mean of items.
+    pool: all items of the search; last: the number of the last generation; epochs: task -> how often all its items had been
+    gone through before the trial's generation took its own. The ease of items is the mean over the generations, of the
+    candidates that were scored in full, but for those of the trial's own epoch: they dealt the same items to the same
+    generation, and would say nothing of how it differs from the others, nor leave the error what it is. In a first epoch
+    the estimate is the plain mean. Empty where the objective is no mean of items.
     """
     if not objective.is_mean_of_items:
         return {}
-    ease, own = ItemMeans(), {}
-    wanted = {t.id for t in trials}
-    seen: set[tuple[str, int]] = set()  # equal recipes of a generation share their scores
+    tasks, wanted = tuple(pool), {t.id for t in trials}
+    own: dict[int, tuple[_Turns, tuple[ItemScore, ...]]] = {}
+    sums: dict[tuple[int, _Turns], dict[tuple[str, str], list[float]]] = {}  # (sum, count) of each item by generation
     for trial in store.trials():
-        whole = trial.score is not None and trial.dropped is None
-        counted = whole and trial.origin != "mean" and trial.generation <= last and (trial.recipe_id, trial.generation) not in seen
-        if counted or (whole and trial.id in wanted):
-            items = objective.seen(store.trial_items(trial))
-            if counted:
-                seen.add((trial.recipe_id, trial.generation))
-                ease.add(items)
-            if trial.id in wanted:
-                own[trial.id] = items
-    shares = objective.seen_shares
-    found = {i: control_variate(items, ease, pool, shares) for i, items in own.items()}
-    return {i: e for i, e in found.items() if math.isfinite(e.mean)}
+        if trial.score is None or trial.dropped is not None or trial.generation > last:
+            continue
+        items, turns = objective.seen(store.trial_items(trial)), tuple(epochs(trial)[task] for task in tasks)
+        if trial.id in wanted:
+            own[trial.id] = turns, items
+        if trial.generation > 0 and trial.origin != "mean":
+            found = sums.setdefault((trial.generation, turns), {})
+            for s in items:
+                pair = found.setdefault((s.task, s.item), [0.0, 0])
+                pair[0] += s.value
+                pair[1] += 1
+    averages = [(turns, [ItemScore(*key, total / count) for key, (total, count) in found.items()]) for (_, turns), found in sums.items()]
+    ease = {turns: _ease(averages, dict(zip(tasks, turns, strict=True)), tasks) for turns in dict.fromkeys(turns for turns, _ in own.values())}
+    known = {i: control_variate(items, ease[turns], pool, objective.seen_shares) for i, (turns, items) in own.items()}
+    return {i: e for i, e in known.items() if math.isfinite(e.mean)}
+
+
+def _ease(averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping[str, int], tasks: Sequence[str]) -> ItemMeans:
+    """The items' ease from the generations of other epochs than these."""
+    means = ItemMeans()
+    for turns, items in averages:
+        there = dict(zip(tasks, turns, strict=True))
+        means.add([s for s in items if there[s.task] != apart[s.task]])
+    return means
 
 
 def leaders(trials: Iterable[Trial], known: Mapping[int, Estimate], after: float, last: int) -> list[Trial]:

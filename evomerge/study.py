@@ -106,9 +106,19 @@ class Study:
 
         Generation 0 (parents and hand recipes) and generation 1 share theirs.
         """
-        turn, sizes = max(0, generation - 1), self.plan.per_generation
-        pool = self.plan.items["search"]
-        return {t: _window(ids, turn, sizes if isinstance(sizes, int) else sizes[t], f"{self.plan.seed}/{t}") for t, ids in pool.items()}
+        pool, seed = self.plan.items["search"], self.plan.seed
+        return {task: _window(ids, *self._turn(generation, task), f"{seed}/{task}") for task, ids in pool.items()}
+
+    def _turn(self, generation: int, task: str) -> tuple[int, int, int]:
+        """(how often a task's items have been gone through, which window of them it is, its size)."""
+        given, ids = self.plan.per_generation, self.plan.items["search"][task]
+        size = min(given if isinstance(given, int) else given[task], len(ids))
+        return *divmod(max(0, generation - 1), len(ids) // size), size
+
+    def _epochs(self, trial: Trial, last: int) -> dict[str, int]:
+        """Task -> how often its items had been gone through before those of the trial were taken."""
+        generation = last + 1 if trial.origin == "mean" and trial.generation == last else trial.generation
+        return {task: self._turn(generation, task)[0] for task in self.plan.items["search"]}
 
     def _references(self) -> list[Trial]:
         candidates = [_Candidate(b.origin, b.recipe, label=b.label) for b in self.plan.baselines]
@@ -208,7 +218,7 @@ class Study:
         mean = _Candidate("mean", plan.space.decode(genome), "mean of the distribution", genome, tuple(t.id for t in final))
         trial = self._evaluate(last, {len(final): mean}, self.subset(last + 1))[len(final)]
         late = [t for t in everything if 0.75 * last < t.generation <= last]
-        known = selection.estimates(store, objective, plan.items["search"], [*late, trial, *references], last)
+        known = selection.estimates(store, objective, plan.items["search"], [*late, trial, *references], last, lambda t: self._epochs(t, last))
         leaders = selection.leaders(late, known, 0.75 * last, last)
         finalists = [t for t in (trial, *leaders[: plan.finalists - 1]) if t.score is not None]
         recipes = {t.recipe_id: store.recipe(t.recipe_id) for t in (*finalists, *references)}
@@ -408,10 +418,7 @@ def _score(trial: Trial) -> float:
     return -math.inf if trial.score is None else trial.score
 
 
-def _window(ids: Sequence[str], turn: int, size: int, key: str) -> tuple[str, ...]:
-    """The turn-th window of `size` ids of a shuffle; a new shuffle once the ids are used up."""
-    size = min(size, len(ids))
-    windows = len(ids) // size
-    epoch, position = divmod(turn, windows)
+def _window(ids: Sequence[str], epoch: int, position: int, size: int, key: str) -> tuple[str, ...]:
+    """A window of `size` ids of a shuffle; each epoch has a shuffle of its own."""
     shuffled = sorted(ids, key=lambda item: hashlib.sha256(f"{key}/{epoch}/{item}".encode()).digest())
     return tuple(shuffled[position * size : (position + 1) * size])

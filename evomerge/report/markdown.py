@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import StudyError
 from evomerge.recipe import Filtered, Recipe, Setting
-from evomerge.report.summary import summary
-from evomerge.store import Store
+from evomerge.report.summary import front, lost, summary
+from evomerge.store import Store, Trial
 
 
 def markdown(store: Store) -> str:
@@ -34,14 +34,26 @@ def markdown(store: Store) -> str:
         "",
         "The lead is the paired difference on the test items.",
         "",
+        *_luck(best),
+        "## Finalists",
+        "",
+        "| | search | estimate ± s.e. | validation | p |",
+        "| --- | --- | --- | --- | --- |",
+        *(_finalist(r) for r in [*data["finalists"], *references]),
+        "",
+        "The estimate is of the objective over all search items, as the search sees it: what compares candidates of different generations. "
+        "p: two-sided, of the difference to the winner on validation, paired, corrected by Holm for their number.",
+        "",
+        *_retention(data["retention"]),
+        *_trade_offs(store),
         "## The best candidate",
         "",
         *_recipe(store.recipe(best["recipe"])),
         "",
         "## The search",
         "",
-        "| generation | best | median | failed |",
-        "| --- | --- | --- | --- |",
+        "| generation | best | median | dropped | failed |",
+        "| --- | --- | --- | --- | --- |",
         *_history(store),
         "",
         "## Made with",
@@ -61,12 +73,74 @@ def _verdict(best: Mapping[str, Any], references: list[dict[str, Any]]) -> str:
     scored = [r for r in references if r.get("test") is not None]
     parent = max((r for r in scored if r["origin"] == "parent"), key=lambda r: r["test"], default=None)
     hand = max((r for r in scored if r["origin"] == "hand"), key=lambda r: r["test"], default=None)
-    parts = [f"{best['test']:.3f} on test"]
+    parts = [f"{best['test']:.3f} on test{_between(best.get('test_interval'), '.3f')}"]
     for kind, other in (("parent", parent), ("hand recipe", hand)):
-        if other is not None:
-            error = f" ± {other['lead_error']:.3f}" if "lead_error" in other else ""
+        if other is not None and other["recipe"] == best["recipe"]:
+            parts.append(f"which is the {kind} '{other['label']}' itself")
+        elif other is not None:
+            error = _between(other.get("lead_interval"), "+.3f")
             parts.append(f"{best['test'] - other['test']:+.3f}{error} against the best {kind} ({other['label']}, {other['test']:.3f})")
     return ", ".join(parts)
+
+
+def _between(interval: Sequence[float] | None, form: str) -> str:
+    """' (95 %: low to high)', and whether 0 lies in it where it is a difference's."""
+    if interval is None:
+        return ""
+    low, high = interval
+    unclear = ", no clear difference" if form.startswith("+") and low <= 0 <= high else ""
+    return f" (95 %: {low:{form}} to {high:{form}}{unclear})"
+
+
+def _luck(best: Mapping[str, Any]) -> list[str]:
+    if "luck" not in best:
+        return []
+    return [
+        f"The winner's search score is {best['luck']:+.3f} ± {best['luck_error']:.3f} above its test score: what it owes to having been selected.",
+        "",
+    ]
+
+
+def _finalist(row: Mapping[str, Any]) -> str:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    estimate = f"{row['estimate']:.3f} ± {row['estimate_error']:.3f}" if "estimate" in row else ""
+    p = "" if "p" not in row else f"{row['p']:.3f}" if row["p"] >= 0.001 else "< 0.001"
+    return f"| {row['label'] or row['id']} ({row['origin']}) | {number(row['search'])} | {estimate} | {number(row.get('validation'))} | {p} |"
+
+
+def _retention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The winner's lead over each parent by task."""
+    if not rows:
+        return []
+    tasks, parents = list(dict.fromkeys(r["task"] for r in rows)), list(dict.fromkeys(r["parent"] for r in rows))
+    cells = {(r["task"], r["parent"]): f"{r['difference']:+.3f} ± {r['error']:.3f}" + (" **LOST**" if r["lost"] else "") for r in rows}
+    return [
+        "## Skills kept",
+        "",
+        f"Retention: {lost(rows)}. The winner against each parent on the test items, paired, higher is better; lost where it falls by more than "
+        "1.96 errors (2.5 % a cell, not corrected for their number).",
+        "",
+        "| task | " + " | ".join(parents) + " |",
+        "| --- " * (1 + len(parents)) + "|",
+        *(f"| {task} | " + " | ".join(cells.get((task, parent), "") for parent in parents) + " |" for task in tasks),
+        "",
+    ]
+
+
+def _trade_offs(store: Store) -> list[str]:
+    """The Pareto front over tasks."""
+    data = front(store)
+    if not data["candidates"] or len(data["tasks"]) < 2:
+        return []
+    rows = [
+        f"| {r['label'] or r['id']} ({r['origin']}) | {r['objective']:.3f} | " + " | ".join(f"{r['metrics'][t]:.3f}" for t in data["tasks"]) + " |"
+        for r in data["candidates"]
+    ]
+    said = f"No candidate scored on the same items ({data['items']}) is at least as good in every task and better in one."
+    head = ["| | objective | " + " | ".join(data["tasks"]) + " |", "| --- " * (2 + len(data["tasks"])) + "|"]
+    return ["## Trade-offs", "", said, "", *head, *rows, ""]
 
 
 def _line(name: str, row: Mapping[str, Any], tasks: list[str]) -> str:
@@ -109,14 +183,16 @@ def _setting(value: Setting) -> str:
 
 
 def _history(store: Store) -> list[str]:
-    rows: dict[int, list[float | None]] = {}
+    """One row a generation; the best is of those that were scored in full."""
+    rows: dict[int, list[Trial]] = {}
     for trial in store.trials():
         if trial.origin != "mean":
-            rows.setdefault(trial.generation, []).append(trial.score)
+            rows.setdefault(trial.generation, []).append(trial)
     out = []
-    for generation, scores in rows.items():
-        good = sorted(s for s in scores if s is not None)
+    for generation, trials in rows.items():
+        good = sorted(t.score for t in trials if t.score is not None)
+        best = max((t.score for t in trials if t.score is not None and t.dropped is None), default=None)
         name = "parents and hand recipes" if generation == 0 else str(generation)
-        cells = f"{good[-1]:.3f} | {good[len(good) // 2]:.3f}" if good else "– | –"
-        out.append(f"| {name} | {cells} | {len(scores) - len(good)} |")
+        cells = f"{best:.3f} | {good[len(good) // 2]:.3f}" if best is not None else "– | –"
+        out.append(f"| {name} | {cells} | {sum(t.dropped is not None for t in trials)} | {len(trials) - len(good)} |")
     return out
