@@ -38,7 +38,6 @@ class _Greedy:
     config: Any
     processors: Any
     criteria: tuple[str, ...]
-    length: int
 
 
 def refusal(settings: Mapping[str, Any], model: nn.Module) -> str | None:
@@ -90,7 +89,7 @@ def _refused(model: nn.Module) -> str | None:
         return f"generate does not take the model's generation_config: {' '.join(str(error).split())[:120]}"
     if found.mode != "greedy_search":
         return f"the model's generation_config asks for {found.mode}"
-    if found.length != 5:
+    if found.config.max_new_tokens is not None:
         return "the model's generation_config sets max_new_tokens, which goes before lm-eval's"
     foreign = [type(p).__name__ for p in found.processors if type(p).__name__ not in _STATELESS]
     foreign += [name for name in found.criteria if name not in _CRITERIA]
@@ -106,7 +105,7 @@ def _prepared(model: Any, prompt: Sequence[int], limit: int) -> _Greedy:
     def write_down(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **rest: Any) -> Tensor:
         names = tuple(type(c).__name__ for c in stopping_criteria)
         mode = str(generation_config.get_generation_mode().value)
-        found.append(_Greedy(mode, generation_config, logits_processor, names, generation_config.max_length))
+        found.append(_Greedy(mode, generation_config, logits_processor, names))
         return input_ids
 
     ids = torch.tensor([list(prompt)], device=device_of(model))

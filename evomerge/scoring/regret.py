@@ -48,6 +48,7 @@ def probe_decoders(model: nn.Module, head: RowHead, *, span: int, pad_id: int = 
     return {**verdicts, "prefix": Verdict(bool(allowed) and not wrong, said)}
 
 
+@torch.inference_mode()
 def regrets(head: RowHead, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> tuple[float, list[Tensor]]:
     """(largest regret of all tokens, logits [len(text), V] of each text) under plain teacher forcing, in float32."""
     device = device_of(head.model)
