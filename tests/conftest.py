@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build
+from toy import in_process, search_file
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny32(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return build(tmp_path_factory.mktemp("float32"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a finished study 'small' over the zoo, with its search file small.yaml beside it; to be copied, not written to."""
+    root = tmp_path_factory.mktemp("finished")
+    file = search_file(root, "small", evaluations=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVOMERGE_THREADS", "1")
+        code, _, err = in_process("run", file, "--root", root)
+    assert code == 0, err
+    return root
