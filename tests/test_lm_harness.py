@@ -260,7 +260,7 @@ def test_few_shot_examples_of_declared_splits_come_from_the_search_items(tmp_pat
 
 @pytest.mark.parametrize("only", ["test", "validation"])
 def test_one_split_is_dealt_to_the_roles(only: Any, tmp_path: Path, tokenizer: Any) -> None:
-    docs = [{**d, "n": i} for i, d in enumerate(sums(100) * 3)]
+    docs = sums(300)
     write_task(tmp_path, "trial", GENERATE, {only: docs})
     harness = load(tmp_path, tokenizer, TaskSpec("trial"))
     ids = {role: harness.items(role)["trial"] for role in ROLES}
