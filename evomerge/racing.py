@@ -1,10 +1,10 @@
-"""A generation's race: all candidates on few items first, on more only while they may be among its best.
+"""A generation's race: all candidates on few items first, on more only while it is open whether they are among its best.
 
-Rungs are nested parts of the generation's items. After each rung but the last, a candidate whose paired difference to the
-mu-th best is significantly below 0 is dropped. The probability that any of the mu candidates that would be best on all the
-items is dropped is at most `error` a generation (Bonferroni over rungs and candidates; measured in results/racing.md).
-Of the dropped, an optimizer learns how far they came and, of those that came as far, their order on the items they had.
-Knows nothing of stores, pools or optimizers.
+Rungs are nested parts of the generation's items. After each rung but the last, those that are sure to be among the best mu
+on all the items are chosen, those that are sure not to be are dropped, and the others go on: see `subset_selection`. The
+probability that the best mu are not those that all items would have given is at most `error` a generation, shared out
+evenly between the rungs (measured in results/racing.md). An optimizer learns the order of the best from scores made
+comparable, and of the dropped how far they came. Knows nothing of stores, pools or optimizers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 from evomerge.errors import ConfigError
 from evomerge.evaluation import Evaluation, Items, ItemScore, Objective
 from evomerge.recipe import Recipe
-from evomerge.statistics import race_level, race_step
+from evomerge.subset_selection import Array, aligned, allocate, deviations, settle
 
 Score = Callable[[Sequence[Recipe], Items], Mapping[str, Evaluation]]
 """Scores recipes on items: recipe id -> evaluation."""
+Seen = dict[tuple[str, str], float]
+"""(task, item) -> value as the search sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,13 @@ class Race:
 
 @dataclass(frozen=True, slots=True)
 class Raced:
-    """How a candidate fared. items: those it was scored on; dropped: the rung, from 1, after which it was dropped."""
+    """How a candidate fared. items: those it was scored on; dropped: the rung, from 1, after which it was dropped;
+    predicted: what the search would see on all items, of a candidate that was not scored on all."""
 
     evaluation: Evaluation
     items: Items
     dropped: int | None
+    predicted: float | None = None
 
 
 def check(objective: Objective) -> None:
@@ -64,44 +68,57 @@ def run(candidates: Mapping[int, Recipe], items: Items, race: Race, objective: O
 
     Deterministic: the same item scores give the same race. One that fails, or has a value that is not finite, is out of it.
     """
-    parts = increments(items, race.rungs)
-    alpha = race_level(race.error, len(parts), len(candidates))
     own: dict[int, list[Evaluation]] = {slot: [] for slot in candidates}
-    out: dict[int, Raced] = {}
-    alive = list(candidates)
-
-    def end(slot: int, rung: int, dropped: int | None) -> None:
-        done = together(items, parts[:rung])
-        out[slot] = Raced(union(own[slot], done, objective), done, dropped)
-
-    for rung, part in enumerate(parts, start=1):
+    seen: dict[int, Seen] = {slot: {} for slot in candidates}
+    parts: list[Items] = []
+    dropped: dict[int, int] = {}
+    alive, failed, chosen = list(candidates), list[int](), list[int]()
+    for rung, share in enumerate(race.rungs, start=1):
+        part = increment(items, parts, share, objective, [seen[slot] for slot in alive]) if alive else {}
+        if not part:
+            continue
+        parts.append(part)
         scored = score([candidates[slot] for slot in alive], part)
         for slot in alive:
             own[slot].append(scored[candidates[slot].id])
-        failed = [slot for slot in alive if not _usable(own[slot][-1], objective)]
+            seen[slot] |= {(s.task, s.item): s.value for s in objective.seen(own[slot][-1].items)}
+        failed += [slot for slot in alive if own[slot][-1].error is not None or not all(map(math.isfinite, seen[slot].values()))]
         alive = [slot for slot in alive if slot not in failed]
-        for slot in failed:
-            end(slot, rung, None)
-        if rung < len(parts) and alive:
-            kept = _step({slot: own[slot] for slot in alive}, items, objective, mu, alpha)
-            for slot in alive:
-                if slot not in kept:
-                    end(slot, rung, rung)
-            alive = kept
-    for slot in alive:
-        end(slot, len(parts), None)
-    return {slot: out[slot] for slot in candidates}
+        if rung < len(race.rungs) and alive:
+            values, sizes, weights = _tables(items, parts, objective, [seen[slot] for slot in alive])
+            found = settle(values, sizes, weights, mu - len(chosen), race.error / (len(race.rungs) - 1), (rung,))
+            chosen += [alive[i] for i in found.chosen]
+            dropped |= {alive[i]: rung for i in found.dropped}
+            alive = [alive[i] for i in found.open]
+    predicted = _predicted(items, objective, {slot: seen[slot] for slot in own if slot not in failed})
+    out = {}
+    for slot, evaluations in own.items():
+        done = together(items, parts[: len(evaluations)])
+        whole = slot in failed or sum(map(len, done.values())) == sum(map(len, items.values()))
+        out[slot] = Raced(union(evaluations, done, objective), done, dropped.get(slot), None if whole else predicted[slot])
+    return out
 
 
-def increments(items: Items, rungs: Sequence[float]) -> list[Items]:
-    """What each rung adds: of every task the next ids, so that a share of them, rounded up, has been scored after it.
+def increment(items: Items, parts: Sequence[Items], share: float, objective: Objective, alive: Sequence[Seen]) -> Items:
+    """What a rung adds: the next ids of each task, so that a share of all items has been scored after it.
 
-    The first rung has two items of a task at least, or a paired test could not be made; rungs that add nothing are left out.
+    parts: the rungs before; alive: the scores so far of those that go on. First every task gives its share, and two items
+    at least, without which it has no error. Later more is taken of the tasks that tell the candidates apart, by
+    `subset_selection.allocate`.
     """
-    ends = [{task: min(len(ids), max(2, math.ceil(share * len(ids) - 1e-9))) for task, ids in items.items()} for share in rungs]
-    starts = [dict.fromkeys(items, 0), *ends[:-1]]
-    parts = [{task: tuple(ids[a[task] : b[task]]) for task, ids in items.items() if a[task] < b[task]} for a, b in zip(starts, ends, strict=True)]
-    return [part for part in parts if part]
+    taken = {task: sum(len(part.get(task, ())) for part in parts) for task in items}
+    sizes = {task: len(ids) for task, ids in items.items()}
+    if share == 1.0:
+        ends = sizes
+    elif not parts:
+        ends = {task: min(n, max(2, math.ceil(share * n - 1e-9))) for task, n in sizes.items()}
+    else:
+        values, _, weights = _tables(items, parts, objective, alive)
+        tasks = [task for task in items if task in objective.seen_shares]
+        goal = math.ceil(share * sum(sizes.values()) - 1e-9)
+        counts = allocate(deviations(values, weights), weights, [taken[t] for t in tasks], [sizes[t] for t in tasks], goal)
+        ends = taken | dict(zip(tasks, counts, strict=True))
+    return {task: tuple(ids[taken[task] : ends[task]]) for task, ids in items.items() if taken[task] < ends[task]}
 
 
 def together(items: Items, parts: Sequence[Items]) -> Items:
@@ -143,19 +160,24 @@ def means(scores: Sequence[ItemScore], objective: Objective) -> dict[str, float]
     return metrics | {group: math.fsum(share * metrics[leaf] for leaf, share in leaves) for group, leaves in groups.items()}
 
 
-def _usable(evaluation: Evaluation, objective: Objective) -> bool:
-    return evaluation.error is None and all(math.isfinite(s.value) for s in objective.seen(evaluation.items))
+def _tables(items: Items, parts: Sequence[Items], objective: Objective, rows: Sequence[Seen]) -> tuple[list[Array], list[int], list[float]]:
+    """By task of the objective: [candidates, items so far] scores as the search sees them, how many there will be, and the weight.
 
-
-def _step(own: Mapping[int, Sequence[Evaluation]], items: Items, objective: Objective, mu: int, alpha: float) -> list[int]:
-    """The slots that go on."""
+    Items without the soft score that is searched by are not counted. All rows hold the same items.
+    """
     shares = objective.seen_shares
     tasks = [task for task in items if task in shares]
-    rows = [{(s.task, s.item): s.value for e in evaluations for s in objective.seen(e.items)} for evaluations in own.values()]
-    keys = [key for key in rows[0] if all(key in row for row in rows)]
-    values = np.array([[row[key] for key in keys] for row in rows], dtype=np.float64)  # [alive, items so far]
-    strata = [tasks.index(task) for task, _ in keys]
-    sizes = [len(items[task]) for task in tasks]
-    kept = race_step(values, strata, range(len(rows)), mu, alpha, [shares[task] for task in tasks], sizes)
-    slots = list(own)
-    return [slots[i] for i in kept]
+    ids = {task: [item for part in parts for item in part.get(task, ())] for task in tasks}
+    used = {task: [(task, item) for item in ids[task] if (task, item) in rows[0]] for task in tasks}
+    values = [np.array([[row[key] for key in used[task]] for row in rows], dtype=np.float64) for task in tasks]
+    return values, [len(items[t]) - len(ids[t]) + len(used[t]) for t in tasks], [shares[task] for task in tasks]
+
+
+def _predicted(items: Items, objective: Objective, rows: Mapping[int, Seen]) -> dict[int, float]:
+    """Slot -> the objective as the search sees it, made comparable between candidates that were scored on more and fewer items."""
+    if not rows:
+        return {}
+    shares = objective.seen_shares
+    tasks = [task for task in items if task in shares]
+    values = [np.array([[row.get((task, item), math.nan) for item in items[task]] for row in rows.values()]) for task in tasks]
+    return dict(zip(rows, aligned(values, [shares[task] for task in tasks]).tolist(), strict=True))
