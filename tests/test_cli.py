@@ -119,10 +119,10 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
 def test_help_lists_every_verb_in_its_group() -> None:
     done = evomerge("--help", timeout=30)
     assert done.returncode == 0
-    for verb in ("run", "resume", "status", "show", "export", "merge"):
+    for verb in ("plan", "run", "resume", "status", "show", "compare", "sensitivity", "export", "merge"):
         assert re.search(rf"^\W*{verb} +\w", done.stdout, re.M), verb
         assert verb in [c.callback.__name__ for c in app.registered_commands if c.callback]
-    for group in ("Search", "Look", "Ship"):
+    for group in ("Plan", "Search", "Look", "Ship"):
         assert group in done.stdout
 
 
