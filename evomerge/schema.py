@@ -33,4 +33,5 @@ MIGRATIONS = (
     ALTER TABLE trials ADD COLUMN violation REAL;
     CREATE TABLE front (evaluation INTEGER PRIMARY KEY REFERENCES evaluations, point TEXT NOT NULL);
     """,
+    "ALTER TABLE trials ADD COLUMN whole INTEGER",
 )

@@ -26,10 +26,10 @@ def estimates(
     """Trial id -> its objective as the search sees it, estimated over all items of the search: comparable across generations.
 
     pool: all items of the search; last: the number of the last generation; epochs: task -> how often all its items had been
-    gone through before the trial's generation took its own. The ease of items is the mean over the generations, of the
-    candidates that were scored in full, but for those of the trial's own epoch: they dealt the same items to the same
-    generation, and would say nothing of how it differs from the others, nor leave the error what it is. In a first epoch
-    the estimate is the plain mean. Empty where the objective is no mean of items.
+    gone through before the trial's generation took its own. An item's ease is the mean over generations of its candidates'
+    values less their own means, the trial's own epoch left out: there the item was met beside the same others, which says
+    nothing of how easy they are together, and would make the error look smaller than it is. In a first epoch the estimate
+    is the plain mean. Empty where the objective is no mean of items.
     """
     if not objective.is_mean_of_items:
         return {}
@@ -37,21 +37,30 @@ def estimates(
     own: dict[int, tuple[_Turns, tuple[ItemScore, ...]]] = {}
     sums: dict[tuple[int, _Turns], dict[tuple[str, str], list[float]]] = {}  # (sum, count) of each item by generation
     for trial in store.trials():
-        if trial.score is None or trial.dropped is not None or trial.generation > last:
+        if trial.score is None or trial.generation > last:
             continue
-        items, turns = objective.seen(store.trial_items(trial)), tuple(epochs(trial)[task] for task in tasks)
+        items, turns = objective.seen(store.scored(trial).evaluation.items), tuple(epochs(trial)[task] for task in tasks)
         if trial.id in wanted:
             own[trial.id] = turns, items
         if trial.generation > 0 and trial.origin != "mean":
             found = sums.setdefault((trial.generation, turns), {})
+            level = _levels(items)
             for s in items:
                 pair = found.setdefault((s.task, s.item), [0.0, 0])
-                pair[0] += s.value
+                pair[0] += s.value - level[s.task]
                 pair[1] += 1
     averages = [(turns, [ItemScore(*key, total / count) for key, (total, count) in found.items()]) for (_, turns), found in sums.items()]
     ease = {turns: _ease(averages, dict(zip(tasks, turns, strict=True)), tasks) for turns in dict.fromkeys(turns for turns, _ in own.values())}
     known = {i: control_variate(items, ease[turns], pool, objective.seen_shares) for i, (turns, items) in own.items()}
     return {i: e for i, e in known.items() if math.isfinite(e.mean)}
+
+
+def _levels(items: Iterable[ItemScore]) -> dict[str, float]:
+    """Task -> mean value of its items."""
+    values: dict[str, list[float]] = {}
+    for s in items:
+        values.setdefault(s.task, []).append(s.value)
+    return {task: math.fsum(own) / len(own) for task, own in values.items()}
 
 
 def _ease(averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping[str, int], tasks: Sequence[str]) -> ItemMeans:
@@ -64,7 +73,7 @@ def _ease(averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping
 
 
 def leaders(trials: Iterable[Trial], known: Mapping[int, Estimate], after: float, last: int) -> list[Trial]:
-    """Candidates of the generations in (after, last] that were scored in full, one a recipe, the best first.
+    """Candidates of the generations in (after, last] that no race dropped, one a recipe, the best first.
 
     Those that keep what `keep` asks come first; then the estimate decides, or the score where there are none.
     """
@@ -91,8 +100,8 @@ def against(objective: Objective, winner: Scored, other: Scored) -> Estimate | N
     """The winner's lead over another on the same items, paired; None where the objective or an error does not tell it."""
     if not objective.is_mean_of_items:
         return None
-    lead = paired(winner.evaluation.items, other.evaluation.items, objective.shares())
-    return lead if math.isfinite(lead.error) else None
+    found = paired(winner.evaluation.items, other.evaluation.items, objective.shares())
+    return found if math.isfinite(found.error) else None
 
 
 def p_values(objective: Objective, winner: str, others: Sequence[str], validated: Mapping[str, Scored]) -> dict[str, float]:
@@ -103,7 +112,7 @@ def p_values(objective: Objective, winner: str, others: Sequence[str], validated
     """
     distinct = [r for r in dict.fromkeys(others) if r != winner and r in validated]
     leads = [(r, against(objective, validated[winner], validated[r])) for r in distinct]
-    told = [(r, lead.p_value()) for r, lead in leads if lead is not None]
+    told = [(r, found.p_value()) for r, found in leads if found is not None]
     return dict(zip([r for r, _ in told], holm([p for _, p in told]), strict=True))
 
 
@@ -123,9 +132,38 @@ def headline(objective: Objective, scored: Scored) -> Estimate | None:
     return replace(found, mean=scored.reported, error=found.error * size) if math.isfinite(found.error) else None
 
 
-def interval(estimate: Estimate) -> dict[str, Any]:
+def row(
+    trial: Trial,
+    known: Mapping[int, Estimate],
+    validated: Mapping[str, Scored],
+    tested: Mapping[str, Scored],
+    p: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """A candidate's line of the outcome: its scores by role, its estimate and p-value where there are any, its error if it failed."""
+    out: dict[str, Any] = {"id": trial.id, "origin": trial.origin, "label": trial.label, "recipe": trial.recipe_id, "search": trial.reported}
+    if trial.id in known:
+        out |= {"estimate": known[trial.id].mean, "estimate_error": known[trial.id].error}
+    for role, scored in (("validation", validated), ("test", tested)):
+        if trial.recipe_id in scored:
+            found = scored[trial.recipe_id]
+            out |= {role: found.score, f"{role}_metrics": dict(found.evaluation.metrics)}
+            if found.evaluation.error:
+                out["error"] = found.evaluation.error
+    if p and trial.recipe_id in p:
+        out["p"] = p[trial.recipe_id]
+    if trial.error:
+        out["error"] = trial.error
+    return out
+
+
+def lead(estimate: Estimate | None) -> dict[str, Any]:
+    """The winner's lead over another, its error and 95 % interval as keys of a row."""
+    return {} if estimate is None else {"lead": estimate.mean, "lead_error": estimate.error, "lead_interval": list(estimate.interval(0.95))}
+
+
+def interval(estimate: Estimate | None) -> dict[str, Any]:
     """A test score's error and 95 % interval as keys of a row."""
-    return {"test_error": estimate.error, "test_interval": list(estimate.interval(0.95))}
+    return {} if estimate is None else {"test_error": estimate.error, "test_interval": list(estimate.interval(0.95))}
 
 
 def selection_luck(search: Estimate | None, test: Estimate | None) -> dict[str, float]:
@@ -144,10 +182,10 @@ def retention(objective: Objective, winner: Scored, parents: Sequence[tuple[str,
     rows: list[dict[str, Any]] = []
     for term in objective.terms:
         for name, parent in parents if term.mean else ():
-            lead = paired(winner.evaluation.items, parent.evaluation.items, {leaf: term.sign * share for leaf, share in term.strata})
-            if math.isfinite(lead.error):
-                lost = lead.mean < -ALARM * lead.error
-                rows.append({"task": term.task, "parent": name, "difference": lead.mean, "error": lead.error, "lost": lost})
+            change = paired(winner.evaluation.items, parent.evaluation.items, {leaf: term.sign * share for leaf, share in term.strata})
+            if math.isfinite(change.error):
+                lost = change.mean < -ALARM * change.error
+                rows.append({"task": term.task, "parent": name, "difference": change.mean, "error": change.error, "lost": lost})
     return rows
 
 

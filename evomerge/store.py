@@ -34,8 +34,9 @@ class Trial:
 
     generation 0 holds parents and hand recipes; genome is None where the recipe came from no genome. parents: ids of
     the trials recombined into it. score: the objective as the search sees it, None means it failed, see `error`;
-    reported: the objective by the tasks' metrics. dropped: the rung, from 1, at which a race dropped it: its scores are
-    then those of a part of the items. violation: by how much it breaks the search's `keep`, 0 where it keeps it.
+    reported: the objective by the tasks' metrics. whole: how many items its generation was raced on, where it was scored
+    on a part of them: `reported` is then of that part, and `score` what the search would have seen on all. dropped: the
+    rung, from 1, at which the race dropped it. violation: by how much it breaks the search's `keep`, 0 where it keeps it.
     """
 
     id: int
@@ -52,6 +53,7 @@ class Trial:
     seconds: Mapping[str, float]
     reported: float | None = None
     dropped: int | None = None
+    whole: int | None = None
     violation: float = 0.0
 
 
@@ -155,17 +157,20 @@ class Store:
         reported: float | None = None,
         point: tuple[float, ...] | None = None,
         dropped: int | None = None,
+        whole: int | None = None,
         violation: float = 0.0,
     ) -> Trial:
         """Stores a trial with its recipe and search evaluation in one transaction.
 
-        reported: None where it is the score. point: see `add_evaluation`. dropped, violation: see `Trial`.
+        reported: None where it is the score. point: see `add_evaluation`. dropped, whole, violation: see `Trial`.
         """
         with self._transaction():
             row = self._add_evaluation(recipe, "search", items, evaluation, score, reported, point)
             values = (generation, slot, origin, label, json.dumps(genome) if genome is not None else None, json.dumps(parents), recipe.id, row)
-            columns = "generation, slot, origin, label, genome, parents, recipe, evaluation, dropped, violation"
-            cursor = self._db.execute(f"INSERT INTO trials ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, dropped, violation))
+            columns = "generation, slot, origin, label, genome, parents, recipe, evaluation, dropped, whole, violation"
+            cursor = self._db.execute(
+                f"INSERT INTO trials ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, dropped, whole, violation)
+            )
         assert cursor.lastrowid is not None
         return self.trial(cursor.lastrowid)
 
@@ -197,10 +202,10 @@ class Store:
         rows = self._rows("SELECT * FROM evaluations WHERE recipe = ? AND role != 'rung' ORDER BY id", (recipe_id,))
         return [(row["role"], self._scored(row)) for row in rows]
 
-    def trial_items(self, trial: Trial) -> tuple[ItemScore, ...]:
-        """The item scores behind a trial's own score; none if it failed."""
+    def scored(self, trial: Trial) -> Scored:
+        """The evaluation behind a trial's own score."""
         row = self._row("SELECT e.* FROM trials t JOIN evaluations e ON e.id = t.evaluation WHERE t.id = ?", (trial.id,))
-        return self._scored(row).evaluation.items
+        return self._scored(row)
 
     def front(self, role: Role) -> list[Trial]:
         """The candidates that no other dominates among those scored on the role's newest set of items, the earliest first.
@@ -390,6 +395,7 @@ def _trial(row: sqlite3.Row) -> Trial:
         seconds=json.loads(row["seconds"]),
         reported=row["score"] if row["reported"] is None else row["reported"],
         dropped=row["dropped"],
+        whole=row["whole"],
         violation=row["violation"] or 0.0,
     )
 

@@ -23,7 +23,6 @@ from evomerge.optimizers import Array, Optimizer
 from evomerge.pools import Job, Pool
 from evomerge.recipe import Recipe
 from evomerge.space import Space
-from evomerge.statistics import Estimate
 from evomerge.store import Scored, Store, Trial
 
 log = logging.getLogger(__name__)
@@ -230,21 +229,17 @@ class Study:
         winner = selection.elect(objective, standing, validated, self._validation_floors(references, validated))[0]
         tested = self._score_all("test", [recipes[t.recipe_id] for t in (winner, *references)])
         p = selection.p_values(objective, winner.recipe_id, [t.recipe_id for t in standing], validated)
-        best = self._row(winner, validated, tested, known)
-        test, own = (
-            tested[winner.recipe_id],
-            store.evaluation(winner.recipe_id, "search", self.subset(last + 1 if winner == trial else winner.generation)),
-        )
+        test = tested[winner.recipe_id]
         whole = selection.headline(objective, test)
-        best |= selection.interval(whole) if whole else {}
-        best |= selection.selection_luck(selection.headline(objective, own) if own else None, whole)
+        best = selection.row(winner, known, validated, tested) | selection.interval(whole)
+        best |= selection.selection_luck(selection.headline(objective, store.scored(winner)), whole)
         parents = [(str(t.label), tested[t.recipe_id]) for t in references if t.origin == "parent" and t.recipe_id != winner.recipe_id]
-        kept = selection.retention(objective, test, [(n, s) for n, s in parents if s.score is not None]) if test.score is not None else []
+        leads = {t.id: selection.lead(selection.against(objective, test, tested[t.recipe_id])) for t in references}
         return {
             "best": best,
-            "references": [self._row(t, validated, tested, known, p) | self._against(winner, t, tested) for t in references],
-            "finalists": [self._row(t, validated, {}, known, p) for t in finalists],
-            "retention": kept,
+            "references": [selection.row(t, known, validated, tested, p) | leads[t.id] for t in references],
+            "finalists": [selection.row(t, known, validated, {}, p) for t in finalists],
+            "retention": selection.retention(objective, test, parents),
             "estimates": {str(i): [e.mean, e.error] for i, e in sorted(known.items())},
             "generations": last,
         }
@@ -256,36 +251,6 @@ class Study:
             if metrics[label].error:
                 log.warning("'%s' failed on validation, so that 'keep' cannot hold task '%s' there", label, task)
         return self.plan.objective.floors({t: metrics[label].metrics for t, (label, _) in self._guarded.items() if not metrics[label].error})
-
-    def _row(
-        self,
-        trial: Trial,
-        validated: Mapping[str, Scored],
-        tested: Mapping[str, Scored],
-        known: Mapping[int, Estimate],
-        p: Mapping[str, float] | None = None,
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = {"id": trial.id, "origin": trial.origin, "label": trial.label, "recipe": trial.recipe_id}
-        row["search"] = trial.reported
-        if trial.id in known:
-            row |= {"estimate": known[trial.id].mean, "estimate_error": known[trial.id].error}
-        for role, scored in (("validation", validated), ("test", tested)):
-            if trial.recipe_id in scored:
-                found = scored[trial.recipe_id]
-                row[role] = found.score
-                row[f"{role}_metrics"] = dict(found.evaluation.metrics)
-                if found.evaluation.error:
-                    row["error"] = found.evaluation.error
-        if p and trial.recipe_id in p:
-            row["p"] = p[trial.recipe_id]
-        if trial.error:
-            row["error"] = trial.error
-        return row
-
-    def _against(self, winner: Trial, other: Trial, tested: Mapping[str, Scored]) -> dict[str, Any]:
-        """The winner's lead over a reference on the test items, paired."""
-        lead = selection.against(self.plan.objective, tested[winner.recipe_id], tested[other.recipe_id])
-        return {} if lead is None else {"lead": lead.mean, "lead_error": lead.error, "lead_interval": list(lead.interval(0.95))}
 
     def _score_all(self, role: Role, recipes: Sequence[Recipe], stage: str = "") -> dict[str, Scored]:
         """Scores of recipes on all items of a role."""
@@ -381,20 +346,29 @@ class Study:
         recipes = {slot: c.recipe for slot, c in candidates.items()}
         for slot, fate in racing.run(recipes, items, self.plan.race, self.plan.objective, mu, score).items():
             if store.trial_at(number, slot) is None:
-                seen(self._add(number, slot, candidates[slot], fate.items, fate.evaluation, {}, fate.dropped))
+                seen(self._add(number, slot, candidates[slot], fate.items, fate.evaluation, {}, fate))
 
     def _add(
-        self, number: int, slot: int, c: _Candidate, items: Items, evaluation: Evaluation, floors: Mapping[str, float], dropped: int | None = None
+        self,
+        number: int,
+        slot: int,
+        c: _Candidate,
+        items: Items,
+        evaluation: Evaluation,
+        floors: Mapping[str, float],
+        fate: racing.Raced | None = None,
     ) -> Trial:
-        """Stores a candidate's trial. floors: what `keep` asks on these items."""
+        """Stores a candidate's trial. floors: what `keep` asks on these items; fate: in a race."""
         objective = self.plan.objective
         reported = _finite(objective, evaluation)
-        score = objective.search(evaluation.metrics) if reported is not None else math.nan
+        predicted = fate.predicted if fate else None
+        score = math.nan if reported is None else objective.search(evaluation.metrics) if predicted is None else predicted
         scored = math.isfinite(score)
+        whole = sum(map(len, self.subset(number).values())) if predicted is not None else None
         return self.store.add_trial(
             generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,
             recipe=c.recipe, items=items, evaluation=evaluation, score=score if scored else None, reported=reported if scored else None,
-            point=objective.point(evaluation.metrics) if scored and dropped is None else None, dropped=dropped,
+            point=objective.point(evaluation.metrics) if scored and whole is None else None, dropped=fate.dropped if fate else None, whole=whole,
             violation=objective.violation(evaluation.metrics, floors) if scored else 0.0,
         )  # fmt: skip
 

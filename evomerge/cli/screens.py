@@ -138,7 +138,10 @@ def candidate(data: Mapping[str, Any]) -> str:
     name = f" '{data['label']}'" if data["label"] else ""
     lines = [f"candidate {data['id']}{name}: {data['origin']}, generation {data['generation']}, slot {data['slot']}, recipe {data['recipe']}"]
     if data["partial"]:
-        lines.append(f"dropped by the race after rung {data['dropped']}, partial: {data['partial']}")
+        fate = (
+            f"dropped by the race after rung {data['dropped']}" if data["dropped"] else "sure to be among the best of its generation before its end"
+        )
+        lines.append(f"{fate}, partial: {data['partial']}")
     if data["violation"]:
         lines.append(f"breaks the search's keep by {data['violation']:.4f}")
     if data["estimate"]:
@@ -171,8 +174,8 @@ def _said(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"retention: {kept}")
     if len(data["pareto"]) > 1:
         lines.append(f"trade-offs: {len(data['pareto'])} candidates on the front, see {data['study']}/pareto")
-    if data["dropped"]:
-        lines.append(f"{data['dropped']} candidates were dropped by races, their scores partial")
+    if data["partial"]:
+        lines.append(f"{data['partial']} candidates were scored on a part of the items, {data['dropped']} of them dropped by races")
     return lines if len(lines) > 1 else []
 
 

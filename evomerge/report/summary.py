@@ -13,8 +13,9 @@ def summary(store: Store) -> dict[str, Any]:
     """State, counts, best and every parent and hand recipe with search, validation and test scores, front and retention.
 
     state: running, interrupted (running, but its process is gone), paused, failed or done. search: the objective by the
-    tasks' metrics, also where candidates are ranked by soft scores. dropped: candidates that a race scored on a part of
-    the items. pareto: ids of the candidates on the front, see `front`. retention: the outcome's rows, empty before the end.
+    tasks' metrics, also where candidates are ranked by soft scores. dropped: candidates that a race took out; partial:
+    those that it scored on a part of the items. pareto: ids of the candidates on the front, see `front`. retention: the
+    outcome's rows, empty before the end.
     """
     study = store.study()
     if study is None:
@@ -29,6 +30,7 @@ def summary(store: Store) -> dict[str, Any]:
         "evaluations": len(searched),
         "failed": counts.get("failed", 0),
         "dropped": sum(t.dropped is not None for t in searched),
+        "partial": sum(t.whole is not None for t in searched),
         "generations": max((t.generation for t in searched), default=0),
         "evaluations_by_role": {role: n for role, n in counts.items() if role != "failed"},
         "store": store.check(),
@@ -37,8 +39,8 @@ def summary(store: Store) -> dict[str, Any]:
     }
     if study.outcome is not None:
         return out | {key: study.outcome[key] for key in ("best", "references", "finalists")}
-    whole = [t for t in trials if t.score is not None and t.dropped is None]
-    leader = max(whole, key=lambda t: (-t.violation, t.score or 0.0, -t.id), default=None)
+    standing = [t for t in trials if t.score is not None and t.dropped is None]
+    leader = max(standing, key=lambda t: (-t.violation, t.score or 0.0, -t.id), default=None)
     rows = [_row(t) for t in trials if t.generation == 0]
     return out | {"best": _row(leader) if leader else None, "references": rows, "finalists": []}
 
@@ -97,7 +99,7 @@ def lost(retention: Sequence[Mapping[str, Any]]) -> str:
 def candidate(store: Store, trial: Trial) -> dict[str, Any]:
     """One candidate: where it comes from, its recipe, its scores by role, or why it failed.
 
-    partial: how much of its generation's items a race scored it on, None for all; estimate: (mean, standard error) over
+    partial: how many of its generation's items a race scored it on, None for all; estimate: (mean, standard error) over
     all search items, of the leaders of a finished search; violation: by how much it breaks the search's `keep`.
     """
     study = store.study()
@@ -142,14 +144,8 @@ def _front(store: Store) -> tuple[str, list[Trial]]:
 
 
 def _partial(store: Store, trial: Trial) -> str | None:
-    """'25 of 100 items' for a candidate that a race dropped."""
-    if trial.dropped is None:
-        return None
-    whole = next(
-        (t for t in store.trials() if t.generation == trial.generation and t.score is not None and t.dropped is None and t.origin != "mean"), None
-    )
-    total = f" of {len(store.trial_items(whole))}" if whole else ""
-    return f"{len(store.trial_items(trial))}{total} items"
+    """'25 of 100 items' for a candidate that a race scored on a part of them."""
+    return None if trial.whole is None else f"{len(store.scored(trial).evaluation.items)} of {trial.whole} items"
 
 
 def _row(trial: Trial) -> dict[str, Any]:
