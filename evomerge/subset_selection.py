@@ -154,7 +154,7 @@ def _interaction(values: Array) -> Array:
 
 
 def _root(covariance: Array) -> Array:
-    """R with R Rᵀ = covariance, which may be singular."""
+    """The symmetric R with R R = covariance, which may be singular: unlike its eigenvectors it is the same on every machine."""
     eigenvalues, vectors = np.linalg.eigh(covariance)
-    root: Array = vectors * np.sqrt(np.maximum(eigenvalues, 0.0))
+    root: Array = (vectors * np.sqrt(np.maximum(eigenvalues, 0.0))) @ vectors.T
     return root
