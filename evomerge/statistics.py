@@ -11,13 +11,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from evomerge.evaluation import Items, ItemScore
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,59 +182,3 @@ def _sum(parts: Iterable[tuple[float, Estimate]]) -> Estimate:
         return Estimate(mean, math.inf, n)
     spread = math.fsum(v**2 / e._freedom for v, (_, e) in zip(variances, parts, strict=True))
     return Estimate(mean, math.sqrt(variance), n, variance**2 / spread if spread > 0 else None)
-
-
-# ---- racing ----------------------------------------------------------------------------------------------------------
-
-
-def race_level(error: float, rungs: int, candidates: int) -> float:
-    """Level of one test so that all of a generation's err with probability at most `error` (Bonferroni).
-
-    rungs: how many there are; after the last, nothing is tested.
-    """
-    if not 0.0 < error < 1.0:
-        raise ValueError(f"the error rate of a race must be in (0, 1), got {error}")
-    return error / max(1, (rungs - 1) * candidates)
-
-
-def race_step(
-    values: Array, strata: Sequence[int], alive: Sequence[int], mu: int, alpha: float, weights: Sequence[float], sizes: Sequence[int] | None = None
-) -> list[int]:
-    """The alive candidates that go on to the next rung, in the order given; never fewer than mu.
-
-    values: [candidates, items] of the items so far, finite in the alive rows; strata: [items] index of each item's task;
-    weights: of each task, below 0 where lower is better. A candidate is dropped if it is below the mu-th best of the alive
-    by a paired t-test at the one-sided level alpha. sizes: items of each task on the last rung; then the question is what
-    the last rung would say, not what the truth is, and the known part of it has no error.
-    """
-    if len(alive) <= mu:
-        return list(alive)
-    own, tasks, w = values[list(alive)], np.asarray(strata), np.asarray(weights) / np.abs(weights).sum()
-    means = sum(w[t] * own[:, tasks == t].mean(axis=1) for t in range(len(w)))
-    order = np.lexsort((np.arange(len(alive)), -means))
-    rank = np.empty(len(alive), dtype=int)
-    rank[order] = np.arange(len(alive))
-    lead, error, freedom = _differences(own, own[order[mu - 1]], tasks, w, sizes)
-    return [c for i, c in enumerate(alive) if rank[i] < mu or not _below(lead[i], error[i], freedom[i], alpha)]
-
-
-def _differences(own: Array, other: Array, tasks: Array, w: Array, sizes: Sequence[int] | None) -> tuple[Array, Array, Array]:
-    """(mean of own - other, its standard error, degrees of freedom), each [candidates]; errors infinite below two items a task."""
-    lead, variance, spread = (np.zeros(len(own)) for _ in range(3))
-    for t, share in enumerate(w):
-        d = own[:, tasks == t] - other[tasks == t]
-        n = d.shape[1]
-        if n < 2:
-            return lead, np.full(len(own), np.inf), np.ones(len(own))
-        left = 1.0 - n / sizes[t] if sizes is not None else 1.0
-        part = share**2 * d.var(axis=1, ddof=1) / n * left
-        lead += share * d.mean(axis=1)
-        variance += part
-        spread += part**2 / (n - 1)
-    freedom = np.divide(variance**2, spread, out=np.full(len(own), float(own.shape[1] - len(w))), where=spread > 0)
-    return lead, np.sqrt(variance), freedom
-
-
-def _below(lead: float, error: float, freedom: float, alpha: float) -> bool:
-    """Whether a lead is below 0 at the one-sided level alpha; no verdict from an error of 0, which says too few items."""
-    return 0.0 < error < math.inf and t_cdf(lead / error, freedom) < alpha
