@@ -88,9 +88,11 @@ class TaskConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("python") is not None and "name" in value and "task" not in value:
-            return {**value, "task": value["name"]}
-        return value
+        if not isinstance(value, dict) or value.get("python") is None or "task" in value:
+            return value
+        if "name" not in value:
+            raise ValueError("a python task needs a name")
+        return {**value, "task": value["name"]}
 
     @model_validator(mode="after")
     def _one_kind(self) -> TaskConfig:
