@@ -217,6 +217,17 @@ def test_model_rounding_is_hflms(dtype: torch.dtype) -> None:
     assert found.greedy.tolist() == [g for _, g in theirs]
 
 
+def test_greedy_in_bfloat16_is_the_first_of_the_tokens_that_rounding_makes_equal() -> None:
+    from evomerge.scoring.engine import _chosen
+    from evomerge.scoring.plan import Reads
+
+    logits = torch.randn(4000, 400, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    every = torch.arange(len(logits))
+    _, likeliest = _chosen(logits, Reads(every, every, every % 400, every), "model")
+    assert torch.equal(likeliest, torch.log_softmax(logits, -1).argmax(-1))
+    assert not torch.equal(likeliest, logits.argmax(-1)), "some rows tie"
+
+
 def test_float32_sums_keep_apart_what_the_models_type_makes_equal() -> None:
     model, asked = build("llama", torch.bfloat16), requests(6, items=30)
     with Engine(model) as engine:

@@ -160,6 +160,7 @@ class ResidentBackend:
                 pad_id=self.pad_id,
                 eos_ids=self._eos(),
                 decoder=choose_decoder(self._decoders),
+                shares=self._decoders["prefix"].allowed,
             )
         return self._engine
 

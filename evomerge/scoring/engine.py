@@ -127,9 +127,8 @@ class Engine:
 
 def _chosen(logits: Tensor, reads: Reads, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """(log-probability of each target, likeliest token at its row), both [M]."""
-    likeliest = logits.argmax(-1)[reads.row]
     if rounding == "model":
-        pieces = [torch.log_softmax(piece, -1) for piece in torch.split(logits, _PIECE)]
-        return torch.cat(pieces)[reads.row, reads.target], likeliest
+        rounded = torch.cat([torch.log_softmax(piece, -1) for piece in torch.split(logits, _PIECE)])
+        return rounded[reads.row, reads.target], rounded.argmax(-1)[reads.row]  # rounding makes ties, and the first of them wins
     whole = torch.cat([torch.logsumexp(piece.float(), -1) for piece in torch.split(logits, _PIECE)])
-    return logits[reads.row, reads.target].float() - whole[reads.row], likeliest
+    return logits[reads.row, reads.target].float() - whole[reads.row], logits.argmax(-1)[reads.row]
