@@ -25,9 +25,18 @@ Whole = Annotated[int, BeforeValidator(_no_truth)]
 Number = Annotated[float, BeforeValidator(_no_truth)]
 
 
+def _counts(value: Any) -> Any:
+    for n in value.values() if isinstance(value, dict) else (value,):
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"should be a whole number of at least 1, or one for each task named, got {n!r}")
+    return value
+
+
 _ITEMS = 100
+Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
 Share = Annotated[Number, Field(gt=0)]
 Measure = Literal["metric", "probability", "logprob"]
+Shares = Annotated[dict[Measure, Share], Field(min_length=1), BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)]
 
 
 class _Strict(BaseModel):
@@ -78,7 +87,7 @@ class TaskConfig(_Strict):
     metric: str | None = None
     filter: str | None = None
     weight: Number = Field(default=1.0, gt=0)
-    search: Measure | Annotated[dict[Measure, Share], Field(min_length=1)] = "metric"
+    search: Shares = Field(default_factory=lambda: {"metric": 1.0})
     num_fewshot: Whole | None = Field(default=None, ge=0)
     items: dict[Literal["search", "validation", "test"], Annotated[tuple[Whole | str, ...], Field(min_length=1)] | str] | None = None
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -118,7 +127,7 @@ class EvaluationConfig(_Strict):
     HFLM; batch_size: of what goes through that.
     """
 
-    items: Annotated[Whole, Field(ge=1)] | dict[str, Annotated[Whole, Field(ge=1)]] = _ITEMS
+    items: Counts = _ITEMS
     validation: Whole | None = Field(default=None, ge=2)
     test: Whole | None = Field(default=None, ge=2)
     search: Whole | None = Field(default=None, ge=1)

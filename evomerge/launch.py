@@ -20,7 +20,7 @@ from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import CandidateError, ConfigError, StudyError
-from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Measure, Objective, Term, missing
+from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Objective, Term, missing
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
@@ -293,7 +293,7 @@ def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]]) -> Objec
     terms, tie = [], settings.search.tie_break
     for t in settings.tasks:
         own = said[t.task]
-        search: tuple[tuple[Measure, float], ...] = ((t.search, 1.0),) if isinstance(t.search, str) else tuple(t.search.items())
+        search = tuple(t.search.items())
         asked = [*(m for m, _ in search if m != "metric"), *((tie,) if tie not in (None, "none") else ())]
         if lacking := [m for m in asked if m not in own["measures"]]:
             raise ConfigError(missing(t.task, str(lacking[0])))

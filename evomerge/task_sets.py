@@ -62,8 +62,7 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
 
 def _soft(settings: Config, task: TaskConfig) -> bool:
     """Whether the search sees a soft score of a task."""
-    searched = (task.search,) if isinstance(task.search, str) else tuple(task.search)
-    return searched != ("metric",) or settings.search.tie_break in ("probability", "logprob")
+    return tuple(task.search) != ("metric",) or settings.search.tie_break in ("probability", "logprob")
 
 
 def _listed(task: TaskConfig) -> dict[Role, Sequence[int | str]] | None:
