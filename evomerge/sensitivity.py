@@ -183,7 +183,7 @@ def _curve(axis: Axis, value: float, centre: Scored, around: Mapping[float, Scor
     steps = [Step(value, centre.score, None, None)]
     steps += [Step(v, s.score, differences.get(v), corrected.get(v), s.evaluation.error) for v, s in around.items()]
     steps.sort(key=lambda s: s.value)
-    best = max(steps, key=lambda s: (-math.inf if s.score is None else s.score, s.difference is None))
+    best = max(steps, key=lambda s: (-math.inf if s.score is None else round(s.score, 9), s.difference is None))  # sums of the same differ by bits
     slope = stratified(_slopes({**scored, value: own}), weights) if scored else None
     return Curve(axis.name, value, tuple(steps), best.value, slope, any(p < STEEP for p in corrected.values()))
 
