@@ -54,7 +54,8 @@ def settle(values: Sequence[Array], sizes: Sequence[int], weights: Sequence[floa
     share = inside.mean(axis=0)
     choose = share > 0.5
     surest = np.argsort(np.minimum(share, 1.0 - share), kind="stable")
-    wrong = np.maximum.accumulate((inside != choose)[:, surest], axis=1).mean(axis=0)  # P(any of the k surest is wrong)
+    errs = np.maximum.accumulate((inside != choose)[:, surest], axis=1).sum(axis=0)  # draws where any of the k surest is wrong
+    wrong = (errs + 1) / (DRAWS + 1)  # no event is taken to be rarer than the draws can tell
     sure = surest[: np.searchsorted(wrong, error, side="right")]
     chosen, dropped = sorted(sure[choose[sure]].tolist()), sorted(sure[~choose[sure]].tolist())
     return Settled(tuple(chosen), tuple(dropped), tuple(i for i in range(count) if i not in {*chosen, *dropped}))
@@ -137,7 +138,7 @@ def aligned(values: Sequence[Array], weights: Sequence[float]) -> Array:
 def _variance(values: Array) -> float:
     """Half the variance of an item's difference between two candidates, averaged over pairs."""
     count, m = values.shape
-    return float((_interaction(values) ** 2).sum()) / max(1, (count - 1) * (m - 1))
+    return float((_interaction(values) ** 2).sum() / max(1, (count - 1) * (m - 1)))
 
 
 def _typical(values: Sequence[Array], weights: Sequence[float]) -> float:
