@@ -1,6 +1,8 @@
 """Our results item by item beside lm-eval's own, over architectures, task configurations and types; writes results/equality.md.
 
-usage: python scripts/sweep_equality.py [NAME ...]   (with names of architectures or 'zoo': only those, printed and not written)
+usage: python scripts/sweep_equality.py [--rows FILE] [NAME ...]   (with names of architectures or 'zoo': only those, printed, not written)
+
+--rows: where what is done is kept, one model a line; run again with the same file, it goes on from there.
 
 Random models of tests/text_architectures.py on the tasks of tests/equality_tasks.py, and the trained models of results/zoo on the shipped
 tasks and on the same kinds of tasks in their words.
@@ -8,8 +10,11 @@ tasks and on the same kinds of tasks in their words.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -141,27 +146,19 @@ def used(harness: LmHarness, model: Any) -> str:
     return f"{scoring}, {decoding}"
 
 
-def random_models(names: Sequence[str], folder: Path) -> list[Row]:
-    """Every architecture; every other one with a tokenizer that begins with BOS; and the variants of two."""
-    sweep = Sweep(tasks.write(folder / "tasks"))
-    scores = tasks.scores()
-    rows = []
-    for number, name in enumerate([*(n for n in ARCHITECTURES if n in names), *(VARIANTS if set(names) == set(ARCHITECTURES) else ())]):
-        began = time.perf_counter()
-        bos = number % 2 == 1
-        tokenizer = text_architectures.tokenizer(bos=bos)
+def random_model(name: str, sweep: Sweep) -> list[Row]:
+    """One architecture, or a variant of one; every other one with a tokenizer that begins with BOS."""
+    bos = (*ARCHITECTURES, *VARIANTS).index(name) % 2 == 1
 
-        def load(dtype: torch.dtype, name: str = name) -> Any:
-            model = text_architectures.build(name.split(",")[0], dtype)
-            VARIANTS.get(name, lambda model: None)(model)
-            return model
+    def load(dtype: torch.dtype) -> Any:
+        model = text_architectures.build(name.split(",")[0], dtype)
+        VARIANTS.get(name, lambda model: None)(model)
+        return model
 
-        try:
-            rows += sweep.rows(name, tokenizer, f"bos {bos}", load, scores, groups=name in ARCHITECTURES)
-        except Exception as error:  # shown in the report
-            rows.append(Row(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
-        say(rows, name, began)
-    return rows
+    try:
+        return sweep.rows(name, text_architectures.tokenizer(bos=bos), f"bos {bos}", load, tasks.scores(), groups=name in ARCHITECTURES)
+    except Exception as error:  # shown in the report
+        return [Row(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")]
 
 
 def trained_models(folder: Path) -> list[Row]:
@@ -177,7 +174,6 @@ def trained_models(folder: Path) -> list[Row]:
     ids = {score: harness.items("test")[score.task] for score in chosen}
     samples = {s.task: [i for i, doc in enumerate(shipped(s.task)) if oracle.item_id(doc) in set(ids[s])] for s in chosen}
     for name in ("base", "math", "lang", "string"):
-        began = time.perf_counter()
 
         def load(dtype: torch.dtype, name: str = name) -> Any:
             return worker.load(Checkpoint(zoo / name), str(dtype).removeprefix("torch."))
@@ -189,26 +185,38 @@ def trained_models(folder: Path) -> list[Row]:
         )
         row.used = used(harness, model)
         rows += [row, *sweep.rows(f"zoo {name}", tokenizer, "zoo", load, tasks.scores(), groups=False)]
-        say(rows, f"zoo {name}", began)
     return rows
 
 
 def shipped(task: str) -> list[dict[str, Any]]:
     """The test documents of a shipped task."""
-    import json
-
     return [json.loads(line) for line in (REPOSITORY / "evaluators" / "zoo" / f"{task}.test.jsonl").read_text().splitlines()]
 
 
-def say(rows: Sequence[Row], name: str, began: float) -> None:
-    """One line for what was just compared, and what differs."""
+def say(rows: Sequence[Row]) -> None:
+    """A line for each comparison, and what differs."""
     for row in rows:
-        if row.name == name:
-            total = row.total
-            print(f"{name}, {row.how}: {counted(total)}; {row.used}", *(f"    {said}" for said in total.said), sep="\n", flush=True)
-            if row.noise is not None:
-                print(f"    HFLM at batch 16: {counted(row.noise)}", flush=True)
-    print(f"  {time.perf_counter() - began:.0f} s", flush=True)
+        total = row.total
+        print(f"{row.name}, {row.how}: {counted(total)}; {row.used}", *(f"    {said}" for said in total.said), sep="\n")
+        if row.noise is not None:
+            print(f"    HFLM at batch 16: {counted(row.noise)}")
+    sys.stdout.flush()
+
+
+def read(file: Path) -> dict[str, tuple[list[Row], float]]:
+    """Name -> (rows, seconds of processor time) of a file of rows."""
+    found = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        kept = json.loads(line)
+        rows = [
+            Row(
+                row["name"], row["how"], {task: Differences(**own) for task, own in row["by_task"].items()},
+                row["noise"] and Differences(**row["noise"]), row["used"],
+            )
+            for row in kept["rows"]
+        ]  # fmt: skip
+        found[kept["name"]] = rows, kept["seconds"]
+    return found
 
 
 def counted(found: Differences) -> str:
@@ -219,7 +227,7 @@ def counted(found: Differences) -> str:
     )
 
 
-def report(rows: Sequence[Row], wall: float, processor: float) -> list[str]:
+def report(rows: Sequence[Row], seconds: float) -> list[str]:
     """The lines of results/equality.md."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lm_eval", "torch", "transformers"))
     single = [row for row in rows if row.how.startswith("float32")]
@@ -231,7 +239,7 @@ def report(rows: Sequence[Row], wall: float, processor: float) -> list[str]:
         "and through our harness; every response, every item's value and every metric compared.",
         "",
         f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python {platform.python_version()}, {versions};",
-        f"{processor / 60:.0f} minutes of processor time, {wall / 60:.0f} by the clock of a shared machine.",
+        f"{seconds / 60:.0f} minutes of processor time.",
         "",
         f"{len({row.name for row in rows})} models, {len(tasks.TASKS)} task configurations and a group, with and without chat template",
         "(then few-shot examples are turns). Random models: windows of 6 and chunks of 16 tokens, 256 positions; every other one with a tokenizer",
@@ -306,19 +314,32 @@ def total(rows: Sequence[Row]) -> Differences:
 
 def main() -> None:
     """Compares everything, then writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     for name in ("lm_eval", "transformers", "evomerge"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    names = sys.argv[1:] or [*ARCHITECTURES, "zoo"]
-    began, worked = time.perf_counter(), time.process_time()
+    done = read(given.rows) if given.rows else {}
     rows: list[Row] = []
+    seconds = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        if set(names) & set(ARCHITECTURES):
-            rows += random_models([n for n in names if n != "zoo"], Path(folder))
-        if "zoo" in names:
-            rows += trained_models(Path(folder))
-    lines = report(rows, time.perf_counter() - began, time.process_time() - worked)
-    if sys.argv[1:]:
+        sweep = Sweep(tasks.write(Path(folder) / "tasks"))
+        for name in given.names or [*ARCHITECTURES, *VARIANTS, "zoo"]:
+            if name not in done:
+                worked = time.process_time()
+                own = trained_models(Path(folder)) if name == "zoo" else random_model(name, sweep)
+                done[name] = own, time.process_time() - worked
+                say(own)
+                if given.rows:
+                    kept = {"name": name, "seconds": done[name][1], "rows": [dataclasses.asdict(row) for row in own]}
+                    with given.rows.open("a") as file:
+                        file.write(json.dumps(kept) + "\n")
+            rows += done[name][0]
+            seconds += done[name][1]
+    lines = report(rows, seconds)
+    if given.names:
         print("\n".join(lines))
     else:
         (REPOSITORY / "results" / "equality.md").write_text("\n".join(lines) + "\n")

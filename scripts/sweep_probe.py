@@ -1,13 +1,18 @@
 """The probe's verdicts against the truth, over many architectures, techniques, decoders and types; writes results/probe.md.
 
-usage: python scripts/sweep_probe.py [ARCHITECTURE ...]   (with names: only those, the table is printed and no file written)
+usage: python scripts/sweep_probe.py [--rows FILE] [ARCHITECTURE ...]   (with names: only those, the table is printed and no file written)
+
+--rows: where what is done is kept, one architecture a line; run again with the same file, it goes on from there.
 
 The truth is what tests/probe_truth.py finds: realistic requests beside one request a forward, texts beside a whole forward a token.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import datetime
+import json
 import platform
 import sys
 import time
@@ -40,7 +45,7 @@ def counts(outcomes: Sequence[Outcome]) -> Counter[tuple[bool, bool]]:
     return Counter((o.allowed, o.right) for o in outcomes)
 
 
-def report(found: dict[str, list[Outcome]], failed: dict[str, str], wall: float, processor: float) -> list[str]:
+def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: float) -> list[str]:
     """The lines of results/probe.md."""
     everything = [o for own in found.values() for o in own]
     columns = [*TECHNIQUES, *DECODERS]
@@ -51,7 +56,7 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], wall: float,
         "",
         f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__};",
-        f"{processor / 60:.1f} minutes of processor time, {wall / 60:.1f} by the clock of a shared machine.",
+        f"{seconds / 60:.1f} minutes of processor time.",
         "",
         "Models are tiny and random (tests/text_architectures.py), windows 6 and chunks 16 tokens long; requests are up to 256 tokens.",
         "Right: in float32 every log-likelihood within 1e-3 nats of one request a forward and every greedy flag the same; every text that of",
@@ -93,29 +98,48 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], wall: float,
     return lines
 
 
+def read(file: Path) -> dict[str, tuple[list[Outcome], float]]:
+    """Architecture -> (outcomes, seconds of processor time) of a file of rows."""
+    found = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        kept = json.loads(line)
+        found[kept["name"]] = [Outcome(**{**o, "dtype": getattr(torch, o["dtype"])}) for o in kept["outcomes"]], kept["seconds"]
+    return found
+
+
 def main() -> None:
     """Tries every architecture, then writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    names = sys.argv[1:]
-    began, worked = time.perf_counter(), time.process_time()
-    found: dict[str, list[Outcome]] = {}
+    done = read(given.rows) if given.rows else {}
     failed: dict[str, str] = {}
-    for name in names or CONFIGS:
-        start = time.perf_counter()
+    names = given.names or list(CONFIGS)
+    for name in names:
+        if name in done:
+            continue
+        worked = time.process_time()
         try:
-            found[name] = probe_truth.outcomes(name, TYPES)
+            own = probe_truth.outcomes(name, TYPES)
         except Exception as error:  # shown in the report
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             print(f"{name}: {failed[name]}", flush=True)
             continue
-        own = counts(found[name])
-        print(f"{name}: " + ", ".join(f"{own[key]} {MEANING[key]}" for key in MEANING) + f", {time.perf_counter() - start:.1f} s", flush=True)
-        for o in found[name]:
+        done[name] = own, time.process_time() - worked
+        if given.rows:
+            kept = [{**dataclasses.asdict(o), "dtype": str(o.dtype).removeprefix("torch.")} for o in own]
+            with given.rows.open("a") as file:
+                file.write(json.dumps({"name": name, "seconds": done[name][1], "outcomes": kept}) + "\n")
+        number = counts(own)
+        print(f"{name}: " + ", ".join(f"{number[key]} {MEANING[key]}" for key in MEANING) + f", {done[name][1]:.1f} s", flush=True)
+        for o in own:
             if o.allowed != o.right:
                 print(f"  {o.name} {o.dtype}: {MEANING[o.allowed, o.right]}; {o.said}", flush=True)
-    seconds = time.perf_counter() - began, time.process_time() - worked
-    lines = report(found, failed, *seconds)
-    if names:
+    found = {name: done[name][0] for name in names if name in done}
+    lines = report(found, failed, sum(done[name][1] for name in found))
+    if given.names:
         print("\n".join(lines))
     else:
         (REPOSITORY / "results" / "probe.md").write_text("\n".join(lines) + "\n")
