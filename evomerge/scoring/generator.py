@@ -26,6 +26,7 @@ _LOGITS = 1 << 26  # elements of logits that one forward may make
 _STEP = 1.1  # lengths of prompts that are prefilled together differ by about this factor at most
 _SPLIT = 8  # forwards that a prefix of several chunks must save: what one chunk shares is saved by its levels anyway
 _SHARED = 4  # a chunk that shares much may hold so many times the tokens of one forward
+_WASTE = 0.15  # most padding of a chunk over its tokens, where it is more than a forward costs
 _SPREAD = 64  # most tokens by which prompts of an unpadded batch differ
 
 
@@ -152,16 +153,19 @@ class Generator:
         most = running
         if way == "slots" and running < len(prompts):
             most = max(1, running // 4)  # a chunk waits until it fits
+        longest = max(limits, default=0)
+        spread = min(_SPREAD, longest) if way == "equal" else self.max_length
+        saved = self.launch * (1 if way == "slots" else 1 + longest)  # by one chunk less
         start = 0
         while start < len(prompts):
-            first = widest = new = len(prompts[start])  # new: tokens that no other row of the chunk begins with
-            spread = {"slots": first, "padded": first // 2, "equal": min(_SPREAD, limits[start])}[way]
+            first = widest = new = total = len(prompts[start])  # new: tokens that no other row of the chunk begins with
             end = start + 1
             while end < len(prompts) and end - start < most and first - len(prompts[end]) <= spread:
-                widest = max(widest, len(prompts[end]))
-                new += len(prompts[end]) - (common(prompts[end - 1], prompts[end]) if self.shares else 0)
+                size = len(prompts[end])
+                widest, total = max(widest, size), total + size
+                new += size - (common(prompts[end - 1], prompts[end]) if self.shares and way != "padded" else 0)
                 every = (end - start + 1) * widest
-                if every > self.tokens and (new > self.tokens or way == "padded" or every > _SHARED * self.tokens):
+                if new > self.tokens or every > _SHARED * self.tokens or every - total > max(saved, _WASTE * total):
                     break
                 end += 1
             yield range(start, end)
