@@ -129,6 +129,32 @@ def test_trials_come_in_the_order_of_generation_and_slot(store: Store) -> None:
         store.recipe("0" * 16)
 
 
+def test_soft_scores_come_back_to_the_bit(store: Store, file: Path) -> None:
+    scores = (ItemScore("first", "a", 1.0, 0.1, -1 / 3), ItemScore("first", "b", 0.0, None, -1e-300), ItemScore("second", "c", 0.5))
+    whole = Evaluation(recipe().id, scores, {"first": 0.5, "first:probability": 0.1, "second": 0.5}, {})
+    trial = store.add_trial(
+        generation=1, slot=0, origin="sampled", label=None, genome=None, parents=(), recipe=recipe(), items=ITEMS, evaluation=whole,
+        score=0.3, reported=0.5, dropped=2, whole=40, violation=0.25,
+    )  # fmt: skip
+    assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (0.3, 0.5, 2, 40, 0.25)
+    with Store.open(file) as reader:
+        assert reader.scored(trial).evaluation == whole
+        assert reader.scored(trial).reported == 0.5
+        assert reader.trial(trial.id) == trial
+    assert [row["probabilities"] for row in stored_rows(file)["evaluations"]] == ["[0.1, null, null]"]
+
+
+def test_rungs_are_kept_apart_from_what_is_shown(store: Store) -> None:
+    store.add_evaluation(recipe(), "rung", ITEMS, evaluation(recipe()), None)
+    store.add_evaluation(recipe(), "rung", {"first": ("z",)}, evaluation(recipe(), error="no"), None)
+    found = store.evaluation(recipe().id, "rung", ITEMS)
+    assert found is not None
+    assert (found.score, found.evaluation) == (None, evaluation(recipe()))
+    assert store.evaluation(recipe().id, "search", ITEMS) is None
+    assert store.evaluations(recipe().id) == []
+    assert store.count_evaluations() == {"rung": 2, "failed": 0}
+
+
 # ---- what is equal is stored once ------------------------------------------------------------------------------------
 
 
@@ -369,6 +395,35 @@ def test_a_newer_schema_is_refused_untouched(write: bool, file: Path) -> None:
     for _ in range(2):
         with pytest.raises(StudyError, match="newer evomerge"):
             Store.open(file, write=write)
+
+
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Path) -> None:
+    """As an older evomerge left it: its rows are all there, and say of what is new that there is none."""
+    db = sqlite3.connect(file)
+    for script in MIGRATIONS[:version]:
+        db.executescript(script)
+    db.execute(f"PRAGMA user_version = {version}")
+    db.execute("INSERT INTO study VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', NULL, 1.0, NULL)")
+    db.execute("INSERT INTO recipes VALUES (?, ?)", (recipe().id, recipe().canonical()))
+    db.execute("INSERT INTO item_sets VALUES (?, ?)", (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()])))
+    names = "recipe, role, item_set, score, error, metrics, scores, seconds, created"
+    values = (recipe().id, "search", item_set_id(ITEMS), 0.25, None, '{"first": 0.5, "second": 0.0}', "[1.0, 0.0, 0.0]", "{}", 1.0)
+    db.execute(f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    names = "generation, slot, origin, label, genome, parents, recipe, evaluation"
+    db.execute(f"INSERT INTO trials ({names}) VALUES (0, 0, 'parent', 'base', NULL, '[]', ?, 1)", (recipe().id,))
+    db.commit()
+    db.close()
+    with pytest.raises(StudyError, match="older evomerge"):
+        Store.open(file)
+    with Store.open(file, write=True) as store:
+        (trial,) = store.trials()
+        assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (0.25, 0.25, None, None, 0.0)
+        assert [(s.value, s.probability, s.logprob) for s in store.scored(trial).evaluation.items] == [(v, None, None) for v in (1.0, 0.0, 0.0)]
+        assert store.front("search") == []
+        add(store, 1, 0, recipe(0.2))
+    with Store.open(file) as reader:
+        assert reader.count_trials() == 2
 
 
 def test_another_programs_database_is_refused(file: Path) -> None:
