@@ -29,8 +29,50 @@ def tokenizer() -> Any:
     return worker.load_tokenizer(Checkpoint(zoo_folder() / "base"))
 
 
+# ---- every task that loads, in one harness: the model is probed once -------------------------------------------------
+
+OWN = {"metric_list": [{"metric": "own", "aggregation": "mean"}]}
+METRICS = {
+    "raises": ("raise RuntimeError('the metric broke')", "the metric broke"),
+    "raises_once": ("return {'own': 1 / (doc['n'] - 22)}", "division by zero"),
+    "gives_nan": ("return {'own': float('nan')}", "gave nan for item|gave the metric nan"),
+    "gives_nothing": ("return {}", "reports no 'own'"),
+    "gives_none": ("return {'own': None}", "NoneType|gave None"),
+    "misspells": ("return {'owm': 1.0}", r"it reports \['owm'\]"),
+}
+IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
+    "too_many_new_tokens": (
+        GENERATE | {"generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4096}},
+        "'too_many_new_tokens' asks for 4096 new tokens.*max_gen_toks",
+    ),
+    "answer_too_long": (
+        LIKELIHOOD | {"doc_to_target": " {% for i in range(3000) %}one {% endfor %}"},
+        "'answer_too_long' cannot be scored: .*longer",
+    ),
+}
+SIFTED = """filter_list:
+- name: x
+  filter:
+  - function: custom
+    filter_fn: !function sift.sift
+  - function: take_first
+"""
+PLAIN = {"filter_list": [{"name": "plain", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]}
+ODD: dict[str, Mapping[str, Any]] = {
+    "never_stops": GENERATE | {"generation_kwargs": {"until": ["never said"], "do_sample": False, "max_gen_toks": 5}},
+    "no_stop": GENERATE | {"generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 3}},
+    "empty_texts": GENERATE | PLAIN
+    | {"generation_kwargs": {"until": [*"0123456789", " "], "do_sample": False, "max_gen_toks": 4}, "doc_to_target": "{{'' if n % 2 else 'x'}}"},
+    "never_found": GENERATE
+    | {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(never)"}, {"function": "take_first"}]}]},
+}  # fmt: skip
+TEXT = "{% if n % 2 %}{% for i in range(300) %}one {% endfor %}{% endif %}{{prompt}}"
+LONG = {"long_likelihood": (LIKELIHOOD, "perplexity"), "long_choices": (CHOOSE, "acc_norm"), "long_generation": (GENERATE, "exact_match")}
+WELL: dict[str, Mapping[str, Any]] = {"likelihood": LIKELIHOOD, "choices": CHOOSE, "generation": GENERATE}
+
+
 class Nothing:
-    """Stands where a test's own evaluator will."""
+    """Stands where the harness will."""
 
     def items(self, role: str) -> dict[str, Sequence[str]]:
         return {}
@@ -40,75 +82,62 @@ class Nothing:
 
 
 @pytest.fixture(scope="module")
-def scorer() -> Worker:
-    return Worker({"base": Checkpoint(zoo_folder() / "base")}, "base", Nothing(), dtype="float32")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("poisoned")
+    for name, (body, _) in METRICS.items():
+        write_task(made, name, LIKELIHOOD | OWN | {"process_results": f"!function {name}.judge"}, FEW)
+        (made / f"{name}.py").write_text(f"def judge(doc, results):\n    {body}\n")
+    write_task(made, "sifted", {k: v for k, v in GENERATE.items() if k != "filter_list"}, FEW)
+    with (made / "sifted.yaml").open("a") as file:
+        file.write(SIFTED)
+    (made / "sift.py").write_text("def sift(resps, docs):\n    raise KeyError('the filter broke')\n")
+    for name, (settings, _) in IMPOSSIBLE.items():
+        write_task(made, name, settings, FEW)
+    for name, settings in (ODD | WELL).items():
+        write_task(made, name, settings, FEW)
+    for name, (settings, _) in LONG.items():
+        write_task(made, name, settings | {"doc_to_text": TEXT}, FEW)
+    return made
 
 
 @pytest.fixture(scope="module")
-def recipe(scorer: Worker) -> Recipe:
+def scorer(folder: Path, tokenizer: Any) -> Worker:
+    one = Worker({"base": Checkpoint(zoo_folder() / "base")}, "base", Nothing(), dtype="float32")
+    names = {**dict.fromkeys([*METRICS, "sifted", *IMPOSSIBLE, *ODD, *WELL]), **{name: metric for name, (_, metric) in LONG.items()}}
+    specs = [TaskSpec(name, metric, splits="declared") for name, metric in names.items()]
+    one.evaluator = LmHarness(specs, tokenizer, batch_size=BATCH, include=[folder])
+    assert scored(one, "long_generation").error is None, "the longest first: what is shorter needs no second probe"
+    return one
+
+
+def scored(scorer: Worker, task: str) -> Evaluation:
+    """What the worker makes of the test items of one task, for the base as it is."""
+
     def whole(layer: int | None) -> Mix:
         return Mix("passthrough", (("base", layer),))
 
-    return Recipe("base", tuple(whole(i) for i in range(scorer.parents["base"].num_layers)), whole(None), whole(None), "float32")
-
-
-def harness(
-    folder: Path, tokenizer: Any, settings: Mapping[str, Any], docs: Mapping[str, Sequence[Any]] = FEW, code: str = "", **more: Any
-) -> LmHarness:
-    write_task(folder, "trial", settings, docs)
-    (folder / "own.py").write_text(code)
-    return LmHarness([TaskSpec("trial", splits="declared", **more)], tokenizer, batch_size=BATCH, include=[folder])
-
-
-def scored(scorer: Worker, recipe: Recipe, own: LmHarness) -> Evaluation:
-    """What the worker makes of the test items."""
-    scorer.evaluator = own
-    return scorer.evaluate(recipe, own.items("test"))
+    recipe = Recipe("base", tuple(whole(i) for i in range(scorer.parents["base"].num_layers)), whole(None), whole(None), "float32")
+    return scorer.evaluate(recipe, {task: scorer.evaluator.items("test")[task]})
 
 
 # ---- candidates that fail with a cause -------------------------------------------------------------------------------
 
-OWN_METRIC = {"process_results": "!function own.judge", "metric_list": [{"metric": "own", "aggregation": "mean"}]}
-OWN_FILTER = {"filter_list": [{"name": "x", "filter": [{"function": "custom", "filter_fn": "!function own.sift"}, {"function": "take_first"}]}]}
-METRICS = {
-    "raises": ("raise RuntimeError('the metric broke')", "the metric broke"),
-    "raises for one item": ("return {'own': 1 / (doc['n'] - 22)}", "division by zero"),
-    "gives NaN": ("return {'own': float('nan')}", "'trial' gave nan for item|'trial' gave the metric nan"),
-    "gives nothing": ("return {}", "'trial' reports no 'own'"),
-    "gives None": ("return {'own': None}", "NoneType|'trial' gave None"),
-    "gives another name": ("return {'owm': 1.0}", "it reports \\['owm'\\]"),
-}
+CAUSES = {name: words for name, (_, words) in (METRICS | IMPOSSIBLE).items()} | {"sifted": "the filter broke"}
+    {name: words for name, (_, words) in METRICS.items()} | {"sifted": "the filter broke"} | {name: words for name, (_, words) in IMPOSSIBLE.items()}
+)
 
 
-@pytest.mark.parametrize("how", METRICS)
-def test_a_metric_that_fails_is_the_candidates_cause(how: str, tmp_path: Path, tokenizer: Any, scorer: Worker, recipe: Recipe) -> None:
-    body, words = METRICS[how]
-    own = harness(tmp_path, tokenizer, LIKELIHOOD | OWN_METRIC, code=f"def judge(doc, results):\n    {body}\n")
-    evaluation = scored(scorer, recipe, own)
-    assert evaluation.error is not None
-    assert re.search(words, evaluation.error), evaluation.error
+@pytest.mark.parametrize("task", CAUSES)
+def test_a_task_that_fails_is_the_candidates_cause(task: str, scorer: Worker) -> None:
+    evaluation = scored(scorer, task)
+    assert re.search(CAUSES[task], str(evaluation.error)), evaluation.error
     assert (evaluation.items, evaluation.metrics) == ((), {})
+    assert scored(scorer, "likelihood").error is None, "the next is not harmed"
 
 
-def test_a_filter_that_raises_is_the_candidates_cause(tmp_path: Path, tokenizer: Any, scorer: Worker, recipe: Recipe) -> None:
-    folder = write_task(tmp_path, "trial", GENERATE, FEW)
-    yaml = (folder / "trial.yaml").read_text().splitlines()
-    kept = [line for line in yaml if not line.startswith("filter_list")]
-    lines = ["filter_list:", "- name: x", "  filter:", "  - function: custom", "    filter_fn: !function own.sift", "  - function: take_first"]
-    (folder / "trial.yaml").write_text("\n".join([*kept, *lines]) + "\n")
-    (folder / "own.py").write_text("def sift(resps, docs):\n    raise KeyError('the filter broke')\n")
-    own = LmHarness([TaskSpec("trial", splits="declared")], tokenizer, batch_size=BATCH, include=[folder])
-    evaluation = scored(scorer, recipe, own)
-    assert evaluation.error is not None
-    assert "the filter broke" in evaluation.error
-
-
-@pytest.mark.parametrize("settings", [LIKELIHOOD, CHOOSE, GENERATE], ids=["loglikelihood", "choices", "generation"])
-def test_nan_weights_are_the_candidates_cause(
-    settings: Mapping[str, Any], tmp_path: Path, tokenizer: Any, scorer: Worker, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = harness(tmp_path, tokenizer, settings)
-    well = scored(scorer, recipe, own)
+@pytest.mark.parametrize("task", WELL)
+def test_nan_weights_are_the_candidates_cause(task: str, scorer: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    well = scored(scorer, task)
     assert well.error is None
 
     def sick(*arguments: Any) -> None:
@@ -117,33 +146,10 @@ def test_nan_weights_are_the_candidates_cause(
 
     with monkeypatch.context() as patched:
         patched.setattr(worker.merge, "into", sick)
-        evaluation = scored(scorer, recipe, own)
-    assert evaluation.error is not None
-    assert "NaN" in evaluation.error
-    again = scored(scorer, recipe, own)
+        evaluation = scored(scorer, task)
+    assert "NaN" in str(evaluation.error)
+    again = scored(scorer, task)
     assert (again.error, again.items, again.metrics) == (None, well.items, well.metrics), "the next candidate is not harmed"
-
-
-IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
-    "more new tokens than the model has positions": (
-        GENERATE | {"generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4096}},
-        "'trial' asks for 4096 new tokens.*max_gen_toks",
-    ),
-    "an answer longer than the model": (
-        LIKELIHOOD | {"doc_to_target": " {% for i in range(3000) %}one {% endfor %}"},
-        "'trial' cannot be scored: .*longer",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", IMPOSSIBLE)
-def test_what_no_model_of_that_length_can_answer_is_the_candidates_cause(
-    what: str, tmp_path: Path, tokenizer: Any, scorer: Worker, recipe: Recipe
-) -> None:
-    settings, words = IMPOSSIBLE[what]
-    evaluation = scored(scorer, recipe, harness(tmp_path, tokenizer, settings))
-    assert evaluation.error is not None
-    assert re.search(words, evaluation.error), evaluation.error
 
 
 # ---- refused at the start --------------------------------------------------------------------------------------------
@@ -165,73 +171,64 @@ REFUSED: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 def test_a_task_that_cannot_be_asked_is_refused_by_name(how: str, tmp_path: Path, tokenizer: Any) -> None:
     settings, docs = REFUSED[how]
     with pytest.raises(TaskError, match="'trial'"):
-        harness(tmp_path, tokenizer, settings, docs)
+        LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[write_task(tmp_path, "trial", settings, docs)])
 
 
 # ---- scored, as lm-eval scores it, and said --------------------------------------------------------------------------
 
 
-def lm_evals(model: Any, tokenizer: Any, folder: Path, metric: str) -> dict[str, float]:
-    """Item -> value, by `simple_evaluate`."""
+@pytest.fixture(scope="module")
+def theirs(scorer: Worker, tokenizer: Any, folder: Path) -> dict[str, dict[str, float]]:
+    """Task -> item -> value, by `simple_evaluate`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    names = [*ODD, *LONG]
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), tasks=["trial"], log_samples=True, bootstrap_iters=0,
+        model=HFLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=1), tasks=names, log_samples=True, bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
     assert found is not None
     samples: dict[str, Any] = dict(found)["samples"]
-    first = samples["trial"][0]["filter"]
-    return {own_id(row["doc"]): row[metric] for row in samples["trial"] if row["filter"] == first}
+    values = {}
+    for name in names:
+        metric, first = LONG[name][1] if name in LONG else "exact_match", samples[name][0]["filter"]
+        values[name] = {own_id(row["doc"]): row[metric] for row in samples[name] if row["filter"] == first}
+    return values
 
 
-ODD: dict[str, Mapping[str, Any]] = {
-    "a stop sequence that is never met": {"generation_kwargs": {"until": ["never said"], "do_sample": False, "max_gen_toks": 5}},
-    "no stop sequence": {"generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 3}},
-    "texts that are empty": {"generation_kwargs": {"until": [*"0123456789", " "], "do_sample": False, "max_gen_toks": 4}, "doc_to_target": ""},
-    "an answer that no filter finds": {
-        "filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(never)"}, {"function": "take_first"}]}]
-    },
-}
-
-
-@pytest.mark.parametrize("how", ODD)
-def test_odd_generations_are_scored_as_by_lm_eval(how: str, tmp_path: Path, tokenizer: Any, scorer: Worker, recipe: Recipe) -> None:
-    own = harness(tmp_path, tokenizer, GENERATE | ODD[how])
-    evaluation = scored(scorer, recipe, own)
+@pytest.mark.parametrize("task", ODD)
+def test_odd_generations_are_scored_as_by_lm_eval(task: str, scorer: Worker, theirs: Any) -> None:
+    evaluation = scored(scorer, task)
     assert evaluation.error is None
-    assert {s.item: s.value for s in evaluation.items} == lm_evals(scorer.model, tokenizer, tmp_path, "exact_match")
-    if how == "texts that are empty":
-        assert {sample.output for sample in own.samples(scorer.model, own.items("test"))} == {""}
-        assert evaluation.metrics["trial"] == 1.0, "an empty answer is right where the target is empty"
+    assert {s.item: s.value for s in evaluation.items} == theirs[task]
+    if task == "empty_texts":
+        own: Any = scorer.evaluator
+        assert {sample.output for sample in own.samples(scorer.model, {task: own.items("test")[task]})} == {""}
+        assert evaluation.metrics[task] == 0.5, "an empty answer is right where the target is empty, and only there"
 
 
-LONG = "{% for i in range(300) %}one {% endfor %}{{prompt}}"
-
-
-@pytest.mark.parametrize(("settings", "metric"), [(LIKELIHOOD, "perplexity"), (CHOOSE, "acc_norm"), (GENERATE, "exact_match")])
-def test_contexts_longer_than_the_model_are_cut_as_by_lm_eval_and_named(
-    settings: Mapping[str, Any], metric: str, tmp_path: Path, tokenizer: Any, scorer: Worker, recipe: Recipe
-) -> None:
-    text = "{% if n % 2 %}" + LONG + "{% else %}{{prompt}}{% endif %}"
-    own = harness(tmp_path, tokenizer, settings | {"doc_to_text": text}, metric=metric)
-    evaluation = scored(scorer, recipe, own)
+@pytest.mark.parametrize("task", LONG)
+def test_contexts_longer_than_the_model_are_cut_as_by_lm_eval(task: str, scorer: Worker, theirs: Any) -> None:
+    evaluation = scored(scorer, task)
     assert evaluation.error is None
-    theirs = lm_evals(scorer.model, tokenizer, tmp_path, metric)
-    assert {s.item: s.value for s in evaluation.items} == pytest.approx(theirs, rel=1e-5)
-    assert own.findings() == ()
-    found = own.findings(scorer.model)
-    assert next(f for f in found if "of test" in f).startswith("task 'trial': 3 of 6 items of test are truncated")
+    assert {s.item: s.value for s in evaluation.items} == pytest.approx(theirs[task], rel=1e-5)
+
+
+def test_truncated_items_are_counted_and_named(scorer: Worker, tokenizer: Any) -> None:
+    own: Any = scorer.evaluator
     length = scorer.model.config.max_position_embeddings
-    assert f"model's {length} tokens" in found[0]
-    first = next(d for d in FEW["test"] if d["n"] % 2)
-    asked = own._tasks["trial"].requests[own_id(first)][0]
-    if metric == "perplexity":
-        over = len(tokenizer("".join(asked.args)).input_ids) - (length + 1)
-        assert any(f"{own_id(first)} by {over}" in f for f in found)
-
-
-def test_short_items_are_not_named(tmp_path: Path, tokenizer: Any, scorer: Worker) -> None:
-    assert harness(tmp_path, tokenizer, CHOOSE).findings(scorer.model) == ()
+    assert own.findings() == ()
+    found = [f for f in own.findings(scorer.model) if " of test " in f]
+    cut = {f.split("'")[1]: f for f in found}
+    assert set(cut) == {*LONG, *IMPOSSIBLE}
+    for task in LONG:
+        assert f"3 of 6 items of test are truncated, longer than the model's {length} tokens" in cut[task]
+    first = own_id(next(d for d in FEW["test"] if d["n"] % 2))
+    asked = own._tasks["long_likelihood"].requests[first][0]
+    over = len(tokenizer("".join(asked.args)).input_ids) - (length + 1)
+    assert f"{first} by {over}" in cut["long_likelihood"]
+    asked = own._tasks["long_generation"].requests[first][0]
+    over = len(tokenizer(asked.args[0]).input_ids) - (length - 4)
+    assert f"{first} by {over}" in cut["long_generation"], "room is left for what is generated"
