@@ -1,6 +1,7 @@
 """Where the parents of a search are kept: on the device that merges, in pinned memory, or on disk behind the page cache.
 
-On a CPU every parent stays memory-mapped: processes of one machine share its pages, and nothing is copied.
+On a CPU every parent stays memory-mapped, so that processes of one machine share its pages; of small ones the tensors are
+kept once they were read: opening them again costs more than merging them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from evomerge.checkpoint import Parent
 
 Place = Literal["device", "pinned", "disk"]
+_SMALL = 1 << 28  # bytes of parents whose tensors are kept on a CPU
 _SLACK = 0.8  # of the free memory that parents may fill; the rest is for scoring
 
 
@@ -65,5 +67,5 @@ class _Held:
 
 
 def free_memory(device: str) -> int:
-    """Free bytes on a CUDA device, 0 on any other."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else 0
+    """Free bytes on a CUDA device; on any other, what its small parents may take."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else _SMALL

@@ -298,9 +298,10 @@ class Store:
         reported: float | None,
         point: tuple[float, ...] | None,
     ) -> int:
-        self._db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe.id, recipe.canonical()))
+        recipe_id = recipe.id
+        self._db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe_id, recipe.canonical()))
         set_id = self._add_items(items)
-        key = (recipe.id, role, set_id)
+        key = (recipe_id, role, set_id)
         known = self._row("SELECT id FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", key)
         if known is not None:
             return int(known[0])

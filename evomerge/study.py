@@ -307,17 +307,20 @@ class Study:
             trials[slot] = self.store.trial_at(number, slot) or self._add(number, slot, candidates[slot], items, evaluation, floors)
             seen(trials[slot])
 
-        jobs: dict[str, Job] = {}  # equal recipes are scored once
+        slots: dict[str, list[int]] = {}  # equal recipes are scored once
         for slot, candidate in candidates.items():
-            known = self.store.evaluation(candidate.recipe.id, "search", items)
-            if known is not None:
+            slots.setdefault(candidate.recipe.id, []).append(slot)
+        jobs: list[Job] = []
+        for recipe, own in slots.items():
+            known = self.store.evaluation(recipe, "search", items)
+            if known is None:
+                jobs.append(Job(own[0], candidates[own[0]].recipe, items))
+                continue
+            for slot in own:
                 keep(slot, known.evaluation)
-            else:
-                jobs.setdefault(candidate.recipe.id, Job(slot, candidate.recipe, items))
-        for job, evaluation in self._dispatch(list(jobs.values())):
-            for slot, candidate in candidates.items():
-                if candidate.recipe.id == job.recipe.id:
-                    keep(slot, evaluation)
+        for _, evaluation in self._dispatch(jobs):
+            for slot in slots[evaluation.recipe_id]:
+                keep(slot, evaluation)
         return trials
 
     def _race(self, number: int, candidates: Mapping[int, _Candidate], mu: int, seen: Callable[[Trial], None], said: Callable[[str], None]) -> None:
