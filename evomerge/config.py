@@ -294,7 +294,9 @@ def check(document: documents.Document) -> Config:
         if name in names[:i]:
             raise fail(("tasks", i, "task"), f"task '{name}' is listed twice; give it one entry and a weight")
     sizes = config.evaluation.items
-    for place, named in ((("keep",), config.keep), (("evaluation", "items"), sizes if isinstance(sizes, dict) else {})):
+    asked: list[tuple[documents.Key, Sequence[str]]] = [(("keep",), list(config.keep))]
+    asked += [(("evaluation", "items"), list(sizes))] if isinstance(sizes, dict) else []
+    for place, named in asked:
         for name in named:
             if name not in names:
                 raise fail((*place, name), f"'{name}' is not among the tasks. {suggest(name, names)}")
