@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,6 +96,10 @@ def run(candidates: Mapping[int, Recipe], items: Items, race: Race, objective: O
         done = together(items, parts[: len(evaluations)])
         whole = slot in failed or sum(map(len, done.values())) == sum(map(len, items.values()))
         out[slot] = Raced(union(evaluations, done, objective), done, dropped.get(slot), None if whole else predicted[slot])
+    finished = sorted((objective.search(out[slot].evaluation.metrics) for slot in alive), reverse=True)
+    if len(chosen) + len(finished) > mu >= len(chosen):  # who is among the best scores more than who is left over
+        least = math.nextafter(finished[mu - len(chosen)], math.inf)
+        out |= {slot: replace(out[slot], predicted=max(least, predicted[slot])) for slot in chosen if out[slot].predicted is not None}
     return out
 
 
