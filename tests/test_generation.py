@@ -21,18 +21,19 @@ from evomerge.scoring.verdicts import Verdict
 
 NEW = 6
 SPAN = 48  # windows are 6 and chunks 16 tokens long
-DECODERS = ("slots", "padded", "equal", "single")
+DECODERS = ("slots", "padded", "equal", "single", "whole")
 ALLOWED = {  # of decoders and of shared prefixes, in float32
-    "llama": {"slots", "padded", "equal", "single", "prefix"},
-    "gemma2": {"slots", "padded", "equal", "single", "prefix"},
-    "gpt2": {"slots", "padded", "equal", "single", "prefix"},
-    "bloom": {"slots", "padded", "equal", "single", "prefix"},
-    "mamba2": {"padded", "equal", "single", "prefix"},
-    "qwen3_next": {"padded", "equal", "single", "prefix"},
-    "mamba": {"padded", "equal", "single"},  # several tokens on top of a state are wrong
-    "gpt_neo": {"padded", "equal", "single", "prefix"},  # its local layers do not take the slots' mask
-    "recurrent_gemma": {"single"},  # its state lies in its modules, not in the cache
-    "rwkv": {"equal", "single"},  # no cache that can be forked
+    "llama": {"slots", "padded", "equal", "single", "whole", "prefix"},
+    "gemma2": {"slots", "padded", "equal", "single", "whole", "prefix"},
+    "gpt2": {"slots", "padded", "equal", "single", "whole", "prefix"},
+    "bloom": {"slots", "padded", "equal", "single", "whole", "prefix"},
+    "mamba2": {"padded", "equal", "single", "whole", "prefix"},
+    "qwen3_next": {"padded", "equal", "single", "whole", "prefix"},
+    "mamba": {"padded", "equal", "single", "whole"},  # several tokens on top of a state are wrong
+    "gpt_neo": {"padded", "equal", "single", "whole", "prefix"},  # its local layers do not take the slots' mask
+    "recurrent_gemma": {"single", "whole"},  # its state lies in its modules, not in the cache
+    "minimax": {"whole"},  # it takes a cache of its own alone
+    "rwkv": {"equal", "single", "whole"},  # no cache that can be forked
 }
 
 
@@ -299,4 +300,4 @@ def test_the_decoder_is_the_first_that_is_allowed() -> None:
     yes, no = Verdict(True, ""), Verdict(False, "")
     assert choose_decoder({"equal": yes, "padded": yes, "slots": yes}) == "slots"
     assert choose_decoder({"slots": no, "padded": yes, "equal": yes}) == "padded"
-    assert choose_decoder({"slots": no, "padded": no, "equal": no, "single": no}) == "single"
+    assert choose_decoder({"slots": no, "padded": no, "equal": no, "single": no}) == "whole"

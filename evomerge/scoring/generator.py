@@ -21,7 +21,7 @@ from evomerge.scoring.processors import processors
 from evomerge.scoring.stops import Stops
 from evomerge.scoring.tree import LAUNCH, common, shared_prefixes
 
-DECODERS = ("slots", "padded", "equal", "single")  # the fastest first
+DECODERS = ("slots", "padded", "equal", "single", "whole")  # the fastest first
 _LOGITS = 1 << 26  # elements of logits that one forward may make
 _STEP = 1.1  # lengths of prompts that are prefilled together differ by about this factor at most
 _SPLIT = 8  # forwards that a prefix of several chunks must save: what one chunk shares is saved by its levels anyway
@@ -49,7 +49,8 @@ class Generator:
         memory: int | None = None,
         launch: int = LAUNCH,
     ) -> None:
-        """decoder: of DECODERS, 'single' being 'equal' with one row; shares: whether prefixes may be shared, both as `probe_decoders` allows.
+        """decoder: of DECODERS, 'single' being 'equal' with one row, and 'whole' without a cache; shares: whether prefixes may
+        be shared, both as `probe_decoders` allows.
 
         eos_ids: of the generation config and the tokenizer. rows: most prompts that run at once; tokens: most inputs of one
         forward; memory: bytes that keys and values of running prompts may take, but one prompt always runs (None: half of what an
@@ -60,6 +61,8 @@ class Generator:
         self.model, self.tokenizer, self.max_length, self.eos_ids = model, tokenizer, max_length, eos_ids
         self.decoder, self.rows, self.tokens, self.launch = decoder, 1 if decoder == "single" else rows, tokens, launch
         self.forward = Forward(model, head, pad_id)
+        if decoder == "whole":
+            self.forward.argument = None
         self.memory = _memory(self.forward.device) if memory is None else memory
         self.shares = shares and self.forward.argument is not None
         config: Any = model.config
@@ -142,7 +145,7 @@ class Generator:
             if depth:
                 number = len(prefixes)
                 prefixes.append(torch.tensor([prompts[members[0]][:depth]], device=self.forward.device))
-            way = "equal" if self.decoder == "single" or (self.decoder == "padded" and depth) else self.decoder
+            way = "equal" if self.decoder in ("single", "whole") or (self.decoder == "padded" and depth) else self.decoder
             ordered = sorted(members, key=lambda i: (-_size(prompts[i], way), prompts[i]))
             for batch in self._batches([prompts[i][depth:] for i in ordered], [limits[i] for i in ordered], running, way):
                 chunks.append(self._chunk(prompts, [ordered[k] for k in batch], number, depth, way))

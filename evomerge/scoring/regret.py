@@ -26,8 +26,8 @@ _SLOTS = 3  # fewer than prompts: rows are filled again
 
 
 def choose_decoder(verdicts: Mapping[str, Verdict]) -> str:
-    """The allowed decoder that is fastest; 'single' if none is, which feeds one row as the model's own `generate` does."""
-    return next((name for name in DECODERS if name in verdicts and verdicts[name].allowed), "single")
+    """The allowed decoder that is fastest; 'whole' if none is, which computes every token from the whole text by plain rows."""
+    return next((name for name in DECODERS if name in verdicts and verdicts[name].allowed), "whole")
 
 
 @torch.inference_mode()
@@ -41,10 +41,10 @@ def probe_decoders(model: nn.Module, head: RowHead, *, span: int, pad_id: int = 
     noise = alone[1] if isinstance(alone, tuple) else 0.0
     tolerance = max(_SAME, _FACTOR * noise)
     verdicts = {name: _verdict(_found(model, head, prompts, pad_id, name), dtype_of(model), tolerance) for name in DECODERS}
-    allowed = [name for name in DECODERS if verdicts[name].allowed]
+    allowed = [name for name in DECODERS if verdicts[name].allowed and name != "whole"]
     sharing = {name: _verdict(_found(model, head, prompts, pad_id, name, shares=True), dtype_of(model), tolerance) for name in allowed}
     wrong = [f"{name}: {verdict.reason}" for name, verdict in sharing.items() if not verdict.allowed]
-    said = "; ".join(wrong) if wrong else next((v.reason for v in sharing.values()), "no decoder is allowed")
+    said = "; ".join(wrong) if wrong else next((v.reason for v in sharing.values()), "no decoder with a cache is allowed")
     return {**verdicts, "prefix": Verdict(bool(allowed) and not wrong, said)}
 
 
