@@ -296,10 +296,10 @@ def check(document: documents.Document) -> Config:
     sizes = config.evaluation.items
     asked: list[tuple[documents.Key, Sequence[str]]] = [(("keep",), list(config.keep))]
     asked += [(("evaluation", "items"), list(sizes))] if isinstance(sizes, dict) else []
-    for place, named in asked:
+    for path, named in asked:
         for name in named:
             if name not in names:
-                raise fail((*place, name), f"'{name}' is not among the tasks. {suggest(name, names)}")
+                raise fail((*path, name), f"'{name}' is not among the tasks. {suggest(name, names)}")
     return config
 
 
