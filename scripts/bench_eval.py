@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,11 @@ class Forwards:
         self.seconds += time.process_time() - self._started
 
 
-@dataclass(frozen=True, slots=True)
 class Resident:
     """A live model, its tokenizer, and what its forwards take."""
 
-    model: Any
-    tokenizer: Any
-    forwards: Forwards
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> Resident:
-        return cls(model, tokenizer, Forwards(model))
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.forwards = model, tokenizer, Forwards(model)
 
 
 class CachedHflm:
@@ -153,7 +148,7 @@ def main() -> None:
         if "zoo" in args.only:
             rows += zoo(args, Path(scratch))
         if {"likelihood", "generation"} & set(args.only):
-            resident = Resident.of(*random_model(args.quick))
+            resident = Resident(*random_model(args.quick))
             rows += larger(args, resident)
             parameters = sum(p.numel() for p in resident.model.parameters())
     args.out.write_text(report(rows, parameters, args, time.perf_counter() - started))
@@ -168,11 +163,7 @@ def timed(run: Callable[[], Any]) -> tuple[Took, Any]:
 
 
 def race(
-    ways: dict[str, Callable[[], Any]],
-    repeats: range,
-    forwards: Forwards,
-    renew: Callable[[int], None],
-    compare: Callable[[dict[str, Any]], None],
+    ways: dict[str, Callable[[], Any]], repeats: range, forwards: Forwards, renew: Callable[[int], None], compare: Callable[[dict[str, Any]], None]
 ) -> tuple[dict[str, list[Took]], list[float]]:
     """(way -> a Took a repeat, share of forwards in (c) a repeat). A repeat 0 warms up and is not counted."""
     took: dict[str, list[Took]] = defaultdict(list)
@@ -199,7 +190,7 @@ def zoo(args: argparse.Namespace, scratch: Path) -> list[Row]:
     folders = merges(scratch, args.repeats + 1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16).eval().requires_grad_(False)
-    resident = Resident.of(model, tokenizer)
+    resident = Resident(model, tokenizer)
     manager = TaskManager(include_path=str(REPO / "evaluators"), include_defaults=False)
     sizes = ((3, 10.0), (6, 6.0)) if args.quick else ((50, 10.0), (200, None), (500, 6.0))
     return [zoo_row(items, goal, args, folders, resident, manager) for items, goal in sizes]
@@ -348,14 +339,10 @@ def generated(prompt: str, number: int) -> Instance:
     return Instance("generate_until", {}, (prompt, {"until": ["."], "max_gen_toks": 64, "do_sample": False}), 0, ("bench", number, 1))
 
 
-def renewed(model: Any) -> Callable[[int], None]:
+def renew_head(model: Any, repeat: int) -> None:
     """Makes another candidate of a random model: the rows of its head, but for the special tokens', move on by one."""
-
-    def renew(repeat: int) -> None:
-        words = model.get_output_embeddings().weight[SPECIAL:]
-        words.copy_(words.roll(1, 0))
-
-    return renew
+    words = model.get_output_embeddings().weight[SPECIAL:]
+    words.copy_(words.roll(1, 0))
 
 
 def likelihood_row(name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident) -> Row:
@@ -378,7 +365,7 @@ def likelihood_row(name: str, requests: list[Instance], goal: float, args: argpa
         counts["items"] += len(ours) // 4
 
     ways = {"b": cached.answer, "c": lambda: backend.answer(prepared, "model")}
-    took, shares = race(ways, range(1, args.repeats + 1), resident.forwards, renewed(resident.model), compare)
+    took, shares = race(ways, range(1, args.repeats + 1), resident.forwards, partial(renew_head, resident.model), compare)
     techniques = [t for t, verdict in backend.techniques().items() if verdict.allowed and not t.startswith("decoding")]
     backend.close()
     assert worst[0] <= 4, f"log-likelihoods differ by {worst[0]:g} steps of bfloat16"
@@ -406,7 +393,7 @@ def generation_row(name: str, requests: list[Instance], goal: float, args: argpa
             lengths[way] += [len(text.split()) for text in texts]
 
     ways = {"b": cached.answer, "c": lambda: backend.answer(prepared, "model")}
-    took, shares = race(ways, range(1, args.repeats + 1), resident.forwards, renewed(resident.model), compare)
+    took, shares = race(ways, range(1, args.repeats + 1), resident.forwards, partial(renew_head, resident.model), compare)
     backend.close()
     unlike = [at for at, (one, other) in enumerate(zip(last["b"], last["c"], strict=True)) if one != other][:4]
     regret = dict.fromkeys(last, 0.0)
@@ -445,7 +432,8 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
         f"{parameters / 1e6:.0f} M parameters, bfloat16)", "(b) and (c) answer the requests. Every repeat scores another candidate: "
         "zoo merges of random weights; the larger model with the rows of its head moved on.",
         "Forwards: processor time between a hook before and a hook after the model's forward, its head included, as a share of (c).",
-        "Once: probing the model and compiling, on the zoo with a first scoring, in seconds before any replay; a search compiles once a generation.", "",
+        "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first scoring; a search compiles once a generation.",
+        "",
         "| workload | (a) s | (b) s | (c) s | ratio, clock | ratio, processor | goal | | forwards in (c) | goal | | once s |", "| --- " * 12 + "|",
     ]  # fmt: skip
     for row in rows:
