@@ -185,13 +185,28 @@ def test_the_models_own_generation_config_is_honoured(settings: dict[str, Any]) 
             assert generator.run(generator.compile(prompts(), (), NEW)) == wanted, decoder
 
 
+def test_a_requests_own_penalty_is_honoured_over_the_models() -> None:
+    model = build("llama")
+    bare = [generated(model, p) for p in prompts()]
+    model.generation_config.repetition_penalty = 1.7
+    wanted = [generated(model, p) for p in prompts()]
+    assert wanted != bare
+    model.generation_config.repetition_penalty = 1.1
+    with RowHead(model) as head:
+        generator = make(model, head, "slots", shares=True)
+        assert generator.run(generator.compile(prompts(), (), NEW, {"repetition_penalty": 1.7, "do_sample": False})) == wanted
+
+
 @pytest.mark.parametrize(
     ("asked", "config", "said"),
     [
         ({"do_sample": True}, {}, "sampling"),
         ({"temperature": 0.7}, {}, "sampling"),
         ({"num_beams": 4}, {}, "num_beams"),
-        ({"repetition_penalty": 1.2}, {}, "repetition_penalty"),
+        ({"repetition_penalty": 1.2, "do_sample": False}, {}, None),
+        ({"guidance_scale": 1.5}, {}, "guidance_scale in the generation settings asks for UnbatchedClassifierFreeGuidance"),
+        ({"no_such_setting": 1}, {}, "no_such_setting"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, {}, "contrastive"),
         ({}, {"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
         ({}, {"num_beams": 3}, "beam_search"),
         ({}, {"max_time": 5.0}, "MaxTimeCriteria"),

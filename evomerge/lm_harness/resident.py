@@ -111,7 +111,7 @@ class ResidentBackend:
                 prepared.plan = engine.compile(scored)
             for (until, most), group, numbers in zip(asked, encoded, prompts.values(), strict=True):
                 assert self._generator is not None
-                plan = self._generator.compile(group, until, most)
+                plan = self._generator.compile(group, until, most, self._settings(prepared.requests[numbers[0]]))
                 prepared.generations.append(_Generation(plan, tuple(numbers), until))
         return prepared
 
@@ -192,15 +192,18 @@ class ResidentBackend:
         eos = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
         return tuple(handle_stop_sequences(known.get("until"), eos=eos)), int(known["max_gen_toks"])
 
+    def _settings(self, request: Any) -> dict[str, Any]:
+        """What lm-eval would pass on to `generate` beside stop strings and the number of new tokens."""
+        known = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
+        return {name: value for name, value in known.items() if name not in ("until", "max_gen_toks")}
+
     def _refused(self, request: Any) -> str | None:
         """Why HFLM itself has to generate; None if it need not."""
         if request.request_type != "generate_until":
             return None
         key = repr(request.args[1])
         if key not in self._refusals:
-            known = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
-            rest = {name: value for name, value in known.items() if name not in ("until", "max_gen_toks")}
-            self._refusals[key] = refusal(rest, self.model)
+            self._refusals[key] = refusal(self._settings(request), self.model)
         return self._refusals[key]
 
     def _decode(self, tokens: tuple[int, ...], until: tuple[str, ...]) -> str:

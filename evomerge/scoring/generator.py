@@ -7,7 +7,8 @@ trusted with is decided by `evomerge.scoring.regret`. Knows nothing of tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from evomerge.scoring.tree import LAUNCH, common, shared_prefixes
 DECODERS = ("slots", "padded", "equal", "single", "whole")  # the fastest first
 _LOGITS = 1 << 26  # elements of logits that one forward may make
 _STEP = 1.1  # lengths of prompts that are prefilled together differ by about this factor at most
+_GIVEN: Mapping[str, Any] = MappingProxyType({})
 _SPLIT = 8  # forwards that a prefix of several chunks must save: what one chunk shares is saved by its levels anyway
 _SHARED = 4  # a chunk that shares much may hold so many times the tokens of one forward
 _WASTE = 0.15  # most padding of a chunk over its tokens, where it is more than a forward costs
@@ -71,11 +73,11 @@ class Generator:
 
     @torch.inference_mode()
     def compile(
-        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new: int | Sequence[int], *, processed: bool = True
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new: int | Sequence[int], settings: Mapping[str, Any] | None = _GIVEN
     ) -> GenerationPlan:
         """The plan for prompts (token ids), stop strings and the most new tokens, of all or of each.
 
-        processed: as the model's generation_config asks (penalties, suppressed tokens); else by its logits alone.
+        settings: of the request, over the model's generation_config (penalties, suppressed tokens); None for its logits alone.
         A prompt that leaves no room for its new tokens loses its beginning, as in HFLM. Raises ValueError for an empty
         prompt, and where new tokens alone fill max_length.
         """
@@ -96,7 +98,7 @@ class Generator:
         kept = tuple(stops)
         if kept not in self._stops:
             self._stops[kept] = Stops(self.tokenizer, kept)
-        rules = processors(self.model, unique, limits) if processed else None
+        rules = processors(self.model, unique, limits, settings) if settings is not None else None
         return GenerationPlan(unique, limits, tuple(places), self._stops[kept], rules, self.decoder, prefixes, chunks, running, length)
 
     @torch.inference_mode()

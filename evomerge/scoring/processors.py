@@ -27,6 +27,7 @@ _STATELESS = {  # whose answer depends on the row's ids and scores alone
     "MinNewTokensLengthLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor",
     "ExponentialDecayLengthPenalty", "SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "LogitNormalization",
 }  # fmt: skip
+_ONE = {"num_beams", "num_return_sequences"}  # 1, or refused
 _CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
@@ -49,29 +50,32 @@ def refusal(settings: Mapping[str, Any], model: nn.Module) -> str | None:
         return f"temperature {settings['temperature']} asks for sampling"
     if settings.get("do_sample"):
         return "do_sample asks for sampling"
-    for name in ("num_beams", "num_return_sequences"):
+    for name in sorted(_ONE):
         if (settings.get(name) or 1) != 1:
             return f"{name} is {settings[name]}, and only the likeliest token is followed"
-    unknown = sorted(name for name, value in settings.items() if value is not None and name not in _INERT | {"num_beams", "num_return_sequences"})
-    if unknown:
-        return f"{', '.join(unknown)} in the generation settings"
     from transformers import GenerationMixin
 
     if not isinstance(model, GenerationMixin) or type(model).generate is not GenerationMixin.generate:
         return f"{type(model).__name__} generates in a way of its own"
-    return _refused(model)
+    return _refused(model, effective(settings))
 
 
-def processors(model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Any] | None:
+def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may change what is likeliest, such as a penalty."""
+    return {name: value for name, value in settings.items() if value is not None and name not in _INERT | _ONE}
+
+
+def processors(model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], settings: Mapping[str, Any]) -> list[Any] | None:
     """Of each prompt, the logits processors that `generate` builds for it at batch size 1; None if there are none at all.
 
-    limits: most new tokens of each prompt.
+    limits: most new tokens of each prompt; settings: as for `refusal`, which has nothing against them.
     """
+    asked = effective(settings)
     from transformers import GenerationMixin
 
-    if not isinstance(model, GenerationMixin) or not prompts or not len(_prepared(model, prompts[0], limits[0]).processors):
+    if not isinstance(model, GenerationMixin) or not prompts or not len(_prepared(model, prompts[0], limits[0], asked).processors):
         return None
-    return [_prepared(model, prompt, limit).processors for prompt, limit in zip(prompts, limits, strict=True)]
+    return [_prepared(model, prompt, limit, asked).processors for prompt, limit in zip(prompts, limits, strict=True)]
 
 
 def process(rules: Any, prompt: Sequence[int], tokens: Sequence[int], logits: Tensor) -> Tensor:
@@ -81,24 +85,25 @@ def process(rules: Any, prompt: Sequence[int], tokens: Sequence[int], logits: Te
     return scores[0]
 
 
-def _refused(model: nn.Module) -> str | None:
-    """What in the model's own generation_config cannot be honoured; None if all can."""
+def _refused(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
+    """What in the settings or in the model's own generation_config cannot be honoured; None if all can."""
+    whose = f"{', '.join(sorted(settings))} in the generation settings" if settings else "the model's generation_config"
     try:
-        found = _prepared(model, [1, 1], 3)
+        found = _prepared(model, [1, 1], 3, settings)
     except Exception as error:  # generate refuses it by itself: so it does behind lm-eval
-        return f"generate does not take the model's generation_config: {' '.join(str(error).split())[:120]}"
+        return f"generate does not take {whose}: {' '.join(str(error).split())[:120]}"
     if found.mode != "greedy_search":
-        return f"the model's generation_config asks for {found.mode}"
+        return f"{whose} asks for {found.mode}"
     if found.config.max_new_tokens is not None:
-        return "the model's generation_config sets max_new_tokens, which goes before lm-eval's"
+        return f"{whose} sets max_new_tokens, which goes before lm-eval's"
     foreign = [type(p).__name__ for p in found.processors if type(p).__name__ not in _STATELESS]
     foreign += [name for name in found.criteria if name not in _CRITERIA]
     if foreign:
-        return f"the model's generation_config asks for {', '.join(foreign)}"
-    return "the model's generation_config asks for token healing" if found.config.token_healing else None
+        return f"{whose} asks for {', '.join(foreign)}"
+    return f"{whose} asks for token healing" if found.config.token_healing else None
 
 
-def _prepared(model: Any, prompt: Sequence[int], limit: int) -> _Greedy:
+def _prepared(model: Any, prompt: Sequence[int], limit: int, settings: Mapping[str, Any]) -> _Greedy:
     """What `generate` hands its decoding method for one prompt and `limit` new tokens."""
     found: list[_Greedy] = []
 
@@ -122,6 +127,7 @@ def _prepared(model: Any, prompt: Sequence[int], limit: int) -> _Greedy:
                 do_sample=False,
                 use_cache=True,
                 custom_generate=write_down,
+                **settings,
             )
     finally:
         quiet.setLevel(level)

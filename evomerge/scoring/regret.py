@@ -80,7 +80,7 @@ def _found(
             rows=_SLOTS,
             launch=0,
         )
-        plan = generator.compile(prompts, (), _NEW, processed=False)
+        plan = generator.compile(prompts, (), _NEW, None)
         if shares and not plan.prefixes:
             return "no cache to share a prefix with"
         texts = generator.texts(plan, trace=True)
