@@ -36,6 +36,7 @@ _ITEMS = 100
 Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
 Share = Annotated[Number, Field(gt=0)]
 Measure = Literal["metric", "probability", "logprob"]
+_METRIC: dict[Measure, float] = {"metric": 1.0}
 Shares = Annotated[dict[Measure, Share], Field(min_length=1), BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)]
 
 
@@ -87,7 +88,7 @@ class TaskConfig(_Strict):
     metric: str | None = None
     filter: str | None = None
     weight: Number = Field(default=1.0, gt=0)
-    search: Shares = Field(default_factory=lambda: {"metric": 1.0})
+    search: Shares = Field(default_factory=lambda: dict(_METRIC))
     num_fewshot: Whole | None = Field(default=None, ge=0)
     items: dict[Literal["search", "validation", "test"], Annotated[tuple[Whole | str, ...], Field(min_length=1)] | str] | None = None
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
