@@ -214,7 +214,10 @@ def decoder_truth(
     short = regret(model, given, outs)
     different = sum(out != list(text)[:most] for out, text, most in zip(outs, wanted, limits, strict=True))
     single = next(model.parameters()).dtype == torch.float32
-    right = different == 0 or short < 1e-4 if single or decoder == "single" else short <= BFLOAT16_REGRET
+    if single or decoder == "single":
+        right = different == 0 or short < 1e-4
+    else:  # where rounding moves a token to other experts, transformers' own generation falls as short
+        right = short <= BFLOAT16_REGRET or short <= regret(model, given, generated(model, given))
     return Truth(right, short, f"{different} of {len(given)} texts differ, regret {short:.2g}")
 
 
