@@ -50,7 +50,14 @@ class Evaluation:
 
 
 class Evaluator(Protocol):
-    """Scores a live model on items. Raises any exception where that is impossible; the worker makes it a value."""
+    """Scores a live model on items. Raises any exception where that is impossible; the worker makes it a value.
+
+    A served backend (vLLM in a process of its own) fits behind the same two methods. Its `score` is called with the
+    resident model freshly merged: it pushes that model's tensors, layer by layer and by their names on disk, into the
+    serving process (shared memory or NCCL; nothing is reloaded from a folder), resets the server's prefix caches, whose
+    keys hold no weights, sends token ids and takes back log-probabilities and generated ids. The server keeps its own
+    numeric types and kernels, so that its scores are another evaluator's: a study keeps to one, and says which.
+    """
 
     def items(self, role: Role) -> Items:
         """All items of a role, in a fixed order; roles share none."""
