@@ -48,7 +48,7 @@ def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[
     named = mergekit_yaml.with_outer_filters(recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
     header = [
         f"evomerge {__version__}, study {study.name}, candidate {trial.id}, recipe {recipe.id}, seed {study.seed}",
-        f"objective on search items {trial.score:.4f}; more in lineage.json. For mergekit 0.1.5: mergekit-yaml recipe.yaml OUT",
+        f"objective on search items {trial.reported:.4f}; more in lineage.json. For mergekit 0.1.5: mergekit-yaml recipe.yaml OUT",
     ]
     if any(method(m.method).randomized for m in recipe.mixes):
         header.append("mergekit draws its own random masks: its model is like the scored one, not equal; `evomerge merge` of recipe.json is.")
@@ -80,7 +80,7 @@ def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
         "genome": trial.genome,
         "parents": list(trial.parents),
         "scores": [
-            {"role": role, "objective": s.score, "metrics": dict(s.evaluation.metrics), "items": len(s.evaluation.items)}
+            {"role": role, "objective": s.reported, "metrics": dict(s.evaluation.metrics), "items": len(s.evaluation.items)}
             for role, s in store.evaluations(trial.recipe_id)
         ],
         "facts": study.facts,
