@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from test_lm_harness import BATCH, CHOOSE, GENERATE, LIKELIHOOD, ROLLING, SPLITS, own_id, sums, write_task
-from toy import REPO, zoo_folder
+from toy import REPO, search_file, zoo_folder
 
-from evomerge import worker
+from evomerge import config, launch, worker
 from evomerge.checkpoint import Checkpoint
 from evomerge.config import TaskConfig
 from evomerge.errors import ConfigError, TaskError
@@ -316,6 +316,23 @@ def test_shipped_tasks_can_be_members_from_any_folder(tmp_path: Path, tokenizer:
     assert {t: len(ids) for t, ids in harness.items("test").items()} == {
         t: len((REPO / "evaluators" / "zoo" / f"{t}.test.jsonl").read_text().splitlines()) for t in ("zoo_arithmetic", "zoo_cross")
     }
+
+
+def test_a_group_is_one_term_of_a_search(tmp_path: Path) -> None:
+    write_group(tmp_path, "skills", task=["zoo_arithmetic", "zoo_cross"], aggregate_metric_list=[{"metric": "exact_match"}])
+    file = search_file(tmp_path, "trial", include=[str(tmp_path)])
+    document = json.loads(file.read_text())
+    document["tasks"] = [{"task": "skills", "weight": 3.0}, {"task": "zoo_lookup"}]
+    file.write_text(json.dumps(document))
+    opened = launch.open_search(config.load(str(file))[0])
+    items = opened.harness.items("validation")
+    assert set(items) == {"zoo_arithmetic", "zoo_cross", "zoo_lookup"}
+    evaluation = opened.load().evaluate(opened.space.decode([0.0] * len(opened.space.axes)), items)
+    assert evaluation.error is None
+    shares = dict(opened.harness.leaves("skills"))
+    skills = math.fsum(share * evaluation.metrics[leaf] for leaf, share in shares.items())
+    assert opened.score(evaluation) == pytest.approx((3 * skills + evaluation.metrics["zoo_lookup"]) / 4)
+    assert opened.objective.shares() == pytest.approx({**{leaf: 0.75 * share for leaf, share in shares.items()}, "zoo_lookup": 0.25})
 
 
 def test_the_groups_mean_is_weighted_by_hand() -> None:

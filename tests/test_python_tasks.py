@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import search_file
+from toy import in_process, search_file
 
 from evomerge import config, launch
 from evomerge.errors import CandidateError, ConfigError, TaskError
@@ -230,6 +230,15 @@ def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) ->
     assert outcome["best"]["test"] == pytest.approx((outcome["best"]["test_metrics"]["zoo_lookup"] + outcome["best"]["test_metrics"]["size"]) / 2)
     again = launch.prepare(settings, text, tmp_path / "studies", resume=True, allow_python=True)
     again.store.close()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_the_command_line_says_what_it_would_run(verb: str, module: str, tmp_path: Path) -> None:
+    searching(tmp_path, module)
+    code, _, err = in_process(verb, tmp_path / "trial.yaml", *(["--root", tmp_path] if verb == "run" else []))
+    assert code == ConfigError.exit_code
+    assert "--allow-python" in err
+    assert f"{module}:norm" in err
 
 
 @pytest.mark.parametrize(
