@@ -24,8 +24,8 @@ from evomerge.scoring.requests import Request
 from evomerge.scoring.verdicts import Verdict
 
 TECHNIQUES = ("plain", "prefix", "fork", "tree")
-DECODERS = ("slots", "padded", "equal", "shared", "single")
-"""Of evomerge.scoring, with 'shared' for the fastest allowed one with shared prefixes; 'single' is what is left: one row, as `generate`."""
+DECODERS = ("slots", "padded", "equal", "single", "whole", "shared")
+"""Of evomerge.scoring, and 'shared': the fastest allowed one with shared prefixes."""
 BFLOAT16_REGRET = 0.25  # standard deviations of the logits
 FLOAT32_ERROR = 1e-3  # nats a request; a wrong mask or state moves it by O(0.1) and more
 NEW_TOKENS = 12
@@ -204,6 +204,8 @@ def decoder_truth(
                 shares=shares, rows=7, launch=4,
             )  # fmt: skip
             plan = generator.compile(given, [], limits)
+            if shares and not plan.prefixes:
+                return Truth(False, float("nan"), "nothing is shared")
             outs, again = generator.run(plan), generator.run(plan)
     except Exception as error:  # a model may raise anything
         return Truth(False, float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:70]}")
@@ -214,10 +216,9 @@ def decoder_truth(
     short = regret(model, given, outs)
     different = sum(out != list(text)[:most] for out, text, most in zip(outs, wanted, limits, strict=True))
     single = next(model.parameters()).dtype == torch.float32
-    if single or decoder == "single":
-        right = different == 0 or short < 1e-4
-    else:  # where rounding moves a token to other experts, transformers' own generation falls as short
-        right = short <= BFLOAT16_REGRET or short <= regret(model, given, generated(model, given))
+    right = different == 0 or short < 1e-4 if single else short <= BFLOAT16_REGRET
+    if not (single or right):  # where rounding moves a token to other experts, transformers' own generation falls as short
+        right = short <= regret(model, given, generated(model, given))
     return Truth(right, short, f"{different} of {len(given)} texts differ, regret {short:.2g}")
 
 
@@ -254,11 +255,9 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
         with RowHead(model) as head:
             verdicts = probe_decoders(model, head, span=max(map(len, given)) + NEW_TOKENS, pad_id=PAD)
         texts = decoded(model, given)
-        for decoder in DECODERS[:3]:
+        for decoder in DECODERS[:-1]:
             note(decoder, dtype, verdicts[decoder], decoder_truth(model, decoder, given, texts))
         chosen = choose_decoder(verdicts)
-        if chosen != "single":
+        if chosen in ("slots", "padded", "equal"):
             note("shared", dtype, verdicts["prefix"], decoder_truth(model, chosen, given, texts, shares=True))
-        some = given[:4]
-        note("single", dtype, Verdict(True, "always allowed"), decoder_truth(model, "single", some, generated(model, some)))
     return found

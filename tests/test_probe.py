@@ -32,7 +32,7 @@ def one_thread() -> None:
 def test_nothing_is_allowed_that_is_wrong_and_little_refused_that_is_right(name: str) -> None:
     found = probe_truth.outcomes(name)
     assert [o for o in found if o.allowed and not o.right] == []
-    assert {o.name for o in found if o.allowed} >= {"plain", "single"}
+    assert {o.name for o in found if o.allowed} >= {"plain", "whole"}
     refused = [o for o in found if o.name in TECHNIQUES and o.right and not o.allowed]
     assert refused == [], "sharing that this model could have had"
 
