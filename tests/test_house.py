@@ -14,7 +14,8 @@ PACKAGE = REPO / "evomerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "__init__": 0, "errors": 0, "recipe": 0, "documents": 0, "data": 0, "study_files": 0, "tokens": 0, "naming": 0, "schema": 0,
-    "methods": 1, "fused": 1, "checkpoint": 1, "headers": 1, "lora": 1, "optimizers": 1, "evaluation": 1, "chat_templates": 1, "scoring": 1, "overlap": 1,
+    "methods": 1, "fused": 1, "checkpoint": 1, "headers": 1, "lora": 1, "optimizers": 1, "evaluation": 1, "chat_templates": 1, "scoring": 1,
+    "overlap": 1,
     "statistics": 1, "subset_selection": 1,
     "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "resident": 2, "lm_harness": 2, "store": 2, "baselines": 2, "placement": 2,
     "vocabulary": 2, "racing": 2, "python_tasks": 2, "several": 2,
