@@ -133,7 +133,7 @@ def without_twins(name: str, roles: Mapping[Role, Sequence[Asked]], *, refuse: b
             f"task '{name}' has {_count(across)} in more than one split: {_some(across)}; correct its data, "
             "or write evaluation.duplicates: drop to keep each in the later split only"
         )
-    findings = [f"task '{name}': {_count(found)} of {role} occurs twice, scored once: {_some(found)}" for role, found in within.items() if found]
+    findings = [f"task '{name}': {_count(found)} of {role} repeated, scored once: {_some(found)}" for role, found in within.items() if found]
     if across:
         findings.append(f"task '{name}': {_count(across)} in more than one role, kept in the later one only: {_some(across)}")
     return {role: kept[role] for role in ROLES}, findings
