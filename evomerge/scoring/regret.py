@@ -44,8 +44,7 @@ def probe_decoders(model: nn.Module, head: RowHead, *, span: int, pad_id: int = 
         refused = Verdict(False, f"one row with its own cache differs from a plain forward by {noise:.1e}, and no other decoder can be told right")
         single = Verdict(True, f"as `generate` does; {refused.reason}")
         return {**dict.fromkeys(DECODERS, refused), "single": single, "prefix": refused}
-    tolerance = max(_NEAR, _STEEP = 0.15, 0.05  # half precision: logits differ by less, absolutely or beside the largest; wrong decoders by 1 and more
-_SAME, _FACTOR * noise)
+    tolerance = max(_SAME, _FACTOR * noise)
     verdicts = {name: _verdict(_found(model, head, prompts, pad_id, name), dtype_of(model), tolerance) for name in DECODERS}
     allowed = [name for name in DECODERS if verdicts[name].allowed and name != "whole"]
     sharing = {name: _verdict(_found(model, head, prompts, pad_id, name, shares=True), dtype_of(model), tolerance) for name in allowed}
