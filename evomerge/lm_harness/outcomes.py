@@ -58,10 +58,17 @@ class Outcomes:
     def _judge(self, rows: Rows) -> list[Any]:
         loaded, task = self._loaded, self._loaded.task
         task._instances = [request for _, requests in rows for request in requests]
-        task.apply_filters()
+        outcomes: list[dict[str, Any]] = []
+        try:
+            task.apply_filters()
+            for _, requests in rows:
+                outcomes.append(task.process_results(requests[0].doc, [request.filtered_resps[loaded.filter] for request in requests]))
+        except Exception as error:  # filters and metrics are a task's own code and can raise anything
+            raise CandidateError(
+                f"task '{loaded.spec.task}' cannot judge an answer, after {len(outcomes)} of {len(rows)}: {type(error).__name__}: {error}"
+            ) from error
         values = []
-        for item, requests in rows:
-            outcome = task.process_results(requests[0].doc, [request.filtered_resps[loaded.filter] for request in requests])
+        for (item, _), outcome in zip(rows, outcomes, strict=True):
             if loaded.metric not in outcome:
                 raise TaskError(f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; it reports {sorted(outcome)}")
             values.append(outcome[loaded.metric])
