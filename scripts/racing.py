@@ -31,7 +31,7 @@ from evomerge.store import Store
 from evomerge.study_files import store_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MU = 12  # of 24, what CMA-ES recombines
+MU, EVALUATIONS = 12, 480  # what CMA-ES recombines of 24, and 20 generations of them
 SCHEMES = {
     "three": (0.25, 0.5, 1.0),
     "six": (0.1, 0.2, 0.35, 0.5, 0.7, 1.0),
@@ -151,7 +151,7 @@ def record(measure: str, seed: int, studies: Path) -> Path:
     document["study"] = f"racing-{measure}"
     document["tasks"] = [task | {"search": measure} for task in document["tasks"]]
     document["evaluation"] |= {"items": 200, "validation": 20, "test": 20}
-    document["search"] |= {"evaluations": 480, "finalists": 2, "seed": seed}
+    document["search"] |= {"evaluations": EVALUATIONS, "finalists": 2, "seed": seed}
     path = store_path(document["study"], studies, new=True)
     if not _done(path):
         settings, text = _load(document, studies)
@@ -174,11 +174,11 @@ def _load(document: dict[str, Any], studies: Path) -> tuple[config.Config, str]:
 
 
 def _done(path: Path) -> bool:
+    """Whether all generations are there."""
     if not path.is_file():
         return False
     with Store.open(path, write=True) as store:  # for writing: one of an older version is brought up to date
-        study = store.study()
-        return study is not None and study.state == "done"
+        return sum(t.generation > 0 and t.origin != "mean" for t in store.trials()) >= EVALUATIONS
 
 
 def generations(path: Path) -> list[Table]:
