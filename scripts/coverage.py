@@ -130,25 +130,29 @@ def items(seed: int) -> dict[str, Items]:
     return {role: {task: tuple(f"{seed}-{task}-{i}" for i in range(a, b)) for task in WEIGHTS} for role, (a, b) in spans.items()}
 
 
-def study(seed: int, folder: Path, race: Race | None = None) -> Outcome:
-    """Runs one study from its beginning to its test."""
+def plan(seed: int, race: Race | None = None) -> Plan:
+    """A search of the landscape, the optimizer and the items of its own."""
     space = Space(
         method=method("task_arithmetic"), base="base", models=tuple(GOALS), groups=(2, 1), components=("attention", "mlp"),
         segments=((".self_attn.", "attention"), (".mlp.", "mlp")), ranges={"weight": Range(-0.5, 2.0, 0.3)},
     )  # fmt: skip
-    objective = Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items()))
-    plan = Plan(
-        space=space, baselines=baselines(space), objective=objective,
+    return Plan(
+        space=space, baselines=baselines(space), objective=Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items())),
         optimizer=lambda start: CmaEs(start, 0.2, population=POPULATION, diagonal=True, seed=seed),
         items=items(seed), per_generation=PER_GENERATION, evaluations=GENERATIONS * POPULATION, finalists=FINALISTS,
         start_at_best=False, seed=seed, race=race,
     )  # fmt: skip
+
+
+def study(seed: int, folder: Path) -> Outcome:
+    """Runs one study from its beginning to its test."""
+    search = plan(seed)
     pool = Landscape(seed)
     with Store.open(folder / f"{seed}.db", write=True) as store:
         store.begin("coverage", seed, "", {}, {})
-        outcome = Study(plan, store, pool).run()["best"]
+        outcome = Study(search, store, pool).run()["best"]
         recipe = store.recipe(outcome["recipe"])
-        tested = store.evaluation(recipe.id, "test", plan.items["test"])
+        tested = store.evaluation(recipe.id, "test", search.items["test"])
         assert tested is not None
         sampled = [t for t in store.trials() if t.origin == "sampled" and t.score is not None]
         best = max(sampled, key=lambda t: t.score)
@@ -157,10 +161,10 @@ def study(seed: int, folder: Path, race: Race | None = None) -> Outcome:
     return Outcome(truth(recipe), test, float(outcome["search"]), float(outcome["validation"]), outcome["origin"], found, pool.items)
 
 
-def run(studies: int, race: Race | None = None) -> list[Outcome]:
+def run(studies: int) -> list[Outcome]:
     """Studies with the seeds 0, 1, ..."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        return [study(seed, Path(folder), race) for seed in range(studies)]
+        return [study(seed, Path(folder)) for seed in range(studies)]
 
 
 def covered(outcomes: Sequence[Outcome], level: float = 0.95) -> list[bool]:
