@@ -24,7 +24,8 @@ from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Objective, 
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
-from evomerge.pools import InProcessPool
+from evomerge.pools import InProcessPool, Pool
+from evomerge.process_pool import ProcessPool
 from evomerge.several import TaskSet, digest
 from evomerge.space import EMBEDDINGS, HEAD, Range, Space
 from evomerge.store import Store, StudyRow
@@ -45,14 +46,15 @@ def prepare(
     overrides: Mapping[str, int] | None = None,
     resume: bool = False,
     allow_python: bool = False,
+    workers: int = 1,
     show: Callable[[Progress], None] = lambda progress: None,
     wrap: Callable[[Evaluator], Evaluator] = lambda evaluator: evaluator,
 ) -> Study:
     """A study ready to `run`, with its store open for writing; `study.store.close()` when done.
 
     text: the YAML of the settings; overrides: budget or seed that replace the YAML's. resume: go on with a study that
-    exists. allow_python: run the Python functions that the settings name as tasks. wrap: replaces the evaluator, for
-    scoring by other means. Raises StudyError if the study exists and resume is not asked, if another process writes it,
+    exists. allow_python: run the Python functions that the settings name as tasks. workers: processes that candidates are
+    evaluated in; with one, this one. wrap: replaces the evaluator, for scoring by other means, in this process. Raises StudyError if the study exists and resume is not asked, if another process writes it,
     or if it was begun with other settings, models, tasks or versions.
     """
     path = store_path(settings.study, studies, new=True)
@@ -62,7 +64,7 @@ def prepare(
         store.close()
         raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
     try:
-        return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, allow_python, show, wrap)
+        return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, allow_python, workers, show, wrap)
     except BaseException:
         empty = store.study() is None
         store.close()
@@ -77,6 +79,7 @@ def _prepare(
     store: Store,
     overrides: Mapping[str, int],
     allow_python: bool,
+    workers: int,
     show: Callable[[Progress], None],
     wrap: Callable[[Evaluator], Evaluator],
 ) -> Study:
@@ -118,7 +121,15 @@ def _prepare(
         seed=search.seed,
         race=_race(settings),
     )
-    return Study(plan, store, InProcessPool(scorer), show)
+    pool: Pool = InProcessPool(scorer)
+    if workers > 1 and evaluator is harness:
+        pool = ProcessPool(functools.partial(_open_worker, settings, allow_python), workers)
+    return Study(plan, store, pool, show)
+
+
+def _open_worker(settings: Config, allow_python: bool) -> worker.Worker:
+    """A worker of a search, in a process of its own."""
+    return open_search(settings, allow_python).load()
 
 
 def is_diagonal(settings: Config, space: Space) -> bool:

@@ -27,6 +27,10 @@ class Pool(Protocol):
         """Yields each job once with its evaluation, as they finish."""
         ...
 
+    def close(self) -> None:
+        """Lets go of the workers."""
+        ...
+
 
 class InProcessPool:
     """One worker in this process, one job after the other. Satisfies `Pool`."""
@@ -38,3 +42,6 @@ class InProcessPool:
         """Yields in the order of the jobs."""
         for job in jobs:
             yield job, self._worker.evaluate(job.recipe, job.items)
+
+    def close(self) -> None:
+        """Nothing is held beside this process."""

@@ -20,7 +20,7 @@ FLOORS = {
     "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "resident": 2, "lm_harness": 2, "store": 2, "baselines": 2, "placement": 2,
     "vocabulary": 2, "racing": 2, "python_tasks": 2, "several": 2,
     "folder": 3, "selection": 3, "worker": 3, "export": 3, "report": 3, "merging": 3, "oracle": 3, "sensitivity": 3,
-    "pools": 4, "study": 4, "task_sets": 4, "comparing": 4, "plots": 4,
+    "pools": 4, "process_pool": 4, "study": 4, "task_sets": 4, "comparing": 4, "plots": 4,
     "launch": 5,
     "looking": 6, "planning": 6,
     "cli": 7,
@@ -40,6 +40,7 @@ SAME_FLOOR = {
     ("export", "folder"): "an exported candidate may bring its weights",
     ("fused", "methods"): "a method says what it is a sum of",
     ("baselines", "space"): "a hand recipe is a point of a space under another method",
+    ("process_pool", "pools"): "the same protocol over processes",
     ("study", "pools"): "the loop hands jobs to the Pool protocol",
     ("statistics", "evaluation"): "estimates rest on per-item scores",
 }

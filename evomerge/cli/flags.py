@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the studies.", show_default="$EVOMERGE_ROOT or results")]
 AllowPython = Annotated[bool, typer.Option("--allow-python", help="Run the Python functions that the search names as tasks, with all your rights.")]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers", min=1, max=256, envvar="EVOMERGE_WORKERS", help="Processes of this machine that evaluate candidates, each with a model."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from evomerge.cli import look
-from evomerge.cli.flags import AllowPython, Root, open_store, split
+from evomerge.cli.flags import AllowPython, Root, Workers, open_store, split
 from evomerge.errors import ConfigError, EvomergeError
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
     allow_python: AllowPython = False,
+    workers: Workers = 1,
     root: Root = None,
 ) -> None:
     """Start a search, or go on with it."""
@@ -74,7 +76,7 @@ def run(
     if study is not None:
         settings, text = configs.rename(text, study)
     given = {key: value for key, value in (("evaluations", evaluations), ("seed", seed)) if value is not None}
-    _search(settings, text, given, root, resume, allow_python)
+    _search(settings, text, given, root, resume, allow_python, workers)
 
 
 @app.command(rich_help_panel="Search")
@@ -82,6 +84,7 @@ def resume(
     study: Annotated[str, typer.Argument(help="Name of the study.")],
     evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
     allow_python: AllowPython = False,
+    workers: Workers = 1,
     root: Root = None,
 ) -> None:
     """Go on with a stored study, perhaps with a larger budget."""
@@ -97,7 +100,7 @@ def resume(
         if not evaluations.removeprefix("+").isdigit():
             raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
         given["evaluations"] = int(evaluations) + (settings.search.evaluations if evaluations.startswith("+") else 0)
-    _search(settings, text, given, root, True, allow_python)
+    _search(settings, text, given, root, True, allow_python, workers)
 
 
 for verb in (look.status, look.show, look.compare, look.sensitivity):
@@ -156,7 +159,7 @@ def merge(
             raise typer.Exit(1)
 
 
-def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool, allow_python: bool) -> None:
+def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool, allow_python: bool, workers: int) -> None:
     from evomerge.cli import screens
 
     with screens.Search(settings.study) as screen:
@@ -165,9 +168,9 @@ def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | No
             from evomerge.study_files import root as studies_root
 
             study = launch.prepare(
-                settings, text, studies_root(root), overrides=overrides, resume=resume, allow_python=allow_python, show=screen.show
+                settings, text, studies_root(root), overrides=overrides, resume=resume, allow_python=allow_python, workers=workers, show=screen.show
             )
-        with study.store:
+        with study.store, contextlib.closing(study.pool):
             with screens.signals(study):
                 study.run()
             path = study.store.path.with_name("report.md")
