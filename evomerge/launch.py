@@ -53,9 +53,10 @@ def prepare(
     """A study ready to `run`, with its store open for writing; `study.store.close()` when done.
 
     text: the YAML of the settings; overrides: budget or seed that replace the YAML's. resume: go on with a study that
-    exists. allow_python: run the Python functions that the settings name as tasks. workers: processes that candidates are
-    evaluated in; with one, this one. wrap: replaces the evaluator, for scoring by other means, in this process. Raises StudyError if the study exists and resume is not asked, if another process writes it,
-    or if it was begun with other settings, models, tasks or versions.
+    exists. allow_python: run the Python functions that the settings name as tasks. workers: processes that candidates
+    are evaluated in; one is this one. wrap: replaces the evaluator, for scoring by other means, in this process. Raises
+    StudyError if the study exists and resume is not asked, if another process writes it, or if it was begun with other
+    settings, models, tasks or versions.
     """
     path = store_path(settings.study, studies, new=True)
     path.parent.mkdir(parents=True, exist_ok=True)
