@@ -142,7 +142,8 @@ def used(harness: LmHarness, model: Any) -> str:
     """The technique and the decoder that the verdicts allow."""
     verdicts = harness.techniques(model, harness.items("test"))
     scoring = next((n for n in ("tree", "fork", "prefix", "plain") if n in verdicts and verdicts[n].allowed), "none")
-    decoding = next((n for n in ("slots", "padded", "equal") if (v := verdicts.get(f"decoding: {n}")) and v.allowed), "single")
+    decoders = ("slots", "padded", "equal", "single", "whole")
+    decoding = next((n for n in decoders if (v := verdicts.get(f"decoding: {n}")) and v.allowed), "none")
     return f"{scoring}, {decoding}"
 
 
