@@ -2,9 +2,9 @@
 
 A search is a process of its own: it reads the YAML, opens the zoo, scores parents and hand recipes, runs CMA-ES generations,
 commits every trial, validates finalists and tests the winner. Modes: 'one' search on one thread, the default for models of this
-size; 'threads', one search on two; 'two' searches with different seeds beside one another, their rates added.
+size; 'workers', the same search with its candidates in two processes (--workers 2).
 
-usage: python scripts/bench_search.py [--items 50 200 500] [--modes one threads two] [--repeats 3] [--quick] [--out FILE]
+usage: python scripts/bench_search.py [--items 50 200 500] [--modes one workers] [--repeats 3] [--quick] [--out FILE]
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ REPO = Path(__file__).resolve().parents[1]
 INCUMBENT = {50: (44, 66), 200: (40, 54), 500: (27, 36)}
 GOALS = {50: 15, 200: 10, 500: 6}
 GENERATIONS = {50: 8, 200: 5, 500: 4}
+FINAL = 40  # items a task of validation and test, whose scoring is not timed
 POPULATION = 24
-MODES = {"one": "one search, 1 thread", "threads": "one search, 2 threads", "two": "two searches, 1 thread each"}
+MODES = {"one": "1 worker", "workers": "2 workers"}
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SEARCH = """
 study: {name}
@@ -61,10 +62,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its figures mean nothing")
     parser.add_argument("--out", type=Path, default=REPO / "results" / "bench_search.md")
     parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.search:  # a search, in a process of its own
-        print(json.dumps(search(args.search, parts=args.parts)))
+        print(json.dumps(search(args.search, args.workers, parts=args.parts)))
         return
     if args.quick:
         args.items, args.repeats = args.items[:1], 1
@@ -74,61 +76,49 @@ def main() -> None:
         for repeat in range(args.repeats):
             for items in args.items:
                 for mode in args.modes:
-                    found = together(run(Path(scratch), items, mode, repeat, args))
+                    found = run(Path(scratch), items, mode, repeat, args)
+                    del found["parts"]
                     rates[items, mode].append(found)
                     print(items, mode, {name: round(value, 2) for name, value in found.items()}, flush=True)
-        parts = {items: run(Path(scratch), items, "one", args.repeats, args, parts=True)[0]["parts"] for items in args.items}
+        parts = {items: run(Path(scratch), items, "one", args.repeats, args, parts=True)["parts"] for items in args.items}
     out.write_text(report(rates, parts, args, time.perf_counter() - started))
     print(out.read_text())
 
 
-def run(scratch: Path, items: int, mode: str, repeat: int, args: argparse.Namespace, *, parts: bool = False) -> list[dict[str, Any]]:
-    """Starts the searches of a mode at once, and waits: what each of them measured."""
-    threads, started = (2 if mode == "threads" else 1), []
-    environment = os.environ | ENVIRONMENT | {"EVOMERGE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+def run(scratch: Path, items: int, mode: str, repeat: int, args: argparse.Namespace, *, parts: bool = False) -> dict[str, Any]:
+    """Runs a search in a process of its own: what it measured."""
+    environment = os.environ | ENVIRONMENT | {"EVOMERGE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     population, generations = (4, 2) if args.quick else (POPULATION, GENERATIONS.get(items, 4))
-    for seed in (2 * repeat, 2 * repeat + 1)[: 2 if mode == "two" else 1]:
-        name = f"{mode}-{items}-{seed}{'-parts' if parts else ''}"
-        file = scratch / f"{name}.yaml"
-        count, limits = (3, ", validation: 3, test: 3") if args.quick else (items, "")
-        evaluations = population * generations
-        file.write_text(SEARCH.format(name=name, items=count, limits=limits, evaluations=evaluations, population=population, seed=seed))
-        program = [sys.executable, __file__, "--search", str(file), *(["--parts"] if parts else [])]
-        started.append((time.perf_counter(), subprocess.Popen(program, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)))
-    found = []
-    for start, process in started:
-        output, _ = process.communicate()
-        if process.returncode:
-            raise SystemExit(f"a search ended with {process.returncode}; its error is above")
-        measured = json.loads(output.splitlines()[-1])
-        own = measured["marks"]
-        ends = [mark for mark in own if mark["generation"]]
-        steady, last = ends[-1]["done"] - ends[0]["done"], ends[-1]
-        found.append(
-            {
-                "start": own[0]["at"] - start,
-                "wall": 60 * last["done"] / (last["at"] - start),
-                "steady": 60 * steady / (last["at"] - ends[0]["at"]),
-                "candidates": last["done"],
-                "selection": measured["ended"] - last["at"],
-                "processor": 1e3 * (last["processor"] - ends[0]["processor"]) / steady,
-                "failed": measured["failed"],
-                "parts": measured["parts"],
-            }
-        )
-    return found
-
-
-def together(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The rates of searches beside one another add up; of all else the worst counts."""
-    added = {"wall", "steady", "candidates", "failed"}
-    return {name: (sum if name in added else max)(own[name] for own in found) for name in found[0] if name != "parts"}
+    name = f"{mode}-{items}-{repeat}{'-parts' if parts else ''}"
+    file = scratch / f"{name}.yaml"
+    count, final = (3, 3) if args.quick else (items, FINAL)
+    evaluations, limits = population * generations, f", validation: {final}, test: {final}"
+    file.write_text(SEARCH.format(name=name, items=count, limits=limits, evaluations=evaluations, population=population, seed=repeat))
+    program = [sys.executable, __file__, "--search", str(file), "--workers", "2" if mode == "workers" else "1", *(["--parts"] if parts else [])]
+    start = time.perf_counter()
+    process = subprocess.run(program, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"a search ended with {process.returncode}; its error is above")
+    measured = json.loads(process.stdout.splitlines()[-1])
+    own = measured["marks"]
+    ends = [mark for mark in own if mark["generation"]]
+    steady, last = ends[-1]["done"] - ends[0]["done"], ends[-1]
+    return {
+        "start": own[0]["at"] - start,
+        "wall": 60 * last["done"] / (last["at"] - start),
+        "steady": 60 * steady / (last["at"] - ends[0]["at"]),
+        "candidates": last["done"],
+        "selection": measured["ended"] - last["at"],
+        "processor": 1e3 * (last["processor"] - ends[0]["processor"]) / steady,
+        "failed": measured["failed"],
+        "parts": measured["parts"],
+    }
 
 
 # ---- in the process of a search --------------------------------------------------------------------------------------------
 
 
-def search(file: Path, *, parts: bool) -> dict[str, Any]:
+def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
     """Runs a search; clocks are perf_counter's, which all processes of a machine share."""
     from evomerge import config, launch
 
@@ -146,8 +136,9 @@ def search(file: Path, *, parts: bool) -> dict[str, Any]:
 
     if parts:
         measure(spent)
-    study = launch.prepare(settings, text, file.parent / "studies", show=show)
+    study = launch.prepare(settings, text, file.parent / "studies", workers=workers, show=show)
     study.run()
+    study.pool.close()
     failed = sum(trial.score is None for trial in study.store.trials())
     study.store.close()
     ends = [mark for mark in marks if mark["generation"]]
@@ -217,8 +208,8 @@ def report(rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]], parts
         "- Clock: from the start of the process, parents and hand recipes scored on the way, to the end of the last generation.",
         "- Steady: from the end of the first generation to the end of the last. Every trial is committed to the store in both.",
         "- Selection, the validation of finalists and the test of the winner, comes after; the incumbent has none.",
-        "- A search is one process on one thread, by default and on one of the cores. 'Two searches' are two studies with different seeds and a",
-        "  store each: twice the work, no faster search.",
+        "- With 1 worker a search is one process on one thread; with 2 (`--workers 2`) two more processes of one thread each evaluate candidates,",
+        "  and the first decides and stores: its own processor time is what is shown.",
         "- The incumbent is mergekit-evolve 0.1.5, patched by hand to run on a CPU, two workers on two cores of this class; models, tasks, items and",
         "  method of this kind (8 layers in groups of two). Its figures were measured earlier, not in this run.",
         "",
@@ -240,7 +231,7 @@ def report(rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]], parts
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Where a candidate's processor time goes, one search and steady: a run apart, by functions around ours and hooks around forwards.",
+        "Where a candidate's processor time goes, 1 worker and steady: a run apart, by functions around ours and hooks around forwards.",
         "",
         "| items × 4 tasks | candidate ms | forwards | scoring beside forwards, compiling | compiling | merging | storing | rest |",
         "| --- " * 8 + "|",
