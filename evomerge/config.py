@@ -154,7 +154,7 @@ class RaceConfig(_Strict):
     """rungs: shares of a generation's items after which candidates are dropped, the last 1; error: how often, at most, a
     generation may lose one of its best. See `evomerge.racing`."""
 
-    rungs: tuple[Number, ...] = Field(default=(0.25, 0.5, 1.0), min_length=1)
+    rungs: tuple[Number, ...] = Field(default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0), min_length=1)
     error: Number = Field(default=0.05, gt=0, lt=1)
 
 

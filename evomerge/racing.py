@@ -30,7 +30,7 @@ Seen = dict[tuple[str, str], float]
 class Race:
     """rungs: shares of the items, in (0, 1], increasing, the last 1. error: see the module, in (0, 1)."""
 
-    rungs: tuple[float, ...] = (0.25, 0.5, 1.0)
+    rungs: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
     error: float = 0.05
 
     def __post_init__(self) -> None:
