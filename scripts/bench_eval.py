@@ -48,8 +48,11 @@ from evomerge.scoring.regret import regrets  # noqa: E402
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 EXPERTS = ("math", "lang", "string")
 INCUMBENT_BATCH, HFLM_BATCH = 64, 32
+WIDE = 0.05  # deviation of the random weights but the head's; from 0.02, every text soon runs in the same circle of words
 SPECIAL = 4  # tokens of the random model that are no words
+HELD = {True: "held", False: "**not held**"}
 SHARE = 0.8  # of (c) that forwards should be on the larger model
+STEPS = 4  # of bfloat16 by which two right sums may differ: of eight rounded terms each
 REGRET = 0.06  # logits that rounding to bfloat16 may cost a generated token, see evomerge.scoring.regret
 
 
@@ -64,7 +67,7 @@ class Took:
 @dataclass(frozen=True, slots=True)
 class Row:
     """A line of the table. took: way -> a Took a repeat; shares: of forwards in (c); once: seconds spent before the first replay;
-    goal: ratio that is asked for, over the way `against`."""
+    goal: ratio that is asked for, over the way `against`; wrong: how the ways' answers differ by more than they may, or ''."""
 
     workload: str
     took: dict[str, list[Took]]
@@ -74,6 +77,7 @@ class Row:
     goal: float | None
     share_goal: float | None
     note: str
+    wrong: str = ""
 
     def ratio(self, way: str, clock: str) -> float:
         """Median over repeats of that way's time over (c)'s."""
@@ -81,11 +85,11 @@ class Row:
         return statistics.median(getattr(one, clock) / getattr(ours, clock) for one, ours in pairs)
 
 
-class Forwards:
-    """Processor seconds inside a model's forward, by hooks around it."""
+class Resident:
+    """A live model and its tokenizer. forwards: processor seconds inside the model's forward so far, by hooks around it."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.seconds, self._started = 0.0, 0.0
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.forwards, self._started = model, tokenizer, 0.0, 0.0
         model.register_forward_pre_hook(self._start)
         model.register_forward_hook(self._end)
 
@@ -93,14 +97,7 @@ class Forwards:
         self._started = time.process_time()
 
     def _end(self, *_: object) -> None:
-        self.seconds += time.process_time() - self._started
-
-
-class Resident:
-    """A live model, its tokenizer, and what its forwards take."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer, self.forwards = model, tokenizer, Forwards(model)
+        self.forwards += time.process_time() - self._started
 
 
 class CachedHflm:
@@ -110,23 +107,18 @@ class CachedHflm:
         self.lm = HFLM(pretrained=resident.model, tokenizer=resident.tokenizer, batch_size=HFLM_BATCH)
         self.scored = [r for r in requests if r.request_type == "loglikelihood"]
         self.generated = [r for r in requests if r.request_type == "generate_until"]
+        self.requests = [*self.scored, *self.generated]
         found: list[Any] = []
-        tokens, self.lm._loglikelihood_tokens = (
-            self.lm._loglikelihood_tokens,
-            lambda pairs, **_: (found.extend(pairs), [(0.0, False)] * len(pairs))[1],
-        )
+        self.lm._loglikelihood_tokens = lambda pairs, **_: found.extend(pairs) or [(0.0, False)] * len(pairs)
         if self.scored:
             self.lm.loglikelihood(self.scored, disable_tqdm=True)
-        self.lm._loglikelihood_tokens, self.pairs = tokens, found
+        del self.lm._loglikelihood_tokens  # the class's own again
+        self.pairs = found
 
     def answer(self) -> list[Any]:
         """(log-likelihood, greedy) pairs, then texts."""
         answers: list[Any] = self.lm._loglikelihood_tokens(self.pairs, disable_tqdm=True) if self.pairs else []
         return answers + (self.lm.generate_until(self.generated, disable_tqdm=True) if self.generated else [])
-
-    @property
-    def requests(self) -> list[Instance]:
-        return [*self.scored, *self.generated]
 
 
 def main() -> None:
@@ -153,6 +145,8 @@ def main() -> None:
             parameters = sum(p.numel() for p in resident.model.parameters())
     args.out.write_text(report(rows, parameters, args, time.perf_counter() - started))
     print(args.out.read_text())
+    if wrong := [f"{row.workload}: {row.wrong}" for row in rows if row.wrong]:
+        raise SystemExit("the ways do not answer alike; " + "; ".join(wrong))
 
 
 def timed(run: Callable[[], Any]) -> tuple[Took, Any]:
@@ -163,7 +157,7 @@ def timed(run: Callable[[], Any]) -> tuple[Took, Any]:
 
 
 def race(
-    ways: dict[str, Callable[[], Any]], repeats: range, forwards: Forwards, renew: Callable[[int], None], compare: Callable[[dict[str, Any]], None]
+    ways: dict[str, Callable[[], Any]], repeats: range, resident: Resident, renew: Callable[[int], None], compare: Callable[[dict[str, Any]], None]
 ) -> tuple[dict[str, list[Took]], list[float]]:
     """(way -> a Took a repeat, share of forwards in (c) a repeat). A repeat 0 warms up and is not counted."""
     took: dict[str, list[Took]] = defaultdict(list)
@@ -172,13 +166,13 @@ def race(
         renew(repeat)
         found = {}
         for name, run in ways.items():
-            forwards.seconds = 0.0
+            resident.forwards = 0.0
             cost, found[name] = timed(run)
             if repeat:
                 took[name].append(cost)
                 print(f"  {name}: {cost.wall:.3f} s, processor {cost.processor:.3f} s", flush=True)
                 if name == "c":
-                    shares.append(forwards.seconds / cost.processor)
+                    shares.append(resident.forwards / cost.processor)
         compare(found)
     return dict(took), shares
 
@@ -188,9 +182,8 @@ def race(
 
 def zoo(args: argparse.Namespace, scratch: Path) -> list[Row]:
     folders = merges(scratch, args.repeats + 1)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16).eval().requires_grad_(False)
-    resident = Resident(model, tokenizer)
+    resident = Resident(model, transformers.AutoTokenizer.from_pretrained(folders[0]))
     manager = TaskManager(include_path=str(REPO / "evaluators"), include_defaults=False)
     sizes = ((3, 10.0), (6, 6.0)) if args.quick else ((50, 10.0), (200, None), (500, 6.0))
     return [zoo_row(items, goal, args, folders, resident, manager) for items, goal in sizes]
@@ -198,16 +191,15 @@ def zoo(args: argparse.Namespace, scratch: Path) -> list[Row]:
 
 def zoo_row(items: int, goal: float | None, args: argparse.Namespace, folders: list[Path], resident: Resident, manager: Any) -> Row:
     model = resident.model
-    specs = [TaskSpec(t, splits="declared", items={"test": range(items), "search": [0], "validation": [0]}) for t in TASKS]
-    harness = LmHarness(specs, resident.tokenizer)
+    chosen = {"test": range(items), "search": [0], "validation": [0]}
+    harness = LmHarness([TaskSpec(t, splits="declared", items=chosen) for t in TASKS], resident.tokenizer)
     wanted = harness.items("test")
     once, _ = timed(lambda: harness.score(model, wanted))
     tasks = manager.load(list(TASKS))["tasks"]
     for task in tasks.values():
         task.build_all_requests(limit=items, rank=0, world_size=1)
     cached = CachedHflm(resident, [r for task in tasks.values() for r in task.instances])
-    current = folders[:1]
-    differ = [0]
+    current, differ = folders[:1], [0]
 
     def renew(repeat: int) -> None:
         current[0] = folders[repeat]
@@ -227,15 +219,11 @@ def zoo_row(items: int, goal: float | None, args: argparse.Namespace, folders: l
         return {t: metrics[t] for t in TASKS}
 
     def compare(found: dict[str, dict[str, float]]) -> None:
-        wrong = [t for t in TASKS if not found["a"][t] == found["c"][t] == found["b"][t]]
-        differ[0] += len(wrong)
-        if wrong:
-            print(f"different metrics: {[(t, {way: own[t] for way, own in found.items()}) for t in wrong]}")
+        differ[0] += sum(not found["a"][t] == found["c"][t] == found["b"][t] for t in TASKS)
 
-    took, shares = race({"a": simple, "b": lambda: judged(cached, tasks), "c": ours}, range(args.repeats + 1), resident.forwards, renew, compare)
-    assert not differ[0], "the three ways report different metrics"
-    note = f"{4 * (args.repeats + 1)} metrics, none different"
-    return Row(f"zoo, {items} items × 4 tasks", took, shares, once.wall, "a", goal, None, note)
+    took, shares = race({"a": simple, "b": lambda: judged(cached, tasks), "c": ours}, range(args.repeats + 1), resident, renew, compare)
+    note = f"of {4 * (args.repeats + 1)} metrics {differ[0]} differ"
+    return Row(f"zoo, {items} items × 4 tasks", took, shares, once.wall, "a", goal, None, note, note if differ[0] else "")
 
 
 def judged(cached: CachedHflm, tasks: dict[str, Any]) -> dict[str, float]:
@@ -289,12 +277,14 @@ def larger(args: argparse.Namespace, resident: Resident) -> list[Row]:
         found = []
         for item in range(items):
             context = f"{prefix} {words(rnd.randint(*own))}".strip()
-            found += [scored(context, f" {words(rnd.randint(6, 10))}", item, choice) for choice in range(4)]
+            for choice in range(4):
+                found.append(Instance("loglikelihood", {}, (context, f" {words(rnd.randint(6, 10))}"), choice, ("bench", item, 1)))
         return found
 
     def prompts(count: int, shared: int) -> list[Instance]:
-        prefix = words(shared)
-        return [generated(f"{prefix} {words(rnd.randint(20, 130))}".strip(), number) for number in range(count)]
+        prefix, settings = words(shared), {"until": ["."], "max_gen_toks": 64, "do_sample": False}
+        texts = [f"{prefix} {words(rnd.randint(20, 130))}".strip() for _ in range(count)]
+        return [Instance("generate_until", {}, (text, dict(settings)), 0, ("bench", number, 1)) for number, text in enumerate(texts)]
 
     rows = []
     if "likelihood" in args.only:
@@ -324,19 +314,14 @@ def random_model(quick: bool) -> tuple[Any, Any]:
     config = transformers.Qwen3Config(
         vocab_size=vocabulary, hidden_size=64 * heads, intermediate_size=176 * heads, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=WIDE,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    model.get_output_embeddings().weight[:SPECIAL] = 0  # never the likeliest: texts end at a full stop or at the limit
+    head = model.get_output_embeddings().weight
+    head.mul_(0.02 / WIDE)
+    head[:SPECIAL] = 0  # never the likeliest: texts end at a full stop or at the limit
     return model, tokenizer
-
-
-def scored(context: str, continuation: str, item: int, choice: int) -> Instance:
-    return Instance("loglikelihood", {}, (context, continuation), choice, ("bench", item, 1))
-
-
-def generated(prompt: str, number: int) -> Instance:
-    return Instance("generate_until", {}, (prompt, {"until": ["."], "max_gen_toks": 64, "do_sample": False}), 0, ("bench", number, 1))
 
 
 def renew_head(model: Any, repeat: int) -> None:
@@ -348,8 +333,7 @@ def renew_head(model: Any, repeat: int) -> None:
 def likelihood_row(name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident) -> Row:
     backend, cached = ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH), CachedHflm(resident, requests)
     once, prepared = timed(lambda: backend.prepare(requests))
-    counts = {"pairs": 0, "items": 0, "greedy": 0, "choices": 0}
-    worst = [0.0]
+    counts, worst = {"pairs": 0, "items": 0, "greedy": 0, "choices": 0}, [0.0]
 
     def compare(found: dict[str, Any]) -> None:
         theirs, ours = found["b"], [answers[0] for answers in found["c"]]
@@ -365,17 +349,19 @@ def likelihood_row(name: str, requests: list[Instance], goal: float, args: argpa
         counts["items"] += len(ours) // 4
 
     ways = {"b": cached.answer, "c": lambda: backend.answer(prepared, "model")}
-    took, shares = race(ways, range(1, args.repeats + 1), resident.forwards, partial(renew_head, resident.model), compare)
+    took, shares = race(ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare)
     techniques = [t for t, verdict in backend.techniques().items() if verdict.allowed and not t.startswith("decoding")]
     backend.close()
-    assert worst[0] <= 4, f"log-likelihoods differ by {worst[0]:g} steps of bfloat16"
+    plan = prepared.plan
+    assert plan is not None
     note = (
         f"of {counts['pairs']} sums the farthest differ by {worst[0]:.3g} steps of bfloat16, {counts['greedy']} greedy flags, "
-        f"{counts['choices']} of {counts['items']} choices; plan: {prepared.plan.technique if prepared.plan else 'none'}, "
-        f"{prepared.plan.tokens if prepared.plan else 0} tokens for HFLM's {sum(len(c) + len(k) - 1 for _, c, k in cached.pairs)}; "
+        f"{counts['choices']} of {counts['items']} choices; plan: {plan.technique}, {plan.tokens} tokens for "
+        f"HFLM's {sum(len(c) + len(k) - 1 for _, c, k in cached.pairs)}; "
         f"allowed: {', '.join(techniques)}"
     )
-    return Row(name, took, shares, once.wall, "b", goal, SHARE, note)
+    wrong = f"sums are up to {worst[0]:g} steps of bfloat16 apart" if worst[0] > STEPS else ""
+    return Row(name, took, shares, once.wall, "b", goal, SHARE, note, wrong)
 
 
 def generation_row(name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident) -> Row:
@@ -383,17 +369,17 @@ def generation_row(name: str, requests: list[Instance], goal: float, args: argpa
     once, prepared = timed(lambda: backend.prepare(requests))
     lengths: dict[str, list[int]] = defaultdict(list)
     last: dict[str, list[str]] = {}
-    differ = [0, 0]
+    differ = 0
 
     def compare(found: dict[str, Any]) -> None:
+        nonlocal differ
         last["b"], last["c"] = found["b"], [answers[0] for answers in found["c"]]
-        differ[0] += sum(one != other for one, other in zip(last["b"], last["c"], strict=True))
-        differ[1] += len(requests)
+        differ += sum(one != other for one, other in zip(last["b"], last["c"], strict=True))
         for way, texts in last.items():
             lengths[way] += [len(text.split()) for text in texts]
 
     ways = {"b": cached.answer, "c": lambda: backend.answer(prepared, "model")}
-    took, shares = race(ways, range(1, args.repeats + 1), resident.forwards, partial(renew_head, resident.model), compare)
+    took, shares = race(ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare)
     backend.close()
     unlike = [at for at, (one, other) in enumerate(zip(last["b"], last["c"], strict=True)) if one != other][:4]
     regret = dict.fromkeys(last, 0.0)
@@ -403,14 +389,14 @@ def generation_row(name: str, requests: list[Instance], goal: float, args: argpa
                 ids, new = (resident.tokenizer.encode(text) for text in (requests[at].args[0], texts[at]))
                 if len(new) > 1:  # the last may be a word that lost its full stop
                     regret[way] = max(regret[way], regrets(head, [ids], [new[:-1]])[0])
-    assert regret["c"] <= REGRET, f"a token of ours is {regret['c']:.3f} below the likeliest"
     mean = {way: statistics.mean(own) for way, own in lengths.items()}
-    note = f"{differ[0]} of {differ[1]} texts differ; mean length {mean['b']:.1f} and {mean['c']:.1f} tokens"
+    note = f"{differ} of {len(requests) * args.repeats} texts differ; mean length {mean['b']:.1f} and {mean['c']:.1f} tokens"
     if unlike:
         note += f"; regret of {len(unlike)} that differ, scored again in plain rows: HFLM {regret['b']:.3f}, ours {regret['c']:.3f} logits"
     plan = prepared.generations[0].plan
     note += f"; decoder {plan.decoder}, {len(plan.prefixes)} shared prefix{'es' if len(plan.prefixes) != 1 else ''}"
-    return Row(name, took, shares, once.wall, "b", goal, SHARE, note)
+    wrong = f"a token of ours is {regret['c']:.3f} below the likeliest" if regret["c"] > REGRET else ""
+    return Row(name, took, shares, once.wall, "b", goal, SHARE, note, wrong)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------------
@@ -418,6 +404,10 @@ def generation_row(name: str, requests: list[Instance], goal: float, args: argpa
 
 def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, seconds: float) -> str:
     flags = "".join([" --quick" if args.quick else "", f" --repeats {args.repeats}", f" --only {' '.join(args.only)}" if len(args.only) < 3 else ""])
+    larger_one = (
+        f"On the larger model (a random Qwen3 of {parameters / 1e6:.0f} M parameters, bfloat16) (b) and (c) answer the requests, and before every "
+        "repeat\nthe rows of its head move on by one, which makes another model of it."
+    )
     lines = [
         "# Scoring one candidate", "",
         f"`python scripts/bench_eval.py{flags}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes, 1 thread; {machine()}.", "",
@@ -428,9 +418,8 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
         f"{INCUMBENT_BATCH}, its task manager kept.",
         f"- (b) HFLM at batch size {HFLM_BATCH} on the resident model; requests built, log-likelihood requests tokenised beforehand.",
         "- (c) ours: the same requests compiled beforehand and replayed, with lm-eval's rounding.", "",
-        "On the zoo (1.3 M parameters) all three end with the metrics of the tasks. On the larger model (a random Qwen3 of "
-        f"{parameters / 1e6:.0f} M parameters, bfloat16)", "(b) and (c) answer the requests. Every repeat scores another candidate: "
-        "zoo merges of random weights; the larger model with the rows of its head moved on.",
+        "On the zoo (1.3 M parameters) all three end with the metrics of the tasks, and every repeat scores another merge of it.",
+        *([larger_one] if parameters else []),
         "Forwards: processor time between a hook before and a hook after the model's forward, its head included, as a share of (c).",
         "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first scoring; a search compiles once a generation.",
         "",
@@ -443,16 +432,12 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
             cells.append("" if own is None else " / ".join(f"{statistics.median(getattr(t, c) for t in own):.3f}" for c in ("wall", "processor")))
         ratios = [row.ratio(row.against, clock) for clock in ("wall", "processor")]
         cells += [f"{r:.1f} × ({row.against})" for r in ratios]
-        cells += ["", ""] if row.goal is None else [f"{row.goal:g} ×", said(min(ratios) >= row.goal)]
+        cells += ["", ""] if row.goal is None else [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
         share = statistics.median(row.shares)
-        cells += [f"{share:.0%}", *(["", ""] if row.share_goal is None else [f"{row.share_goal:.0%}", said(share >= row.share_goal)])]
+        cells += [f"{share:.0%}", *(["", ""] if row.share_goal is None else [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]])]
         lines.append("| " + " | ".join([*cells, f"{row.once:.2f}"]) + " |")
     lines += ["", "A goal is held if both ratios reach it. What was compared:", "", *(f"- {row.workload}: {row.note}." for row in rows)]
     return "\n".join(lines) + "\n"
-
-
-def said(held: bool) -> str:
-    return "held" if held else "**not held**"
 
 
 def machine() -> str:

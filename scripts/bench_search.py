@@ -207,7 +207,7 @@ def report(rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]], parts
         "",
         "- Clock: from the start of the process, parents and hand recipes scored on the way, to the end of the last generation.",
         "- Steady: from the end of the first generation to the end of the last. Every trial is committed to the store in both.",
-        "- Selection, the validation of finalists and the test of the winner, comes after; the incumbent has none.",
+        f"- Selection, the validation of finalists and the test of the winner on {FINAL} items a task each, comes after; the incumbent has none.",
         "- With 1 worker a search is one process on one thread; with 2 (`--workers 2`) two more processes of one thread each evaluate candidates,",
         "  and the first decides and stores: its own processor time is what is shown.",
         "- The incumbent is mergekit-evolve 0.1.5, patched by hand to run on a CPU, two workers on two cores of this class; models, tasks, items and",

@@ -33,14 +33,14 @@ def test_scoring_is_timed_beside_lm_eval(tmp_path: Path) -> None:
     assert [bool(row[1]) for row in rows] == [True, True, False, False], "simple_evaluate takes whole tasks alone"
     assert all(row[2] and row[3] and 0 < float(row[8].rstrip("%")) <= 100 for row in rows)
     said = (tmp_path / "eval.md").read_text()
-    assert said.count("8 metrics, none different") == 2
+    assert said.count("of 8 metrics 0 differ") == 2
     assert "0 of 1 choices" in said
 
 
 def test_searches_are_timed(tmp_path: Path) -> None:
     zoo_folder()
     rows = table("bench_search", ["--items", "50", "--modes", "one"], tmp_path / "search.md")
-    assert [row[:3] for row in rows] == [["50", "one search, 1 thread", "8"]]
+    assert [row[:3] for row in rows] == [["50", "1 worker", "8"]]
     assert rows[0][-1] == "0", "no candidate failed"
 
 
