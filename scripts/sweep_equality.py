@@ -47,7 +47,7 @@ NAMED = "llama qwen3 gemma2 mistral gpt2 bloom cohere2 qwen3_next mamba2 olmoe g
 DELICATE = "gpt_neo recurrent_gemma jamba mamba rwkv llama4_chunk falcon_alibi gemma3n_text deepseek_v3 xglm"
 ARCHITECTURES = tuple(f"{NAMED} {DELICATE}".split())
 SHIPPED = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
-LIMIT = 200
+SHOTS = {0: 200, 2: 50}  # examples before an item of the shipped tasks: items of each
 
 
 def penalised(model: Any) -> None:
@@ -114,14 +114,14 @@ class Sweep:
         self.folder = folder
         self._harnesses: dict[tuple[str, bool], LmHarness] = {}
 
-    def rows(self, name: str, tokenizer: Any, key: str, load: Callable[[torch.dtype], Any], scores: Sequence[Score], *, groups: bool) -> list[Row]:
+    def rows(self, name: str, tokenizer: Any, key: str, load: Callable[[torch.dtype], Any], *, groups: bool, note: str = "") -> list[Row]:
         """float32 with and without a chat template, then bfloat16, where HFLM's own difference between batches is counted beside."""
-        found = []
+        found, scores = [], tasks.scores()
         for dtype, chat in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             if chat and not tokenizer.chat_template:
                 continue
             single = dtype == torch.float32
-            how = f"{'float32' if single else 'bfloat16'}{', chat' if chat else ''}"
+            how = f"{'float32' if single else 'bfloat16'}{', chat' if chat else ''}{note}"
             model = load(dtype)
             wanted = oracle.theirs(model, tokenizer, self.folder, scores, chat=chat)
             other = None if single else oracle.theirs(model, tokenizer, self.folder, scores, batch_size=16)
@@ -157,7 +157,7 @@ def random_model(name: str, sweep: Sweep) -> list[Row]:
         return model
 
     try:
-        return sweep.rows(name, text_architectures.tokenizer(bos=bos), f"bos {bos}", load, tasks.scores(), groups=name in ARCHITECTURES)
+        return sweep.rows(name, text_architectures.tokenizer(bos=bos), f"bos {bos}", load, groups=name in ARCHITECTURES)
     except Exception as error:  # shown in the report
         return [Row(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")]
 
@@ -171,21 +171,26 @@ def trained_models(folder: Path) -> list[Row]:
     words = sorted({w for task in SHIPPED for doc in shipped(task)[:300] for w in str(doc["prompt"]).split() if w.isalnum()})
     sweep = Sweep(tasks.write(folder / "zoo_tasks", count=25, vocabulary=words))
     chosen = [Score(task, "acc" if task in ("zoo_lookup", "zoo_string") else "exact_match", "none", task) for task in SHIPPED]
-    harness = LmHarness([TaskSpec(task, splits="declared") for task in SHIPPED], tokenizer, limits={"test": LIMIT})
-    ids = {score: harness.items("test")[score.task] for score in chosen}
-    samples = {s.task: [i for i, doc in enumerate(shipped(s.task)) if oracle.item_id(doc) in set(ids[s])] for s in chosen}
+    harnesses = {
+        shots: LmHarness([TaskSpec(task, num_fewshot=shots, splits="declared") for task in SHIPPED], tokenizer, limits={"test": limit})
+        for shots, limit in SHOTS.items()
+    }
     for name in ("base", "math", "lang", "string"):
 
         def load(dtype: torch.dtype, name: str = name) -> Any:
             return worker.load(Checkpoint(zoo / name), str(dtype).removeprefix("torch."))
 
         model = load(torch.bfloat16)
-        of = [oracle.theirs(model, tokenizer, REPOSITORY / "evaluators", chosen, batch_size=size, samples=samples) for size in (1, 16)]
-        row = compared(
-            f"zoo {name}", f"bfloat16, the shipped tasks, {LIMIT} items each", of[0], oracle.ours(harness, model, chosen), of[1], exact=False
-        )
-        row.used = used(harness, model)
-        rows += [row, *sweep.rows(f"zoo {name}", tokenizer, "zoo", load, tasks.scores(), groups=False)]
+        for shots, harness in harnesses.items():
+            ids = harness.items("test")
+            samples = {t: [i for i, doc in enumerate(shipped(t)) if oracle.item_id(doc) in set(ids[t])] for t in SHIPPED}
+            more: dict[str, Any] = {"samples": samples, "num_fewshot": shots}
+            of = [oracle.theirs(model, tokenizer, REPOSITORY / "evaluators", chosen, batch_size=size, **more) for size in (1, 16)]
+            how = f"bfloat16, shipped tasks, {SHOTS[shots]} items each, {shots} examples"
+            row = compared(f"zoo {name}", how, of[0], oracle.ours(harness, model, chosen), of[1], exact=False)
+            row.used = used(harness, model)
+            rows.append(row)
+        rows += sweep.rows(f"zoo {name}", tokenizer, "zoo", load, groups=False, note=", meaningless words")
     return rows
 
 
@@ -232,7 +237,8 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
     """The lines of results/equality.md."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lm_eval", "torch", "transformers"))
     single = [row for row in rows if row.how.startswith("float32")]
-    trained = [row for row in rows if row.name.startswith("zoo") and row.how.startswith("bfloat16")]
+    trained = [row for row in rows if row.how.startswith("bfloat16, shipped")]
+    meaningless = [row for row in rows if row.how.startswith("bfloat16, meaningless")]
     lines = [
         "# lm-eval's results and ours, item by item",
         "",
@@ -248,7 +254,8 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
         f"Sums differ if by more than {oracle.RELATIVE:.0e} of themselves (float32). flags: whether a continuation is the likeliest.",
         "",
         f"- **float32**: {counted(total(single))}.",
-        f"- **bfloat16, trained models**: {counted(total(trained))}.",
+        f"- **bfloat16, trained models on the shipped tasks**: {counted(total(trained))}.",
+        f"- bfloat16, trained models on meaningless sequences of their words, where choices and tokens nearly tie: {counted(total(meaningless))}.",
         *(f"- **Could not be compared**: {row.name}: {row.how}" for row in rows if not row.by_task),
         "",
         "## float32",
@@ -300,7 +307,7 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
             )
     odd = [(row, said) for row in [*single, *trained] for said in row.total.said]
     if odd:
-        lines += ["", "## What differs (float32, and bfloat16 on trained models)", ""]
+        lines += ["", "## What differs (float32, and bfloat16 on the shipped tasks)", ""]
         lines += [f"- {row.name}, {row.how}: {said[:300]}" for row, said in odd]
     return lines
 
@@ -344,7 +351,7 @@ def main() -> None:
         print("\n".join(lines))
     else:
         (REPOSITORY / "results" / "equality.md").write_text("\n".join(lines) + "\n")
-    strict = [row for row in rows if row.how.startswith("float32") or row.name.startswith("zoo") or not row.by_task]
+    strict = [row for row in rows if row.how.startswith(("float32", "bfloat16, shipped")) or not row.by_task]
     if any(not row.by_task or not row.total.none for row in strict):
         raise SystemExit("something differs, or a model could not be compared")
 

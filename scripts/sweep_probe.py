@@ -62,7 +62,7 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
         "Right: in float32 every log-likelihood within 1e-3 nats of one request a forward and every greedy flag the same; every text that of",
         "a whole forward a token. In bfloat16: right in float32, and on average as near as rounding; texts: no chosen token's logit short of",
         f"the largest by more than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits, or than in transformers'",
-        "own `generate` on the same prompts (experts). A technique that raises is wrong.",
+        "own `generate` on the same prompts, one at a time or in one padded batch: rounding moves tokens to other experts. What raises is wrong.",
         "Decoders: slots, left-padded rows, rows of equal length, a single row, the whole text anew for every token; shared: the fastest that is",
         "allowed, with prefixes computed once.",
         "",

@@ -218,7 +218,7 @@ def decoder_truth(
     single = next(model.parameters()).dtype == torch.float32
     right = different == 0 or short < 1e-4 if single else short <= BFLOAT16_REGRET
     if not (single or right):  # where rounding moves a token to other experts, transformers' own generation falls as short
-        right = short <= regret(model, given, generated(model, given))
+        right = short <= max(regret(model, given, outs) for outs in (generated(model, given), generated_together(model, given)))
     return Truth(right, short, f"{different} of {len(given)} texts differ, regret {short:.2g}")
 
 
@@ -231,6 +231,18 @@ def generated(model: Any, given: Sequence[Sequence[int]]) -> list[list[int]]:
         )[0, len(prompt) :].tolist()
         for prompt in given
     ]
+
+
+@torch.inference_mode()
+def generated_together(model: Any, given: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same in one batch padded on the left: what HFLM says at a larger batch size."""
+    width = max(map(len, given))
+    ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in given])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in given])
+    outs = model.generate(input_ids=ids, attention_mask=mask, max_length=width + NEW_TOKENS, do_sample=False, use_cache=True, pad_token_id=PAD)[
+        :, width:
+    ].tolist()
+    return [out[: out.index(EOS) + 1] if EOS in out else out for out in outs]
 
 
 def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: int = 1) -> list[Outcome]:
