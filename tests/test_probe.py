@@ -8,11 +8,11 @@ from __future__ import annotations
 import probe_truth
 import pytest
 import torch
-from probe_truth import TECHNIQUES, Truth, truth
+from probe_truth import DECODERS, TECHNIQUES, Truth, truth
 from text_architectures import build
 
 NAMES = (
-    "llama", "mistral", "gemma2", "llama4_chunk", "gpt_neo", "bloom", "mpt", "mamba", "mamba2", "jamba", "recurrent_gemma", "lfm2",
+    "llama", "mistral", "gemma2", "llama4_chunk", "gpt_neo", "bloom", "mpt", "mamba", "jamba", "lfm2", "minimax",
 )  # fmt: skip
 SILENT = {  # techniques that run on an architecture and give other numbers
     "gpt_neo": {"tree"},
@@ -32,9 +32,17 @@ def one_thread() -> None:
 def test_nothing_is_allowed_that_is_wrong_and_little_refused_that_is_right(name: str) -> None:
     found = probe_truth.outcomes(name)
     assert [o for o in found if o.allowed and not o.right] == []
-    assert {o.name for o in found if o.allowed} >= {"plain", "whole"}
+    assert {o.name for o in found if o.allowed} >= {"plain"}
+    assert any(o.allowed for o in found if o.name in DECODERS)
     refused = [o for o in found if o.name in TECHNIQUES and o.right and not o.allowed]
     assert refused == [], "sharing that this model could have had"
+
+
+def test_half_precision_hides_no_wrong_decoder() -> None:
+    """Slots are wrong for this model; on few tokens the regret alone looks like rounding."""
+    found = probe_truth.outcomes("recurrent_gemma", (torch.float32, torch.bfloat16))
+    assert [o for o in found if o.allowed and not o.right] == []
+    assert {o.name for o in found if o.dtype == torch.bfloat16 and not o.right} >= {"slots", "padded", "prefix", "tree"}
 
 
 @pytest.mark.parametrize("name", SILENT)
