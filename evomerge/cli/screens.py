@@ -61,15 +61,23 @@ class Search:
 
 @contextmanager
 def opening() -> Iterator[None]:
-    """Until the search runs, SIGTERM and SIGUSR1 leave at once with 75: nothing is begun, start it again."""
+    """Until the search runs, SIGTERM and SIGUSR1 leave at once with 75, SIGINT with 130: nothing is begun, start it again.
+
+    An exception that a handler raises can be lost in a callback of a library; the signal is remembered and answered at the end.
+    """
+    asked: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        print("stopped while opening; start it again", file=sys.stderr, flush=True)
-        raise SystemExit(75)
+        if not asked:
+            print("stopped while opening; start it again", file=sys.stderr, flush=True)
+        asked.append(130 if number == signal.SIGINT else 75)
+        raise SystemExit(asked[0])
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+        if asked:
+            raise SystemExit(asked[0])
     finally:
         for number, old in before.items():
             signal.signal(number, old)
