@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from toy import REPO
 
+from evomerge.config import RaceConfig
 from evomerge.evaluation import Evaluation, Items
 from evomerge.pools import Job
 from evomerge.racing import Race, run
@@ -82,3 +83,9 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
                 assert t.score == fate.predicted
                 partial += 1
     assert partial > 5, "or nothing was settled early"
+
+
+def test_a_race_asked_for_without_numbers_is_the_one_that_was_measured() -> None:
+    given = RaceConfig()
+    assert (given.rungs, given.error) == (Race().rungs, Race().error)
+    assert f"eight: {', '.join(f'{r:g}' for r in given.rungs)}" in (REPO / "results" / "racing.md").read_text()
