@@ -25,6 +25,7 @@ from evomerge.worker import Worker
 
 log = logging.getLogger(__name__)
 _STRIKES = 3  # deaths of a process that a job may be there at
+_PATIENCE = 2.0  # seconds that a process is given to end by itself
 _worker: Worker | None = None  # of a child process
 
 
@@ -48,10 +49,11 @@ class ProcessPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes; what is in flight is dropped."""
+        """Ends the processes; what is in flight is dropped after two seconds."""
         children = list((getattr(self._executor, "_processes", None) or {}).values())  # shutdown alone would wait for them
         self._executor.shutdown(wait=False, cancel_futures=True)
         for child in children:
+            child.join(_PATIENCE)
             child.kill()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Evaluation]]:
