@@ -3,8 +3,8 @@
 Rungs are nested parts of the generation's items. After each rung but the last, those that are sure to be among the best mu
 on all the items are chosen, those that are sure not to be are dropped, and the others go on: see `subset_selection`. The
 probability that the best mu are not those that all items would have given is meant to be at most `error` a generation, shared
-out evenly between the rungs; results/racing.md has what was found: about half of it, but up to 2.5 times where candidates
-are all alike and which are the best means nothing. An optimizer learns the order of the best from scores made
+out evenly between the rungs; results/racing.md has what was found: half to three quarters of it, but up to 2.5 times where
+candidates are all alike and which are the best means nothing. An optimizer learns the order of the best from scores made
 comparable, and of the dropped how far they came. Knows nothing of stores, pools or optimizers.
 """
 
