@@ -1,4 +1,4 @@
-"""What every greedy decoder shares: the prompts as tensors, the forward with its cache, and the texts as they grow."""
+"""What every greedy decoder shares: the prompts as tensors, what they share, and the texts as they grow."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evomerge.scoring import cache
-from evomerge.scoring.heads import RowHead, device_of, dtype_of
-from evomerge.scoring.masks import Windows, windows
+from evomerge.scoring.forward import Forward
 from evomerge.scoring.processors import process
 from evomerge.scoring.stops import Stops
 
@@ -66,44 +65,14 @@ class GenerationPlan:
     length: int
 
 
-class Forward:
-    """A model's forward over a cache, at the rows that are read."""
-
-    def __init__(self, model: nn.Module, head: RowHead, pad_id: int) -> None:
-        self.model, self.head, self.pad_id = model, head, pad_id
-        self.device, self.dtype = device_of(model), dtype_of(model)
-        self.limits: Windows = windows(model)
-        self.argument = cache.cache_argument(model)
-        self.takes_positions = cache.takes_positions(model)
-
-    def __call__(self, rows: Tensor, ids: Tensor, past: Any, *, positions: Tensor | None = None, mask: Any = None) -> Tensor:
-        """Logits [N, V] of rows [N] of ids [B, S]; `past` grows by them. positions [B, S]; mask: as the model takes it."""
-        inputs: dict[str, Any] = {"use_cache": False}
-        if past is not None:
-            if self.argument is None:
-                raise TypeError(f"{type(self.model).__name__} takes no cache that can be forked")
-            inputs = {self.argument: past, "use_cache": True}
-        if positions is not None and self.takes_positions:
-            inputs["position_ids"] = positions
-        if mask is not None:
-            inputs["attention_mask"] = mask
-        return self.head(rows, ids, **inputs)
-
-    def shared(self, chunk: Chunk, prefix: Any, *, windowed: bool) -> Any:
-        """The cache [b] of what the prompts of a chunk share; prefix: the cache of its prefix, or None."""
-        first = chunk.levels[0].ids if chunk.levels else chunk.ids
-        past = cache.new_cache(self.model, windowed=windowed) if prefix is None else cache.fork(prefix, rows=len(first))
-        for level in chunk.levels:
-            self(torch.zeros(1, dtype=torch.long, device=self.device), level.ids, past, positions=level.positions)
-            past = cache.fork(past, index=level.index)
-        return past
-
-    def prefill(self, ids: Tensor, *, windowed: bool) -> Any:
-        """The cache of tokens [1, P]. windowed: as the model keeps it; else every position in every layer."""
-        past = cache.new_cache(self.model, windowed=windowed)
-        positions = torch.arange(ids.shape[1], device=self.device)[None]
-        self(torch.zeros(1, dtype=torch.long, device=self.device), ids, past, positions=positions)
-        return past
+def shared(forward: Forward, chunk: Chunk, prefix: Any, *, windowed: bool) -> Any:
+    """The cache [b] of what the prompts of a chunk share; prefix: the cache of its prefix, or None."""
+    first = chunk.levels[0].ids if chunk.levels else chunk.ids
+    past = cache.new_cache(forward.model, windowed=windowed) if prefix is None else cache.fork(prefix, rows=len(first))
+    for level in chunk.levels:
+        forward(forward.first, level.ids, past, positions=level.positions)
+        past = cache.fork(past, index=level.index)
+    return past
 
 
 class Texts:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.scoring import cache, plan
-from evomerge.scoring.heads import RowHead, device_of, dtype_of
-from evomerge.scoring.masks import windows
+from evomerge.scoring.forward import LOGITS, Forward
+from evomerge.scoring.heads import RowHead
 from evomerge.scoring.plan import TECHNIQUES, Facts, Plan, Reads, Step, Technique
 from evomerge.scoring.requests import Request
 from evomerge.scoring.verdicts import Verdict
 
 Rounding = Literal["float32", "model"]
 _PIECE = 512  # rows whose float32 logits are held at once
-_LOGITS = 2**26  # elements of logits that one forward may make
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +47,10 @@ class Engine:
         Without verdicts only plain rows are used unless a technique is asked for.
         """
         self.model, self.head, self.verdicts = model, RowHead(model), verdicts or {}
-        config: Any = model.config
-        vocabulary = config.get_text_config(decoder=True).vocab_size
-        self._cache = cache.cache_argument(model)
-        rows = max(64, _LOGITS // vocabulary)
-        tokens = tokens or (1024 if device_of(model).type == "cpu" else 16384)
-        self.facts = Facts(dtype_of(model), device_of(model), windows(model), cache.takes_positions(model), pad_id, tokens, rows)
+        self.forward = forward = Forward(model, self.head, pad_id)
+        tokens = tokens or (1024 if forward.device.type == "cpu" else 16384)
+        rows = max(64, LOGITS // forward.vocabulary)
+        self.facts = Facts(forward.dtype, forward.device, forward.limits, forward.takes_positions, pad_id, tokens, rows)
         if launch is not None:
             self.facts = replace(self.facts, launch=launch)
 
@@ -104,22 +101,13 @@ class Engine:
 
     def _forward(self, step: Step, kept: dict[int, Any]) -> Tensor:
         """Logits [N, V] of the rows that a step reads; of its first row where it reads none."""
-        inputs: dict[str, Any] = {"use_cache": False}
         past = None
         if step.source is not None:
             past = cache.fork(kept[step.source], rows=step.spread, index=step.index)
         elif step.keep is not None:
             past = cache.new_cache(self.model, windowed=step.windowed)
-        if past is not None:
-            if self._cache is None:
-                raise TypeError(f"{type(self.model).__name__} takes no cache that can be forked")
-            inputs = {self._cache: past, "use_cache": True}
-        if step.positions is not None:
-            inputs["position_ids"] = step.positions
-        if step.mask is not None:
-            inputs["attention_mask"] = step.mask
-        rows = step.reads.rows if step.reads is not None else torch.zeros(1, dtype=torch.long, device=self.facts.device)
-        logits = self.head(rows, step.ids, **inputs)
+        rows = step.reads.rows if step.reads is not None else self.forward.first
+        logits = self.forward(rows, step.ids, past, positions=step.positions, mask=step.mask)
         if step.keep is not None:
             kept[step.keep] = past
         return logits

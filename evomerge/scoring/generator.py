@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.scoring import lockstep, slots
-from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Level, Texts
+from evomerge.scoring.decoding import Chunk, GenerationPlan, Level, Texts
+from evomerge.scoring.forward import LOGITS, Forward
 from evomerge.scoring.heads import RowHead
 from evomerge.scoring.levels import cuts, levels
 from evomerge.scoring.processors import processors
@@ -23,7 +24,6 @@ from evomerge.scoring.stops import Stops
 from evomerge.scoring.tree import LAUNCH, common, shared_prefixes
 
 DECODERS = ("slots", "padded", "equal", "single", "whole")  # the fastest first
-_LOGITS = 1 << 26  # elements of logits that one forward may make
 _STEP = 1.1  # lengths of prompts that are prefilled together differ by about this factor at most
 _GIVEN: Mapping[str, Any] = MappingProxyType({})
 _SPLIT = 8  # forwards that a prefix of several chunks must save: what one chunk shares is saved by its levels anyway
@@ -67,8 +67,7 @@ class Generator:
             self.forward.argument = None
         self.memory = _memory(self.forward.device) if memory is None else memory
         self.shares = shares and self.forward.argument is not None
-        config: Any = model.config
-        self._most: int = max(1, _LOGITS // config.get_text_config(decoder=True).vocab_size)
+        self._most = max(1, LOGITS // self.forward.vocabulary)
         self._stops: dict[tuple[str, ...], Stops] = {}
 
     @torch.inference_mode()

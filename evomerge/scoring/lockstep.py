@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from evomerge.scoring import cache
-from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Texts
+from evomerge.scoring.decoding import Chunk, GenerationPlan, Texts, shared
+from evomerge.scoring.forward import Forward
 
 _CROWD = 0.75  # a batch is cut to its running rows when they are fewer than this part of it
 
@@ -61,7 +62,7 @@ def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts
     """One batch without padding: chunk.ids ends where the shortest prompt does."""
     requests, lengths = list(chunk.requests), list(chunk.lengths)
     ids, seen = chunk.ids, min(chunk.lengths)
-    past = None if forward.argument is None else forward.shared(chunk, prefix, windowed=True)
+    past = None if forward.argument is None else shared(forward, chunk, prefix, windowed=True)
     whole = ids  # all tokens of each row, for models without a cache that can be forked
     new = [0] * len(requests)
     places = list(range(len(requests)))

@@ -82,7 +82,6 @@ class Plan:
     steps: tuple[Step, ...]
     size: int
     places: Tensor
-    lengths: Tensor
     tokens: int
 
 
@@ -97,7 +96,6 @@ def make(requests: Sequence[Request], technique: Technique, facts: Facts) -> Pla
         steps,
         len(asked),
         torch.tensor(places, dtype=torch.long),
-        torch.tensor([len(r.continuation) for r in asked], dtype=torch.long),
         sum(step.ids.numel() for step in steps),
     )
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evomerge.scoring.engine import Engine
+from evomerge.scoring.forward import vocabulary
 from evomerge.scoring.plan import TECHNIQUES, Technique
 from evomerge.scoring.requests import Request
 from evomerge.scoring.verdicts import Verdict
@@ -71,8 +71,7 @@ def _verdict(
 
 def _requests(model: nn.Module, rnd: random.Random, shared: int) -> tuple[list[Request], list[Request]]:
     """Four contexts after one prefix with three continuations each, and the same with all but the first item's tokens changed."""
-    config: Any = model.config
-    size = config.get_text_config(decoder=True).vocab_size
+    size = vocabulary(model)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(rnd.randrange(size) for _ in range(count))

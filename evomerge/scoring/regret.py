@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evomerge.scoring.forward import vocabulary
 from evomerge.scoring.generator import DECODERS, Generator
 from evomerge.scoring.heads import RowHead, device_of, dtype_of
 from evomerge.scoring.verdicts import Verdict
@@ -114,8 +114,7 @@ def _apart(dtype: torch.dtype, largest: float) -> float:
 
 def _prompts(model: nn.Module, rnd: random.Random, span: int) -> list[tuple[int, ...]]:
     """Seven prompts: three that begin alike, one of them as long as span, and four short ones of different lengths."""
-    config: Any = model.config
-    size = config.get_text_config(decoder=True).vocab_size
+    size = vocabulary(model)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(rnd.randrange(size) for _ in range(count))

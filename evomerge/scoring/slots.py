@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from evomerge.scoring.decoding import Chunk, Forward, GenerationPlan, Texts
+from evomerge.scoring.decoding import Chunk, GenerationPlan, Texts, shared
+from evomerge.scoring.forward import Forward
 from evomerge.scoring.masks import FULL, attention_mask
 
 
@@ -137,7 +138,7 @@ def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
             if chunk.prefix != number:
                 number = chunk.prefix
                 prefix = None if number is None else forward.prefill(plan.prefixes[number], windowed=False)
-            past = forward.shared(chunk, prefix, windowed=False)
+            past = shared(forward, chunk, prefix, windowed=False)
             logits = forward(chunk.rows, chunk.ids, past, positions=chunk.positions)
             new, going = texts.add(chunk.requests, logits)
             if going:

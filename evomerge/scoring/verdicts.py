@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -12,6 +11,3 @@ class Verdict:
 
     allowed: bool
     reason: str
-
-
-Verdicts = Mapping[str, Verdict]
