@@ -98,8 +98,7 @@ def compare(contenders: Sequence[Contender], objective: Objective, task: str | N
     """
     items = common(contenders, task)
     kept = [[c.scores[t, i] for t, ids in items.items() for i in ids] for c in contenders]
-    means = {t.task: t.mean for t in objective.terms}
-    known = [_metrics(c, items, objective, means) for c in contenders]
+    known = [_metrics(c, items, objective) for c in contenders]
     rows = []
     for term in objective.terms:
         shares = {leaf: share for leaf, share in term.strata if leaf in items}
@@ -136,15 +135,15 @@ def telling(contenders: Sequence[Contender], items: Items, count: int) -> dict[s
     return {t: ids for t in items if (ids := tuple(i for task, i in chosen if task == t))}
 
 
-def _metrics(c: Contender, items: Items, objective: Objective, means: Mapping[str, bool]) -> dict[str, float]:
+def _metrics(c: Contender, items: Items, objective: Objective) -> dict[str, float]:
     """Task -> metric over the items, where they tell it."""
     out: dict[str, float] = {}
     for term in objective.terms:
         leaves = [(leaf, share) for leaf, share in term.strata if leaf in items]
-        if means[term.task] and len(leaves) == len(term.strata):
+        if term.mean and len(leaves) == len(term.strata):
             values = [(share, [c.scores[leaf, i].value for i in items[leaf]]) for leaf, share in leaves]
             out[term.task] = math.fsum(share * math.fsum(v) / len(v) for share, v in values)
-        elif not means[term.task]:
+        elif not term.mean:
             wanted = {(leaf, item) for leaf, _ in term.strata for item in items.get(leaf, ())}
             tasks = [leaf for leaf, _ in term.strata]
             whole = [e for e in c.evaluations if {(s.task, s.item) for s in e.items if s.task in tasks} == wanted]

@@ -13,10 +13,17 @@ from evomerge.errors import ConfigError
 
 Role = Literal["search", "validation", "test"]
 ROLES: tuple[Role, ...] = ("search", "validation", "test")
+_TENTHS: tuple[tuple[Role, int], ...] = (("search", 6), ("validation", 8), ("test", 10))
 Measure = Literal["metric", "probability", "logprob"]
 """What of a task the search may see: its metric, or a soft score of the right answer."""
 Items = Mapping[str, Sequence[str]]
 """Task name -> ids of the items to score, in order."""
+
+
+def dealt(digest: str) -> Role:
+    """The role of an item that no one declared one for: 6, 2 and 2 tenths, by the first 8 hexadecimal digits of its hash."""
+    tenth = int(digest[:8], 16) % 10
+    return next(role for role, end in _TENTHS if tenth < end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +153,11 @@ class Objective:
     def __call__(self, metrics: Mapping[str, float]) -> float:
         """The objective by the tasks' metrics; NaN if one is not finite."""
         return self._combined([t.value(metrics) for t in self.terms])
+
+    def reported(self, evaluation: Evaluation) -> float | None:
+        """The objective of an evaluation; None for one that failed, or whose objective is not finite."""
+        score = math.nan if evaluation.error is not None else self(evaluation.metrics)
+        return score if math.isfinite(score) else None
 
     def search(self, metrics: Mapping[str, float]) -> float:
         """The objective as the search sees it; NaN if a value is not finite. Raises ConfigError without the soft scores it needs."""

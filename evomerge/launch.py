@@ -20,7 +20,7 @@ from evomerge.baselines import baselines, soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import CandidateError, ConfigError, StudyError
-from evomerge.evaluation import ROLES, Evaluation, Evaluator, Items, Objective, Term, missing
+from evomerge.evaluation import ROLES, Evaluator, Items, Objective, Term, missing
 from evomerge.lora import open_parent
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
@@ -107,15 +107,14 @@ def _prepare(
         "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     _agree(store, settings, text, overrides, facts)
-    objective = _objective(settings, facts["terms"])
     plan = Plan(
         space=space,
         baselines=baselines(space),
         soup=functools.partial(soup, space),
-        objective=objective,
+        objective=opened.objective,
         optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
         items={role: evaluator.items(role) for role in ROLES},
-        per_generation=per_generation(settings, objective),
+        per_generation=per_generation(settings, opened.objective),
         evaluations=search.evaluations,
         finalists=search.finalists,
         start_at_best=search.start == "best",
@@ -218,11 +217,6 @@ class Opened:
         """Loads the base and merges into it; scores by `evaluator` where one is given."""
         own = self.harness if evaluator is None else evaluator
         return worker.Worker(self.parents, self.settings.base, own, dtype=self.settings.out_dtype, device=_device())
-
-    def score(self, evaluation: Evaluation) -> float | None:
-        """The objective, None where there is none."""
-        score = math.nan if evaluation.error is not None else self.objective(evaluation.metrics)
-        return score if math.isfinite(score) else None
 
 
 def open_search(settings: Config, allow_python: bool = False) -> Opened:

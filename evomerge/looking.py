@@ -95,7 +95,7 @@ def sensitivity(
             worker.append(opened.load())
         return worker[0].evaluate(wanted, on)
 
-    evaluated = scanning.scan(store, centre, neighbours, role, items, evaluate, opened.score, show)
+    evaluated = scanning.scan(store, centre, neighbours, role, items, evaluate, opened.objective.reported, show)
     known = store.sensitivity(centre.id, role, items)
     found = scanning.curves(space, genome, neighbours, known, Objective(opened.objective.terms).shares())
     title = f"{opened.settings.study}/{trial.id}"

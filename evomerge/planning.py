@@ -108,7 +108,7 @@ def _work(settings: Config, opened: Opened, population: int, items: dict[Any, It
         {"stage": "test", "candidates": 1 + references, "items": sizes["test"]},
     ]
     total = sum(s["candidates"] * s["items"] for s in stages)
-    return {"generations": generations, "stages": stages, "item_evaluations": total, "race": getattr(search, "race", None) is not None}
+    return {"generations": generations, "stages": stages, "item_evaluations": total, "race": search.race is not None}
 
 
 def _probe(opened: Opened, worker: Worker, items: Items, work: dict[str, Any]) -> dict[str, Any]:

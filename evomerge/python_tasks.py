@@ -21,9 +21,7 @@ import torch
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation import ROLES, Items, ItemScore, Role
-
-_TENTHS: tuple[tuple[Role, int], ...] = (("search", 6), ("validation", 8), ("test", 10))
+from evomerge.evaluation import ROLES, Items, ItemScore, Role, dealt
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +137,7 @@ def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Ro
         raise TaskError(f"python task '{spec.name}' must give a finite number for each item, items named by strings; got {str(found)[:80]}")
     items: dict[Role, tuple[str, ...]] = {}
     for role in ROLES:
-        own = sorted((digest, item) for item in found if _role(digest := hashlib.sha256(item.encode()).hexdigest()) == role)
+        own = sorted((digest, item) for item in found if dealt(digest := hashlib.sha256(item.encode()).hexdigest()) == role)
         items[role] = tuple(sorted(item for _, item in own[: limits.get(role)]))
         if not items[role]:
             raise TaskError(f"python task '{spec.name}' scores {len(found)} items, and none of them falls to {role}; let it score more")
@@ -167,11 +165,6 @@ def _function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
     if not callable(call) or file is None:
         raise TaskError(f"python task '{spec.name}': {module_name} holds no function '{name}' written in Python")
     return call, Path(file).read_bytes()
-
-
-def _role(digest: str) -> Role:
-    tenth = int(digest[:8], 16) % 10
-    return next(role for role, end in _TENTHS if tenth < end)
 
 
 def _number(value: Any) -> float:

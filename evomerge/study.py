@@ -259,7 +259,7 @@ class Study:
         missing = [r for r in distinct if self.store.evaluation(r.id, role, items) is None]
         done = len(distinct) - len(missing)
         for job, evaluation in self._dispatch([Job(i, r, items) for i, r in enumerate(missing)]):
-            score = _finite(objective, evaluation)
+            score = objective.reported(evaluation)
             point = objective.point(evaluation.metrics) if role == "validation" and score is not None else None
             self.store.add_evaluation(job.recipe, role, items, evaluation, score, point=point)
             done += 1
@@ -363,7 +363,7 @@ class Study:
     ) -> Trial:
         """Stores a candidate's trial. floors: what `keep` asks on these items; fate: in a race."""
         objective = self.plan.objective
-        reported = _finite(objective, evaluation)
+        reported = objective.reported(evaluation)
         predicted = fate.predicted if fate else None
         score = math.nan if reported is None else objective.search(evaluation.metrics) if predicted is None else predicted
         scored = math.isfinite(score)
@@ -383,12 +383,6 @@ class Study:
             yield result
             if self.stop:
                 raise Paused("stopped by a signal; run the same command with --resume to go on")
-
-
-def _finite(objective: Objective, evaluation: Evaluation) -> float | None:
-    """The reported objective; None for a candidate that failed, or whose objective is not finite."""
-    score = math.nan if evaluation.error is not None else objective(evaluation.metrics)
-    return score if math.isfinite(score) else None
 
 
 def _score(trial: Trial) -> float:

@@ -331,7 +331,7 @@ def test_a_group_is_one_term_of_a_search(tmp_path: Path) -> None:
     assert evaluation.error is None
     shares = dict(opened.harness.leaves("skills"))
     skills = math.fsum(share * evaluation.metrics[leaf] for leaf, share in shares.items())
-    assert opened.score(evaluation) == pytest.approx((3 * skills + evaluation.metrics["zoo_lookup"]) / 4)
+    assert opened.objective.reported(evaluation) == pytest.approx((3 * skills + evaluation.metrics["zoo_lookup"]) / 4)
     assert opened.objective.shares() == pytest.approx({**{leaf: 0.75 * share for leaf, share in shares.items()}, "zoo_lookup": 0.25})
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evomerge.errors import TaskError
-from evomerge.evaluation import ROLES, Role
+from evomerge.evaluation import ROLES, Role, dealt
 from evomerge.overlap import NGRAM
 
 Splits = Literal["declared", "hash", "hash-train"]
-_SHARES: dict[Role, int] = {"search": 6, "validation": 2, "test": 2}  # tenths, for tasks with one split
 _KEEPS: tuple[Role, ...] = ("test", "validation", "search")  # who keeps an item of several roles: what is tested was not searched
 _NAMED = 3  # items that a sentence names
 
@@ -60,16 +59,6 @@ class Asked:
 def item_id(doc: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of a document's canonical JSON."""
     return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def dealt(item: str) -> Role:
-    """The role of an item whose task has one split: 6, 2 and 2 tenths."""
-    tenth = int(item[:8], 16) % 10
-    for role in ROLES:
-        tenth -= _SHARES[role]
-        if tenth < 0:
-            return role
-    raise AssertionError("shares sum to ten")
 
 
 def documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | list[Any]:
