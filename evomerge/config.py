@@ -179,10 +179,64 @@ class SearchConfig(_Strict):
     race: RaceConfig | None = None
 
 
+class StageConfig(_Strict):
+    """A stage of a search: weights, or routes of layers. What is not given is the search's own."""
+
+    stage: Literal["weights", "routes"]
+    evaluations: Whole | None = Field(default=None, ge=1)
+    population: Whole | None = Field(default=None, ge=4)
+    sigma: Number | None = Field(default=None, gt=0)
+
+
+class GateConfig(_Strict):
+    """tokens: of the search's prompts that a route is looked at on; factor: how many times the best parent's perplexity it may have."""
+
+    tokens: Whole = Field(default=2000, ge=16)
+    factor: Number = Field(default=20.0, gt=1)
+
+
+class RoutesConfig(_Strict):
+    """Routes of layers, see `evomerge.route_space`.
+
+    genome: 'conditional' changes the positions of one model's path, continuous or 'categorical'; 'indicator' switches all
+    layers of all models, `repeats` times over (arXiv 2403.13187). start: model whose path it begins at, 'best' for the
+    best on validation or, in a first stage, on the search items. models: those whose layers are used, all unless named.
+    layers: [least, most], from half to twice the base's unless given. changes: how many positions a first candidate
+    changes. spans: lengths of inserted spans. scales: a factor of the hidden state for each hop, between any two layers,
+    or none; in scale_range. penalty: what a layer more than the base has costs of the score. stacks: mergekit passthrough
+    files to begin with. gate: None scores every route in full. optimizer: 'random' samples without learning.
+    """
+
+    genome: Literal["conditional", "categorical", "indicator"] = "conditional"
+    start: str = "best"
+    models: tuple[str, ...] = ()
+    layers: tuple[Whole, Whole] | None = None
+    changes: Number = Field(default=2.0, gt=0)
+    repeats: Whole = Field(default=2, ge=1, le=8)
+    spans: tuple[Annotated[Whole, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
+    scales: Literal["none", "hop", "matrix"] = "hop"
+    scale_range: tuple[Number, Number] = (0.4, 1.5)
+    penalty: Number = Field(default=0.0, ge=0)
+    stacks: tuple[str, ...] = ()
+    gate: GateConfig | None = Field(default_factory=GateConfig)
+    optimizer: Literal["cma", "random"] = "cma"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RoutesConfig:
+        if self.layers is not None and not 1 <= self.layers[0] <= self.layers[1]:
+            raise ValueError(f"layers are [least, most], both at least 1, got {list(self.layers)}")
+        if not 0 < self.scale_range[0] < 1 < self.scale_range[1]:
+            raise ValueError(f"scale_range must hold 1 and lie above 0, got {list(self.scale_range)}")
+        if self.scales == "matrix" and self.genome != "indicator":
+            raise ValueError("scales: matrix belongs to genome: indicator; a conditional genome has scales: hop or none")
+        return self
+
+
 class Config(_Strict):
     """A whole search. objective: weighted 'mean' or 'geometric' mean of the tasks, or the 'worst' of them.
 
     keep: task -> x: a candidate that falls more than x below the best parent there ranks after all that do not.
+    stages: of the search, each from the best of the one before; search.evaluations is the budget of each that has none of its own.
     """
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -196,6 +250,13 @@ class Config(_Strict):
     keep: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    stages: tuple[StageConfig, ...] = Field(default=(StageConfig(stage="weights"),), min_length=1)
+    routes: RoutesConfig = Field(default_factory=RoutesConfig)
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _stage_names(cls, value: Any) -> Any:
+        return [{"stage": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
 
     @field_validator("models", mode="before")
     @classmethod
@@ -203,6 +264,16 @@ class Config(_Strict):
         if isinstance(value, dict):
             return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
         return value
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each stage searches: 'weights' or 'routes'."""
+        return tuple(stage.stage for stage in self.stages)
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Evaluations of each stage."""
+        return tuple(stage.evaluations or self.search.evaluations for stage in self.stages)
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -240,10 +311,15 @@ def rename(text: str, study: str) -> tuple[Config, str]:
 
 
 def override(settings: Config, overrides: Mapping[str, int]) -> Config:
-    """The settings with `evaluations` or `seed` of the search replaced."""
-    search = settings.search.model_dump() | dict(overrides)
+    """The settings with `evaluations`, of the last stage, or `seed` of the search replaced."""
     try:
-        return settings.model_copy(update={"search": SearchConfig.model_validate(search)})
+        given = dict(overrides)
+        if len(settings.stages) > 1 and "evaluations" in given:
+            last = settings.stages[-1].model_dump() | {"evaluations": given.pop("evaluations")}
+            settings = settings.model_copy(update={"stages": (*settings.stages[:-1], StageConfig.model_validate(last))})
+        elif "evaluations" in given:
+            settings = settings.model_copy(update={"stages": (settings.stages[0].model_copy(update={"evaluations": None}),)})
+        return settings.model_copy(update={"search": SearchConfig.model_validate(settings.search.model_dump() | given)})
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"--{_sentence(first, first['loc'])}") from None
@@ -290,6 +366,13 @@ def check(document: documents.Document) -> Config:
     for component in config.space.components:
         if config.space.components.count(component) > 1:
             raise fail(("space", "components"), f"component '{component}' is listed twice")
+    if config.kinds not in _STAGES:
+        known = "; ".join(", ".join(kinds) for kinds in _STAGES)
+        raise fail(("stages",), f"stages are one of: {known}; got {', '.join(config.kinds)}")
+    routes: list[tuple[documents.Key, str]] = [(("routes", "start"), config.routes.start)]
+    for place, name in [*routes, *((("routes", "models", i), m) for i, m in enumerate(config.routes.models))]:
+        if name not in config.models and not (name == "best" and place[1] == "start"):
+            raise fail(place, f"'{name}' is not among the models. {suggest(name, config.models)}")
     names = [t.task for t in config.tasks]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -302,6 +385,9 @@ def check(document: documents.Document) -> Config:
             if name not in names:
                 raise fail((*path, name), f"'{name}' is not among the tasks. {suggest(name, names)}")
     return config
+
+
+_STAGES = (("weights",), ("routes",), ("weights", "routes"), ("routes", "weights"), ("weights", "routes", "weights"))
 
 
 def _unlike(error: Any, path: documents.Key) -> bool:
@@ -346,6 +432,9 @@ def _known(path: documents.Key) -> list[str]:
         "evaluation": EvaluationConfig,
         "search": SearchConfig,
         "race": RaceConfig,
+        "stages": StageConfig,
+        "routes": RoutesConfig,
+        "gate": GateConfig,
     }
     for part in path:
         model = steps.get(str(part), model)

@@ -10,6 +10,8 @@ EvomergeError                 E000  exit 1
 ├── NothingToExport           E310  exit 4   no candidate is worth exporting
 ├── FailureBudget             E320  exit 5   too many candidates failed
 ├── CandidateError            E400  exit 1   one candidate; the worker turns it into a value
+│   ├── RouteError            E410  exit 1   layers that cannot be taken from their models and stacked
+│   └── FoldError             E420  exit 1   a layer whose weights cannot take up a gain
 └── Paused                    E500  exit 75  a signal asked the search to stop; start it again to go on
 """
 
@@ -83,6 +85,18 @@ class CandidateError(EvomergeError):
     """One candidate cannot be built or scored; never ends a search."""
 
     code = "E400"
+
+
+class RouteError(CandidateError):
+    """Layers that cannot be taken from their models and stacked."""
+
+    code = "E410"
+
+
+class FoldError(CandidateError):
+    """A layer whose weights cannot take up the gain of its contributions."""
+
+    code = "E420"
 
 
 class Paused(EvomergeError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -46,7 +46,8 @@ class Evaluation:
     """A scored candidate, or the sentence that says why it could not be scored.
 
     metrics: task name -> the task's metric over the items; empty if `error` is set; 'TASK:probability' and 'TASK:logprob'
-    -> mean of the soft score, where the task has a right answer. seconds: stage name -> seconds.
+    -> mean of the soft score, where the task has a right answer. seconds: stage name -> seconds. costs: 'layers' and
+    'parameters' of the model, where it was made. A candidate kept out by the gate has an error and one metric, its nats.
     """
 
     recipe_id: str
@@ -54,6 +55,7 @@ class Evaluation:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     error: str | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 class Evaluator(Protocol):
@@ -72,6 +74,15 @@ class Evaluator(Protocol):
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
         """Per-item values and the metric of each task."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """An evaluator that makes ready, once for a module, what scoring items needs: plans, and which techniques it trusts."""
+
+    def prepare(self, model: nn.Module, items: Items) -> None:
+        """The module may have other weights, and layers of the same kinds in another order, when it is scored."""
         ...
 
 
@@ -129,13 +140,16 @@ class Objective:
     The number that is reported is always made of the tasks' metrics; `search` is what the search ranks by, which may be
     made of soft scores. A geometric mean with a value at or below 0 is 0, the lowest it can be. keep: (task, x) pairs: a
     candidate must be at least as good there as the best parent less x. tie_break: the soft score that decides between
-    equal ones; it changes ranks, never a score.
+    equal ones; it changes ranks, never a score. layer_price: what each layer beyond `depth` costs; it ranks, and is not in
+    what is reported.
     """
 
     terms: tuple[Term, ...]
     kind: Literal["mean", "geometric", "worst"] = "mean"
     keep: tuple[tuple[str, float], ...] = ()
     tie_break: Literal["probability", "logprob", "none"] = "none"
+    layer_price: float = 0.0
+    depth: int = 0
 
     def __post_init__(self) -> None:
         if not self.terms or any(t.weight <= 0 for t in self.terms):
@@ -162,6 +176,10 @@ class Objective:
     def search(self, metrics: Mapping[str, float]) -> float:
         """The objective as the search sees it; NaN if a value is not finite. Raises ConfigError without the soft scores it needs."""
         return self._combined([t.seen(metrics) for t in self.terms])
+
+    def price(self, costs: Mapping[str, float]) -> float:
+        """What a candidate's layers beyond `depth` cost."""
+        return self.layer_price * max(0.0, costs.get("layers", self.depth) - self.depth)
 
     def tie(self, metrics: Mapping[str, float]) -> float:
         """What decides between equal scores: the weighted mean of the soft scores of the tasks that have one, 0 without any."""

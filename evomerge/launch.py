@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from evomerge import __version__, config, racing, worker
-from evomerge.baselines import baselines, soup
+from evomerge import __version__, config, racing, staging, worker
+from evomerge.baselines import soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
 from evomerge.errors import CandidateError, ConfigError, StudyError
 from evomerge.evaluation import ROLES, Evaluator, Items, Objective, Term, missing
 from evomerge.lora import open_parent
 from evomerge.methods import method
-from evomerge.optimizers.cma_es import CmaEs
 from evomerge.pools import InProcessPool, Pool
 from evomerge.process_pool import ProcessPool
 from evomerge.several import TaskSet, digest
 from evomerge.space import EMBEDDINGS, HEAD, Range, Space
+from evomerge.stages import Plan, Progress
 from evomerge.store import Store, StudyRow
-from evomerge.study import Plan, Progress, Study
+from evomerge.study import Study
 from evomerge.study_files import store_path
 from evomerge.task_sets import open_tasks
 from evomerge.vocabulary import check_rows
@@ -93,6 +93,7 @@ def _prepare(
     for finding in harness.findings(scorer.model):
         log.warning(finding)
     search, stored = settings.search, store.study()
+    routed = staging.check_routes(settings, parents, scorer, harness, stored.facts.get("gate") if stored else None)
     facts: dict[str, Any] = {
         "parents": {name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()} for name, m in settings.models.items()},
         "tasks": harness.fingerprint(),
@@ -101,41 +102,45 @@ def _prepare(
         "backends": backends(harness, scorer.model) if evaluator is harness else {},
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
         "item_sets": {role: {task: digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
-        "axes": [axis.name for axis in space.axes],
-        "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),  # a larger budget must not change the optimizer
+        "axes": [axis.name for axis in space.axes] if settings.kinds[0] == "weights" else [],
+        # a larger budget must not change the optimizer, nor when a stage ends
+        "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),
+        "budgets": stored.facts["budgets"] if stored and "budgets" in stored.facts else list(settings.budgets),
+        "gate": routed,
+        "depth": parents[settings.base].num_layers,
         "threads": torch.get_num_threads(),
         "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     _agree(store, settings, text, overrides, facts)
     plan = Plan(
-        space=space,
-        baselines=baselines(space),
-        soup=functools.partial(soup, space),
+        stages=staging.stages(settings, space, parents, facts["diagonal"], facts["budgets"]),
+        baselines=staging.references(settings, space, parents),
+        soup=functools.partial(soup, space) if "weights" in settings.kinds else None,
         objective=opened.objective,
-        optimizer=lambda start: CmaEs(start, search.sigma, population=search.population, diagonal=facts["diagonal"], seed=search.seed),
         items={role: evaluator.items(role) for role in ROLES},
         per_generation=per_generation(settings, opened.objective),
-        evaluations=search.evaluations,
         finalists=search.finalists,
-        start_at_best=search.start == "best",
         seed=search.seed,
         race=_race(settings),
     )
     pool: Pool = InProcessPool(scorer)
     if workers > 1 and evaluator is harness:
-        pool = ProcessPool(functools.partial(_open_worker, settings, allow_python), workers)
+        pool = ProcessPool(functools.partial(_open_worker, settings, allow_python, routed), workers)
     return Study(plan, store, pool, show)
 
 
-def _open_worker(settings: Config, allow_python: bool) -> worker.Worker:
-    """A worker of a search, in a process of its own."""
-    return open_search(settings, allow_python).load()
+def _open_worker(settings: Config, allow_python: bool, gate: float | None) -> worker.Worker:
+    """A worker of a search, in a process of its own. gate: what the driver found that a route may have of nats a token."""
+    opened = open_search(settings, allow_python)
+    scorer = opened.load()
+    scorer.gate = staging.gate(settings, opened.harness, scorer, gate)
+    return scorer
 
 
 def is_diagonal(settings: Config, space: Space) -> bool:
     """Whether CMA-ES learns a diagonal covariance: as asked, else where the budget is too small for a full one."""
     search = settings.search
-    return search.diagonal if search.diagonal is not None else search.evaluations < 20 * len(space.axes)
+    return search.diagonal if search.diagonal is not None else settings.budgets[0] < 20 * len(space.axes)
 
 
 def per_generation(settings: Config, objective: Objective) -> dict[str, int]:
@@ -243,7 +248,7 @@ def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str
     _set_threads(parents[settings.base])
     space = make_space(settings, parents)
     harness = open_tasks(settings, parents[settings.base], device=_device(), allow_python=allow_python)
-    return Opened(settings, parents, space, harness, _objective(settings, _terms(settings, harness)), warnings)
+    return Opened(settings, parents, space, harness, _objective(settings, _terms(settings, harness), parents[settings.base].num_layers), warnings)
 
 
 def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
@@ -294,8 +299,10 @@ def _terms(settings: Config, harness: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]]) -> Objective:
-    """The objective of a configuration; said: `_terms`. Raises ConfigError where a task lacks a soft score it is to be searched by."""
+def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]], depth: int) -> Objective:
+    """The objective of a configuration; said: `_terms`; depth: layers that cost nothing.
+
+    Raises ConfigError where a task lacks a soft score it is to be searched by."""
     terms, tie = [], settings.search.tie_break
     for t in settings.tasks:
         own = said[t.task]
@@ -304,7 +311,8 @@ def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]]) -> Objec
         if lacking := [m for m in asked if m not in own["measures"]]:
             raise ConfigError(missing(t.task, str(lacking[0])))
         terms.append(Term(t.task, t.weight, own["sign"], search, tuple((leaf, share) for leaf, share in own["leaves"]), own["mean"]))
-    objective = Objective(tuple(terms), settings.objective, tuple(settings.keep.items()), "probability" if tie is None else tie)
+    keep, break_ties = tuple(settings.keep.items()), "probability" if tie is None else tie
+    objective = Objective(tuple(terms), settings.objective, keep, break_ties, settings.routes.penalty, depth)
     if settings.search.race is not None:
         racing.check(objective)
     return objective
@@ -320,7 +328,7 @@ def stored_objective(study: StudyRow) -> Objective:
     settings, _ = config.stored(study.name, study.config, study.overrides)
     if "terms" not in study.facts:
         raise StudyError(f"{study.name} was begun with an evomerge that did not store what its tasks' metrics are; begin it anew to compare")
-    return _objective(settings, study.facts["terms"])
+    return _objective(settings, study.facts["terms"], study.facts.get("depth", 0))
 
 
 def _divide(layers: int, groups: int) -> tuple[int, ...]:
@@ -385,6 +393,8 @@ def _comparable(settings: Config) -> dict[str, Any]:
     data = settings.model_dump(mode="json")
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
+    data["stages"][-1].pop("evaluations")
+    data["stages"] = [{**stage, "evaluations": n} for stage, n in zip(data["stages"], settings.budgets[:-1], strict=False)] + data["stages"][-1:]
     return data
 
 

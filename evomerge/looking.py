@@ -79,6 +79,10 @@ def sensitivity(
     trial = report.resolve(store, reference)
     recipe = store.recipe(trial.recipe_id)
     opened = launch.open_study(store, allow_python)
+    if trial.stage or opened.settings.kinds[0] != "weights":
+        raise StudyError(
+            f"candidate {trial.id} is of a stage of routes, or came after one: only the coefficients of a first weight search are scanned"
+        )
     space, pool = opened.space, opened.harness.items(role)
     genome = scanning.genome_of(space, recipe, trial.genome)
     neighbours = scanning.points(space, genome, scanning.matching(space.axes, pattern), step, span)
@@ -152,7 +156,7 @@ class _Models:
         for done, c in enumerate(contenders):
             self._open(c.study)
             self._merge(c, items)
-            for s in self._opened.harness.samples(self._worker.model, items):
+            for s in self._opened.harness.samples(self._worker.module(c.recipe, items), items):
                 row = rows.setdefault((s.task, s.item), {"task": s.task, "item": s.item, "prompt": s.prompt, "target": s.target, "answers": []})
                 options = [{"text": o.text, "probability": o.probability, "right": o.right, "chosen": o.chosen} for o in s.options]
                 row["answers"].append({"name": c.name, "value": s.value, "output": s.output, "options": options})

@@ -6,13 +6,13 @@ import math
 import statistics
 from typing import Any
 
-from evomerge.baselines import baselines
+from evomerge import staging
 from evomerge.checkpoint import Parent
 from evomerge.config import Config
 from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
 from evomerge.launch import Opened, backends, first_items, is_diagonal, open_search
-from evomerge.optimizers.cma_es import CmaEs
+from evomerge.stages import Opening, Start
 from evomerge.worker import Worker
 
 _TIMED = 3  # candidates whose median is the estimate
@@ -27,8 +27,7 @@ def plan(settings: Config, *, probe: bool = False, allow_python: bool = False) -
     opened = open_search(settings, allow_python)
     search, space, harness = settings.search, opened.space, opened.harness
     diagonal = is_diagonal(settings, space)
-    zeros = (0.0,) * len(space.axes)
-    population = len(CmaEs(zeros, search.sigma, population=search.population, diagonal=diagonal, seed=search.seed).ask())
+    stages = _stages(opened, diagonal)
     items = {role: harness.items(role) for role in ROLES}
     generation = first_items(items["search"], settings, opened.objective)
     data: dict[str, Any] = {
@@ -46,13 +45,14 @@ def plan(settings: Config, *, probe: bool = False, allow_python: bool = False) -
         "findings": list(harness.findings()),
         "optimizer": {
             "name": "CMA-ES",
-            "population": population,
+            "population": stages[0]["population"],
             "sigma": search.sigma,
             "covariance": "diagonal" if diagonal else "full",
             "start": search.start,
             "seed": search.seed,
         },
-        "work": _work(settings, opened, population, items, generation),
+        "stages": stages,
+        "work": _work(settings, opened, stages, items, generation),
     }
     if probe:
         worker = opened.load()
@@ -95,20 +95,37 @@ def _task(task: str, weight: float, opened: Opened, items: dict[Any, Items], gen
     }
 
 
-def _work(settings: Config, opened: Opened, population: int, items: dict[Any, Items], generation: Items) -> dict[str, Any]:
+def _stages(opened: Opened, diagonal: bool) -> list[dict[str, Any]]:
+    """What each stage searches; one that begins at another's best is shown as it would be from the base."""
+    settings, out = opened.settings, []
+    first = staging.references(settings, opened.space, opened.parents)[0]
+    for stage in staging.stages(settings, opened.space, opened.parents, diagonal, settings.budgets):
+        opening: Opening = stage.open(Start(first.recipe, first.label))
+        population = len(opening.optimizer(opening.space.start).ask())
+        hand = len(opening.hand)
+        out.append({"stage": stage.name, "axes": len(opening.space.axes), "population": population, "evaluations": stage.evaluations, "hand": hand})
+    return out
+
+
+def _work(settings: Config, opened: Opened, planned: list[dict[str, Any]], items: dict[Any, Items], generation: Items) -> dict[str, Any]:
     """Stages of the search with candidates and items each; equal recipes and failures make it less."""
     search = settings.search
-    soups = len(settings.models) - 1  # the greedy soup tries each parent but the best once
-    references, generations = len(baselines(opened.space)) + soups, math.ceil(search.evaluations / population)
+    soups = len(settings.models) - 1 if "weights" in settings.kinds else 0  # the greedy soup tries each parent but the best once
+    references = len(staging.references(settings, opened.space, opened.parents)) + soups + sum(stage["hand"] for stage in planned)
+    turns = [math.ceil(stage["evaluations"] / stage["population"]) for stage in planned]
+    names = ["search" if len(planned) == 1 else f"search: {stage['stage']}" for stage in planned]
     sizes = {role: sum(map(len, ids.values())) for role, ids in (*items.items(), ("generation", generation))}
     stages: list[dict[str, Any]] = [
         {"stage": "parents, hand recipes and soups", "candidates": references, "items": sizes["generation"]},
-        {"stage": "search", "candidates": generations * population, "items": sizes["generation"]},
-        {"stage": "validation", "candidates": search.finalists + references, "items": sizes["validation"]},
+        *(
+            {"stage": name, "candidates": n * stage["population"], "items": sizes["generation"]}
+            for name, n, stage in zip(names, turns, planned, strict=True)
+        ),
+        {"stage": "validation", "candidates": search.finalists * len(planned) + references, "items": sizes["validation"]},
         {"stage": "test", "candidates": 1 + references, "items": sizes["test"]},
     ]
     total = sum(s["candidates"] * s["items"] for s in stages)
-    return {"generations": generations, "stages": stages, "item_evaluations": total, "race": search.race is not None}
+    return {"generations": sum(turns), "stages": stages, "item_evaluations": total, "race": search.race is not None}
 
 
 def _probe(opened: Opened, worker: Worker, items: Items, work: dict[str, Any]) -> dict[str, Any]:

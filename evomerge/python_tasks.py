@@ -125,6 +125,10 @@ class PythonTasks:
         """None: a function shows no prompts."""
         return []
 
+    def passages(self, count: int) -> list[tuple[str, str]]:
+        """None: a function shows no prompts."""
+        return []
+
 
 def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Role, int]) -> _Function:
     call, source = _function(spec)

@@ -59,6 +59,8 @@ def check(objective: Objective) -> None:
         raise ConfigError(f"a race compares means of items, and a '{objective.kind}' objective is none; choose 'mean', or leave out search.race")
     if objective.keep:
         raise ConfigError("a race drops candidates by their score alone and would pass over 'keep'; leave out one of the two")
+    if objective.layer_price:
+        raise ConfigError("a race drops candidates by their score alone and would pass over routes.penalty; leave out one of the two")
     for term in objective.terms:
         if not term.mean:
             raise ConfigError(f"a race compares means of items, and the metric of task '{term.task}' is aggregated otherwise; leave out search.race")

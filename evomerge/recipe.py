@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class Recipe:
     tokenizer: what the output's tokenizer is made of; None: the base's files, and vocabularies must agree.
     chat_template: Jinja text, a known name, 'auto', or None for the base's.
     stages: (name, recipe) pairs, merged before and read like models by the recipes after them.
+    scales: what the hidden state that enters each output layer is multiplied by, the first 1; empty where all are 1.
     """
 
     base: str
@@ -106,10 +108,15 @@ class Recipe:
     tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
     stages: tuple[tuple[str, Recipe], ...] = ()
+    scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise RecipeError("a recipe needs at least one output layer, got none")
+        scales = tuple(float(s) for s in self.scales)
+        if scales and (len(scales) != len(self.layers) or scales[0] != 1 or not all(0 < s < math.inf for s in scales)):
+            raise RecipeError(f"scales are one number above 0 for each of the {len(self.layers)} layers, the first 1; got {list(scales)}")
+        object.__setattr__(self, "scales", scales if any(s != 1 for s in scales) else ())
         if self.policy not in POLICIES:
             raise RecipeError(f"unknown arithmetic policy '{self.policy}'. Known: {', '.join(POLICIES)}")
         if self.policy == "float32" and self.dtype != "float32":
@@ -188,6 +195,7 @@ def _plain(value: Any) -> Any:
                 "tokenizer": value.tokenizer.to_plain() if value.tokenizer else None,
                 "chat_template": value.chat_template,
                 "stages": [[name, _plain(stage)] for name, stage in value.stages],
+                **({"scales": list(value.scales)} if value.scales else {}),  # left out: the ids of recipes without stay
             }
         case Mix():
             return {
@@ -204,7 +212,8 @@ def _plain(value: Any) -> Any:
 
 
 def _recipe(data: Any) -> Recipe:
-    data = _fields(data, "base layers embeddings head dtype out_dtype seed policy tokenizer chat_template stages")
+    names = "base layers embeddings head dtype out_dtype seed policy tokenizer chat_template stages"
+    data = _fields(data, names + (" scales" if isinstance(data, dict) and "scales" in data else ""))
     if not _whole(data["seed"]):
         raise ValueError(f"seed must be a whole number of at least 0, got {data['seed']!r}")
     return Recipe(
@@ -219,6 +228,7 @@ def _recipe(data: Any) -> Recipe:
         tokenizer=None if data["tokenizer"] is None else TokenizerSpec.from_plain(data["tokenizer"]),
         chat_template=None if data["chat_template"] is None else _text(data["chat_template"]),
         stages=tuple((_text(name), _recipe(stage)) for name, stage in data["stages"]),
+        scales=tuple(_number(s) for s in data.get("scales", ())),
     )
 
 

@@ -34,4 +34,8 @@ MIGRATIONS = (
     CREATE TABLE front (evaluation INTEGER PRIMARY KEY REFERENCES evaluations, point TEXT NOT NULL);
     """,
     "ALTER TABLE trials ADD COLUMN whole INTEGER",
+    """
+    ALTER TABLE trials ADD COLUMN stage INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE evaluations ADD COLUMN costs TEXT;
+    """,
 )

@@ -72,15 +72,18 @@ def _ease(averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping
     return means
 
 
-def leaders(trials: Iterable[Trial], known: Mapping[int, Estimate], after: float, last: int) -> list[Trial]:
+def leaders(
+    trials: Iterable[Trial], known: Mapping[int, Estimate], after: float, last: int, price: Callable[[Trial], float] = lambda trial: 0.0
+) -> list[Trial]:
     """Candidates of the generations in (after, last] that no race dropped, one a recipe, the best first.
 
-    Those that keep what `keep` asks come first; then the estimate decides, or the score where there are none.
+    price: what a candidate's size costs, which its estimate does not hold. Those that keep what `keep` asks come first;
+    then the estimate decides, or the score where there are none.
     """
     late = [t for t in trials if t.score is not None and t.dropped is None and t.origin in ("sampled", "injected") and after < t.generation <= last]
 
     def worth(t: Trial) -> float:
-        return known[t.id].mean if known else t.score if t.score is not None else -math.inf
+        return known[t.id].mean - price(t) if known else t.score if t.score is not None else -math.inf
 
     ranked = sorted((t for t in late if not known or t.id in known), key=lambda t: (t.violation, -worth(t), t.id))
     return list({t.recipe_id: t for t in reversed(ranked)}.values())[::-1]
@@ -146,7 +149,7 @@ def row(
     for role, scored in (("validation", validated), ("test", tested)):
         if trial.recipe_id in scored:
             found = scored[trial.recipe_id]
-            out |= {role: found.score, f"{role}_metrics": dict(found.evaluation.metrics)}
+            out |= {role: found.reported, f"{role}_metrics": dict(found.evaluation.metrics)}
             if found.evaluation.error:
                 out["error"] = found.evaluation.error
     if p and trial.recipe_id in p:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from evomerge.errors import TaskError
-from evomerge.evaluation import Evaluator, Items, ItemScore, Role
+from evomerge.evaluation import Evaluator, Items, ItemScore, Preparing, Role
 
 
 def digest(ids: Sequence[str]) -> str:
@@ -60,6 +60,10 @@ class TaskSet(Evaluator, Protocol):
         """Prompt, right answer and output of each item, where the task can show them."""
         ...
 
+    def passages(self, count: int) -> list[tuple[str, str]]:
+        """(prompt, right answer) of up to `count` items of the search, where the task has prompts."""
+        ...
+
 
 class Several:
     """Several sets of tasks as one: each is asked for its own. Satisfies `TaskSet`."""
@@ -89,6 +93,12 @@ class Several:
                 scores += found
                 metrics |= values
         return tuple(scores), metrics
+
+    def prepare(self, model: nn.Module, items: Items) -> None:
+        """Each set that can be."""
+        for one in self._sets:
+            if isinstance(one, Preparing) and (own := self._own(one, items)):
+                one.prepare(model, own)
 
     def sign(self, task: str) -> int:
         """Its own set's answer."""
@@ -129,6 +139,10 @@ class Several:
     def samples(self, model: nn.Module, items: Items) -> list[Any]:
         """Those of all sets."""
         return [sample for one in self._sets for sample in one.samples(model, self._own(one, items))]
+
+    def passages(self, count: int) -> list[tuple[str, str]]:
+        """Those of the first set that has any."""
+        return next((found for one in self._sets if (found := one.passages(count))), [])
 
     def _own(self, one: TaskSet, items: Items) -> dict[str, Sequence[str]]:
         return {name: ids for name, ids in items.items() if self._owner[name] is one}

@@ -100,6 +100,11 @@ class Space:
         if self.searchable and not self.axes:
             raise ConfigError("nothing to search: every parameter is fixed or every model equals the base")
 
+    @property
+    def start(self) -> tuple[float, ...]:
+        """The genome of the axes' starts: zeros."""
+        return (0.0,) * len(self.axes)
+
     def decode(self, genome: Sequence[float]) -> Recipe:
         """The recipe of a genome [len(axes)]; raises ValueError for another length or a value that is not finite."""
         if len(genome) != len(self.axes) or not all(math.isfinite(g) for g in genome):

@@ -8,17 +8,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+from evomerge import study_files
 from evomerge.errors import SetupError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore, Role
 from evomerge.recipe import Recipe
@@ -37,6 +36,7 @@ class Trial:
     reported: the objective by the tasks' metrics. whole: how many items its generation was raced on, where it was scored
     on a part of them: `reported` is then of that part, and `score` what the search would have seen on all. dropped: the
     rung, from 1, at which the race dropped it. violation: by how much it breaks the search's `keep`, 0 where it keeps it.
+    stage: of the search, from 0; costs: 'layers' and 'parameters' of the model, where they were recorded.
     """
 
     id: int
@@ -55,6 +55,8 @@ class Trial:
     dropped: int | None = None
     whole: int | None = None
     violation: float = 0.0
+    stage: int = 0
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class Store:
         """Opens a study file, creating it if `write`. Raises StudyError if missing, damaged, newer or locked."""
         if not write and not path.is_file():
             raise StudyError(f"there is no study at {path}")
-        lock = _lock(path.with_name(path.name + ".lock")) if write else None
+        held = study_files.lock(path.with_name(path.name + ".lock")) if write else None
         try:
             db = sqlite3.connect(path if write else f"{path.absolute().as_uri()}?mode=ro", uri=not write, isolation_level=None)
             if write:
@@ -102,7 +104,7 @@ class Store:
             _migrate(db, path, write)
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{path} is not a readable study file: {error}") from None
-        return cls(db, path, lock)
+        return cls(db, path, held)
 
     def __enter__(self) -> Store:
         return self
@@ -159,17 +161,18 @@ class Store:
         dropped: int | None = None,
         whole: int | None = None,
         violation: float = 0.0,
+        stage: int = 0,
     ) -> Trial:
         """Stores a trial with its recipe and search evaluation in one transaction.
 
-        reported: None where it is the score. point: see `add_evaluation`. dropped, whole, violation: see `Trial`.
+        reported: None where it is the score. point: see `add_evaluation`. dropped, whole, violation, stage: see `Trial`.
         """
         with self._transaction():
             row = self._add_evaluation(recipe, "search", items, evaluation, score, reported, point)
             values = (generation, slot, origin, label, json.dumps(genome) if genome is not None else None, json.dumps(parents), recipe.id, row)
-            columns = "generation, slot, origin, label, genome, parents, recipe, evaluation, dropped, whole, violation"
+            columns = "generation, slot, origin, label, genome, parents, recipe, evaluation, dropped, whole, violation, stage"
             cursor = self._db.execute(
-                f"INSERT INTO trials ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, dropped, whole, violation)
+                f"INSERT INTO trials ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, dropped, whole, violation, stage)
             )
         assert cursor.lastrowid is not None
         return self.trial(cursor.lastrowid)
@@ -307,10 +310,10 @@ class Store:
             return int(known[0])
         values = [s.value for s in evaluation.items]
         soft = (_column([s.probability for s in evaluation.items]), _column([s.logprob for s in evaluation.items]))
-        names = "recipe, role, item_set, score, error, metrics, scores, seconds, created, reported, probabilities, logprobs"
+        names = "recipe, role, item_set, score, error, metrics, scores, seconds, created, reported, probabilities, logprobs, costs"
+        row = (*key, score, evaluation.error, _json(evaluation.metrics), json.dumps(values), _json(evaluation.seconds), time.time(), reported, *soft)
         cursor = self._db.execute(
-            f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*key, score, evaluation.error, _json(evaluation.metrics), json.dumps(values), _json(evaluation.seconds), time.time(), reported, *soft),
+            f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, _json(evaluation.costs))
         )
         assert cursor.lastrowid is not None
         if point is not None and score is not None:
@@ -337,7 +340,8 @@ class Store:
         stored = row.keys()  # a scan's rows hold no soft scores
         soft = [json.loads(row[n]) if n in stored and row[n] else [None] * len(values) for n in ("probabilities", "logprobs")]
         items = tuple(ItemScore(task, item, *scores) for (task, item), *scores in zip(names, values, *soft, strict=False))
-        evaluation = Evaluation(row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"])
+        costs = json.loads(row["costs"]) if "costs" in stored and row["costs"] else {}
+        evaluation = Evaluation(row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"], costs)
         reported = row["reported"] if "reported" in stored else None
         return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
 
@@ -367,7 +371,7 @@ class Store:
             raise
 
 
-_TRIALS = "SELECT t.*, e.score, e.reported, e.error, e.metrics, e.seconds FROM trials t JOIN evaluations e ON e.id = t.evaluation"
+_TRIALS = "SELECT t.*, e.score, e.reported, e.error, e.metrics, e.seconds, e.costs FROM trials t JOIN evaluations e ON e.id = t.evaluation"
 
 
 def item_set_id(items: Items) -> str:
@@ -398,6 +402,8 @@ def _trial(row: sqlite3.Row) -> Trial:
         dropped=row["dropped"],
         whole=row["whole"],
         violation=row["violation"] or 0.0,
+        stage=row["stage"],
+        costs=json.loads(row["costs"]) if row["costs"] else {},
     )
 
 
@@ -409,26 +415,6 @@ def _migrate(db: sqlite3.Connection, path: Path, write: bool) -> None:
         raise StudyError(f"{path} was written by an older evomerge (schema {version}); run or resume it once to bring it up to date")
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
-
-
-def _lock(path: Path) -> IO[str]:
-    """An exclusive lock for as long as the file is open; the kernel drops it when the process dies."""
-    handle = path.open("a+")
-    for attempt in range(20):  # a reader that asks who drives holds it for a moment
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            time.sleep(0.01 * (attempt < 19))
-    else:
-        handle.seek(0)
-        holder = handle.read().strip() or "unknown"
-        handle.close()
-        raise StudyError(f"another process is writing {path.parent.name} ({holder}); stop it first, or choose another study name") from None
-    handle.truncate(0)
-    handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
-    handle.flush()
-    return handle
 
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

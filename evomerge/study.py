@@ -1,4 +1,5 @@
-"""The loop: ask, decode, skip what is known, dispatch, store, tell; then validate the finalists and test the winner.
+"""The loop: ask, decode, skip what is known, dispatch, store, tell; then validate the finalists, go on to the next stage from
+the best of them, and at the end test the winner.
 
 Resume is replay: the same code runs from the start, and whatever the store already holds is not evaluated again.
 Knows nothing of Ray or lm-eval.
@@ -18,53 +19,15 @@ import numpy as np
 from evomerge import racing, selection
 from evomerge.baselines import Baseline
 from evomerge.errors import ConfigError, FailureBudget, NothingToExport, Paused, StudyError
-from evomerge.evaluation import Evaluation, Items, Objective, Role, Standing, ranks
+from evomerge.evaluation import Evaluation, Items, Role, Standing, ranks
+from evomerge.gate import NATS
 from evomerge.optimizers import Array, Optimizer
 from evomerge.pools import Job, Pool
 from evomerge.recipe import Recipe
-from evomerge.space import Space
+from evomerge.stages import Opening, Plan, Progress, SearchSpace, Stage, Start
 from evomerge.store import Scored, Store, Trial
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a user may be shown. stage: 'parents and hand recipes', 'search', 'validation' or 'test'.
-
-    best: the stage's best objective so far; note: a line worth printing, or ''.
-    """
-
-    stage: str
-    done: int
-    total: int
-    best: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A search ready to run. optimizer: makes one from its starting genome; items: all items of each role;
-    per_generation: items of each task a generation is scored on, or task -> items; evaluations: budget of the search;
-    soup: makes the average of some parents, for a greedy soup among the hand recipes. race: None scores every candidate on
-    all items of its generation. Raises ConfigError for an objective that cannot be raced."""
-
-    space: Space
-    baselines: Sequence[Baseline]
-    objective: Objective
-    optimizer: Callable[[Sequence[float]], Optimizer]
-    items: Mapping[Role, Items]
-    per_generation: int | Mapping[str, int]
-    evaluations: int
-    finalists: int
-    start_at_best: bool
-    seed: int
-    soup: Callable[[Sequence[str]], Baseline] | None = None
-    race: racing.Race | None = None
-
-    def __post_init__(self) -> None:
-        if self.race is not None:
-            racing.check(self.objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +39,16 @@ class _Candidate:
     parents: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Searched:
+    """A stage that is over. first, last: its generations; finalists: the mean of its distribution and its leaders."""
+
+    stage: Stage
+    first: int
+    last: int
+    finalists: tuple[Trial, ...]
+
+
 class Study:
     """Runs a plan against a store and a pool; `stop` asks it to end between two evaluations."""
 
@@ -83,14 +56,13 @@ class Study:
         self.plan, self.store, self.pool, self.show = plan, store, pool, show
         self.stop = False
         self._guarded: dict[str, tuple[str, Evaluation]] = {}  # task of `keep` -> its best parent, that on all search items
+        self._stage = 0  # the stage that trials are stored under
 
     def run(self) -> dict[str, Any]:
         """Searches until the budget is reached and returns the outcome, as stored. Raises Paused if told to stop."""
         self.store.set_state("running")
         try:
-            references = self._references()
-            optimizer, last = self._search(references)
-            outcome = self._select(references, optimizer, last)
+            outcome = self._run()
         except Paused:
             self.store.set_state("paused")
             raise
@@ -99,6 +71,27 @@ class Study:
             raise
         self.store.finish(outcome)
         return outcome
+
+    def _run(self) -> dict[str, Any]:
+        references = self._references()
+        best = max((t for t in references if t.origin == "parent" and t.score is not None), key=lambda t: (_score(t), -t.slot), default=references[0])
+        searched: list[_Searched] = []
+        last = 0
+        for number, stage in enumerate(self.plan.stages):
+            self._stage = number
+            opening = stage.open(Start(self.store.recipe(best.recipe_id), best.label))
+            if number and opening.hand:
+                last += 1
+                hand = [_Candidate(b.origin, b.recipe, label=b.label) for b in opening.hand]
+                references = [*references, *self._generation(last, hand, f"{stage.name}: hand recipes", 0, len(hand))]
+            known = references if number == 0 else [best, *(t for t in references if t.stage == number)]
+            optimizer, first, last = self._search(stage, opening, known, (best.id,) if number else (), last)
+            searched.append(_Searched(stage, first, last, self._finalists(opening.space, optimizer, references, first, last)))
+            if number + 1 < len(self.plan.stages):
+                best = self._elected(references, searched)[0]
+                note = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}: candidate {best.id} goes on"
+                self.show(Progress(stage.name, 1, 1, None, note))
+        return self._select(references, searched)
 
     def subset(self, generation: int) -> Items:
         """The items that every candidate of a generation is scored on: windows of a seeded shuffle, one after another.
@@ -163,71 +156,86 @@ class Study:
                 names, best = [*names, str(parent.label)], _score(trials[-1])
         return trials
 
-    def _search(self, references: list[Trial]) -> tuple[Optimizer, int]:
-        """(optimizer after the last generation, number of that generation)."""
-        plan = self.plan
-        known = [(t, plan.space.encode(self.store.recipe(t.recipe_id))) for t in references if t.score is not None]
-        encoded = sorted([(t, g) for t, g in known if g is not None], key=lambda pair: (-_score(pair[0]), pair[0].slot))
-        start = encoded[0][1] if plan.start_at_best and encoded else (0.0,) * len(plan.space.axes)
-        optimizer = plan.optimizer(start)
-        parents: tuple[int, ...] = ()
-        generation = done = 0
-        while done < plan.evaluations:
+    def _search(
+        self, stage: Stage, opening: Opening, references: Sequence[Trial], parents: tuple[int, ...], generation: int
+    ) -> tuple[Optimizer, int, int]:
+        """(optimizer after a stage's last generation, numbers of its first and last).
+
+        references: what the stage may begin with; parents: of its first candidates; generation: the last before it.
+        """
+        space, first = opening.space, generation + 1
+        known = [(t, space.encode(self.store.recipe(t.recipe_id))) for t in references if t.score is not None]
+        encoded = sorted([(t, g) for t, g in known if g is not None], key=lambda pair: (-_score(pair[0]), pair[0].id))
+        optimizer = opening.optimizer(encoded[0][1] if opening.at_best and encoded else space.start)
+        done = 0
+        while done < stage.evaluations:
             generation += 1
-            injected = encoded[:3] if generation == 1 else []
+            injected = encoded[:3] if generation == first else []
             if injected:
                 optimizer.inject([g for _, g in injected])
             genomes = optimizer.ask()
-            candidates = [self._candidate(genome, slot, injected, parents) for slot, genome in enumerate(genomes)]
-            trials = self._generation(generation, candidates, "search", done, max(plan.evaluations, done + len(candidates)), optimizer.mu)
-            failed, dropped = [t for t in trials if t.score is None], [t for t in trials if t.dropped]
+            candidates = [self._candidate(space, genome, slot, injected, parents) for slot, genome in enumerate(genomes)]
+            most = max(stage.evaluations, done + len(candidates))
+            trials = self._generation(generation, candidates, "search", done, most, optimizer.mu)
+            failed, dropped = [t for t in trials if t.score is None and NATS not in t.metrics], [t for t in trials if t.dropped]
             if 2 * len(failed) > len(trials):
-                first = f"the first because: {failed[0].error}"
-                raise FailureBudget(f"{len(failed)} of {len(trials)} candidates of generation {generation} failed; {first}")
+                why = f"the first because: {failed[0].error}"
+                raise FailureBudget(f"{len(failed)} of {len(trials)} candidates of generation {generation} failed; {why}")
             order = optimizer.tell(genomes, ranks([self._standing(t) for t in trials]))
             parents = tuple(trials[i].id for i in order)
             done += len(trials)
-            best = max(_score(t) for t in trials if not t.dropped)
-            middle = float(np.median([_score(t) for t in trials if t.score is not None]))
-            counts = [f"{len(own)} {what}" for own, what in ((dropped, "dropped on the way"), (failed, "failed")) if own]
-            note = f"generation {generation}: " + ", ".join([f"best {best:.3f}", f"median {middle:.3f}", *counts])
-            self.show(Progress("search", done, max(plan.evaluations, done), best, note))
-        return optimizer, generation
+            self.show(Progress("search", done, most, *_summary(generation, trials, dropped, failed)))
+        return optimizer, first, generation
 
-    def _candidate(self, genome: Array, slot: int, injected: Sequence[tuple[Trial, Any]], parents: tuple[int, ...]) -> _Candidate:
+    def _candidate(self, space: SearchSpace, genome: Array, slot: int, injected: Sequence[tuple[Trial, Any]], parents: tuple[int, ...]) -> _Candidate:
         genes = tuple(float(g) for g in genome)
         if slot < len(injected):
             source = injected[slot][0]
-            return _Candidate("injected", self.plan.space.decode(genes), source.label, genes, (source.id,))
-        return _Candidate("sampled", self.plan.space.decode(genes), None, genes, parents)
+            return _Candidate("injected", space.decode(genes), source.label, genes, (source.id,))
+        return _Candidate("sampled", space.decode(genes), None, genes, parents)
 
     def _standing(self, trial: Trial) -> Standing | None:
         """What ranks a trial within its generation."""
-        if trial.score is None:
-            return None
+        if trial.score is None:  # of those that the gate kept out, the less broken are learnt from
+            return Standing(-1.0, 0.0, -trial.metrics[NATS], 0.0) if NATS in trial.metrics else None
         reached = math.inf if trial.dropped is None else float(trial.dropped)
         return Standing(reached, -trial.violation, trial.score, self.plan.objective.tie(trial.metrics))
 
-    def _select(self, references: list[Trial], optimizer: Optimizer, last: int) -> dict[str, Any]:
-        """Scores finalists and references on validation, where the winner is chosen, then winner and references on test."""
-        plan, store, objective = self.plan, self.store, self.plan.objective
-        everything = store.trials()
+    def _finalists(self, space: SearchSpace, optimizer: Optimizer, references: Sequence[Trial], first: int, last: int) -> tuple[Trial, ...]:
+        """A stage's candidates that are validated: the mean of its distribution, and the leaders of its last quarter."""
+        plan, everything = self.plan, self.store.trials()
         final = [t for t in everything if t.generation == last and t.origin != "mean"]
         genome = tuple(float(g) for g in optimizer.mean)
-        mean = _Candidate("mean", plan.space.decode(genome), "mean of the distribution", genome, tuple(t.id for t in final))
+        mean = _Candidate("mean", space.decode(genome), "mean of the distribution", genome, tuple(t.id for t in final))
         trial = self._evaluate(last, {len(final): mean}, self.subset(last + 1))[len(final)]
-        late = [t for t in everything if 0.75 * last < t.generation <= last]
-        known = selection.estimates(store, objective, plan.items["search"], [*late, trial, *references], last, lambda t: self._epochs(t, last))
-        leaders = selection.leaders(late, known, 0.75 * last, last)
-        finalists = [t for t in (trial, *leaders[: plan.finalists - 1]) if t.score is not None]
-        recipes = {t.recipe_id: store.recipe(t.recipe_id) for t in (*finalists, *references)}
-        validated = self._score_all("validation", list(recipes.values()))
+        after = first - 1 + 0.75 * (last - first + 1)
+        late = [t for t in everything if after < t.generation <= last]
+        known = self._estimates([*late, trial, *references], last)
+        leaders = selection.leaders(late, known, after, last, lambda t: plan.objective.price(t.costs))
+        return tuple(t for t in (trial, *leaders[: plan.finalists - 1]) if t.score is not None)
+
+    def _estimates(self, trials: Sequence[Trial], last: int) -> dict[int, Any]:
+        return selection.estimates(self.store, self.plan.objective, self.plan.items["search"], trials, last, lambda t: self._epochs(t, last))
+
+    def _elected(self, references: Sequence[Trial], searched: Sequence[_Searched]) -> tuple[Trial, list[Trial], dict[str, Scored]]:
+        """(the best on validation, all that stood for election, their validation scores)."""
+        finalists = [t for s in searched for t in s.finalists]
+        validated = self._score_all("validation", [self.store.recipe(r) for r in dict.fromkeys(t.recipe_id for t in (*finalists, *references))])
         # parents and hand recipes stand for election too: a search never ends below the best of them
         standing = [t for t in (*finalists, *references) if validated[t.recipe_id].score is not None]
         if not standing:
             raise NothingToExport("no finalist could be scored on the validation items")
-        winner = selection.elect(objective, standing, validated, self._validation_floors(references, validated))[0]
-        tested = self._score_all("test", [recipes[t.recipe_id] for t in (winner, *references)])
+        floors = self._validation_floors(references, validated)
+        return selection.elect(self.plan.objective, standing, validated, floors)[0], standing, validated
+
+    def _select(self, references: list[Trial], searched: Sequence[_Searched]) -> dict[str, Any]:
+        """Scores finalists and references on validation, where the winner is chosen, then winner and references on test."""
+        store, objective, last = self.store, self.plan.objective, searched[-1].last
+        finalists = [t for s in searched for t in s.finalists]
+        winner, standing, validated = self._elected(references, searched)
+        late = [t for s in searched for t in store.trials() if s.first - 1 + 0.75 * (s.last - s.first + 1) < t.generation <= s.last]
+        known = self._estimates([*late, *finalists, *references], last)
+        tested = self._score_all("test", [store.recipe(t.recipe_id) for t in (winner, *references)])
         p = selection.p_values(objective, winner.recipe_id, [t.recipe_id for t in standing], validated)
         test = tested[winner.recipe_id]
         whole = selection.headline(objective, test)
@@ -242,7 +250,13 @@ class Study:
             "retention": selection.retention(objective, test, parents),
             "estimates": {str(i): [e.mean, e.error] for i, e in sorted(known.items())},
             "generations": last,
+            "stages": [{"stage": s.stage.name, "first": s.first, "last": s.last, "best": self._leader(s, validated)} for s in searched],
         }
+
+    def _leader(self, searched: _Searched, validated: Mapping[str, Scored]) -> int | None:
+        """The stage's finalist that is best on validation."""
+        scored = [(s, t) for t in searched.finalists if (s := validated[t.recipe_id].score) is not None]
+        return max(scored, key=lambda pair: (pair[0], -pair[1].id))[1].id if scored else None
 
     def _validation_floors(self, references: Sequence[Trial], validated: Mapping[str, Scored]) -> dict[str, float]:
         """What `keep` asks on the validation items; a task whose best parent failed there asks nothing, which is said."""
@@ -259,9 +273,10 @@ class Study:
         missing = [r for r in distinct if self.store.evaluation(r.id, role, items) is None]
         done = len(distinct) - len(missing)
         for job, evaluation in self._dispatch([Job(i, r, items) for i, r in enumerate(missing)]):
-            score = objective.reported(evaluation)
+            reported = objective.reported(evaluation)
+            score = None if reported is None else reported - objective.price(evaluation.costs)
             point = objective.point(evaluation.metrics) if role == "validation" and score is not None else None
-            self.store.add_evaluation(job.recipe, role, items, evaluation, score, point=point)
+            self.store.add_evaluation(job.recipe, role, items, evaluation, score, reported, point)
             done += 1
             self.show(Progress(stage or role, done, len(distinct)))
         found = {r.id: self.store.evaluation(r.id, role, items) for r in distinct}
@@ -366,13 +381,14 @@ class Study:
         reported = objective.reported(evaluation)
         predicted = fate.predicted if fate else None
         score = math.nan if reported is None else objective.search(evaluation.metrics) if predicted is None else predicted
+        score -= objective.price(evaluation.costs)
         scored = math.isfinite(score)
         whole = sum(map(len, self.subset(number).values())) if predicted is not None else None
         return self.store.add_trial(
             generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,
             recipe=c.recipe, items=items, evaluation=evaluation, score=score if scored else None, reported=reported if scored else None,
             point=objective.point(evaluation.metrics) if scored and whole is None else None, dropped=fate.dropped if fate else None, whole=whole,
-            violation=objective.violation(evaluation.metrics, floors) if scored else 0.0,
+            violation=objective.violation(evaluation.metrics, floors) if scored else 0.0, stage=self._stage,
         )  # fmt: skip
 
     def _dispatch(self, jobs: Sequence[Job]) -> Iterable[tuple[Job, Evaluation]]:
@@ -383,6 +399,16 @@ class Study:
             yield result
             if self.stop:
                 raise Paused("stopped by a signal; run the same command with --resume to go on")
+
+
+def _summary(generation: int, trials: Sequence[Trial], dropped: Sequence[Trial], failed: Sequence[Trial]) -> tuple[float | None, str]:
+    """(best score of a generation, a line about it)."""
+    scored = [_score(t) for t in trials if t.score is not None]
+    best = max((_score(t) for t in trials if t.score is not None and not t.dropped), default=None)
+    gated = [t for t in trials if NATS in t.metrics]
+    counts = [f"{len(own)} {what}" for own, what in ((dropped, "dropped on the way"), (gated, "kept out by the gate"), (failed, "failed")) if own]
+    numbers = [] if best is None else [f"best {best:.3f}", f"median {float(np.median(scored)):.3f}"]
+    return best, f"generation {generation}: " + ", ".join([*numbers, *counts])
 
 
 def _score(trial: Trial) -> float:

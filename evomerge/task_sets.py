@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evomerge import worker
+from evomerge import live, worker
 from evomerge.checkpoint import Parent
 from evomerge.config import Config, TaskConfig
 from evomerge.errors import ConfigError
@@ -54,7 +54,7 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
     if python:
         from evomerge.python_tasks import PythonSpec, PythonTasks
 
-        model = worker.load(base, settings.out_dtype).to(device)
+        model = live.load(base, settings.out_dtype).to(device)
         specs = [PythonSpec(t.task, str(t.python), t.higher_is_better) for t in python]
         sets.append(PythonTasks(specs, tokenizer, model, limits=limits))
     return sets[0] if len(sets) == 1 else Several(sets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -11,77 +12,102 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from evomerge import merge, placement
+from evomerge import gate as gating
+from evomerge import placement
 from evomerge.checkpoint import Parent
 from evomerge.errors import CandidateError, EvomergeError, SetupError
-from evomerge.evaluation import Evaluation, Evaluator, Items
+from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
 from evomerge.fused import Tables
+from evomerge.gate import Gate
+from evomerge.live import Live, load
 from evomerge.recipe import Recipe
-from evomerge.resident import Resident
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Merges candidates into one resident model and scores it."""
+    """Makes candidates live, one at a time, and scores them."""
 
-    def __init__(self, parents: Mapping[str, Parent], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu") -> None:
-        """dtype: the type of the tensors that are scored and shipped. Loads the base once as the resident model."""
-        self.evaluator, self.device = evaluator, device
+    def __init__(
+        self, parents: Mapping[str, Parent], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu", gate: Gate | None = None
+    ) -> None:
+        """dtype: the type of the tensors that are scored and shipped. gate: what a route has to pass before it is scored.
+
+        Loads the base once as the resident model.
+        """
+        self.evaluator, self.device, self.gate = evaluator, device, gate
         self.known = Tables(build=True, ranks_bytes=_spare() // 4)
         self.model = load(parents[base], dtype).to(device)
-        self.resident = Resident(self.model, parents[base].tensors)
         host = 0 if device == "cpu" else _spare()  # on a CPU the page cache serves all processes; a copy would not
         self.places = placement.plan({name: p.nbytes for name, p in parents.items()}, base, placement.free_memory(device), host)
         log.info("parents: %s", placement.said(self.places))
         self.parents = {name: placement.held(parent, self.places[name], device) for name, parent in parents.items()}
+        self.live = Live(parents, self.parents, base, self.model, dtype, device, self.known)
         self._finite = True
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, nn.Module):
-            head.register_forward_hook(self._watch)
+        self._watched: set[int] = set()
+        self._prepared: set[tuple[int, str]] = set()
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
         """Scores a recipe on items; whatever goes wrong is in the evaluation's `error`."""
         seconds: dict[str, float] = {}
+        metrics: dict[str, float] = {}
+        costs: dict[str, float] = {}
         try:
             started = time.perf_counter()
-            merge.into(recipe, self.parents, self.resident, self.known, self.device)
+            module = self.module(recipe, items, costs)
             seconds["merge"] = time.perf_counter() - started
+            if self.gate is not None and module is not self.model:
+                started = time.perf_counter()
+                found = gating.nats(module, self.gate.rows)
+                seconds["gate"] = time.perf_counter() - started
+                if refusal := self.gate.refusal(found):
+                    metrics = {gating.NATS: min(found, 1e9)}
+                    raise CandidateError(refusal)
             started = time.perf_counter()
             self._finite = True
-            scores, metrics = self.evaluator.score(self.model, items)
+            scores, metrics = self.evaluator.score(module, items)
             seconds["score"] = time.perf_counter() - started
             if not self._finite:
                 raise CandidateError("the model's logits are NaN")
             for task, value in metrics.items():
                 if not math.isfinite(value):
                     raise CandidateError(f"task '{task}' gave the metric {value}")
-            return Evaluation(recipe.id, scores, metrics, seconds)
+            return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
             cause = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
-            return Evaluation(recipe.id, (), {}, seconds, error=" ".join(cause.split()))
+            kept = {gating.NATS: metrics[gating.NATS]} if gating.NATS in metrics else {}
+            return Evaluation(recipe.id, (), kept, seconds, error=" ".join(cause.split()), costs=costs)
+
+    def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
+        """The live model of a recipe, ready to be scored on items. costs: is told its layers and parameters.
+
+        Raises CandidateError for a route that no plain checkpoint can hold, and whatever a merge raises.
+        """
+        view = self.live.view(recipe)
+        self._watch_head(view.module)
+        if view.routed is not None and isinstance(self.evaluator, Preparing):
+            key = (id(view.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))
+            if key not in self._prepared:  # techniques are probed on the same route in every worker, whatever it scores first
+                view.settle()
+                self.evaluator.prepare(view.module, items)
+                self._prepared.add(key)
+        view.install()
+        if reasons := self.live.reasons(view):
+            raise CandidateError(f"this route is no plain checkpoint: {'; '.join(reasons[:3])}")
+        if costs is not None:
+            costs |= self.live.costs(view)
+        return view.module
+
+    def _watch_head(self, model: nn.Module) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if id(model) not in self._watched and isinstance(head, nn.Module):
+            head.register_forward_hook(self._watch)
+            self._watched.add(id(model))
 
     def _watch(self, head: nn.Module, inputs: object, logits: torch.Tensor) -> None:
         """A generation of NaN logits would otherwise be scored as a wrong answer."""
         self._finite = self._finite and not bool(torch.isnan(logits.sum(dtype=torch.float32)))
-
-
-def load(checkpoint: Parent, dtype: str) -> nn.Module:
-    """The checkpoint as a live transformers model in evaluation mode. Never runs code from the checkpoint."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    refusal = ""
-    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        try:
-            model = kind.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            refusal = refusal or str(error).splitlines()[0]
-            continue
-        module: nn.Module = model.eval()
-        return module.requires_grad_(False)
-    raise SetupError(f"transformers cannot load {checkpoint.path}: {refusal}")
 
 
 def _spare() -> int:

@@ -35,8 +35,9 @@ from evomerge.racing import Race
 from evomerge.recipe import Mix, Recipe, Setting
 from evomerge.space import Range, Space
 from evomerge.statistics import Estimate, stratified
+from evomerge.stages import Plan, one_stage
 from evomerge.store import Store
-from evomerge.study import Plan, Study
+from evomerge.study import Study
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZES = {"search": 400, "validation": 200, "test": 500}  # items of each task
@@ -138,9 +139,8 @@ def plan(seed: int, race: Race | None = None) -> Plan:
     )  # fmt: skip
     return Plan(
         space=space, baselines=baselines(space), objective=Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items())),
-        optimizer=lambda start: CmaEs(start, 0.2, population=POPULATION, diagonal=True, seed=seed),
-        items=items(seed), per_generation=PER_GENERATION, evaluations=GENERATIONS * POPULATION, finalists=FINALISTS,
-        start_at_best=False, seed=seed, race=race,
+        stages=one_stage(space, lambda start: CmaEs(start, 0.2, population=POPULATION, diagonal=True, seed=seed), GENERATIONS * POPULATION),
+        items=items(seed), per_generation=PER_GENERATION, finalists=FINALISTS, seed=seed, race=race,
     )  # fmt: skip
 
 

@@ -335,7 +335,7 @@ NOTES = (
 def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a person sees: nothing here may fail because there is a terminal."""
     from evomerge.cli import screens
-    from evomerge.study import Progress
+    from evomerge.stages import Progress
 
     main, side = os.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))  # rows, columns

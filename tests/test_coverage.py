@@ -17,8 +17,14 @@ from evomerge.evaluation import Evaluation, Items
 from evomerge.pools import Job
 from evomerge.racing import Race, run
 from evomerge.recipe import Recipe
+from evomerge.stages import Opening, Plan, Start
 from evomerge.store import Store
 from evomerge.study import Study
+
+
+def opening(plan: Plan) -> Opening:
+    """The only stage of a plan, ready to run."""
+    return plan.stages[0].open(Start(plan.baselines[0].recipe, None))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,8 @@ def test_intervals_hold_the_truth_and_the_best_search_score_does_not(script: Mod
 
 def test_the_landscape_gives_each_item_its_probability(script: ModuleType) -> None:
     pool, plan = script.Landscape(7), script.plan(7)
-    recipe = plan.space.decode((0.0,) * len(plan.space.axes))
+    space = opening(plan).space
+    recipe = space.decode(space.start)
     whole = {task: [i for role in script.SIZES for i in script.items(7)[role][task]] for task in script.WEIGHTS}
     ((_, found),) = pool.run([Job(0, recipe, whole)])
     n = sum(script.SIZES.values())
@@ -72,7 +79,7 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
     def score(raced: Sequence[Recipe], part: Items) -> dict[str, Evaluation]:
         return {job.recipe.id: evaluation for job, evaluation in pool.run([Job(i, r, part) for i, r in enumerate(raced)])}
 
-    mu = plan.optimizer((0.0,) * len(plan.space.axes)).mu
+    mu = opening(plan).optimizer(opening(plan).space.start).mu
     for number in range(1, script.GENERATIONS + 1):
         own = [t for t in trials if t.generation == number]
         fates = run({t.slot: recipes[t.id] for t in own}, study.subset(number), rules, plan.objective, mu, score)

@@ -18,8 +18,9 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.pools import Job, Pool
 from evomerge.process_pool import ProcessPool
 from evomerge.recipe import Recipe
+from evomerge.stages import Plan, one_stage
 from evomerge.store import Store
-from evomerge.study import Plan, Study
+from evomerge.study import Study
 
 ITEMS = {"first": ("a", "b", "c")}
 SPACE = weight_space()
@@ -63,8 +64,8 @@ def test_results_come_in_the_order_of_the_jobs_from_several_processes(tmp_path: 
 def study(folder: Path, pool: Pool) -> dict[str, list[dict[str, Any]]]:
     ids = {role: {"first": tuple(f"{role}{i}" for i in range(30))} for role in ("search", "validation", "test")}
     plan = Plan(
-        space=SPACE, baselines=[], objective=Objective((Term("first"),)), optimizer=lambda start: CmaEs(start, 0.2, population=6, seed=1), items=ids,
-        per_generation=10, evaluations=18, finalists=3, start_at_best=False, seed=1,
+        stages=one_stage(SPACE, lambda start: CmaEs(start, 0.2, population=6, seed=1), 18), baselines=[], objective=Objective((Term("first"),)),
+        items=ids, per_generation=10, finalists=3, seed=1,
     )  # fmt: skip
     from evomerge.baselines import baselines
 

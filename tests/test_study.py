@@ -16,8 +16,9 @@ from evomerge.errors import FailureBudget, NothingToExport, Paused, StudyError
 from evomerge.evaluation import Items, Objective, Role, Term
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipe import Recipe
+from evomerge.stages import Plan, Progress, one_stage
 from evomerge.store import Store
-from evomerge.study import Plan, Progress, Study
+from evomerge.study import Study
 
 SPACE = weight_space()
 LABELS = ("base", "a", "uniform average", "task arithmetic 0.5", "task arithmetic 1", "TIES .5, sum", "a alone at 0.5", "DARE-TIES .5, weight 1")
@@ -42,7 +43,9 @@ def plan(**changes: Any) -> Plan:
         "start_at_best": False,
         "seed": 5,
     }
-    return Plan(**(given | changes))
+    given |= changes
+    stage = one_stage(*(given.pop(name) for name in ("space", "optimizer", "evaluations", "start_at_best")))
+    return Plan(**{"stages": stage, **given})
 
 
 def search(

@@ -62,7 +62,7 @@ app.command(rich_help_panel="Plan")(look.plan)
 def run(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study if it exists.")] = False,
-    evaluations: Annotated[int | None, typer.Option(help="Budget of the search, instead of the file's.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Budget of the search, or of its last stage, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
     allow_python: AllowPython = False,
@@ -99,7 +99,7 @@ def resume(
     if evaluations is not None:
         if not evaluations.removeprefix("+").isdigit():
             raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
-        given["evaluations"] = int(evaluations) + (settings.search.evaluations if evaluations.startswith("+") else 0)
+        given["evaluations"] = int(evaluations) + (settings.budgets[-1] if evaluations.startswith("+") else 0)
     _search(settings, text, given, root, True, allow_python, workers)
 
 

@@ -11,7 +11,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evomerge.study import Progress, Study
+    from evomerge.stages import Progress
+    from evomerge.study import Study
 
 
 class Search:
@@ -150,6 +151,10 @@ def candidate(data: Mapping[str, Any]) -> str:
             f"dropped by the race after rung {data['dropped']}" if data["dropped"] else "sure to be among the best of its generation before its end"
         )
         lines.append(f"{fate}, partial: {data['partial']}")
+    if data["costs"]:
+        lines.append(f"{data['costs']['layers']:.0f} layers, {data['costs']['parameters']:,.0f} parameters")
+    if data["route"]:
+        lines.append(f"route: {data['route']}")
     if data["violation"]:
         lines.append(f"breaks the search's keep by {data['violation']:.4f}")
     if data["estimate"]:

@@ -32,6 +32,10 @@ def plan(data: Mapping[str, Any]) -> str:
         "",
         f"{optimizer['name']}: population {optimizer['population']}, sigma {optimizer['sigma']:g}, {optimizer['covariance']} covariance, {start}",
     ]
+    for number, stage in enumerate(data["stages"], 1):
+        if len(data["stages"]) > 1 or stage["stage"] == "routes":
+            what = f"{stage['axes']} genes, population {stage['population']}, {stage['evaluations']} evaluations, {stage['hand']} hand-written routes"
+            lines.append(f"stage {number}, {stage['stage']}: {what}")
     for s in work["stages"]:
         lines.append(f"  {s['stage']}: {s['candidates']} candidates x {s['items']} items")
     raced = ", fewer with a race" if work["race"] else ""

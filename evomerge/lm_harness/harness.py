@@ -10,7 +10,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from evomerge.lm_harness.backend import Backend, LmEvalBackend, hflm
 from evomerge.lm_harness.groups import Group, add_groups
 from evomerge.lm_harness.items import Rules
 from evomerge.lm_harness.outcomes import Outcomes, check, gold_requests, measures, number, remember_documents, soft
+from evomerge.lm_harness.passages import passage
 from evomerge.lm_harness.prompts import Prompting
 from evomerge.lm_harness.resident import ResidentBackend
 from evomerge.lm_harness.samples import Sample, sample
@@ -31,6 +32,7 @@ from evomerge.scoring.verdicts import Verdict
 
 log = logging.getLogger(__name__)
 _COMPILED = 8  # sets of items whose plans are kept
+_MODELS = 8  # live models that are kept ready
 
 
 @dataclass(slots=True)
@@ -40,6 +42,15 @@ class _Compiled:
     rows: dict[str, list[tuple[str, list[Any], list[Any]]]]
     requests: list[Any]
     prepared: Any
+
+
+@dataclass(slots=True)
+class _Model:
+    """A live model with what is ready for it."""
+
+    model: nn.Module
+    backend: Backend
+    compiled: OrderedDict[tuple[Any, ...], _Compiled] = field(default_factory=OrderedDict)
 
 
 class LmHarness:
@@ -74,9 +85,8 @@ class LmHarness:
         for loaded in self._tasks.values():
             remember_documents(loaded.task)
         self._kind = backend
-        self._model: nn.Module | None = None
+        self._models: OrderedDict[int, _Model] = OrderedDict()
         self._backend: Backend
-        self._compiled: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
 
     def items(self, role: Role) -> Items:
         """Task name -> item ids of a role, in the order of the task's documents."""
@@ -177,24 +187,34 @@ class LmHarness:
                 check(self._tasks[name], item, [*requests, *gold])
         return compiled
 
+    def prepare(self, model: nn.Module, items: Items) -> None:
+        """Compiles the items' requests for a model, and probes it where it is new."""
+        self._compile(model, items)
+
+    def passages(self, count: int) -> list[tuple[str, str]]:
+        """(prompt, right answer) of items of the search, `count` at most, of one task after the other."""
+        rows = [[passage(loaded, loaded.requests[item]) for item in loaded.items["search"][:count]] for loaded in self._tasks.values()]
+        return [row for group in zip(*rows, strict=False) for row in group][:count]
+
     def _compile(self, model: nn.Module, items: Items) -> _Compiled:
-        """The items' requests prepared for the model; the latest sets are kept."""
-        if self._model is not model:
-            if self._model is not None:
-                self._backend.close()
+        """The items' requests prepared for the model; the latest models and sets are kept."""
+        own = self._models.get(id(model))
+        if own is None or own.model is not model:
             kind = ResidentBackend if self._kind == "resident" else LmEvalBackend
-            self._backend = kind(model, self.tokenizer, self.batch_size)
-            self._model = model
-            self._compiled.clear()
+            own = self._models[id(model)] = _Model(model, kind(model, self.tokenizer, self.batch_size))
+            if len(self._models) > _MODELS:
+                self._models.popitem(last=False)[1].backend.close()
+        self._models.move_to_end(id(model))
+        self._backend = own.backend
         key = tuple((name, tuple(ids)) for name, ids in items.items() if ids)
-        if key not in self._compiled:
+        if key not in own.compiled:
             rows = {name: [self._row(name, item) for item in ids] for name, ids in key}
-            requests = [r for found in rows.values() for _, own, gold in found for r in (*own, *gold)]
-            self._compiled[key] = _Compiled(rows, requests, self._backend.prepare(requests))
-            if len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
+            requests = [r for found in rows.values() for _, asked, gold in found for r in (*asked, *gold)]
+            own.compiled[key] = _Compiled(rows, requests, self._backend.prepare(requests))
+            if len(own.compiled) > _COMPILED:
+                own.compiled.popitem(last=False)
+        own.compiled.move_to_end(key)
+        return own.compiled[key]
 
     def _row(self, name: str, item: str) -> tuple[str, list[Any], list[Any]]:
         requests = self._tasks[name].requests[item]

@@ -152,15 +152,21 @@ def soft(loaded: Loaded, requests: Sequence[Any], gold: Sequence[Any], tokens: C
     return math.exp(min(0.0, total)), total / tokens(best)
 
 
-def _of_choices(task: Any, requests: Sequence[Any], tokens: Callable[[Any], int]) -> Soft:
-    doc = requests[0].doc
+def right_places(task: Any, doc: Any) -> list[int]:
+    """Which choices of a document are right, by number."""
     options = task.doc_to_choice(doc)
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     places = [options.index(t) if isinstance(t, str) and t in options else t for t in (target if isinstance(target, list) else [target])]
-    right = [place for place in places if isinstance(place, int) and 0 <= place < len(options)]
+    return [place for place in places if isinstance(place, int) and 0 <= place < len(options)]
+
+
+def _of_choices(task: Any, requests: Sequence[Any], tokens: Callable[[Any], int]) -> Soft:
+    right = right_places(task, requests[0].doc)
     if not right:
         return None, None
-    sums = [float(request.resps[0][0]) for request in requests[: len(options)]]  # what follows asks for choices without context
+    sums = [
+        float(request.resps[0][0]) for request in requests[: len(task.doc_to_choice(requests[0].doc))]
+    ]  # what follows asks for choices without context
     top = max(sums)
     weights = [math.exp(s - top) for s in sums]
     best = max(right, key=lambda place: sums[place])

@@ -7,6 +7,7 @@ from typing import Any
 
 from evomerge.errors import StudyError
 from evomerge.recipe import Filtered, Recipe, Setting
+from evomerge.report import routes
 from evomerge.report.summary import front, lost, summary
 from evomerge.store import Store, Trial
 
@@ -46,6 +47,8 @@ def markdown(store: Store) -> str:
         "",
         *_retention(data["retention"]),
         *_trade_offs(store),
+        *routes.stages(study.outcome, data["finalists"]),
+        *routes.depth([t for t in store.trials() if t.generation > 0]),
         "## The best candidate",
         "",
         *_recipe(store.recipe(best["recipe"])),
@@ -155,9 +158,12 @@ def _line(name: str, row: Mapping[str, Any], tasks: list[str]) -> str:
 
 def _recipe(recipe: Recipe) -> list[str]:
     """One row per distinct mix: parameters by model."""
-    lines = [
-        f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {recipe.base}, {recipe.out_dtype}.",
-        "",
+    lines = [f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {recipe.base}, {recipe.out_dtype}.", ""]
+    if routes.is_route(recipe):
+        lines += [*routes.described(recipe), ""]
+        if all(mix.method == "passthrough" for mix in recipe.layers):
+            return lines
+    lines += [
         "| tensors | parameter | model | value |",
         "| --- | --- | --- | --- |",
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import StudyError
+from evomerge.report.routes import hops, is_route
 from evomerge.store import Store, Trial
 
 
@@ -56,7 +57,7 @@ def resolve(store: Store, reference: str) -> Trial:
             raise StudyError(f"{study.name} has no scored candidate yet")
         return store.trial(int(best["id"]))
     if not (reference.isascii() and reference.isdigit() and len(reference) < 18):
-        labelled = {t.label: t for t in store.trials() if t.generation == 0}
+        labelled = {t.label: t for t in reversed(store.trials()) if t.origin in ("parent", "hand")}
         if reference not in labelled:
             raise StudyError(f"'{reference}' names no candidate of {study.name}; use a number, 'best', or a parent's or hand recipe's name")
         return labelled[reference]
@@ -100,7 +101,8 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
     """One candidate: where it comes from, its recipe, its scores by role, or why it failed.
 
     partial: how many of its generation's items a race scored it on, None for all; estimate: (mean, standard error) over
-    all search items, of the leaders of a finished search; violation: by how much it breaks the search's `keep`.
+    all search items, of the leaders of a finished search; violation: by how much it breaks the search's `keep`; costs: its
+    layers and parameters; route: its layers in words, None for a merge of whole models.
     """
     study = store.study()
     known = ((study.outcome if study else None) or {}).get("estimates", {})
@@ -131,6 +133,9 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "estimate": known.get(str(trial.id)),
         "scores": scores,
         "genome": trial.genome,
+        "stage": trial.stage,
+        "costs": dict(trial.costs),
+        "route": hops(recipe) if is_route(recipe := store.recipe(trial.recipe_id)) else None,
     }
 
 

@@ -1,0 +1,105 @@
+"""What a search is made of: its stages, and what each needs to run. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from evomerge import racing
+from evomerge.baselines import Baseline
+from evomerge.errors import ConfigError
+from evomerge.evaluation import Items, Objective, Role
+from evomerge.optimizers import Optimizer
+from evomerge.recipe import Recipe
+
+
+class SearchSpace(Protocol):
+    """What a stage searches: genome <-> recipe."""
+
+    @property
+    def axes(self) -> Sequence[Any]:
+        """One a gene, each with a `name`."""
+
+    @property
+    def start(self) -> tuple[float, ...]:
+        """The genome that a search starts at where nothing better is known."""
+
+    def decode(self, genome: Sequence[float], /) -> Recipe:
+        """The recipe of a genome."""
+
+    def encode(self, recipe: Recipe, /) -> tuple[float, ...] | None:
+        """The genome of a recipe, or the nearest; None for a recipe the space cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the stages before a stage came to. label: of a parent or hand recipe."""
+
+    recipe: Recipe
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A stage ready to run. optimizer: makes one from its starting genome; hand: recipes scored before it; at_best: start at
+    the best known recipe that the space can hold."""
+
+    space: SearchSpace
+    optimizer: Callable[[Sequence[float]], Optimizer]
+    hand: Sequence[Baseline] = ()
+    at_best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """name: 'weights' or 'routes'; evaluations: its budget; open: makes it from what the stages before came to (of a first
+    stage: the best parent)."""
+
+    name: str
+    evaluations: int
+    open: Callable[[Start], Opening]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a user may be shown. stage: 'parents and hand recipes', 'search', 'validation' or 'test'.
+
+    best: the stage's best objective so far; note: a line worth printing, or ''.
+    """
+
+    stage: str
+    done: int
+    total: int
+    best: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A search ready to run. items: all items of each role; per_generation: items of each task a generation is scored on, or
+    task -> items; soup: makes the average of some parents, for a greedy soup among the hand recipes. race: None scores every
+    candidate on all items of its generation. Raises ConfigError for an objective that cannot be raced."""
+
+    stages: Sequence[Stage]
+    baselines: Sequence[Baseline]
+    objective: Objective
+    items: Mapping[Role, Items]
+    per_generation: int | Mapping[str, int]
+    finalists: int
+    seed: int
+    soup: Callable[[Sequence[str]], Baseline] | None = None
+    race: racing.Race | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("a search needs at least one stage: weights or routes")
+        if self.race is not None:
+            racing.check(self.objective)
+
+
+def one_stage(
+    space: SearchSpace, optimizer: Callable[[Sequence[float]], Optimizer], evaluations: int, at_best: bool = False, name: str = "weights"
+) -> tuple[Stage]:
+    """A search of a single stage, whatever the parents are worth."""
+    return (Stage(name, evaluations, lambda start: Opening(space, optimizer, at_best=at_best)),)

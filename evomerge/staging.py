@@ -1,0 +1,201 @@
+"""Configuration -> the stages of a search: spaces of weights and of routes, their optimizers, and what a route must pass first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge import documents, mergekit_yaml
+from evomerge import gate as gating
+from evomerge.baselines import Baseline, baselines
+from evomerge.checkpoint import Parent, locate
+from evomerge.config import Config, StageConfig
+from evomerge.errors import ConfigError
+from evomerge.gate import Gate
+from evomerge.hop_space import HopSpace
+from evomerge.optimizers import Optimizer
+from evomerge.optimizers.cat_cma import CatCma
+from evomerge.optimizers.cma_es import CmaEs
+from evomerge.optimizers.random_search import RandomSearch
+from evomerge.recipe import Mix, Recipe
+from evomerge.route_space import ConditionalSpace, IndicatorSpace, hand_routes
+from evomerge.several import TaskSet
+from evomerge.space import Space
+from evomerge.stages import Opening, Stage, Start
+from evomerge.worker import Worker, load_tokenizer
+
+MERGED = "merged"
+"""What a route calls the best model of the stage before it, where that is no parent."""
+_TOKENS_A_PROMPT = 8  # prompts are at least about so long: how many are asked for
+
+
+def stages(settings: Config, space: Space, parents: Mapping[str, Parent], diagonal: bool, budgets: Sequence[int]) -> list[Stage]:
+    """The stages of a configuration. diagonal: of the first weight search; budgets: evaluations of each stage as the study
+    began, which say whether later ones learn a full covariance."""
+    found = []
+    for number, (stage, asked, begun) in enumerate(zip(settings.stages, settings.budgets, budgets, strict=True)):
+        if stage.stage == "routes":
+            opener = _routes(settings, stage, parents, begun, number)
+        elif number == 0:
+            opener = _weights(settings, stage, space, diagonal)
+        else:
+            opener = _weights_again(settings, stage, begun)
+        found.append(Stage(stage.stage, asked, opener))
+    return found
+
+
+def references(settings: Config, space: Space, parents: Mapping[str, Parent]) -> list[Baseline]:
+    """What a search is compared with from the start: parents; hand recipes where weights are searched; routes by hand where they come first."""
+    found = baselines(space)
+    if "weights" not in settings.kinds:
+        found = [b for b in found if b.origin == "parent"]
+    return found + (_hand(settings, parents, None) if settings.kinds[0] == "routes" else [])
+
+
+def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -> ConditionalSpace | IndicatorSpace:
+    """The space of routes that begins at the identity path of what the stages before came to."""
+    routes = settings.routes
+    own = _identity(start.recipe)
+    name = (own or MERGED) if routes.start == "best" else routes.start
+    models = [(n, parents[n].num_layers) for n in (routes.models or settings.models)]
+    stage = None
+    if name == MERGED:
+        stage = (MERGED, start.recipe)
+        models = [(MERGED, len(start.recipe.layers)), *models]
+    elif name not in dict(models):
+        models = [(name, parents[name].num_layers), *models]
+    depth = dict(models)[name]
+    bounds = routes.layers or (max(1, depth // 2), 2 * depth)
+    common: dict[str, Any] = {
+        "models": tuple(models), "begin": name, "stage": stage, "bounds": bounds, "scales": routes.scales, "scale_range": routes.scale_range,
+        "changes": routes.changes, "out_dtype": settings.out_dtype,
+    }  # fmt: skip
+    if routes.genome == "indicator":
+        return IndicatorSpace(**common, repeats=routes.repeats)
+    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical")
+
+
+def check_routes(settings: Config, parents: Mapping[str, Parent], scorer: Worker, tasks: TaskSet, limit: float | None) -> float | None:
+    """Checks that the parents' layers can be routed, and sets the worker's gate; its limit in nats a token, None without one.
+
+    limit: that of a study which is gone on with. Raises RouteError or FoldError where a route would be wrong.
+    """
+    if "routes" not in settings.kinds:
+        return None
+    names = settings.routes.models or tuple(settings.models)
+    scorer.live.check_routable(names, settings.routes.scales != "none")
+    scorer.gate = gate(settings, tasks, scorer, limit)
+    return scorer.gate.limit if scorer.gate else None
+
+
+def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> Gate | None:
+    """What a route has to pass before it is scored in full; limit: nats a token, found from the parents where it is None."""
+    asked = settings.routes.gate
+    if asked is None or "routes" not in settings.kinds:
+        return None
+    tokenizer = load_tokenizer(scorer.parents[settings.base])
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])  # type: ignore[operator]
+
+    passages = tasks.passages(asked.tokens // _TOKENS_A_PROMPT)
+    rows = gating.rows(((ids(prompt), ids(prompt + answer)) for prompt, answer in passages), asked.tokens)
+    if not rows:
+        return None
+    if limit is None:
+        found = [gating.nats(scorer.live.model(name), rows) for name in settings.models]
+        limit = round(min(found) + math.log(asked.factor), 4)
+        if not math.isfinite(limit):
+            raise ConfigError("no parent gives finite logits on the prompts of the search; check the models")
+    return Gate(rows, limit)
+
+
+def _weights(settings: Config, stage: StageConfig, space: Space, diagonal: bool) -> Callable[[Start], Opening]:
+    return lambda start: Opening(space, _cma(settings, stage, settings.search.sigma, diagonal, 0), at_best=settings.search.start == "best")
+
+
+def _weights_again(settings: Config, stage: StageConfig, begun: int) -> Callable[[Start], Opening]:
+    def opened(start: Start) -> Opening:
+        groups = settings.space.groups
+        space = HopSpace(start.recipe, settings.base, settings.parents, groups if isinstance(groups, int) else len(groups))
+        return Opening(space, _cma(settings, stage, settings.search.sigma, begun < 20 * len(space.axes), 2))
+
+    return opened
+
+
+def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent], begun: int, number: int) -> Callable[[Start], Opening]:
+    def opened(start: Start) -> Opening:
+        space = route_space(settings, parents, start)
+        sigma = stage.sigma or space.sigma
+        population = stage.population or settings.search.population
+        seed = settings.search.seed + 1_000_003 * number
+
+        def optimizer(genome: Sequence[float]) -> Optimizer:
+            if settings.routes.optimizer == "random":
+                return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+            if space.categories:
+                return CatCma(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+            diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)
+            return CmaEs(genome, sigma, population=population, diagonal=diagonal, seed=seed)
+
+        return Opening(space, optimizer, _hand(settings, parents, start) if number else ())
+
+    return opened
+
+
+def _cma(settings: Config, stage: StageConfig, sigma: float, diagonal: bool, number: int) -> Callable[[Sequence[float]], Optimizer]:
+    search = settings.search
+    learns = search.diagonal if search.diagonal is not None else diagonal
+    population, seed = stage.population or search.population, search.seed + 1_000_003 * number
+    return lambda start: CmaEs(start, stage.sigma or sigma, population=population, diagonal=learns, seed=seed)
+
+
+def _hand(settings: Config, parents: Mapping[str, Parent], start: Start | None) -> list[Baseline]:
+    """Routes that people write by hand, of the start's model where it is no parent, and the stacks of the search file."""
+    names = settings.routes.models or tuple(settings.models)
+    models = tuple((n, parents[n].num_layers) for n in names)
+    stage = None
+    if start is not None and _identity(start.recipe) is None:
+        stage, models = (MERGED, start.recipe), ((MERGED, len(start.recipe.layers)),)
+    found = [Baseline(label, "hand", recipe) for label, recipe in hand_routes(models, stage=stage, out_dtype=settings.out_dtype)]
+    return found + [Baseline(Path(file).name, "hand", _stack(file, settings, parents)) for file in settings.routes.stacks]
+
+
+def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe:
+    """A mergekit passthrough file as a recipe over the search's models. Raises ConfigError for any other."""
+    by_path = {str(locate(m.path, m.revision)): name for name, m in settings.models.items()}
+
+    def known(reference: str) -> str:
+        name = reference if reference in settings.models else by_path.get(str(locate(reference)))
+        if name is None:
+            raise ConfigError(f"routes.stacks: {file} takes layers of '{reference}', which is not among the models of this search")
+        return name
+
+    if not Path(file).is_file():
+        raise ConfigError(f"routes.stacks: there is no file '{file}'; correct the path")
+    read = mergekit_yaml.load(documents.read_all(Path(file)), lambda r: parents[known(r)].num_layers, lambda r: parents[known(r)].dtype, "float32")
+    if any(mix.method != "passthrough" for mix in read.mixes):
+        raise ConfigError(f"routes.stacks: {file} is no stack of layers passed through; write it with merge_method: passthrough")
+
+    def renamed(mix: Mix) -> Mix:
+        return Mix(mix.method, tuple((known(model), layer) for model, layer in mix.sources), None, mix.params)
+
+    layers = tuple(renamed(mix) for mix in read.layers)
+    return Recipe(known(read.base), layers, renamed(read.embeddings), renamed(read.head), out_dtype=settings.out_dtype)
+
+
+def _identity(recipe: Recipe) -> str | None:
+    """The model that a recipe is, layer for layer, None if it is a merge or a route."""
+    name = recipe.base
+    own = all(mix.method == "passthrough" and mix.sources == ((name, i),) for i, mix in enumerate(recipe.layers))
+    sources = {mix.sources for mix in (recipe.embeddings, recipe.head) if mix.method == "passthrough"}
+    # a parent of a weight space has the space's base as its base: what counts is whose tensors it takes
+    if own and sources == {((name, None),)} and not recipe.scales:
+        return name
+    first = recipe.layers[0].sources[0][0]
+    if first == name or recipe.scales:
+        return None
+    passed = all(mix.method == "passthrough" and mix.sources == ((first, i),) for i, mix in enumerate(recipe.layers))
+    return first if passed and sources == {((first, None),)} else None
