@@ -199,12 +199,13 @@ class RoutesConfig(_Strict):
     """Routes of layers, see `evomerge.route_space`.
 
     genome: 'conditional' changes the positions of one model's path, continuous or 'categorical'; 'indicator' switches all
-    layers of all models, `repeats` times over (arXiv 2403.13187). start: model whose path it begins at, 'best' for the
-    best on validation or, in a first stage, on the search items. models: those whose layers are used, all unless named.
-    layers: [least, most], from half to twice the base's unless given. changes: how many positions a first candidate
-    changes. spans: lengths of inserted spans. scales: a factor of the hidden state for each hop, between any two layers,
-    or none; in scale_range. penalty: what a layer more than the base has costs of the score. stacks: mergekit passthrough
-    files to begin with. gate: None scores every route in full. optimizer: 'random' samples without learning.
+    layers of all models, `repeats` times over (arXiv 2403.13187). start: model that gives embeddings and head and whose path
+    it begins at; 'best': the best so far, on validation, in a first stage on the search items, a parent or stack by hand.
+    models: those whose layers are used, all unless named. layers: [least, most], from half to twice the start's unless
+    given. changes: how many positions a first candidate changes. spans: lengths of inserted spans. scales: a factor of the
+    hidden state for each hop, between any two layers, or none; in scale_range. penalty: what a layer more than the base has
+    costs of the score. stacks: mergekit passthrough files to begin with. gate: None scores every route in full. optimizer:
+    'random' samples without learning.
     """
 
     genome: Literal["conditional", "categorical", "indicator"] = "conditional"
@@ -369,10 +370,11 @@ def check(document: documents.Document) -> Config:
     if config.kinds not in _STAGES:
         known = "; ".join(", ".join(kinds) for kinds in _STAGES)
         raise fail(("stages",), f"stages are one of: {known}; got {', '.join(config.kinds)}")
-    routes: list[tuple[documents.Key, str]] = [(("routes", "start"), config.routes.start)]
-    for place, name in [*routes, *((("routes", "models", i), m) for i, m in enumerate(config.routes.models))]:
-        if name not in config.models and not (name == "best" and place[1] == "start"):
-            raise fail(place, f"'{name}' is not among the models. {suggest(name, config.models)}")
+    routed: list[tuple[documents.Key, str]] = [(("routes", "models", i), m) for i, m in enumerate(config.routes.models)]
+    routed += [(("routes", "start"), config.routes.start)] if config.routes.start != "best" else []
+    for where, name in routed:
+        if name not in config.models:
+            raise fail(where, f"'{name}' is not among the models. {suggest(name, config.models)}")
     names = [t.task for t in config.tasks]
     for i, name in enumerate(names):
         if name in names[:i]:

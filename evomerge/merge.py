@@ -50,6 +50,8 @@ class Merge:
         Raises RecipeError for a recipe no method accepts, CheckpointError for parents whose tensors do not fit together.
         """
         check(recipe)
+        if recipe.scales:
+            raise RecipeError("a recipe with scales is written by the export of routes, which folds them into the weights; a merge has none")
         self.recipe, self.known, self.device = recipe, known or Tables(), device
         self.parents: dict[str, Parent] = dict(parents)
         for name, stage in recipe.stages:

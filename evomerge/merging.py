@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from evomerge import documents, folder, mergekit_yaml
+from evomerge import documents, folder, mergekit_yaml, route_files
 from evomerge.checkpoint import Parent
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.folder import Progress
@@ -40,6 +40,9 @@ def merge_file(
     for read in (*(stage for _, stage in recipe.stages), recipe):
         _check_layers(read, opened)
     warnings = _warnings(recipe, opened)
+    if recipe.scales:
+        agreement = route_files.write(recipe, opened, directory)
+        return (*warnings, f"the route was loaded in a process of its own and compared with what it should be: {agreement}")
     folder.write(recipe, opened, directory, progress, memory)
     return warnings
 

@@ -54,7 +54,7 @@ class Opening:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """name: 'weights' or 'routes'; evaluations: its budget; open: makes it from what the stages before came to (of a first
-    stage: the best parent)."""
+    stage: the best parent or recipe by hand, on the search items)."""
 
     name: str
     evaluations: int

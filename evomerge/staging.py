@@ -57,7 +57,7 @@ def references(settings: Config, space: Space, parents: Mapping[str, Parent]) ->
 def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -> ConditionalSpace | IndicatorSpace:
     """The space of routes that begins at the identity path of what the stages before came to."""
     routes = settings.routes
-    own = _identity(start.recipe)
+    own = _outer(start.recipe)
     name = (own or MERGED) if routes.start == "best" else routes.start
     models = [(n, parents[n].num_layers) for n in (routes.models or settings.models)]
     stage = None
@@ -140,7 +140,7 @@ def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent],
             diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)
             return CmaEs(genome, sigma, population=population, diagonal=diagonal, seed=seed)
 
-        return Opening(space, optimizer, _hand(settings, parents, start) if number else ())
+        return Opening(space, optimizer, _hand(settings, parents, start) if number else (), at_best=True)
 
     return opened
 
@@ -157,7 +157,7 @@ def _hand(settings: Config, parents: Mapping[str, Parent], start: Start | None) 
     names = settings.routes.models or tuple(settings.models)
     models = tuple((n, parents[n].num_layers) for n in names)
     stage = None
-    if start is not None and _identity(start.recipe) is None:
+    if start is not None and _outer(start.recipe) is None:
         stage, models = (MERGED, start.recipe), ((MERGED, len(start.recipe.layers)),)
     found = [Baseline(label, "hand", recipe) for label, recipe in hand_routes(models, stage=stage, out_dtype=settings.out_dtype)]
     return found + [Baseline(Path(file).name, "hand", _stack(file, settings, parents)) for file in settings.routes.stacks]
@@ -186,16 +186,9 @@ def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe
     return Recipe(known(read.base), layers, renamed(read.embeddings), renamed(read.head), out_dtype=settings.out_dtype)
 
 
-def _identity(recipe: Recipe) -> str | None:
-    """The model that a recipe is, layer for layer, None if it is a merge or a route."""
-    name = recipe.base
-    own = all(mix.method == "passthrough" and mix.sources == ((name, i),) for i, mix in enumerate(recipe.layers))
-    sources = {mix.sources for mix in (recipe.embeddings, recipe.head) if mix.method == "passthrough"}
-    # a parent of a weight space has the space's base as its base: what counts is whose tensors it takes
-    if own and sources == {((name, None),)} and not recipe.scales:
-        return name
-    first = recipe.layers[0].sources[0][0]
-    if first == name or recipe.scales:
+def _outer(recipe: Recipe) -> str | None:
+    """The model that a stack of its and others' layers has the embeddings and the head of; None for a merge."""
+    if recipe.stages or any(mix.method != "passthrough" for mix in recipe.mixes):
         return None
-    passed = all(mix.method == "passthrough" and mix.sources == ((first, i),) for i, mix in enumerate(recipe.layers))
-    return first if passed and sources == {((first, None),)} else None
+    names = {mix.sources[0][0] for mix in (recipe.embeddings, recipe.head)}
+    return names.pop() if len(names) == 1 else None

@@ -74,7 +74,7 @@ class Study:
 
     def _run(self) -> dict[str, Any]:
         references = self._references()
-        best = max((t for t in references if t.origin == "parent" and t.score is not None), key=lambda t: (_score(t), -t.slot), default=references[0])
+        best = max(references, key=lambda t: (_score(t), -t.slot))
         searched: list[_Searched] = []
         last = 0
         for number, stage in enumerate(self.plan.stages):

@@ -20,11 +20,11 @@ FLOORS = {
     "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "resident": 2, "lm_harness": 2, "store": 2, "baselines": 2, "placement": 2,
     "vocabulary": 2, "racing": 2, "python_tasks": 2, "several": 2, "folding": 2, "routing": 2, "expressible": 2, "gate": 2, "hop_space": 3,
     "route_space": 2,
-    "folder": 3, "selection": 3, "live": 3, "stages": 3, "worker": 4, "export": 3, "report": 3, "merging": 3, "oracle": 3, "sensitivity": 3,
-    "comparing": 4, "plots": 4, "route_yaml": 3, "route_export": 4, "reloaded": 4,
+    "folder": 3, "selection": 3, "live": 3, "stages": 3, "worker": 4, "report": 3, "oracle": 3, "sensitivity": 3,
+    "comparing": 4, "plots": 4, "reloaded": 3, "route_export": 4, "route_yaml": 5, "route_files": 6,
     "pools": 5, "process_pool": 5, "study": 5, "task_sets": 5, "staging": 5,
     "launch": 6,
-    "looking": 7, "planning": 7,
+    "looking": 7, "planning": 7, "export": 7, "merging": 7,
     "cli": 8,
 }  # fmt: skip
 SAME_FLOOR = {
@@ -38,8 +38,6 @@ SAME_FLOOR = {
     ("recipe", "tokens"): "a recipe says what its tokenizer is made of",
     ("merge", "resident"): "a merge into a live model asks where a tensor lands",
     ("merge", "vocabulary"): "a merge of different vocabularies aligns them first",
-    ("merging", "folder"): "a recipe file is merged into a folder",
-    ("export", "folder"): "an exported candidate may bring its weights",
     ("gathering", "stacks"): "what a config says of a stack's layers",
     ("routing", "folding"): "a routed layer has the weights that its export has",
     ("expressible", "routing"): "a routed module says what it is a stack of",
@@ -51,9 +49,9 @@ SAME_FLOOR = {
 }
 ONE_ROOM = {
     "ray": set(), "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots"}, "cmaes": {"optimizers"},
 }  # fmt: skip
-HEAVY = {"torch", "ray", "cma", "lm_eval", "transformers", "numpy", "pydantic", "datasets", "safetensors", "huggingface_hub", "yaml", "matplotlib"}
+HEAVY = {"torch", "ray", "cma", "cmaes", "lm_eval", "transformers", "numpy", "pydantic", "datasets", "safetensors", "huggingface_hub", "yaml", "matplotlib"}
 
 
 def room(file: Path) -> str:

@@ -1,0 +1,73 @@
+"""Random search: the first distribution of the other optimizers, sampled again and again. What learning has to beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from evomerge.optimizers import Array
+from evomerge.optimizers.cma_es import GRID
+
+
+class RandomSearch:
+    """Samples around the start and learns nothing. Satisfies `evomerge.optimizers.Optimizer`."""
+
+    def __init__(
+        self, start: Sequence[float], sigma: float, *, population: int | None = None, seed: int = 0, categories: Sequence[int] = (), stay: float = 0.5
+    ) -> None:
+        """start, sigma, population: as for `CmaEs`. categories: of each leading gene, at least 2: it keeps its start with the
+        probability `stay`, and else is one of the others, all equally likely; the genes after them are normal."""
+        self._start = np.round(np.asarray(start, dtype=np.float64) / GRID) * GRID
+        self._sigma, self._stay = sigma, stay
+        self._counts = np.asarray(categories, dtype=np.int64)
+        self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
+        self._rng = np.random.RandomState(seed)
+        self._injected: list[Sequence[float]] = []
+        self._asked: Array | None = None
+
+    def ask(self) -> Array:
+        """[population, n] genomes on a grid of 2**-14."""
+        leading = len(self._counts)
+        x = self._start + self._sigma * self._rng.standard_normal((self._popsize, len(self._start)))
+        stays = self._rng.random_sample((self._popsize, leading)) < self._stay
+        steps = 1 + np.floor(self._rng.random_sample((self._popsize, leading)) * (self._counts - 1))
+        x[:, :leading] = (self._start[:leading] + np.where(stays, 0, steps)) % self._counts
+        injected, self._injected = self._injected[: self._popsize], []
+        for slot, genome in enumerate(injected):
+            x[slot] = genome
+        self._asked = np.round(x / GRID) * GRID
+        return self._asked.copy()
+
+    def inject(self, genomes: Sequence[Sequence[float]]) -> None:
+        """Puts genomes into the next `ask` as they are, but for the grid."""
+        self._injected = [*self._injected, *genomes]
+
+    def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
+        """Learns nothing: no slot is recombined."""
+        check(self._asked, genomes, scores)
+        return []
+
+    @property
+    def mu(self) -> int:
+        """None of a generation is recombined."""
+        return 0
+
+    @property
+    def mean(self) -> Array:
+        """[n] the start."""
+        return self._start.copy()
+
+
+def check(asked: Array | None, genomes: Array, scores: Sequence[float | None]) -> None:
+    """Raises ValueError unless the genomes are those of the last ask, with a finite score or None for each."""
+    if asked is None or not np.array_equal(asked, genomes) or len(scores) != len(asked):
+        raise ValueError("tell takes the genomes of the last ask, with a score for each")
+    if any(s is not None and not math.isfinite(s) for s in scores):
+        raise ValueError("a score must be finite; tell None for a failed candidate")
+
+
+def ordered(scores: Sequence[float | None]) -> list[int]:
+    """Slots, best first; of equal scores the earlier, failed ones last."""
+    return sorted(range(len(scores)), key=lambda i: (math.inf if (s := scores[i]) is None else -s, i))

@@ -1,0 +1,92 @@
+"""A route's recipe -> files: the models opened, the route made live, and what is shipped of it written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evomerge import folder, mergekit_yaml, route_export, route_yaml
+from evomerge.checkpoint import Parent
+from evomerge.errors import NothingToExport, RecipeError
+from evomerge.fused import Tables
+from evomerge.live import Live, View, load
+from evomerge.recipe import Recipe
+from evomerge.route_export import Agreement
+from evomerge.routing import Routed
+
+
+def is_route(recipe: Recipe, parents: Mapping[str, Parent]) -> bool:
+    """Whether a recipe is more than a merge of whole models: layers out of place, more or fewer of them, or scaled."""
+    moved = any(mix.sources[0][1] != i for i, mix in enumerate(recipe.layers))
+    return bool(recipe.scales) or moved or len(recipe.layers) != parents[recipe.base].num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRoute:
+    """A route made live. Its files are written from what it computes with."""
+
+    recipe: Recipe
+    parents: Mapping[str, Parent]
+    view: View
+
+    @property
+    def routed(self) -> Routed:
+        """The module of the route, installed."""
+        if self.view.routed is None:
+            raise NothingToExport("the recipe is no route")
+        self.view.install()
+        return self.view.routed
+
+    @property
+    def donor(self) -> Path:
+        """Folder whose tokenizer and other files the route gets."""
+        return self.parents[self.recipe.base].path
+
+    def checkpoint(self, directory: Path) -> Agreement:
+        """Writes the Hugging Face folder and verifies it in a fresh process. Raises NothingToExport, SetupError."""
+        return route_export.checkpoint(self.routed, self.view.hops, directory, self.donor)
+
+    def checkpoint_into(self, directory: Path) -> Agreement:
+        """Like `checkpoint`, into a folder that exists and that the caller makes whole."""
+        route_export.write_into(self.routed, self.view.hops, directory, self.donor)
+        return route_export.verify(directory, self.routed)
+
+    def mergekit(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
+        """Writes recipe.yaml for mergekit 0.1.5, and the shell that it needs, into a folder; '' or why that was not done."""
+        kind = str(self.routed.model.config.get_text_config(decoder=True).model_type)  # type: ignore[union-attr, operator]
+        flat = not self.recipe.scales and not self.recipe.stages and all(mix.method != "passthrough" for mix in self.recipe.mixes)
+        if flat and kind in route_yaml.VERIFIED:  # merged layers in another order: slices of one method
+            return self._slices(directory, references, header)
+        if reason := route_yaml.why_not(self.recipe, kind):
+            return reason
+        text = route_yaml.yaml_document(self.recipe, self.view.hops, self.parents, references, header=header)
+        (directory / "recipe.yaml").write_text(text)
+        route_yaml.write_shell(self.routed, self.view.hops, directory / route_yaml.SHELL, self.donor)
+        return ""
+
+    def _slices(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
+        shell = self.parents[self.recipe.base]
+        try:
+            keyed = mergekit_yaml.with_outer_filters(self.recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
+            (directory / "recipe.yaml").write_text(mergekit_yaml.dump(keyed, references, header))
+        except RecipeError as error:
+            return f"No mergekit file: {error}"
+        return ""
+
+
+def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
+    """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError or CheckpointError where it cannot be made."""
+    base = recipe.stages[0][1].base if recipe.stages else recipe.base
+    skeleton = load(parents[base], recipe.out_dtype)
+    live = Live(parents, parents, base, skeleton, recipe.out_dtype, "cpu", Tables())
+    with torch.no_grad():
+        return OpenRoute(recipe, parents, live.view(recipe))
+
+
+def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path) -> Agreement:
+    """Writes a route as a Hugging Face folder, verified, whole or not at all."""
+    folder.check_new(directory)
+    return open_route(recipe, parents).checkpoint(directory)
