@@ -208,19 +208,19 @@ class RoutesConfig(_Strict):
     'random' samples without learning.
     """
 
-    genome: Literal["conditional", "categorical", "indicator"] = "conditional"
+    genome: Literal["categorical", "conditional", "indicator"] = "categorical"
     start: str = "best"
     models: tuple[str, ...] = ()
     layers: tuple[Whole, Whole] | None = None
     changes: Number = Field(default=2.0, gt=0)
     repeats: Whole = Field(default=2, ge=1, le=8)
     spans: tuple[Annotated[Whole, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
-    scales: Literal["none", "hop", "matrix"] = "hop"
+    scales: Literal["none", "hop", "matrix"] = "none"
     scale_range: tuple[Number, Number] = (0.4, 1.5)
     penalty: Number = Field(default=0.0, ge=0)
     stacks: tuple[str, ...] = ()
     gate: GateConfig | None = Field(default_factory=GateConfig)
-    optimizer: Literal["cma", "random"] = "cma"
+    optimizer: Literal["elitist", "cma", "random"] = "elitist"
 
     @model_validator(mode="after")
     def _ordered(self) -> RoutesConfig:
@@ -228,6 +228,8 @@ class RoutesConfig(_Strict):
             raise ValueError(f"layers are [least, most], both at least 1, got {list(self.layers)}")
         if not 0 < self.scale_range[0] < 1 < self.scale_range[1]:
             raise ValueError(f"scale_range must hold 1 and lie above 0, got {list(self.scale_range)}")
+        if self.optimizer == "elitist" and self.genome != "categorical":
+            raise ValueError("optimizer: elitist changes choices, which only genome: categorical has; use cma")
         if self.scales == "matrix" and self.genome != "indicator":
             raise ValueError("scales: matrix belongs to genome: indicator; a conditional genome has scales: hop or none")
         return self

@@ -18,6 +18,7 @@ from evomerge.hop_space import HopSpace
 from evomerge.optimizers import Optimizer
 from evomerge.optimizers.cat_cma import CatCma
 from evomerge.optimizers.cma_es import CmaEs
+from evomerge.optimizers.elitist import Elitist
 from evomerge.optimizers.random_search import RandomSearch
 from evomerge.recipe import Mix, Recipe
 from evomerge.route_space import ConditionalSpace, IndicatorSpace, hand_routes
@@ -74,7 +75,7 @@ def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -
     }  # fmt: skip
     if routes.genome == "indicator":
         return IndicatorSpace(**common, repeats=routes.repeats)
-    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical")
+    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical", outer=True)
 
 
 def check_routes(settings: Config, parents: Mapping[str, Parent], scorer: Worker, tasks: TaskSet, limit: float | None) -> float | None:
@@ -135,6 +136,8 @@ def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent],
         def optimizer(genome: Sequence[float]) -> Optimizer:
             if settings.routes.optimizer == "random":
                 return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+            if space.categories and settings.routes.optimizer == "elitist":
+                return Elitist(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
             if space.categories:
                 return CatCma(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
             diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)
@@ -180,7 +183,9 @@ def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe
         raise ConfigError(f"routes.stacks: {file} is no stack of layers passed through; write it with merge_method: passthrough")
 
     def renamed(mix: Mix) -> Mix:
-        return Mix(mix.method, tuple((known(model), layer) for model, layer in mix.sources), None, mix.params)
+        if any(value not in (1.0, (1.0,)) for _, value in mix.params):
+            raise ConfigError(f"routes.stacks: {file} scales tensors; a route begins with layers as they are, so leave `scale` out")
+        return Mix(mix.method, tuple((known(model), layer) for model, layer in mix.sources))
 
     layers = tuple(renamed(mix) for mix in read.layers)
     return Recipe(known(read.base), layers, renamed(read.embeddings), renamed(read.head), out_dtype=settings.out_dtype)

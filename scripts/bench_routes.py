@@ -44,12 +44,14 @@ search: {{population: 24, sigma: 0.1, seed: {seed}}}
 """
 WEIGHTS, ROUTES = "{{stage: weights, evaluations: {}}}", "{{stage: routes, evaluations: {}}}"
 ARMS: dict[str, tuple[str, tuple[tuple[str, float], ...], str]] = {  # arm -> (what it is, its stages with their shares of the budget, routes)
-    "ps": ("weights", ((WEIGHTS, 1.0),), "genome: conditional"),
-    "random": ("routes at random (conditional genome)", ((ROUTES, 1.0),), "genome: conditional, optimizer: random"),
-    "conditional": ("routes, conditional genome, CMA-ES", ((ROUTES, 1.0),), "genome: conditional"),
-    "categorical": ("routes, conditional genome, CatCMA", ((ROUTES, 1.0),), "genome: categorical"),
-    "indicator": ("routes, indicator genome, CMA-ES", ((ROUTES, 1.0),), "genome: indicator"),
-    "ps-dfs": ("weights, then routes", ((WEIGHTS, 0.5), (ROUTES, 0.5)), "genome: conditional"),
+    "ps": ("weights, CMA-ES", ((WEIGHTS, 1.0),), "scales: none"),
+    "random": ("routes at random", ((ROUTES, 1.0),), "optimizer: random"),
+    "dfs": ("routes, choices, elitist evolution", ((ROUTES, 1.0),), "genome: categorical"),
+    "dfs-scaled": ("the same with a scale for each hop", ((ROUTES, 1.0),), "genome: categorical, scales: hop"),
+    "catcma": ("routes, choices, CatCMA", ((ROUTES, 1.0),), "genome: categorical, optimizer: cma"),
+    "cma": ("routes, choices as numbers, CMA-ES", ((ROUTES, 1.0),), "genome: conditional, optimizer: cma"),
+    "indicator": ("routes, indicators, CMA-ES", ((ROUTES, 1.0),), "genome: indicator, optimizer: cma"),
+    "ps-dfs": ("weights, then routes", ((WEIGHTS, 0.5), (ROUTES, 0.5)), "genome: categorical"),
 }
 
 
@@ -89,7 +91,7 @@ def main() -> None:
     """Runs what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--evaluations", type=int, default=480)
+    parser.add_argument("--evaluations", type=int, default=288)
     parser.add_argument("--root", type=Path, default=REPO / "results" / "routes")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     args = parser.parse_args()

@@ -51,7 +51,21 @@ ONE_ROOM = {
     "ray": set(), "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"},
     "matplotlib": {"plots"}, "cmaes": {"optimizers"},
 }  # fmt: skip
-HEAVY = {"torch", "ray", "cma", "cmaes", "lm_eval", "transformers", "numpy", "pydantic", "datasets", "safetensors", "huggingface_hub", "yaml", "matplotlib"}
+HEAVY = {
+    "torch",
+    "ray",
+    "cma",
+    "cmaes",
+    "lm_eval",
+    "transformers",
+    "numpy",
+    "pydantic",
+    "datasets",
+    "safetensors",
+    "huggingface_hub",
+    "yaml",
+    "matplotlib",
+}
 
 
 def room(file: Path) -> str:

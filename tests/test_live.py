@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import llama
 from torch import nn
+from toy import llama
 
 from evomerge import folder, gate
 from evomerge.checkpoint import Checkpoint, Parent

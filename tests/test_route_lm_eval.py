@@ -75,6 +75,6 @@ def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_score
                 else:
                     worst = max(worst, abs(a - b) / max(1.0, abs(b)))
     assert texts == LIMIT
-    assert 0 < len({r for found in responses.values() for r in found if isinstance(r, str)})
+    assert len({r for found in responses.values() for r in found if isinstance(r, str)}) > 10
     assert worst <= relative, worst
     assert all(math.isfinite(value) for value in metrics.values())

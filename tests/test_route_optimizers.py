@@ -299,6 +299,15 @@ def test_flat_scores_and_long_searches_stay_sound(make: Callable[..., CatCma]) -
     assert np.allclose(es.probabilities.sum(axis=1), 1)
 
 
+@pytest.mark.parametrize("numbers", [0, 1, 2, 6])
+def test_a_search_that_has_converged_stays_where_it_is(numbers: int) -> None:
+    """Steps shorter than the grid must not make the distribution explode."""
+    es = CatCma([0.0] * (LEAD + numbers), 0.05, categories=COUNTS, stay=0.75, population=12)
+    for generation, genomes in enumerate(run(es, 1000)):
+        assert np.isfinite(genomes).all()
+        assert generation < 500 or np.abs(genomes[:, LEAD:] - 0.5).max(initial=0) < 0.01
+
+
 @pytest.mark.parametrize("make", RANDOM.values(), ids=RANDOM)
 def test_random_search_learns_nothing(make: Callable[..., RandomSearch]) -> None:
     one, two = make(), make()

@@ -329,17 +329,32 @@ def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("categorical", [False, True])
-@given(data=st.data())
-def test_a_route_has_choices_if_any_choices_make_it_and_the_fewest_are_found(categorical: bool, data: st.DataObject) -> None:
+@given(hops=st.lists(st.sampled_from([("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]), min_size=1, max_size=6))
+def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hops) -> None:
     """Against all combinations of choices, tried one after another."""
     space = ConditionalSpace((("a", 3), ("b", 2)), "a", spans=(1, 2), categorical=categorical, bounds=(1, 9))
-    hops = data.draw(st.lists(st.sampled_from([("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]), min_size=1, max_size=6))
     numbers = [range(len(space.choices(p))) for p in range(3)]
     making = [c for c in itertools.product(*numbers) if [h for p, k in enumerate(c) for h in space.choices(p)[k]] == hops]
-    genome = space.encode(stack(hops))
-    assert (genome is not None) == bool(making)
-    if genome and categorical:
-        assert sum(g != 0 for g in genome[:3]) == min(sum(k != 0 for k in c) for c in making)
+    assert (space.encode(stack(hops)) is not None) == bool(making)
+
+
+def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() -> None:
+    """All routes of a small space that more than one combination of choices makes, plain and with a scale before one hop."""
+    space = ConditionalSpace((("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12))
+    ways: dict[tuple[tuple[str, int], ...], list[tuple[int, ...]]] = {}
+    for choices in itertools.product(*(range(len(space.choices(p))) for p in range(4))):
+        ways.setdefault(tuple(h for p, c in enumerate(choices) for h in space.choices(p)[c]), []).append(choices)
+    several = [hops for hops in ways if len(ways[hops]) > 1 and hops]
+    assert len(several) > 300
+    for number, hops in enumerate(several):
+        at = 1 + number % (len(hops) - 1) if len(hops) > 1 else 0
+        for scales, places in (((), []), (tuple(0.9 if at and i == at else 1.0 for i in range(len(hops))), [at])):
+            firsts = {c: np.cumsum([0] + [len(space.choices(p)[k]) for p, k in enumerate(c)]) for c in ways[hops]}
+            fitting = [c for c in ways[hops] if at == 0 or all(i in firsts[c] for i in places)]
+            genome = space.encode(stack(hops, scales=scales))
+            assert (genome is not None) == bool(fitting)
+            if genome:
+                assert sum(g != 0 for g in genome[:4]) == min(sum(c != 0 for c in choices) for choices in fitting)
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.5, 99.0])
@@ -359,6 +374,12 @@ def test_what_loses_least_is_given_up_first() -> None:
     a = [("a", i) for i in range(4)]
     assert route(space.decode([*itertools.chain(*skip)])) == [a[1], a[2], a[3]], "two of three skips kept less than one that is wanted more"
     assert route(space.decode([*itertools.chain(*insert)])) == [a[0], a[0], a[1], a[2], a[3]]
+
+
+def test_a_route_that_every_change_makes_too_short_is_lengthened_again() -> None:
+    space = ConditionalSpace((("a", 4),), "a", spans=(3,), bounds=(3, 3), scales="none", categorical=True)
+    insert = space.choices(3).index((("a", 3), ("a", 1), ("a", 2), ("a", 3)))
+    assert route(space.decode([1, 1, 1, insert])) == [("a", 0), ("a", 1), ("a", 3)]
 
 
 @pytest.mark.parametrize("bounds", [(2, 2), (6, 7)])
@@ -508,7 +529,8 @@ def test_hand_routes_are_upscaled_models_and_halves_of_pairs() -> None:
     assert route(found["b up-scaled"]) == [("b", i) for i in (*range(18), *range(6, 24))]
     assert route(found["half a, half b"]) == [*(("a", i) for i in range(16)), *(("b", i) for i in range(12, 24))]
     assert route(found["half b, half c"]) == [*(("b", i) for i in range(12)), *(("c", i) for i in range(2, 5))]
-    assert len(found) == 6
+    assert route(found["half c, half a"]) == [*(("c", i) for i in range(3)), *(("a", i) for i in range(16, 32))]
+    assert len(found) == 9
     for label, recipe in found.items():
         own = label.split()[0 if "up-scaled" in label else 1].strip(",")
         assert recipe.base == recipe.embeddings.sources[0][0] == recipe.head.sources[0][0] == own

@@ -18,6 +18,9 @@ from evomerge.optimizers.cma_es import GRID
 from evomerge.optimizers.random_search import check, ordered
 
 _FREE = 2  # cmaes needs as many numbers: where there are fewer, genes that no one reads are added
+_DEVIATIONS = (2 * GRID, 1e4)
+"""Standard deviations along the principal axes are held between these: steps below the grid would be rounded to nothing and then
+taken for huge ones, and those of genes without any effect wander."""
 _REACH = 2.0  # an injected step is at most sqrt(n) + this long, in standard deviations (as in arXiv 1110.4181)
 
 
@@ -47,7 +50,6 @@ class CatCma:
             population_size=population or 4 + int(3 * math.log(max(2, self._n))),
             cat_param=self._probabilities(start, stay, margin),
             margin=margin,
-            min_eigenvalue=(4 * GRID) ** 2,  # steps below the grid would be rounded to nothing and then taken for huge ones
             seed=seed,
         )
         self._injected: list[Sequence[float]] = []
@@ -84,6 +86,7 @@ class CatCma:
         order = ordered(scores)
         told = [((self._free[slot], self._one_hot(genomes[slot])), float(rank)) for rank, slot in enumerate(order)]
         self._cat.tell(told)
+        self._bound()
         self._asked = None
         return order[: self.mu]
 
@@ -116,6 +119,15 @@ class CatCma:
     def _one_hot(self, genome: Array) -> NDArray[np.bool_]:
         wanted: NDArray[np.bool_] = genome[: len(self._counts), None] == np.arange(int(self._counts.max()))
         return wanted
+
+    def _bound(self) -> None:
+        """Holds the normal distribution's deviations within `_DEVIATIONS`."""
+        inner: Any = self._cat
+        variances, axes = np.linalg.eigh(inner._C)
+        least, most = ((d / inner._sigma) ** 2 for d in _DEVIATIONS)
+        if variances.min() < least or variances.max() > most:
+            inner._C = (axes * np.clip(variances, least, most)) @ axes.T
+            inner._B = inner._D = None  # the library's decomposition of what was there before
 
     def _shortened(self, free: Array) -> Array:
         """A point no further from the mean than sqrt(n) + _REACH standard deviations."""

@@ -22,7 +22,8 @@ class ConditionalSpace:
     p (d - 1) / (D - 1), rounded. spans: lengths of the inserted spans, each of which ends at p; spans that begin below
     layer 0 are left out. scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the
     position's layers, not those inserted after it; of a skipped position it does nothing, and before a route's first layer
-    it is 1. changes: how many positions change in a first sample with the standard deviation `sigma`, before the bounds, at
+    it is 1. outer: whether the model that gives embeddings and head is a choice too, the first, `begin` else.
+    changes: how many positions change in a first sample with the standard deviation `sigma`, before the bounds, at
     most MOST of all.
 
     Genes: of each position, one for each choice but keep, and the choice of the largest gene above 0 is made, else keep;
@@ -41,12 +42,14 @@ class ConditionalSpace:
     out_dtype: str = "bfloat16"
     spans: tuple[int, ...] = (1, 2)
     categorical: bool = False
+    outer: bool = False
     sigma: float = field(init=False, default=SIGMA)
     axes: tuple[Gene, ...] = field(init=False, repr=False)
     categories: tuple[int, ...] = field(init=False)
     stay: float = field(init=False)
     _pool: Pool = field(init=False, repr=False)
     _choices: tuple[tuple[tuple[Hop, ...], ...], ...] = field(init=False, repr=False)
+    _outers: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         pool = Pool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
@@ -61,16 +64,21 @@ class ConditionalSpace:
         object.__setattr__(self, "_pool", pool)
         named = [self._named(p) for p in range(pool.depth)]
         object.__setattr__(self, "_choices", tuple(tuple(own) for own in named))
-        object.__setattr__(self, "categories", tuple(len(own) for own in named) if self.categorical else ())
+        outers = (self.begin, *(name for name, _ in self.models if name != self.begin)) if self.outer else (self.begin,)
+        object.__setattr__(self, "_outers", outers)
+        lead = [len(outers)] if len(outers) > 1 else []
+        object.__setattr__(self, "categories", (*lead, *(len(own) for own in named)) if self.categorical else ())
         object.__setattr__(self, "stay", 1 - share(self.changes, pool.depth))
         names = [f"choice at layer {p}" for p in range(pool.depth)] if self.categorical else [n for own in named for n in list(own.values())[1:]]
+        first = ["embeddings and head"] * len(lead) if self.categorical else [f"embeddings and head of {name}" for name in outers[1:]]
+        names = first + names
         names += [f"scale before layer {p}" for p in range(pool.depth)] if self.scales == "hop" else []
         object.__setattr__(self, "axes", tuple(Gene(name) for name in names))
 
     @property
     def start(self) -> tuple[float, ...]:
         """Every layer kept, all scales 1."""
-        return self._genome([0] * len(self._choices), [0.0] * len(self._choices))
+        return self._genome(0, [0] * len(self._choices), [0.0] * len(self._choices))
 
     def choices(self, position: int) -> tuple[tuple[Hop, ...], ...]:
         """The layers that each choice at a position puts on the route; the first choice keeps, the second skips."""
@@ -80,19 +88,21 @@ class ConditionalSpace:
         """The recipe of a genome [len(axes)]; raises ValueError for another length, a value that is not finite, or a choice
         that is no whole number of those there are."""
         genes = finite(genome, len(self.axes))
-        utilities = self._utilities(genes)
+        outer, rest = self._outer(genes)
+        utilities = self._utilities(rest)
         chosen = self._repaired([own.index(max(own)) for own in utilities], utilities)
         depth, hops, scales = len(self._choices), list[Hop](), list[float]()
         for p, own in enumerate(self._hops(chosen)):
             hops += own
             first = self._pool.scale(genes[p - depth]) if self.scales == "hop" and own else 1.0
             scales += [first, *[1.0] * (len(own) - 1)] if own else []
-        return self._pool.recipe(hops, scales)
+        return self._pool.recipe(hops, scales, self._outers[outer])
 
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
-        """A genome whose route this is, with the fewest positions changed; None if there is none."""
-        found = self._pool.route(recipe)
-        chosen = self._parsed(*found) if found else None
+        """A genome whose recipe this is, with the fewest positions changed; None if there is none."""
+        name = recipe.embeddings.sources[0][0]
+        found = self._pool.route(recipe, name) if name in self._outers else None
+        chosen = self._parsed(found[0]) if found else None
         if found is None or chosen is None:
             return None
         genes, at = [], 0
@@ -102,8 +112,8 @@ class ConditionalSpace:
                 return None
             genes.append(gene)
             at += len(own)
-        genome = self._genome(chosen, genes)
-        return genome if self._pool.route(self.decode(genome)) == found else None
+        genome = self._genome(self._outers.index(name), chosen, genes)
+        return genome if self._pool.route(self.decode(genome), name) == found else None
 
     def _named(self, position: int) -> dict[tuple[Hop, ...], str]:
         """Layers on the route -> name, of each choice at a position: keep, skip, take, insert."""
@@ -124,6 +134,18 @@ class ConditionalSpace:
         """The layer of a model that a position stands for; halves are rounded up."""
         own = self._pool.depth
         return position if depth == own else (2 * position * (depth - 1) + own - 1) // (2 * (own - 1)) if own > 1 else 0
+
+    def _outer(self, genes: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
+        """(which model gives embeddings and head, the other genes)."""
+        count = len(self._outers)
+        if count == 1:
+            return 0, genes
+        if not self.categorical:
+            own = [0.0, *genes[: count - 1]]
+            return own.index(max(own)), genes[count - 1 :]
+        if genes[0] not in range(count):
+            raise ValueError(f"a choice of embeddings and head is a whole number in [0, {count}), got {genes[0]:g}")
+        return int(genes[0]), genes[1:]
 
     def _utilities(self, genes: Sequence[float]) -> list[list[float]]:
         """What each choice at each position is worth; the largest is made."""
@@ -164,7 +186,7 @@ class ConditionalSpace:
                 if c != chosen[p]:
                     yield p, c, length - len(own[chosen[p]]) + len(hops)
 
-    def _parsed(self, hops: Sequence[Hop], scales: Sequence[float]) -> list[int] | None:
+    def _parsed(self, hops: Sequence[Hop]) -> list[int] | None:
         """The choices, as few as possible not keep, that make a route; None if none do. Dynamic programming from the end."""
         total = len(hops)
         best: dict[tuple[int, int], tuple[int, int]] = {(len(self._choices), total): (0, 0)}  # (position, hop) -> (changes, choice)
@@ -173,7 +195,7 @@ class ConditionalSpace:
                 found = []
                 for c, own in enumerate(self._choices[p]):
                     after = best.get((p + 1, i + len(own)))
-                    if after and tuple(hops[i : i + len(own)]) == own and all(s == 1 for s in scales[i + 1 : i + len(own)]):
+                    if after and tuple(hops[i : i + len(own)]) == own:
                         found.append((after[0] + (c > 0), c))
                 if found:
                     best[p, i] = min(found)
@@ -186,12 +208,13 @@ class ConditionalSpace:
             i += len(self._choices[p][chosen[-1]])
         return chosen
 
-    def _genome(self, chosen: Sequence[int], scales: Sequence[float]) -> tuple[float, ...]:
+    def _genome(self, outer: int, chosen: Sequence[int], scales: Sequence[float]) -> tuple[float, ...]:
+        choices = [(len(self._outers), outer)] if len(self._outers) > 1 else []
         genes: list[float] = []
-        for own, choice in zip(self._choices, chosen, strict=True):
+        for count, choice in [*choices, *((len(own), c) for own, c in zip(self._choices, chosen, strict=True))]:
             if self.categorical:
                 genes.append(float(choice))
             else:  # the probability that none of the other choices' genes is above 0 is `stay`
-                margin = self.sigma * NormalDist().inv_cdf(self.stay ** (1 / (len(own) - 1)))
-                genes += [margin if c == choice else -margin for c in range(1, len(own))]
+                margin = self.sigma * NormalDist().inv_cdf(self.stay ** (1 / (count - 1)))
+                genes += [margin if c == choice else -margin for c in range(1, count)]
         return (*genes, *(scales if self.scales == "hop" else ()))

@@ -71,18 +71,20 @@ class Pool:
         """Layers of the model that a search begins with."""
         return dict(self.models)[self.begin]
 
-    def recipe(self, hops: Sequence[Hop], scales: Sequence[float]) -> Recipe:
-        """The recipe of a route. scales: of the hidden state that enters each hop; that of the first is taken as 1."""
-        stages = (self.stage,) if self.stage and self.stage[0] in (self.begin, *(model for model, _ in hops)) else ()
-        base = self.stage[1].base if self.stage and self.stage[0] == self.begin else self.begin
-        outer = Mix("passthrough", ((self.begin, None),))
+    def recipe(self, hops: Sequence[Hop], scales: Sequence[float], outer: str | None = None) -> Recipe:
+        """The recipe of a route. scales: of the hidden state that enters each hop; that of the first is taken as 1. outer: the
+        model that gives embeddings and head, `begin` unless named."""
+        outer = outer or self.begin
+        stages = (self.stage,) if self.stage and self.stage[0] in (outer, *(model for model, _ in hops)) else ()
+        base = self.stage[1].base if self.stage and self.stage[0] == outer else outer
+        own = Mix("passthrough", ((outer, None),))
         layers = tuple(Mix("passthrough", (hop,)) for hop in hops)
-        return Recipe(base, layers, outer, outer, out_dtype=self.out_dtype, stages=stages, scales=(1.0, *scales[1:]))
+        return Recipe(base, layers, own, own, out_dtype=self.out_dtype, stages=stages, scales=(1.0, *scales[1:]))
 
-    def route(self, recipe: Recipe) -> tuple[tuple[Hop, ...], tuple[float, ...]] | None:
+    def route(self, recipe: Recipe, outer: str | None = None) -> tuple[tuple[Hop, ...], tuple[float, ...]] | None:
         """(hops, a scale for each) of a recipe that is a route over these layers within the bounds; None for any other.
 
-        A layer's own parameters may be written out where they are the defaults, as mergekit's files do.
+        outer: as for `recipe`. A parent as a weight search writes it, with that search's base, is a route too.
         """
         known, hops = frozenset(self.layers), []
         for mix in recipe.layers:
@@ -91,10 +93,12 @@ class Pool:
                 return None
             hops.append((model, layer))
         scales = recipe.scales or (1.0,) * len(hops)
-        plain = replace(recipe, layers=tuple(_plain(m) for m in recipe.layers), embeddings=_plain(recipe.embeddings), head=_plain(recipe.head))
-        if not self.bounds[0] <= len(hops) <= self.bounds[1] or self.recipe(hops, scales) != plain:
+        if not self.bounds[0] <= len(hops) <= self.bounds[1]:
             return None
-        return tuple(hops), scales
+        made = self.recipe(hops, scales, outer)
+        plain = replace(recipe, base=made.base, seed=made.seed, layers=tuple(map(_bare, recipe.layers)))
+        plain = replace(plain, embeddings=_bare(recipe.embeddings), head=_bare(recipe.head))
+        return (tuple(hops), scales) if plain == made else None
 
     def scale(self, gene: float) -> float:
         """Gene in R -> scale in `scale_range`, snapped to four decimals: a logistic curve in log s through s = 1 at 0, with the slope STEP."""
@@ -135,6 +139,11 @@ def _plain(mix: Mix) -> Mix:
     """The same passed-through layer without parameters that are the defaults."""
     defaults = {(p.name, (p.default,) if p.per == "model" else p.default) for p in method("passthrough").params}
     return replace(mix, params=()) if mix.method == "passthrough" and defaults.issuperset(mix.params) else mix
+
+
+def _bare(mix: Mix) -> Mix:
+    """A mix that passes through, without the factors of 1 that it may spell out."""
+    return replace(mix, params=()) if mix.method == "passthrough" and all(v in (1.0, (1.0,)) for _, v in mix.params) else mix
 
 
 def _logit(f: float) -> float:

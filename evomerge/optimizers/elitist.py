@@ -1,0 +1,102 @@
+"""Elitist evolution with re-evaluation, for genomes that are mostly choices: a (mu + lambda) strategy (Beyer and Schwefel 2002).
+
+The best of a generation are asked again in the next one, beside their changed copies, on whatever items that one is scored on:
+luck does not last, and ranks are only ever compared within a generation. Unlike a distribution with a gene at a time, a set
+of survivors holds several good combinations side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from evomerge.optimizers import Array
+from evomerge.optimizers.cma_es import GRID
+from evomerge.optimizers.random_search import check, ordered
+
+_CROSSED = 0.3  # of the children have two parents
+_SHIFTED = 0.2  # of a child's numbers are moved
+
+
+class Elitist:
+    """Survivors and their changed copies. Satisfies `evomerge.optimizers.Optimizer`."""
+
+    def __init__(
+        self, start: Sequence[float], sigma: float, *, categories: Sequence[int], stay: float, population: int | None = None, seed: int = 0
+    ) -> None:
+        """start: [n], the categorical genes first; sigma: standard deviation of a step of the continuous ones; categories: of each
+        categorical gene, at least 2; stay: probability that a child keeps a category, of at least one of them it does not; population: None for 4 + 3 ln n, a
+        quarter of it survive."""
+        self._counts = np.asarray(categories, dtype=np.int64)
+        self._sigma = sigma
+        lead = len(self._counts)
+        self._further = max(0.0, (1 - stay) * lead - 1) / max(1, lead - 1)  # beside the one choice that every child changes
+        self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
+        self._rng = np.random.RandomState(seed)
+        self._survivors: list[Array] = [np.round(np.asarray(start, dtype=np.float64) / GRID) * GRID]
+        self._asked: Array | None = None
+
+    def ask(self) -> Array:
+        """[population, n]: the survivors as they are, best first, then children; numbers on a grid of 2**-14."""
+        kept = self._survivors[: self._popsize]
+        known = {tuple(genome) for genome in kept}
+        children: list[Array] = []
+        while len(kept) + len(children) < self._popsize:
+            child = self._child()
+            if tuple(child) not in known or len(known) > 4 * self._popsize:
+                children.append(child)
+            known.add(tuple(child))
+        self._asked = np.array([*kept, *children])
+        return self._asked.copy()
+
+    def inject(self, genomes: Sequence[Sequence[float]]) -> None:
+        """Puts genomes among the survivors that are asked next, before the start."""
+        given = [np.round(np.asarray(g, dtype=np.float64) / GRID) * GRID for g in genomes]
+        distinct = {tuple(g): g for g in [*given, *self._survivors]}
+        self._survivors = list(distinct.values())[: max(1, self._popsize // 2)]
+
+    def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
+        """The best quarter survive; of equal scores the earlier, which were there before. Returns their slots, best first."""
+        asked = self._asked
+        check(asked, genomes, scores)
+        assert asked is not None
+        order = [i for i in ordered(scores) if scores[i] is not None]
+        distinct = list({tuple(asked[i]): i for i in reversed(order)}.values())[::-1]
+        survivors = distinct[: self.mu]
+        if survivors:
+            self._survivors = [asked[i].copy() for i in survivors]
+        return survivors
+
+    @property
+    def mu(self) -> int:
+        """How many of a generation survive."""
+        return max(2, self._popsize // 4)
+
+    @property
+    def mean(self) -> Array:
+        """[n] the best survivor."""
+        return self._survivors[0].copy()
+
+    def _child(self) -> Array:
+        rng, lead = self._rng, len(self._counts)
+        child = self._pick().copy()
+        if rng.random_sample() < _CROSSED:  # what lies after one cut, of the choices and likewise of the numbers, is another's
+            other, cut = self._pick(), rng.random_sample()
+            for first, size in ((0, lead), (lead, len(child) - lead)):
+                child[first + round(cut * size) : first + size] = other[first + round(cut * size) : first + size]
+        changed = rng.random_sample(lead) < self._further
+        changed[rng.randint(lead)] = True
+        steps = 1 + np.floor(rng.random_sample(lead) * (self._counts - 1))
+        child[:lead] = np.where(changed, (child[:lead] + steps) % self._counts, child[:lead])
+        if lead < len(child):
+            moved = rng.random_sample(len(child) - lead) < _SHIFTED
+            child[lead:] += np.where(moved, self._sigma * rng.standard_normal(len(child) - lead), 0.0)
+        return np.asarray(np.round(child / GRID) * GRID, dtype=np.float64)
+
+    def _pick(self) -> Array:
+        """One of the survivors, a better one rather: of two, the better."""
+        a, b = self._rng.randint(len(self._survivors), size=2)
+        chosen: Array = self._survivors[min(a, b)]
+        return chosen

@@ -1,0 +1,121 @@
+"""Elitist evolution: survivors are asked again, a replay is exact, and it finds linked choices that a gene at a time does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from evomerge.optimizers import Array, Optimizer
+from evomerge.optimizers.elitist import Elitist
+from evomerge.optimizers.random_search import RandomSearch
+
+COUNTS = (3, 4, 4, 4, 4)
+START = (0.0,) * 7
+
+
+def make(seed: int = 0, population: int = 12) -> Elitist:
+    return Elitist(START, 1.0, categories=COUNTS, stay=0.7, population=population, seed=seed)
+
+
+def linked(genome: Array) -> float:
+    """The start is a peak; a higher one needs three choices at once, and each of them alone is worse."""
+    choices = genome[:5]
+    wrong = float((choices != 0).sum())
+    other = 2.0 - 0.4 * float((choices != (1, 2, 2, 0, 0)).sum())
+    return max(1.0 - 0.2 * wrong, other) - 0.01 * float(np.abs(genome[5:]).sum())
+
+
+def search(optimizer: Optimizer, score: Callable[[Array], float], generations: int) -> float:
+    best = -np.inf
+    for _ in range(generations):
+        genomes = optimizer.ask()
+        scores = [score(g) for g in genomes]
+        best = max(best, *scores)
+        optimizer.tell(genomes, list(scores))
+    return best
+
+
+def test_survivors_are_asked_again_first_and_children_are_new() -> None:
+    optimizer = make()
+    genomes = optimizer.ask()
+    assert tuple(genomes[0]) == START
+    kept = optimizer.tell(genomes, [float(i % 5) for i in range(12)])
+    assert kept == [4, 9, 3]
+    again = optimizer.ask()
+    assert [tuple(g) for g in again[:3]] == [tuple(genomes[i]) for i in kept]
+    assert len({tuple(g) for g in again}) == 12
+    assert optimizer.mean.tolist() == genomes[4].tolist()
+
+
+def test_genes_are_choices_that_there_are_and_numbers_on_the_grid() -> None:
+    optimizer = make(3)
+    for _ in range(20):
+        genomes = optimizer.ask()
+        choices, numbers = genomes[:, :5], genomes[:, 5:]
+        assert ((choices >= 0) & (choices < COUNTS) & (choices == np.floor(choices))).all()
+        assert (numbers == np.round(numbers * 2**14) / 2**14).all()
+        optimizer.tell(genomes, [float(g.sum() % 3) for g in genomes])
+
+
+def test_every_choice_is_reached() -> None:
+    optimizer, seen = make(1), [set() for _ in COUNTS]
+    for _ in range(40):
+        for genome in optimizer.ask():
+            for place, own in enumerate(seen):
+                own.add(int(genome[place]))
+        optimizer.tell(optimizer._asked, [0.0] * 12)  # type: ignore[arg-type]
+    assert [len(own) for own in seen] == list(COUNTS)
+
+
+def test_a_child_changes_about_as_many_choices_as_asked() -> None:
+    """Two of five: the one that every child changes, and each of the other four with 1/4. The mean of 400 lies within 4 standard errors."""
+    optimizer = Elitist(START, 1.0, categories=COUNTS, stay=0.6, population=401, seed=2)
+    changed = (optimizer.ask()[1:, :5] != 0).sum(1)
+    assert abs(changed.mean() - 2) < 4 * np.sqrt(4 * 0.25 * 0.75 / 400) + 0.05, "children that are equal are left out"
+    assert changed.min() >= 1
+
+
+def test_a_replay_is_exact() -> None:
+    one, other = make(5), make(5)
+    one.inject([(1.0, 2.0, 0.0, 0.0, 0.0, 0.25, 0.0)])
+    other.inject([(1.0, 2.0, 0.0, 0.0, 0.0, 0.25, 0.0)])
+    for generation in range(30):
+        genomes = one.ask()
+        assert np.array_equal(genomes, other.ask())
+        scores = [None if (generation + i) % 7 == 0 else linked(g) for i, g in enumerate(genomes)]
+        assert one.tell(genomes, scores) == other.tell(genomes, scores)
+        assert np.array_equal(one.mean, other.mean)
+
+
+def test_injected_genomes_are_asked_as_they_are_before_the_start() -> None:
+    optimizer = make()
+    given = [(1.0, 2.0, 0.0, 0.0, 0.0, 0.5, 0.0), (2.0, 0.0, 0.0, 1.0, 0.0, 0.0, -0.5)]
+    optimizer.inject(given)
+    assert [tuple(g) for g in optimizer.ask()[:3]] == [*given, START]
+
+
+def test_failures_never_survive_and_a_lost_generation_changes_nothing() -> None:
+    optimizer = make()
+    genomes = optimizer.ask()
+    scores: list[float | None] = [None] * 12
+    scores[7] = -3.0
+    assert optimizer.tell(genomes, scores) == [7]
+    genomes = optimizer.ask()
+    assert optimizer.tell(genomes, [None] * 12) == []
+    assert np.array_equal(optimizer.ask()[0], genomes[0])
+
+
+def test_the_genomes_told_are_those_asked() -> None:
+    optimizer = make()
+    with pytest.raises(ValueError, match="last ask"):
+        optimizer.tell(optimizer.ask() + 1.0, [0.0] * 12)
+
+
+def test_linked_choices_are_found_more_often_than_at_random() -> None:
+    """Over 20 seeds with 300 evaluations each."""
+    won = [search(make(seed), linked, 25) > 1.7 for seed in range(20)]
+    lucky = [search(RandomSearch(START, 1.0, categories=COUNTS, stay=0.7, population=12, seed=seed), linked, 25) > 1.7 for seed in range(20)]
+    assert sum(won) >= 14
+    assert sum(lucky) <= 8
