@@ -113,7 +113,6 @@ def test_routes_that_a_space_cannot_hold_have_no_genome(kind: str) -> None:
         "model that there is not": stack([*path, ("d", 0)], space.begin),
         "too short": stack(path[:1], space.begin),
         "too long": stack(path * 2, space.begin),
-        "other base": replace(whole, base="other"),
         "other embeddings": replace(whole, embeddings=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))),
         "other head": replace(whole, head=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))),
         "other type": replace(whole, out_dtype="float32"),
@@ -129,6 +128,7 @@ def test_routes_that_a_space_cannot_hold_have_no_genome(kind: str) -> None:
     for what, recipe in others.items():
         assert space.encode(recipe) is None, what
     assert space.encode(whole) == space.start
+    assert space.encode(replace(whole, base="other")) == space.encode(whole), "a parent as a weight search writes it has that search's base"
 
 
 @each

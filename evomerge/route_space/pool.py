@@ -135,12 +135,6 @@ def share(changes: float, positions: int) -> float:
     return min(changes / positions, MOST)
 
 
-def _plain(mix: Mix) -> Mix:
-    """The same passed-through layer without parameters that are the defaults."""
-    defaults = {(p.name, (p.default,) if p.per == "model" else p.default) for p in method("passthrough").params}
-    return replace(mix, params=()) if mix.method == "passthrough" and defaults.issuperset(mix.params) else mix
-
-
 def _bare(mix: Mix) -> Mix:
     """A mix that passes through, without the factors of 1 that it may spell out."""
     return replace(mix, params=()) if mix.method == "passthrough" and all(v in (1.0, (1.0,)) for _, v in mix.params) else mix
