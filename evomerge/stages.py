@@ -43,12 +43,14 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Opening:
     """A stage ready to run. optimizer: makes one from its starting genome; hand: recipes scored before it; at_best: start at
-    the best known recipe that the space can hold."""
+    the best known recipe that the space can hold; late: the share of its generations after which candidates may become
+    finalists, 0 for all: where a distribution converges the early ones were lucky."""
 
     space: SearchSpace
     optimizer: Callable[[Sequence[float]], Optimizer]
     hand: Sequence[Baseline] = ()
     at_best: bool = False
+    late: float = 0.75
 
 
 @dataclass(frozen=True, slots=True)

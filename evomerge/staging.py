@@ -143,7 +143,7 @@ def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent],
             diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)
             return CmaEs(genome, sigma, population=population, diagonal=diagonal, seed=seed)
 
-        return Opening(space, optimizer, _hand(settings, parents, start) if number else (), at_best=True)
+        return Opening(space, optimizer, _hand(settings, parents, start) if number else (), at_best=True, late=0.0)
 
     return opened
 

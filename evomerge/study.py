@@ -41,11 +41,13 @@ class _Candidate:
 
 @dataclass(frozen=True, slots=True)
 class _Searched:
-    """A stage that is over. first, last: its generations; finalists: the mean of its distribution and its leaders."""
+    """A stage that is over. first, last: its generations; after: leaders are of later generations; finalists: the mean of its
+    distribution and its leaders."""
 
     stage: Stage
     first: int
     last: int
+    after: float
     finalists: tuple[Trial, ...]
 
 
@@ -86,7 +88,8 @@ class Study:
                 references = [*references, *self._generation(last, hand, f"{stage.name}: hand recipes", 0, len(hand))]
             known = references if number == 0 else [best, *(t for t in references if t.stage == number)]
             optimizer, first, last = self._search(stage, opening, known, (best.id,) if number else (), last)
-            searched.append(_Searched(stage, first, last, self._finalists(opening.space, optimizer, references, first, last)))
+            after = first - 1 + opening.late * (last - first + 1)
+            searched.append(_Searched(stage, first, last, after, self._finalists(opening.space, optimizer, references, after, last)))
             if number + 1 < len(self.plan.stages):
                 best = self._elected(references, searched)[0]
                 note = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}: candidate {best.id} goes on"
@@ -201,14 +204,13 @@ class Study:
         reached = math.inf if trial.dropped is None else float(trial.dropped)
         return Standing(reached, -trial.violation, trial.score, self.plan.objective.tie(trial.metrics))
 
-    def _finalists(self, space: SearchSpace, optimizer: Optimizer, references: Sequence[Trial], first: int, last: int) -> tuple[Trial, ...]:
-        """A stage's candidates that are validated: the mean of its distribution, and the leaders of its last quarter."""
+    def _finalists(self, space: SearchSpace, optimizer: Optimizer, references: Sequence[Trial], after: float, last: int) -> tuple[Trial, ...]:
+        """A stage's candidates that are validated: the mean of its distribution, and the leaders of its late generations."""
         plan, everything = self.plan, self.store.trials()
         final = [t for t in everything if t.generation == last and t.origin != "mean"]
         genome = tuple(float(g) for g in optimizer.mean)
         mean = _Candidate("mean", space.decode(genome), "mean of the distribution", genome, tuple(t.id for t in final))
         trial = self._evaluate(last, {len(final): mean}, self.subset(last + 1))[len(final)]
-        after = first - 1 + 0.75 * (last - first + 1)
         late = [t for t in everything if after < t.generation <= last]
         known = self._estimates([*late, trial, *references], last)
         leaders = selection.leaders(late, known, after, last, lambda t: plan.objective.price(t.costs))
@@ -233,7 +235,7 @@ class Study:
         store, objective, last = self.store, self.plan.objective, searched[-1].last
         finalists = [t for s in searched for t in s.finalists]
         winner, standing, validated = self._elected(references, searched)
-        late = [t for s in searched for t in store.trials() if s.first - 1 + 0.75 * (s.last - s.first + 1) < t.generation <= s.last]
+        late = [t for s in searched for t in store.trials() if s.after < t.generation <= s.last]
         known = self._estimates([*late, *finalists, *references], last)
         tested = self._score_all("test", [store.recipe(t.recipe_id) for t in (winner, *references)])
         p = selection.p_values(objective, winner.recipe_id, [t.recipe_id for t in standing], validated)

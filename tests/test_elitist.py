@@ -15,7 +15,7 @@ COUNTS = (3, 4, 4, 4, 4)
 START = (0.0,) * 7
 
 
-def make(seed: int = 0, population: int = 12) -> Elitist:
+def make(seed: int = 0, population: int = 18) -> Elitist:
     return Elitist(START, 1.0, categories=COUNTS, stay=0.7, population=population, seed=seed)
 
 
@@ -41,11 +41,11 @@ def test_survivors_are_asked_again_first_and_children_are_new() -> None:
     optimizer = make()
     genomes = optimizer.ask()
     assert tuple(genomes[0]) == START
-    kept = optimizer.tell(genomes, [float(i % 5) for i in range(12)])
+    kept = optimizer.tell(genomes, [float(i % 5) for i in range(18)])
     assert kept == [4, 9, 3]
     again = optimizer.ask()
     assert [tuple(g) for g in again[:3]] == [tuple(genomes[i]) for i in kept]
-    assert len({tuple(g) for g in again}) == 12
+    assert len({tuple(g) for g in again}) == 18
     assert optimizer.mean.tolist() == genomes[4].tolist()
 
 
@@ -65,7 +65,7 @@ def test_every_choice_is_reached() -> None:
         for genome in optimizer.ask():
             for place, own in enumerate(seen):
                 own.add(int(genome[place]))
-        optimizer.tell(optimizer._asked, [0.0] * 12)  # type: ignore[arg-type]
+        optimizer.tell(optimizer._asked, [0.0] * 18)  # type: ignore[arg-type]
     assert [len(own) for own in seen] == list(COUNTS)
 
 
@@ -99,23 +99,23 @@ def test_injected_genomes_are_asked_as_they_are_before_the_start() -> None:
 def test_failures_never_survive_and_a_lost_generation_changes_nothing() -> None:
     optimizer = make()
     genomes = optimizer.ask()
-    scores: list[float | None] = [None] * 12
+    scores: list[float | None] = [None] * 18
     scores[7] = -3.0
     assert optimizer.tell(genomes, scores) == [7]
     genomes = optimizer.ask()
-    assert optimizer.tell(genomes, [None] * 12) == []
+    assert optimizer.tell(genomes, [None] * 18) == []
     assert np.array_equal(optimizer.ask()[0], genomes[0])
 
 
 def test_the_genomes_told_are_those_asked() -> None:
     optimizer = make()
     with pytest.raises(ValueError, match="last ask"):
-        optimizer.tell(optimizer.ask() + 1.0, [0.0] * 12)
+        optimizer.tell(optimizer.ask() + 1.0, [0.0] * 18)
 
 
 def test_linked_choices_are_found_more_often_than_at_random() -> None:
     """Over 20 seeds with 300 evaluations each."""
-    won = [search(make(seed), linked, 25) > 1.7 for seed in range(20)]
-    lucky = [search(RandomSearch(START, 1.0, categories=COUNTS, stay=0.7, population=12, seed=seed), linked, 25) > 1.7 for seed in range(20)]
+    won = [search(make(seed), linked, 17) > 1.7 for seed in range(20)]
+    lucky = [search(RandomSearch(START, 1.0, categories=COUNTS, stay=0.7, population=18, seed=seed), linked, 17) > 1.7 for seed in range(20)]
     assert sum(won) >= 14
     assert sum(lucky) <= 8

@@ -178,7 +178,7 @@ def test_a_hand_written_stack_of_mergekit_is_where_routes_begin(tmp_path: Path) 
     assert space.decode(genome) == recipe
     elsewhere = llama(tmp_path / "elsewhere", 9)
     (tmp_path / "solar.yaml").write_text(stack.replace(f"{tmp_path}/a", str(elsewhere)))
-    with pytest.raises(ConfigError, match="elsewhere.*not among the models"):
+    with pytest.raises(ConfigError, match=r"elsewhere.*not among the models"):
         staging.references(given, make_space(given, parents), parents)
 
 

@@ -27,8 +27,8 @@ class Elitist:
         self, start: Sequence[float], sigma: float, *, categories: Sequence[int], stay: float, population: int | None = None, seed: int = 0
     ) -> None:
         """start: [n], the categorical genes first; sigma: standard deviation of a step of the continuous ones; categories: of each
-        categorical gene, at least 2; stay: probability that a child keeps a category, of at least one of them it does not; population: None for 4 + 3 ln n, a
-        quarter of it survive."""
+        categorical gene, at least 2; stay: probability that a child keeps a category, though one at least it changes; population: None for 4 + 3 ln n, a
+        sixth of it survive."""
         self._counts = np.asarray(categories, dtype=np.int64)
         self._sigma = sigma
         lead = len(self._counts)
@@ -58,7 +58,7 @@ class Elitist:
         self._survivors = list(distinct.values())[: max(1, self._popsize // 2)]
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
-        """The best quarter survive; of equal scores the earlier, which were there before. Returns their slots, best first."""
+        """The best sixth survive; of equal scores the earlier, which were there before. Returns their slots, best first."""
         asked = self._asked
         check(asked, genomes, scores)
         assert asked is not None
@@ -72,7 +72,7 @@ class Elitist:
     @property
     def mu(self) -> int:
         """How many of a generation survive."""
-        return max(2, self._popsize // 4)
+        return max(2, self._popsize // 6)
 
     @property
     def mean(self) -> Array:

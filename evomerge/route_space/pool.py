@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from evomerge.errors import ConfigError
-from evomerge.methods import method
 from evomerge.recipe import Mix, Recipe
 
 Hop = tuple[str, int]
