@@ -26,9 +26,9 @@ class Elitist:
     def __init__(
         self, start: Sequence[float], sigma: float, *, categories: Sequence[int], stay: float, population: int | None = None, seed: int = 0
     ) -> None:
-        """start: [n], the categorical genes first; sigma: standard deviation of a step of the continuous ones; categories: of each
-        categorical gene, at least 2; stay: probability that a child keeps a category, though one at least it changes; population: None for 4 + 3 ln n, a
-        sixth of it survive."""
+        """start: [n], the categorical genes first; sigma: standard deviation of a step of the continuous ones; categories: of
+        each categorical gene, at least 2; stay: probability that a child keeps a category, though one at least it changes;
+        population: None for 4 + 3 ln n; a sixth of it survive."""
         self._counts = np.asarray(categories, dtype=np.int64)
         self._sigma = sigma
         lead = len(self._counts)
