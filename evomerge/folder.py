@@ -27,8 +27,8 @@ from evomerge.recipe import Recipe
 SHARD = 5_000_000_000  # bytes
 Progress = Callable[[int, int], None]
 """Called with the number of tensors done and their total."""
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json", "*.jinja", "chat_template.json")
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json", "*.jinja", "chat_template.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path, progress: Progress | None = None, memory: int | None = None) -> None:
@@ -160,7 +160,7 @@ def _append(file: BinaryIO, tensor: Tensor, step: Step) -> None:
 def _companions(merge: Merge, directory: Path) -> None:
     """Tokenizer, generation config and chat template."""
     donor = merge.parents[merge.recipe.base]
-    patterns = _PROCESSORS if merge.vocabulary else (*_TOKENIZER, *_PROCESSORS)
+    patterns = PROCESSORS if merge.vocabulary else (*TOKENIZER, *PROCESSORS)
     for pattern in patterns:
         for file in sorted(donor.path.glob(pattern)):
             shutil.copyfile(file, directory / file.name)

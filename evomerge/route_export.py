@@ -106,7 +106,7 @@ def fresh(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def companions(donor: Path, directory: Path) -> None:
     """Copies tokenizer, generation config, chat template and processor files of a model's folder."""
-    for pattern in (*folder._TOKENIZER, *folder._PROCESSORS, "generation_config.json"):
+    for pattern in (*folder.TOKENIZER, *folder.PROCESSORS, "generation_config.json"):
         for file in sorted(donor.glob(pattern)):
             shutil.copyfile(file, directory / file.name)
 

@@ -78,7 +78,10 @@ class OpenRoute:
 
 
 def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
-    """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError or CheckpointError where it cannot be made."""
+    """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError, RecipeError or CheckpointError where
+    it cannot be made."""
+    if recipe.tokenizer is not None or recipe.chat_template is not None:
+        raise RecipeError("a route gets the tokenizer and chat template of its base; merge without scales for others, or leave them out")
     base = recipe.stages[0][1].base if recipe.stages else recipe.base
     skeleton = load(parents[base], recipe.out_dtype)
     live = Live(parents, parents, base, skeleton, recipe.out_dtype, "cpu", Tables())

@@ -129,7 +129,8 @@ def main() -> None:
     if {"ps", "ps-dfs"} <= set(tests):
         lines += [
             "",
-            f"Weights then routes over weights alone, paired by seed: {interval([a - b for a, b in zip(tests['ps-dfs'], tests['ps'], strict=True)])}.",
+            "Weights then routes over weights alone, paired by seed: "
+            f"{interval([a - b for a, b in zip(tests['ps-dfs'], tests['ps'], strict=True)])}.",
         ]
     (REPO / "results" / "routes.md").write_text("\n".join(lines) + "\n")
 

@@ -34,8 +34,8 @@ from evomerge.pools import Job
 from evomerge.racing import Race
 from evomerge.recipe import Mix, Recipe, Setting
 from evomerge.space import Range, Space
-from evomerge.statistics import Estimate, stratified
 from evomerge.stages import Plan, one_stage
+from evomerge.statistics import Estimate, stratified
 from evomerge.store import Store
 from evomerge.study import Study
 
