@@ -201,7 +201,7 @@ class RoutesConfig(_Strict):
     genome: 'conditional' changes the positions of one model's path, continuous or 'categorical'; 'indicator' switches all
     layers of all models, `repeats` times over (arXiv 2403.13187). start: model that gives embeddings and head and whose path
     it begins at; 'best': the best so far, on validation, in a first stage on the search items, a parent or stack by hand.
-    models: those whose layers are used, all unless named. layers: [least, most], from half to twice the start's unless
+    embeddings: of any model, which is one more choice, or of the start. models: those whose layers are used, all unless named. layers: [least, most], from half to twice the start's unless
     given. changes: how many positions a first candidate changes. spans: lengths of inserted spans. scales: a factor of the
     hidden state for each hop, between any two layers, or none; in scale_range. penalty: what a layer more than the base has
     costs of the score. stacks: mergekit passthrough files to begin with. gate: None scores every route in full. optimizer:
@@ -210,6 +210,7 @@ class RoutesConfig(_Strict):
 
     genome: Literal["categorical", "conditional", "indicator"] = "categorical"
     start: str = "best"
+    embeddings: Literal["any", "start"] = "any"
     models: tuple[str, ...] = ()
     layers: tuple[Whole, Whole] | None = None
     changes: Number = Field(default=2.0, gt=0)

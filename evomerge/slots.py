@@ -231,14 +231,6 @@ class Slots:
         """Workers that the cluster has not placed yet."""
         return sum(worker.state == "placing" for worker in self._workers.values())
 
-    def place(self, number: int) -> Place:
-        """Where a worker is."""
-        return self._workers[number].place
-
-    def is_open(self, number: int) -> bool:
-        """Whether a worker can evaluate, or does."""
-        return self._workers[number].open
-
     def settled(self) -> list[tuple[int, str]]:
         """(job, error) of the jobs that failed for good since it was last asked."""
         found, self._failed = self._failed, []
@@ -350,8 +342,8 @@ class Slots:
 
     def _check(self, now: float, target: int) -> None:
         """Raises SetupError where waiting is of no use."""
-        tries = max((seat.closed for seat in self._seats), default=0)
-        if not self._workers and tries >= self._limits.opens:
+        tries = min((seat.closed for seat in self._seats), default=0)
+        if target and not self._workers and tries >= self._limits.opens:
             raise SetupError(f"no worker could be opened, {tries} times in a row; the last time because: {self._cause}")
         if target or self._workers:
             self._empty = None

@@ -75,7 +75,7 @@ def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -
     }  # fmt: skip
     if routes.genome == "indicator":
         return IndicatorSpace(**common, repeats=routes.repeats)
-    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical", outer=True)
+    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical", outer=routes.embeddings == "any")
 
 
 def check_routes(settings: Config, parents: Mapping[str, Parent], scorer: Worker, tasks: TaskSet, limit: float | None) -> float | None:
