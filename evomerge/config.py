@@ -198,14 +198,15 @@ class GateConfig(_Strict):
 class RoutesConfig(_Strict):
     """Routes of layers, see `evomerge.route_space`.
 
-    genome: 'conditional' changes the positions of one model's path, continuous or 'categorical'; 'indicator' switches all
-    layers of all models, `repeats` times over (arXiv 2403.13187). start: model that gives embeddings and head and whose path
-    it begins at; 'best': the best so far, on validation, in a first stage on the search items, a parent or stack by hand.
-    embeddings: of any model, which is one more choice, or of the start. models: those whose layers are used, all unless named. layers: [least, most], from half to twice the start's unless
-    given. changes: how many positions a first candidate changes. spans: lengths of inserted spans. scales: a factor of the
-    hidden state for each hop, between any two layers, or none; in scale_range. penalty: what a layer more than the base has
-    costs of the score. stacks: mergekit passthrough files to begin with. gate: None scores every route in full. optimizer:
-    'random' samples without learning.
+    genome: 'categorical' is a choice at each position of one model's path, 'conditional' the same as numbers; 'indicator'
+    switches all layers of all models, `repeats` times over (arXiv 2403.13187). start: model that gives embeddings and head
+    and whose path it begins at; 'best': the best so far, on validation, in a first stage on the search items, a parent or
+    stack by hand. embeddings: of any model, which is one more choice, or of the start. models: those whose layers are used,
+    all unless named. layers: [least, most], from half to twice the start's unless given. changes: how many positions a
+    first candidate changes. spans: lengths of inserted spans. scales: a factor of the hidden state for each hop, between
+    any two layers, or none; in scale_range. penalty: what a layer more than the base has costs of the score. stacks:
+    mergekit passthrough files to begin with. gate: None scores every route in full. optimizer: 'elitist' for choices and
+    'cma' for numbers unless named; 'random' samples without learning.
     """
 
     genome: Literal["categorical", "conditional", "indicator"] = "categorical"
@@ -221,7 +222,7 @@ class RoutesConfig(_Strict):
     penalty: Number = Field(default=0.0, ge=0)
     stacks: tuple[str, ...] = ()
     gate: GateConfig | None = Field(default_factory=GateConfig)
-    optimizer: Literal["elitist", "cma", "random"] = "elitist"
+    optimizer: Literal["elitist", "cma", "random"] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> RoutesConfig:

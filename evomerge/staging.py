@@ -136,7 +136,7 @@ def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent],
         def optimizer(genome: Sequence[float]) -> Optimizer:
             if settings.routes.optimizer == "random":
                 return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
-            if space.categories and settings.routes.optimizer == "elitist":
+            if space.categories and settings.routes.optimizer != "cma":
                 return Elitist(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
             if space.categories:
                 return CatCma(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)

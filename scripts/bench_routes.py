@@ -44,7 +44,7 @@ search: {{population: 24, sigma: 0.1, seed: {seed}}}
 """
 WEIGHTS, ROUTES = "{{stage: weights, evaluations: {}}}", "{{stage: routes, evaluations: {}}}"
 FIXED = "start: lang, embeddings: start"  # as published: those of the model that speaks the language
-FEWER = {"random": 3, "dfs": 3}  # seeds
+FEWER = {"random": 3, "dfs": 3, "catcma-fixed": 3, "cma-fixed": 3, "indicator": 3}  # seeds
 ARMS: dict[str, tuple[str, tuple[tuple[str, float], ...], str]] = {  # arm -> (what it is, its stages with their shares of the budget, routes)
     "ps": ("weights, CMA-ES", ((WEIGHTS, 1.0),), "scales: none"),
     "random-fixed": ("routes at random", ((ROUTES, 1.0),), f"optimizer: random, {FIXED}"),
@@ -123,8 +123,10 @@ def main() -> None:
     lines.append(f"| best parent | {parent:.3f} | | | | | 6 |")
     for arm, own in found.items():
         over = interval([t - best(o, "parent") for t, o in zip(tests[arm], own, strict=True)])
-        chance = tests.get("random" if arm in FEWER else "random-fixed", [])
-        paired = interval([a - b for a, b in zip(tests[arm], chance, strict=True)]) if len(chance) == len(own) and tests[arm] != chance else ""
+        other = "random" if arm in ("dfs", "ps-dfs") else "random-fixed"
+        paired = (
+            interval([a - b for a, b in zip(tests[arm], tests[other], strict=False)]) if other in tests and arm not in ("ps", "random", other) else ""
+        )
         hand = interval([t - best(o, "hand") for t, o in zip(tests[arm], own, strict=True)])
         luck = interval([o["best"]["search"] - t for t, o in zip(tests[arm], own, strict=True)])  # type: ignore[index]
         layers = ", ".join(str(depth(o, args.root)) for o in own)
