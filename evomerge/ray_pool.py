@@ -65,7 +65,7 @@ class RayPool:
         self._flying: dict[int, Any] = {}  # worker -> its call
         self._calls: dict[Any, tuple[int, str]] = {}  # call -> (worker, what it does)
         self._nodes: list[Mapping[str, float]] = []
-        self._looked = self._said = -_SAID
+        self._looked, self._said = -_NODES, time.monotonic()
         self._ours, joined = _connect(self._ray, address)
         try:
             self._start(joined)
@@ -155,9 +155,11 @@ class RayPool:
         try:
             answer = self._ray.get(call)
         except self._ray.exceptions.RayError as error:
-            what, cause = _cause(self._ray, error)
+            log.debug("worker %d was lost in '%s'", number, kind, exc_info=True)
+            place = self._places.get(number)
+            what, cause = _cause(self._ray, error, here=place is not None and place.node == self._node)
             if kind in ("start", "open"):
-                cause += _log_end(self._places.get(number))
+                cause += _log_end(place)
             self._slots.lost(number, time.monotonic(), what, cause)
             return
         now = time.monotonic()
@@ -312,29 +314,28 @@ def _write_token() -> None:
             log.warning("Ray's token %s can be read by others; run: chmod 600 %s", file, file)
 
 
-def _cause(ray: Any, error: Exception) -> tuple[Kind, str]:
-    """How a worker was lost, and a sentence about it."""
+def _cause(ray: Any, error: Exception, here: bool) -> tuple[Kind, str]:
+    """How a worker was lost, and a sentence about it that is the same whenever it happens. here: whether it was on this node."""
     errors, text = ray.exceptions, str(error)
     if isinstance(error, errors.RayTaskError):
         cause = getattr(error, "cause", None)
-        if cause is None:
+        if cause is None or isinstance(cause, errors.RayError):  # an exception that could not be sent
             return "raised", _last_line(text)
         return "raised", " ".join((str(cause) if isinstance(cause, EvomergeError) else f"{type(cause).__name__}: {cause}").split())
     if isinstance(error, errors.UnserializableException):
         return "raised", _last_line(text)
     if isinstance(error, errors.OutOfMemoryError):
         return "died", "its node ran out of memory, and Ray ended the process"
-    if isinstance(error, errors.ActorUnavailableError) or "node has died" in text or "node died" in text:
+    if not here and (isinstance(error, errors.ActorUnavailableError) or "node has died" in text or "node died" in text):
         return "node", "its node is out of reach"
     if "creation task" in text:
         return "raised", _last_line(text)
-    code = re.search(r"exit code (-?\d+)", text)
-    return "died", f"its process ended with exit code {code[1]}" if code else "its process was killed"
+    return "died", "its process ended"
 
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
-    return lines[-1] if lines else "it gave no reason"
+    return re.sub(r"^(\w+\.)+(?=\w+:)", "", lines[-1]) if lines else "it gave no reason"
 
 
 def _log_end(place: Place | None) -> str:
@@ -343,5 +344,6 @@ def _log_end(place: Place | None) -> str:
         return ""
     file, lines = Path(place.log), []
     if place.host == socket.gethostname() and file.is_file():
-        lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()][-3:]
+        written = [line.strip() for line in file.read_text(errors="replace").splitlines()]
+        lines = [line for line in written if line and not line.startswith((":job_id:", ":actor_name:"))][-3:]
     return f"; its log is {place.host}:{place.log}" + (f", which ends: {' | '.join(lines)}" if lines else "")

@@ -180,7 +180,7 @@ class _Worker:
     seat: _Seat
     state: Literal["placing", "opening", "idle", "greeting", "busy", "aside"]
     since: float
-    place: Place = field(default_factory=lambda: Place("a node that gave no answer", 0, ""))
+    place: Place = field(default_factory=lambda: Place("", 0, ""))
     job: int | None = None
     size: int = 0
     first: int | None = None
@@ -403,4 +403,4 @@ class Slots:
     @staticmethod
     def _said(place: Place) -> str:
         gpus = f" with GPU {', '.join(place.gpus)}" if place.gpus else ""
-        return f"the worker on {place.host}{gpus} (process {place.pid})"
+        return f"the worker on {place.host}{gpus} (process {place.pid})" if place.pid else "a worker"
