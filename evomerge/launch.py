@@ -299,7 +299,7 @@ def _terms(settings: Config, harness: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]], depth: int) -> Objective:
+def _objective(settings: Config, said: Mapping[str, Mapping[str, Any]], depth: int = 0) -> Objective:
     """The objective of a configuration; said: `_terms`; depth: layers that cost nothing.
 
     Raises ConfigError where a task lacks a soft score it is to be searched by."""

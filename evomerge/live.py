@@ -77,6 +77,7 @@ class Live:
         Raises what a merge raises, RouteError for layers that do not fit together.
         """
         if self._is_skeleton(recipe):
+            self._skeletons[0].holds = None  # each candidate is merged anew, whatever the one before it left behind
             return View(self._filled(0, recipe).model)
         stages = {name: self._filled(number, stage).model for number, (name, stage) in enumerate(recipe.stages)}
         hops, outer = self._hops(recipe, stages)

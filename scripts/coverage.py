@@ -138,7 +138,7 @@ def plan(seed: int, race: Race | None = None) -> Plan:
         segments=((".self_attn.", "attention"), (".mlp.", "mlp")), ranges={"weight": Range(-0.5, 2.0, 0.3)},
     )  # fmt: skip
     return Plan(
-        space=space, baselines=baselines(space), objective=Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items())),
+        baselines=baselines(space), objective=Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items())),
         stages=one_stage(space, lambda start: CmaEs(start, 0.2, population=POPULATION, diagonal=True, seed=seed), GENERATIONS * POPULATION),
         items=items(seed), per_generation=PER_GENERATION, finalists=FINALISTS, seed=seed, race=race,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from test_lm_harness import BATCH, CHOOSE, GENERATE, LIKELIHOOD, own_id, sums, write_task
 from toy import zoo_folder
 
-from evomerge import worker
+from evomerge import live, worker
 from evomerge.checkpoint import Checkpoint
 from evomerge.errors import TaskError
 from evomerge.evaluation import Evaluation
@@ -143,7 +143,7 @@ def test_nan_weights_are_the_candidates_cause(task: str, scorer: Worker, monkeyp
             scorer.model.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = math.nan
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker.merge, "into", sick)
+        patched.setattr(live.merge, "into", sick)
         evaluation = scored(scorer, task)
     assert "NaN" in str(evaluation.error)
     again = scored(scorer, task)

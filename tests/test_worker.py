@@ -193,8 +193,8 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
             return recipe(at={1: Mix("passthrough", (("nobody", 1),))}), ("nobody",)
         case "a layer that is not there":
             return recipe(at={1: Mix("passthrough", (("a", 9),))}), ("9",)
-        case "another depth":
-            return Recipe("base", good.layers[:2], good.embeddings, good.head), ("2 layers", "3")
+        case "scales of a layer that is not there":
+            return Recipe("base", (*good.layers[:1], Mix("passthrough", (("a", 7),))), good.embeddings, good.head, scales=(1.0, 0.5)), ("7",)
         case "an unknown dtype":
             return Recipe("base", good.layers, good.embeddings, good.head, out_dtype="int8"), ("int8",)
     raise AssertionError(name)
@@ -203,7 +203,8 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
 POISON = (
     "a kernel that gives NaN", "a kernel that raises", "a kernel that spoils its inputs", "a kernel of the wrong shape", "weights that overflow",
     "weights that cancel", "activations that overflow", "an unknown method", "an unknown parameter", "a parameter out of range",
-    "a filter out of range", "too many models", "an unknown model", "a layer that is not there", "another depth", "an unknown dtype",
+    "a filter out of range", "too many models", "an unknown model", "a layer that is not there", "scales of a layer that is not there",
+    "an unknown dtype",
 )  # fmt: skip
 
 
