@@ -126,7 +126,7 @@ class Live:
         found: dict[int, Hop] = {}
         mixed: dict[int, Mix] = {}
         for position, mix in enumerate(recipe.layers):
-            source = _passed(mix)
+            source = mix.passed
             if source is None:
                 mixed[position] = mix
             else:
@@ -141,7 +141,7 @@ class Live:
 
     def _outer(self, recipe: Recipe, stages: Mapping[str, nn.Module]) -> nn.Module | None:
         """The model whose tensors outside the stack a recipe takes over whole, None if it mixes them."""
-        sources = [_passed(recipe.embeddings), _passed(recipe.head)]
+        sources = [recipe.embeddings.passed, recipe.head.passed]
         if sources[0] is None or sources[1] is None or sources[0][0] != sources[1][0]:
             return None
         name = sources[0][0]
@@ -249,13 +249,6 @@ def load_parent(parent: Parent, dtype: str) -> nn.Module:
             if name not in resident.ignored:
                 resident.put(name, parent.tensor(name).to(getattr(torch, dtype)))
     return model
-
-
-def _passed(mix: Mix) -> tuple[str, int | None] | None:
-    """The source of a mix that changes nothing, else None."""
-    if mix.method != "passthrough" or len(mix.sources) != 1:
-        return None
-    return mix.sources[0] if all(v == 1.0 or v == (1.0,) for name, v in mix.params if name == "scale") else None
 
 
 def _depends_on_position(mix: Mix) -> bool:

@@ -79,6 +79,12 @@ class Mix:
         named = [model for model, _ in self.sources] + ([self.base[0]] if self.base else [])
         return tuple(dict.fromkeys(named))
 
+    @property
+    def passed(self) -> Source | None:
+        """The source of a mix that takes it over as it is, else None; a factor of 1 may be spelt out."""
+        plain = self.method == "passthrough" and self.base is None and len(self.sources) == 1
+        return self.sources[0] if plain and all(value in (1.0, (1.0,)) for _, value in self.params) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

@@ -40,7 +40,7 @@ def why_not(recipe: Recipe, model_type: str) -> str | None:
             f"No mergekit file: what mergekit 0.1.5 makes of a route was verified for {', '.join(VERIFIED)} and not for {model_type}; "
             "it drops tensors of some architectures without a word. The checkpoint is whole."
         )
-    mixed = [place for place, mix in _places(recipe) if _passed(mix) is None]
+    mixed = [place for place, mix in _places(recipe) if mix.passed is None]
     if mixed:
         return f"No mergekit file: one file has one method, and {mixed[0]} is mixed while others pass through; merge in a stage of its own."
     if recipe.tokenizer is not None:
@@ -178,14 +178,8 @@ def _places(recipe: Recipe) -> list[tuple[str, Mix]]:
     return [("what comes before the layers", recipe.embeddings), *layers, ("what comes after the layers", recipe.head)]
 
 
-def _passed(mix: Mix) -> Source | None:
-    """The source of a mix that changes nothing."""
-    plain = mix.method == "passthrough" and mix.base is None and all(value in (1.0, (1.0,)) for _, value in mix.params)
-    return mix.sources[0] if plain else None
-
-
 def _source(mix: Mix, place: str) -> Source:
-    source = _passed(mix)
+    source = mix.passed
     if source is None:
         raise RecipeError(f"one mergekit file has one method, and {place} is mixed while others pass through; merge in a stage of its own")
     return source

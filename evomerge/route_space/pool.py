@@ -136,7 +136,7 @@ def share(changes: float, positions: int) -> float:
 
 def _bare(mix: Mix) -> Mix:
     """A mix that passes through, without the factors of 1 that it may spell out."""
-    return replace(mix, params=()) if mix.method == "passthrough" and all(v in (1.0, (1.0,)) for _, v in mix.params) else mix
+    return replace(mix, params=()) if mix.passed else mix
 
 
 def _logit(f: float) -> float:
