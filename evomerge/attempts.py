@@ -1,16 +1,19 @@
-"""One try of a candidate at a worker, as pools report it and the store keeps it. Knows nothing of either."""
+"""One try of a candidate at a worker, as pools report it and the store keeps it. Knows neither of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+CAUSES = ("done", "failed", "died", "hung", "memory", "lost", "late")
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A try that ended. number: of its job, from 1; started: unix seconds; log: the worker's last lines, without secrets.
+    """One try of a job at a worker, as it is stored. number: of this job, from 1.
 
-    cause: 'done'; 'failed', an evaluation with an error; 'died', 'hung' or 'memory', the worker was lost or put an end to;
-    'lost', with its node; 'late', a result that nobody waited for any more.
+    cause: done; failed (an Evaluation with an error); died (the worker); hung (killed at its time limit); memory (the worker
+    outgrew its limit); lost (its node); late (a result that nobody waited for any more). started: Unix seconds. log: the last
+    lines of the worker's log, secrets scrubbed.
     """
 
     recipe_id: str
