@@ -1,7 +1,7 @@
 """Reads YAML a user wrote: bounded, without surprises, with the place of every key for error messages.
 
 Differs from plain PyYAML on purpose: `1e-5` is a number, `no` is text (YAML 1.2), a repeated key, an anchor, an
-alias or a merge key is an error, and so is a file over 1 MB or nested deeper than 32.
+alias or a merge key is an error, and so is a file over 1 MB, with over 30,000 keys and values, or nested deeper than 32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from evomerge.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
+MAX_VALUES = 30_000  # keys and values of a file: PyYAML takes some 50 microseconds for each
 Key = tuple[str | int, ...]
 
 
@@ -38,12 +39,32 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans."""
+    """SafeLoader with YAML 1.2's numbers and booleans, which refuses what is too much as it comes to it."""
 
     yaml_implicit_resolvers = {  # type: ignore[misc, unused-ignore]  # noqa: RUF012
         first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self._name, self._depth, self._values = name, 0, 0
+
+    def get_event(self) -> yaml.Event:
+        """The next event. Raises ConfigError for an anchor or alias, and where a limit is passed."""
+        event: yaml.Event = super().get_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ConfigError(f"{_place(self._name, event)} uses a YAML anchor or alias; write the value out instead")
+        if isinstance(event, yaml.CollectionStartEvent):
+            self._depth += 1
+            if self._depth > MAX_DEPTH:
+                raise ConfigError(f"{_place(self._name, event)} is nested deeper than {MAX_DEPTH} levels")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self._depth -= 1
+        self._values += isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.DocumentStartEvent)
+        if self._values > MAX_VALUES:
+            raise ConfigError(f"{_place(self._name, event)} is past the first {MAX_VALUES:,} keys and values; a search or recipe has no more")
+        return event
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -89,8 +110,7 @@ def parse_all(text: str, name: str) -> list[Document]:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}")
     try:
-        _check_events(text, name)
-        loader, out = _Loader(text), []
+        loader, out = _Loader(text, name), []
         while loader.check_node():
             root, marks = loader.get_node(), dict[Key, tuple[int, int]]()
             out.append(Document(name, text, _build(loader, root, (), marks, name) if root is not None else None, marks))
@@ -106,20 +126,6 @@ def parse_all(text: str, name: str) -> list[Document]:
 def _place(name: str, thing: yaml.Event | yaml.Node) -> str:
     mark = thing.start_mark
     return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-
-
-def _check_events(text: str, name: str) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = _place(name, event)
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(f"{place} uses a YAML anchor or alias; write the value out instead")
-        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ConfigError(f"{place} is nested deeper than {MAX_DEPTH} levels")
-        elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-            depth -= 1
 
 
 def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[int, int]], name: str) -> Any:
