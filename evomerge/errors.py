@@ -13,6 +13,8 @@ EvomergeError                 E000  exit 1
 │   ├── RouteError            E410  exit 1   layers that cannot be taken from their models and stacked
 │   └── FoldError             E420  exit 1   a layer whose weights cannot take up a gain
 └── Paused                    E500  exit 75  a signal asked the search to stop; start it again to go on
+    ├── Stopped               E510  exit 0   `evomerge stop` asked for it; resume goes on
+    └── NoRoom                E520  exit 75  the study's disk is full or read-only; make room and start it again
 """
 
 from __future__ import annotations
@@ -104,6 +106,19 @@ class Paused(EvomergeError):
 
     code = "E500"
     exit_code = 75
+
+
+class Stopped(Paused):
+    """`evomerge stop` asked for the end; nothing is lost, and nothing is to be started again by itself."""
+
+    code = "E510"
+    exit_code = 0
+
+
+class NoRoom(Paused):
+    """A study's file cannot be written: its disk is full, over quota, read-only or failing. What was stored before is there."""
+
+    code = "E520"
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,8 @@
-"""The tables of a study's file, as the scripts that bring an older file up to date, oldest first. Runs none of them."""
+"""The tables of a study's file, as the scripts that bring an older file up to date, oldest first. Runs none of them.
+
+Rows carry a digest, see `evomerge.store.sums`. An attempt may come before its recipe is stored. ends: a budget that ended an
+island of a stage, so that a replay ends there too; runs: of drivers, with the time that each has driven.
+"""
 
 from __future__ import annotations
 
@@ -37,5 +41,20 @@ MIGRATIONS = (
     """
     ALTER TABLE trials ADD COLUMN stage INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE evaluations ADD COLUMN costs TEXT;
+    """,
+    """
+    ALTER TABLE trials ADD COLUMN island INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE trials ADD COLUMN digest TEXT;
+    ALTER TABLE study ADD COLUMN digest TEXT;
+    ALTER TABLE evaluations ADD COLUMN digest TEXT;
+    ALTER TABLE sensitivity ADD COLUMN digest TEXT;
+    ALTER TABLE front ADD COLUMN digest TEXT;
+    CREATE TABLE attempts (
+        id INTEGER PRIMARY KEY, recipe TEXT NOT NULL, number INTEGER NOT NULL, cause TEXT NOT NULL, error TEXT, worker TEXT NOT NULL,
+        host TEXT NOT NULL, pid INTEGER NOT NULL, device TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL, log TEXT NOT NULL, digest TEXT);
+    CREATE TABLE ends (
+        id INTEGER PRIMARY KEY, stage INTEGER NOT NULL, island INTEGER NOT NULL, generation INTEGER NOT NULL, cause TEXT NOT NULL, digest TEXT,
+        UNIQUE (stage, island));
+    CREATE TABLE runs (id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL, digest TEXT);
     """,
 )

@@ -1,17 +1,58 @@
-"""Where studies live on disk. Light: imported before anything heavy is."""
+"""Where studies live on disk, who drives them, and what is asked of a driver. Light: imported before anything heavy is."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import json
 import os
+import re
+import signal
 import socket
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from evomerge.errors import StudyError, suggest
+from evomerge.errors import ConfigError, StudyError, suggest
 
 STORE = "study.db"
+BACKUP = "study.backup.db"
+STOP = "stop"
+LOCAL = frozenset(
+    (
+        "ext2",
+        "ext3",
+        "ext4",
+        "xfs",
+        "btrfs",
+        "zfs",
+        "f2fs",
+        "bcachefs",
+        "jfs",
+        "reiserfs",
+        "nilfs2",
+        "tmpfs",
+        "ramfs",
+        "overlay",
+        "apfs",
+        "hfs",
+        "ufs",
+    )
+)
+"""File systems of one machine, whose locks and shared memory SQLite's write-ahead log may trust."""
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # of flock: somebody holds it; anything else: it cannot be had here
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The process that writes a study, or the last one that did. alive: None where that cannot be known from this machine."""
+
+    host: str
+    pid: int
+    alive: bool | None
 
 
 def root(given: Path | None = None) -> Path:
@@ -34,14 +75,63 @@ def store_path(study: str, folder: Path, *, new: bool = False) -> Path:
     return path
 
 
-def lock(path: Path) -> IO[str]:
-    """An exclusive lock for as long as the file is open; the kernel drops it when the process dies. Raises StudyError where it is held."""
+# ---- the file system ---------------------------------------------------------------------------------------------------
+
+
+def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Type of the file system that a folder is on, such as 'ext4' or 'nfs4'; None where the machine does not say."""
+    place, found, longest = os.path.realpath(folder), None, -1
+    try:
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:  # id parent major:minor root mount-point options … - type source options
+        left, _, right = line.partition(" - ")
+        if len(left.split()) < 5 or not right:
+            continue
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
+        if (place == point or place.startswith(point.rstrip("/") + "/")) and len(point) >= longest:
+            found, longest = right.split()[0], len(point)  # of two on one point the later one is on top
+    return found
+
+
+def journal_mode(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """'WAL' on a local disk, 'DELETE' where files are shared by machines (NFS, Lustre, GPFS, FUSE, …) or of a type not known.
+
+    $EVOMERGE_JOURNAL overrules it; raises ConfigError where that is another word. Machines that name no type: WAL.
+    """
+    forced = os.environ.get("EVOMERGE_JOURNAL", "").upper()
+    if forced:
+        if forced not in ("WAL", "DELETE"):
+            raise ConfigError(f"$EVOMERGE_JOURNAL must be WAL or DELETE, got '{forced}'; correct or unset it")
+        return forced
+    kind = file_system(folder, mounts)
+    return "WAL" if kind is None or kind in LOCAL else "DELETE"
+
+
+# ---- one driver --------------------------------------------------------------------------------------------------------
+
+
+def lock_path(store: Path) -> Path:
+    """The lock beside a study's file."""
+    return store.with_name(store.name + ".lock")
+
+
+def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]:
+    """An exclusive lock for as long as the file is open; the kernel drops it when the process dies. Raises StudyError where it is held.
+
+    Where the file system has no locks (`flock` fails otherwise), a lease beside it names the holder instead; that of a
+    dead process of this machine is taken over, one of another machine has to be deleted by hand.
+    """
     handle = path.open("a+")
     for attempt in range(20):  # a reader that asks who drives holds it for a moment
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except OSError:
+        except OSError as error:
+            if error.errno not in _BUSY:
+                _lease(path, handle)
+                break
             time.sleep(0.01 * (attempt < 19))
     else:
         handle.seek(0)
@@ -52,3 +142,111 @@ def lock(path: Path) -> IO[str]:
     handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
     handle.flush()
     return handle
+
+
+def unlock(handle: IO[str]) -> None:
+    """Lets another driver in."""
+    lease = Path(handle.name + ".lease")
+    if _named(lease) == (socket.gethostname(), os.getpid()):
+        lease.unlink(missing_ok=True)
+    handle.close()
+
+
+def _lease(path: Path, handle: IO[str]) -> None:
+    """Makes the lease file, or raises StudyError where somebody else has it."""
+    lease = Path(str(path) + ".lease")
+    for _ in range(2):
+        with contextlib.suppress(FileExistsError), lease.open("x") as file:  # made by one process alone, on every file system
+            file.write(f"host {socket.gethostname()}, pid {os.getpid()}")
+            return
+        holder = _named(lease)
+        if holder is not None and holder[0] == socket.gethostname() and not _runs(holder[1]):
+            lease.unlink(missing_ok=True)
+            continue
+        break
+    handle.close()
+    who = f"host {holder[0]}, pid {holder[1]}" if holder else "unknown"
+    raise StudyError(f"another process is writing {path.parent.name} ({who}); stop it first. If it is dead, delete {lease}: this disk has no locks")
+
+
+def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driver | None:
+    """Who writes a study now, or did last; None where nobody ever did."""
+    path = lock_path(store)
+    holder = _named(path)
+    alive: bool | None = False
+    try:
+        with path.open() as handle:
+            flock(handle.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in _BUSY:
+            alive = True
+        else:
+            holder = _named(Path(str(path) + ".lease"))
+            alive = None if holder and holder[0] != socket.gethostname() else holder is not None and _runs(holder[1])
+    return Driver(*(holder or ("unknown", 0)), alive)
+
+
+def _named(path: Path) -> tuple[str, int] | None:
+    """(host, pid) that a lock or a lease names."""
+    try:
+        found = re.fullmatch(r"host (.+), pid (\d+)", path.read_text().strip())
+    except (OSError, ValueError):
+        return None
+    return (found[1], int(found[2])) if found else None
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ---- a request to stop -------------------------------------------------------------------------------------------------
+
+
+def ask_to_stop(store: Path) -> Driver | None:
+    """Asks a study's driver to end: a file beside the study, which is seen from other machines too, and SIGTERM on this one.
+
+    Returns the driver; None, and asks for nothing, where none runs.
+    """
+    found = driver(store)
+    if found is None or found.alive is False:
+        return None
+    request = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    beside = store.with_name(f"{STOP}.{os.getpid()}")
+    beside.write_text(json.dumps(request))
+    beside.replace(store.with_name(STOP))
+    if found.host == socket.gethostname() and _holds(found.pid, lock_path(store)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.pid, signal.SIGTERM)
+    return found
+
+
+def stop_requested(folder: Path) -> bool:
+    """Whether `evomerge stop` has asked the driver of the study in that folder to end."""
+    return (folder / STOP).exists()
+
+
+def clear_stop(folder: Path) -> None:
+    """Takes the request back: as a driver starts, and as it ends."""
+    (folder / STOP).unlink(missing_ok=True)
+
+
+def _holds(pid: int, path: Path) -> bool:
+    """Whether that process has the lock's file open: a number alone may be another process's by now."""
+    try:
+        own = path.stat()
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(entry.stat(), own):
+                    return True
+    except OSError:
+        return False
+    return False

@@ -211,13 +211,13 @@ def test_a_failure_in_the_middle_leaves_no_half_record(broken: str, store: Store
 def test_a_full_disk_is_said_and_leaves_no_half_record(store: Store, file: Path) -> None:
     add(store, 1, 0, recipe())
     before = stored_rows(file)
-    pages = int(store._db.execute("PRAGMA page_count").fetchone()[0])
-    store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    pages = int(store._file.db.execute("PRAGMA page_count").fetchone()[0])
+    store._file.db.execute(f"PRAGMA max_page_count = {pages + 1}")
     big: Items = {"first": tuple(f"item {i}" for i in range(5000))}
     with pytest.raises(EvomergeError, match="full"):
         add(store, 1, 1, recipe(0.5), items=big)
     assert stored_rows(file) == before
-    store._db.execute("PRAGMA max_page_count = 1000000")  # room again
+    store._file.db.execute("PRAGMA max_page_count = 1000000")  # room again
     add(store, 1, 1, recipe(0.5), items=big)
     assert [t.slot for t in store.trials()] == [0, 1]
     assert store.check() == "ok"
@@ -406,7 +406,7 @@ def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Pa
     db.execute(f"PRAGMA user_version = {version}")
     db.execute("INSERT INTO study VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', NULL, 1.0, NULL)")
     db.execute("INSERT INTO recipes VALUES (?, ?)", (recipe().id, recipe().canonical()))
-    db.execute("INSERT INTO item_sets VALUES (?, ?)", (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()])))
+    db.execute("INSERT INTO item_sets VALUES (?, ?)", (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()], separators=(",", ":"))))
     names = "recipe, role, item_set, score, error, metrics, scores, seconds, created"
     values = (recipe().id, "search", item_set_id(ITEMS), 0.25, None, '{"first": 0.5, "second": 0.0}', "[1.0, 0.0, 0.0]", "{}", 1.0)
     db.execute(f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)

@@ -1,0 +1,10 @@
+"""One SQLite file per study: the only room that imports sqlite3. Written by the driver alone; anyone may read.
+
+Every acknowledged evaluation is one committed transaction, synced to the disk: a killed driver loses none. Each row carries
+a digest of itself, so that a damage that SQLite takes for data is found too.
+"""
+
+from evomerge.store.rows import Purpose, Run, Scored, StudyRow, Trial, WorkerUse, item_set_id
+from evomerge.store.store import Store
+
+__all__ = ["Purpose", "Run", "Scored", "Store", "StudyRow", "Trial", "WorkerUse", "item_set_id"]
