@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evomerge import live, worker
+from evomerge import data, live, worker
 from evomerge.checkpoint import Parent
-from evomerge.config import Config, TaskConfig
+from evomerge.config import Config
+from evomerge.config.blocks import TaskConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluation import Role
 from evomerge.several import Several, TaskSet
 
 
-def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_python: bool = False) -> TaskSet:
+def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_python: bool = False, allow_tasks: bool = False) -> TaskSet:
     """The tasks of a configuration, their items learnt and their prompts built.
 
-    allow_python: run the Python functions that the configuration names; without it they are a ConfigError. Raises
-    TaskError for tasks that cannot be had.
+    allow_python: run the Python functions that the configuration names; allow_tasks: read its folders of lm-eval tasks,
+    whose files are code too. Without them these are a ConfigError. Raises TaskError for tasks that cannot be had.
     """
     python = [t for t in settings.tasks if t.python is not None]
     if python and not allow_python:
@@ -26,6 +27,11 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
             "read it, then allow that with --allow-python"
         )
     e = settings.evaluation
+    if not allow_tasks and (foreign := [folder for folder in e.include if not _shipped(folder)]):
+        raise ConfigError(
+            f"evaluation.include names '{foreign[0]}': task files there can run Python in this process, with all your rights; "
+            "read them, then allow that with --allow-tasks"
+        )
     counts: dict[Role, int | None] = {"search": e.search, "validation": e.validation, "test": e.test}
     limits = {role: n for role, n in counts.items() if n is not None}
     tokenizer = worker.load_tokenizer(base)
@@ -58,6 +64,11 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
         specs = [PythonSpec(t.task, str(t.python), t.higher_is_better) for t in python]
         sets.append(PythonTasks(specs, tokenizer, model, limits=limits))
     return sets[0] if len(sets) == 1 else Several(sets)
+
+
+def _shipped(folder: str) -> bool:
+    """Whether a folder is one of evomerge's own."""
+    return Path(folder).resolve().is_relative_to(data.evaluators().resolve())
 
 
 def _soft(settings: Config, task: TaskConfig) -> bool:

@@ -58,7 +58,7 @@ class Backend(Protocol):
 
 def hflm(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
     """lm-eval's model over a live one."""
-    return hf.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return hf.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
 
 
 def ask(lm: Any, requests: Sequence[Any], rounding: Rounding) -> Answers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -15,8 +14,6 @@ from typing import Any
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import lm_eval.tasks as lm_tasks
-from lm_eval import utils as lm_utils
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -24,15 +21,15 @@ from evomerge import data
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation import ROLES, Role
 from evomerge.lm_harness import items as item_sets
+from evomerge.lm_harness import safety
 from evomerge.lm_harness.groups import Group, Wish, wish
 from evomerge.lm_harness.items import Asked, Rules, Splits
 from evomerge.lm_harness.prompts import Prompting, asked
+from evomerge.lm_harness.safety import TREE
 from evomerge.overlap import overlaps, read
 
 log = logging.getLogger(__name__)
-TREE = Path(lm_tasks.__file__).parent  # lm-eval's own tasks: public benchmarks
-# lm-eval compiles a task's templates anew for every document and every call; compiled once, they render the same text
-lm_utils.env.from_string = functools.lru_cache(maxsize=4096)(lm_utils.env.from_string)
+safety.harden()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,8 @@ class TaskSpec:
 class Loaded:
     """A task with the requests of its items. requests: item id -> lm-eval instances, in order.
 
-    size: test items before any limit. findings: sentences about its items that a user should read.
+    size: test items before any limit. code: hash of its Python, None for a task without. findings: sentences about its
+    items that a user should read.
     """
 
     spec: TaskSpec
@@ -69,6 +67,7 @@ class Loaded:
     items: dict[Role, tuple[str, ...]]
     requests: dict[str, list[Any]]
     size: int = 0
+    code: str | None = None
     findings: list[str] = field(default_factory=list)
 
 
@@ -114,6 +113,7 @@ def load(
                 if name in leaves:
                     raise TaskError(f"task '{name}' is part of '{spec.task}' and of an entry before it; list it once")
                 leaves[name] = _load(own, task, prompting, rules, catalogue.is_benchmark(task, spec.task))
+                leaves[name][0].code = safety.code_hash(task, include)
         except TaskError:
             raise
         except Exception as error:  # a task's templates and data can raise anything
@@ -155,11 +155,13 @@ class _Catalogue:
         if name not in manager.all_tasks:
             raise TaskError(f"unknown task '{name}'. {suggest(name, manager.all_tasks)}")
         several = name not in manager.all_subtasks
+        safety.check_entry(name, manager.task_index)
         try:
             found = manager.load([name])
         except Exception:  # a group of the user's may hold tasks of lm-eval's
             if manager is not self.own or not several:
                 raise
+            safety.check_entry(name, self.everything().task_index)
             found = self.everything().load([name])
         return dict(found["tasks"]), found.get("groups", {}).get(name), several and name in manager.all_tags
 
@@ -172,7 +174,7 @@ class _Catalogue:
             entry = self.everything().task_index.get(task.task_name) or self.everything().task_index[asked_as]
             source = str(entry.yaml_path)
         path = Path(source).resolve()
-        return path.is_relative_to(TREE.resolve()) and not any(path.is_relative_to(f.resolve()) for f in self.folders)
+        return path.is_relative_to(TREE) and not any(path.is_relative_to(f.resolve()) for f in self.folders)
 
     @staticmethod
     def _manager(folders: Sequence[Path]) -> TaskManager:
@@ -222,8 +224,7 @@ def _group(name: str, members: tuple[str, ...], wished: Wish, tasks: Mapping[str
 
 def _load(spec: TaskSpec, task: Any, prompting: Prompting, rules: Rules, benchmark: bool) -> tuple[Loaded, dict[Role, list[Asked]]]:
     """(a task without items yet, the documents of each role)."""
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
-        raise TaskError(f"task '{spec.task}' executes code that models write; evomerge does not run it")
+    safety.check_task(spec.task, task)
     if benchmark and spec.splits == "hash" and not rules.allow_benchmark_test:
         raise TaskError(_refusal(spec.task, task))
     findings = []
@@ -297,10 +298,11 @@ def _settle(loaded: Loaded, roles: Mapping[Role, Sequence[Asked]], limits: Mappi
 
 
 def fingerprint(loaded: Loaded) -> str:
-    """SHA-256 of a task's settings, every item of every role and every request."""
+    """SHA-256 of a task's settings, its code, every item of every role and every request."""
     settings = {k: v for k, v in loaded.task.dump_config().items() if k not in ("dataset_path", "dataset_kwargs", "metadata")}
     text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__name__", type(value).__name__))
     digest = hashlib.sha256(f"{loaded.metric}|{loaded.filter}|{text}".encode())
+    digest.update((loaded.code or "").encode())
     for role in ROLES:
         digest.update(role.encode())
         for item in loaded.items[role]:
