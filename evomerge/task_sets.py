@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from evomerge import data, live, worker
 from evomerge.checkpoint import Parent
@@ -11,6 +13,7 @@ from evomerge.config import Config
 from evomerge.config.blocks import TaskConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluation import Role
+from evomerge.folder import TOKENIZER
 from evomerge.several import Several, TaskSet
 
 
@@ -64,6 +67,21 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
         specs = [PythonSpec(t.task, str(t.python), t.higher_is_better) for t in python]
         sets.append(PythonTasks(specs, tokenizer, model, limits=limits))
     return sets[0] if len(sets) == 1 else Several(sets)
+
+
+def scoring(settings: Config, base: Parent, device: str) -> dict[str, Any]:
+    """How scores are computed, beside tasks, models and versions: a fact of a study, compared where another's scores are reused.
+
+    device: its kind, and its name where numbers differ by that. The tokenizer is its files, which are not among a model's hashed ones.
+    """
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in TOKENIZER for file in base.path.glob(pattern) if file.is_file()}):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    e = settings.evaluation
+    return {
+        "base": settings.base, "dtype": settings.out_dtype, "device": device, "backend": e.backend, "batch_size": e.batch_size,
+        "tokenizer": digest.hexdigest(),
+    }  # fmt: skip
 
 
 def _shipped(folder: str) -> bool:
