@@ -43,6 +43,7 @@ class Filtered:
         return None
 
 
+_SHOWN = 500  # characters of an error about a text that may hold anything
 POLICIES = ("float32", "mergekit")
 STORED = "stored"
 Setting = float | Filtered
@@ -164,7 +165,7 @@ class Recipe:
         try:
             return _recipe(json.loads(text))
         except (KeyError, TypeError, ValueError, RecursionError, RecipeError) as error:
-            raise RecipeError(f"not a recipe in canonical JSON: {error}") from error
+            raise RecipeError(f"not a recipe in canonical JSON: {' '.join(str(error).split())[:_SHOWN]}") from error
 
 
 def setting(value: Any, what: str) -> float:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 _FORMS = ("models", "slices", "modules")
 _TOP = ("name", "merge_method", "base_model", *_FORMS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SHOWN = 500  # characters of an error that quotes the file
 _IGNORED = ("int8_mask",)  # memory-saving switches that do not change the result
 _BLOCK = {
     "models": ("model", "parameters"),
@@ -126,7 +127,8 @@ class _Reader:
         self.base = None if base is None else self._model(("base_model",), base)
 
     def fail(self, path: Key, message: str) -> RecipeError:
-        return RecipeError(f"{self.document.where(path)} {' '.join(message.split())}")
+        said = " ".join(message.split())
+        return RecipeError(f"{self.document.where(path)} {said if len(said) <= _SHOWN else said[:_SHOWN] + ' …'}")
 
     def _placed(self, path: Key, read: Callable[[], T]) -> T:
         """What `read` gives; an error of its own that names no place gets that of `path`."""
