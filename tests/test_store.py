@@ -406,7 +406,9 @@ def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Pa
     db.execute(f"PRAGMA user_version = {version}")
     db.execute("INSERT INTO study VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', NULL, 1.0, NULL)")
     db.execute("INSERT INTO recipes VALUES (?, ?)", (recipe().id, recipe().canonical()))
-    db.execute("INSERT INTO item_sets VALUES (?, ?)", (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()], separators=(",", ":"))))
+    db.execute(
+        "INSERT INTO item_sets VALUES (?, ?)", (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()], separators=(",", ":")))
+    )
     names = "recipe, role, item_set, score, error, metrics, scores, seconds, created"
     values = (recipe().id, "search", item_set_id(ITEMS), 0.25, None, '{"first": 0.5, "second": 0.0}', "[1.0, 0.0, 0.0]", "{}", 1.0)
     db.execute(f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)

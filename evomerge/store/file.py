@@ -19,7 +19,8 @@ from evomerge.store import sums
 from evomerge.store.backup import damaged
 
 log = logging.getLogger(__name__)
-_PATIENCE = {"ro": 30.0, "rw": 30.0, "rwc": 600.0}  # seconds to wait for the other; a slow reader must not end a search
+_PATIENCE = 30.0  # seconds that a reader waits for the driver
+_LONG_PATIENCE = 600.0  # seconds that the driver waits for readers: a slow one must not end a search
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -151,7 +152,9 @@ def _code(error: sqlite3.Error) -> int:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=_PATIENCE[mode])
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=_LONG_PATIENCE if mode == "rwc" else _PATIENCE
+    )
     db.row_factory = sqlite3.Row
     return db
 
@@ -167,8 +170,16 @@ def _reader(path: Path) -> sqlite3.Connection:
         if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise
     db = _connect(path, "rw")
-    db.execute("PRAGMA query_only = ON")
-    return db
+    try:
+        db.execute("PRAGMA query_only = ON")
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return db
+    except sqlite3.OperationalError as error:
+        db.close()
+        ahead = path.with_name(path.name + "-wal")
+        if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or (ahead.is_file() and ahead.stat().st_size):
+            raise
+    return _connect(path, "ro&immutable=1")  # a read-only disk has no place for what readers of a log share; here is no log
 
 
 def _refuse_damaged(path: Path) -> None:

@@ -108,11 +108,13 @@ class Store:
         """Stores a trial with its recipe and search evaluation in one transaction.
 
         reported: None where it is the score. point: see `add_evaluation`. dropped, whole, violation, stage, island: see `Trial`.
-        trial_id: None takes the next number.
+        trial_id: None takes the next number, and so does one that is taken.
         """
         with self._writing():
             evaluated = self._add_evaluation(recipe, "search", items, evaluation, score, reported, point)
             body = json.dumps(genome) if genome is not None else None
+            if trial_id is not None and self._file.row("SELECT 1 FROM trials WHERE id = ?", (trial_id,)):
+                trial_id = None
             rowid = self._file.insert(
                 "trials", grows=True, id=trial_id, generation=generation, slot=slot, origin=origin, label=label, genome=body,
                 parents=json.dumps(parents), recipe=recipe.id, evaluation=evaluated, dropped=dropped, whole=whole, violation=violation,
