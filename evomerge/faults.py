@@ -20,28 +20,27 @@ class Limits:
     """When to give up on what. Times in seconds, sizes in bytes.
 
     floor, factor: a job may take max(floor, factor x running median of seconds per cost x its cost); first: while none has
-    finished; opening: a worker's start. deaths, hangs: of one job, before that is its result; tries: of one job, whatever they ended
-    by. strikes: failures in a row at a device of jobs that were then done elsewhere, before it is put aside. breaker: failures in a row
+    finished; opening: a worker's start. poison: workers that die of one job before that is its result; hangs: time-outs of it; tries: whatever
+    they ended by. strikes: failures in a row at a device of jobs that were then done elsewhere, before it is put aside. breaker: failures in a row
     with no job done by anyone (at least three for each worker), before the pool gives up; openings: the same for
-    workers that could not start, while none ever could (at least one for each). growth, slack: a worker whose memory passes
-    growth x what it had after its first job, plus slack, is replaced. pause: before a worker that failed is started again,
-    doubled each time up to longest_pause. alone: how long devices stay aside with no other at work.
+    workers that could not start, while none ever could (at least one for each). memory: bytes that a worker may grow by after its first
+    job, before it is replaced; None: as much as it had then, and a GiB. backoff: before a worker that failed is started again,
+    doubled each time up to longest_backoff. alone: how long devices stay aside with no other at work.
     """
 
     floor: float = 60.0
     factor: float = 4.0
     first: float = 14_400.0
     opening: float = 3_600.0
-    deaths: int = 3
+    poison: int = 3
     hangs: int = 2
-    tries: int = 10
+    tries: int = 20
     strikes: int = 5
     breaker: int = 30
     openings: int = 3
-    growth: float = 2.0
-    slack: int = 1 << 30
-    pause: float = 1.0
-    longest_pause: float = 60.0
+    memory: float | None = None
+    backoff: float = 1.0
+    longest_backoff: float = 60.0
     alone: float = 120.0
 
 

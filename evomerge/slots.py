@@ -199,7 +199,7 @@ class Slots:
     def backoff(self, name: str) -> float:
         """Seconds to wait before a worker of this name is started again."""
         failed = self._setbacks[name]
-        return min(self.limits.longest_pause, self.limits.pause * 2.0 ** min(failed - 1, 30)) if failed else 0.0
+        return min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(failed - 1, 30)) if failed else 0.0
 
     @property
     def broken(self) -> str | None:
@@ -288,7 +288,7 @@ class Slots:
 
     def _verdict(self, task: _Task) -> str | None:
         limits = self.limits
-        if task.deaths >= limits.deaths:
+        if task.deaths >= limits.poison:
             return f"poison: {task.deaths} worker processes died while it was evaluated"
         if task.hangs >= limits.hangs:
             count = "twice" if task.hangs == 2 else f"{task.hangs} times"
@@ -342,7 +342,7 @@ class Slots:
         first = self._memory.setdefault(seat.number, memory) or memory
         if found.error is not None and breaks_device(found.error):
             self._wear(seat, "its device's context is dead after an error", now)
-        elif memory > self.limits.growth * first + self.limits.slack:
+        elif memory - first > (first + (1 << 30) if self.limits.memory is None else self.limits.memory):
             self._wear(seat, f"its memory grew from {first >> 20} to {memory >> 20} MiB", now)
         elif seat.place not in self.aside:
             self._idle[seat.number] = seat

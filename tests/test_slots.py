@@ -93,7 +93,7 @@ class Night:
 @given(st.integers(0, 2**32), st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
 def test_each_job_is_answered_once_whatever_happens(seed: int, workers: int, rate: float, drain: bool) -> None:
     rng = random.Random(seed)
-    night = Night("abcde"[:workers], Limits(breaker=10**6, alone=1.0, tries=rng.choice((3, 10))))
+    night = Night("abcde"[:workers], Limits(breaker=10**6, alone=1.0, tries=rng.choice((3, 20))))
     slots, asked, answers = night.slots, 0, Counter[int]()
     flying: dict[int, Try] = {}
     given_up: list[Try] = []
