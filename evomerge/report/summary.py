@@ -10,13 +10,13 @@ from evomerge.report.routes import hops, is_route
 from evomerge.store import Store, Trial
 
 
-def summary(store: Store) -> dict[str, Any]:
+def summary(store: Store, check: bool = True) -> dict[str, Any]:
     """State, counts, best and every parent and hand recipe with search, validation and test scores, front and retention.
 
     state: running, interrupted (running, but its process is gone), paused, failed or done. search: the objective by the
     tasks' metrics, also where candidates are ranked by soft scores. dropped: candidates that a race took out; partial:
-    those that it scored on a part of the items. pareto: ids of the candidates on the front, see `front`. retention: the
-    outcome's rows, empty before the end.
+    those that it scored on a part of the items. store: what its check found, 'not checked' unless check. pareto: ids of the
+    candidates on the front, see `front`. retention: the outcome's rows, empty before the end.
     """
     study = store.study()
     if study is None:
@@ -34,7 +34,7 @@ def summary(store: Store) -> dict[str, Any]:
         "partial": sum(t.whole is not None for t in searched),
         "generations": max((t.generation for t in searched), default=0),
         "evaluations_by_role": {role: n for role, n in counts.items() if role != "failed"},
-        "store": store.check(),
+        "store": store.check() if check else "not checked",
         "pareto": [t.id for t in _front(store)[1]],
         "retention": (study.outcome or {}).get("retention", []),
     }
@@ -52,7 +52,7 @@ def resolve(store: Store, reference: str) -> Trial:
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
     if reference == "best":
-        best = summary(store)["best"]
+        best = summary(store, check=False)["best"]
         if best is None:
             raise StudyError(f"{study.name} has no scored candidate yet")
         return store.trial(int(best["id"]))

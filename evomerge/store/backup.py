@@ -46,11 +46,15 @@ def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
 
 def damaged(store: Path, what: object) -> StudyError:
     """The error for a file that is not what was stored, with the way back to its backup."""
+    return StudyError(f"{store} is damaged, or not a study file: {what}; {way_back(store)}")
+
+
+def way_back(store: Path) -> str:
+    """How to go back to the backup of a study's file, in a sentence."""
     copy = store.with_name(BACKUP)
-    said = f"{store} is damaged, or not a study file: {what}"
     if store.name == BACKUP or not copy.is_file():
-        return StudyError(f"{said}; there is no backup beside it ({BACKUP}), bring one back")
+        return f"there is no backup beside it ({BACKUP}), bring one back"
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(copy.stat().st_mtime))
     name = store.name
     way = f"mv {name} {name}.damaged; rm -f {name}-wal {name}-shm {name}-journal {name}.rows; cp {BACKUP} {name}"
-    return StudyError(f"{said}; its backup is {copy} of {at}. To go on from there, in {store.parent}: {way}")
+    return f"its backup is {copy} of {at}. To go on from there, in {store.parent}: {way}"

@@ -243,6 +243,10 @@ class Store:
         """'ok', or what is damaged: see `evomerge.store.sums.check`. Reads the whole file."""
         return sums.check(self._file.db, self.path)
 
+    def way_back(self) -> str:
+        """How to go back to the backup, in a sentence; for a store whose check is not 'ok'."""
+        return backup.way_back(self.path)
+
     def backup(self, to: Path | None = None) -> Path:
         """Copies the store while it is open, to study.backup.db beside it unless told where; the file there is always a whole one.
 
