@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,10 @@ def _functions(value: Any) -> Iterator[Path]:
 def _runs(folder: Path) -> str | None:
     """Where a folder's Python runs text as a program or starts one; None if nowhere, as far as its calls say."""
     for file in sorted(folder.glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of their syntax
+            tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
             call = node.func
