@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import re
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -212,9 +211,10 @@ def _runs(pid: int) -> bool:
 
 
 def ask_to_stop(store: Path) -> Driver | None:
-    """Asks a study's driver to end: a file beside the study, which is seen from other machines too, and SIGTERM on this one.
+    """Asks a study's driver to end, by a file beside the study that it looks for every second, on this machine or another.
 
-    Returns the driver; None, and asks for nothing, where none runs.
+    Returns the driver; None, and asks for nothing, where none runs. There is no signal: to the driver that would be a
+    preemption, after which a batch system starts it again.
     """
     found = driver(store)
     if found is None or found.alive is False:
@@ -223,9 +223,6 @@ def ask_to_stop(store: Path) -> Driver | None:
     beside = store.with_name(f"{STOP}.{os.getpid()}")
     beside.write_text(json.dumps(request))
     beside.replace(store.with_name(STOP))
-    if found.host == socket.gethostname() and _holds(found.pid, lock_path(store)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(found.pid, signal.SIGTERM)
     return found
 
 
@@ -237,16 +234,3 @@ def stop_requested(folder: Path) -> bool:
 def clear_stop(folder: Path) -> None:
     """Takes the request back: as a driver starts, and as it ends."""
     (folder / STOP).unlink(missing_ok=True)
-
-
-def _holds(pid: int, path: Path) -> bool:
-    """Whether that process has the lock's file open: a number alone may be another process's by now."""
-    try:
-        own = path.stat()
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(entry.stat(), own):
-                    return True
-    except OSError:
-        return False
-    return False

@@ -608,51 +608,21 @@ def test_the_lease_of_a_dead_process_is_taken_over_here_and_not_elsewhere(file: 
 # ---- stop ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_reaches_the_driver_by_signal_and_by_file(filled: Path) -> None:
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            with Store.open(filled, write=True):
-                os.write(writing, b"open\n")
-                signal.sigwait([signal.SIGTERM])
-                os.write(writing, b"asked\n" if study_files.stop_requested(filled.parent) else b"no file\n")
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as lines:
-        assert lines.readline() == "open\n"
-        assert study_files.driver(filled) == study_files.Driver(socket.gethostname(), pid, True)
-        assert study_files.ask_to_stop(filled) == study_files.Driver(socket.gethostname(), pid, True)
-        assert lines.readline() == "asked\n", "the file is there before the signal"
-    os.waitpid(pid, 0)
-    study_files.clear_stop(filled.parent)
-    assert not study_files.stop_requested(filled.parent)
-    study_files.clear_stop(filled.parent)
+def test_a_stop_reaches_the_driver_as_a_file(filled: Path) -> None:
+    with Store.open(filled, write=True):
+        own = study_files.Driver(socket.gethostname(), os.getpid(), True)
+        assert not study_files.stop_requested(filled.parent)
+        assert study_files.driver(filled) == study_files.ask_to_stop(filled) == own
+        assert study_files.stop_requested(filled.parent)
+        study_files.clear_stop(filled.parent)
+        assert not study_files.stop_requested(filled.parent)
+        study_files.clear_stop(filled.parent)
 
 
 def test_a_stop_of_nothing_leaves_no_request(filled: Path) -> None:
     """The next driver must not find it."""
     assert study_files.ask_to_stop(filled) is None
     assert not study_files.stop_requested(filled.parent)
-
-
-def test_a_stop_never_signals_who_does_not_hold_the_lock(filled: Path) -> None:
-    """The lock is held, and names a process that does not hold it: one of another machine or container, or a number used again."""
-    bystander = subprocess.Popen(["sleep", "60"])
-    try:
-        with Store.open(filled, write=True):
-            study_files.lock_path(filled).write_text(f"host {socket.gethostname()}, pid {bystander.pid}")
-            found = study_files.ask_to_stop(filled)
-            assert found is not None
-            assert found.pid == bystander.pid
-            assert study_files.stop_requested(filled.parent)
-            with pytest.raises(subprocess.TimeoutExpired):
-                bystander.wait(0.2)
-    finally:
-        bystander.kill()
-        bystander.wait()
 
 
 # ---- attempts, runs, ends --------------------------------------------------------------------------------------------
