@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable, Mapping
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 from test_study import POOLS, REFERENCES, plan
-from toy import ToyPool, results, stored_rows
+from toy import ToyPool, results, search_file, stored_rows
 
+from evomerge import config, launch
 from evomerge.earlier import REUSED, Earlier, KnownPool
 from evomerge.errors import Paused, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, Term
@@ -127,6 +129,24 @@ def test_a_search_broken_off_goes_on_without_what_it_reused(first: Path, tmp_pat
         search(broken, KnownPool(ToyPool(), Earlier([first], FACTS)), other(), stop_after=12)
     search(broken, ToyPool(), other())
     assert rows(broken) == rows(whole)
+
+
+def test_a_search_over_models_reads_what_it_would_have_scored(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real models and tasks, through the configuration: nothing is scored, and every row is the same to the bit."""
+    monkeypatch.setenv("EVOMERGE_THREADS", "1")
+    before = finished / "small" / "study.db"
+    settings, text = config.load(str(search_file(tmp_path, "again", evaluations=8)))
+    study = launch.prepare(settings.model_copy(update={"reuse": (str(before),)}), text, tmp_path)
+    with study.store, contextlib.closing(study.pool):
+        study.run()
+        assert isinstance(study.pool, KnownPool)
+        assert study.pool.earlier.refused == []
+        assert study.pool.attempts() == []
+        assert study.pool.hits == len(rows(before)["evaluations"])
+    ours, theirs = rows(tmp_path / "again" / "study.db"), rows(before)
+    for row in (*ours["study"], *theirs["study"]):
+        row.pop("config")  # it names the study
+    assert ours == theirs
 
 
 # ---- what makes an evaluation another one ----------------------------------------------------------------------------
