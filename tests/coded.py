@@ -75,7 +75,7 @@ class Coded:
         return ToyPool().evaluate(recipe, items)
 
 
-def until(done: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+def until(done: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
     """Waits for something that another process does; fails the test where it does not come."""
     import time
 

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.utils import read_ray_address
 
 from evomerge.errors import SetupError
 
@@ -53,19 +55,16 @@ class Node:
 def join(address: str | None) -> bool:
     """Connects this process to a cluster; whether one was started for it. Nothing is done where it is connected already.
 
-    address: 'local' starts one; None or 'auto' joins the one that $RAY_ADDRESS or this machine belongs to, and starts one
-    where there is none; else the address of one. Raises SetupError. The process's signal handlers stay what they were.
+    address: 'local' starts one; None or 'auto' joins the one of $RAY_ADDRESS or that `ray start` began on this machine, and
+    starts one where there is none; else HOST:PORT of one. Raises SetupError. The process's signal handlers stay what they were.
     """
     if ray.is_initialized():
         return False
+    there = None if address == "local" else found(address)
     with _handlers_kept():
-        if address != "local":
-            try:
-                _init(address=address or "auto")
-                return False
-            except ConnectionError as error:
-                if address not in (None, "auto"):
-                    raise SetupError(f"no Ray cluster answers at {address}: {_line(error)}") from None
+        if there is not None:
+            _init(address=there)
+            return False
         _token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with _loopback():
@@ -73,6 +72,26 @@ def join(address: str | None) -> bool:
     if any(node.address != "127.0.0.1" for node in nodes()):
         log.warning("this version of Ray does not keep to 127.0.0.1: its ports are open to the network, with a token from Ray 2.60 on")
     return True
+
+
+def found(address: str | None) -> str | None:
+    """Where a cluster answers; None where none was asked for by name and none is there. Ray itself would try for minutes."""
+    named = address if address not in (None, "auto") else os.environ.get("RAY_ADDRESS") or None
+    if named == "auto":
+        named = None
+    there: str | None = named or read_ray_address()
+    if not there:
+        return None
+    host, _, port = there.rpartition(":")
+    if not port.isdigit() or not host or "/" in host:
+        raise SetupError(f"the address of a Ray cluster is HOST:PORT, got '{there}'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except (OSError, OverflowError) as error:
+        if named is None:
+            return None  # what `ray start` left behind
+        raise SetupError(f"no Ray cluster answers at {there}: {_line(error)}") from None
+    return there
 
 
 def nodes() -> list[Node]:
@@ -125,8 +144,6 @@ def _init(**options: Any) -> None:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        if isinstance(error, ConnectionError):
-            raise
         raise SetupError(f"Ray cannot be started or joined: {_line(error)}") from None
 
 

@@ -33,6 +33,7 @@ from evomerge.slots import Seat, Slots, Try, Use
 
 log = logging.getLogger(__name__)
 _TICK = 1.0  # seconds between two looks at what takes too long
+_PATIENCE = 60.0  # seconds without any worker until it is said why
 _BEHIND = 0.05  # seconds that workers may be left alone while the caller takes results
 
 
@@ -90,7 +91,7 @@ class RayPool:
         self._calls: dict[Any, _Call] = {}
         self._numbers = itertools.count(1)
         self._start = time.time() - time.monotonic()
-        self._planned = self._ticked = self._stepped = 0.0
+        self._planned = self._ticked = self._stepped = self._warned = 0.0
         self._closed, self._idle = False, threading.Event()
         self._own = cluster.join(address)
         try:
@@ -241,6 +242,9 @@ class RayPool:
                 self._vacate(chair, now, force=True)
             elif chair.state == "held" and chair.place not in self._slots.aside:
                 self._placed(chair, chair.where, now)
+        if not self._seated and now > self._warned and all(c.state == "placing" and now - c.since > _PATIENCE for c in self._chairs):
+            self._warned = now + _PATIENCE
+            log.warning("no worker could be placed for %g s: what they need is in use, or the cluster has no node for them", _PATIENCE)
 
     # ---- workers come and go -----------------------------------------------------------------------------------------
 
