@@ -238,6 +238,17 @@ def test_no_damage_is_silent(damaged: str, file: Path) -> None:
     assert seen >= (0 if damaged == "study.db.rows" else 12)
 
 
+@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
+def test_opening_alone_changes_nothing(journal: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that is refused, for its settings say, is left as it is."""
+    monkeypatch.setenv("EVOMERGE_JOURNAL", journal)
+    with Store.open(file, write=True) as store:
+        fill(store)
+    before = file.read_bytes()
+    Store.open(file, write=True).close()
+    assert file.read_bytes() == before
+
+
 def test_a_damaged_file_is_left_as_it_is(file: Path) -> None:
     """Also what is beside it: the log may hold what the file has lost."""
     left_open(file)

@@ -199,7 +199,12 @@ def _writer(path: Path) -> sqlite3.Connection:
         if study_files.journal_mode(path.parent) == "WAL":
             try:
                 db.execute("PRAGMA journal_mode = WAL")
-                _write_nothing(db)
+                db.execute("BEGIN IMMEDIATE")
+                if db.execute("PRAGMA user_version").fetchone()[0]:
+                    db.execute("ROLLBACK")  # a study that is refused is left as it is, to the byte
+                else:
+                    db.execute("PRAGMA user_version = 0")  # a write that changes nothing
+                    db.execute("COMMIT")
             except sqlite3.OperationalError as error:  # it can fail at the first write only
                 log.warning("%s: no write-ahead log here (%s); a rollback journal is kept", path, error)
                 db.close()
@@ -222,15 +227,7 @@ def _leave_log(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     db.execute("PRAGMA journal_mode = DELETE")
     db.execute("PRAGMA locking_mode = NORMAL")
-    _write_nothing(db)  # lets go of the exclusive lock, too
-
-
-def _write_nothing(db: sqlite3.Connection) -> None:
-    """A commit that changes nothing."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    db.execute("BEGIN IMMEDIATE")
-    db.execute(f"PRAGMA user_version = {version}")
-    db.execute("COMMIT")
+    db.execute("SELECT 1 FROM sqlite_master").fetchone()  # lets go of the exclusive lock
 
 
 def _refuse_newer(version: int, path: Path) -> None:
