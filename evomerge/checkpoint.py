@@ -231,6 +231,18 @@ def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
                 raise CheckpointError(f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}")
 
 
+def stamps(parents: Iterable[Parent]) -> dict[Path, tuple[int, int, int]]:
+    """Weight file -> its size, time of change and inode: what tells that somebody writes to it while it is mapped. 0s: it is gone."""
+    found = {}
+    for file in sorted({parent.path / info.file for parent in parents for info in parent.tensors.values()}):
+        try:
+            now = file.stat()
+            found[file] = (now.st_size, now.st_mtime_ns, now.st_ino)
+        except OSError:
+            found[file] = (0, 0, 0)
+    return found
+
+
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")

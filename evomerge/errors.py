@@ -22,12 +22,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST = 1000  # characters of an error
+
 
 class EvomergeError(Exception):
     """Base of all errors; ``str(error)`` says what was seen, what was expected and what to do."""
 
     code = "E000"
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The sentence; what quotes a user's file is cut, for a value there may be of any length."""
+        text = super().__str__()
+        return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
 
 
 class ConfigError(EvomergeError):

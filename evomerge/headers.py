@@ -18,7 +18,7 @@ from typing import Any
 from evomerge.errors import CheckpointError
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}  # what a merge can take
-MAX_HEADER = 100_000_000  # bytes, the format's own limit
+MAX_HEADER = 16_000_000  # bytes: a hundred thousand tensors; the format's own limit is 100 MB
 _AGAIN = "fetch or save the file again"
 _OTHER_FORMATS = {  # suffix -> how to get safetensors from it
     ".gguf": "GGUF weights are quantised; use the model that they were made from",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evomerge import __version__, config, racing, staging, worker
+from evomerge import __version__, config, pooling, racing, staging, study_files, worker
 from evomerge.baselines import soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
@@ -23,15 +23,12 @@ from evomerge.errors import CandidateError, ConfigError, StudyError
 from evomerge.evaluation import ROLES, Evaluator, Items, Objective, Term, missing
 from evomerge.lora import open_parent
 from evomerge.methods import method
-from evomerge.pools import InProcessPool, Pool
-from evomerge.process_pool import ProcessPool
 from evomerge.several import TaskSet, digest
 from evomerge.space import EMBEDDINGS, HEAD, Range, Space
 from evomerge.stages import Plan, Progress
 from evomerge.store import Store, StudyRow
 from evomerge.study import Study
-from evomerge.study_files import store_path
-from evomerge.task_sets import open_tasks
+from evomerge.task_sets import open_tasks, scoring
 from evomerge.vocabulary import check_rows
 
 log = logging.getLogger(__name__)
@@ -45,7 +42,7 @@ def prepare(
     *,
     overrides: Mapping[str, int] | None = None,
     resume: bool = False,
-    allow_python: bool = False,
+    allowed: Allowed | None = None,
     workers: int = 1,
     show: Callable[[Progress], None] = lambda progress: None,
     wrap: Callable[[Evaluator], Evaluator] = lambda evaluator: evaluator,
@@ -53,19 +50,21 @@ def prepare(
     """A study ready to `run`, with its store open for writing; `study.store.close()` when done.
 
     text: the YAML of the settings; overrides: budget or seed that replace the YAML's. resume: go on with a study that
-    exists. allow_python: run the Python functions that the settings name as tasks. workers: processes that candidates
-    are evaluated in; one is this one. wrap: replaces the evaluator, for scoring by other means, in this process. Raises
+    exists. allowed: what the user let the tasks do. workers: processes of this machine that candidates are evaluated in, where
+    the settings name no Ray; one is this one. wrap: replaces the evaluator, for scoring by other means, in this process. Raises
     StudyError if the study exists and resume is not asked, if another process writes it, or if it was begun with other
     settings, models, tasks or versions.
     """
-    path = store_path(settings.study, studies, new=True)
+    path = study_files.store_path(settings.study, studies, new=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     store = Store.open(path, write=True)
+    study_files.clear_stop(path.parent)  # one that comes from here on is seen
     if store.study() is not None and not resume:
         store.close()
         raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
     try:
-        return _prepare(config.override(settings, overrides or {}), text, store, overrides or {}, allow_python, workers, show, wrap)
+        asked = config.override(settings, overrides or {})
+        return _prepare(asked, text, store, overrides or {}, allowed or Allowed(), workers, show, wrap)
     except BaseException:
         empty = store.study() is None
         store.close()
@@ -79,12 +78,12 @@ def _prepare(
     text: str,
     store: Store,
     overrides: Mapping[str, int],
-    allow_python: bool,
+    allowed: Allowed,
     workers: int,
     show: Callable[[Progress], None],
     wrap: Callable[[Evaluator], Evaluator],
 ) -> Study:
-    opened = open_search(settings, allow_python)
+    opened = open_search(settings, allowed)
     parents, space, harness = opened.parents, opened.space, opened.harness
     for warning in opened.warnings:
         log.warning(warning)
@@ -106,14 +105,16 @@ def _prepare(
         # a larger budget must not change the optimizer, nor when a stage ends
         "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),
         "budgets": stored.facts["budgets"] if stored and "budgets" in stored.facts else list(settings.budgets),
+        "scoring": scoring(settings, parents[settings.base], _device()),
         "gate": routed,
+        "crew": stored.facts["crew"] if stored else pooling.crew(settings, workers),
         "depth": parents[settings.base].num_layers,
         "threads": torch.get_num_threads(),
         "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     _agree(store, settings, text, overrides, facts)
     plan = Plan(
-        stages=staging.stages(settings, space, parents, facts["diagonal"], facts["budgets"]),
+        stages=staging.stages(settings, space, parents, facts["diagonal"], facts["budgets"], facts["crew"]),
         baselines=staging.references(settings, space, parents),
         soup=functools.partial(soup, space) if "weights" in settings.kinds else None,
         objective=opened.objective,
@@ -122,16 +123,24 @@ def _prepare(
         finalists=search.finalists,
         seed=search.seed,
         race=_race(settings),
+        islands=pooling.islands(settings, facts["crew"]),
     )
-    pool: Pool = InProcessPool(scorer)
-    if workers > 1 and evaluator is harness:
-        pool = ProcessPool(functools.partial(_open_worker, settings, allow_python, routed), workers)
-    return Study(plan, store, pool, show)
+    make = functools.partial(_open_worker, settings, allowed, routed) if evaluator is harness else None
+    pool = pooling.open_pool(settings, scorer, make, workers, facts, store.path.parent.parent, log.info)
+    return Study(plan, store, pool, show, pooling.dispatch(settings, store, pool))
 
 
-def _open_worker(settings: Config, allow_python: bool, gate: float | None) -> worker.Worker:
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a user let the tasks do. python: run functions that the settings name; tasks: load task folders that are not shipped."""
+
+    python: bool = False
+    tasks: bool = False
+
+
+def _open_worker(settings: Config, allowed: Allowed, gate: float | None) -> worker.Worker:
     """A worker of a search, in a process of its own. gate: what the driver found that a route may have of nats a token."""
-    opened = open_search(settings, allow_python)
+    opened = open_search(settings, allowed)
     scorer = opened.load()
     scorer.gate = staging.gate(settings, opened.harness, scorer, gate)
     return scorer
@@ -224,30 +233,31 @@ class Opened:
         return worker.Worker(self.parents, self.settings.base, own, dtype=self.settings.out_dtype, device=_device())
 
 
-def open_search(settings: Config, allow_python: bool = False) -> Opened:
+def open_search(settings: Config, allowed: Allowed | None = None) -> Opened:
     """Opens what a search needs; raises what `prepare` raises for models that do not fit each other and tasks that cannot be had."""
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     check_compatible(parents, settings.base)
     warning = check_rows(parents, settings.base)
-    return _opened(settings, parents, (warning,) if warning else (), allow_python)
+    return _opened(settings, parents, (warning,) if warning else (), allowed)
 
 
-def open_study(store: Store, allow_python: bool = False) -> Opened:
+def open_study(store: Store, allowed: Allowed | None = None) -> Opened:
     """Opens what a stored study was searched with; raises StudyError where a model or a task is no longer what it was."""
     parents = stored_parents(store)
     study = store.study()
     assert study is not None
     settings, _ = config.stored(study.name, study.config, study.overrides)
-    opened = _opened(settings, parents, (), allow_python)
+    opened = _opened(settings, parents, (), allowed)
     if changed := [task for task, digest in opened.harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
         raise StudyError(f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back")
     return opened
 
 
-def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allow_python: bool) -> Opened:
+def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allowed: Allowed | None) -> Opened:
     _set_threads(parents[settings.base])
     space = make_space(settings, parents)
-    harness = open_tasks(settings, parents[settings.base], device=_device(), allow_python=allow_python)
+    may = allowed or Allowed()
+    harness = open_tasks(settings, parents[settings.base], device=_device(), allow_python=may.python, allow_tasks=may.tasks)
     return Opened(settings, parents, space, harness, _objective(settings, _terms(settings, harness), parents[settings.base].num_layers), warnings)
 
 
@@ -375,7 +385,7 @@ def _dead(space: Space, parents: Mapping[str, Parent]) -> frozenset[tuple[str, s
 
 
 def _agree(store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: dict[str, Any]) -> None:
-    """Begins a new study, or checks that the stored one is this one; only its budget may differ."""
+    """Begins a new study, or checks that the stored one is this one; only its budget and where it runs may differ."""
     stored = store.study()
     if stored is None:
         store.begin(settings.study, settings.search.seed, text, overrides, facts)
@@ -389,8 +399,8 @@ def _agree(store: Store, settings: Config, text: str, overrides: Mapping[str, in
 
 
 def _comparable(settings: Config) -> dict[str, Any]:
-    """Settings without the budget, which may change between runs."""
-    data = settings.model_dump(mode="json")
+    """Settings without the budget and the cluster, which may change between runs."""
+    data = settings.model_dump(mode="json", exclude={"cluster", "budget", "reuse"})
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
     data["stages"][-1].pop("evaluations")

@@ -231,7 +231,9 @@ def load(checkpoint: Parent, dtype: str) -> nn.Module:
     refusal = ""
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         try:
-            model = kind.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True)
+            model = kind.from_pretrained(
+                checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, use_safetensors=True
+            )
         except (OSError, ValueError, KeyError) as error:
             refusal = refusal or str(error).splitlines()[0]
             continue

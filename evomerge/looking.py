@@ -29,7 +29,7 @@ def compare(
     task: str | None = None,
     samples: int | None = None,
     score: bool = False,
-    allow_python: bool = False,
+    allowed: launch.Allowed | None = None,
     show: Show = lambda done, total: None,
 ) -> dict[str, Any]:
     """Candidates (name, study, reference) on the items of a role that all were scored on, as plain data, see `comparing.compare`.
@@ -44,7 +44,7 @@ def compare(
         rows = {study: row for study, store in stores.items() if (row := store.study()) is not None}
         objectives = {study: launch.stored_objective(row) for study, row in rows.items()}
         notes = comparing.check({study: row.facts for study, row in rows.items()}, task)
-        models = _Models(stores, allow_python)
+        models = _Models(stores, allowed)
         if score:
             contenders = models.score(contenders, role, show)
         objective = objectives[contenders[0].study]
@@ -67,7 +67,7 @@ def sensitivity(
     role: Role = "search",
     count: int | None = None,
     plot: Path | None = None,
-    allow_python: bool = False,
+    allowed: launch.Allowed | None = None,
     show: Show = lambda done, total: None,
 ) -> dict[str, Any]:
     """A candidate's coefficients scanned, see `sensitivity.scan`, as plain data; the store must be open for writing.
@@ -78,7 +78,7 @@ def sensitivity(
         plots.check(plot)
     trial = report.resolve(store, reference)
     recipe = store.recipe(trial.recipe_id)
-    opened = launch.open_study(store, allow_python)
+    opened = launch.open_study(store, allowed)
     if trial.stage or opened.settings.kinds[0] != "weights":
         raise StudyError(
             f"candidate {trial.id} is of a stage of routes, or came after one: only the coefficients of a first weight search are scanned"
@@ -124,8 +124,8 @@ def sensitivity(
 class _Models:
     """The studies' models, each merged and asked again; one study is open at a time."""
 
-    def __init__(self, stores: dict[str, Store], allow_python: bool) -> None:
-        self._stores, self._allow_python = stores, allow_python
+    def __init__(self, stores: dict[str, Store], allowed: launch.Allowed | None) -> None:
+        self._stores, self._allowed = stores, allowed
         self._study: str | None = None
         self._opened: launch.Opened
         self._worker: Worker
@@ -178,6 +178,6 @@ class _Models:
 
     def _open(self, study: str) -> None:
         if self._study != study:
-            self._opened = launch.open_study(self._stores[study], self._allow_python)
+            self._opened = launch.open_study(self._stores[study], self._allowed)
             self._worker = self._opened.load()
             self._study = study

@@ -11,20 +11,20 @@ from evomerge.checkpoint import Parent
 from evomerge.config import Config
 from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
-from evomerge.launch import Opened, backends, first_items, is_diagonal, open_search
+from evomerge.launch import Allowed, Opened, backends, first_items, is_diagonal, open_search
 from evomerge.stages import Opening, Start
 from evomerge.worker import Worker
 
 _TIMED = 3  # candidates whose median is the estimate
 
 
-def plan(settings: Config, *, probe: bool = False, allow_python: bool = False) -> dict[str, Any]:
+def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = None) -> dict[str, Any]:
     """Everything about a search that can be known without starting it, as plain data. Raises what starting it would raise.
 
     probe: loads the base too, asks what answers each task, which items it truncates and which scoring techniques it can be
-    trusted with, and times a candidate. allow_python: run the Python functions that the settings name as tasks.
+    trusted with, and times a candidate. allowed: what the user let the tasks do.
     """
-    opened = open_search(settings, allow_python)
+    opened = open_search(settings, allowed)
     search, space, harness = settings.search, opened.space, opened.harness
     diagonal = is_diagonal(settings, space)
     stages = _stages(opened, diagonal)
@@ -101,7 +101,7 @@ def _stages(opened: Opened, diagonal: bool) -> list[dict[str, Any]]:
     first = staging.references(settings, opened.space, opened.parents)[0]
     for stage in staging.stages(settings, opened.space, opened.parents, diagonal, settings.budgets):
         opening: Opening = stage.open(Start(first.recipe, first.label))
-        population = len(opening.optimizer(opening.space.start).ask())
+        population = len(opening.optimizer(opening.space.start, 0).ask())
         hand = len(opening.hand)
         out.append({"stage": stage.name, "axes": len(opening.space.axes), "population": population, "evaluations": stage.evaluations, "hand": hand})
     return out

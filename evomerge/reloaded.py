@@ -59,6 +59,7 @@ def load(path: Path, dtype: str, attention: str | None = None) -> Loaded:
                 dtype=getattr(torch, dtype),
                 trust_remote_code=False,
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **asked,

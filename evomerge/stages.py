@@ -42,12 +42,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A stage ready to run. optimizer: makes one from its starting genome; hand: recipes scored before it; at_best: start at
-    the best known recipe that the space can hold; late: the share of its generations after which candidates may become
+    """A stage ready to run. optimizer: makes one from its starting genome, for the island of that number; hand: recipes scored
+    before it; at_best: start at the best known recipe that the space can hold; late: the share of its generations after which candidates may become
     finalists, 0 for all: where a distribution converges the early ones were lucky."""
 
     space: SearchSpace
-    optimizer: Callable[[Sequence[float]], Optimizer]
+    optimizer: Callable[[Sequence[float], int], Optimizer]
     hand: Sequence[Baseline] = ()
     at_best: bool = False
     late: float = 0.75
@@ -81,7 +81,8 @@ class Progress:
 class Plan:
     """A search ready to run. items: all items of each role; per_generation: items of each task a generation is scored on, or
     task -> items; soup: makes the average of some parents, for a greedy soup among the hand recipes. race: None scores every
-    candidate on all items of its generation. Raises ConfigError for an objective that cannot be raced."""
+    candidate on all items of its generation. islands: searches side by side in each stage, that share its budget. Raises
+    ConfigError for an objective that cannot be raced."""
 
     stages: Sequence[Stage]
     baselines: Sequence[Baseline]
@@ -92,6 +93,7 @@ class Plan:
     seed: int
     soup: Callable[[Sequence[str]], Baseline] | None = None
     race: racing.Race | None = None
+    islands: int = 1
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -104,4 +106,4 @@ def one_stage(
     space: SearchSpace, optimizer: Callable[[Sequence[float]], Optimizer], evaluations: int, at_best: bool = False, name: str = "weights"
 ) -> tuple[Stage]:
     """A search of a single stage, whatever the parents are worth."""
-    return (Stage(name, evaluations, lambda start: Opening(space, optimizer, at_best=at_best)),)
+    return (Stage(name, evaluations, lambda start: Opening(space, lambda genome, island: optimizer(genome), at_best=at_best)),)

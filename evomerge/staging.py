@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge import documents, mergekit_yaml
+from evomerge import documents, mergekit_yaml, pooling
 from evomerge import gate as gating
 from evomerge.baselines import Baseline, baselines
 from evomerge.checkpoint import Parent, locate
-from evomerge.config import Config, StageConfig
+from evomerge.config import Config
+from evomerge.config.blocks import StageConfig
 from evomerge.errors import ConfigError
 from evomerge.gate import Gate
 from evomerge.hop_space import HopSpace
@@ -29,20 +30,22 @@ from evomerge.worker import Worker, load_tokenizer
 
 MERGED = "merged"
 """What a route calls the best model of the stage before it, where that is no parent."""
+_STAGE, _ISLAND = 1_000_003, 15_485_863  # between the seeds of optimizers
+_SHARE, _LEAST_TOKENS, _MOST_TOKENS = 0.01, 64, 2000  # of the tokens of a candidate, that a gate looks at
 _TOKENS_A_PROMPT = 8  # prompts are at least about so long: how many are asked for
 
 
-def stages(settings: Config, space: Space, parents: Mapping[str, Parent], diagonal: bool, budgets: Sequence[int]) -> list[Stage]:
+def stages(settings: Config, space: Space, parents: Mapping[str, Parent], diagonal: bool, budgets: Sequence[int], crew: int = 1) -> list[Stage]:
     """The stages of a configuration. diagonal: of the first weight search; budgets: evaluations of each stage as the study
-    began, which say whether later ones learn a full covariance."""
+    began, which say whether later ones learn a full covariance; crew: workers it began with."""
     found = []
     for number, (stage, asked, begun) in enumerate(zip(settings.stages, settings.budgets, budgets, strict=True)):
         if stage.stage == "routes":
-            opener = _routes(settings, stage, parents, begun, number)
+            opener = _routes(settings, stage, parents, begun, number, crew)
         elif number == 0:
-            opener = _weights(settings, stage, space, diagonal)
+            opener = _weights(settings, stage, space, diagonal, crew)
         else:
-            opener = _weights_again(settings, stage, begun)
+            opener = _weights_again(settings, stage, begun, crew)
         found.append(Stage(stage.stage, asked, opener))
     return found
 
@@ -101,8 +104,14 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])  # type: ignore[operator]
 
-    passages = tasks.passages(asked.tokens // _TOKENS_A_PROMPT)
-    rows = gating.rows(((ids(prompt), ids(prompt + answer)) for prompt, answer in passages), asked.tokens)
+    tokens = asked.tokens or _MOST_TOKENS
+    texts = [(ids(prompt), ids(prompt + answer)) for prompt, answer in tasks.passages(tokens // _TOKENS_A_PROMPT)]
+    if asked.tokens is None and texts:  # a hundredth of what a candidate is scored on, as far as one prompt for each item tells
+        items = {leaf: settings.evaluation.items_of(t.task) for t in settings.tasks for leaf, _ in tasks.leaves(t.task)}
+        count = sum(min(len(own), items.get(leaf, 0)) for leaf, own in tasks.items("search").items())
+        mean = sum(len(whole) for _, whole in texts) / len(texts)
+        tokens = max(_LEAST_TOKENS, min(_MOST_TOKENS, int(_SHARE * count * mean)))
+    rows = gating.rows(texts, tokens)
     if not rows:
         return None
     if limit is None:
@@ -113,27 +122,28 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
     return Gate(rows, limit)
 
 
-def _weights(settings: Config, stage: StageConfig, space: Space, diagonal: bool) -> Callable[[Start], Opening]:
-    return lambda start: Opening(space, _cma(settings, stage, settings.search.sigma, diagonal, 0), at_best=settings.search.start == "best")
+def _weights(settings: Config, stage: StageConfig, space: Space, diagonal: bool, crew: int) -> Callable[[Start], Opening]:
+    sigma, at_best = settings.search.sigma, settings.search.start == "best"
+    return lambda start: Opening(space, _cma(settings, stage, sigma, diagonal, 0, crew), at_best=at_best)
 
 
-def _weights_again(settings: Config, stage: StageConfig, begun: int) -> Callable[[Start], Opening]:
+def _weights_again(settings: Config, stage: StageConfig, begun: int, crew: int) -> Callable[[Start], Opening]:
     def opened(start: Start) -> Opening:
         groups = settings.space.groups
         space = HopSpace(start.recipe, settings.base, settings.parents, groups if isinstance(groups, int) else len(groups))
-        return Opening(space, _cma(settings, stage, settings.search.sigma, begun < 20 * len(space.axes), 2))
+        return Opening(space, _cma(settings, stage, settings.search.sigma, begun < 20 * len(space.axes), 2, crew))
 
     return opened
 
 
-def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent], begun: int, number: int) -> Callable[[Start], Opening]:
+def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent], begun: int, number: int, crew: int) -> Callable[[Start], Opening]:
     def opened(start: Start) -> Opening:
         space = route_space(settings, parents, start)
         sigma = stage.sigma or space.sigma
-        population = stage.population or settings.search.population
-        seed = settings.search.seed + 1_000_003 * number
+        population = stage.population or pooling.population(settings, crew, len(space.axes))
 
-        def optimizer(genome: Sequence[float]) -> Optimizer:
+        def optimizer(genome: Sequence[float], island: int) -> Optimizer:
+            seed = settings.search.seed + _STAGE * number + _ISLAND * island
             if settings.routes.optimizer == "random":
                 return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
             if space.categories and settings.routes.optimizer != "cma":
@@ -148,11 +158,16 @@ def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent],
     return opened
 
 
-def _cma(settings: Config, stage: StageConfig, sigma: float, diagonal: bool, number: int) -> Callable[[Sequence[float]], Optimizer]:
+def _cma(settings: Config, stage: StageConfig, sigma: float, diagonal: bool, number: int, crew: int) -> Callable[[Sequence[float], int], Optimizer]:
     search = settings.search
     learns = search.diagonal if search.diagonal is not None else diagonal
-    population, seed = stage.population or search.population, search.seed + 1_000_003 * number
-    return lambda start: CmaEs(start, stage.sigma or sigma, population=population, diagonal=learns, seed=seed)
+
+    def optimizer(start: Sequence[float], island: int) -> Optimizer:
+        size = stage.population or pooling.population(settings, crew, len(start))
+        seed = search.seed + _STAGE * number + _ISLAND * island
+        return CmaEs(start, stage.sigma or sigma, population=size, diagonal=learns, seed=seed)
+
+    return optimizer
 
 
 def _hand(settings: Config, parents: Mapping[str, Parent], start: Start | None) -> list[Baseline]:

@@ -14,13 +14,14 @@ from torch import nn
 
 from evomerge import gate as gating
 from evomerge import placement
-from evomerge.checkpoint import Parent
-from evomerge.errors import CandidateError, EvomergeError, SetupError
+from evomerge.checkpoint import Parent, stamps
+from evomerge.errors import CandidateError, CheckpointError, EvomergeError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
 from evomerge.fused import Tables
 from evomerge.gate import Gate
 from evomerge.live import Live, load
 from evomerge.recipe import Recipe
+from evomerge.secrets import scrub
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,19 @@ class Worker:
         log.info("parents: %s", placement.said(self.places))
         self.parents = {name: placement.held(parent, self.places[name], device) for name, parent in parents.items()}
         self.live = Live(parents, self.parents, base, self.model, dtype, device, self.known)
+        self._opened = tuple(parents.values())
+        self._stamps = stamps(self._opened)
         self._finite = True
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
-        """Scores a recipe on items; whatever goes wrong is in the evaluation's `error`."""
+        """Scores a recipe on items; whatever goes wrong is in the evaluation's `error`.
+
+        Raises CheckpointError where a parent's files are no longer those that were opened: no candidate is to blame.
+        """
+        if changed := [file for file, stamp in stamps(self._opened).items() if self._stamps.get(file) != stamp]:
+            raise CheckpointError(f"{changed[0]} was changed or deleted while the search reads it; bring back the file that was there and resume")
         seconds: dict[str, float] = {}
         metrics: dict[str, float] = {}
         costs: dict[str, float] = {}
@@ -75,7 +83,7 @@ class Worker:
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
-            cause = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
+            cause = scrub(str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}")
             kept = {gating.NATS: metrics[gating.NATS]} if gating.NATS in metrics else {}
             return Evaluation(recipe.id, (), kept, seconds, error=" ".join(cause.split()), costs=costs)
 

@@ -94,7 +94,7 @@ def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyP
     file, pool, _ = whole
     from evomerge.study import Study
 
-    subset = Study(raced(), None, None).subset  # type: ignore[arg-type]
+    subset = Study(raced(), None, None).generations.subset  # type: ignore[arg-type]
     with Store.open(file) as store:
         for t in searched(store):
             items = store.scored(t).evaluation.items

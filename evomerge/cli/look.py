@@ -1,22 +1,22 @@
-"""Verbs that look and start nothing: plan, status, show, compare, sensitivity."""
+"""Verbs that look and start nothing: plan, show, compare, sensitivity."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from evomerge.cli.flags import AllowPython, Json, Root, open_store, split
-from evomerge.errors import ConfigError, StudyError
+from evomerge.cli.flags import AllowPython, AllowTasks, Json, Root, allowed, open_store, split
+from evomerge.errors import ConfigError
 
 
 def plan(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
     probe: Annotated[bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")] = False,
     allow_python: AllowPython = False,
+    allow_tasks: AllowTasks = False,
     as_json: Json = False,
 ) -> None:
     """Everything that can be checked before a search starts: models, space, tasks and their items, work. Writes nothing."""
@@ -25,33 +25,8 @@ def plan(
     from evomerge.cli import tables
 
     settings, _ = configs.load(config)
-    data = planning.plan(settings, probe=probe, allow_python=allow_python)
+    data = planning.plan(settings, probe=probe, allowed=allowed(allow_python, allow_tasks))
     print(json.dumps(data, indent=2) if as_json else tables.plan(data))
-
-
-def status(
-    study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None, root: Root = None, as_json: Json = False
-) -> None:
-    """State, best candidate, parents and hand recipes of a study; without a name, every study in a line."""
-    from evomerge import report
-    from evomerge.cli import screens
-    from evomerge.study_files import root as studies_root
-    from evomerge.study_files import studies
-
-    if study is None:
-        rows = []
-        for name in studies(studies_root(root)):
-            try:
-                with open_store(name, root) as store:
-                    if store.study() is not None:
-                        rows.append(report.summary(store))
-            except StudyError as error:  # one that cannot be read hides no other
-                print(f"error[{error.code}] {error}", file=sys.stderr)
-        print(json.dumps(rows, indent=2) if as_json else screens.studies(rows))
-        return
-    with open_store(study, root) as store:
-        data = report.summary(store)
-    print(json.dumps(data, indent=2) if as_json else screens.study(data))
 
 
 def show(
@@ -87,6 +62,7 @@ def compare(
     samples: Annotated[int | None, typer.Option(help="Show this many items with every model's output, those that differ first.")] = None,
     score: Annotated[bool, typer.Option("--score", help="Score now what is missing; shown, not stored.")] = False,
     allow_python: AllowPython = False,
+    allow_tasks: AllowTasks = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -102,7 +78,7 @@ def compare(
         raise ConfigError(f"--role must be {', '.join(ROLES)}, got '{role}'")
     with screens.bar("candidates") as progress:
         pairs = [(name, *split(name)) for name in candidates]
-        options: Any = {"task": task, "samples": samples, "score": score, "allow_python": allow_python}
+        options: Any = {"task": task, "samples": samples, "score": score, "allowed": allowed(allow_python, allow_tasks)}
         data = looking.compare(pairs, studies_root(root), role, show=progress, **options)
     print(json.dumps(data, indent=2) if as_json else tables.comparison(data, role))
 
@@ -116,6 +92,7 @@ def sensitivity(
     items: Annotated[int | None, typer.Option(help="Items of each task; as many as a generation has if left out.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .png, .svg or .pdf.")] = None,
     allow_python: AllowPython = False,
+    allow_tasks: AllowTasks = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -128,6 +105,6 @@ def sensitivity(
         raise ConfigError(f"--role must be search or validation, got '{role}'; test items are for the final score alone")
     study, reference = split(candidate)
     with open_store(study, root, write=True) as store, screens.bar("points") as progress:
-        options: Any = {"pattern": axes, "role": role, "count": items, "plot": plot, "allow_python": allow_python}
+        options: Any = {"pattern": axes, "role": role, "count": items, "plot": plot, "allowed": allowed(allow_python, allow_tasks)}
         data = looking.sensitivity(store, reference, step, span, show=progress, **options)
     print(json.dumps(data, indent=2) if as_json else tables.sensitivity(data))

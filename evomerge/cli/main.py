@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from evomerge.cli import look
-from evomerge.cli.flags import AllowPython, Root, Workers, open_store, split
-from evomerge.errors import ConfigError, EvomergeError
+from evomerge.cli import driving, look, machine, searching
+from evomerge.cli.flags import Root, open_store, split
+from evomerge.errors import ConfigError, EvomergeError, NoRoom
+from evomerge.secrets import ScrubbedFormatter, scrub
 
 app = typer.Typer(
     name="evomerge",
@@ -33,7 +34,7 @@ def main() -> None:
     except EvomergeError as error:
         if _verbose:
             raise
-        print(f"error[{error.code}] {error}", file=sys.stderr)
+        print(scrub(f"error[{error.code}] {error}" if error.exit_code else str(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -41,7 +42,10 @@ def main() -> None:
     except Exception as error:
         if _verbose:
             raise
-        print(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            print(f"error[{NoRoom.code}] {error}; make room, or make it writable, and start again", file=sys.stderr)
+            raise SystemExit(NoRoom.exit_code) from None
+        print(scrub(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)"), file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -52,58 +56,19 @@ def _options(verbose: Verbose = False) -> None:
     if verbose:
         import logging
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        shown = logging.StreamHandler()
+        shown.setFormatter(ScrubbedFormatter("%(asctime)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[shown])
 
 
 app.command(rich_help_panel="Plan")(look.plan)
+app.command(rich_help_panel="Plan")(machine.doctor)
 
 
-@app.command(rich_help_panel="Search")
-def run(
-    config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study if it exists.")] = False,
-    evaluations: Annotated[int | None, typer.Option(help="Budget of the search, or of its last stage, instead of the file's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
-    study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
-    allow_python: AllowPython = False,
-    workers: Workers = 1,
-    root: Root = None,
-) -> None:
-    """Start a search, or go on with it."""
-    from evomerge import config as configs
-
-    settings, text = configs.load(config)
-    if study is not None:
-        settings, text = configs.rename(text, study)
-    given = {key: value for key, value in (("evaluations", evaluations), ("seed", seed)) if value is not None}
-    _search(settings, text, given, root, resume, allow_python, workers)
-
-
-@app.command(rich_help_panel="Search")
-def resume(
-    study: Annotated[str, typer.Argument(help="Name of the study.")],
-    evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
-    allow_python: AllowPython = False,
-    workers: Workers = 1,
-    root: Root = None,
-) -> None:
-    """Go on with a stored study, perhaps with a larger budget."""
-    from evomerge import config as configs
-
-    with open_store(study, root) as store:
-        row = store.study()
-    if row is None:
-        raise ConfigError(f"'{study}' holds no study yet; start it with run")
-    settings, text = configs.stored(row.name, row.config, row.overrides)
-    given = dict(row.overrides)
-    if evaluations is not None:
-        if not evaluations.removeprefix("+").isdigit():
-            raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
-        given["evaluations"] = int(evaluations) + (settings.budgets[-1] if evaluations.startswith("+") else 0)
-    _search(settings, text, given, root, True, allow_python, workers)
-
-
-for verb in (look.status, look.show, look.compare, look.sensitivity):
+app.command(rich_help_panel="Search")(searching.run)
+app.command(rich_help_panel="Search")(searching.resume)
+app.command(rich_help_panel="Search")(driving.stop)
+for verb in (driving.status, look.show, look.compare, look.sensitivity):
     app.command(rich_help_panel="Look")(verb)
 
 
@@ -157,28 +122,6 @@ def merge(
         print(f"against mergekit: {found}")
         if not found.agrees:
             raise typer.Exit(1)
-
-
-def _search(settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool, allow_python: bool, workers: int) -> None:
-    from evomerge.cli import screens
-
-    with screens.Search(settings.study) as screen:
-        with screens.opening():
-            from evomerge import launch, report
-            from evomerge.study_files import root as studies_root
-
-            study = launch.prepare(
-                settings, text, studies_root(root), overrides=overrides, resume=resume, allow_python=allow_python, workers=workers, show=screen.show
-            )
-        with study.store, contextlib.closing(study.pool):
-            with screens.signals(study):
-                study.run()
-            path = study.store.path.with_name("report.md")
-            path.write_text(report.markdown(study.store))
-            data = report.summary(study.store)
-    print(screens.study(data))
-    where = f" --root {root}" if root else ""
-    print(f"report: {path}\nnext:   evomerge export {settings.study}/best OUT --weights{where}")
 
 
 def _bytes(size: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -86,13 +87,15 @@ def opening() -> Iterator[None]:
 
 @contextmanager
 def signals(study: Study) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGUSR1 ends the search after the candidate in flight; the second drops that too."""
+    """The first SIGINT, SIGTERM or SIGUSR1 lets what is in flight end within the grace, the second drops it, the third kills."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if study.stop:
+        study.dispatch.stop += 1
+        if study.dispatch.stop > 2:
+            os._exit(130)
+        if study.dispatch.stop == 2:
             raise KeyboardInterrupt
-        study.stop = True
-        print("stopping after this candidate; once more to drop it", file=sys.stderr, flush=True)
+        print(f"stopping within {study.dispatch.grace:g} s, when what is in flight has ended; once more to drop that", file=sys.stderr, flush=True)
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
