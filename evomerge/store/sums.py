@@ -90,7 +90,7 @@ def check(db: sqlite3.Connection, store: Path) -> str:
             if len(found) > _SHOWN:
                 break
     except (sqlite3.DatabaseError, ValueError, TypeError, LookupError) as error:
-        found.append(f"unreadable: {error}")
+        found.append(f"unreadable: {' '.join(str(error).split())[:200]}")
     finally:
         if own and db.in_transaction:
             db.execute("ROLLBACK")
@@ -98,7 +98,7 @@ def check(db: sqlite3.Connection, store: Path) -> str:
 
 
 def _findings(db: sqlite3.Connection, least: int) -> Iterator[str]:
-    yield from (str(row[0]) for row in db.execute("PRAGMA integrity_check(10)") if row[0] != "ok")
+    yield from (" ".join(str(row[0]).split())[:200] for row in db.execute("PRAGMA integrity_check(10)") if row[0] != "ok")
     yield from (f"table {row[0]}, row {row[1]} refers to nothing in {row[2]}" for row in db.execute("PRAGMA foreign_key_check"))
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     current = version == len(MIGRATIONS)
