@@ -28,7 +28,7 @@ models:
 {models}base: base
 method: task_arithmetic
 stages: [{stages}]
-routes: {{layers: [4, 10], {routes}}}
+routes: {{layers: [4, 10], gate: {{tokens: 2000}}, {routes}}}
 space:
   groups: 3
   components: [attention, mlp]

@@ -18,7 +18,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from evomerge.baselines import baselines
 from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, Term
 from evomerge.methods import method
 from evomerge.optimizers.cma_es import CmaEs
-from evomerge.pools import Job
+from evomerge.pools import InProcessPool
 from evomerge.racing import Race
 from evomerge.recipe import Mix, Recipe, Setting
 from evomerge.space import Range, Space
@@ -105,18 +105,17 @@ class Landscape:
         self._shared = {task: self._uniform(task, "items") for task in WEIGHTS}
         self._by_item = {task: self._uniform(task, "kind") < SHARED for task in WEIGHTS}
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Evaluation]]:
-        """Yields in the order of the jobs."""
-        for job in jobs:
-            scores = []
-            for task, p in truths(job.recipe).items():
-                ids = job.items.get(task, ())
-                numbers = [int(item.rpartition("-")[2]) for item in ids]
-                u = np.where(self._by_item[task], self._shared[task], self._uniform(task, job.recipe.id))[numbers]
-                scores += [ItemScore(task, item, float(right)) for item, right in zip(ids, u < p, strict=True)]
-            self.items += len(scores)
-            metrics = {task: float(np.mean([s.value for s in scores if s.task == task])) for task, ids in job.items.items() if ids}
-            yield job, Evaluation(job.recipe.id, tuple(scores), metrics, {"score": 0.0})
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        """Each item is right with its task's probability."""
+        scores = []
+        for task, p in truths(recipe).items():
+            ids = items.get(task, ())
+            numbers = [int(item.rpartition("-")[2]) for item in ids]
+            u = np.where(self._by_item[task], self._shared[task], self._uniform(task, recipe.id))[numbers]
+            scores += [ItemScore(task, item, float(right)) for item, right in zip(ids, u < p, strict=True)]
+        self.items += len(scores)
+        metrics = {task: float(np.mean([s.value for s in scores if s.task == task])) for task, ids in items.items() if ids}
+        return Evaluation(recipe.id, tuple(scores), metrics, {"score": 0.0})
 
     def _uniform(self, task: str, key: str) -> np.ndarray:
         """[all items of a task] numbers in [0, 1) that depend on study, task and key alone."""
@@ -150,7 +149,7 @@ def study(seed: int, folder: Path) -> Outcome:
     pool = Landscape(seed)
     with Store.open(folder / f"{seed}.db", write=True) as store:
         store.begin("coverage", seed, "", {}, {})
-        outcome = Study(search, store, pool).run()["best"]
+        outcome = Study(search, store, InProcessPool(pool)).run()["best"]
         recipe = store.recipe(outcome["recipe"])
         tested = store.evaluation(recipe.id, "test", search.items["test"])
         assert tested is not None

@@ -119,7 +119,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
 def test_help_lists_every_verb_in_its_group() -> None:
     done = evomerge("--help", timeout=30)
     assert done.returncode == 0
-    for verb in ("plan", "run", "resume", "status", "show", "compare", "sensitivity", "export", "merge"):
+    for verb in ("plan", "doctor", "run", "resume", "stop", "status", "show", "compare", "sensitivity", "export", "merge"):
         assert re.search(rf"^\W*{verb} +\w", done.stdout, re.M), verb
         assert verb in [c.callback.__name__ for c in app.registered_commands if c.callback]
     for group in ("Plan", "Search", "Look", "Ship"):
@@ -515,7 +515,7 @@ def test_a_signal_pauses_and_a_second_one_drops_and_the_end_is_the_same(small: S
     store = small.paused / "small" / "study.db"
     code, out, err = small.stopped
     assert code == 75, err
-    assert "stopping after this candidate" in err
+    assert "stopping within" in err
     assert err.splitlines()[-1].startswith("error[E500] stopped by a signal")
     assert "Traceback" not in err
     assert out == ""
@@ -541,6 +541,48 @@ def test_a_signal_pauses_and_a_second_one_drops_and_the_end_is_the_same(small: S
     code, _, err = call("run", small.file, "--resume", "--root", small.paused)
     assert code == 0, err
     assert stored_rows(store) == stored_rows(small.root / "small" / "study.db")
+
+
+def test_a_stop_ends_with_zero_and_the_end_is_the_same(small: Small, call: Call, tmp_path: Path) -> None:
+    store = tmp_path / "small" / "study.db"
+    process = small.prepared.start("run", small.file, "--root", tmp_path)
+    wait_for(process, store, 3)
+    code, out, err = call("stop", "small", "--wait", "--root", tmp_path)
+    assert code == 0, err
+    assert out.splitlines()[0].endswith(f"pid {process.pid})")
+    assert out.splitlines()[1] == "small: paused"
+    assert process.wait() == 0, process.err.read_text()
+    assert "Traceback" not in process.err.read_text()
+    assert 3 <= count_rows(store, "trials") < count_rows(small.root / "small" / "study.db", "trials")
+    data = json.loads(call("status", "small", "--root", tmp_path, "--json")[1])
+    assert (data["state"], data["stop_requested"], data["driver"]["alive"], data["store"]) == ("paused", False, False, "ok")
+    code, _, err = call("resume", "small", "--root", tmp_path)
+    assert code == 0, err
+    assert stored_rows(store) == stored_rows(small.root / "small" / "study.db")
+    data = json.loads(call("status", "small", "--root", tmp_path, "--json")[1])
+    assert sum(w["jobs"] for w in data["workers"]) == count_rows(store, "evaluations"), "each was evaluated once"
+    assert len(data["runs"]) == 2
+
+
+def test_a_full_disk_pauses_the_search_and_the_end_is_the_same(small: Small, call: Call, tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        code, out, err = call("run", small.file, "--root", place)
+        assert code == 75, err
+        assert out == ""
+        one_line(err, "E520")
+        assert "make room" in err
+        stored = count_rows(place / "small" / "study.db", "trials")
+        assert 0 < stored < count_rows(small.root / "small" / "study.db", "trials")
+        subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)  # room is made
+        code, _, err = call("run", small.file, "--resume", "--root", place)
+        assert code == 0, err
+        assert stored_rows(place / "small" / "study.db") == stored_rows(small.root / "small" / "study.db")
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from toy import REPO
+from toy import REPO, results
 
-from evomerge.config import RaceConfig
+from evomerge.config.blocks import RaceConfig
 from evomerge.evaluation import Evaluation, Items
-from evomerge.pools import Job
+from evomerge.pools import InProcessPool, Job
 from evomerge.racing import Race, run
 from evomerge.recipe import Recipe
 from evomerge.stages import Opening, Plan, Start
@@ -52,15 +52,15 @@ def test_intervals_hold_the_truth_and_the_best_search_score_does_not(script: Mod
 
 
 def test_the_landscape_gives_each_item_its_probability(script: ModuleType) -> None:
-    pool, plan = script.Landscape(7), script.plan(7)
+    pool, plan = InProcessPool(script.Landscape(7)), script.plan(7)
     space = opening(plan).space
     recipe = space.decode(space.start)
     whole = {task: [i for role in script.SIZES for i in script.items(7)[role][task]] for task in script.WEIGHTS}
-    ((_, found),) = pool.run([Job(0, recipe, whole)])
+    ((_, found),) = results(pool, [Job(0, recipe, whole)])
     n = sum(script.SIZES.values())
     for task, p in script.truths(recipe).items():
         assert abs(found.metrics[task] - p) < 4 * np.sqrt(p * (1 - p) / n)
-    ((_, part),) = pool.run([Job(0, recipe, {"hard": whole["hard"][5:9]})])
+    ((_, part),) = results(pool, [Job(0, recipe, {"hard": whole["hard"][5:9]})])
     assert [s.value for s in part.items] == [s.value for s in found.items if s.task == "hard"][5:9], "an item's score is its own"
 
 
@@ -70,19 +70,19 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
     plan = script.plan(3, rules)
     with Store.open(tmp_path / "3.db", write=True) as store:
         store.begin("raced", 3, "", {}, {})
-        study = Study(plan, store, script.Landscape(3))
+        study = Study(plan, store, InProcessPool(script.Landscape(3)))
         study.run()
         trials = [t for t in store.trials() if t.generation > 0 and t.origin != "mean"]
         recipes = {t.id: store.recipe(t.recipe_id) for t in trials}
-    pool, partial = script.Landscape(3), 0
+    pool, partial = InProcessPool(script.Landscape(3)), 0
 
     def score(raced: Sequence[Recipe], part: Items) -> dict[str, Evaluation]:
-        return {job.recipe.id: evaluation for job, evaluation in pool.run([Job(i, r, part) for i, r in enumerate(raced)])}
+        return {job.recipe.id: evaluation for job, evaluation in results(pool, [Job(i, r, part) for i, r in enumerate(raced)])}
 
-    mu = opening(plan).optimizer(opening(plan).space.start).mu
+    mu = opening(plan).optimizer(opening(plan).space.start, 0).mu
     for number in range(1, script.GENERATIONS + 1):
         own = [t for t in trials if t.generation == number]
-        fates = run({t.slot: recipes[t.id] for t in own}, study.subset(number), rules, plan.objective, mu, score)
+        fates = run({t.slot: recipes[t.id] for t in own}, study.generations.subset(number), rules, plan.objective, mu, score)
         for t in own:
             fate = fates[t.slot]
             assert (t.dropped, t.whole is None) == (fate.dropped, fate.predicted is None)

@@ -14,6 +14,7 @@ PACKAGE = REPO / "evomerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "__init__": 0, "errors": 0, "recipe": 0, "documents": 0, "data": 0, "study_files": 0, "tokens": 0, "naming": 0, "schema": 0,
+    "attempts": 0, "secrets": 0, "faults": 0, "doctor": 1,
     "methods": 1, "fused": 1, "checkpoint": 1, "headers": 1, "lora": 1, "optimizers": 1, "evaluation": 1, "chat_templates": 1, "scoring": 1,
     "overlap": 1, "stacks": 1, "degrees": 1, "gathering": 1,
     "statistics": 1, "subset_selection": 1,
@@ -22,10 +23,11 @@ FLOORS = {
     "route_space": 2,
     "folder": 3, "selection": 3, "live": 3, "stages": 3, "worker": 4, "report": 3, "oracle": 3, "sensitivity": 3,
     "comparing": 4, "plots": 4, "reloaded": 3, "route_export": 4, "route_yaml": 5, "route_files": 6,
-    "pools": 5, "process_pool": 5, "study": 5, "task_sets": 5, "staging": 5,
-    "launch": 6,
-    "looking": 7, "planning": 7, "export": 7, "merging": 7,
-    "cli": 8,
+    "pools": 2, "process_pool": 3, "slots": 3, "ray_pool": 4, "earlier": 3, "dispatch": 3, "generations": 4, "study": 5, "pooling": 5,
+    "task_sets": 5, "staging": 6,
+    "launch": 7,
+    "looking": 8, "planning": 8, "export": 8, "merging": 8,
+    "cli": 9,
 }  # fmt: skip
 SAME_FLOOR = {
     ("recipe", "errors"): "everyone raises our exceptions",
@@ -43,12 +45,10 @@ SAME_FLOOR = {
     ("expressible", "routing"): "a routed module says what it is a stack of",
     ("fused", "methods"): "a method says what it is a sum of",
     ("baselines", "space"): "a hand recipe is a point of a space under another method",
-    ("process_pool", "pools"): "the same protocol over processes",
-    ("study", "pools"): "the loop hands jobs to the Pool protocol",
     ("statistics", "evaluation"): "estimates rest on per-item scores",
 }
 ONE_ROOM = {
-    "ray": set(), "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"},
+    "ray": {"ray_pool"}, "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"},
     "matplotlib": {"plots"}, "cmaes": {"optimizers"},
 }  # fmt: skip
 HEAVY = {

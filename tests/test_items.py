@@ -14,7 +14,7 @@ from toy import REPO, search_file, zoo_folder
 
 from evomerge import config, launch, worker
 from evomerge.checkpoint import Checkpoint
-from evomerge.config import TaskConfig
+from evomerge.config.blocks import TaskConfig
 from evomerge.errors import ConfigError, TaskError
 from evomerge.evaluation import ROLES, Objective, Role, Term
 from evomerge.lm_harness import LmHarness, Rules, TaskSpec, tasks

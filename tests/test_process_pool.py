@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import ToyPool, stored_rows, weight_space
+from toy import ToyPool, results, stored_rows, weight_space
 
 from evomerge.errors import SetupError
 from evomerge.evaluation import Evaluation, Items, Objective, Term
@@ -53,11 +53,11 @@ def jobs(count: int) -> list[Job]:
     return [Job(i, recipe, ITEMS) for i, recipe in enumerate(recipes(count))]
 
 
-def test_results_come_in_the_order_of_the_jobs_from_several_processes(tmp_path: Path) -> None:
+def test_each_job_is_answered_once_by_several_processes(tmp_path: Path) -> None:
     with ProcessPool(functools.partial(Toy, tmp_path), 2) as pool:
-        found = list(pool.run(jobs(12)))
-        assert list(pool.run([])) == []
-    assert found == list(ToyPool().run(jobs(12)))
+        found = results(pool, jobs(12))
+        assert pool.result() is None
+    assert found == results(ToyPool(), jobs(12))
     assert str(os.getpid()) not in {file.name.split(".")[1] for file in tmp_path.iterdir()}
 
 
@@ -86,16 +86,16 @@ def test_a_study_has_the_rows_of_one_worker(tmp_path: Path) -> None:
 def test_a_process_that_dies_loses_no_candidate(tmp_path: Path) -> None:
     work = jobs(8)
     with ProcessPool(functools.partial(Toy, tmp_path, (), work[3].recipe.id), 2) as pool:
-        assert list(pool.run(work)) == list(ToyPool().run(work))
+        assert results(pool, work) == results(ToyPool(), work)
     assert (tmp_path / "died").exists(), "one did die"
 
 
 def test_a_candidate_that_kills_every_process_fails_and_the_others_do_not(tmp_path: Path) -> None:
     work = jobs(5)
     with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,)), 1) as pool:
-        found = [evaluation for _, evaluation in pool.run(work)]
-    wanted = [evaluation for _, evaluation in ToyPool().run(work)]
-    assert [e.error for e in found] == [None, None, "3 worker processes died while it was evaluated", None, None]
+        found = [evaluation for _, evaluation in results(pool, work)]
+    wanted = [evaluation for _, evaluation in results(ToyPool(), work)]
+    assert [e.error for e in found] == [None, None, "poison: 3 worker processes died while it was evaluated", None, None]
     assert [e for e in found if e.error is None] == [e for e in wanted if e.recipe_id != work[2].recipe.id]
 
 
@@ -104,13 +104,29 @@ def test_a_worker_that_cannot_be_opened_is_said_at_the_start() -> None:
         ProcessPool(broken, 2)
 
 
-def test_what_was_not_begun_is_dropped_where_the_caller_stops(tmp_path: Path) -> None:
+def test_a_drained_pool_gives_what_is_in_flight_and_goes_on(tmp_path: Path) -> None:
     with ProcessPool(functools.partial(Toy, tmp_path), 1) as pool:
-        running = pool.run(jobs(200))
-        next(running)
-        running.close()  # type: ignore[attr-defined]
-        assert [e.error for _, e in pool.run(jobs(2))] == [None, None], "the pool goes on"
-    assert len(list(tmp_path.iterdir())) < 100
+        pool.submit(jobs(200))
+        pool.result()
+        pool.drain()
+        left = pool.out
+        assert left < 100
+        assert len([pool.result() for _ in range(left)]) == left
+        assert pool.result() is None
+        assert [e.error for _, e in results(pool, jobs(2))] == [None, None], "the pool goes on"
+    assert len(list(tmp_path.iterdir())) == left + 1
+
+
+def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
+    work = jobs(5)
+    with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,), work[0].recipe.id), 1) as pool:
+        results(pool, work)
+        told = pool.attempts()
+        assert pool.attempts() == []
+    ends = {job.recipe.id: [(a.number, a.cause) for a in told if a.recipe_id == job.recipe.id] for job in work}
+    assert ends[work[2].recipe.id][-3:] == [(1, "died"), (2, "died"), (3, "died")]
+    assert ends[work[4].recipe.id][-1][1] == "done"
+    assert all(a.seconds >= 0 and a.pid and a.host for a in told if a.cause == "done")
 
 
 def test_the_processes_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
@@ -132,7 +148,7 @@ def test_the_processes_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
 def drive(folder: Path) -> None:
     with ProcessPool(functools.partial(Toy, folder), 1) as pool:
         for _ in range(1000):
-            list(pool.run(jobs(20)))
+            results(pool, jobs(20))
 
 
 def alive(pid: int) -> bool:

@@ -214,7 +214,7 @@ def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=rf"'size' runs the Python function {module}:norm.*--allow-python"):
         launch.prepare(settings, text, tmp_path / "studies")
     assert not list((tmp_path / "studies").rglob("*.db*")), "nothing was begun"
-    study = launch.prepare(settings, text, tmp_path / "studies", allow_python=True)
+    study = launch.prepare(settings, text, tmp_path / "studies", allowed=launch.Allowed(python=True))
     with study.store:
         outcome = study.run()
         found = study.store.study()
@@ -228,7 +228,7 @@ def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) ->
     assert all(trial.error is None for trial in trials)
     assert {"zoo_lookup", "size"} <= set(outcome["best"]["test_metrics"])
     assert outcome["best"]["test"] == pytest.approx((outcome["best"]["test_metrics"]["zoo_lookup"] + outcome["best"]["test_metrics"]["size"]) / 2)
-    again = launch.prepare(settings, text, tmp_path / "studies", resume=True, allow_python=True)
+    again = launch.prepare(settings, text, tmp_path / "studies", resume=True, allowed=launch.Allowed(python=True))
     again.store.close()
 
 
@@ -260,7 +260,7 @@ def test_an_entry_is_a_task_or_a_function(task: dict[str, Any], words: str) -> N
 
 def test_a_worker_makes_a_functions_failure_a_value(module: str, tmp_path: Path) -> None:
     settings, _ = searching(tmp_path, module)
-    opened = launch.open_search(settings, allow_python=True)
+    opened = launch.open_search(settings, allowed=launch.Allowed(python=True))
     opened.harness._owner["size"].tokenizer = lambda text: 1 / 0  # type: ignore[attr-defined]
     recipe = opened.space.decode([0.0] * len(opened.space.axes))
     evaluation = opened.load().evaluate(recipe, {"size": opened.harness.items("search")["size"]})

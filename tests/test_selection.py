@@ -72,7 +72,7 @@ class Landscape:
         self.store = Store.open(file, write=True)
         self.truth: dict[int, float] = {}
         for generation, slot in itertools.product(range(1, generations + 1), range(self.per)):
-            items, recipe = self.study.subset(generation), recipe_at(generation, slot)
+            items, recipe = self.study.generations.subset(generation), recipe_at(generation, slot)
             values = {i: self.value(generation, slot, i) for i in self.items["first"]}
             own = tuple(ItemScore("first", i, values[i]) for i in items["first"])
             metrics = {"first": float(np.mean([s.value for s in own]))}
@@ -91,7 +91,7 @@ class Landscape:
     def estimates(self) -> dict[int, Estimate]:
         trials = self.store.trials()
         return selection.estimates(
-            self.store, self.objective, self.items, trials, self.generations, lambda t: self.study._epochs(t, self.generations)
+            self.store, self.objective, self.items, trials, self.generations, lambda t: self.study.generations.epochs(t, self.generations)
         )
 
 
@@ -372,7 +372,7 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
         assert best == "a"
         broke = 0
         for t in store.trials():
-            ids = study.subset(t.generation + (t.origin == "mean"))["second"]
+            ids = study.generations.subset(t.generation + (t.origin == "mean"))["second"]
             floor = sum(whole[best][i] for i in ids) / len(ids) - 0.3
             assert t.violation == pytest.approx(max(0.0, floor - t.metrics["second"]), abs=1e-12)
             broke += t.violation > 0
@@ -418,9 +418,9 @@ def test_floors_need_a_parent(tmp_path: Path) -> None:
 
 def test_tasks_may_have_numbers_of_their_own() -> None:
     study = Study(plan(per_generation={"first": 5, "second": 11}), None, None)  # type: ignore[arg-type]
-    assert [len(ids) for ids in study.subset(3).values()] == [5, 11]
+    assert [len(ids) for ids in study.generations.subset(3).values()] == [5, 11]
     both = Study(plan(per_generation=5), None, None)  # type: ignore[arg-type]
-    assert study.subset(4)["first"] == both.subset(4)["first"], "a task's windows are its own"
+    assert study.generations.subset(4)["first"] == both.generations.subset(4)["first"], "a task's windows are its own"
 
 
 # ---- the front -------------------------------------------------------------------------------------------------------

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import in_process, llama, search_file, uniform, zoo_folder
+from toy import in_process, llama, results, search_file, uniform, zoo_folder
 
 from evomerge import config, launch, merge, report
 from evomerge.checkpoint import Checkpoint
-from evomerge.errors import CandidateError, SetupError
+from evomerge.errors import CandidateError, CheckpointError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Role
 from evomerge.lm_harness import LmHarness, TaskSpec
 from evomerge.methods import METHODS, Method, Param
@@ -292,7 +294,7 @@ def test_a_request_to_stop_is_not_a_failure(parents: dict[str, Checkpoint]) -> N
 
 def test_a_pool_yields_every_job_once_in_order(parents: dict[str, Checkpoint]) -> None:
     jobs = [Job(7, recipe(), ITEMS), Job(3, recipe(method="no_such_method"), ITEMS), Job(5, recipe(0.1), {"first": ("1",)})]
-    out = list(InProcessPool(worker(parents)).run(jobs))
+    out = results(InProcessPool(worker(parents)), jobs)
     assert [job for job, _ in out] == jobs
     assert [e.recipe_id for _, e in out] == [job.recipe.id for job in jobs]
     assert [e.error is None for _, e in out] == [True, False, True]
@@ -375,3 +377,13 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
     assert code == 4
     assert err.startswith("error[E310]")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parent_that_is_written_to_under_the_search_is_an_error_and_no_candidates(parents: dict[str, Checkpoint], tmp_path: Path) -> None:
+    """A file that somebody changes while it is mapped would be another model, and one that is cut off ends the process."""
+    copies = {name: Checkpoint(Path(shutil.copytree(parent.path, tmp_path / name))) for name, parent in parents.items()}
+    scorer = worker(copies)
+    assert scorer.evaluate(recipe(), ITEMS).error is None
+    os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match="changed or deleted while the search reads it"):
+        scorer.evaluate(recipe(), ITEMS)

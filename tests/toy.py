@@ -11,7 +11,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from evomerge.attempts import Attempt
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.methods import method
-from evomerge.pools import Job
+from evomerge.pools import Job, Pool
 from evomerge.recipe import Filtered, Mix, Recipe, Setting
 from evomerge.space import Range, Space
 
@@ -148,15 +149,41 @@ class ToyPool:
     ) -> None:
         self.calls: list[tuple[str, Items]] = []
         self._fails, self._after, self._before = fails, after, before
+        self._jobs: list[Job] = []
+        self._told = 0
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Evaluation]]:
-        """Yields in the order of the jobs."""
-        for job in jobs:
-            self.calls.append((job.recipe.id, job.items))
-            evaluation = self.evaluate(job.recipe, job.items)
-            self._before(len(self.calls))
-            yield job, evaluation
-            self._after(len(self.calls))
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """They are evaluated in their order."""
+        self._jobs.extend(jobs)
+
+    def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
+        """Evaluates the next job."""
+        if not self._jobs:
+            return None
+        job = self._jobs.pop(0)
+        self.calls.append((job.recipe.id, job.items))
+        evaluation = self.evaluate(job.recipe, job.items)
+        self._before(len(self.calls))
+        return job, evaluation
+
+    def drain(self) -> None:
+        """Nothing is in flight between two results."""
+        self._jobs.clear()
+
+    @property
+    def out(self) -> int:
+        """Jobs that are not evaluated yet."""
+        return len(self._jobs)
+
+    def attempts(self) -> list[Attempt]:
+        """None: asked for after each result, which is when `after` is called."""
+        if self._told < len(self.calls):
+            self._told = len(self.calls)
+            self._after(self._told)
+        return []
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
         """The evaluation of one recipe."""
@@ -171,11 +198,12 @@ class ToyPool:
 
 # ---- what a store holds ----------------------------------------------------------------------------------------------
 
-TIMINGS = ("seconds", "created", "finished")
+TIMINGS = ("seconds", "created", "finished", "digest")
+_TELL_TIME = ("attempts", "runs")  # tables that no two runs share
 
 
 def stored_rows(file: Path, without: Sequence[str] = TIMINGS) -> dict[str, list[dict[str, Any]]]:
-    """Table -> rows by rowid, the columns that hold times left out."""
+    """Table -> rows, the columns that hold times left out. Evaluations go by what they are of, for they are stored as they come."""
     connection = sqlite3.connect(file)
     try:
         tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
@@ -184,9 +212,28 @@ def stored_rows(file: Path, without: Sequence[str] = TIMINGS) -> dict[str, list[
             cursor = connection.execute(f"SELECT * FROM {table} ORDER BY rowid")
             names = [column[0] for column in cursor.description]
             found[table] = [{k: v for k, v in zip(names, row, strict=True) if k not in without} for row in cursor]
-        return found
+        names_of = {row["id"]: f"{row['role']} {row['recipe']} {row['item_set']}" for row in found["evaluations"]}
+        for row in found["evaluations"]:
+            row["id"] = names_of[row["id"]]
+        for row in [*found["trials"], *found.get("front", ())]:
+            row["evaluation"] = names_of[row["evaluation"]]
+        for table in ("evaluations", "recipes", "item_sets"):
+            found[table].sort(key=lambda row: str(row["id"]))
+        if "front" in found:
+            found["front"].sort(key=lambda row: str(row["evaluation"]))
+        return {table: rows for table, rows in found.items() if table not in _TELL_TIME}
     finally:
         connection.close()
+
+
+def results(pool: Pool, jobs: Sequence[Job]) -> list[tuple[Job, Evaluation]]:
+    """What a pool makes of jobs, in their order."""
+    pool.submit(jobs)
+    found = {}
+    while pool.out:
+        if result := pool.result():
+            found[result[0].slot] = result
+    return [found[job.slot] for job in jobs]
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""Configuration -> where candidates run: the pool, how many searches share it, what it may use up, what earlier studies know."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge import study_files
+from evomerge.config import Config
+from evomerge.dispatch import Budget, Dispatch
+from evomerge.earlier import Earlier, KnownPool
+from evomerge.errors import SetupError
+from evomerge.pools import InProcessPool, Pool, Scorer
+from evomerge.process_pool import ProcessPool
+from evomerge.store import Store
+
+log = logging.getLogger(__name__)
+_PER_WORKER = 4  # candidates of all islands together, for each worker, that keep it busy
+
+
+def crew(settings: Config, workers: int) -> int:
+    """How many workers a search begins with, as far as its settings say: what 'auto' is chosen by, and a fact of the study."""
+    return settings.cluster.workers or (1 if settings.cluster.ray else workers)
+
+
+def islands(settings: Config, crew: int) -> int:
+    """How many searches share the workers. 'auto': one for a worker alone, two up to eight, four up to 64, else eight."""
+    asked = settings.search.islands
+    return asked if asked != "auto" else 1 if crew == 1 else 2 if crew <= 8 else 4 if crew <= 64 else 8
+
+
+def population(settings: Config, crew: int, genes: int) -> int | None:
+    """Candidates of a generation; None for the optimizer's own choice, which 'auto' never goes below."""
+    asked = settings.search.population
+    if asked != "auto":
+        return asked
+    return max(4 + int(3 * math.log(max(2, genes))), math.ceil(_PER_WORKER * crew / islands(settings, crew)))
+
+
+def open_pool(
+    settings: Config,
+    scorer: Scorer,
+    make: Callable[[], Scorer] | None,
+    workers: int,
+    facts: Mapping[str, Any],
+    studies: Path,
+    said: Callable[[str], None],
+) -> Pool:
+    """The pool that a search asks for. make: opens a worker in another process; None where only `scorer`, of this one, will do.
+
+    facts: of the study; studies: folder that earlier ones are looked for in; said: is told where workers are placed.
+    Raises SetupError where ray is asked for and not installed, or the cluster cannot give what is asked.
+    """
+    cluster = settings.cluster
+    pool: Pool = InProcessPool(scorer)
+    if cluster.ray is not None and make is not None:
+        pool = _ray_pool(settings, make, said)
+    elif workers > 1 and make is not None:
+        pool = ProcessPool(make, workers)
+    if settings.reuse:
+        paths = [Path(r) if Path(r).is_file() else study_files.store_path(r, studies) for r in settings.reuse]
+        earlier = Earlier(paths, facts)
+        for why in earlier.refused:
+            log.warning(why)
+        return KnownPool(pool, earlier)
+    return pool
+
+
+def dispatch(settings: Config, store: Store, pool: Pool) -> Dispatch:
+    """What stands between the loop and the pool, with the grace and the budgets of the settings."""
+    asked = settings.budget
+    budget = Budget(asked.hours, asked.gpu_hours, asked.cost, asked.price, settings.cluster.gpus)
+    return Dispatch(pool, store, grace=settings.cluster.grace, budget=budget, backup=settings.cluster.backup)
+
+
+def _ray_pool(settings: Config, make: Callable[[], Scorer], said: Callable[[str], None]) -> Pool:
+    cluster, asked = settings.cluster, settings.cluster.limits
+    try:
+        from evomerge.ray_pool import RayPool
+    except ImportError as error:
+        raise SetupError(f"--ray needs Ray, which is not installed ({error}); pip install 'evomerge[ray]', or run with --workers") from None
+    from evomerge.faults import Limits
+
+    limits = Limits(factor=asked.factor, floor=asked.floor, memory=asked.memory)
+    pool = RayPool(make, address=cluster.ray, workers=cluster.workers, gpus=cluster.gpus, cpus=cluster.cpus, limits=limits)
+    said(pool.describe())
+    return pool
