@@ -324,7 +324,7 @@ def test_a_group_is_one_term_of_a_search(tmp_path: Path) -> None:
     document = json.loads(file.read_text())
     document["tasks"] = [{"task": "skills", "weight": 3.0}, {"task": "zoo_lookup"}]
     file.write_text(json.dumps(document))
-    opened = launch.open_search(config.load(str(file))[0])
+    opened = launch.open_search(config.load(str(file))[0], launch.Allowed(tasks=True))
     items = opened.harness.items("validation")
     assert set(items) == {"zoo_arithmetic", "zoo_cross", "zoo_lookup"}
     evaluation = opened.load().evaluate(opened.space.decode([0.0] * len(opened.space.axes)), items)
