@@ -18,7 +18,10 @@ from typing import Any
 from evomerge.errors import CheckpointError
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}  # what a merge can take
-MAX_HEADER = 16_000_000  # bytes: a hundred thousand tensors; the format's own limit is 100 MB
+MAX_HEADER = 16_000_000  # bytes; the format's own limit is 100 MB
+MAX_TENSORS = 50_000  # of a file: the largest public models have ninety thousand in 160 files; each takes some 20 microseconds
+MAX_FOLDER = 200_000  # tensors of all files together
+MAX_JSON = 32_000_000  # bytes of a JSON file
 _AGAIN = "fetch or save the file again"
 _OTHER_FORMATS = {  # suffix -> how to get safetensors from it
     ".gguf": "GGUF weights are quantised; use the model that they were made from",
@@ -45,6 +48,8 @@ def json_object(file: Path, why: str) -> dict[str, Any]:
     """The JSON object in a file of a model folder. why: ends the error for a file that is missing."""
     if os.path.lexists(file):
         check_file(file)
+        if (size := file.stat().st_size) > MAX_JSON:
+            raise CheckpointError(f"{file} has {size:,} bytes, at most {MAX_JSON:,} are read; {_AGAIN}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -93,6 +98,8 @@ def read(file: Path) -> dict[str, TensorInfo]:
         if not isinstance(header, dict):
             raise ValueError(f"a mapping was expected, got {type(header).__name__}")
         header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"it has {len(header):,} tensors, at most {MAX_TENSORS:,} are read of a file")
         spans = [_span(name, entry) for name, entry in header.items()]
         _check_cover(spans, size - 8 - length)
     except (ValueError, RecursionError) as error:
@@ -146,37 +153,44 @@ def _join(files: list[Path]) -> dict[str, TensorInfo]:
             if name in found:
                 raise CheckpointError(f"{file} and {found[name].file} both hold the tensor {name!r}; remove the file that is not part of the model")
             found[name] = info
+        if len(found) > MAX_FOLDER:
+            raise CheckpointError(f"{file.parent} has more than {MAX_FOLDER:,} tensors; give the folder of one model")
     return found
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """(first byte, end, name) of a header's entry. Raises ValueError for one that contradicts itself."""
-    shown = ascii(name[:200])
     if not name.isprintable() or not 0 < len(name) <= 1000:
-        raise ValueError(f"{shown} is no name of a tensor")
+        raise ValueError(f"{_shown(name)} is no name of a tensor")
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        raise ValueError(f"{shown} has no dtype")
+        raise ValueError(f"{_shown(name)} has no dtype")
     shape, offsets = _whole(entry.get("shape")), _whole(entry.get("data_offsets"))
     if shape is None or len(shape) > 64:
-        raise ValueError(f"{shown} has a shape that is no list of whole numbers")
+        raise ValueError(f"{_shown(name)} has a shape that is no list of whole numbers")
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{shown} has data_offsets that are no [first, end]")
+        raise ValueError(f"{_shown(name)} has data_offsets that are no [first, end]")
     first, end = offsets
     item = ITEM_BYTES.get(entry["dtype"])
     if item and prod(shape) * item != end - first:
-        raise ValueError(f"{shown}, {entry['dtype']} {str(shape)[:80]}, takes {end - first} bytes, which is not its size")
-    return first, end, shown
+        raise ValueError(f"{_shown(name)}, {entry['dtype']} {str(shape)[:80]}, takes {end - first} bytes, which is not its size")
+    return first, end, name
 
 
 def _check_cover(spans: list[tuple[int, int, str]], size: int) -> None:
     """Raises ValueError unless the spans, in order, take every byte of the data once."""
     at = 0
-    for first, end, shown in sorted(spans):
+    for first, end, name in sorted(spans):
         if first != at:
-            raise ValueError(f"{shown} starts at byte {first} of the data, {'inside the tensor before it' if first < at else f'not at {at}'}")
+            where = "inside the tensor before it" if first < at else f"not at {at}"
+            raise ValueError(f"{_shown(name)} starts at byte {first} of the data, {where}")
         at = end
     if at != size:
         raise ValueError(f"the tensors take {at} bytes, the file has {size} for them")
+
+
+def _shown(name: str) -> str:
+    """A name that a stranger gave, in one line."""
+    return ascii(name[:200])
 
 
 def _whole(value: Any) -> list[int] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
+from pathlib import Path
 
 import pytest
 from toy import weight_space
 
-from evomerge import documents, mergekit_yaml
+from evomerge import documents, headers, mergekit_yaml
 from evomerge.baselines import baselines
-from evomerge.errors import ConfigError, RecipeError
+from evomerge.errors import CheckpointError, ConfigError, RecipeError
 from evomerge.recipe import Recipe
 
 
@@ -47,3 +49,34 @@ def test_an_error_about_a_recipe_is_one_line_of_bounded_length() -> None:
     with pytest.raises(RecipeError, match=r"^recipe\.yaml:3:1 unknown dtype 'x999") as caught:
         mergekit_yaml.load(documents.parse(text, "recipe.yaml"), lambda reference: 4)
     assert len(str(caught.value)) < 1000
+
+
+def header(names: int) -> bytes:
+    """A safetensors file of that many empty tensors."""
+    text = json.dumps({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(names)}, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def test_a_header_of_very_many_tensors_is_refused_before_they_are_looked_at(tmp_path: Path) -> None:
+    """A quarter of a million fit into 16 MB, and took five seconds to be checked one by one."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(header(headers.MAX_TENSORS))
+    assert len(headers.read(file)) == headers.MAX_TENSORS
+    file.write_bytes(header(headers.MAX_TENSORS + 1))
+    with pytest.raises(CheckpointError, match=r"it has 50,001 tensors, at most 50,000 are read of a file"):
+        headers.read(file)
+
+
+def test_a_folder_of_very_many_tensors_and_a_huge_json_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "MAX_FOLDER", 5)
+    for shard in range(3):
+        text = json.dumps({f"t{shard}.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(2)}).encode()
+        (tmp_path / f"{shard}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match="more than 5 tensors"):
+        headers.tensors(tmp_path)
+    monkeypatch.setattr(headers, "MAX_FOLDER", 6)
+    assert len(headers.tensors(tmp_path)) == 6
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(headers.MAX_JSON + 1)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointError, match="32,000,001 bytes, at most 32,000,000"):
+        headers.json_object(tmp_path / "config.json", "")
