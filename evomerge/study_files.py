@@ -120,7 +120,8 @@ def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]
     """An exclusive lock for as long as the file is open; the kernel drops it when the process dies. Raises StudyError where it is held.
 
     Where the file system has no locks (`flock` fails otherwise), a lease beside it names the holder instead; that of a
-    dead process of this machine is taken over, one of another machine has to be deleted by hand.
+    dead process of this machine is taken over, one of another machine has to be deleted by hand. Two that find a dead one's at
+    the same instant may both take it: it is not as good as a lock.
     """
     handle = path.open("a+")
     for attempt in range(20):  # a reader that asks who drives holds it for a moment
