@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evomerge import __version__, config, pooling, racing, staging, study_files, worker
+from evomerge import __version__, config, placement, pooling, racing, staging, study_files, worker
 from evomerge.baselines import soup
 from evomerge.checkpoint import COMPONENTS, Parent, check_compatible
 from evomerge.config import Config
@@ -125,8 +125,13 @@ def _prepare(
         race=_race(settings),
         islands=pooling.islands(settings, facts["crew"]),
     )
+
+    def said(text: str) -> None:
+        show(Progress("opening models and tasks", 0, 1, None, text))
+
+    said(f"parents: {placement.said(scorer.places)}")
     make = functools.partial(_open_worker, settings, allowed, routed) if evaluator is harness else None
-    pool = pooling.open_pool(settings, scorer, make, workers, facts, store.path.parent.parent, log.info)
+    pool = pooling.open_pool(settings, scorer, make, workers, facts, store.path.parent.parent, said)
     return Study(plan, store, pool, show, pooling.dispatch(settings, store, pool))
 
 
