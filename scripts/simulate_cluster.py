@@ -5,7 +5,7 @@ take 60 s with a log-normal spread of .1, two of a hundred five times as long, w
 candidates of its generation before it asks for the next; all share the workers. With --real also two Ray workers on this machine that
 sleep by the same law, .2 s a candidate.
 
-usage: python scripts/simulate_cluster.py [--real] [--seeds 2] [--evaluations 1000000] [--out results/cluster.md]
+usage: python scripts/simulate_cluster.py [--real | --only-real] [--seeds 2] [--evaluations 1000000] [--out results/cluster.md]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import datetime
 import functools
 import heapq
+import logging
 import math
 import os
 import platform
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from evomerge.evaluation import Evaluation, Items
 from evomerge.faults import Limits
@@ -247,11 +249,12 @@ def real(generations: int = 36) -> list[str]:
     return lines
 
 
-def ready(pool: Pool) -> None:
-    """Waits until both workers have done something."""
-    for slot in range(100, 140):
-        pool.submit([Job(slot, RECIPE, ITEMS)])
-    while pool.out:
+def ready(pool: Any) -> None:
+    """Waits until both workers can be given something."""
+    pool.submit([Job(0, RECIPE, ITEMS)])
+    while pool.out or pool.ready < 2:
+        if not pool.out:
+            pool.submit([Job(0, RECIPE, ITEMS)])
         pool.result(1.0)
     pool.attempts()
 
@@ -259,23 +262,25 @@ def ready(pool: Pool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true", help="two real Ray workers too")
+    parser.add_argument("--only-real", action="store_true", help="nothing else; the file keeps its other parts")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--evaluations", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "cluster.md")
     args = parser.parse_args()
-    ray = f", Ray {version('ray')}" if args.real else ""
-    lines = [
-        "# Workers kept busy",
-        "",
-        f"`python scripts/simulate_cluster.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, evomerge {version('evomerge')}, "
-        f"Python {platform.python_version()}{ray}, {os.cpu_count()} cores.",
-        "",
-        " ".join((__doc__ or "").split("\n\n")[1].split()),
-        *shares(args.seeds),
-        *load(args.evaluations),
-        *(real() if args.real else []),
-    ]
-    args.out.write_text("\n".join(lines) + "\n")
+    logging.getLogger("evomerge.slots").setLevel(logging.ERROR)  # a limit that is passed is a number here, no news
+    if not args.only_real:
+        head = ["# Workers kept busy", "", " ".join((__doc__ or "").split("\n\n")[1].split())]
+        simulated = ["## Simulated", "", stamp(""), *shares(args.seeds), *load(args.evaluations)]
+        args.out.write_text("\n".join([*head, "", *simulated]) + "\n")
+    if args.real or args.only_real:
+        kept = args.out.read_text().partition("\n## Real")[0].rstrip()
+        args.out.write_text("\n".join([kept, "", "## Real", "", stamp(f", Ray {version('ray')}"), *real()]) + "\n")
+
+
+def stamp(more: str) -> str:
+    """What was run, when and with what."""
+    command = f"`python scripts/simulate_cluster.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
+    return f"{command}, {datetime.date.today()}, evomerge {version('evomerge')}, Python {platform.python_version()}{more}, {os.cpu_count()} cores."
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +78,6 @@ class Coded:
 
 def until(done: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
     """Waits for something that another process does; fails the test where it does not come."""
-    import time
-
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, f"{what} did not come in {seconds:g} s"

@@ -88,9 +88,10 @@ class _Lines(logging.Handler):
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory; 0 where the system does not say."""
+    """Bytes of its own that this process has in memory, mapped parents left out; 0 where the system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 

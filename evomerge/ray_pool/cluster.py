@@ -28,7 +28,8 @@ from evomerge.errors import SetupError
 log = logging.getLogger(__name__)
 _STORE = 100 * 2**20  # bytes of Ray's object store: no weights go through it
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_PASSED = ("EVOMERGE_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "CUBLAS_", "OMP_")  # variables that decide what a worker computes
+_PASSED = ("EVOMERGE_", "CUBLAS_", "OMP_")  # variables that decide what a worker computes, and those that keep it off the network:
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
@@ -136,7 +137,7 @@ def check(cpus: float, gpus: float, workers: int | None) -> None:
 
 def environment() -> dict[str, str]:
     """The variables of this process that workers on other machines need too; never a secret."""
-    found = {k: v for k, v in os.environ.items() if k.startswith(_PASSED) and not any(word in k for word in _SECRET)}
+    found = {k: v for k, v in os.environ.items() if (k.startswith(_PASSED) or k in _OFFLINE) and not any(word in k for word in _SECRET)}
     return dict(sorted(found.items())) | {"TOKENIZERS_PARALLELISM": "false"}
 
 
