@@ -211,12 +211,15 @@ def verdict(file: Path, before: dict[str, Any], write: bool) -> tuple[str, str]:
     """('correct' | 'refused' | 'found' | 'wrong', what was said). found: by `check`, where the file could be opened."""
     from evomerge.errors import EvomergeError
 
+    alone = not file.with_name(file.name + ".rows").is_file()
     try:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         with toy_study.Store.open(file, write=write) as store:
             checked = store.check()
             if checked != "ok":
                 return "found", checked
+            if store.study() is None and alone:  # an empty file: so does a driver leave it that is killed at its first step
+                return "refused", "it holds no study"
             now = snapshot(store)
         differ = [name for name in before if before[name] != now[name]]
         return ("wrong", f"silent: {', '.join(differ)} differ") if differ else ("correct", "")
