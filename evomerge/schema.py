@@ -1,7 +1,8 @@
 """The tables of a study's file, as the scripts that bring an older file up to date, oldest first. Runs none of them.
 
-Rows carry a digest, see `evomerge.store.sums`. An attempt may come before its recipe is stored. ends: a budget that ended an
-island of a stage, so that a replay ends there too; runs: of drivers, with the time that each has driven.
+Rows carry a digest, see `evomerge.store.sums`; indexes of digests let SQLite's own check see a page that went back in time,
+which is whole in itself. An attempt may come before its recipe is stored. ends: a budget that ended an island of a stage, so
+that a replay ends there too; runs: of drivers, with the time that each has driven.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ MIGRATIONS = (
     CREATE TABLE ends (
         id INTEGER PRIMARY KEY, stage INTEGER NOT NULL, island INTEGER NOT NULL, generation INTEGER NOT NULL, cause TEXT NOT NULL, digest TEXT,
         UNIQUE (stage, island));
+    CREATE INDEX front_by_digest ON front (digest);
+    CREATE INDEX attempts_by_digest ON attempts (digest);
     CREATE TABLE runs (id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL, digest TEXT);
     """,
 )

@@ -59,6 +59,8 @@ class File:
                 study_files.unlock(held)
             if isinstance(error, sqlite3.DatabaseError):
                 raise (_explained(path, error) if write else None) or damaged(path, error) from None
+            if isinstance(error, UnicodeDecodeError):  # of a table's own text, in SQLite's message
+                raise damaged(path, error) from None
             if isinstance(error, OSError) and error.errno in _ERRNO:
                 raise NoRoom(f"{path} cannot be written: {error.strerror}; make room, or make it writable, and start again") from None
             raise
@@ -75,7 +77,7 @@ class File:
         """All rows of a query; raises StudyError where the file is damaged or another program's."""
         try:
             return self.db.execute(sql, values).fetchall()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise damaged(self.path, error) from None
 
     def row(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
