@@ -18,6 +18,7 @@ from evomerge.optimizers.random_search import check, ordered
 
 _CROSSED = 0.3  # of the children have two parents
 _SHIFTED = 0.2  # of a child's numbers are moved
+_RUNS = 0.3  # of the children have one new choice over a run of genes, as blocks of layers are taken by hand
 _SPREAD = 0.5  # of its changed choices are those of a gene beside them with as many: good choices come in runs
 
 
@@ -95,6 +96,12 @@ class Elitist:
         for i in np.flatnonzero((rng.random_sample(lead) < _SPREAD) & (beside >= 0) & (beside < lead)):
             if self._counts[i] == self._counts[beside[i]] and child[i] != child[beside[i]]:
                 given[i] = child[beside[i]]
+        if rng.random_sample() < _RUNS:  # one new choice, over a run of genes
+            first = int(rng.randint(lead))
+            end = min(lead, first + 1 + int(rng.randint(lead)))
+            run = np.arange(first, end)[self._counts[first:end] > given[first]]
+            given[run], changed[:] = given[first], False
+            changed[run] = True
         child[:lead] = np.where(changed, given, child[:lead])
         if lead < len(child):
             moved = rng.random_sample(len(child) - lead) < _SHIFTED
