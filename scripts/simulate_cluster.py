@@ -178,7 +178,7 @@ def cell(workers: int, islands: int, each: int, limits: Limits, seeds: int) -> s
 
 def load(evaluations: int) -> list[str]:
     """Dispatch and memory over many evaluations, with 4,000 workers."""
-    night = simulate(4000, 8, 2000, max(2, evaluations // 16_000), NEVER, 0, shares=False)
+    night = simulate(4000, 8, 2000, max(2, math.ceil(evaluations / 16_000)), NEVER, 0, shares=False)
     memory = ", ".join(f"{m:.0f}" for m in night.memory)
     print("load", night.cpu, night.wall, memory, flush=True)
     return [

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +60,10 @@ class Actor:
         gpus = ",".join(str(i) for i in ray.get_gpu_ids())
         return Where(socket.gethostname(), os.getpid(), f"cuda:{gpus}" if gpus else "cpu", _target(2))
 
-    def open(self, make: bytes, path: Sequence[str]) -> None:
-        """Makes the worker; raises what that raises. make: a pickled function without arguments; path: where its modules may be found."""
+    def open(self, make: bytes, path: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Makes the worker; raises what that raises. make: a pickled function without arguments; path: where its modules may be found;
+        environment: the driver's variables that the worker goes by."""
+        os.environ.update(environment)
         sys.path += [folder for folder in path if folder not in sys.path]
         self._worker = cloudpickle.loads(make)()
 

@@ -28,7 +28,7 @@ from evomerge.errors import SetupError
 log = logging.getLogger(__name__)
 _STORE = 100 * 2**20  # bytes of Ray's object store: no weights go through it
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_PASSED = ("EVOMERGE_", "CUBLAS_", "OMP_")  # variables that decide what a worker computes, and those that keep it off the network:
+_PASSED = ("EVOMERGE_", "CUBLAS_")  # variables that decide what a worker computes, and those that keep it off the network:
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -68,6 +68,7 @@ def join(address: str | None) -> bool:
             return False
         _token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray lets whatever else runs here go first
         with _loopback():
             _init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=_STORE)
     if any(node.address != "127.0.0.1" for node in nodes()):

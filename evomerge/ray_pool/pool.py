@@ -272,9 +272,8 @@ class RayPool:
         for chair in self._chairs:
             if chair.state == "empty" and chair.due <= now:
                 at = NodeAffinitySchedulingStrategy(chair.node.id, soft=False)
-                more = {} if self._own else {"runtime_env": {"env_vars": cluster.environment()}}
                 options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": at}
-                chair.actor = ray.remote(Actor).options(**options, **more).remote()
+                chair.actor = ray.remote(Actor).options(**options).remote()
                 chair.state, chair.since = "placing", now
                 self._calls[chair.actor.where.remote()] = _Call(chair, chair.actor)
 
@@ -282,7 +281,7 @@ class RayPool:
         chair.where, chair.since = where, now
         chair.state = "held" if chair.place in self._slots.aside else "opening"
         if chair.state == "opening":
-            self._calls[chair.actor.open.remote(self._make, sys.path)] = _Call(chair, chair.actor)
+            self._calls[chair.actor.open.remote(self._make, sys.path, cluster.environment())] = _Call(chair, chair.actor)
 
     def _opened(self, chair: _Chair, now: float) -> None:
         assert chair.where is not None
