@@ -109,12 +109,14 @@ def main() -> None:
     lines = [
         "# Weights, routes, and both, on the zoo",
         "",
-        f"`python scripts/bench_routes.py --first {args.first} --seeds {args.seeds} --evaluations {args.evaluations}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, "
+        f"`python scripts/bench_routes.py --first {args.first} --seeds {args.seeds} --evaluations {args.evaluations}`, "
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, "
         + ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval", "cma", "cmaes", "numpy"))
         + ".",
         "",
         f"Each study: {args.evaluations} candidates x 160 search items (parents and recipes by hand not counted), 600 validation items, "
-        f"1,600 test items, float32, seeds {args.first} to {args.first + args.seeds - 1}. Mean of four skills. ± is half of a 95 % interval of the mean over seeds (Student's t); "
+        f"1,600 test items, float32, seeds {args.first} to {args.first + args.seeds - 1}. Mean of four skills. "
+        "± is half of a 95 % interval of the mean over seeds (Student's t); "
         "it holds the search's chance, not the items', which are the same for all (a study's own test score has a standard error of about .01).",
         "",
         "| | test | over the best parent | over routes at random | over its best hand-written recipe | search - test | layers of the best |",
