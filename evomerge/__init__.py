@@ -1,3 +1,3 @@
 """Evolutionary search for merge recipes of language models."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

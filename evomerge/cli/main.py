@@ -28,6 +28,7 @@ _verbose = False
 
 def main() -> None:
     """Runs the command line; every error is one line on standard error and an exit code."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which the optimizers use: a replay has the same sums on any machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the other processes of a node
     try:
         app()
