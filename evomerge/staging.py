@@ -147,7 +147,8 @@ def _routes(settings: Config, stage: StageConfig, parents: Mapping[str, Parent],
             if settings.routes.optimizer == "random":
                 return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
             if space.categories and settings.routes.optimizer != "cma":
-                return Elitist(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+                likely = space.likely if isinstance(space, ConditionalSpace) else None
+                return Elitist(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay, likely=likely)
             if space.categories:
                 return CatCma(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
             diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)

@@ -26,14 +26,24 @@ class Elitist:
     """Survivors and their changed copies. Satisfies `evomerge.optimizers.Optimizer`."""
 
     def __init__(
-        self, start: Sequence[float], sigma: float, *, categories: Sequence[int], stay: float, population: int | None = None, seed: int = 0
+        self,
+        start: Sequence[float],
+        sigma: float,
+        *,
+        categories: Sequence[int],
+        stay: float,
+        likely: Sequence[Sequence[float]] | None = None,
+        population: int | None = None,
+        seed: int = 0,
     ) -> None:
         """start: [n], the categorical genes first; sigma: standard deviation of a step of the continuous ones; categories: of
-        each categorical gene, at least 2; stay: probability that a child keeps a category, though one at least it changes;
-        population: None for 4 + 3 ln n; a sixth of it survive."""
+        each categorical gene, at least 2; stay: probability that a child keeps a category, though one at least it changes, and
+        some change a run; likely: of each categorical gene, what each category's probability as a new choice is proportional
+        to, above 0, None for equal ones; population: None for 4 + 3 ln n; a sixth of it survive."""
         self._counts = np.asarray(categories, dtype=np.int64)
         self._sigma = sigma
         lead = len(self._counts)
+        self._likely = [np.asarray(own, dtype=np.float64) for own in likely] if likely is not None else [np.ones(int(k)) for k in self._counts]
         self._further = max(0.0, (1 - stay) * lead - 1) / max(1, lead - 1)  # beside the one choice that every child changes
         self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
         self._rng = np.random.RandomState(seed)
@@ -90,16 +100,14 @@ class Elitist:
                 child[first + round(cut * size) : first + size] = other[first + round(cut * size) : first + size]
         changed = rng.random_sample(lead) < self._further
         changed[rng.randint(lead)] = True
-        steps = 1 + np.floor(rng.random_sample(lead) * (self._counts - 1))
-        given = (child[:lead] + steps) % self._counts
+        given = np.array([self._other(i, int(child[i])) for i in range(lead)], dtype=np.float64)
         beside = np.arange(lead) + np.where(rng.random_sample(lead) < 0.5, -1, 1)
         for i in np.flatnonzero((rng.random_sample(lead) < _SPREAD) & (beside >= 0) & (beside < lead)):
             if self._counts[i] == self._counts[beside[i]] and child[i] != child[beside[i]]:
                 given[i] = child[beside[i]]
         if rng.random_sample() < _RUNS:  # one new choice, over a run of genes
-            first = int(rng.randint(lead))
-            end = min(lead, first + 1 + int(rng.randint(lead)))
-            run = np.arange(first, end)[self._counts[first:end] > given[first]]
+            first, last = sorted(rng.randint(lead, size=2))
+            run = np.arange(first, last + 1)[self._counts[first : last + 1] > given[first]]
             given[run], changed[:] = given[first], False
             changed[run] = True
         child[:lead] = np.where(changed, given, child[:lead])
@@ -107,6 +115,12 @@ class Elitist:
             moved = rng.random_sample(len(child) - lead) < _SHIFTED
             child[lead:] += np.where(moved, self._sigma * rng.standard_normal(len(child) - lead), 0.0)
         return np.asarray(np.round(child / GRID) * GRID, dtype=np.float64)
+
+    def _other(self, gene: int, now: int) -> int:
+        """Another category of a gene than it has now."""
+        p = self._likely[gene].copy()
+        p[now] = 0.0
+        return int(np.searchsorted(np.cumsum(p), self._rng.random_sample() * p.sum(), side="right"))
 
     def _pick(self) -> Array:
         """One of the survivors, a better one rather: of two, the better."""

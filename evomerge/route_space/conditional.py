@@ -76,6 +76,17 @@ class ConditionalSpace:
         object.__setattr__(self, "axes", tuple(Gene(name) for name in names))
 
     @property
+    def likely(self) -> tuple[tuple[float, ...], ...]:
+        """Of each categorical gene, how likely each choice is as a new one: as often a layer of another model in place of it as
+        skipped, kept and inserted after, together; equal ones for embeddings and head."""
+        lead = [(1.0,) * len(self._outers)] if len(self._outers) > 1 else []
+        found = []
+        for own in self._choices:
+            kinds = [min(len(hops), 2) if c != 0 else 3 for c, hops in enumerate(own)]  # 3: keep, 0: skip, 1: take, 2: insert
+            found.append(tuple((3.0 if kind == 1 else 1.0) / kinds.count(kind) for kind in kinds))
+        return (*lead, *found) if self.categorical else ()
+
+    @property
     def start(self) -> tuple[float, ...]:
         """Every layer kept, all scales 1."""
         return self._genome(0, [0] * len(self._choices), [0.0] * len(self._choices))
