@@ -14,7 +14,7 @@ from toy import REPO, environment
 
 sys.path.insert(0, str(REPO / "scripts"))
 
-from soak_parts import damage, faults, inputs, kills, races, toy_study
+from soak_parts import damage, inputs, kills, races, toy_study
 from soak_parts.toy_study import Work
 
 from evomerge.errors import ConfigError
@@ -33,49 +33,40 @@ def over(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 
 def test_a_driver_killed_again_and_again_ends_where_the_others_do_and_a_second_call_has_nothing_left_to_do(tmp_path: Path) -> None:
-    found = kills.run(tmp_path, evaluations=64, kills=6, ray=0, seed=3)
+    found = kills.run(tmp_path, evaluations=48, kills=4, ray=0, seed=3)
     assert kills.failures(found) == []
     part = found["parts"][0]
-    assert part["kills"] == 6
-    assert part["acknowledged"] == part["evaluations"] > 64
+    assert part["kills"] == 4
+    assert part["acknowledged"] == part["evaluations"] > 48
     assert part["begun"] >= part["begun_unbroken"] == part["evaluations"]
-    again = kills.run(tmp_path, evaluations=64, kills=6, ray=0, seed=3)
+    again = kills.run(tmp_path, evaluations=48, kills=4, ray=0, seed=3)
     assert again["parts"][0]["starts"] == part["starts"]
     with pytest.raises(SystemExit, match="other sizes"):
-        kills.run(tmp_path, evaluations=65, kills=6, ray=0, seed=3)
+        kills.run(tmp_path, evaluations=49, kills=4, ray=0, seed=3)
 
 
 def test_of_two_drivers_one_runs(tmp_path: Path) -> None:
-    found = races.run(tmp_path, races=4, evaluations=2000, seed=1)
+    found = races.run(tmp_path, races=2, evaluations=2000, seed=1)
     assert found["wrong"] == []
-    assert (found["races"], found["one"], found["fresh"]) == (4, 4, 2)
+    assert (found["races"], found["one"], found["fresh"]) == (2, 2, 1)
     assert 0 < found["slowest"] < 1
 
 
 def test_damage_is_found_or_harmless(tmp_path: Path) -> None:
-    found = damage.run(tmp_path, damages=16, evaluations=32, seed=2)
+    found = damage.run(tmp_path, damages=8, evaluations=16, seed=2)
     assert found["found"] == []
-    assert sum(sum(own.values()) for own in found["ends"].values()) == 32
-    assert sum(own["refused"] + own["found"] for own in found["ends"].values()) > 8
+    assert sum(sum(own.values()) for own in found["ends"].values()) == 16
+    assert sum(own["refused"] + own["found"] for own in found["ends"].values()) > 3
     assert {where.partition(",")[0] for where in found["ends"]} <= set(damage.STATES)
 
 
 @pytest.mark.parametrize("kind", inputs.KINDS)
 def test_mutated_inputs_are_read_or_refused(kind: str) -> None:
-    found = inputs.slice_(kind, 0, 120, 11, bytearray(8))
+    found = inputs.slice_(kind, 0, 60, 11, bytearray(8))
     assert found["found"] == []
-    assert found["read"] > 5
-    assert found["refused"] > 30
-    assert found["read"] + found["refused"] == 120
-
-
-def test_workers_that_die_change_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    found = faults.run(tmp_path, rates=[0.06], evaluations=16, seed=3, references=4)
-    assert faults.failures(found) == []
-    rate = found["rates"][0]
-    assert rate["died"] == 3  # a function of the seed
-    assert rate["causes"] == {"died": 3, "done": found["evaluations"]}
+    assert found["read"] > 2
+    assert found["refused"] > 15
+    assert found["read"] + found["refused"] == 60
 
 
 def test_the_command_line_writes_what_a_part_came_to(tmp_path: Path) -> None:
@@ -84,11 +75,6 @@ def test_the_command_line_writes_what_a_part_came_to(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| safetensors header | 40 |" in done.stdout
     assert "inputs: nothing found" in done.stdout
-    shown = subprocess.run(
-        [sys.executable, words[0], "inputs", "--case", "0/recipe/3"], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert "embeddings" in shown.stdout
 
 
 # ---- what they must notice -----------------------------------------------------------------------------------------------
