@@ -89,7 +89,7 @@ def check(db: sqlite3.Connection, store: Path) -> str:
             found.append(finding)
             if len(found) > _SHOWN:
                 break
-    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError) as error:
+    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, AttributeError) as error:  # a text that is a number now
         found.append(f"unreadable: {' '.join(str(error).split())[:200]}")
     finally:
         if own and db.in_transaction:
