@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge import __version__, folder, merge, mergekit_yaml, route_files
 from evomerge.checkpoint import Parent
-from evomerge.errors import NothingToExport
+from evomerge.errors import NothingToExport, RecipeError
 from evomerge.methods import method
 from evomerge.recipe import Recipe
 from evomerge.report.routes import hops, is_route
@@ -46,7 +46,10 @@ def export(
         else:
             if weights:
                 folder.write_into(merge.Merge(recipe, parents), staging, progress)
-            (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
+            try:
+                (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
+            except RecipeError as error:  # such as one model's layers between another's embeddings and head
+                notes.append(f"There is no recipe.yaml for mergekit: {error}. `evomerge merge` of recipe.json makes the model.")
         (staging / "recipe.json").write_text(recipe.canonical() + "\n")
         (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
         (staging / "README.md").write_text(card(store, study, trial, recipe, [note for note in notes if note]))

@@ -1,11 +1,25 @@
 """Models that many tests read: built once a session, never written to."""
 
+import fcntl
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from models import build
 from toy import in_process, search_file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files of tests that start Ray take turns: two of them on two cores starve each other's start."""
+    if not request.module.__name__.startswith(("test_ray_", "test_cluster_scripts")):
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "evomerge-tests-ray.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -250,12 +250,12 @@ def test_texts_of_the_zoo_are_those_of_hflm() -> None:
     words = AutoTokenizer.from_pretrained(folder)
     lines = (REPO / "evaluators" / "zoo" / "zoo_arithmetic.test.jsonl").read_text().splitlines()[:96]
     contexts = [json.loads(line)["prompt"] for line in lines]
-    for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        lm = hflm(model, words, 32)
-        with RowHead(model) as head:
-            generator = Generator(model, head, tokenizer=words, max_length=128, pad_id=0, eos_ids=frozenset([2]), decoder="slots", shares=True)
-            assert our_texts(lm, generator, contexts, ["\n"], 4) == texts_of_hflm(lm, contexts, ["\n"], 4)
+    # in float32: on CPUs without bfloat16 arithmetic a row's rounding depends on its batch, and near ties fall either way
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    lm = hflm(model, words, 32)
+    with RowHead(model) as head:
+        generator = Generator(model, head, tokenizer=words, max_length=128, pad_id=0, eos_ids=frozenset([2]), decoder="slots", shares=True)
+        assert our_texts(lm, generator, contexts, ["\n"], 4) == texts_of_hflm(lm, contexts, ["\n"], 4)
 
 
 @pytest.mark.parametrize("stops", [["b"], ["abX", "b"], ["b", "abX"], ["A:", "\n\n"], ["é"], ["€", " the"], ["</s>"], ["", "q"], ["The answer"], []])

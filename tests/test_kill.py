@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -37,7 +38,8 @@ def check(store: Path, before: dict[str, list[dict[str, Any]]]) -> dict[str, lis
         return before
     rows = stored_rows(store)
     for table in ("recipes", "item_sets", "evaluations", "trials"):
-        assert rows.get(table, [])[: len(before.get(table, []))] == before.get(table, []), f"{table} lost rows"
+        now = {json.dumps(row, sort_keys=True) for row in rows.get(table, [])}
+        assert all(json.dumps(row, sort_keys=True) in now for row in before.get(table, [])), f"{table} lost rows"
     connection = sqlite3.connect(store)
     assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     connection.close()

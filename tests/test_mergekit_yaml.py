@@ -512,7 +512,7 @@ def test_a_file_that_is_no_text_or_too_large_is_refused(tmp_path):
     file = tmp_path / "recipe.yaml"
     for content, message in [
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"a: 1\n" * 250_000, "at most 1,000,000"),
+        (b"a: 1\n" * 250_000, "at most 500,000"),
         (b"a: \x01\n", "not valid YAML"),
         (None, "cannot read"),
     ]:

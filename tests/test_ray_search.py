@@ -98,7 +98,7 @@ def test_without_ray_installed_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp
         pooling.open_pool(asked, ToyPool(), functools.partial(Dying, tmp_path, 0.0), 1, {}, tmp_path, print)
 
 
-@pytest.mark.parametrize(("crew", "islands", "population"), [(1, 1, 13), (2, 2, 13), (8, 2, 16), (64, 4, 64), (1024, 8, 512)])
+@pytest.mark.parametrize(("crew", "islands", "population"), [(1, 1, 12), (2, 2, 12), (8, 2, 16), (64, 4, 64), (1024, 8, 512)])
 def test_auto_keeps_the_workers_busy_that_a_study_begins_with(crew: int, islands: int, population: int, tmp_path: Path) -> None:
     document = json.loads(search_file(tmp_path, "auto").read_text())
     document["search"] |= {"population": "auto", "islands": "auto"}
