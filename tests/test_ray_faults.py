@@ -36,6 +36,8 @@ from evomerge.evaluation import Evaluation
 from evomerge.pools import Job
 from evomerge.ray_pool import Limits, RayPool
 
+pytestmark = pytest.mark.cluster
+
 LIMITS = Limits(floor=6.0, first=6.0, memory=100 << 20, backoff=0.01, longest_backoff=0.05)
 
 

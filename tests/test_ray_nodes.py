@@ -19,6 +19,8 @@ from ray.cluster_utils import Cluster
 from evomerge.evaluation import Evaluation
 from evomerge.ray_pool import RayPool
 
+pytestmark = pytest.mark.cluster
+
 STORE = 80 << 20
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 4}
 

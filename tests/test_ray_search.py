@@ -39,6 +39,7 @@ class Dying:
         return ToyPool().evaluate(recipe, items)
 
 
+@pytest.mark.cluster
 def test_workers_that_die_change_no_row_and_are_all_told_of(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -58,6 +59,7 @@ def test_workers_that_die_change_no_row_and_are_all_told_of(tmp_path: Path) -> N
         assert all(a.seconds >= 0 and a.host and a.pid for a in told)
 
 
+@pytest.mark.cluster
 def test_a_search_that_is_preempted_on_ray_goes_on_in_one_process(tmp_path: Path) -> None:
     files = {}
     for name in ("ray", "one"):
