@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,13 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recipe to be tried, and where it comes from: see `evomerge.store.Trial`."""
+    """A recipe to be tried, and where it comes from: see `evomerge.store.Trial`. trial_id: None for the next free one."""
 
     origin: str
     recipe: Recipe
     label: str | None = None
     genome: tuple[float, ...] | None = None
     parents: tuple[int, ...] = ()
+    island: int = 0
+    trial_id: int | None = None
 
 
 class Generations:
@@ -106,20 +109,11 @@ class Generations:
         return {i: s for i, s in found.items() if s is not None}
 
     def run(
-        self,
-        number: int,
-        candidates: Sequence[Candidate],
-        stage: str,
-        done: int,
-        total: int,
-        mu: int = 0,
-        island: int = 0,
-        first_id: int | None = None,
+        self, number: int, candidates: Sequence[Candidate], stage: str, done: int, total: int, mu: int = 0
     ) -> Generator[Sequence[Job], Result, list[Trial]]:
         """Evaluates the candidates of a generation that the store does not hold yet; returns all its trials.
 
-        mu: how many of the best are learnt from; above 0 the generation is raced, if the plan has a race. first_id: of the
-        trial in slot 0; None for the next free one.
+        mu: how many of the best are learnt from; above 0 the generation is raced, if the plan has a race.
         """
         trials: dict[int, Trial] = {}
         for slot, candidate in enumerate(candidates):
@@ -144,9 +138,9 @@ class Generations:
             def said(note: str) -> None:
                 self.show(Progress(stage, done + len(trials), total, None, note))
 
-            self._race(number, dict(enumerate(candidates)), mu, seen, said, island, first_id)
+            self._race(number, dict(enumerate(candidates)), mu, seen, said)
         elif missing:
-            yield from self.evaluate(number, missing, self.subset(number), seen, island, first_id)
+            yield from self.evaluate(number, missing, self.subset(number), seen)
         return [trials[slot] for slot in range(len(candidates))]
 
     def evaluate(
@@ -155,41 +149,37 @@ class Generations:
         candidates: Mapping[int, Candidate],
         items: Items,
         seen: Callable[[Trial], None] = lambda trial: None,
-        island: int = 0,
-        first_id: int | None = None,
     ) -> Generator[Sequence[Job], Result, dict[int, Trial]]:
         """Scores candidates on items, stores a trial for each in the order of slots and returns them by slot.
 
         An evaluation that comes before those of earlier slots is stored at once, its trial with theirs.
         """
         floors = self.floors(items)
+        ids = {slot: c.recipe.id for slot, c in candidates.items()}  # a hash of the whole recipe, each time it is asked for
         found: dict[str, Evaluation] = {}  # equal recipes are scored once
-        waiting, trials = list(candidates), dict[int, Trial]()
         jobs: dict[str, Job] = {}
-        for slot, candidate in candidates.items():
-            if candidate.recipe.id in found or candidate.recipe.id in jobs:
+        for slot, recipe_id in ids.items():
+            if recipe_id in found or recipe_id in jobs:
                 continue
-            if known := self.store.evaluation(candidate.recipe.id, "search", items):
-                found[candidate.recipe.id] = known.evaluation
+            if known := self.store.evaluation(recipe_id, "search", items):
+                found[recipe_id] = known.evaluation
             else:
-                jobs[candidate.recipe.id] = _job(slot, candidate.recipe, items)
+                jobs[recipe_id] = _job(slot, candidates[slot].recipe, items)
+        waiting, trials = deque(ids), dict[int, Trial]()
 
         def keep() -> None:
-            while waiting and candidates[waiting[0]].recipe.id in found:
-                slot = waiting.pop(0)
-                c = candidates[slot]
-                at = None if first_id is None else first_id + slot
-                trials[slot] = self.store.trial_at(number, slot) or self._add(
-                    number, slot, c, items, found[c.recipe.id], floors, island=island, trial_id=at
-                )
+            while waiting and ids[waiting[0]] in found:
+                slot = waiting.popleft()
+                trials[slot] = self.store.trial_at(number, slot) or self._add(number, slot, candidates[slot], items, found[ids[slot]], floors)
                 seen(trials[slot])
 
         keep()
         asked: Sequence[Job] = list(jobs.values())
-        while len(found) < len({c.recipe.id for c in candidates.values()}):
+        for _ in jobs:
             job, evaluation = yield asked
-            asked, found[job.recipe.id] = (), evaluation
-            if waiting and candidates[waiting[0]].recipe.id != job.recipe.id:
+            recipe_id, asked = ids[job.slot], ()
+            found[recipe_id] = evaluation
+            if waiting and ids[waiting[0]] != recipe_id:
                 score, reported, point = self._scores(evaluation)
                 self.store.add_evaluation(job.recipe, "search", items, evaluation, score, reported, point)
             keep()
@@ -209,8 +199,6 @@ class Generations:
         mu: int,
         seen: Callable[[Trial], None],
         said: Callable[[str], None],
-        island: int,
-        first_id: int | None,
     ) -> None:
         """Races a whole generation and stores a trial for each candidate that has none yet, in the order of slots.
 
@@ -237,8 +225,7 @@ class Generations:
         recipes = {slot: c.recipe for slot, c in candidates.items()}
         for slot, fate in racing.run(recipes, items, self.plan.race, self.plan.objective, mu, score).items():
             if store.trial_at(number, slot) is None:
-                at = None if first_id is None else first_id + slot
-                seen(self._add(number, slot, candidates[slot], fate.items, fate.evaluation, {}, fate, island, at))
+                seen(self._add(number, slot, candidates[slot], fate.items, fate.evaluation, {}, fate))
 
     def _add(
         self,
@@ -249,8 +236,6 @@ class Generations:
         evaluation: Evaluation,
         floors: Mapping[str, float],
         fate: racing.Raced | None = None,
-        island: int = 0,
-        trial_id: int | None = None,
     ) -> Trial:
         """Stores a candidate's trial. floors: what `keep` asks on these items; fate: in a race."""
         objective = self.plan.objective
@@ -263,7 +248,8 @@ class Generations:
             generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,
             recipe=c.recipe, items=items, evaluation=evaluation, score=score, reported=reported, point=point,
             dropped=fate.dropped if fate else None, whole=whole,
-            violation=0.0 if score is None else objective.violation(evaluation.metrics, floors), stage=self.stage, island=island, trial_id=trial_id,
+            violation=0.0 if score is None else objective.violation(evaluation.metrics, floors), stage=self.stage,
+            island=c.island, trial_id=c.trial_id,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -177,10 +177,13 @@ class Study:
             if injected:
                 optimizer.inject([g for _, g in injected])
             genomes = optimizer.ask()
-            candidates = [self._candidate(island.space, genome, slot, injected, parents) for slot, genome in enumerate(genomes)]
+            first_id = island.id + (number - island.first) * len(genomes)
+            candidates = [
+                replace(self._candidate(island.space, genome, slot, injected, parents), island=island.number, trial_id=first_id + slot)
+                for slot, genome in enumerate(genomes)
+            ]
             most = max(math.ceil(share), done + len(candidates))
-            first_id = island.id + (number - island.first) * len(candidates)
-            trials = yield from self.generations.run(number, candidates, name, done, most, optimizer.mu, island.number, first_id)
+            trials = yield from self.generations.run(number, candidates, name, done, most, optimizer.mu)
             failed, dropped = [t for t in trials if t.score is None and NATS not in t.metrics], [t for t in trials if t.dropped]
             if 2 * len(failed) > len(trials):
                 why = f"the first because: {failed[0].error}"
@@ -216,14 +219,14 @@ class Study:
         plan, everything = self.plan, self.store.trials()
         asked = [t for t in everything if t.stage == self.generations.stage and t.origin != "mean" and t.genome is not None]
         slot = 1 + max(t.slot for t in asked if t.generation == last)
-        means: list[Trial] = []
+        candidates: dict[int, Candidate] = {}
         for i, island in enumerate(islands):
             own = [t for t in asked if t.island == i]
             final = [t.id for t in own if t.generation == own[-1].generation]
             genome = tuple(float(g) for g in island.optimizer.mean)
-            mean = Candidate("mean", island.space.decode(genome), "mean of the distribution", genome, tuple(final))
-            task = self.generations.evaluate(last, {slot + i: mean}, self.generations.subset(last + 1), island=i)
-            means += self.dispatch.together([task])[0].values()
+            candidates[slot + i] = Candidate("mean", island.space.decode(genome), "mean of the distribution", genome, tuple(final), i)
+        (found,) = self.dispatch.together([self.generations.evaluate(last, candidates, self.generations.subset(last + 1))])
+        means = list(found.values())
         late = [t for t in everything if after < t.generation <= last]
         known = self._estimates([*late, *means, *references], last)
         leaders = selection.leaders(late, known, after, last, lambda t: plan.objective.price(t.costs))
