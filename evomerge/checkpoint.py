@@ -231,10 +231,15 @@ def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
                 raise CheckpointError(f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}")
 
 
-def stamps(parents: Iterable[Parent]) -> dict[Path, tuple[int, int, int]]:
-    """Weight file -> its size, time of change and inode: what tells that somebody writes to it while it is mapped. 0s: it is gone."""
+def weight_files(parents: Iterable[Parent]) -> list[Path]:
+    """The files that hold the parents' tensors."""
+    return sorted({parent.path / name for parent in parents for name in {info.file for info in parent.tensors.values()}})
+
+
+def stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """File -> its size, time of change and inode: what tells that somebody writes to it while it is mapped. 0s: it is gone."""
     found = {}
-    for file in sorted({parent.path / info.file for parent in parents for info in parent.tensors.values()}):
+    for file in files:
         try:
             now = file.stat()
             found[file] = (now.st_size, now.st_mtime_ns, now.st_ino)

@@ -14,7 +14,7 @@ from torch import nn
 
 from evomerge import gate as gating
 from evomerge import placement
-from evomerge.checkpoint import Parent, stamps
+from evomerge.checkpoint import Parent, stamps, weight_files
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
 from evomerge.fused import Tables
@@ -44,8 +44,7 @@ class Worker:
         log.info("parents: %s", placement.said(self.places))
         self.parents = {name: placement.held(parent, self.places[name], device) for name, parent in parents.items()}
         self.live = Live(parents, self.parents, base, self.model, dtype, device, self.known)
-        self._opened = tuple(parents.values())
-        self._stamps = stamps(self._opened)
+        self._stamps = stamps(weight_files(parents.values()))
         self._finite = True
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()
@@ -55,7 +54,7 @@ class Worker:
 
         Raises CheckpointError where a parent's files are no longer those that were opened: no candidate is to blame.
         """
-        if changed := [file for file, stamp in stamps(self._opened).items() if self._stamps.get(file) != stamp]:
+        if changed := [file for file, stamp in stamps(self._stamps).items() if self._stamps[file] != stamp]:
             raise CheckpointError(f"{changed[0]} was changed or deleted while the search reads it; bring back the file that was there and resume")
         seconds: dict[str, float] = {}
         metrics: dict[str, float] = {}
