@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from evomerge.cli.flags import Json, Root, open_store
+from evomerge.cli.tables import duration
 from evomerge.errors import StudyError
 
 _LARGE = 64_000_000  # bytes of a store that is not read whole at every look
@@ -108,21 +109,19 @@ def activity(data: Mapping[str, Any]) -> list[str]:
     damaged = data["store"] not in ("ok", "not checked")
     lines = [*([f"the store is damaged: {data['way_back']}"] if damaged else []), "", _driver(data)]
     if data["runs"]:
-        driven = sum(r["seconds"] for r in data["runs"])
-        lines.append(f"driven for {_time(driven)} in {len(data['runs'])} runs" if len(data["runs"]) > 1 else f"driven for {_time(driven)}")
+        driven = duration(sum(r["seconds"] for r in data["runs"]), 1)
+        lines.append(f"driven for {driven}" + (f" in {len(data['runs'])} runs" if len(data["runs"]) > 1 else ""))
     lines += [f"stage {e['stage'] + 1}, island {e['island'] + 1} ended early: {e['cause']}" for e in data["ended"]]
     if data["workers"]:
         whole = f"{100 * data['utilisation']:.0f} %" if data["utilisation"] is not None else "–"
         lines += ["", f"{'worker':24}{'host':18}{'device':12}{'jobs':>7}{'busy':>10}{'of its time':>13}   failures, {whole} busy in all"]
         for w in data["workers"]:
             failures = ", ".join(f"{count} {cause}" for cause, count in w["failures"].items()) or "none"
-            share = f"{100 * w['utilisation']:.0f} %"
-            lines.append(
-                f"{w['worker']:23.23} {w['host']:17.17} {w['device'] or 'cpu':11.11} {w['jobs']:>7}{_time(w['busy']):>10}{share:>13}   {failures}"
-            )
+            numbers = f"{w['jobs']:>7}{duration(w['busy'], 1):>10}{100 * w['utilisation']:>11.0f} %"
+            lines.append(f"{w['worker']:23.23} {w['host']:17.17} {w['device'] or 'cpu':11.11} {numbers}   {failures}")
     lines += [f"{f['attempts']} attempts {f['cause']}, the last: {' '.join(f['last'].split())[:160] or 'no word'}" for f in data["failures"]]
     b = data["backup"]
-    lines.append(f"backup: {b['path']}, {_time(b['age'])} old, {b['bytes'] / 1e6:.1f} MB" if b else "backup: none yet")
+    lines.append(f"backup: {b['path']}, {duration(b['age'], 1)} old, {b['bytes'] / 1e6:.1f} MB" if b else "backup: none yet")
     return lines
 
 
@@ -133,9 +132,3 @@ def _driver(data: Mapping[str, Any]) -> str:
         return f"driver: none{last}" + (f"; go on with: evomerge resume {data['study']}" if data["state"] in ("interrupted", "paused") else "")
     known = "" if driver["alive"] else ", perhaps: this machine cannot tell"
     return f"driver: host {driver['host']}, pid {driver['pid']}{known}" + (", asked to stop" if data["stop_requested"] else "")
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

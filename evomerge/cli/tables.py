@@ -50,7 +50,9 @@ def _probe(probe: Mapping[str, Any]) -> list[str]:
     lines += [f"  {name}: {'yes' if v['allowed'] else 'no'}, {v['reason']}" for name, v in probe["techniques"].items()]
     each = f"{probe['seconds_merge']:.3f} s merging, {probe['seconds_score']:.3f} s scoring {probe['items']} items"
     lines.append(f"a candidate here: {each} (median of 3; the first, with what is done once, {probe['seconds_first']:.1f} s)")
-    lines.append(f"estimate of the whole search on this machine: {_time(probe['seconds_search'])}; other prompts and a busy machine make it another")
+    lines.append(
+        f"estimate of the whole search on this machine: {duration(probe['seconds_search'])}; other prompts and a busy machine make it another"
+    )
     return lines
 
 
@@ -162,7 +164,8 @@ def _short(number: float) -> str:
     return f"{number:.3g} T"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float, decimals: int = 0) -> str:
+    """'45 s', '12 min' or '3.5 h'. decimals: of seconds."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{decimals}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

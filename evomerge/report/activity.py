@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from evomerge import study_files
@@ -17,21 +18,15 @@ def activity(store: Store) -> dict[str, Any]:
     """
     driver = study_files.driver(store.path)
     backup = store.path.with_name(study_files.BACKUP)
-    workers: list[dict[str, Any]] = [
-        {
-            "worker": w.worker, "host": w.host, "device": w.device, "jobs": w.jobs, "busy": w.busy, "span": w.span,
-            "utilisation": w.utilisation, "first": w.first, "last": w.last, "failures": dict(w.failures),
-        }
-        for w in store.workers()
-    ]  # fmt: skip
+    workers: list[dict[str, Any]] = [asdict(w) | {"utilisation": w.utilisation} for w in store.workers()]
     busy, span = sum(w["busy"] for w in workers), sum(w["span"] for w in workers)
     return {
-        "driver": None if driver is None else {"host": driver.host, "pid": driver.pid, "alive": driver.alive},
+        "driver": None if driver is None else asdict(driver),
         "stop_requested": study_files.stop_requested(store.path.parent),
         "workers": workers,
         "utilisation": min(1.0, busy / span) if span else None,
         "failures": [{"cause": cause, "attempts": count, "last": error} for cause, count, error in store.failures()],
-        "runs": [{"host": r.host, "pid": r.pid, "started": r.started, "seconds": r.seconds} for r in store.runs()],
+        "runs": [asdict(r) for r in store.runs()],
         "ended": [{"stage": stage, "island": island, "cause": cause} for (stage, island), cause in store.causes().items()],
         "backup": _backup(backup.stat().st_mtime, backup.stat().st_size, str(backup)) if backup.is_file() else None,
         "way_back": store.way_back(),
