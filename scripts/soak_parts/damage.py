@@ -10,10 +10,8 @@ import dataclasses
 import os
 import random
 import shutil
-import signal
 import sqlite3
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,6 @@ from soak_parts.toy_study import Work
 PIECE = 50
 SECONDS = 30.0  # of processor time; a case that takes longer hangs
 STATES = ("over", "killed", "backup", "journal")
-
-
-class Hang(BaseException):
-    """A case took too long."""
 
 
 # ---- what is damaged
@@ -209,11 +203,9 @@ def snapshot(store: Any) -> dict[str, Any]:
 
 def verdict(file: Path, before: dict[str, Any], write: bool) -> tuple[str, str]:
     """('correct' | 'refused' | 'found' | 'wrong', what was said). found: by `check`, where the file could be opened."""
-    from evomerge.errors import EvomergeError
-
     alone = not file.with_name(file.name + ".rows").is_file()
-    try:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+
+    def read() -> tuple[str, str]:
         with toy_study.Store.open(file, write=write) as store:
             checked = store.check()
             if checked != "ok":
@@ -223,21 +215,8 @@ def verdict(file: Path, before: dict[str, Any], write: bool) -> tuple[str, str]:
             now = snapshot(store)
         differ = [name for name in before if before[name] != now[name]]
         return ("wrong", f"silent: {', '.join(differ)} differ") if differ else ("correct", "")
-    except EvomergeError as error:
-        said = str(error)
-        return ("refused", said) if said and "\n" not in said else ("wrong", f"an error of more than one line: {said!r}")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if "evomerge" in Path(frame.filename).parts] or list(frames)
-        return "wrong", f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]!r}"
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
-
-def _hang(*_: object) -> None:
-    raise Hang(f"no end after {SECONDS:g} seconds of processor time")
+    return pieces.judged(read, SECONDS)
 
 
 def case(name: str, sources: dict[str, Path], before: dict[str, dict[str, Any]], scratch: Path) -> list[tuple[str, str, str, str]]:
@@ -257,7 +236,7 @@ def run(folder: Path, *, damages: int, evaluations: int, seed: int) -> dict[str,
     sources = originals(folder / "stores", evaluations)
     state = folder / f"damage-{seed}.json"
     data = pieces.read(state) or {"damages": 0, "ends": {}, "found": [], "code": pieces.code()}
-    signal.signal(signal.SIGPROF, _hang)
+    pieces.watch()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         before = {}
         for name, source in sources.items():

@@ -10,7 +10,6 @@ import json
 import mmap
 import random
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -30,10 +29,6 @@ WAIT = 60.0  # seconds that a case may take whatever it waits for
 PIECE = 2500  # cases of one process
 MEMORY = 12 << 30  # bytes of address space that a process may take
 LONGEST = 2000  # characters of an error
-
-
-class Hang(BaseException):
-    """A case took too long; no handler of the library's may take it for its own."""
 
 
 # ---- the cases
@@ -261,34 +256,17 @@ def case(name: str, bases: dict[str, list[Any]], folder: Path, parent: Any) -> C
 
 def verdict(read: Callable[[], bool]) -> tuple[str, str]:
     """('read' | 'refused' | 'wrong', what happened)."""
-    from evomerge.errors import EvomergeError
 
-    try:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    def work() -> tuple[str, str]:
         read()
         return "read", ""
-    except EvomergeError as error:
-        said = str(error)
-        if not said or "\n" in said or "\r" in said or len(said) > LONGEST:
-            return "wrong", f"an error of {len(said.splitlines())} lines and {len(said)} characters: {said[:200]!r}"
-        return "refused", said
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # anything else is what this program looks for
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if "evomerge" in Path(frame.filename).parts] or list(frames)
-        return "wrong", f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]!r}"
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
-
-def _hang(*_: object) -> None:
-    raise Hang(f"no end after {SECONDS:g} seconds of processor time")
+    return pieces.judged(work, SECONDS, LONGEST)
 
 
 def slice_(kind: str, first: int, count: int, seed: int, at: mmap.mmap | bytearray) -> dict[str, Any]:
     """Runs cases one after the other; at: is told the number of the one that runs."""
-    signal.signal(signal.SIGPROF, _hang)
+    pieces.watch()
     bases = _bases()
     ends = {"read": 0, "refused": 0, "wrong": 0}
     wrong, slowest = [], (0.0, "")
@@ -398,7 +376,7 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
 
 def show(name: str) -> None:
     """One case by its name, with what it ends in."""
-    signal.signal(signal.SIGPROF, _hang)
+    pieces.watch()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
