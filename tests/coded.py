@@ -15,7 +15,7 @@ from pathlib import Path
 from toy import ToyPool, weight_space
 
 from evomerge.evaluation import Evaluation, Items
-from evomerge.pools import Job
+from evomerge.pools import Job, Pool
 from evomerge.recipe import Recipe
 
 FINE, KILLS, KILLS_ONCE, HANGS, HANGS_ONCE, NAN, CUDA, CUDA_ONCE, GROWS, RAISES, WAITS, FREEZES_ONCE, LOGS = range(13)
@@ -100,3 +100,15 @@ def opened(folder: Path) -> set[int]:
 def begun(folder: Path, code: int, number: int) -> list[Path]:
     """The marks of a recipe's evaluations."""
     return list(folder.glob(f"{code}.{number}.*"))
+
+
+def every(pool: Pool, seconds: float = 200.0) -> dict[int, Evaluation]:
+    """All that is out, by slot; each once, and none later than that after the one before."""
+    found: dict[int, Evaluation] = {}
+    while pool.out:
+        result = pool.result(seconds)
+        assert result is not None, f"no result in {seconds:g} s"
+        assert result[0].slot not in found
+        found[result[0].slot] = result[1]
+    assert pool.result(0.1) is None
+    return found

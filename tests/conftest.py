@@ -42,3 +42,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code, _, err = in_process("run", file, "--root", root)
     assert code == 0, err
     return root
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where a study's store is to be made."""
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    return folder / "study.db"

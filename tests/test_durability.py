@@ -93,13 +93,6 @@ def read(file: Path) -> None:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    folder = tmp_path / "trial"
-    folder.mkdir()
-    return folder / "study.db"
-
-
-@pytest.fixture
 def filled(file: Path) -> Path:
     with Store.open(file, write=True) as store:
         fill(store)

@@ -26,6 +26,7 @@ from coded import (
     Coded,
     alive,
     begun,
+    every,
     jobs,
     toy,
     until,
@@ -72,13 +73,7 @@ def run(pool: RayPool, *codes: int) -> tuple[dict[int, Evaluation], list[Attempt
     """Results by slot, each once, and the attempts; checks that candidates that do no harm have what they should."""
     work = jobs(*codes)
     pool.submit(work)
-    found: dict[int, Evaluation] = {}
-    ended: list[Attempt] = []
-    while pool.out:
-        result = pool.result(120)
-        assert result is not None, "two minutes without a result"
-        assert result[0].slot not in found
-        found[result[0].slot] = result[1]
+    found = every(pool, 120)
     ended = pool.attempts()
     assert sorted(found) == list(range(len(codes)))
     for job in work:

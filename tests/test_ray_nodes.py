@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import ray
-from coded import FINE, WAITS, Coded, begun, jobs, toy, until
+from coded import FINE, WAITS, Coded, begun, every, jobs, toy, until
 from ray.cluster_utils import Cluster
 
-from evomerge.evaluation import Evaluation
 from evomerge.ray_pool import RayPool
 
 pytestmark = pytest.mark.cluster
@@ -64,16 +63,6 @@ def at_work(pool: RayPool, folder: Path, count: int) -> bool:
     return pool.result(0.05) is None and sum(len(begun(folder, WAITS, i)) for i in range(9)) >= count
 
 
-def rest(pool: RayPool) -> dict[int, Evaluation]:
-    found: dict[int, Evaluation] = {}
-    while pool.out:
-        result = pool.result(120)
-        assert result is not None, "two minutes without a result"
-        assert result[0].slot not in found
-        found[result[0].slot] = result[1]
-    return found
-
-
 def host_of(cluster: Cluster, pool: RayPool, name: str) -> Any:
     """The cluster's node that a worker sits on."""
     (chair,) = [c for c in pool._chairs if c.name == name]
@@ -90,7 +79,7 @@ def test_a_lost_node_loses_no_candidate(two: tuple[Cluster, RayPool, Path], capl
         cluster.remove_node(host_of(cluster, pool, "w1"), allow_graceful=False)
         until(lambda: pool.result(0.05) is None and pool.ready == 1, "the loss seen")
         (folder / "go").touch()
-        assert rest(pool) == {job.slot: toy(job) for job in work}
+        assert every(pool, 120) == {job.slot: toy(job) for job in work}
     ended = pool.attempts()
     assert [(a.cause, a.worker) for a in ended if a.cause != "done"] == [("lost", "w1")]
     assert {a.worker for a in ended if a.cause == "done"} == {"w0"}
@@ -109,7 +98,7 @@ def test_a_node_that_joins_is_used(two: tuple[Cluster, RayPool, Path]) -> None:
     assert len({a.name.split(".")[2] for i in range(3) for a in begun(folder, WAITS, i)}) == 3
     assert pool.describe().count("1 workers") == 3
     (folder / "go").touch()
-    assert len(rest(pool)) == 4
+    assert len(every(pool, 120)) == 4
     cluster.remove_node(joined, allow_graceful=False)
     until(lambda: pool._step(0.05) is None and pool.ready == 2, "the loss of an idle worker")
     assert "lost" not in {a.cause for a in pool.attempts()}, "nothing was in flight there"
@@ -128,7 +117,7 @@ def test_a_frozen_node_does_not_hold_up_the_rest(two: tuple[Cluster, RayPool, Pa
     try:
         until(lambda: pool.result(0.05) is None and pool.ready == 1, "the loss seen")
         (folder / "go").touch()
-        assert rest(pool) == {job.slot: toy(job) for job in work}
+        assert every(pool, 120) == {job.slot: toy(job) for job in work}
         assert [(a.cause, a.worker) for a in pool.attempts() if a.cause != "done"] == [("lost", "w0")]
     finally:
         for pid in frozen:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import pytest
 import ray
-from coded import FINE, ITEMS, LOGS, SECRET, WAITS, Coded, alive, begun, jobs, opened, recipe, until
+from coded import FINE, ITEMS, LOGS, SECRET, WAITS, Coded, alive, begun, every, jobs, opened, recipe, until
 from coded import toy as scored
 from toy import REPO, environment, llama
 
 from evomerge.checkpoint import Checkpoint
 from evomerge.errors import SetupError
-from evomerge.evaluation import Evaluation
-from evomerge.pools import InProcessPool, Job, Pool
+from evomerge.pools import InProcessPool, Job
 from evomerge.ray_pool import RayPool, cluster
 from evomerge.worker import Worker
 
@@ -46,18 +45,6 @@ def shared(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     folder = tmp_path_factory.mktemp("marks")
     with RayPool(functools.partial(Coded, folder), workers=2) as pool:
         yield pool, folder
-
-
-def every(pool: Pool) -> dict[int, Evaluation]:
-    """All that is out, by slot; each once."""
-    found: dict[int, Evaluation] = {}
-    while pool.out:
-        result = pool.result(200)
-        assert result is not None, "no result in minutes"
-        assert result[0].slot not in found
-        found[result[0].slot] = result[1]
-    assert pool.result(0.1) is None
-    return found
 
 
 def test_results_are_those_of_one_process_and_come_from_several(shared: tuple[RayPool, Path]) -> None:

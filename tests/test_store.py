@@ -48,13 +48,6 @@ def add(store: Store, generation: int, slot: int, of: Recipe, items: Items = ITE
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    folder = tmp_path / "trial"
-    folder.mkdir()
-    return folder / "study.db"
-
-
-@pytest.fixture
 def store(file: Path):
     with Store.open(file, write=True) as opened:
         opened.begin("trial", 2**31 - 1, "study: trial\n", {"evaluations": 7}, {"axes": ["é"], "n": 1, "none": None})

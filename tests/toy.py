@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from evomerge.attempts import Attempt
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.methods import method
-from evomerge.pools import Job, Pool
+from evomerge.pools import InProcessPool, Job, Pool
 from evomerge.recipe import Filtered, Mix, Recipe, Setting
 from evomerge.space import Range, Space
 
@@ -134,7 +134,7 @@ def uniform(*key: object) -> float:
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") / 2**64
 
 
-class ToyPool:
+class ToyPool(InProcessPool):
     """Scores recipes by `height`: each item is right with that probability, decided by a hash of recipe and item.
 
     calls: (recipe id, items) of every evaluation made. fails: recipes that cannot be scored. before, after: called with
@@ -147,43 +147,26 @@ class ToyPool:
         after: Callable[[int], None] = lambda made: None,
         before: Callable[[int], None] = lambda made: None,
     ) -> None:
+        super().__init__(self)
         self.calls: list[tuple[str, Items]] = []
         self._fails, self._after, self._before = fails, after, before
-        self._jobs: list[Job] = []
         self._told = 0
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """They are evaluated in their order."""
-        self._jobs.extend(jobs)
 
     def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
         """Evaluates the next job."""
-        if not self._jobs:
-            return None
-        job = self._jobs.pop(0)
-        self.calls.append((job.recipe.id, job.items))
-        evaluation = self.evaluate(job.recipe, job.items)
-        self._before(len(self.calls))
-        return job, evaluation
-
-    def drain(self) -> None:
-        """Nothing is in flight between two results."""
-        self._jobs.clear()
-
-    @property
-    def out(self) -> int:
-        """Jobs that are not evaluated yet."""
-        return len(self._jobs)
+        found = super().result(timeout)
+        if found is not None:
+            self.calls.append((found[0].recipe.id, found[0].items))
+            self._before(len(self.calls))
+        return found
 
     def attempts(self) -> list[Attempt]:
         """None: asked for after each result, which is when `after` is called."""
+        super().attempts()
         if self._told < len(self.calls):
             self._told = len(self.calls)
             self._after(self._told)
         return []
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
         """The evaluation of one recipe."""
