@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +55,7 @@ def prepare(
     StudyError if the study exists and resume is not asked, if another process writes it, or if it was begun with other
     settings, models, tasks or versions.
     """
+    earlier = pooling.earlier(settings, studies)
     path = study_files.store_path(settings.study, studies, new=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     store = Store.open(path, write=True)
@@ -64,7 +65,7 @@ def prepare(
         raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
     try:
         asked = config.override(settings, overrides or {})
-        return _prepare(asked, text, store, overrides or {}, allowed or Allowed(), workers, show, wrap)
+        return _prepare(asked, text, store, overrides or {}, allowed or Allowed(), workers, earlier, show, wrap)
     except BaseException:
         empty = store.study() is None
         store.close()
@@ -80,6 +81,7 @@ def _prepare(
     overrides: Mapping[str, int],
     allowed: Allowed,
     workers: int,
+    earlier: Sequence[Path],
     show: Callable[[Progress], None],
     wrap: Callable[[Evaluator], Evaluator],
 ) -> Study:
@@ -131,7 +133,7 @@ def _prepare(
 
     said(f"parents: {placement.said(scorer.places)}")
     make = functools.partial(_open_worker, settings, allowed, routed) if evaluator is harness else None
-    pool = pooling.open_pool(settings, scorer, make, workers, facts, store.path.parent.parent, said)
+    pool = pooling.open_pool(settings, scorer, make, workers, facts, earlier, said)
     return Study(plan, store, pool, show, pooling.dispatch(settings, store, pool))
 
 

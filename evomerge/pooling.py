@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ def open_pool(
     make: Callable[[], Scorer] | None,
     workers: int,
     facts: Mapping[str, Any],
-    studies: Path,
+    earlier: Sequence[Path],
     said: Callable[[str], None],
 ) -> Pool:
     """The pool that a search asks for. make: opens a worker in another process; None where only `scorer`, of this one, will do.
 
-    facts: of the study; studies: folder that earlier ones are looked for in; said: is told where workers are placed.
+    facts: of the study; earlier: stores that are asked first; said: is told where workers are placed.
     Raises SetupError where ray is asked for and not installed, or the cluster cannot give what is asked.
     """
     cluster = settings.cluster
@@ -60,13 +60,17 @@ def open_pool(
         pool = _ray_pool(settings, make, said)
     elif workers > 1 and make is not None:
         pool = ProcessPool(make, workers)
-    if settings.reuse:
-        paths = [Path(r) if Path(r).is_file() else study_files.store_path(r, studies) for r in settings.reuse]
-        earlier = Earlier(paths, facts)
-        for why in earlier.refused:
+    if earlier:
+        known = Earlier(earlier, facts)
+        for why in known.refused:
             log.warning(why)
-        return KnownPool(pool, earlier)
+        return KnownPool(pool, known)
     return pool
+
+
+def earlier(settings: Config, studies: Path) -> list[Path]:
+    """The stores of the studies that are to be reused, by path or name; studies: folder of those with a name. Raises StudyError."""
+    return [Path(r) if Path(r).is_file() else study_files.store_path(r, studies) for r in settings.reuse]
 
 
 def dispatch(settings: Config, store: Store, pool: Pool) -> Dispatch:

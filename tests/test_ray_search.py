@@ -97,7 +97,7 @@ def test_without_ray_installed_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp
     settings, _ = config.load(str(search_file(tmp_path, "none")))
     asked = config.placed(settings, ray="local", workers=None, gpus=None, grace=None, reuse=None)
     with pytest.raises(SetupError, match=r"pip install 'evomerge\[ray\]'"):
-        pooling.open_pool(asked, ToyPool(), functools.partial(Dying, tmp_path, 0.0), 1, {}, tmp_path, print)
+        pooling.open_pool(asked, ToyPool(), functools.partial(Dying, tmp_path, 0.0), 1, {}, (), print)
 
 
 @pytest.mark.parametrize(("crew", "islands", "population"), [(1, 1, 12), (2, 2, 12), (8, 2, 16), (64, 4, 64), (1024, 8, 512)])
