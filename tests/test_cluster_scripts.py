@@ -133,7 +133,7 @@ def test_a_signal_drains_and_puts_the_job_back(cluster: Cluster) -> None:
     address = "127.0.0.1:24711"
     assert f"evomerge run search.yaml --root /shared/a b --resume --ray {address} --grace 240" in calls
     assert "token 600 64" in calls
-    head, workers = (line for line in calls if line.startswith("srun"))
+    head, workers = sorted((line for line in calls if line.startswith("srun")), key=lambda line: "--head" not in line)
     assert "--nodes=1 --ntasks=1 --nodelist=localhost ray start --head --block --node-ip-address=127.0.0.1 --port=24711" in head
     assert f"--nodes=2 --ntasks=2 --exclude=localhost ray start --block --address={address}" in workers
 

@@ -113,8 +113,8 @@ def test_a_drained_pool_gives_what_is_in_flight_and_goes_on(tmp_path: Path) -> N
         assert left < 100
         assert len([pool.result() for _ in range(left)]) == left
         assert pool.result() is None
+        assert len(list(tmp_path.iterdir())) == left + 1
         assert [e.error for _, e in results(pool, jobs(2))] == [None, None], "the pool goes on"
-    assert len(list(tmp_path.iterdir())) == left + 1
 
 
 def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
