@@ -26,7 +26,7 @@ _TICK = 1.0  # seconds between two looks at signals and clocks
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a search may use up, beside evaluations; None is no limit. hours: of the driver, over all its runs; gpu_hours: of
-    workers at work, times `gpus` of each (of a worker without a GPU: its hours); cost: gpu_hours times `price`."""
+    workers at work, times `gpus` of each (1 for a worker without a GPU); cost: gpu_hours times `price`."""
 
     hours: float | None = None
     gpu_hours: float | None = None
@@ -86,7 +86,7 @@ class Dispatch:
         hours = self.store.driven_seconds() / 3600
         if asked.hours is not None and hours >= asked.hours:
             return f"the budget of {asked.hours:g} hours is used up"
-        used = self.store.busy_seconds() / 3600 * (asked.gpus or 1.0)
+        used = self.store.busy_seconds() / 3600 * asked.gpus
         if asked.gpu_hours is not None and used >= asked.gpu_hours:
             return f"the budget of {asked.gpu_hours:g} GPU hours is used up"
         if asked.cost is not None and used * asked.price >= asked.cost:

@@ -76,7 +76,7 @@ def earlier(settings: Config, studies: Path) -> list[Path]:
 def dispatch(settings: Config, store: Store, pool: Pool) -> Dispatch:
     """What stands between the loop and the pool, with the grace and the budgets of the settings."""
     asked = settings.budget
-    budget = Budget(asked.hours, asked.gpu_hours, asked.cost, asked.price, settings.cluster.gpus)
+    budget = Budget(asked.hours, asked.gpu_hours, asked.cost, asked.price, settings.cluster.gpus or 1.0)
     return Dispatch(pool, store, grace=settings.cluster.grace, budget=budget, backup=settings.cluster.backup)
 
 

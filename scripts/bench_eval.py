@@ -4,7 +4,8 @@
 model, with requests built and log-likelihood requests tokenised beforehand; (c) ours: compiled once, replayed for every candidate.
 The ways take turns; every repeat scores a candidate that none has scored before, and what they answer is compared.
 
-usage: python scripts/bench_eval.py [--only zoo|likelihood|generation …] [--repeats 3] [--quick] [--out FILE]
+usage: python scripts/bench_eval.py [--only zoo|likelihood|generation …] [--device cuda] [--repeats 3] [--quick] [--out FILE]
+On another device than the CPU there are no goals, and forwards are timed by the clock, with what was queued done.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Row:
 
 
 class Resident:
-    """A live model and its tokenizer. forwards: processor seconds inside the model's forward so far, by hooks around it."""
+    """A live model and its tokenizer. forwards: seconds inside the model's forward so far, by hooks around it: of the processor, or
+    by the clock where the model is on another device."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer, self.forwards, self._started = model, tokenizer, 0.0, 0.0
@@ -94,10 +96,16 @@ class Resident:
         model.register_forward_hook(self._end)
 
     def _start(self, *_: object) -> None:
-        self._started = time.process_time()
+        self._started = self._clock()
 
     def _end(self, *_: object) -> None:
-        self.forwards += time.process_time() - self._started
+        self.forwards += self._clock() - self._started
+
+    def _clock(self) -> float:
+        if self.model.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class CachedHflm:
@@ -124,6 +132,7 @@ class CachedHflm:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=("zoo", "likelihood", "generation"), default=("zoo", "likelihood", "generation"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its figures mean nothing")
     parser.add_argument("--out", type=Path, default=REPO / "results" / "bench_eval.md")
@@ -140,7 +149,8 @@ def main() -> None:
         if "zoo" in args.only:
             rows += zoo(args, Path(scratch))
         if {"likelihood", "generation"} & set(args.only):
-            resident = Resident(*random_model(args.quick))
+            model, tokenizer = random_model(args.quick)
+            resident = Resident(model.to(args.device), tokenizer)
             rows += larger(args, resident)
             parameters = sum(p.numel() for p in resident.model.parameters())
     args.out.write_text(report(rows, parameters, args, time.perf_counter() - started))
@@ -172,7 +182,7 @@ def race(
                 took[name].append(cost)
                 print(f"  {name}: {cost.wall:.3f} s, processor {cost.processor:.3f} s", flush=True)
                 if name == "c":
-                    shares.append(resident.forwards / cost.processor)
+                    shares.append(resident.forwards / (cost.processor if resident.model.device.type == "cpu" else cost.wall))
         compare(found)
     return dict(took), shares
 
@@ -183,7 +193,7 @@ def race(
 def zoo(args: argparse.Namespace, scratch: Path) -> list[Row]:
     folders = merges(scratch, args.repeats + 1)
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16).eval().requires_grad_(False)
-    resident = Resident(model, transformers.AutoTokenizer.from_pretrained(folders[0]))
+    resident = Resident(model.to(args.device), transformers.AutoTokenizer.from_pretrained(folders[0]))
     manager = TaskManager(include_path=str(REPO / "evaluators"), include_defaults=False)
     sizes = ((3, 10.0), (6, 6.0)) if args.quick else ((50, 10.0), (200, None), (500, 6.0))
     return [zoo_row(items, goal, args, folders, resident, manager) for items, goal in sizes]
@@ -209,7 +219,7 @@ def zoo_row(items: int, goal: float | None, args: argparse.Namespace, folders: l
     def simple() -> dict[str, float]:
         settings = {"pretrained": str(current[0]), "dtype": "bfloat16", "use_cache": True}
         results: Any = lm_eval.simple_evaluate(
-            "huggingface", settings, tasks=list(TASKS), limit=items, batch_size=INCUMBENT_BATCH, device="cpu",
+            "huggingface", settings, tasks=list(TASKS), limit=items, batch_size=INCUMBENT_BATCH, device=args.device,
             log_samples=False, verbosity="WARNING", task_manager=manager,
         )  # fmt: skip
         return {t: next(v for k, v in results["results"][t].items() if k.startswith(("acc,", "exact_match,"))) for t in TASKS}
@@ -403,14 +413,17 @@ def generation_row(name: str, requests: list[Instance], goal: float, args: argpa
 
 
 def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, seconds: float) -> str:
-    flags = "".join([" --quick" if args.quick else "", f" --repeats {args.repeats}", f" --only {' '.join(args.only)}" if len(args.only) < 3 else ""])
+    cpu = args.device == "cpu"
+    flags = " --quick" * args.quick + f" --device {args.device}" * (not cpu) + f" --repeats {args.repeats}"
+    flags += f" --only {' '.join(args.only)}" * (len(args.only) < 3)
     larger_one = (
         f"On the larger model (a random Qwen3 of {parameters / 1e6:.0f} M parameters, bfloat16) (b) and (c) answer the requests, and before every "
         "repeat\nthe rows of its head move on by one, which makes another model of it."
     )
     lines = [
         "# Scoring one candidate", "",
-        f"`python scripts/bench_eval.py{flags}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes, 1 thread; {machine()}.", "",
+        f"`python scripts/bench_eval.py{flags}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes, 1 thread; {machine()}"
+        f"{'' if cpu else f', {torch.cuda.get_device_name()}'}.", "",
         *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
         "Seconds are medians of the repeats: by the clock / of the processor, with child processes. A ratio is the median over repeats of two times",
         "that were taken one after the other.", "",
@@ -420,7 +433,8 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
         "- (c) ours: the same requests compiled beforehand and replayed, with lm-eval's rounding.", "",
         "On the zoo (1.3 M parameters) all three end with the metrics of the tasks, and every repeat scores another merge of it.",
         *([larger_one] if parameters else []),
-        "Forwards: processor time between a hook before and a hook after the model's forward, its head included, as a share of (c).",
+        f"Forwards: {'processor time' if cpu else 'time'} between a hook before and a hook after the model's forward, "
+        "its head included, as a share of (c).",
         "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first scoring; a search compiles once a generation.",
         "",
         "| workload | (a) s | (b) s | (c) s | ratio, clock | ratio, processor | goal | | forwards in (c) | goal | | once s |", "| --- " * 12 + "|",
@@ -432,9 +446,12 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
             cells.append("" if own is None else " / ".join(f"{statistics.median(getattr(t, c) for t in own):.3f}" for c in ("wall", "processor")))
         ratios = [row.ratio(row.against, clock) for clock in ("wall", "processor")]
         cells += [f"{r:.1f} × ({row.against})" for r in ratios]
-        cells += ["", ""] if row.goal is None else [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
+        cells += ["", ""] if row.goal is None or not cpu else [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
         share = statistics.median(row.shares)
-        cells += [f"{share:.0%}", *(["", ""] if row.share_goal is None else [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]])]
+        cells += [
+            f"{share:.0%}",
+            *(["", ""] if row.share_goal is None or not cpu else [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]]),
+        ]
         lines.append("| " + " | ".join([*cells, f"{row.once:.2f}"]) + " |")
     lines += ["", "A goal is held if both ratios reach it. What was compared:", "", *(f"- {row.workload}: {row.note}." for row in rows)]
     return "\n".join(lines) + "\n"

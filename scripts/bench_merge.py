@@ -179,8 +179,8 @@ def keep(rows: dict[str, Any], args: argparse.Namespace) -> None:
         args.rows.write_text(json.dumps(rows["methods"]))
 
 
-def make(scratch: Path, layers: int) -> list[Path]:
-    """A base of Qwen2-0.5B's shapes and three perturbations of it, bf16, with a config that transformers builds."""
+def make(scratch: Path, layers: int, device: str = "cpu") -> list[Path]:
+    """A base of Qwen2-0.5B's shapes and three perturbations of it, bf16, with a config that transformers builds. device: that draws them."""
     from safetensors.torch import save_file
 
     hidden, inner, heads, kv, vocabulary = 896, 4864, 14, 2, 151_936
@@ -199,15 +199,15 @@ def make(scratch: Path, layers: int) -> list[Path]:
     base: dict[str, torch.Tensor] = {}
     paths = []
     for number, name in enumerate(("base", "one", "two", "three")):
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator(device).manual_seed(number)
         tensors = {}
         for key, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator)
+            noise = torch.randn(shape, generator=generator, device=device)
             tensors[key] = (noise * 0.02 if number == 0 else base[key].float() + noise * 0.001).to(torch.bfloat16)
         base = base or tensors
         path = scratch / name
         path.mkdir()
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps(config))
         paths.append(path)
     return paths
@@ -237,14 +237,16 @@ def recipe(method: str, models: list[Path], scratch: Path) -> Path:
     return file
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(device: str = "cpu") -> float:
     """Bytes read and written a second by torch's copy of 1 GB, median of 7."""
-    source = torch.ones(1 << 29, dtype=torch.bfloat16)
+    source = torch.ones(1 << 29, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(8):
         start = time.perf_counter()
         target.copy_(source)
+        if device != "cpu":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * source.nbytes / statistics.median(times[1:])
 

@@ -104,6 +104,16 @@ def test_a_node_that_joins_is_used(two: tuple[Cluster, RayPool, Path]) -> None:
     assert "lost" not in {a.cause for a in pool.attempts()}, "nothing was in flight there"
 
 
+def test_where_a_cluster_has_gpus_each_worker_has_one(two: tuple[Cluster, RayPool, Path]) -> None:
+    cluster, _, folder = two
+    joined = cluster.add_node(num_cpus=0, num_gpus=2, object_store_memory=STORE)
+    with RayPool(functools.partial(Coded, folder), address=cluster.address, cpus=0.0) as pool:
+        until(lambda: pool._step(0.05) is None and pool.ready == 2, "a worker for each GPU")
+        assert {chair.where.device for chair in pool._chairs if chair.where} == {"cuda:0", "cuda:1"}
+        assert "and 1 GPUs each" in pool.describe()
+    cluster.remove_node(joined, allow_graceful=False)
+
+
 def test_a_frozen_node_does_not_hold_up_the_rest(two: tuple[Cluster, RayPool, Path]) -> None:
     cluster, pool, folder = two
     work = jobs(WAITS, WAITS, FINE)

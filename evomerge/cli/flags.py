@@ -25,7 +25,7 @@ Workers = Annotated[
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="local|auto|ADDRESS", help="Evaluate on a Ray cluster: one started here, this one, or that one.")
 ]
-Gpus = Annotated[float | None, typer.Option("--gpus", min=0, max=1, help="GPU of each Ray worker; a share lets several use one.")]
+Gpus = Annotated[float | None, typer.Option("--gpus", min=0, max=1, help="GPU of each Ray worker: 1 if there are any; a share lets several use one.")]
 Grace = Annotated[
     float | None, typer.Option("--grace", min=0, help="Seconds that what is in flight has to end once a signal came.", show_default="600")
 ]

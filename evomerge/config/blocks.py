@@ -245,13 +245,13 @@ class LimitsConfig(Strict):
 
 class ClusterConfig(Strict):
     """Where candidates are evaluated; may change from run to run. ray: 'local' starts a cluster on this machine, 'auto'
-    joins the one it belongs to, else its address; None is no Ray. workers: as many as fit unless given; gpus, cpus: of
-    each, in shares too; one GPU at most. grace: seconds that what is in flight has once a signal came. backup: minutes between copies of
-    the store, None makes none."""
+    joins the one it belongs to, else its address; None is no Ray. workers: as many as fit unless given; cpus, gpus: of
+    each, in shares too, at most one GPU, which is the default where the cluster has any. grace: seconds that what is in
+    flight has once a signal came. backup: minutes between copies of the store, None makes none."""
 
     ray: str | None = None
     workers: Whole | None = Field(default=None, ge=1)
-    gpus: Number = Field(default=0.0, ge=0, le=1)  # a model over several is not built
+    gpus: Number | None = Field(default=None, ge=0, le=1)  # a model over several is not built
     cpus: Number = Field(default=1.0, ge=0)
     grace: Number = Field(default=600.0, ge=0)
     backup: Number | None = Field(default=30.0, gt=0)

@@ -75,16 +75,16 @@ class RayPool:
         *,
         address: str | None = None,
         workers: int | None = None,
-        gpus: float = 0.0,
+        gpus: float | None = None,
         cpus: float = 1.0,
         limits: Limits | None = None,
         replan: float = 5.0,
     ) -> None:
         """make: opens a worker, called once in each process; it must be picklable. address: see `cluster.join`. workers: None for as
-        many as fit, now and whenever nodes come. gpus, cpus: of each worker; gpus below 1 share one. replan: seconds between two looks
-        at the nodes. Raises SetupError where the cluster cannot be had or has too little."""
+        many as fit, now and whenever nodes come. gpus, cpus: of each worker; gpus below 1 share one, None is one where a node has
+        GPUs. replan: seconds between two looks at the nodes. Raises SetupError where the cluster cannot be had or has too little."""
         self._make: bytes = cloudpickle.dumps(make)  # type: ignore[no-untyped-call]
-        self._workers, self._size, self._replan = workers, (cpus, gpus), replan
+        self._workers, self._replan = workers, replan
         self._slots = Slots(limits)
         self._chairs: list[_Chair] = []
         self._seated: dict[int, _Chair] = {}
@@ -95,7 +95,8 @@ class RayPool:
         self._closed, self._idle = False, threading.Event()
         self._own = cluster.join(address)
         try:
-            cluster.check(cpus, gpus, workers)
+            self._size = (cpus, float(any(node.gpus for node in cluster.nodes())) if gpus is None else gpus)
+            cluster.check(*self._size, workers)
             self._here = ray.get_runtime_context().get_node_id()
             self._plan(self._now())
             self._fill(self._now())
