@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy import weight_space
 
-from evomerge import documents, headers, mergekit_yaml
+from evomerge import config, documents, headers, mergekit_yaml
 from evomerge.baselines import baselines
 from evomerge.errors import CheckpointError, ConfigError, RecipeError
 from evomerge.recipe import Recipe
@@ -49,6 +49,23 @@ def test_an_error_about_a_recipe_is_one_line_of_bounded_length() -> None:
     with pytest.raises(RecipeError, match=r"^recipe\.yaml:3:1 unknown dtype 'x999") as caught:
         mergekit_yaml.load(documents.parse(text, "recipe.yaml"), lambda reference: 4)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "broken"),
+    [
+        ("base: a", r'base: "x\ny"'),
+        ("method: linear", r'method: "x\ny"'),
+        ("study: s", '"x\\ny": 1\nstudy: s'),
+        ("study: s", '"x\\\\ny": 1\\nstudy: s'),
+    ],
+)
+def test_a_name_with_a_line_end_makes_an_error_of_one_line(given: str, broken: str) -> None:
+    """It was quoted as it stood."""
+    text = "study: s\nmodels: {a: {path: m}, b: {path: m}}\nbase: a\nmethod: linear\ntasks: [{task: sorting}]\n"
+    with pytest.raises(ConfigError, match="x y") as caught:
+        config.check(documents.parse(text.replace(given, broken), "search.yaml"))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def header(names: int) -> bytes:

@@ -140,17 +140,18 @@ def check(document: documents.Document) -> Config:
     """The configuration in a document; raises ConfigError for the first thing wrong in it."""
     if not isinstance(document.data, dict):
         raise ConfigError(f"{document.where()} must be a mapping with keys such as study, models, base, method, tasks")
+
+    def fail(path: documents.Key, message: str) -> ConfigError:
+        return ConfigError(f"{document.where(path)} {' '.join(message.split())}")  # one line, whatever names the file gives
+
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:
         # of all that is wrong, a misspelt key says most, then what lies deepest
         placed = [(e, _path(e["loc"], document.data)) for e in error.errors()]
         first, path = min(placed, key=lambda pair: (_unlike(pair[0], pair[1]), -len(pair[1])))
-        raise ConfigError(f"{document.where(path)} {_sentence(first, path)}") from None
+        raise fail(path, _sentence(first, path)) from None
     from evomerge.methods import METHODS
-
-    def fail(path: documents.Key, message: str) -> ConfigError:
-        return ConfigError(f"{document.where(path)} {message}")
 
     if config.base not in config.models:
         raise fail(("base",), f"base '{config.base}' is not among the models. {suggest(config.base, config.models)}")
