@@ -56,8 +56,8 @@ def test_an_error_about_a_recipe_is_one_line_of_bounded_length() -> None:
     [
         ("base: a", r'base: "x\ny"'),
         ("method: linear", r'method: "x\ny"'),
+        ("{task: sorting}", r'{task: "x\ny"}, {task: "x\ny"}'),
         ("study: s", '"x\\ny": 1\nstudy: s'),
-        ("study: s", '"x\\\\ny": 1\\nstudy: s'),
     ],
 )
 def test_a_name_with_a_line_end_makes_an_error_of_one_line(given: str, broken: str) -> None:
