@@ -6,9 +6,10 @@ Several searches run side by side as generators: each yields the jobs it waits f
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from evomerge import study_files
 from evomerge.errors import Paused, Stopped
@@ -56,9 +57,12 @@ class Dispatch:
             self._note()
 
     def together(self, tasks: Sequence[Task[T]]) -> list[T]:
-        """Runs tasks side by side to their ends; what each returned. Raises what `each` raises."""
+        """Runs tasks side by side to their ends; what each returned. Raises what `each` raises.
+
+        What several of them wait for, the same recipe on the same items, is evaluated once."""
         ends: dict[int, T] = {}
-        owners: dict[int, tuple[int, Job]] = {}
+        flying: dict[Hashable, list[tuple[int, Job]]] = {}  # what is out -> who waits for it
+        keys: dict[int, Hashable] = {}
 
         def step(number: int, result: Result | None) -> None:
             try:
@@ -66,16 +70,22 @@ class Dispatch:
             except StopIteration as end:
                 ends[number] = end.value
                 return
-            numbered = self._numbered(jobs)
-            owners.update({slot: (number, job) for slot, job in zip(numbered, jobs, strict=True)})
+            fresh = []
+            for job in jobs:
+                key = (job.recipe.id, tuple((task, tuple(ids)) for task, ids in sorted(job.items.items())))
+                if key not in flying:
+                    fresh.append((key, job))
+                flying.setdefault(key, []).append((number, job))
+            numbered = self._numbered([job for _, job in fresh])
+            keys.update({slot: key for slot, (key, _) in zip(numbered, fresh, strict=True)})
             self._submit(list(numbered.values()))
 
         for number in range(len(tasks)):
             step(number, None)
         while len(ends) < len(tasks):
             job, evaluation = self._next()
-            number, own = owners.pop(job.slot)
-            step(number, (own, evaluation))
+            for number, own in flying.pop(keys.pop(job.slot)):
+                step(number, (own, evaluation))
             self._note()
         return [ends[number] for number in range(len(tasks))]
 
@@ -134,3 +144,37 @@ class Dispatch:
                 self.stop, self._why = 1, Stopped("stopped by evomerge stop; resume goes on")
             if self.backup is not None:
                 self.store.backup_every(self.backup)
+
+
+class Line(Generic[T]):
+    """Tasks of one search that are under way together and end in the order they were begun: a task may be begun before the
+    last result of the one before it is there."""
+
+    def __init__(self) -> None:
+        self._tasks: deque[Task[T]] = deque()
+        self._ends: dict[Task[T], T] = {}
+        self._owners: dict[int, tuple[Task[T], Job]] = {}  # by the job's identity: slots are each task's own
+        self._jobs: list[Job] = []  # not handed over yet
+
+    def begin(self, task: Task[T]) -> None:
+        """Its jobs are handed over with the next `first`."""
+        self._tasks.append(task)
+        self._step(task, None)
+
+    def first(self) -> Task[T]:
+        """What the oldest task returns; the others go on meanwhile."""
+        while self._tasks[0] not in self._ends:
+            jobs, self._jobs = self._jobs, []
+            job, evaluation = yield jobs
+            task, own = self._owners.pop(id(job))
+            self._step(task, (own, evaluation))
+        return self._ends.pop(self._tasks.popleft())
+
+    def _step(self, task: Task[T], result: Result | None) -> None:
+        try:
+            jobs = next(task) if result is None else task.send(result)
+        except StopIteration as end:
+            self._ends[task] = end.value
+            return
+        self._owners.update({id(job): (task, job) for job in jobs})
+        self._jobs += jobs

@@ -39,6 +39,15 @@ class Candidate:
     trial_id: int | None = None
 
 
+@dataclass(slots=True)
+class Tally:
+    """How far a search is. stage: as it is shown; total: candidates that it will have; done: of them, those that have a trial."""
+
+    stage: str
+    total: int
+    done: int = 0
+
+
 class Generations:
     """Scores what a study asks for and keeps it. stage: the number that trials are stored under."""
 
@@ -109,11 +118,11 @@ class Generations:
         return {i: s for i, s in found.items() if s is not None}
 
     def run(
-        self, number: int, candidates: Sequence[Candidate], stage: str, done: int, total: int, mu: int = 0
+        self, number: int, candidates: Sequence[Candidate], tally: Tally, mu: int = 0, turn: int = 0
     ) -> Generator[Sequence[Job], Result, list[Trial]]:
         """Evaluates the candidates of a generation that the store does not hold yet; returns all its trials.
 
-        mu: how many of the best are learnt from; above 0 the generation is raced, if the plan has a race.
+        mu: how many of the best are learnt from; above 0 the generation is raced, if the plan has a race. turn: see `Job`.
         """
         trials: dict[int, Trial] = {}
         for slot, candidate in enumerate(candidates):
@@ -126,21 +135,23 @@ class Generations:
                     )
                 trials[slot] = stored
         missing = {slot: c for slot, c in enumerate(candidates) if slot not in trials}
+        tally.done += len(trials)
 
         def seen(trial: Trial) -> None:
             trials[trial.slot] = trial
+            tally.done += 1
             scores = [t.score for t in trials.values() if t.score is not None and not t.dropped]
             note = f"candidate {trial.id} failed: {trial.error}" if trial.error else ""
-            self.show(Progress(stage, done + len(trials), total, max(scores, default=None), note))
+            self.show(Progress(tally.stage, tally.done, tally.total, max(scores, default=None), note))
 
         if missing and self.plan.race and mu:
 
             def said(note: str) -> None:
-                self.show(Progress(stage, done + len(trials), total, None, note))
+                self.show(Progress(tally.stage, tally.done, tally.total, None, note))
 
             self._race(number, dict(enumerate(candidates)), mu, seen, said)
         elif missing:
-            yield from self.evaluate(number, missing, self.subset(number), seen)
+            yield from self.evaluate(number, missing, self.subset(number), seen, turn)
         return [trials[slot] for slot in range(len(candidates))]
 
     def evaluate(
@@ -149,6 +160,7 @@ class Generations:
         candidates: Mapping[int, Candidate],
         items: Items,
         seen: Callable[[Trial], None] = lambda trial: None,
+        turn: int = 0,
     ) -> Generator[Sequence[Job], Result, dict[int, Trial]]:
         """Scores candidates on items, stores a trial for each in the order of slots and returns them by slot.
 
@@ -164,7 +176,7 @@ class Generations:
             if known := self.store.evaluation(recipe_id, "search", items):
                 found[recipe_id] = known.evaluation
             else:
-                jobs[recipe_id] = _job(slot, candidates[slot].recipe, items)
+                jobs[recipe_id] = _job(slot, candidates[slot].recipe, items, turn)
         waiting, trials = deque(ids), dict[int, Trial]()
 
         def keep() -> None:
@@ -253,9 +265,9 @@ class Generations:
         )  # fmt: skip
 
 
-def _job(slot: int, recipe: Recipe, items: Items) -> Job:
+def _job(slot: int, recipe: Recipe, items: Items, turn: int = 0) -> Job:
     """A job; what it costs grows with its layers and items."""
-    return Job(slot, recipe, items, float(len(recipe.layers) * sum(map(len, items.values()))))
+    return Job(slot, recipe, items, float(len(recipe.layers) * sum(map(len, items.values()))), turn)
 
 
 def _window(ids: Sequence[str], epoch: int, position: int, size: int, key: str) -> tuple[str, ...]:

@@ -126,6 +126,7 @@ def _prepare(
         seed=search.seed,
         race=_race(settings),
         islands=pooling.islands(settings, facts["crew"]),
+        pipelined=search.pipelined,
     )
 
     def said(text: str) -> None:

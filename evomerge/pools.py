@@ -17,13 +17,14 @@ from evomerge.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A recipe to score on items. slot: the caller's number for it, unique among the jobs that are out; cost: how long it is
-    expected to take beside the others, in any unit; the longest begin first."""
+    """A recipe to score on items. slot: the caller's number for it, unique among the jobs that are out; turn: those of a lower one
+    begin first; cost: how long it is expected to take beside the others, in any unit; of a turn the longest begin first."""
 
     slot: int
     recipe: Recipe
     items: Items
     cost: float = 1.0
+    turn: int = 0
 
 
 class Scorer(Protocol):

@@ -66,7 +66,7 @@ class ProcessPool:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """The longest begin first, of those handed over together."""
-        for job in sorted(jobs, key=lambda job: -job.cost):
+        for job in sorted(jobs, key=lambda job: (job.turn, -job.cost)):
             self._waiting[self._count] = job
             self._count += 1
 

@@ -87,7 +87,7 @@ class Slots:
         self.ended: list[Attempt] = []
         self.aside: set[str] = set()  # places that get no jobs any more
         self.worn: list[tuple[Seat, str]] = []  # workers to be replaced, and why; no longer seated here
-        self._fresh: list[tuple[float, int, _Task]] = []  # heap, the longest first
+        self._fresh: list[tuple[int, float, int, _Task]] = []  # heap, by turn, the longest first
         self._again: list[_Task] = []  # tried before, and first in line
         self._unsettled: dict[int, _Task] = {}  # by the job's slot
         self._seats: dict[int, Seat] = {}
@@ -127,16 +127,16 @@ class Slots:
                 raise ValueError(f"slot {job.slot} is out already; a job needs a number of its own")
             task = self._unsettled[job.slot] = _Task(job)
             self._count += 1
-            heapq.heappush(self._fresh, (-job.cost, self._count, task))
+            heapq.heappush(self._fresh, (job.turn, -job.cost, self._count, task))
 
     def drain(self) -> None:
         """Forgets what is not in flight; until more is submitted, what fails in flight is forgotten too."""
-        for task in [*(task for _, _, task in self._fresh), *self._again]:
+        for task in [*(task for *_, task in self._fresh), *self._again]:
             self._close(task)
         self._fresh, self._again, self._draining = [], [], True
 
     def assign(self, now: float) -> list[Try]:
-        """Gives idle workers what they may do, the longest jobs first, those tried before ahead of them."""
+        """Gives idle workers what they may do, by turns, the longest jobs first, those tried before ahead of them."""
         given = []
         for seat in list(self._idle.values()) if self.waiting else ():
             task = self._next(seat)
@@ -155,7 +155,7 @@ class Slots:
         for i, task in enumerate(self._again):
             if self._may(task, seat):
                 return self._again.pop(i)
-        return heapq.heappop(self._fresh)[2] if self._fresh else None
+        return heapq.heappop(self._fresh)[3] if self._fresh else None
 
     def _may(self, task: _Task, seat: Seat) -> bool:
         """Whether no better worker is there for a job tried before: on another device, else another worker."""

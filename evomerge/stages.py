@@ -81,8 +81,9 @@ class Progress:
 class Plan:
     """A search ready to run. items: all items of each role; per_generation: items of each task a generation is scored on, or
     task -> items; soup: makes the average of some parents, for a greedy soup among the hand recipes. race: None scores every
-    candidate on all items of its generation. islands: searches side by side in each stage, that share its budget. Raises
-    ConfigError for an objective that cannot be raced."""
+    candidate on all items of its generation. islands: searches side by side in each stage, that share its budget. pipelined:
+    a generation is asked before the results of the one before it are all there. Raises ConfigError for a race with an objective
+    that cannot be raced, or with a pipelined search."""
 
     stages: Sequence[Stage]
     baselines: Sequence[Baseline]
@@ -94,12 +95,15 @@ class Plan:
     soup: Callable[[Sequence[str]], Baseline] | None = None
     race: racing.Race | None = None
     islands: int = 1
+    pipelined: bool = False
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ConfigError("a search needs at least one stage: weights or routes")
         if self.race is not None:
             racing.check(self.objective)
+        if self.race is not None and self.pipelined:
+            raise ConfigError("a search is raced or pipelined, not both; leave out search.race or search.pipelined")
 
 
 def one_stage(

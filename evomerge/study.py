@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from evomerge import selection
-from evomerge.dispatch import Dispatch, Result
+from evomerge.dispatch import Dispatch, Line, Result
 from evomerge.errors import ConfigError, FailureBudget, NoRoom, NothingToExport, Paused
 from evomerge.evaluation import ranks
 from evomerge.gate import NATS
-from evomerge.generations import Candidate, Generations
+from evomerge.generations import Candidate, Generations, Tally
 from evomerge.optimizers import Array, Optimizer
 from evomerge.pools import Job, Pool
 from evomerge.stages import Opening, Plan, Progress, SearchSpace, Stage, Start
@@ -130,7 +131,7 @@ class Study:
 
     def _hand(self, number: int, candidates: Sequence[Candidate], stage: str) -> list[Trial]:
         """A generation that nobody asked an optimizer for."""
-        return self.dispatch.together([self.generations.run(number, candidates, stage, 0, len(candidates))])[0]
+        return self.dispatch.together([self.generations.run(number, candidates, Tally(stage, len(candidates)))])[0]
 
     def _soup(self, candidates: list[Candidate], trials: list[Trial]) -> list[Trial]:
         """Adds the greedy soup: parents from the best down, each averaged in if the average does not get worse.
@@ -167,34 +168,46 @@ class Study:
         return islands, max(lasts)
 
     def _evolve(self, island: _Island) -> Generator[Sequence[Job], Result, int]:
-        """An island's generations, up to its share of the budget; returns the number of the last."""
+        """An island's generations, up to its share of the budget; returns the number of the last.
+
+        A pipelined search asks each generation but the first before it is told of the one before: that no worker waits for
+        the last candidates, whoever is first, for the same trajectory. Each generation learns from those before the last.
+        """
         stage, optimizer, parents = island.stage, island.optimizer, island.parents
         share = stage.evaluations / island.of
-        done, number = 0, island.first + island.number
-        name = "search" if island.of == 1 else f"search, island {island.number + 1}"
+        asked, number, over = 0, island.first + island.number - island.of, False
+        tally = Tally("search" if island.of == 1 else f"search, island {island.number + 1}", math.ceil(share))
+        line, begun = Line[list[Trial]](), deque[tuple[int, Array]]()
         while True:
-            injected = island.injected if number == island.first + island.number else []
-            if injected:
-                optimizer.inject([g for _, g in injected])
-            genomes = optimizer.ask()
-            first_id = island.id + (number - island.first) * len(genomes)
-            candidates = [
-                replace(self._candidate(island.space, genome, slot, injected, parents), island=island.number, trial_id=first_id + slot)
-                for slot, genome in enumerate(genomes)
-            ]
-            most = max(math.ceil(share), done + len(candidates))
-            trials = yield from self.generations.run(number, candidates, name, done, most, optimizer.mu)
+            while not over and len(begun) <= self.plan.pipelined:
+                injected = island.injected if not asked else []
+                if injected:
+                    optimizer.inject([g for _, g in injected])
+                genomes = optimizer.ask()
+                number += island.of
+                first_id = island.id + (number - island.first) * len(genomes)
+                candidates = [
+                    replace(self._candidate(island.space, genome, slot, injected, parents), island=island.number, trial_id=first_id + slot)
+                    for slot, genome in enumerate(genomes)
+                ]
+                asked += len(candidates)
+                tally.total = max(tally.total, asked)
+                turn = number - island.first if self.plan.pipelined else 0
+                line.begin(self.generations.run(number, candidates, tally, optimizer.mu, turn))
+                begun.append((number, genomes))
+                over = asked >= share
+            if not begun:
+                return number
+            told, genomes = begun.popleft()
+            trials = yield from line.first()
             failed, dropped = [t for t in trials if t.score is None and NATS not in t.metrics], [t for t in trials if t.dropped]
             if 2 * len(failed) > len(trials):
                 why = f"the first because: {failed[0].error}"
-                raise FailureBudget(f"{len(failed)} of {len(trials)} candidates of generation {number} failed; {why}")
+                raise FailureBudget(f"{len(failed)} of {len(trials)} candidates of generation {told} failed; {why}")
             order = optimizer.tell(genomes, ranks([self.generations.standing(t) for t in trials]))
             parents = tuple(trials[i].id for i in order)
-            done += len(trials)
-            self.show(Progress(name, done, most, *_summary(number, trials, dropped, failed)))
-            if done >= share or self._over(self.generations.stage, island.number, number):
-                return number
-            number += island.of
+            self.show(Progress(tally.stage, tally.done, tally.total, *_summary(told, trials, dropped, failed)))
+            over = over or self._over(self.generations.stage, island.number, number)
 
     def _over(self, stage: int, island: int, generation: int) -> bool:
         """Whether a budget ended an island there; a replay ends where the first run did."""

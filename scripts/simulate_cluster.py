@@ -2,8 +2,8 @@
 
 Simulated with the scheduler that the Ray pool runs (evomerge/slots.py), event by event, on a clock of its own: candidates
 take 60 s with a log-normal spread of .1, two of a hundred five times as long, wherever they run. Each island waits for all
-candidates of its generation before it asks for the next; all share the workers. With --real also two Ray workers on this machine that
-sleep by the same law, .2 s a candidate.
+candidates of its generation before it asks for the next, a pipelined one for those of the generation before; all share the
+workers. With --real also two Ray workers on this machine that sleep by the same law, .2 s a candidate.
 
 usage: python scripts/simulate_cluster.py [--real | --only-real] [--seeds 2] [--evaluations 1000000] [--out results/cluster.md]
 """
@@ -25,10 +25,15 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from evomerge.evaluation import Evaluation, Items
 from evomerge.faults import Limits
+from evomerge.optimizers import Array
+from evomerge.optimizers.cma_es import CmaEs
 from evomerge.pools import Job, Pool
 from evomerge.recipe import Mix, Recipe
 from evomerge.slots import Seat, Slots, Try
@@ -40,6 +45,7 @@ ITEMS: Items = {"task": ("1",)}
 SECONDS, SPREAD, RARE, TIMES = 60.0, 0.1, 0.02, 5.0
 OPENING = 30.0  # seconds until a worker that was killed is replaced
 NEVER = Limits(factor=1e6)
+GAIN, GENES, SEEDS = 1000.0, 40, 7
 WORKERS, ISLANDS, EACH = (8, 64, 1024), (1, 2, 4, 8), (2, 4, 8)
 
 
@@ -55,28 +61,33 @@ def law(seed: int, slot: int, seconds: float = SECONDS) -> float:
 
 
 class Islands:
-    """Searches that each wait for their generation. begin: jobs to hand over at the start; ended: jobs to hand over after a result."""
+    """Searches that each wait for their generation, pipelined ones for that before their last. begin: jobs to hand over at the
+    start; ended: jobs to hand over after a result. done: generations of each island that are over, and all before them."""
 
-    def __init__(self, islands: int, population: int, generations: int) -> None:
-        self.population, self.generations = population, generations
-        self.left, self.done, self.slots = [population] * islands, [0] * islands, count()
-        self.owner: dict[int, int] = {}
+    def __init__(self, islands: int, population: int, generations: int, pipelined: bool = False) -> None:
+        self.population, self.generations, self.ahead = population, generations, int(pipelined)
+        self.done, self.slots = [0] * islands, count()
+        self.left = [[population] * generations for _ in range(islands)]
+        self.owner: dict[int, tuple[int, int]] = {}
 
     def begin(self) -> list[Job]:
-        return [job for island in range(len(self.left)) for job in self.generation(island)]
+        return [job for island in range(len(self.left)) for g in range(min(1 + self.ahead, self.generations)) for job in self.generation(island, g)]
 
-    def generation(self, island: int) -> list[Job]:
-        jobs = [Job(next(self.slots), RECIPE, ITEMS) for _ in range(self.population)]
-        self.owner.update({job.slot: island for job in jobs})
+    def generation(self, island: int, number: int) -> list[Job]:
+        jobs = [Job(next(self.slots), RECIPE, ITEMS, turn=number if self.ahead else 0) for _ in range(self.population)]
+        self.owner.update({job.slot: (island, number) for job in jobs})
         return jobs
 
     def ended(self, slot: int) -> list[Job]:
-        island = self.owner.pop(slot)
-        self.left[island] -= 1
-        if self.left[island]:
-            return []
-        self.left[island], self.done[island] = self.population, self.done[island] + 1
-        return self.generation(island) if self.done[island] < self.generations else []
+        island, number = self.owner.pop(slot)
+        left = self.left[island]
+        left[number] -= 1
+        jobs = []
+        while self.done[island] < self.generations and not left[self.done[island]]:
+            self.done[island] += 1
+            if self.done[island] + self.ahead < self.generations:
+                jobs += self.generation(island, self.done[island] + self.ahead)
+        return jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +104,12 @@ class Night:
     memory: tuple[float, ...]  # MiB, at each tenth
 
 
-def simulate(workers: int, islands: int, population: int, generations: int, limits: Limits, seed: int, shares: bool = True) -> Night:
+def simulate(
+    workers: int, islands: int, population: int, generations: int, limits: Limits, seed: int, shares: bool = True, pipelined: bool = False
+) -> Night:
     """A search from its first generation to its end; shares are of the time from when all islands are at their second generation
     until one is at its end. shares: keep what they are made of; without it the memory is the scheduler's and the simulation's alone."""
-    slots, crowd, now = Slots(limits), Islands(islands, population, generations), 1.0
+    slots, crowd, now = Slots(limits), Islands(islands, population, generations, pipelined), 1.0
     slots.expected = workers
     numbers = count(1)
     for i in range(workers):
@@ -156,24 +169,55 @@ def shares(seeds: int) -> list[str]:
     """Tables of utilisation, and of what the time limit costs."""
     lines = []
     limited = "With the default limit, 4 x the median: the 2 % that take 5 x are killed twice, and fail"
-    for limits, each_of, title in ((NEVER, EACH, "Without a time limit"), (Limits(), (4,), limited)):
+    ahead = "Pipelined, each generation asked before the last results of the one before, without a time limit"
+    tables = ((NEVER, EACH, "Without a time limit", False), (NEVER, EACH, ahead, True), (Limits(), (4,), limited, False))
+    for limits, each_of, title, pipelined in tables:
         lines += ["", f"{title}. Busy share of the workers' time, in brackets what gave a score; candidates of all islands for each worker:", ""]
         lines += ["| workers | islands | " + " | ".join(f"{each} a worker" for each in each_of) + " |", "| ---: | ---: |" + " ---: |" * len(each_of)]
         for workers in WORKERS:
             for islands in ISLANDS:
-                cells = [cell(workers, islands, each, limits, seeds) for each in each_of]
+                cells = [cell(workers, islands, each, limits, seeds, pipelined) for each in each_of]
                 lines.append(f"| {workers} | {islands} | " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
     return lines
 
 
-def cell(workers: int, islands: int, each: int, limits: Limits, seeds: int) -> str:
+def cell(workers: int, islands: int, each: int, limits: Limits, seeds: int, pipelined: bool) -> str:
     """The mean over seeds; one seed does for a thousand workers."""
     population = max(4, each * workers // islands)
     generations = max(12, min(200, 4000 // population)) if workers < 1024 else 10
-    nights = [simulate(workers, islands, population, generations, limits, s) for s in range(seeds if workers < 1024 else 1)]
+    nights = [simulate(workers, islands, population, generations, limits, s, pipelined=pipelined) for s in range(seeds if workers < 1024 else 1)]
     busy, useful = (sum(getattr(n, name) for n in nights) / len(nights) for name in ("busy", "useful"))
     return f"{busy:.0%} ({useful:.0%}), population {population}"
+
+
+def delay() -> list[str]:
+    """What it costs to learn a generation later."""
+    what = f"{GAIN:g} times nearer to the best of an ellipsoid of {GENES} genes (condition 100), median of {SEEDS} seeds"
+    lines = ["", f"Evaluations that a CMA-ES takes to come {what}:"]
+    lines += ["", "| population | evaluations | pipelined | more |", "| ---: | ---: | ---: | ---: |"]
+    for population in (16, 32, 64):
+        plain, pipelined = (median(taken(population, ahead, seed) for seed in range(SEEDS)) for ahead in (0, 1))
+        lines.append(f"| {population} | {plain:,.0f} | {pipelined:,.0f} | {pipelined / plain - 1:.0%} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def taken(population: int, ahead: int, seed: int) -> int:
+    """Evaluations until the mean of the distribution has the share 1 / GAIN of the loss that it began with."""
+    weights = np.logspace(0, 2, GENES)
+    es = CmaEs([0.0] * GENES, 0.15, population=population, diagonal=True, seed=seed)
+
+    def loss(genome: Array) -> float:
+        return float(np.sum(weights * (genome - 0.5) ** 2))
+
+    asked, count, first = [es.ask() for _ in range(1 + ahead)], 0, loss(es.mean)
+    while loss(es.mean) > first / GAIN:
+        genomes = asked.pop(0)
+        es.tell(genomes, [-loss(g) for g in genomes])
+        count += population
+        asked.append(es.ask())
+    return count
 
 
 def load(evaluations: int) -> list[str]:
@@ -203,9 +247,9 @@ class Sleeper:
         return Evaluation(recipe.id, (), {"task": 1.0}, {})
 
 
-def search(pool: Pool, islands: int, population: int, generations: int) -> None:
+def search(pool: Pool, islands: int, population: int, generations: int, pipelined: bool = False) -> None:
     """The driver's side on a real pool, candidates told apart by their seeds."""
-    crowd = Islands(islands, population, generations)
+    crowd = Islands(islands, population, generations, pipelined)
 
     def own(jobs: list[Job]) -> list[Job]:
         return [replace(job, recipe=replace(RECIPE, seed=job.slot)) for job in jobs]
@@ -223,15 +267,15 @@ def real(generations: int = 36) -> list[str]:
     from evomerge.ray_pool import RayPool
 
     lines = ["", "Two real Ray workers on this machine, candidates that sleep .2 s by the same law:", ""]
-    lines += ["| islands | population | evaluations | busy |", "| ---: | ---: | ---: | ---: |"]
+    lines += ["| islands | pipelined | population | evaluations | busy |", "| ---: | --- | ---: | ---: | ---: |"]
     with RayPool(functools.partial(Sleeper, 0.2), address="local", workers=2) as pool:
         ready(pool)
-        for islands, population in ((1, 8), (1, 12), (2, 8), (2, 12), (4, 8)):
-            before = pool.utilisation()
-            search(pool, islands, population, max(1, generations // islands))
+        for islands, population, pipelined in ((1, 8, False), (1, 8, True), (1, 12, False), (2, 8, False), (2, 12, False), (4, 8, False)):
+            before, each = pool.utilisation(), max(1, generations // islands)
+            search(pool, islands, population, each, pipelined)
             used = pool.utilisation()
             busy = sum(u.busy - before[name].busy for name, u in used.items()) / sum(u.alive - before[name].alive for name, u in used.items())
-            lines.append(f"| {islands} | {population} | {islands * population * max(1, generations // islands)} | {busy:.1%} |")
+            lines.append(f"| {islands} | {'yes' if pipelined else 'no'} | {population} | {islands * population * each} | {busy:.1%} |")
             print(lines[-1], flush=True)
     with RayPool(functools.partial(Sleeper, 0.0), address="local", workers=2) as pool:
         ready(pool)
@@ -270,7 +314,7 @@ def main() -> None:
     logging.getLogger("evomerge.slots").setLevel(logging.ERROR)  # a limit that is passed is a number here, no news
     if not args.only_real:
         head = ["# Workers kept busy", "", " ".join((__doc__ or "").split("\n\n")[1].split())]
-        simulated = ["## Simulated", "", stamp(""), *shares(args.seeds), *load(args.evaluations)]
+        simulated = ["## Simulated", "", stamp(""), *shares(args.seeds), *delay(), *load(args.evaluations)]
         args.out.write_text("\n".join([*head, "", *simulated]) + "\n")
     if args.real or args.only_real:
         kept = args.out.read_text().partition("\n## Real")[0].rstrip()

@@ -62,10 +62,11 @@ def test_genes_are_choices_that_there_are_and_numbers_on_the_grid() -> None:
 def test_every_choice_is_reached() -> None:
     optimizer, seen = make(1), [set() for _ in COUNTS]
     for _ in range(40):
-        for genome in optimizer.ask():
+        genomes = optimizer.ask()
+        for genome in genomes:
             for place, own in enumerate(seen):
                 own.add(int(genome[place]))
-        optimizer.tell(optimizer._asked, [0.0] * 18)  # type: ignore[arg-type]
+        optimizer.tell(genomes, [0.0] * 18)
     assert [len(own) for own in seen] == list(COUNTS)
 
 
@@ -109,7 +110,7 @@ def test_failures_never_survive_and_a_lost_generation_changes_nothing() -> None:
 
 def test_the_genomes_told_are_those_asked() -> None:
     optimizer = make()
-    with pytest.raises(ValueError, match="last ask"):
+    with pytest.raises(ValueError, match="oldest ask"):
         optimizer.tell(optimizer.ask() + 1.0, [0.0] * 18)
 
 

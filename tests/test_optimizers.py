@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from toy import environment
 
-from evomerge.optimizers.cma_es import GRID, CmaEs
+from evomerge.optimizers.asked import GRID
+from evomerge.optimizers.cma_es import CmaEs
 
 Score = Callable[[np.ndarray], "float | None"]
 
@@ -301,13 +302,13 @@ def test_a_score_that_is_not_finite_is_refused(bad: float, make: Callable[..., C
 
 def test_tell_takes_what_was_asked_and_leaves_it_alone(make: Callable[..., CmaEs]) -> None:
     es = make()
-    with pytest.raises(ValueError, match="last ask"):
+    with pytest.raises(ValueError, match="oldest ask"):
         es.tell(np.zeros((8, len(es.mean))), [0.0] * 8)
     for seed in range(20):
         es = make(seed)
         genomes = es.ask()
         kept = genomes.copy()
-        with pytest.raises(ValueError, match="last ask"):
+        with pytest.raises(ValueError, match="oldest ask"):
             es.tell(genomes + GRID, [bowl(g) for g in genomes])
         with pytest.raises(ValueError, match=r"\w"):
             es.tell(genomes, [0.0])

@@ -181,6 +181,8 @@ def check(document: documents.Document) -> Config:
     if config.kinds not in _STAGES:
         known = "; ".join(", ".join(kinds) for kinds in _STAGES)
         raise fail(("stages",), f"stages are one of: {known}; got {', '.join(config.kinds)}")
+    if config.search.race is not None and config.search.pipelined:
+        raise fail(("search", "pipelined"), "a search is raced or pipelined, not both; leave out search.race or search.pipelined")
     routed: list[tuple[documents.Key, str]] = [(("routes", "models", i), m) for i, m in enumerate(config.routes.models)]
     routed += [(("routes", "start"), config.routes.start)] if config.routes.start != "best" else []
     for where, name in routed:

@@ -161,6 +161,8 @@ class SearchConfig(Strict):
     tie_break: soft score that decides between equal ones, None for the probability where tasks have one. race: drop
     candidates on few items; None scores each on all items of its generation. islands: searches side by side that share the
     budget and the workers. 'auto', of islands and population: as many as keep the workers busy that the study begins with.
+    pipelined: ask each generation before the last results of the one before it, so that no worker waits for a straggler; each
+    learns from those before the last, which takes more evaluations for the same score.
     """
 
     evaluations: Whole = Field(default=500, ge=1)
@@ -173,6 +175,7 @@ class SearchConfig(Strict):
     tie_break: Literal["probability", "logprob", "none"] | None = None
     race: RaceConfig | None = None
     islands: Annotated[Whole, Field(ge=1, le=64)] | Literal["auto"] = 1
+    pipelined: bool = False
 
 
 class StageConfig(Strict):

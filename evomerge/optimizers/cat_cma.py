@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.optimizers import Array
-from evomerge.optimizers.cma_es import GRID
-from evomerge.optimizers.random_search import check, ordered
+from evomerge.optimizers.asked import GRID, Asked, ordered
 
 _FREE = 2  # cmaes needs as many numbers: where there are fewer, genes that no one reads are added
 _DEVIATIONS = (2 * GRID, 1e4)
@@ -53,23 +52,21 @@ class CatCma:
             seed=seed,
         )
         self._injected: list[Sequence[float]] = []
-        self._asked: Array | None = None
-        self._free: Array = np.zeros((0, len(mean)))
+        self._asked: Asked[tuple[Array, Array]] = Asked()  # each with its numbers, those that no one reads among them, and their mean
 
     def ask(self) -> Array:
         """[population, n] genomes: categories as whole numbers, the rest on a grid of 2**-14."""
         lead, size = len(self._counts), self._cat.population_size
         sampled = [self._cat.ask() for _ in range(size)]
-        self._free = np.array([x for x, _ in sampled])  # [population, numbers]
+        free = np.array([x for x, _ in sampled])  # [population, numbers]
         chosen = np.array([np.argmax(c, axis=1) for _, c in sampled], dtype=np.float64)  # [population, lead]
         injected, self._injected = self._injected[:size], []
         for slot, genome in enumerate(injected):
             chosen[slot] = genome[:lead]
-            self._free[slot, : self._n - lead] = genome[lead:]
-            self._free[slot] = self._shortened(self._free[slot])
-        self._free = np.round(self._free / GRID) * GRID
-        self._asked = np.concatenate([chosen, self._free[:, : self._n - lead]], axis=1)
-        return self._asked.copy()
+            free[slot, : self._n - lead] = genome[lead:]
+            free[slot] = self._shortened(free[slot])
+        free = np.round(free / GRID) * GRID
+        return self._asked.add(np.concatenate([chosen, free[:, : self._n - lead]], axis=1), (free, self._cat.mean.copy()))
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
         """Puts genomes into the next `ask`, categories as they are; longer steps of the numbers than the distribution would take
@@ -81,13 +78,14 @@ class CatCma:
         self._injected = [*self._injected, *genomes]
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
-        """Learns from a generation; of equal scores the earlier slot ranks first."""
-        check(self._asked, genomes, scores)
+        """Learns from a generation; of equal scores the earlier slot ranks first. Numbers move with their mean, as in `CmaEs`."""
+        free, around = self._asked.told(genomes, scores)
+        if not np.array_equal(around, self._cat.mean):
+            free = free + (self._cat.mean - around)
         order = ordered(scores)
-        told = [((self._free[slot], self._one_hot(genomes[slot])), float(rank)) for rank, slot in enumerate(order)]
+        told = [((free[slot], self._one_hot(genomes[slot])), float(rank)) for rank, slot in enumerate(order)]
         self._cat.tell(told)
         self._bound()
-        self._asked = None
         return order[: self.mu]
 
     @property

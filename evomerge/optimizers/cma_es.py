@@ -14,8 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from evomerge.optimizers import Array
-
-GRID = 2.0**-14  # asked genomes are rounded to it, so that a replay is exact across BLAS kernels and thread counts
+from evomerge.optimizers.asked import GRID, Asked, ordered
 
 
 class CmaEs:
@@ -49,14 +48,14 @@ class CmaEs:
         x0[: self._n] = start
         with self._own_generator():
             self._es = cma.CMAEvolutionStrategy(x0, sigma, options)
-        self._asked: Array | None = None
+        self._asked: Asked[tuple[Array, Array]] = Asked()  # each with the second gene that no one reads, and the mean it was drawn around
 
     def ask(self) -> Array:
         """[population, n] genomes on a grid of 2**-14."""
         with self._own_generator():
             x = np.asarray(self._es.ask(), dtype=np.float64)
-        self._asked = np.round(x / GRID) * GRID
-        return self._asked[:, : self._n]
+        x = np.round(x / GRID) * GRID
+        return self._asked.add(x[:, : self._n].copy(), (x, np.array(self._es.mean, dtype=np.float64)))
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
         """Puts genomes into the next `ask`; steps longer than the distribution would take are shortened."""
@@ -66,19 +65,22 @@ class CmaEs:
             self._es.inject(list(padded))
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
-        """Learns from a generation; of equal scores the earlier slot ranks first."""
-        asked = self._asked
-        if asked is None or not np.array_equal(asked[:, : self._n], genomes):
-            raise ValueError("tell takes the genomes of the last ask")
-        if any(s is not None and not math.isfinite(s) for s in scores):
-            raise ValueError("a score must be finite; tell None for a failed candidate")
-        order = sorted(range(len(scores)), key=lambda i: (math.inf if (s := scores[i]) is None else -s, i))
+        """Learns from a generation; of equal scores the earlier slot ranks first.
+
+        Where the mean moved since the generation was asked its points move along: what is learnt is the steps that were
+        taken. As they stand they would hold the last move too, which is then made again and again, and longer each time.
+        """
+        asked, around = self._asked.told(genomes, scores)
+        if not np.array_equal(around, self._es.mean):
+            asked = asked + (self._es.mean - around)
+        order = ordered(scores)
         ranks = [0.0] * len(order)
         for rank, slot in enumerate(order):
             ranks[slot] = float(rank)
         with self._own_generator(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # the points differ from those asked by the grid alone; unchecked, or pycma would shorten the longer ones
+            self._es._flgtelldone = False  # it wants an ask before each tell: of two asked generations the second is told right after the first
             self._es.tell(list(asked), ranks, check_points=False)
         return order[: self.mu]
 

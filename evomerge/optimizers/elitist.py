@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evomerge.optimizers import Array
-from evomerge.optimizers.cma_es import GRID
-from evomerge.optimizers.random_search import check, ordered
+from evomerge.optimizers.asked import GRID, Asked, ordered
 
 _CROSSED = 0.3  # of the children have two parents
 _SHIFTED = 0.2  # of a child's numbers are moved
@@ -48,7 +47,7 @@ class Elitist:
         self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
         self._rng = np.random.RandomState(seed)
         self._survivors: list[Array] = [np.round(np.asarray(start, dtype=np.float64) / GRID) * GRID]
-        self._asked: Array | None = None
+        self._asked: Asked[None] = Asked()
 
     def ask(self) -> Array:
         """[population, n]: the survivors as they are, best first, then children; numbers on a grid of 2**-14."""
@@ -60,8 +59,7 @@ class Elitist:
             if tuple(child) not in known or len(known) > 4 * self._popsize:
                 children.append(child)
             known.add(tuple(child))
-        self._asked = np.array([*kept, *children])
-        return self._asked.copy()
+        return self._asked.add(np.array([*kept, *children]), None)
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
         """Puts genomes among the survivors that are asked next, before the start."""
@@ -71,14 +69,12 @@ class Elitist:
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
         """The best sixth survive; of equal scores the earlier, which were there before. Returns their slots, best first."""
-        asked = self._asked
-        check(asked, genomes, scores)
-        assert asked is not None
+        self._asked.told(genomes, scores)
         order = [i for i in ordered(scores) if scores[i] is not None]
-        distinct = list({tuple(asked[i]): i for i in reversed(order)}.values())[::-1]
+        distinct = list({tuple(genomes[i]): i for i in reversed(order)}.values())[::-1]
         survivors = distinct[: self.mu]
         if survivors:
-            self._survivors = [asked[i].copy() for i in survivors]
+            self._survivors = [genomes[i].copy() for i in survivors]
         return survivors
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evomerge.optimizers import Array
-from evomerge.optimizers.cma_es import GRID
+from evomerge.optimizers.asked import GRID, Asked
 
 
 class RandomSearch:
@@ -25,7 +25,7 @@ class RandomSearch:
         self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
         self._rng = np.random.RandomState(seed)
         self._injected: list[Sequence[float]] = []
-        self._asked: Array | None = None
+        self._asked: Asked[None] = Asked()
 
     def ask(self) -> Array:
         """[population, n] genomes on a grid of 2**-14."""
@@ -37,8 +37,7 @@ class RandomSearch:
         injected, self._injected = self._injected[: self._popsize], []
         for slot, genome in enumerate(injected):
             x[slot] = genome
-        self._asked = np.round(x / GRID) * GRID
-        return self._asked.copy()
+        return self._asked.add(np.round(x / GRID) * GRID, None)
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
         """Puts genomes into the next `ask` as they are, but for the grid."""
@@ -46,7 +45,7 @@ class RandomSearch:
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
         """Learns nothing: no slot is recombined."""
-        check(self._asked, genomes, scores)
+        self._asked.told(genomes, scores)
         return []
 
     @property
@@ -58,16 +57,3 @@ class RandomSearch:
     def mean(self) -> Array:
         """[n] the start."""
         return self._start.copy()
-
-
-def check(asked: Array | None, genomes: Array, scores: Sequence[float | None]) -> None:
-    """Raises ValueError unless the genomes are those of the last ask, with a finite score or None for each."""
-    if asked is None or not np.array_equal(asked, genomes) or len(scores) != len(asked):
-        raise ValueError("tell takes the genomes of the last ask, with a score for each")
-    if any(s is not None and not math.isfinite(s) for s in scores):
-        raise ValueError("a score must be finite; tell None for a failed candidate")
-
-
-def ordered(scores: Sequence[float | None]) -> list[int]:
-    """Slots, best first; of equal scores the earlier, failed ones last."""
-    return sorted(range(len(scores)), key=lambda i: (math.inf if (s := scores[i]) is None else -s, i))
