@@ -144,9 +144,9 @@ def _observed(layer: nn.Module, call: Call, name: str) -> tuple[Fold, set[str]]:
         output = call.run(layer, hidden)
     items = trace.items(output)
     if output.shape != hidden.shape or items is None:
-        raise FoldError(f"{name} does not return its input plus what it adds; scales are not possible, set `scales: false`")
+        raise FoldError(f"{name} does not return its input plus what it adds; scales are not possible, set `scales: none`")
     if not items:
-        raise FoldError(f"{name} adds nothing that a parameter of it scales; scales are not possible, set `scales: false`")
+        raise FoldError(f"{name} adds nothing that a parameter of it scales; scales are not possible, set `scales: none`")
     outputs = {item for item, form in items if not form}
     norms = {item for item in items if item[1] and item[0] not in outputs}
     fold = Fold(tuple(sorted(outputs - trace.inputs)), tuple(sorted(norms)), tuple(sorted(trace.inputs - outputs)))
@@ -169,6 +169,6 @@ def _probed(layer: nn.Module, call: Call, fold: Fold, tolerance: float, name: st
     if not worst <= tolerance:
         raise FoldError(
             f"{name}: with a gain in its weights it errs by {worst:.1e} of what it adds, at most {tolerance:.0e} is exact; "
-            "scales are not possible, set `scales: false`"
+            "scales are not possible, set `scales: none`"
         )
     return worst

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evomerge import folding
-from evomerge.errors import RouteError
+from evomerge.errors import FoldError, RouteError
 from evomerge.folding import Fold
-from evomerge.folding import check_scalable as check_scalable
 from evomerge.gathering import Source, changes, source, write
 from evomerge.gathering import signature as signature
 from evomerge.stacks import calls, sample, text_config
 from evomerge.stacks import stack as stack
 
 _REFUSALS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)
+_SCALED = 5e-4
+"""Largest difference that is accepted between gains in a model's weights and hidden states that are scaled, of the logits' deviation."""
+_ROUNDINGS = 64  # of a type with few bits that may add up to such a difference
+_DRAWS = 3  # of scales
 _LONG = 8  # hops of the route that is tried, at least
 _KEPT = 4  # clones that are kept: this many times the longest route so far
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -94,6 +97,22 @@ def routable_by_numbers(model: nn.Module) -> None:
         reason = f"with repeated layers does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if reason:
         raise RouteError(f"{type(model).__name__} {reason}; it cannot be routed")
+
+
+def check_scalable(model: nn.Module) -> None:
+    """Raises FoldError unless gains do what scaled hidden states do: in each layer, see `folding.check_scalable`, and in the logits of the
+    model with seven random scales in [0.4, 1.5]. Norms whose epsilon is not small beside a scaled hidden state fail there."""
+    folding.check_scalable(model)
+    try:
+        error = _scaled_error(model)
+    except _REFUSALS as raised:
+        raise FoldError(f"{type(model).__name__} with scaled hidden states does not run: {type(raised).__name__}: {raised}") from raised
+    most = max(_SCALED, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
+    if not error <= most:
+        raise FoldError(
+            f"{type(model).__name__}: gains in its weights and scaled hidden states differ by {error:.1e} of the logits' deviation, at most "
+            f"{most:.0e} is exact, the epsilon of its norms is not small beside them; scales are not possible, set `scales: none`"
+        )
 
 
 class Routed:
@@ -335,6 +354,41 @@ def _broken(model: nn.Module, tokens: Tensor) -> int | None:
     for handle in handles:
         handle.remove()
     return next((i for i, (out, read) in enumerate(zip(left, entered, strict=False)) if not torch.equal(out, read)), None)
+
+
+def _scaled_error(model: nn.Module) -> float:
+    """Largest difference of the logits between gains in the weights and scaled hidden states, of their deviation."""
+    tokens, depth = sample(model), len(stack(model)[1])
+    mask, random = torch.ones_like(tokens), torch.Generator().manual_seed(0)
+    layers = [*range(depth), *(i % depth for i in range(_LONG - depth))]
+    routed, worst = Routed(model), 0.0
+    for _ in range(_DRAWS):
+        scales = [1.0] * len(layers)
+        for i in range(1, _LONG):
+            scales[i * (len(layers) - 1) // (_LONG - 1)] = 0.4 + 1.1 * float(torch.rand((), generator=random))
+        routed.install([Hop(model, i) for i in layers])
+        hooked = zip(stack(routed.model)[1], scales, strict=True)
+        handles = [layer.register_forward_pre_hook(_multiplied(by), with_kwargs=True) for layer, by in hooked]
+        try:
+            expected = _logits(routed.model, tokens, mask)
+        finally:
+            for handle in handles:
+                handle.remove()
+        routed.install([Hop(model, i, gain) for i, gain in zip(layers, gains(scales, len(layers)), strict=True)])
+        error = float((_logits(routed.model, tokens, mask).float() - expected.float()).abs().max() / expected.float().std())
+        worst = max(worst, error if error == error else math.inf)
+    return worst
+
+
+def _multiplied(by: float) -> Callable[..., Any]:
+    """A hook that multiplies the hidden state as it enters a layer."""
+
+    def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if given:
+            return (given[0] * by, *given[1:]), named
+        return given, {**named, "hidden_states": named["hidden_states"] * by}
+
+    return hook
 
 
 def _logits(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:

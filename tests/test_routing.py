@@ -13,7 +13,7 @@ import torch
 import vision_architectures
 from torch import nn
 
-from evomerge import routing
+from evomerge import folding, routing
 from evomerge.errors import FoldError, RouteError
 from evomerge.routing import Hop, Routed
 
@@ -310,6 +310,19 @@ def test_models_whose_layers_reach_into_each_other_are_refused_by_numbers(name: 
 def test_models_whose_routes_are_exact_pass_by_numbers(name: str) -> None:
     routing.routable_by_numbers(parents(name)[0])
     routing.check_scalable(parents(name)[0])
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_scales_are_refused_where_the_epsilon_of_norms_is_not_small(name: str) -> None:
+    """Each layer's fold is exact, but the logits of scaled hidden states differ: with a smaller epsilon the same model passes."""
+    model = text_architectures.build(name)
+    folding.check_scalable(model)
+    with pytest.raises(FoldError, match=r"differ by \d\.\de-0[1-3] of the logits' deviation, at most 5e-04 is exact.*scales: none"):
+        routing.check_scalable(model)
+    for part in model.modules():
+        if hasattr(part, "variance_epsilon"):
+            part.variance_epsilon *= 1e-3
+    routing.check_scalable(model)
 
 
 def test_a_model_without_layers_is_refused() -> None:
