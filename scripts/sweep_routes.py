@@ -270,6 +270,7 @@ def _document(rows: list[tuple[bool, Row]], numbers: list[str]) -> str:
         )
     body = [row.line() for _, row in rows]
     cost = ["", "## Cost: 65 hops over two models of the shape of Qwen2 0.5B (bfloat16)", "", "| | |", "| --- | --- |", *numbers]
+    cost += ["", "The installs are timed after a full pass of Python's garbage collector; one that falls into an install adds some 200 ms."]
     return "\n".join([*head, *counts, "", *columns, *body, *cost]) + "\n"
 
 
