@@ -48,6 +48,10 @@ class Parent(Protocol):
         """Folder of the config, the tokenizer and the weights before any adapter."""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold its tensors, an adapter's too."""
+
+    @property
     def config(self) -> dict[str, Any]:
         """Its config.json."""
 
@@ -124,6 +128,7 @@ class Checkpoint:
         outer = [(place.part, name) for name in sorted(self.tensors) if (place := self.place(name)).layer is None]
         self._outer = {part: tuple(name for of, name in outer if of == part) for part, _ in outer}
         self._files = {file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})}
+        self.files = tuple(path / file for file in self._files)
 
     @property
     def dtype(self) -> str:
@@ -229,11 +234,6 @@ def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
                 place = expected.place(tensor)
                 advice = "the vocabularies differ" if place.layer is None else "the architectures differ"
                 raise CheckpointError(f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}")
-
-
-def weight_files(parents: Iterable[Parent]) -> list[Path]:
-    """The files that hold the parents' tensors."""
-    return sorted({parent.path / name for parent in parents for name in {info.file for info in parent.tensors.values()}})
 
 
 def stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:

@@ -79,6 +79,11 @@ class Adapted:
         self.layer_suffixes, self.outer_names = base.layer_suffixes, base.outer_names
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The base's files and the adapter's."""
+        return (*self._base.files, self.adapter / "adapter_model.safetensors")
+
+    @property
     def changed(self) -> tuple[str, ...]:
         """Names of the base's tensors that the adapter changes, sorted."""
         return tuple(sorted(self._changes))

@@ -176,6 +176,7 @@ class Stage:
         self.tensors: dict[str, TensorInfo] = {name: step.info for name, step in self._steps.items()}
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         self.largest = max(info.nbytes for info in self.tensors.values())
+        self.files = tuple({file: None for name in recipe.reads for file in self._merge.parents[name].files})
         self._donor = donor
         self._suffixes: dict[int, tuple[str, ...]] = {}
         for tensor in self.tensors:

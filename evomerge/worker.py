@@ -14,7 +14,7 @@ from torch import nn
 
 from evomerge import gate as gating
 from evomerge import placement
-from evomerge.checkpoint import Parent, stamps, weight_files
+from evomerge.checkpoint import Parent, stamps
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
 from evomerge.fused import Tables
@@ -44,7 +44,7 @@ class Worker:
         log.info("parents: %s", placement.said(self.places))
         self.parents = {name: placement.held(parent, self.places[name], device) for name, parent in parents.items()}
         self.live = Live(parents, self.parents, base, self.model, dtype, device, self.known)
-        self._stamps = stamps(weight_files(parents.values()))
+        self._stamps = stamps({file for parent in parents.values() for file in parent.files})
         self._finite = True
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from toy import in_process, llama, results, search_file, uniform, zoo_folder
 
 from evomerge import config, launch, merge, report
@@ -19,6 +20,7 @@ from evomerge.checkpoint import Checkpoint
 from evomerge.errors import CandidateError, CheckpointError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Role
 from evomerge.lm_harness import LmHarness, TaskSpec
+from evomerge.lora import Adapted
 from evomerge.methods import METHODS, Method, Param
 from evomerge.pools import InProcessPool, Job
 from evomerge.recipe import Filtered, Mix, Recipe, params
@@ -377,6 +379,23 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
     assert code == 4
     assert err.startswith("error[E310]")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_written_to_under_the_search_is_an_error_too(parents: dict[str, Checkpoint], tmp_path: Path) -> None:
+    """Its file was not among those that are looked at."""
+    base = parents["base"]
+    suffix = next(s for s in base.layer_suffixes(0) if s.endswith("q_proj.weight"))
+    module, (rows, columns) = base.layer_name(0, suffix).removesuffix(".weight"), base.tensors[base.layer_name(0, suffix)].shape
+    names = (f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight")
+    save_file(dict(zip(names, (torch.ones(2, columns), torch.ones(rows, 2)), strict=True)), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}))
+    adapted = Adapted(base, tmp_path)
+    assert {*adapted.files} == {*base.files, tmp_path / "adapter_model.safetensors"}
+    scorer = Worker({**parents, "a": adapted}, "base", Logits(), dtype="bfloat16")
+    assert scorer.evaluate(recipe(), ITEMS).error is None
+    os.utime(tmp_path / "adapter_model.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors was changed or deleted while the search reads it"):
+        scorer.evaluate(recipe(), ITEMS)
 
 
 def test_a_parent_that_is_written_to_under_the_search_is_an_error_and_no_candidates(parents: dict[str, Checkpoint], tmp_path: Path) -> None:
