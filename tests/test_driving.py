@@ -130,7 +130,9 @@ def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
 @pytest.fixture
 def watching(root: Path) -> Iterator[subprocess.Popen[str]]:
     words = command("status", "trial", "--root", root, "--watch", "--every", "0.1")
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its children
     process = subprocess.Popen(words, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, kept)
     yield process
     process.kill()
     process.communicate()
