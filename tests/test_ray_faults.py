@@ -46,7 +46,6 @@ LIMITS = Limits(floor=6.0, first=6.0, memory=100 << 20, backoff=0.01, longest_ba
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayPool, Path]]:
     """Two workers, and the folder of their marks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
         patch.setenv("RAY_worker_niceness", "0")
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="error")
         folder = tmp_path_factory.mktemp("marks")

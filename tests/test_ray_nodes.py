@@ -29,7 +29,6 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, R
     """A head without room for workers, two nodes with room for one each, and a pool that takes as many as fit."""
     folder = tmp_path_factory.mktemp("marks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)  # as in the other files: a process keeps the first that it reads
         patch.setenv("RAY_worker_niceness", "0")
         cluster = Cluster(
             initialize_head=True,

@@ -32,7 +32,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cluster with room for four, that the pools of this file join; a folder for each."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("ray")
-        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
         patch.setenv("RAY_worker_niceness", "0")
         ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="error")
         yield folder

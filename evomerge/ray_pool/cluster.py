@@ -35,13 +35,14 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster, and what it offers in all."""
+    """A machine of the cluster, and what it offers in all. port: that Ray's own process there listens on, 0 where it is not known."""
 
     id: str
     host: str
     address: str
     cpus: float
     gpus: float
+    port: int = 0
 
     def room(self, cpus: float, gpus: float) -> int:
         """How many workers of that size fit, where nothing else runs."""
@@ -102,8 +103,20 @@ def nodes() -> list[Node]:
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"]:
             has = node["Resources"]
-            found.append(Node(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0)))
+            place = (node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"])
+            found.append(Node(*place, has.get("CPU", 0.0), has.get("GPU", 0.0), int(node.get("NodeManagerPort") or 0)))
     return sorted(found, key=lambda node: node.id)
+
+
+def answers(node: Node) -> bool:
+    """Whether something listens where Ray's own process of a node does: Ray itself calls a node dead only seconds after it is gone."""
+    if not node.port:
+        return True
+    try:
+        socket.create_connection((node.address, node.port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def places(there: Sequence[Node], cpus: float, gpus: float, workers: int | None, taken: Mapping[str, int]) -> list[Node]:

@@ -320,7 +320,7 @@ class RayPool:
             return "memory"
         said = str(error).lower()
         gone = chair.node.id not in {node.id for node in cluster.nodes()} or "node died" in said or "node was terminated" in said
-        return "lost" if gone or getattr(error, "preempted", False) else "died"
+        return "lost" if gone or getattr(error, "preempted", False) or not cluster.answers(chair.node) else "died"
 
     def _replace_worn(self) -> None:
         while self._slots.worn:
