@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_islands import islands, run
+from test_pipelined import pipelined
 from toy import ToyPool, command, count_rows, environment, evomerge, search_file, stored_rows, uniform
 
 from evomerge import config, launch, pooling
@@ -21,6 +22,7 @@ from evomerge.evaluation import Evaluation, Items
 from evomerge.faults import Limits
 from evomerge.ray_pool import RayPool
 from evomerge.recipe import Recipe
+from evomerge.stages import Plan
 from evomerge.store import Store
 
 
@@ -40,10 +42,10 @@ class Dying:
 
 
 @pytest.mark.cluster
-def test_workers_that_die_change_no_row_and_are_all_told_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", [islands(2, evaluations=12), pipelined(evaluations=12)], ids=["islands", "pipelined"])
+def test_workers_that_die_change_no_row_and_are_all_told_of(of: Plan, tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    of = islands(2, evaluations=12)
     limits = Limits(poison=1000, tries=1000, breaker=100_000, strikes=1000, backoff=0.0)
     with RayPool(functools.partial(Dying, marks, 0.08), address="local", workers=2, limits=limits) as pool:
         run(tmp_path / "many" / "study.db", of, pool)
@@ -57,6 +59,32 @@ def test_workers_that_die_change_no_row_and_are_all_told_of(tmp_path: Path) -> N
         assert sum(a.cause == "done" for a in told) == sum(v for role, v in store.count_evaluations().items() if role != "failed")
         assert {a.worker for a in told} >= {"w0", "w1"}
         assert all(a.seconds >= 0 and a.host and a.pid for a in told)
+
+
+LOSES = """
+import functools, sys
+from pathlib import Path
+from coded import FINE, KILLS, Coded, jobs
+from evomerge.faults import Limits
+from evomerge.ray_pool import RayPool
+
+with RayPool(functools.partial(Coded, Path(sys.argv[1])), address="local", workers=2, limits=Limits(backoff=0.01)) as pool:
+    pool.submit(jobs(KILLS, FINE, FINE))
+    while pool.out:
+        pool.result(1.0)
+    print([a.cause for a in pool.attempts()].count("died"), "died")
+"""
+
+
+@pytest.mark.cluster
+def test_what_ray_says_of_a_dead_worker_is_not_printed_among_the_results(tmp_path: Path) -> None:
+    """Ray printed '(raylet) A worker died or was killed' on stdout; the pool says it on stderr, with the cause."""
+    own = environment() | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES, str(tmp_path)], cwd=tmp_path, env=own, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "3 died\n"), done.stderr
+    assert done.stderr.count("is gone: ") == 3
 
 
 @pytest.mark.cluster
