@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from evomerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Role = Literal["search", "validation", "test"]
 ROLES: tuple[Role, ...] = ("search", "validation", "test")

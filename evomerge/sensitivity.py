@@ -11,14 +11,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, StudyError, suggest
 from evomerge.evaluation import Evaluation, Items, ItemScore, Role
 from evomerge.recipe import Recipe
-from evomerge.space import Axis, Space
 from evomerge.statistics import Estimate, holm, paired, stratified
 from evomerge.store import Scored, Store
+
+if TYPE_CHECKING:
+    from evomerge.space import Axis, Space
 
 CENTRE = ""  # the name that the candidate itself is stored under, where a point has its axis
 STEEP = 0.05  # an axis is steep where the likeliest of its steps to differ has a smaller p-value, corrected for their number

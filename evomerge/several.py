@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
 from evomerge.evaluation import Evaluator, Items, ItemScore, Preparing, Role
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def digest(ids: Sequence[str]) -> str:

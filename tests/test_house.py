@@ -126,6 +126,16 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert loaded & HEAVY <= own
 
 
+@pytest.mark.parametrize("modules", ["store", "report", "statistics selection dispatch pools slots", "several sensitivity"])
+def test_what_reads_a_study_or_schedules_its_work_loads_no_torch(modules: str) -> None:
+    listed = ", ".join(f"evomerge.{name}" for name in modules.split())
+    code = f"import sys, {listed}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stdout.split())
+    assert "evomerge" in loaded
+    assert loaded & {"torch", "transformers", "lm_eval", "ray"} == set()
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_a_file_keeps_the_rules(file: Path) -> None:
     text = file.read_text()
