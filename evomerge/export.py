@@ -12,7 +12,7 @@ from evomerge.checkpoint import Parent
 from evomerge.errors import NothingToExport, RecipeError
 from evomerge.methods import method
 from evomerge.recipe import Recipe
-from evomerge.report.routes import hops, is_route
+from evomerge.report.routes import hops
 from evomerge.store import Store, StudyRow, Trial
 
 
@@ -36,9 +36,10 @@ def export(
     study = store.study()
     assert study is not None
     recipe = store.recipe(trial.recipe_id)
+    is_route = recipe.is_route({name: parent.num_layers for name, parent in parents.items()})
     with folder.whole(directory) as staging:
         notes = []
-        if route_files.is_route(recipe, parents):
+        if is_route:
             route = route_files.open_route(recipe, parents)
             if weights:
                 notes.append(f"Loaded in a process of its own, beside the route that was scored: {route.checkpoint_into(staging)}.")
@@ -52,7 +53,7 @@ def export(
                 notes.append(f"There is no recipe.yaml for mergekit: {error}. `evomerge merge` of recipe.json makes the model.")
         (staging / "recipe.json").write_text(recipe.canonical() + "\n")
         (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
-        (staging / "README.md").write_text(card(store, study, trial, recipe, [note for note in notes if note]))
+        (staging / "README.md").write_text(card(store, study, trial, recipe, is_route, [note for note in notes if note]))
 
 
 def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:
@@ -106,8 +107,9 @@ def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
     }
 
 
-def card(store: Store, study: StudyRow, trial: Trial, recipe: Recipe, notes: Sequence[str] = ()) -> str:
-    """A model card: what it is, what it scored and on how many items, beside the parents. notes: sentences about its files."""
+def card(store: Store, study: StudyRow, trial: Trial, recipe: Recipe, is_route: bool, notes: Sequence[str] = ()) -> str:
+    """A model card: what it is, what it scored and on how many items, beside the parents. is_route: whether to say its layers in
+    words, see `Recipe.is_route`; notes: sentences about its files."""
     rows = ["| model | role | objective | items | " + " | ".join(study.facts["tasks"]) + " |", "| --- " * (4 + len(study.facts["tasks"])) + "|"]
     shown = [("this model", trial.recipe_id)]
     shown += [(str(t.label), t.recipe_id) for t in store.trials() if t.origin == "parent"]
@@ -118,7 +120,7 @@ def card(store: Store, study: StudyRow, trial: Trial, recipe: Recipe, notes: Seq
                 rows.append(f"| {name} | {role} | {scored.score:.4f} | {len(scored.evaluation.items)} | {values} |")
     models = "\n".join(f"- {name}: `{fact['path']}`" + _at(fact["revision"]) for name, fact in study.facts["parents"].items())
     methods = ", ".join(sorted({m.method for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes}))
-    route = f"\nRoute: {hops(recipe)}.\n" if is_route(recipe) else ""
+    route = f"\nRoute: {hops(recipe)}.\n" if is_route else ""
     said = "".join(f"\n{note}\n" for note in notes)
     return f"""---
 tags:

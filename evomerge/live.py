@@ -205,7 +205,7 @@ class Live:
     def _is_skeleton(self, recipe: Recipe) -> bool:
         """Whether a recipe is the base's shape, layer for layer."""
         depth = self._parents[self._base].num_layers
-        return not recipe.scales and len(recipe.layers) == depth and all(mix.sources[0][1] == i for i, mix in enumerate(recipe.layers))
+        return len(recipe.layers) == depth and not recipe.is_route({recipe.base: depth})
 
     def _filled(self, number: int, recipe: Recipe) -> _Skeleton:
         """The skeleton with a recipe's weights."""

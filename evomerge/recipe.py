@@ -150,6 +150,16 @@ class Recipe:
         stages = {name for name, _ in self.stages}
         return tuple(dict.fromkeys(model for model in named if model not in stages))
 
+    def is_route(self, depths: Mapping[str, int]) -> bool:
+        """Whether this is more than a merge of whole models: layers out of place, more or fewer than the base has, or scales.
+
+        depths: model name -> number of its layers. A base that is a stage is as deep as that; of one whose depth is not
+        given only the places of the layers tell.
+        """
+        moved = any(mix.sources[0][1] != i for i, mix in enumerate(self.layers))
+        known = {**depths, **{name: len(stage.layers) for name, stage in self.stages}}
+        return bool(self.scales) or moved or len(self.layers) != known.get(self.base, len(self.layers))
+
     @property
     def id(self) -> str:
         """16 hexadecimal digits of the SHA-256 of `canonical`: the same on every machine."""

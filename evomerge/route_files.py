@@ -18,12 +18,6 @@ from evomerge.route_export import Agreement
 from evomerge.routing import Routed
 
 
-def is_route(recipe: Recipe, parents: Mapping[str, Parent]) -> bool:
-    """Whether a recipe is more than a merge of whole models: layers out of place, more or fewer of them, or scaled."""
-    moved = any(mix.sources[0][1] != i for i, mix in enumerate(recipe.layers))
-    return bool(recipe.scales) or moved or len(recipe.layers) != parents[recipe.base].num_layers
-
-
 @dataclass(frozen=True, slots=True)
 class OpenRoute:
     """A route made live. Its files are written from what it computes with."""

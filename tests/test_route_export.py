@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from shipped_routes import ROUTE, SCALES, SIX, Case
 from torch import nn
 
-from evomerge import folder, reloaded, route_export
+from evomerge import export, folder, reloaded, report, route_export
 from evomerge.checkpoint import Checkpoint
 from evomerge.errors import NothingToExport, SetupError
+from evomerge.evaluation import Evaluation, ItemScore
+from evomerge.recipe import Mix, Recipe, params
 from evomerge.routing import Hop, Routed, stack
+from evomerge.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,3 +215,49 @@ def test_files_of_a_processor_and_a_chat_template_come_along(llama: Case, tmp_pa
     with folder.whole(tmp_path / "out") as staging:
         route_export.companions(donor, staging)
     assert {file.name for file in (tmp_path / "out").iterdir()} == set(names)
+
+
+# ---- what is a route, the same wherever it is asked
+
+
+class Stored:
+    """A study over the tiny models that has scored its base and one candidate."""
+
+    def __init__(self, folder: Path, files: dict[str, Path], recipe: Recipe) -> None:
+        self.parents = {name: Checkpoint(path) for name, path in files.items()}
+        facts = {"parents": {name: {"path": str(path), "revision": None} for name, path in files.items()}, "tasks": ["task"]}
+        base = stacked(*(("base", layer) for layer in range(4)))
+        with Store.open(folder / "study.db", write=True) as store:
+            store.begin("routes", 0, "study: routes\n", {}, facts)
+            for generation, (origin, of) in enumerate((("parent", base), ("sampled", recipe))):
+                found = Evaluation(of.id, (ItemScore("task", "item", 0.5),), {"task": 0.5}, {})
+                trial = store.add_trial(
+                    generation=generation, slot=0, origin=origin, label=None, genome=None, parents=(), recipe=of, items={"task": ("item",)},
+                    evaluation=found, score=0.5, reported=0.5,
+                )  # fmt: skip
+            self.shown = report.candidate(store, trial)["route"]
+            export.export(store, trial, self.parents, folder / "out")
+        self.card = (folder / "out" / "README.md").read_text()
+
+
+def stacked(*layers: tuple[str, int], base: str = "base", **more: Any) -> Recipe:
+    outer = Mix("passthrough", ((base, None),))
+    return Recipe(base, tuple(Mix("passthrough", (source,)) for source in layers), outer, outer, **more)
+
+
+def test_a_model_cut_to_its_first_layers_is_shown_as_the_route_that_is_exported(tiny: dict[str, Path], tmp_path: Path) -> None:
+    found = Stored(tmp_path, tiny, stacked(("math", 0), ("math", 1)))
+    assert found.shown == "math 0-1"
+    assert "Route: math 0-1." in found.card
+
+
+def test_a_merge_of_two_documents_gets_no_route_on_its_card(tiny: dict[str, Path], tmp_path: Path) -> None:
+    half = [Mix("linear", (("base", layer), ("math", layer)), None, params({"weight": (0.5, 0.5)})) for layer in (0, 1, 2, 3, None)]
+    merged = Recipe("base", tuple(half[:4]), half[4], half[4])
+    stages = (("merged", merged),)
+    found = Stored(tmp_path, tiny, stacked(*(("merged", layer) for layer in range(4)), stages=stages))
+    assert found.shown is None
+    assert "Route:" not in found.card
+    own = stacked(*(("merged", layer) for layer in range(4)), base="merged", stages=stages)
+    assert not own.is_route({})
+    assert stacked(("merged", 0), base="merged", stages=stages).is_route({}), "a stage's depth is its recipe's"

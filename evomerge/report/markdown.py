@@ -51,7 +51,7 @@ def markdown(store: Store) -> str:
         *routes.depth([t for t in store.trials() if t.generation > 0]),
         "## The best candidate",
         "",
-        *_recipe(store.recipe(best["recipe"])),
+        *_recipe(store.recipe(best["recipe"]), routes.depths(store)),
         "",
         "## The search",
         "",
@@ -156,13 +156,15 @@ def _line(name: str, row: Mapping[str, Any], tasks: list[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _recipe(recipe: Recipe) -> list[str]:
-    """One row per distinct mix: parameters by model."""
+def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
+    """One row per distinct mix: parameters by model. depths: see `Recipe.is_route`."""
     lines = [f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {recipe.base}, {recipe.out_dtype}.", ""]
-    if routes.is_route(recipe):
+    is_route = recipe.is_route(depths)
+    if is_route:
         lines += [*routes.described(recipe), ""]
-        if all(mix.method == "passthrough" for mix in recipe.layers):
-            return lines
+    lines += routes.stages_read(recipe)
+    if is_route and all(mix.method == "passthrough" for mix in recipe.layers):
+        return lines
     lines += [
         "| tensors | parameter | model | value |",
         "| --- | --- | --- | --- |",

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.recipe import Recipe
-from evomerge.store import Trial
+from evomerge.store import Store, Trial
 
 
-def is_route(recipe: Recipe) -> bool:
-    """Whether a recipe's layers are not those of its models in their own order, or it has scales."""
-    return bool(recipe.scales) or any(mix.sources[0][1] != i for i, mix in enumerate(recipe.layers)) or bool(recipe.stages)
+def depths(store: Store) -> dict[str, int]:
+    """The depth of a study's base for `Recipe.is_route`: that of the parents it scored first, which are of the base's shape."""
+    parents = (store.recipe(t.recipe_id) for t in store.trials() if t.origin == "parent")
+    return {recipe.base: len(recipe.layers) for recipe in parents}
 
 
 def hops(recipe: Recipe) -> str:
@@ -34,12 +35,16 @@ def hops(recipe: Recipe) -> str:
 def described(recipe: Recipe) -> list[str]:
     """The route, and where its embeddings and head come from."""
     outer = recipe.embeddings.sources[0][0] if recipe.embeddings.method == "passthrough" else recipe.embeddings.method
-    lines = [
+    return [
         f"Route of {len(recipe.layers)} layers, embeddings and head of {outer}; a factor is of the hidden state that enters a layer:",
         "",
         hops(recipe),
     ]
-    return lines + [line for name, stage in recipe.stages for line in ("", f"`{name}` is recipe `{stage.id}`, of the stage before.")]
+
+
+def stages_read(recipe: Recipe) -> list[str]:
+    """Which merge each stage is that a recipe reads like a model."""
+    return [line for name, stage in recipe.stages for line in (f"`{name}` is recipe `{stage.id}`, of the stage before.", "")]
 
 
 def depth(trials: Sequence[Trial]) -> list[str]:

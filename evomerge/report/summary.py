@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import StudyError
-from evomerge.report.routes import hops, is_route
+from evomerge.report.routes import depths, hops
 from evomerge.store import Store, Trial
 
 
@@ -105,6 +105,8 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
     layers and parameters; route: its layers in words, None for a merge of whole models.
     """
     study = store.study()
+    recipe = store.recipe(trial.recipe_id)
+    is_route = recipe.is_route(depths(store))
     known = ((study.outcome if study else None) or {}).get("estimates", {})
     scores = []
     for role, scored in store.evaluations(trial.recipe_id):
@@ -135,7 +137,7 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "genome": trial.genome,
         "stage": trial.stage,
         "costs": dict(trial.costs),
-        "route": hops(recipe) if is_route(recipe := store.recipe(trial.recipe_id)) else None,
+        "route": hops(recipe) if is_route else None,
     }
 
 
