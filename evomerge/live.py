@@ -203,9 +203,12 @@ class Live:
     # ---- skeletons ---------------------------------------------------------------------------------------------------------
 
     def _is_skeleton(self, recipe: Recipe) -> bool:
-        """Whether a recipe is the base's shape, layer for layer."""
+        """Whether a recipe is the base's shape, layer for layer, and its config says of them what the base's does."""
         depth = self._parents[self._base].num_layers
-        return len(recipe.layers) == depth and not recipe.is_route({recipe.base: depth})
+        if len(recipe.layers) != depth or recipe.is_route({recipe.base: depth}):
+            return False
+        stages = dict.fromkeys((name for name, _ in recipe.stages), self._parents[self._base])  # which `_filled` gives the base's shape
+        return merge.layer_changes(recipe, {**self._parents, **stages}) is None
 
     def _filled(self, number: int, recipe: Recipe) -> _Skeleton:
         """The skeleton with a recipe's weights."""

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge import fused
+from evomerge import fused, gathering
 from evomerge.checkpoint import Parent, Place, equal
 from evomerge.errors import CandidateError, CheckpointError, RecipeError, suggest
 from evomerge.fused import Pair, Tables
+from evomerge.gathering import Changes
 from evomerge.headers import TensorInfo
 from evomerge.methods import Method, Values, method
 from evomerge.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting
@@ -65,14 +66,17 @@ class Merge:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json of the merged model: the base's, with depth, lists with an entry a layer, vocabulary and dtype of the recipe."""
+        """config.json of the merged model: the base's, with depth, values of each layer, vocabulary and dtype of the recipe.
+
+        Raises CheckpointError where models say different things of their layers that cannot be brought together.
+        """
         donor = self.parents[self.recipe.base]
         config = self.vocabulary.config(donor.config) if self.vocabulary else copy.deepcopy(donor.config)
         text = config.get("text_config", config)
         text["n_layer" if "n_layer" in text else "num_hidden_layers"] = len(self.recipe.layers)
-        for key, value in text.items():  # one entry a layer, such as layer_types: as the layers that were taken
-            if isinstance(value, list) and len(value) == donor.num_layers:
-                text[key] = [value[_index(mix.sources[0][1])] for mix in self.recipe.layers]
+        changed = layer_changes(self.recipe, self.parents)
+        if changed is not None:
+            gathering.write_file(config, changed)
         for key in ("dtype", "torch_dtype"):
             if key in config:
                 config[key] = self.recipe.out_dtype
@@ -229,6 +233,8 @@ def into(recipe: Recipe, parents: Mapping[str, Parent], resident: Resident, know
     if len(recipe.layers) != depth:
         raise CandidateError(f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the base's depth")
     merge = Merge(recipe, parents, known, device)
+    if layer_changes(recipe, merge.parents) is not None:
+        raise CandidateError("the configs of the recipe's models say other things of its layers than the base's, which a resident model has")
     if merge.vocabulary is not None and merge.vocabulary.size != len(parents[recipe.base].tensor(vocabulary_tensors(parents[recipe.base])[0])):
         raise CandidateError("the recipe's tokenizer changes the number of rows; a search keeps the base's vocabulary")
     with torch.no_grad():
@@ -238,6 +244,26 @@ def into(recipe: Recipe, parents: Mapping[str, Parent], resident: Resident, know
                 tensor = merge.tensor(step, slot)
                 if tensor is not slot:
                     resident.put(step.name, tensor)
+
+
+def layer_changes(recipe: Recipe, parents: Mapping[str, Parent]) -> Changes | None:
+    """What a recipe's layers change in the text config of its base, None for nothing.
+
+    A layer that is taken over has its own model's values. A mixed one has the base's, at the number of its first source, as
+    where it is scored; its first source's where the base is not as deep.
+    """
+    depth = parents[recipe.base].num_layers
+    homes = []
+    for mix in recipe.layers:
+        model, number = mix.sources[0]
+        layer = _index(number)
+        homes.append((model if mix.passed or layer >= depth else recipe.base, layer))
+    if homes == [(recipe.base, i) for i in range(depth)]:
+        return None
+    names = dict.fromkeys([recipe.base, *(model for model, _ in homes)])
+    configs = {name: gathering.of_file(name, parents[name].config, parents[name].num_layers) for name in names}
+    changed = gathering.gathered(configs[recipe.base], [(configs[model], layer) for model, layer in homes])
+    return None if gathering.is_unchanged(configs[recipe.base], changed) else changed
 
 
 def mask_key(seed: int, tensor: str, model: str) -> int:

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from shipped_routes import ROUTE, SCALES, SIX, Case
 from torch import nn
 
-from evomerge import export, folder, reloaded, report, route_export
+from evomerge import export, folder, merge, reloaded, report, route_export, route_files
 from evomerge.checkpoint import Checkpoint
-from evomerge.errors import NothingToExport, SetupError
+from evomerge.errors import CandidateError, NothingToExport, SetupError
 from evomerge.evaluation import Evaluation, ItemScore
+from evomerge.live import load
 from evomerge.recipe import Mix, Recipe, params
+from evomerge.resident import Resident
 from evomerge.routing import Hop, Routed, stack
 from evomerge.store import Store
 
@@ -261,3 +263,63 @@ def test_a_merge_of_two_documents_gets_no_route_on_its_card(tiny: dict[str, Path
     own = stacked(*(("merged", layer) for layer in range(4)), base="merged", stages=stages)
     assert not own.is_route({})
     assert stacked(("merged", 0), base="merged", stages=stages).is_route({}), "a stage's depth is its recipe's"
+
+
+# ---- one config for a stack, whichever way it is written
+
+
+def edit(path: Path, **changed: Any) -> None:
+    """Changes keys of a config.json; None takes a key out."""
+    config = json.loads((path / "config.json").read_text()) | changed
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+F, S = "full_attention", "sliding_attention"
+CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "layer types that differ": ("gemma3_text", {"layer_types": [S, S, F, S]}, {"layer_types": [F, S, S, F]}, {"layer_types": [S, S, S, S, F, S]}),
+    "layer types that only the class knows": ("gemma2", {"layer_types": None}, {"layer_types": [F, S, S, F]}, {"layer_types": [S, S, S, S, S, F]}),
+    "sets of layers": ("qwen3_moe", {"decoder_sparse_step": 1}, {}, {"mlp_only_layers": []}),
+    "a count of leading layers": ("deepseek_v3", {}, {}, {"first_k_dense_replace": 1}),
+}
+
+
+def both_ways(recipe: Recipe, files: dict[str, Checkpoint], folder_: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a recipe written by a merge, and by the export of routes: what transformers reads of each."""
+    from transformers import AutoConfig
+
+    folder.write(recipe, files, folder_ / "merged")
+    live = route_files.open_route(recipe, files)
+    (folder_ / "routed").mkdir()
+    route_export.write_into(live.routed, live.view.hops, folder_ / "routed", live.donor)
+    first, second = (AutoConfig.from_pretrained(folder_ / name).to_dict() for name in ("merged", "routed"))
+    return first | {"_name_or_path": ""}, second | {"_name_or_path": ""}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_stack_has_one_config_whether_it_is_merged_or_exported_as_a_route(name: str, tmp_path: Path) -> None:
+    kind, base, math, expected = CONFIGS[name]
+    opened = shipped_routes.files(tmp_path, kind, "float32")
+    edit(opened["base"].path, **base)
+    edit(opened["math"].path, **math)
+    files = {model: Checkpoint(file.path) for model, file in opened.items()}
+    merged, routed = both_ways(shipped_routes.recipe(scaled=False, dtype="float32"), files, tmp_path)
+    assert merged == routed
+    assert merged["num_hidden_layers"] == len(ROUTE)
+    assert {key: merged[key] for key in expected} == expected
+
+
+def test_layers_in_place_of_a_model_with_other_types_compute_with_their_own(tmp_path: Path) -> None:
+    """Such a recipe is no route, yet the base's config would be wrong for it, also where it is scored."""
+    opened = shipped_routes.files(tmp_path, "gemma3_text", "float32")
+    edit(opened["math"].path, layer_types=[F, S, S, F])
+    files = {model: Checkpoint(file.path) for model, file in opened.items()}
+    recipe = stacked(("math", 0), ("base", 1), ("base", 2), ("math", 3), out_dtype="float32")
+    assert not recipe.is_route({"base": 4})
+    merged, routed = both_ways(recipe, files, tmp_path)
+    assert merged == routed
+    assert merged["layer_types"][0] == F
+    own = files["base"].config["layer_types"]
+    assert merged["layer_types"] == [F, *own[1:3], F]
+    skeleton = Resident(load(files["base"], "float32"), files["base"].tensors)
+    with pytest.raises(CandidateError, match="say other things of its layers than the base's"):
+        merge.into(recipe, files, skeleton)
