@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build
-from toy import in_process, search_file
+
+from tests.support.tiny_models import build
+from tests.support.toy import in_process, search_file
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     """Files of tests that start Ray take turns: two of them on two cores starve each other's start. Those that start it in this
     process have one token: a process keeps the first that it reads."""
-    if not request.module.__name__.startswith(("test_ray_", "test_cluster_scripts")):
+    name = request.module.__name__.rpartition(".")[2]
+    if not name.startswith(("test_ray_", "test_cluster_scripts")):
         yield
         return
     with (Path(tempfile.gettempdir()) / "evomerge-tests-ray.lock").open("w") as turn, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        if request.module.__name__.startswith("test_ray_"):
+        if name.startswith("test_ray_"):
             patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
         yield
 

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli import driving, look, machine, searching
-from evomerge.cli.flags import Root, open_store, split
+from evomerge._redaction import ScrubbedFormatter, scrub
+from evomerge.cli import analysis, control, doctor, run
+from evomerge.cli.options import Root, open_store, split
 from evomerge.errors import ConfigError, EvomergeError, NoRoom
-from evomerge.secrets import ScrubbedFormatter, scrub
 
 app = typer.Typer(
     name="evomerge",
@@ -62,14 +62,14 @@ def _options(verbose: Verbose = False) -> None:
         logging.basicConfig(level=logging.INFO, handlers=[shown])
 
 
-app.command(rich_help_panel="Plan")(look.plan)
-app.command(rich_help_panel="Plan")(machine.doctor)
+app.command(rich_help_panel="Plan")(analysis.plan)
+app.command(rich_help_panel="Plan")(doctor.doctor)
 
 
-app.command(rich_help_panel="Search")(searching.run)
-app.command(rich_help_panel="Search")(searching.resume)
-app.command(rich_help_panel="Search")(driving.stop)
-for verb in (driving.status, look.show, look.compare, look.sensitivity):
+app.command(rich_help_panel="Search")(run.run)
+app.command(rich_help_panel="Search")(run.resume)
+app.command(rich_help_panel="Search")(control.stop)
+for verb in (control.status, analysis.show, analysis.compare, analysis.sensitivity):
     app.command(rich_help_panel="Look")(verb)
 
 
@@ -81,15 +81,16 @@ def export(
     root: Root = None,
 ) -> None:
     """Write a candidate's mergekit recipe, card and lineage, and its weights if asked."""
-    from evomerge import export as exporting
-    from evomerge import launch, report
-    from evomerge.cli import screens
+    from evomerge import reports
+    from evomerge.cli import progress as progress_module
+    from evomerge.export import candidate as exporting
+    from evomerge.launch import opening
 
     study, reference = split(candidate)
     with open_store(study, root) as store:
-        trial = report.resolve(store, reference)
-        parents = launch.stored_parents(store)
-        with screens.bar("tensors") as progress:
+        trial = reports.resolve(store, reference)
+        parents = opening.stored_parents(store)
+        with progress_module.bar("tensors") as progress:
             exporting.export(store, trial, parents, directory, weights=weights, progress=progress)
     print(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
     if weights:
@@ -107,19 +108,20 @@ def merge(
     check_against: Annotated[Path | None, typer.Option(help="Virtual environment with mergekit: merge there too and compare.")] = None,
 ) -> None:
     """Merge by a recipe file into a Hugging Face folder."""
-    from evomerge import merging, oracle
-    from evomerge.cli import screens
+    from evomerge.cli import progress as progress_module
+    from evomerge.export import recipe_file
+    from evomerge.merging import mergekit_check
 
     allowed = _bytes(memory)
     if check_against is not None and recipe.is_file():
-        oracle.program(recipe, check_against)  # before a long merge
-    with screens.bar("tensors") as progress:
-        warnings = merging.merge_file(recipe, directory, progress, policy=policy, memory=allowed)
+        mergekit_check.program(recipe, check_against)  # before a long merge
+    with progress_module.bar("tensors") as progress:
+        warnings = recipe_file.merge_file(recipe, directory, progress, policy=policy, memory=allowed)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     print(f"{directory}: merged by {recipe}")
     if check_against is not None:
-        found = oracle.against_mergekit(recipe, directory, check_against)
+        found = mergekit_check.against_mergekit(recipe, directory, check_against)
         print(f"against mergekit: {found}")
         if not found.agrees:
             raise typer.Exit(1)

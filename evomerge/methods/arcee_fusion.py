@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Values
-from evomerge.methods.vectors import CHUNK
+from evomerge.methods.declaration import Method, Values
+from evomerge.methods.dot_products import CHUNK
 
 
 def arcee_fusion(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

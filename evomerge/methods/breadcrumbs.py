@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Frame, Param
+from evomerge.methods.declaration import Frame, Param
 
 
 def band(n: int, density: float, gamma: float) -> tuple[int, int]:

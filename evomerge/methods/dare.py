@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from evomerge.methods import hashing, task_vectors
-from evomerge.methods.method import Frame
+from evomerge.methods import random_masks, task_vectors
+from evomerge.methods.declaration import Frame
 
 
 def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float] | None = None, parity: bool = False) -> Tensor:
     """0/1 mask that keeps each entry with probability density in [0, 1]; same shape and dtype as delta."""
-    u = hashing.hashed(hashing.mixed(0, delta.numel(), delta.device), hashing.split(key))
-    return (u.long() < hashing.bound(density)).to(delta.dtype).reshape(delta.shape)
+    u = random_masks.hashed(random_masks.mixed(0, delta.numel(), delta.device), random_masks.split(key))
+    return (u.long() < random_masks.bound(density)).to(delta.dtype).reshape(delta.shape)
 
 
 DARE_LINEAR = task_vectors.method(

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from evomerge.methods import hashing, task_vectors
-from evomerge.methods.method import Frame, Param
+from evomerge.methods import random_masks, task_vectors
+from evomerge.methods.declaration import Frame, Param
 
 
 def window(density: float, epsilon: float, width: int) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float], pari
     order = delta.abs().reshape(-1, width).argsort(dim=1, stable=True)
     place = torch.arange(width, device=delta.device).expand_as(order)
     p = torch.empty_like(order).scatter_(1, order, place).flatten().float() * step + low
-    u = hashing.hashed(hashing.mixed(0, delta.numel(), delta.device), hashing.split(key))
+    u = random_masks.hashed(random_masks.mixed(0, delta.numel(), delta.device), random_masks.split(key))
     return (u.float() < p * 2.0**32 - 2.0**31).to(delta.dtype).reshape(delta.shape)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Frame, Method, Param, Values, switch
+from evomerge.methods.declaration import Frame, Method, Param, Values, switch
 
 
 def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

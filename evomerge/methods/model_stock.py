@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Values, switch
-from evomerge.methods.vectors import dot
+from evomerge.methods.declaration import Method, Values, switch
+from evomerge.methods.dot_products import dot
 
 
 def model_stock(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.methods.method import Method, Param, Values, switch
-from evomerge.methods.vectors import combine, differences, form, gram
+from evomerge.methods.declaration import Method, Param, Values, switch
+from evomerge.methods.dot_products import combine, differences, form, gram
 
 
 def multislerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values
+from evomerge.methods.declaration import Method, Param, Values
 
 
 def nearswap(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values, switch
-from evomerge.methods.vectors import differences, dot
+from evomerge.methods.declaration import Method, Param, Values, switch
+from evomerge.methods.dot_products import differences, dot
 
 
 def nuslerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values
+from evomerge.methods.declaration import Method, Param, Values
 
 
 def passthrough(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values
+from evomerge.methods.declaration import Method, Param, Values
 
 _EPSILON = Param("epsilon", 0.0, 0.001, 1e-5, per="merge", hard_low=0.0, digits=8)
 

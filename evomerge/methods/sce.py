@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values
-from evomerge.methods.vectors import CHUNK, dot
+from evomerge.methods.declaration import Method, Param, Values
+from evomerge.methods.dot_products import CHUNK, dot
 
 
 def sce(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Method, Param, Values
+from evomerge.methods.declaration import Method, Param, Values
 
 _CHUNK = 1 << 20  # elements; mergekit sums norms and dot products by chunks of this size
 _EPS = 1e-8  # a norm at or below this counts as 1

@@ -3,8 +3,10 @@
 A negative weight subtracts a skill (unlearning); a task analogy C + (B - A) is a stage of its own (see the README).
 """
 
+from __future__ import annotations
+
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Frame
+from evomerge.methods.declaration import Frame
 
 TASK_ARITHMETIC = task_vectors.method(
     "task_arithmetic", Frame(), normalize=False, paper="arXiv 2212.04089", summary="base + weighted sum of task vectors"

@@ -2,7 +2,7 @@
 
 delta_i = x_i - b; s_i = sparsify(delta_i); y_i = w_i s_i; out = b + lambda * combine(y). The kernel here holds whole
 tensors and works in any float type: operations and their order are those of mergekit 0.1.5, so that with `parity`
-both give the same bits. In float32 a merge runs `evomerge.fused` instead, by the same formulas in one pass.
+both give the same bits. In float32 a merge runs `evomerge.methods.fused.merge_tensor` instead, by the same formulas in one pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from evomerge.methods.method import Frame, Method, Param, Values, switch
+from evomerge.methods.declaration import Frame, Method, Param, Values, switch
 
 Sparsify = Callable[[Tensor, float, int, Mapping[str, float], bool], Tensor]
 """(delta, density in (0, 1), mask key, the source's own numbers, parity) -> 0/1 mask of delta's shape and dtype."""

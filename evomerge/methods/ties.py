@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import task_vectors
-from evomerge.methods.method import Frame
+from evomerge.methods.declaration import Frame
 
 
 def count(density: float, n: int) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.optimizers import Array
-from evomerge.optimizers.asked import GRID, Asked, ordered
+from evomerge.optimizers.base import Array
+from evomerge.optimizers.pending import GRID, Asked, ordered
 
 _FREE = 2  # cmaes needs as many numbers: where there are fewer, genes that no one reads are added
 _DEVIATIONS = (2 * GRID, 1e4)
@@ -24,7 +24,7 @@ _REACH = 2.0  # an injected step is at most sqrt(n) + this long, in standard dev
 
 
 class CatCma:
-    """CatCMA over leading categorical genes, whole numbers, and continuous ones after them. Satisfies `evomerge.optimizers.Optimizer`."""
+    """CatCMA over leading categorical genes, whole numbers, and continuous ones after them. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
     def __init__(
         self, start: Sequence[float], sigma: float, *, categories: Sequence[int], stay: float, population: int | None = None, seed: int = 0

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from evomerge.optimizers import Array
-from evomerge.optimizers.asked import GRID, Asked, ordered
+from evomerge.optimizers.base import Array
+from evomerge.optimizers.pending import GRID, Asked, ordered
 
 
 class CmaEs:
-    """CMA-ES in R^n. Satisfies `evomerge.optimizers.Optimizer`."""
+    """CMA-ES in R^n. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
     def __init__(self, start: Sequence[float], sigma: float, *, population: int | None = None, diagonal: bool = False, seed: int = 0) -> None:
         """start: [n] initial mean, n >= 1; sigma: initial standard deviation > 0; population: None for 4 + 3 ln n."""

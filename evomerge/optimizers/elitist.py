@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.optimizers import Array
-from evomerge.optimizers.asked import GRID, Asked, ordered
+from evomerge.optimizers.base import Array
+from evomerge.optimizers.pending import GRID, Asked, ordered
 
 _CROSSED = 0.3  # of the children have two parents
 _SHIFTED = 0.2  # of a child's numbers are moved
@@ -22,7 +22,7 @@ _SPREAD = 0.5  # of its changed choices are those of a gene beside them with as 
 
 
 class Elitist:
-    """Survivors and their changed copies. Satisfies `evomerge.optimizers.Optimizer`."""
+    """Survivors and their changed copies. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
     def __init__(
         self,

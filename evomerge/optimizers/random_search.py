@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.optimizers import Array
-from evomerge.optimizers.asked import GRID, Asked
+from evomerge.optimizers.base import Array
+from evomerge.optimizers.pending import GRID, Asked
 
 
 class RandomSearch:
-    """Samples around the start and learns nothing. Satisfies `evomerge.optimizers.Optimizer`."""
+    """Samples around the start and learns nothing. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
     def __init__(
         self, start: Sequence[float], sigma: float, *, population: int | None = None, seed: int = 0, categories: Sequence[int] = (), stay: float = 0.5

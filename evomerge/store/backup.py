@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from evomerge.errors import StudyError
-from evomerge.store import sums
-from evomerge.study_files import BACKUP
+from evomerge.store import integrity
+from evomerge.store.paths import BACKUP
 
 
 def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
@@ -27,7 +27,7 @@ def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
         with contextlib.closing(copy):
             db.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, whatever the original's journal
-            found = sums.check(copy, store)
+            found = integrity.check(copy, store)
         if found != "ok":
             raise damaged(store, found)
         with beside.open("rb") as handle:

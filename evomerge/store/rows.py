@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evomerge.attempts import Attempt
-from evomerge.evaluation import Evaluation, Items, ItemScore, Role
+from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, Role
 
 Purpose = Role | Literal["rung"]
 """What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a generation's."""

@@ -14,13 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from evomerge import study_files
-from evomerge.attempts import Attempt
 from evomerge.errors import StudyError
-from evomerge.evaluation import Evaluation, Items, Role
-from evomerge.recipe import Recipe
-from evomerge.store import backup, rows, sums
-from evomerge.store.file import File
+from evomerge.evaluation import Attempt, Evaluation, Items, Role
+from evomerge.recipes import Recipe
+from evomerge.store import backup, integrity, locks, paths, rows
+from evomerge.store.connection import File
 from evomerge.store.rows import Purpose, Run, Scored, StudyRow, Trial, WorkerUse, item_set_id
 
 log = logging.getLogger(__name__)
@@ -236,12 +234,12 @@ class Store:
 
     def is_driven(self) -> bool:
         """Whether a process holds the study open for writing now."""
-        found = study_files.driver(self.path)
+        found = locks.driver(self.path)
         return found is not None and found.alive is not False
 
     def check(self) -> str:
-        """'ok', or what is damaged: see `evomerge.store.sums.check`. Reads the whole file."""
-        return sums.check(self._file.db, self.path)
+        """'ok', or what is damaged: see `evomerge.store.integrity.check`. Reads the whole file."""
+        return integrity.check(self._file.db, self.path)
 
     def way_back(self) -> str:
         """How to go back to the backup, in a sentence; for a store whose check is not 'ok'."""
@@ -252,7 +250,7 @@ class Store:
 
         Raises StudyError, and keeps the copy before, where the store is damaged; OSError or sqlite3.Error without room.
         """
-        to = to or self.path.with_name(study_files.BACKUP)
+        to = to or self.path.with_name(paths.BACKUP)
         backup.write(self._file.db, self.path, to)
         return to
 
@@ -389,7 +387,7 @@ class Store:
         return set_id
 
     def _scored(self, row: sqlite3.Row) -> Scored:
-        if not sums.intact(row):
+        if not integrity.intact(row):
             raise backup.damaged(self.path, f"the evaluation of {row['recipe']} on {row['role']} items is not what was stored")
         body = self._file.row("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],))
         with self._file.reading():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.plan import Architecture
+from scripts.zoo.plan import Architecture
 
 Weights = dict[str, Tensor]
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from zoo import llama, skills
-from zoo.llama import Weights
-from zoo.plan import ALIGNED_LAYER, ARCHITECTURE, BASE, Rates, Training
+from scripts.zoo import llama, skills
+from scripts.zoo.llama import Weights
+from scripts.zoo.plan import ALIGNED_LAYER, ARCHITECTURE, BASE, Rates, Training
 
 PAD, END = 0, 2  # token ids, fixed by the order of the tokenizer's special tokens
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""The composition root: configuration -> opened models, space, tasks, stages, pool, study."""

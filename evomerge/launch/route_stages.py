@@ -1,0 +1,171 @@
+"""Stages that search routes: their space, their perplexity screen, the routes written by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge import _yaml
+from evomerge.checkpoints import Parent, locate
+from evomerge.config import Config
+from evomerge.config.schema import StageConfig
+from evomerge.errors import ConfigError
+from evomerge.evaluation import TaskSet
+from evomerge.evaluation import perplexity_screen as gating
+from evomerge.evaluation.perplexity_screen import Gate
+from evomerge.launch import pool
+from evomerge.merging.model_loading import load_tokenizer
+from evomerge.optimizers import Optimizer
+from evomerge.optimizers.cat_cma import CatCma
+from evomerge.optimizers.cma_es import CmaEs
+from evomerge.optimizers.elitist import Elitist
+from evomerge.optimizers.random_search import RandomSearch
+from evomerge.recipes import Mix, Recipe
+from evomerge.recipes.mergekit_yaml import reader
+from evomerge.search import Opening, Start
+from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP
+from evomerge.spaces import Baseline
+from evomerge.spaces.routes.hand_routes import hand_routes
+from evomerge.spaces.routes.layer_indicators import IndicatorSpace
+from evomerge.spaces.routes.position_choices import ConditionalSpace
+from evomerge.workers.worker import Worker
+
+MERGED = "merged"
+"""What a route calls the best model of the stage before it, where that is no parent."""
+_SHARE, _LEAST_TOKENS, _MOST_TOKENS = 0.01, 64, 2000  # of the tokens of a candidate, that a gate looks at
+_TOKENS_A_PROMPT = 8  # prompts are at least about so long: how many are asked for
+
+
+def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -> ConditionalSpace | IndicatorSpace:
+    """The space of routes that begins at the identity path of what the stages before came to."""
+    routes = settings.routes
+    own = _outer(start.recipe)
+    name = (own or MERGED) if routes.start == "best" else routes.start
+    models = [(n, parents[n].num_layers) for n in (routes.models or settings.models)]
+    stage = None
+    if name == MERGED:
+        stage = (MERGED, start.recipe)
+        models = [(MERGED, len(start.recipe.layers)), *models]
+    elif name not in dict(models):
+        models = [(name, parents[name].num_layers), *models]
+    depth = dict(models)[name]
+    bounds = routes.layers or (max(1, depth // 2), 2 * depth)
+    common: dict[str, Any] = {
+        "models": tuple(models), "begin": name, "stage": stage, "bounds": bounds, "scales": routes.scales, "scale_range": routes.scale_range,
+        "changes": routes.changes, "out_dtype": settings.out_dtype,
+    }  # fmt: skip
+    if routes.genome == "indicator":
+        return IndicatorSpace(**common, repeats=routes.repeats)
+    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical", outer=routes.embeddings == "any")
+
+
+def check_routes(settings: Config, parents: Mapping[str, Parent], scorer: Worker, tasks: TaskSet, limit: float | None) -> float | None:
+    """Checks that the parents' layers can be routed, and sets the worker's gate; its limit in nats a token, None without one.
+
+    limit: that of a study which is gone on with. Raises RouteError or FoldError where a route would be wrong.
+    """
+    if "routes" not in settings.kinds:
+        return None
+    names = settings.routes.models or tuple(settings.models)
+    scorer.live.check_routable(names, settings.routes.scales != "none")
+    scorer.gate = gate(settings, tasks, scorer, limit)
+    return scorer.gate.limit if scorer.gate else None
+
+
+def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> Gate | None:
+    """What a route has to pass before it is scored in full; limit: nats a token, found from the parents where it is None."""
+    asked = settings.routes.gate
+    if asked is None or "routes" not in settings.kinds:
+        return None
+    tokenizer = load_tokenizer(scorer.parents[settings.base])
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])  # type: ignore[operator]
+
+    tokens = asked.tokens or _MOST_TOKENS
+    texts = [(ids(prompt), ids(prompt + answer)) for prompt, answer in tasks.passages(tokens // _TOKENS_A_PROMPT)]
+    if asked.tokens is None and texts:  # a hundredth of what a candidate is scored on, as far as one prompt for each item tells
+        items = {leaf: settings.evaluation.items_of(t.task) for t in settings.tasks for leaf, _ in tasks.leaves(t.task)}
+        count = sum(min(len(own), items.get(leaf, 0)) for leaf, own in tasks.items("search").items())
+        mean = sum(len(whole) for _, whole in texts) / len(texts)
+        tokens = max(_LEAST_TOKENS, min(_MOST_TOKENS, int(_SHARE * count * mean)))
+    rows = gating.rows(texts, tokens)
+    if not rows:
+        return None
+    if limit is None:
+        found = [gating.nats(scorer.live.model(name), rows) for name in settings.models]
+        limit = round(min(found) + math.log(asked.factor), 4)
+        if not math.isfinite(limit):
+            raise ConfigError("no parent gives finite logits on the prompts of the search; check the models")
+    return Gate(rows, limit)
+
+
+def open_route_stage(
+    settings: Config, stage: StageConfig, parents: Mapping[str, Parent], begun: int, number: int, crew: int
+) -> Callable[[Start], Opening]:
+    def opened(start: Start) -> Opening:
+        space = route_space(settings, parents, start)
+        sigma = stage.sigma or space.sigma
+        population = stage.population or pool.population(settings, crew, len(space.axes))
+
+        def optimizer(genome: Sequence[float], island: int) -> Optimizer:
+            seed = settings.search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island
+            if settings.routes.optimizer == "random":
+                return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+            if space.categories and settings.routes.optimizer != "cma":
+                likely = space.likely if isinstance(space, ConditionalSpace) else None
+                return Elitist(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay, likely=likely)
+            if space.categories:
+                return CatCma(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+            diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)
+            return CmaEs(genome, sigma, population=population, diagonal=diagonal, seed=seed)
+
+        return Opening(space, optimizer, hand_baselines(settings, parents, start) if number else (), at_best=True, late=0.0)
+
+    return opened
+
+
+def hand_baselines(settings: Config, parents: Mapping[str, Parent], start: Start | None) -> list[Baseline]:
+    """Routes that people write by hand, of the start's model where it is no parent, and the stacks of the search file."""
+    names = settings.routes.models or tuple(settings.models)
+    models = tuple((n, parents[n].num_layers) for n in names)
+    stage = None
+    if start is not None and _outer(start.recipe) is None:
+        stage, models = (MERGED, start.recipe), ((MERGED, len(start.recipe.layers)),)
+    found = [Baseline(label, "hand", recipe) for label, recipe in hand_routes(models, stage=stage, out_dtype=settings.out_dtype)]
+    return found + [Baseline(Path(file).name, "hand", _stack(file, settings, parents)) for file in settings.routes.stacks]
+
+
+def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe:
+    """A mergekit passthrough file as a recipe over the search's models. Raises ConfigError for any other."""
+    by_path = {str(locate(m.path, m.revision)): name for name, m in settings.models.items()}
+
+    def known(reference: str) -> str:
+        name = reference if reference in settings.models else by_path.get(str(locate(reference)))
+        if name is None:
+            raise ConfigError(f"routes.stacks: {file} takes layers of '{reference}', which is not among the models of this search")
+        return name
+
+    if not Path(file).is_file():
+        raise ConfigError(f"routes.stacks: there is no file '{file}'; correct the path")
+    read = reader.load(_yaml.read_all(Path(file)), lambda r: parents[known(r)].num_layers, lambda r: parents[known(r)].dtype, "float32")
+    if any(mix.method != "passthrough" for mix in read.mixes):
+        raise ConfigError(f"routes.stacks: {file} is no stack of layers passed through; write it with merge_method: passthrough")
+
+    def renamed(mix: Mix) -> Mix:
+        if any(value not in (1.0, (1.0,)) for _, value in mix.params):
+            raise ConfigError(f"routes.stacks: {file} scales tensors; a route begins with layers as they are, so leave `scale` out")
+        return Mix(mix.method, tuple((known(model), layer) for model, layer in mix.sources))
+
+    layers = tuple(renamed(mix) for mix in read.layers)
+    return Recipe(known(read.base), layers, renamed(read.embeddings), renamed(read.head), out_dtype=settings.out_dtype)
+
+
+def _outer(recipe: Recipe) -> str | None:
+    """The model that a stack of its and others' layers has the embeddings and the head of; None for a merge."""
+    if recipe.stages or any(mix.method != "passthrough" for mix in recipe.mixes):
+        return None
+    names = {mix.sources[0][0] for mix in (recipe.embeddings, recipe.head)}
+    return names.pop() if len(names) == 1 else None

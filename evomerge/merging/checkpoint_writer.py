@@ -1,0 +1,133 @@
+"""A merge written to disk as a Hugging Face folder: streamed tensor by tensor, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints import Parent
+from evomerge.errors import CheckpointError, SetupError
+from evomerge.merging.atomic_folder import check_new, whole
+from evomerge.merging.companion_files import write_companion_files
+from evomerge.merging.merge import Merge
+from evomerge.merging.tensor_plan import Step
+from evomerge.methods import method
+from evomerge.recipes import Recipe
+
+SHARD = 5_000_000_000  # bytes
+Progress = Callable[[int, int], None]
+"""Called with the number of tensors done and their total."""
+
+
+def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path, progress: Progress | None = None, memory: int | None = None) -> None:
+    """Writes safetensors, config and tokenizer beside `directory` and renames the folder into place.
+
+    memory: bytes that merging may hold besides the parents' mapped files. Raises SetupError, before a tensor is read, if
+    the directory exists, the disk is too full or a tensor needs more than that.
+    """
+    check_new(directory)
+    merge = Merge(recipe, parents)
+    with whole(directory) as staging:
+        write_into(merge, staging, progress, memory)
+
+
+def write_into(merge: Merge, directory: Path, progress: Progress | None = None, memory: int | None = None, shard: int = SHARD) -> None:
+    """Like `write`, into a directory that exists; the caller makes it whole. shard: bytes after which a new file begins."""
+    needed = sum(step.info.nbytes for step in merge.steps)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise SetupError(
+            f"the merged model takes {needed / 1e9:.1f} GB, {directory.parent} has {free / 1e9:.1f} GB free; make room or choose another disk"
+        )
+    if memory is not None:
+        most, name = max((need(merge, step), step.name) for step in merge.steps)
+        if most > memory:
+            what = f"tensor '{name}' takes {most / 1e6:,.0f} MB to merge"
+            raise SetupError(f"{what}, more than the {memory / 1e6:,.0f} MB allowed; raise --memory")
+    _save(merge, directory, progress, shard)
+    (directory / "config.json").write_text(json.dumps(merge.config, indent=2) + "\n")
+    write_companion_files(merge, directory)
+
+
+def need(merge: Merge, step: Step) -> int:
+    """Bytes that merging one tensor takes at most, by estimate: the result, the one before it that is being written, and copies of the inputs."""
+    elements = math.prod(step.info.shape)
+    if step.mix is None:
+        return step.info.nbytes
+    inputs, rule = len(step.inputs) + (step.base is not None), method(step.mix.method)
+    stages = {name for name, _ in merge.recipe.stages}
+    staged = sum(4 * elements for model in step.mix.models if model in stages)
+    if merge.recipe.policy == "float32" and rule.frame is not None:  # one pass; DELLA holds the ranks of every element
+        return 2 * step.info.nbytes + staged + (2 * elements * len(step.inputs) if rule.frame.sparsify == "rank" else 0)
+    if merge.recipe.policy == "float32" and merge.combines(step):
+        return 2 * step.info.nbytes + staged
+    return 2 * step.info.nbytes + staged + 4 * elements * (inputs + 3)
+
+
+def _save(merge: Merge, directory: Path, progress: Progress | None, shard: int) -> None:
+    """model.safetensors, or its shards and their index. One tensor is written while the next is merged."""
+    shards = _shards(merge.steps, shard)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(1, len(shards) + 1)]
+    done = 0
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for name, steps in zip(names, shards, strict=True):
+            with (directory / name).open("wb") as file:
+                file.write(_header(steps))
+                for step in steps:
+                    tensor = merge.tensor(step)
+                    if written is not None:
+                        written.result()
+                    written = pool.submit(_append, file, tensor, step)
+                    done += 1
+                    if progress:
+                        progress(done, len(merge.steps))
+                if written is not None:
+                    written.result()
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(step.info.nbytes for step in merge.steps)},
+            "weight_map": {step.name: name for name, steps in zip(names, shards, strict=True) for step in steps},
+        }
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(steps: Sequence[Step], size: int) -> list[list[Step]]:
+    shards: list[list[Step]] = [[]]
+    held = 0
+    for step in steps:
+        if shards[-1] and held + step.info.nbytes > size:
+            shards.append([])
+            held = 0
+        shards[-1].append(step)
+        held += step.info.nbytes
+    return shards
+
+
+def _header(steps: Sequence[Step]) -> bytes:
+    """A safetensors header: its length in eight bytes, then JSON filled up with spaces to a multiple of eight."""
+    ends = [0]
+    for step in steps:
+        ends.append(ends[-1] + step.info.nbytes)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for step, (start, end) in zip(steps, pairwise(ends), strict=True):
+        entries[step.name] = {"dtype": step.info.dtype, "shape": list(step.info.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _append(file: BinaryIO, tensor: Tensor, step: Step) -> None:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if data.nbytes != step.info.nbytes:
+        raise CheckpointError(f"'{step.name}' came out with {data.nbytes} bytes, planned were {step.info.nbytes}")
+    file.write(data.data)

@@ -1,0 +1,1 @@
+"""Data-flow merges: a model whose layers are other models' layers, taken by reference, perhaps scaled."""

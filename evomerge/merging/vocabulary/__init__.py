@@ -1,0 +1,1 @@
+"""Parents with different tokenizers: the output's tokenizer, and every parent's rows in its numbering."""

@@ -1,0 +1,112 @@
+"""`one_pass.c`, compiled on first use with the machine's C compiler and kept in the user's cache. Knows nothing of merging.
+
+Optional: without a compiler, or with EVOMERGE_NATIVE=0, everything is done in torch, more slowly, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("one_pass.c")
+_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_PLAIN = ("-O3", "-ffp-contract=off", "-fno-math-errno")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where there is no compiler or the user wants none."""
+    if os.environ.get("EVOMERGE_NATIVE", "1") == "0":
+        return None
+    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        log.info("no C compiler found: merging in torch, about five times slower; install gcc or clang, or set CC")
+        return None
+    for flags in (_FLAGS, _PLAIN):
+        try:
+            return ctypes.CDLL(str(_compiled(compiler, flags)))
+        except (OSError, subprocess.SubprocessError) as error:
+            log.debug("%s %s: %s", compiler, " ".join(flags), error)
+    log.info("the C compiler %s could not build %s: merging in torch, about five times slower", compiler, _SOURCE.name)
+    return None
+
+
+def fits(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the library is there and takes these tensors: on the CPU, contiguous, in a 16- or 32-bit float type."""
+    return library() is not None and all(t is None or (t.device.type == "cpu" and t.dtype in _TYPES and t.is_contiguous()) for t in tensors)
+
+
+def pointer(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
+    """(address, type code) of a tensor's data; the caller keeps the tensor alive."""
+    if tensor is None:
+        return ctypes.c_void_p(None), 0
+    return ctypes.c_void_p(tensor.data_ptr()), _TYPES.get(tensor.dtype, -1)
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> Any:
+    """A C array of the tensors' addresses; NULL for None."""
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def integers(numbers: Sequence[int]) -> Any:
+    """A C array of 32-bit integers."""
+    return (ctypes.c_int32 * len(numbers))(*numbers)
+
+
+def floats(numbers: Sequence[float]) -> Any:
+    """A C array of 32-bit floats."""
+    return (ctypes.c_float * len(numbers))(*numbers)
+
+
+def type_codes(tensors: Sequence[Tensor]) -> Any:
+    """A C array of type codes."""
+    return integers([_TYPES[t.dtype] for t in tensors])
+
+
+def _compiled(compiler: str, flags: Sequence[str]) -> Path:
+    """Path of the shared library for this source, compiler and processor; compiled beside and renamed."""
+    key = hashlib.sha256("\0".join([_SOURCE.read_text(), _version(compiler), *flags, _processor()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to someone else")
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="evomerge-"))
+    target = folder / f"sweep-{key}.so"
+    if not target.is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / target.name
+            subprocess.run(
+                [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE), "-lm"], check=True, capture_output=True, timeout=120
+            )
+            built.replace(target)
+    return target
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "cpu family"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,69 @@
+"""Model references and tokenizer entries of mergekit's YAML in their mapping forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from evomerge.errors import RecipeError, suggest
+from evomerge.recipes.tokenizer_spec import WHOLE, ZERO, TokenDonor, TokenizerSpec
+
+
+def text(value: Mapping[str, Any]) -> str:
+    """'path[@revision][+adapter[@revision]]' of {model: …, lora: …}, each a text or {path: …, revision: …}."""
+    _keys(value, ("model", "lora", "override_architecture"), "a model reference")
+    if value.get("override_architecture") is not None:
+        raise RecipeError("override_architecture is not needed here: names are read without a table of architectures; remove it")
+    model, adapter = _path(value.get("model")), value.get("lora")
+    return model if adapter is None else f"{model}+{_path(adapter)}"
+
+
+def tokenizer(value: Any, model: Callable[[Any], str]) -> TokenizerSpec:
+    """The spec of mergekit's `tokenizer` mapping. model: reads a model reference."""
+    value = _mapping(value, "tokenizer")
+    _keys(value, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
+    source = value.get("source", "union")
+    tokens = []
+    for token, entry in _mapping(value.get("tokens") or {}, "tokens").items():
+        entry = _mapping(entry, f"token {token!r}")
+        _keys(entry, ("source", "force"), f"token {token!r}")
+        tokens.append((token, TokenDonor(_donor(entry.get("source"), model), entry.get("force", False))))
+    return TokenizerSpec(source if source in WHOLE else model(source), tuple(tokens), value.get("pad_to_multiple_of"))
+
+
+def _donor(source: Any, model: Callable[[Any], str]) -> str | tuple[str, str | int] | None:
+    if not isinstance(source, dict) or "kind" not in source:
+        return None if source is None else model(source)
+    if source["kind"] == "zero":
+        _keys(source, ("kind",), "a source of kind zero")
+        return ZERO
+    if source["kind"] != "model_token":
+        raise RecipeError(f"a token's source has the kind zero or model_token, got {source['kind']!r:.60}")
+    _keys(source, ("kind", "model", "token", "token_id"), "a source of kind model_token")
+    given = [source[key] for key in ("token", "token_id") if source.get(key) is not None]
+    if len(given) != 1:
+        raise RecipeError("a source of kind model_token has exactly one of token and token_id")
+    return model(source.get("model")), given[0]
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    value = _mapping(value, "a model")
+    _keys(value, ("path", "revision"), "a model")
+    path, revision = value.get("path"), value.get("revision")
+    if not isinstance(path, str) or not path or not isinstance(revision, str | None):
+        raise RecipeError(f"a model is a text, or a path with a revision, got {str(value)[:80]}")
+    return f"{path}@{revision}" if revision else path
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise RecipeError(f"{what} must be a mapping, got {str(value)[:80]!r}")
+    return value
+
+
+def _keys(value: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
+    for key in value:
+        if key not in known:
+            raise RecipeError(f"{what} has an unknown key {key!r:.60}. {suggest(str(key), known)}")

@@ -1,0 +1,231 @@
+"""What earlier studies know: evaluations that need not be made again, and a pool that answers from them.
+
+An evaluation is known by its recipe, the content of the models that the recipe reads, the tasks' own hashes (settings, code,
+prompts and which items are of which role), and how scores are computed (versions, threads, types, device). Whatever differs
+in one of these is evaluated anew. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import StudyError
+from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
+from evomerge.recipes import Recipe
+from evomerge.store import Purpose, Store
+from evomerge.workers import Job, Pool
+
+log = logging.getLogger(__name__)
+REUSED = "reused"
+"""The stage, of 0 seconds, that an evaluation of another study is marked with."""
+_POLICY = ("versions", "threads", "gate", "scoring")  # facts that must agree whatever is scored
+_PURPOSES: tuple[Purpose, ...] = ("search", "rung", "validation", "test")
+_SOFT = (":probability", ":logprob")
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An earlier study that can be asked. parents: model -> hash; terms: those of its tasks that are the same now."""
+
+    name: str
+    store: Store
+    parents: Mapping[str, str]
+    terms: frozenset[str]
+
+
+class Earlier:
+    """Stores of earlier studies, open for reading. A context manager that closes them."""
+
+    def __init__(self, paths: Sequence[Path], facts: Mapping[str, Any], *, parts: bool = False) -> None:
+        """facts: of the study that asks, see `evomerge.launch.prepare`. parts: also answer with items that were scored in other sets.
+
+        An evaluation on exactly the items asked is what scoring them again would give, to the bit. Put together from other
+        sets it may differ in a last bit, for batches were others; then ranks that hang on one may differ too. `refused`
+        says which studies cannot be asked, and why. Raises StudyError for a file that is missing or damaged.
+        """
+        self.refused: list[str] = []
+        self._parts, self._facts = parts, json.loads(json.dumps(facts))  # as a store gives them back
+        self._parents = {name: str(fact["sha256"]) for name, fact in facts["parents"].items()}
+        self._leaves = {term: tuple(leaf for leaf, _ in said["leaves"]) for term, said in facts["terms"].items()}
+        self._known: list[_Known] = []
+        try:
+            for path in paths:
+                self._open(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Earlier:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the stores."""
+        while self._known:
+            self._known.pop().store.close()
+
+    @property
+    def studies(self) -> tuple[str, ...]:
+        """Names of the studies that are asked, in that order."""
+        return tuple(one.name for one in self._known)
+
+    def lookup(self, recipe: Recipe, items: Items) -> Evaluation | None:
+        """The evaluation of a recipe on items, if it is known; only one that succeeded. The first study that knows it answers."""
+        tasks = [task for task, ids in items.items() if ids]
+        asked: list[_Known] = []
+        for one in list(self._known):
+            if not tasks or not self._same_parents(one, recipe):
+                continue
+            try:
+                if self._covers(one, tasks) and (found := self._whole(one, recipe, items)):
+                    return found
+                asked.append(one)
+            except StudyError as error:  # what is lost is known to others, or scored anew: no reason to end a search
+                log.warning("study '%s' is not asked any more: %s", one.name, error)
+                self._known.remove(one)
+                one.store.close()
+        return self._together(asked, recipe, items) if self._parts else None
+
+    def _open(self, path: Path) -> None:
+        store = Store.open(path)
+        try:
+            study = store.study()
+            why = "it holds no study yet" if study is None else _differs(study.facts, self._facts)
+        except BaseException:
+            store.close()
+            raise
+        if study is None or why:
+            self.refused.append(f"nothing is reused of {study.name if study else path}: {why}")
+            store.close()
+            return
+        terms = frozenset(term for term in self._leaves if _same_term(term, study.facts, self._facts))
+        if not terms:
+            self.refused.append(f"nothing is reused of {study.name}: none of its tasks is one of this study, with the same items and prompts")
+            store.close()
+            return
+        parents = {name: str(fact["sha256"]) for name, fact in study.facts["parents"].items()}
+        self._known.append(_Known(study.name, store, parents, terms))
+
+    def _same_parents(self, one: _Known, recipe: Recipe) -> bool:
+        return all(model in self._parents and one.parents.get(model) == self._parents[model] for model in recipe.models)
+
+    def _covers(self, one: _Known, tasks: Sequence[str]) -> bool:
+        return set(tasks) <= {leaf for term in one.terms for leaf in self._leaves[term]}
+
+    def _whole(self, one: _Known, recipe: Recipe, items: Items) -> Evaluation | None:
+        """A stored evaluation on exactly these items, with the metrics that this study has names for.
+
+        What an item is scored by depends on its role, and roles are part of a task's hash: they are the same in both.
+        """
+        for purpose in _PURPOSES:
+            found = one.store.evaluation(recipe.id, purpose, items)
+            if found is not None and found.evaluation.error is None:
+                names = {task for task, ids in items.items() if ids} | {t for t, own in self._leaves.items() if set(own) <= set(items)}
+                metrics = {name: value for name, value in found.evaluation.metrics.items() if _plain(name) in names}
+                return replace(found.evaluation, metrics=metrics, seconds={REUSED: 0.0})
+        return None
+
+    def _together(self, asked: Sequence[_Known], recipe: Recipe, items: Items) -> Evaluation | None:
+        """The items' scores from whatever sets they were scored in; None where one is unknown, or a metric is no mean of items."""
+        means = {term for term, said in self._facts["terms"].items() if said["mean"] and self._leaves[term] == (term,)}
+        if not {task for task, ids in items.items() if ids} <= means:
+            return None
+        known: dict[tuple[str, str], ItemScore] = {}
+        costs: Mapping[str, float] = {}
+        for one in asked:
+            for _, scored in one.store.evaluations(recipe.id):
+                if scored.evaluation.error is None:
+                    costs = costs or scored.evaluation.costs
+                    for score in scored.evaluation.items:
+                        if score.task in one.terms:
+                            known.setdefault((score.task, score.item), score)
+        wanted = [(task, item) for task, ids in items.items() for item in ids]
+        if any(key not in known for key in wanted):
+            return None
+        metrics: dict[str, float] = {}
+        for task in (task for task, ids in items.items() if ids):
+            own = [known[task, item] for item in items[task]]
+            metrics[task] = math.fsum(s.value for s in own) / len(own)
+            for suffix, values in zip(_SOFT, ([s.probability for s in own], [s.logprob for s in own]), strict=True):
+                if there := [v for v in values if v is not None]:
+                    metrics[task + suffix] = math.fsum(there) / len(there)
+        return Evaluation(recipe.id, tuple(known[key] for key in wanted), metrics, {REUSED: 0.0}, costs=costs)
+
+
+class KnownPool:
+    """A pool before which earlier studies are asked. Satisfies `evomerge.workers.pool.Pool`. hits: jobs that they answered."""
+
+    def __init__(self, pool: Pool, earlier: Earlier) -> None:
+        """Closes both at its end."""
+        self.pool, self.earlier, self.hits = pool, earlier, 0
+        self._answered: deque[tuple[Job, Evaluation]] = deque()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Jobs whose evaluation is known are finished at once; the others are handed on together."""
+        others: list[Job] = []
+        for job in jobs:
+            found = self.earlier.lookup(job.recipe, job.items)
+            if found is None:
+                others.append(job)
+            else:
+                self._answered.append((job, found))
+                self.hits += 1
+        if others:
+            self.pool.submit(others)
+
+    def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
+        """What is known first."""
+        return self._answered.popleft() if self._answered else self.pool.result(timeout)
+
+    def drain(self) -> None:
+        """What is known still comes."""
+        self.pool.drain()
+
+    @property
+    def out(self) -> int:
+        """How many results will still come."""
+        return len(self._answered) + self.pool.out
+
+    def attempts(self) -> list[Attempt]:
+        """Those of the pool: reading is no try."""
+        return self.pool.attempts()
+
+    def close(self) -> None:
+        """Lets go of the pool and of the stores."""
+        self.pool.close()
+        self.earlier.close()
+
+
+def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Why nothing that was scored then can stand for a score of now; empty where it can."""
+    for name in (*_POLICY, "parents", "terms", "tasks"):
+        if name not in before:
+            return f"it was begun with an evomerge that did not store its {name}"
+    for name in _POLICY:
+        if before[name] != now.get(name):
+            if not isinstance(before[name], dict) or not isinstance(now.get(name), dict):
+                return f"{name} was {before[name]}, is {now.get(name)}"
+            key = next(k for k in sorted({*before[name], *now[name]}) if before[name].get(k) != now[name].get(k))
+            return f"{name}.{key} was {before[name].get(key)}, is {now[name].get(key)}"
+    return ""
+
+
+def _same_term(term: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a task or group is the same: its hash, what it says of its number, and what answers its tasks."""
+    leaves = [leaf for leaf, _ in now["terms"][term]["leaves"]]
+    same = all(before[name].get(term) is not None and before[name].get(term) == now[name].get(term) for name in ("tasks", "terms"))
+    return same and all(before.get("backends", {}).get(leaf) == now.get("backends", {}).get(leaf) for leaf in leaves)
+
+
+def _plain(metric: str) -> str:
+    """The task that a metric is of."""
+    return next((metric.removesuffix(suffix) for suffix in _SOFT if metric.endswith(suffix)), metric)

@@ -1,0 +1,15 @@
+"""Workers on a Ray cluster: the `Pool` protocol over plain actors. The only package that imports ray."""
+
+import os
+
+# Ray prints these on stdout, among a search's own results; the pool logs them with their causes.
+# Ray reads the variable as it is imported.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "A worker died or was killed|The node with node id|killed due to memory pressure",
+)
+
+from evomerge.workers.failure_policy import Limits
+from evomerge.workers.ray_pool.pool import RayPool
+
+__all__ = ["Limits", "RayPool"]

@@ -1,0 +1,88 @@
+"""kill -9, ten times: the search that is left is, row by row, the one that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.toy import REPO, Fork, Prepared, command, count_rows, environment, search_file, stored_rows
+
+
+def running(process: Fork | subprocess.Popen[str]) -> bool:
+    return process.alive() if isinstance(process, Fork) else process.poll() is None
+
+
+def kill_after(process: Fork | subprocess.Popen[str], store: Path, rows: int, seconds: float) -> None:
+    """SIGKILL once that many more evaluations are stored and that much time has passed, or at the end of the process."""
+    wanted = count_rows(store, "evaluations") + rows
+    limit = time.monotonic() + 100
+    while rows and count_rows(store, "evaluations") < wanted and running(process):
+        assert time.monotonic() < limit, "the search hangs"
+        time.sleep(0.005)
+    time.sleep(seconds)
+    if running(process):
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def check(store: Path, before: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """What is stored after a kill: whole, and what was there before is there still."""
+    if not store.is_file():
+        return before
+    rows = stored_rows(store)
+    for table in ("recipes", "item_sets", "evaluations", "trials"):
+        now = {json.dumps(row, sort_keys=True) for row in rows.get(table, [])}
+        assert all(json.dumps(row, sort_keys=True) in now for row in before.get(table, [])), f"{table} lost rows"
+    connection = sqlite3.connect(store)
+    assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    connection.close()
+    return rows
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_search_killed_ten_times_is_the_search_that_nobody_killed(tmp_path: Path) -> None:
+    rng = random.Random(20)
+    file = search_file(tmp_path, "killed", evaluations=24)
+    store = tmp_path / "parts" / "killed" / "study.db"
+    words = ("run", file, "--resume", "--root", tmp_path / "parts")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    killed, pipe = 0, subprocess.PIPE
+    with Prepared(tmp_path) as prepared:
+        for _ in range(2):  # fresh from the command line, somewhere between the first import and the first candidates
+            fresh = subprocess.Popen(command(*words), cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+            kill_after(fresh, store, 0, rng.uniform(1, 9))
+            _, err = fresh.communicate(timeout=100)
+            assert fresh.returncode in (-signal.SIGKILL, 0), err
+            killed += fresh.returncode == -signal.SIGKILL
+            rows = check(store, rows)
+        whole = prepared.start("run", file, "--root", tmp_path / "whole")
+        for turn in range(8):
+            search = prepared.start(*words)
+            if turn % 4 == 0:  # before anything new is stored
+                kill_after(search, store, 0, rng.uniform(0.05, 1.5))
+            else:
+                kill_after(search, store, rng.randrange(1, 20), rng.uniform(0, 0.06))
+            code = search.wait()
+            assert code in (-signal.SIGKILL, 0), search.err.read_text()
+            assert "Traceback" not in search.err.read_text()
+            killed += code == -signal.SIGKILL
+            rows = check(store, rows)
+        last = prepared.start(*words)
+        assert last.wait() == 0, last.err.read_text()
+        assert whole.wait() == 0, whole.err.read_text()
+    assert killed >= 8, "most kills hit a running search"
+    final, unbroken = check(store, rows), stored_rows(tmp_path / "whole" / "killed" / "study.db")
+    assert [t["generation"] for t in final["trials"]][-1] == 3
+    assert {e["role"] for e in final["evaluations"]} == {"search", "validation", "test"}
+    assert final.keys() == unbroken.keys()
+    for table, found in final.items():
+        assert found == unbroken[table], table
+    assert (tmp_path / "parts" / "killed" / "report.md").read_text() == (tmp_path / "whole" / "killed" / "report.md").read_text()

@@ -1,0 +1,277 @@
+"""The pass that merges sums of task vectors: against the kernels in 64-bit floats, and the same bits however it is run."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.merging.merge import mask_key
+from evomerge.methods import METHODS, random_masks, ties
+from evomerge.methods.fused import c_library, magnitude_tables, merge_tensor, one_pass, weighted_sum
+from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.weighted_sum import Pair
+
+FRAMES = [m for m in METHODS.values() if m.frame]
+SPARSE = [m for m in FRAMES if m.param("density")]
+SHAPES = [(), (1,), (1, 7), (5, 1), (0,), (3, 0), (4, 3, 5), (257, 130)]
+every_frame = pytest.mark.parametrize("rule", FRAMES, ids=lambda m: m.name)
+every_sparse = pytest.mark.parametrize("rule", SPARSE, ids=lambda m: m.name)
+
+
+def models(shape, n=3, dtype=torch.bfloat16, seed=0):
+    """(sources, base): fine-tunes near a base; in 16-bit types many differences have the same size."""
+    g = torch.Generator().manual_seed(seed)
+    base = (torch.randn(shape, generator=g) * 0.05).to(dtype)
+    return [(base.float() + torch.randn(shape, generator=g) * 0.003).to(dtype) for _ in range(n)], base
+
+
+def numbers(rule, n, density=(0.5, 0.123, 0.777), **given):
+    values = {p.name: (p.default,) * n if p.per == "model" else p.default for p in rule.params}
+    values["weight"] = (0.75, -0.25, 1.25)[:n]  # exact in every float type: a sum of zero is zero in all
+    values |= {"density": density[:n]} if rule.param("density") else {}
+    return values | {k: v for k, v in given.items() if rule.param(k)}
+
+
+def run(rule, sources, base, values, *, known=None, out_dtype=torch.float32, keys=None, ids=True):
+    keys = keys or [mask_key(7, "t", f"m{i}") for i in range(len(sources))]
+    base = None if rule.frame.without_base else base
+    pairs = [Pair(base, x, ("t", i) if ids else None) for i, x in enumerate(sources)] if base is not None else []
+    out = torch.full_like(sources[0], math.nan, dtype=out_dtype)
+    finite = merge_tensor.merge(rule.frame, pairs, sources, base, values, keys, out, known or Tables())
+    assert finite == bool(torch.isfinite(out).all())
+    return out
+
+
+def in_float64(rule, sources, base, values, keys=None):
+    keys = keys or [mask_key(7, "t", f"m{i}") for i in range(len(sources))]
+    base = None if rule.frame.without_base else base.double()
+    return rule.kernel([x.double() for x in sources], base, values, keys)
+
+
+@every_frame
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("flags", [{}, {"normalize": 1.0}, {"normalize": 0.0, "rescale": 0.0}, {"rescale": 1.0, "lambda": 1.3}], ids=str)
+def test_it_is_the_kernel_in_float64(rule, shape, flags):
+    for n, dtype in itertools.product((1, 2, 3), (torch.float32, torch.bfloat16)):
+        sources, base = models(shape, n, dtype, seed=n)
+        values = numbers(rule, n, **flags)
+        torch.testing.assert_close(run(rule, sources, base, values).double(), in_float64(rule, sources, base, values), rtol=3e-5, atol=1e-7)
+
+
+@every_frame
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monkeypatch):
+    if c_library.library() is None:
+        pytest.skip("no C compiler")
+    sources, base = models((100, 1111), dtype=dtype)
+    values = numbers(rule, 3, rescale=1.0, normalize=1.0)
+    results = {}
+    before = torch.get_num_threads()
+    try:
+        for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for compiled, threads, chunk in [(True, 1, 1 << 18), (True, 3, 10_000), (False, 1, 1 << 16), (False, 2, 9_999)]:
+                torch.set_num_threads(threads)
+                with monkeypatch.context() as m:
+                    m.setattr(one_pass, "_JOB", chunk)
+                    m.setattr(one_pass, "_CHUNK", chunk)
+                    if not compiled:
+                        m.setattr(c_library, "fits", lambda tensors: False)
+                    results.setdefault(out_dtype, []).append(run(rule, sources, base, values, out_dtype=out_dtype))
+    finally:
+        torch.set_num_threads(before)
+    for same in results.values():
+        for other in same[1:]:
+            assert torch.equal(same[0].view(torch.uint8), other.view(torch.uint8))
+
+
+@every_sparse
+@pytest.mark.parametrize("rescale", [0.0, 1.0])
+def test_tables_change_no_bit(rule, rescale):
+    sources, base = models((300, 1111))
+    known = Tables(build=True, ranks_bytes=1 << 30)
+    for density in [(0.5, 0.123, 0.777), (0.1234567, 0.9999, 0.001), (0.0, 1.0, 1e-7), (0.5, 0.5, 0.5)]:
+        values = numbers(rule, 3, density, rescale=rescale)
+        plain = run(rule, sources, base, values)
+        for _ in range(2):
+            assert torch.equal(run(rule, sources, base, values, known=known), plain)
+
+
+@every_sparse
+def test_a_nan_in_a_parent_is_not_lost_where_it_is_kept(rule):
+    sources, base = models((4, 100))
+    sources[0][2, 3] = math.nan
+    out = run(rule, sources, base, numbers(rule, 3, (1.0, 0.5, 0.5)))
+    assert not torch.isfinite(out[2, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_level_is_the_first_of_a_stable_sort(dtype):
+    for seed, n in enumerate((1, 2, 100, 5_000, 70_000)):
+        (source,), base = models((n,), 1, dtype, seed)
+        size = (source.float() - base.float()).abs()
+        order = size.argsort(descending=True, stable=True)
+        known = Tables(build=True)
+        for k in sorted({1, n, max(1, n // 3), max(1, n - 1), *(ties.count(j / 1000, n) for j in (1, 37, 500, 999))}):
+            want = torch.zeros(n, dtype=torch.bool)
+            want[order[:k]] = True
+            for level in (Tables().level(Pair(base, source), k), known.level(Pair(base, source, "id"), k)):
+                index = torch.arange(n)
+                got = (size > level.threshold) | ((size == level.threshold) & (index <= level.last))
+                assert torch.equal(got, want)
+
+
+def test_norms_are_the_same_in_any_order_and_right():
+    (source,), base = models((100_000,), 1, torch.float32)
+    share = weighted_sum.Share(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(1, "a", "b")), bound=random_masks.bound(0.3))
+    unit = one_pass.unit_of(one_pass.largest(base, source), 100_000)
+    total, kept = one_pass.norms(base, source, share, unit)
+    permuted = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))
+    dense = weighted_sum.Share(weighted_sum.Kind.DENSE, 1.0)
+    assert one_pass.norms(base[permuted].contiguous(), source[permuted].contiguous(), dense, unit)[0] == total
+    exact = (source.double() - base.double()).abs()
+    mask = one_pass.keep(torch.ones(100_000), share, 0).bool()
+    assert total / unit == pytest.approx(float(exact.sum()), rel=1e-6)
+    assert kept / unit == pytest.approx(float(exact[mask].sum()), rel=1e-6)
+
+
+# ---- hashing: against plain integers, and as random bits
+
+
+def hash_reference(index, key):
+    """Unsigned 32-bit arithmetic in Python's integers."""
+    word = 2**32 - 1
+    x = index & word
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & word
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & word
+    x ^= x >> 16
+    u = ((x ^ (key & word)) * (((key >> 32) & word) | 1)) & word
+    return u - 2**32 if u >= 2**31 else u
+
+
+@pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789])
+def test_hashes_are_those_of_plain_integers(key):
+    for start in (0, 12_345, 2**31 - 5, 2**32 - 3):
+        got = random_masks.hashed(random_masks.mixed(start, start + 9), random_masks.split(key))
+        assert got.tolist() == [hash_reference(start + j, key) for j in range(9)]
+
+
+def test_masks_are_independent_of_position_and_of_each_other():
+    n, d = 200_000, 0.3
+    masks = []
+    for i in range(12):
+        u = random_masks.hashed(random_masks.mixed(0, n), random_masks.split(mask_key(3, "tensor", f"m{i}"))).long()
+        masks.append((u < random_masks.bound(d)).double())
+    sigma = math.sqrt(d * (1 - d) / n)
+    for a in masks:
+        assert abs(float(a.mean()) - d) < 5 * sigma
+        for lag in (1, 2, 7, 64, 1024):
+            both = float((a[lag:] * a[:-lag]).mean())
+            assert abs(both - d * d) < 6 * math.sqrt(d * d * (1 - d * d) / n)
+        rows = a.reshape(-1, 1000).mean(dim=1)
+        assert float(rows.std()) == pytest.approx(math.sqrt(d * (1 - d) / 1000), rel=0.25)
+    for a, b in itertools.combinations(masks, 2):
+        assert abs(float((a * b).mean()) - d * d) < 6 * math.sqrt(d * d * (1 - d * d) / n)
+
+
+def test_masks_nest():
+    u = random_masks.hashed(random_masks.mixed(0, 10_000), random_masks.split(mask_key(0, "t", "m"))).long()
+    kept = [u < random_masks.bound(d) for d in (0.0, 0.1, 0.100001, 0.5, 0.999, 1.0)]
+    assert not kept[0].any()
+    assert kept[-1].all()
+    assert all(bool((b | ~a).all()) for a, b in itertools.pairwise(kept))
+
+
+def test_without_a_compiler_it_says_so_and_works(monkeypatch):
+    monkeypatch.setenv("EVOMERGE_NATIVE", "0")
+    c_library.library.cache_clear()
+    try:
+        assert c_library.library() is None
+        sources, base = models((40, 30))
+        rule = METHODS["ties"]
+        assert torch.isfinite(run(rule, sources, base, numbers(rule, 3))).all()
+    finally:
+        c_library.library.cache_clear()
+
+
+def test_a_histogram_counts_bit_patterns():
+    (source,), base = models((5000,), 1)
+    bits = (source.float() - base.float()).abs().numpy().view(np.uint32)
+    assert np.array_equal(one_pass.histogram(base, source), np.bincount(bits >> 16, minlength=65536))
+    prefix = int(bits[0] >> 16)
+    assert np.array_equal(one_pass.histogram(base, source, prefix), np.bincount(bits[bits >> 16 == prefix] & 0xFFFF, minlength=65536))
+
+
+# ---- what C does for the tables, against torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_by_histograms_are_tables_by_sorting(dtype):
+    if c_library.library() is None:
+        pytest.skip("no C compiler")
+    for seed, n in enumerate((1, 3, 1000, 70_001)):
+        (source,), base = models((n,), 1, dtype, seed)
+        if seed == 2:
+            source[: n // 2] = base[: n // 2]  # half of the differences are zero
+        pair = Pair(base, source, "t")
+        unit = Tables().unit(pair)
+        ends = sorted({ties.count(j / magnitude_tables.GRID, n) for j in range(1, magnitude_tables.GRID)})
+        assert magnitude_tables._by_histogram(pair, unit, ends) == magnitude_tables._by_sort(pair, unit, ends)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 33), (3, 4, 50), (2, 70_000)], ids=str)
+def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
+    (source,), base = models(shape, 1)
+    found = magnitude_tables.Tables().ranks(Pair(base, source))
+    monkeypatch.setattr(c_library, "fits", lambda tensors: False)
+    assert torch.equal(found.int(), magnitude_tables.Tables().ranks(Pair(base, source)).int())
+    size = (source.float() - base.float()).abs().reshape(-1, shape[-1])
+    for row, ranks in zip(size, found.int().reshape(-1, shape[-1]), strict=True):
+        assert ranks[row.argsort(stable=True)].tolist() == list(range(shape[-1]))
+
+
+def test_hash_tables_in_c_are_those_of_torch(monkeypatch):
+    (source,), base = models((90_001,), 1)
+    pair, share = Pair(base, source), weighted_sum.Share(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b")))
+    unit = Tables().unit(pair)
+    sums, bounds = magnitude_tables._hash_table(pair, share, unit)
+    monkeypatch.setattr(c_library, "fits", lambda tensors: False)
+    again, same = magnitude_tables._hash_table(pair, share, unit)
+    assert np.array_equal(sums, again)
+    assert np.array_equal(bounds, same)
+
+
+def test_rows_longer_than_a_short_number_counts_are_ranked_right():
+    """DELLA's ranks of rows beyond 65536 do not fit 16 bits; the compiled pass once read them as if they did."""
+    rule = METHODS["della_linear"]
+    sources, base = models((2, 70_000), 1, torch.float32)
+    values = numbers(rule, 1, (0.5,), rescale=0.0)
+    torch.testing.assert_close(run(rule, sources, base, values).double(), in_float64(rule, sources, base, values), rtol=3e-5, atol=1e-7)
+
+
+# ---- methods by angles
+
+
+@pytest.mark.parametrize("rule", [m for m in METHODS.values() if m.coefficients], ids=lambda m: m.name)
+@pytest.mark.parametrize("based", [True, False])
+def test_a_combination_by_dot_products_is_the_kernel_in_float64(rule, based, monkeypatch):
+    if (not based and rule.needs_base) or (based and not (rule.needs_base or rule.takes_base)):
+        pytest.skip("the method has no such form")
+    for n in range(rule.models[0], min(rule.models[1], 3) + 1):
+        for shape in [(300, 257), (7,), ()]:
+            sources, base = models(shape, n, torch.float32, seed=n)
+            sources = [x + 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(sources)]
+            base = base if based else None
+            values = numbers(rule, n) if rule.param("weight") else {p.name: p.default for p in rule.params}
+            want = rule.kernel([x.double() for x in sources], None if base is None else base.double(), values, [0] * n)
+            results = []
+            for compiled in (True, False):
+                with monkeypatch.context() as m:
+                    if not compiled:
+                        m.setattr(c_library, "fits", lambda tensors: False)
+                    out = torch.empty(shape)
+                    assert merge_tensor.by_angles(rule, sources, base, values, out)
+                    results.append(out)
+            torch.testing.assert_close(results[0].double(), want, rtol=2e-5, atol=1e-6)
+            torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)

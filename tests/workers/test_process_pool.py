@@ -1,0 +1,156 @@
+"""Workers in processes: the rows of one worker, whatever dies on the way."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge.errors import SetupError
+from evomerge.evaluation import Evaluation, Items, Objective, Term
+from evomerge.optimizers.cma_es import CmaEs
+from evomerge.recipes import Recipe
+from evomerge.search import Plan, Study, one_stage
+from evomerge.store import Store
+from evomerge.workers import Job, Pool, ProcessPool
+from tests.support.toy import ToyPool, results, stored_rows, weight_space
+
+ITEMS = {"first": ("a", "b", "c")}
+SPACE = weight_space()
+
+
+class Toy:
+    """A worker without a model. deadly: recipes that kill the process; flaky: one that kills it once, marked by a file."""
+
+    def __init__(self, folder: Path, deadly: tuple[str, ...] = (), flaky: str = "") -> None:
+        self.folder, self.deadly, self.flaky, self._toy = folder, deadly, flaky, ToyPool()
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        mark = self.folder / "died"
+        if recipe.id in self.deadly or (recipe.id == self.flaky and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / f"{recipe.id}.{os.getpid()}").touch()
+        return self._toy.evaluate(recipe, items)
+
+
+def broken() -> Any:
+    raise SetupError("no model here")
+
+
+def recipes(count: int) -> list[Recipe]:
+    return [SPACE.decode([i / 10] * len(SPACE.axes)) for i in range(count)]
+
+
+def jobs(count: int) -> list[Job]:
+    return [Job(i, recipe, ITEMS) for i, recipe in enumerate(recipes(count))]
+
+
+def test_each_job_is_answered_once_by_several_processes(tmp_path: Path) -> None:
+    with ProcessPool(functools.partial(Toy, tmp_path), 2) as pool:
+        found = results(pool, jobs(12))
+        assert pool.result() is None
+    assert found == results(ToyPool(), jobs(12))
+    assert str(os.getpid()) not in {file.name.split(".")[1] for file in tmp_path.iterdir()}
+
+
+def study(folder: Path, pool: Pool) -> dict[str, list[dict[str, Any]]]:
+    ids = {role: {"first": tuple(f"{role}{i}" for i in range(30))} for role in ("search", "validation", "test")}
+    plan = Plan(
+        stages=one_stage(SPACE, lambda start: CmaEs(start, 0.2, population=6, seed=1), 18), baselines=[], objective=Objective((Term("first"),)),
+        items=ids, per_generation=10, finalists=3, seed=1,
+    )  # fmt: skip
+    from evomerge.spaces import baselines
+
+    plan = Plan(**{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"baselines": baselines(SPACE)})
+    folder.mkdir()
+    with Store.open(folder / "study.db", write=True) as store:
+        store.begin("toy", 1, "study: toy", {}, {"tasks": {"first": "x"}, "versions": {}})
+        Study(plan, store, pool).run()
+    return stored_rows(folder / "study.db")
+
+
+def test_a_study_has_the_rows_of_one_worker(tmp_path: Path) -> None:
+    (tmp_path / "marks").mkdir()
+    with ProcessPool(functools.partial(Toy, tmp_path / "marks"), 2) as pool:
+        assert study(tmp_path / "two", pool) == study(tmp_path / "one", ToyPool())
+
+
+def test_a_process_that_dies_loses_no_candidate(tmp_path: Path) -> None:
+    work = jobs(8)
+    with ProcessPool(functools.partial(Toy, tmp_path, (), work[3].recipe.id), 2) as pool:
+        assert results(pool, work) == results(ToyPool(), work)
+    assert (tmp_path / "died").exists(), "one did die"
+
+
+def test_a_candidate_that_kills_every_process_fails_and_the_others_do_not(tmp_path: Path) -> None:
+    work = jobs(5)
+    with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,)), 1) as pool:
+        found = [evaluation for _, evaluation in results(pool, work)]
+    wanted = [evaluation for _, evaluation in results(ToyPool(), work)]
+    assert [e.error for e in found] == [None, None, "poison: 3 worker processes died while it was evaluated", None, None]
+    assert [e for e in found if e.error is None] == [e for e in wanted if e.recipe_id != work[2].recipe.id]
+
+
+def test_a_worker_that_cannot_be_opened_is_said_at_the_start() -> None:
+    with pytest.raises(SetupError, match="run with one worker to see why"):
+        ProcessPool(broken, 2)
+
+
+def test_a_drained_pool_gives_what_is_in_flight_and_goes_on(tmp_path: Path) -> None:
+    with ProcessPool(functools.partial(Toy, tmp_path), 1) as pool:
+        pool.submit(jobs(200))
+        pool.result()
+        pool.drain()
+        left = pool.out
+        assert left < 100
+        assert len([pool.result() for _ in range(left)]) == left
+        assert pool.result() is None
+        assert len(list(tmp_path.iterdir())) == left + 1
+        assert [e.error for _, e in results(pool, jobs(2))] == [None, None], "the pool goes on"
+
+
+def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
+    work = jobs(5)
+    with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,), work[0].recipe.id), 1) as pool:
+        results(pool, work)
+        told = pool.attempts()
+        assert pool.attempts() == []
+    ends = {job.recipe.id: [(a.number, a.cause) for a in told if a.recipe_id == job.recipe.id] for job in work}
+    assert ends[work[2].recipe.id][-3:] == [(1, "died"), (2, "died"), (3, "died")]
+    assert ends[work[4].recipe.id][-1][1] == "done"
+    assert all(a.seconds >= 0 and a.pid and a.host for a in told if a.cause == "done")
+
+
+def test_the_processes_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    import multiprocessing
+
+    driver = multiprocessing.get_context("spawn").Process(target=drive, args=(tmp_path,))
+    driver.start()
+    while not (pid := next((f.name.split(".")[1] for f in tmp_path.iterdir() if f.name.count(".") == 1), "")):
+        time.sleep(0.05)
+    driver.kill()
+    driver.join()
+    for _ in range(200):
+        if not alive(int(pid)):
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its driver")
+
+
+def drive(folder: Path) -> None:
+    with ProcessPool(functools.partial(Toy, folder), 1) as pool:
+        for _ in range(1000):
+            results(pool, jobs(20))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
