@@ -18,18 +18,33 @@ _NAMED = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS
 _SHAPES = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
-        (r"(?s)-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", HIDDEN),
+        (
+            r"(?s)-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
+            HIDDEN,
+        ),
         (r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}", HIDDEN),  # Hugging Face
         (r"\bsk-[A-Za-z0-9_-]{16,}", HIDDEN),  # OpenAI and those that followed
         (r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})", HIDDEN),
-        (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{30,}|\bxox[abprs]-[0-9A-Za-z-]{10,}", HIDDEN),  # AWS, Google, Slack
+        (
+            r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{30,}|\bxox[abprs]-[0-9A-Za-z-]{10,}",
+            HIDDEN,
+        ),  # AWS, Google, Slack
         (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?", HIDDEN),  # a JSON web token
         (r"://[^\s/?#]+@", f"://{HIDDEN}@"),  # user:password@ of a URL
-        (r"(?i)\b((?:proxy-)?authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?:(?:bearer|basic|token|digest)\s{1,3})?[^\s\"',;]+", rf"\1{HIDDEN}"),
+        (
+            r"(?i)\b((?:proxy-)?authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?:(?:bearer|basic|token|digest)\s{1,3})?[^\s\"',;]+",
+            rf"\1{HIDDEN}",
+        ),
         (r"(?i)\b((?:bearer|basic)\s{1,3})[A-Za-z0-9._~+/=-]{12,}", rf"\1{HIDDEN}"),
-        (r"(?i)((?:password|passwd|passphrase|pwd|secret)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"',;&]+", rf"\1{HIDDEN}"),
+        (
+            r"(?i)((?:password|passwd|passphrase|pwd|secret)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"',;&]+",
+            rf"\1{HIDDEN}",
+        ),
         (r"(?i)((?:key|token|signature)[\"']?=[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}", rf"\1{HIDDEN}"),
-        (r"(?i)((?:api|access|private|auth|session)[_-]?(?:key|token)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}", rf"\1{HIDDEN}"),
+        (
+            r"(?i)((?:api|access|private|auth|session)[_-]?(?:key|token)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}",
+            rf"\1{HIDDEN}",
+        ),
     )
 )
 
@@ -42,7 +57,9 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
     """
     named = os.environ if environment is None else environment
     values = {v.strip() for k, v in named.items() if _NAMED.search(k) and len(v.strip()) >= _SHORTEST}
-    for value in sorted(values | {quote(v, safe="") for v in values}, key=lambda v: (-len(v), v)):  # one may begin with another
+    for value in sorted(
+        values | {quote(v, safe="") for v in values}, key=lambda v: (-len(v), v)
+    ):  # one may begin with another
         text = text.replace(value, HIDDEN)
     for pattern, replacement in _SHAPES:
         text = pattern.sub(replacement, text)

@@ -42,7 +42,11 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers and booleans, which refuses what is too much as it comes to it."""
 
     yaml_implicit_resolvers = {  # type: ignore[misc, unused-ignore]  # noqa: RUF012
-        first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
+        first: [
+            (tag, rule)
+            for tag, rule in rules
+            if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")
+        ]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -54,24 +58,34 @@ class _Loader(yaml.SafeLoader):
         """The next event. Raises ConfigError for an anchor or alias, and where a limit is passed."""
         event: yaml.Event = super().get_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(f"{_place(self._name, event)} uses a YAML anchor or alias; write the value out instead")
+            raise ConfigError(
+                f"{_place(self._name, event)} uses a YAML anchor or alias; write the value out instead"
+            )
         if isinstance(event, yaml.CollectionStartEvent):
             self._depth += 1
             if self._depth > MAX_DEPTH:
                 raise ConfigError(f"{_place(self._name, event)} is nested deeper than {MAX_DEPTH} levels")
         elif isinstance(event, yaml.CollectionEndEvent):
             self._depth -= 1
-        self._values += isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.DocumentStartEvent)
+        self._values += isinstance(
+            event, yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.DocumentStartEvent
+        )
         if self._values > MAX_VALUES:
-            raise ConfigError(f"{_place(self._name, event)} is past the first {MAX_VALUES:,} keys and values; a search or recipe has no more")
+            raise ConfigError(
+                f"{_place(self._name, event)} is past the first {MAX_VALUES:,} keys and values; a search or recipe has no more"
+            )
         return event
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -84,7 +98,9 @@ def read(path: Path) -> Document:
 def _text(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; a search or recipe file has at most {MAX_BYTES:,}")
+            raise ConfigError(
+                f"{path} has {path.stat().st_size:,} bytes; a search or recipe file has at most {MAX_BYTES:,}"
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; is it a YAML file?") from None
@@ -108,16 +124,24 @@ def parse(text: str, name: str) -> Document:
 def parse_all(text: str, name: str) -> list[Document]:
     """Every document in a text, in order; one without data if there is none."""
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}")
+        raise ConfigError(
+            f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}"
+        )
     try:
         loader, out = _Loader(text, name), []
         while loader.check_node():
             root, marks = loader.get_node(), dict[Key, tuple[int, int]]()
-            out.append(Document(name, text, _build(loader, root, (), marks, name) if root is not None else None, marks))
+            out.append(
+                Document(
+                    name, text, _build(loader, root, (), marks, name) if root is not None else None, marks
+                )
+            )
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError(f"{place} is not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{place} is not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from None
     return out or [Document(name, text, None, {})]
@@ -136,12 +160,16 @@ def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[i
         try:
             return int(node.value)  # PyYAML would read 0100 as octal
         except ValueError:
-            raise ConfigError(f"{_place(name, node)} is not valid YAML: '{node.value[:40]}' is no whole number") from None
+            raise ConfigError(
+                f"{_place(name, node)} is not valid YAML: '{node.value[:40]}' is no whole number"
+            ) from None
     if not isinstance(node, yaml.MappingNode):
         try:
             return loader.construct_object(node)
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ConfigError(f"{_place(name, node)} is not valid YAML: '{node.value}' is no {node.tag.rpartition(':')[2]}") from None
+            raise ConfigError(
+                f"{_place(name, node)} is not valid YAML: '{node.value}' is no {node.tag.rpartition(':')[2]}"
+            ) from None
     out: dict[Any, Any] = {}
     for key_node, child in node.value:
         place = _place(name, key_node)

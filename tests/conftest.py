@@ -20,7 +20,10 @@ def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     if not name.startswith(("test_ray_", "test_cluster_scripts")):
         yield
         return
-    with (Path(tempfile.gettempdir()) / "evomerge-tests-ray.lock").open("w") as turn, pytest.MonkeyPatch.context() as patch:
+    with (
+        (Path(tempfile.gettempdir()) / "evomerge-tests-ray.lock").open("w") as turn,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         fcntl.flock(turn, fcntl.LOCK_EX)
         if name.startswith("test_ray_"):
             patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)

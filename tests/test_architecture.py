@@ -83,7 +83,10 @@ def imports(file: Path) -> list[tuple[int, str]]:
             assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
             assert node.module is not None
             if node.module == "evomerge":
-                found += [(node.lineno, f"evomerge.{alias.name if alias.name in FLOORS else '__init__'}") for alias in node.names]
+                found += [
+                    (node.lineno, f"evomerge.{alias.name if alias.name in FLOORS else '__init__'}")
+                    for alias in node.names
+                ]
             else:
                 found.append((node.lineno, node.module))
     return found
@@ -105,14 +108,18 @@ def test_a_room_imports_only_from_floors_below() -> None:
                 continue
             used.add((own, other))
             if (own, other) not in SAME_FLOOR or FLOORS[other] > FLOORS[own]:
-                wrong.append(f"{file.relative_to(REPO)}:{line}: {own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})")
+                wrong.append(
+                    f"{file.relative_to(REPO)}:{line}: {own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})"
+                )
     assert not wrong, "\n".join(wrong)
     assert used == set(SAME_FLOOR), "an exception that is no longer needed goes"
 
 
 @pytest.mark.parametrize("library", ONE_ROOM)
 def test_a_library_is_imported_in_its_own_room_alone(library: str) -> None:
-    assert {room(file) for file in FILES for _, name in imports(file) if name.split(".")[0] == library} == ONE_ROOM[library]
+    assert {
+        room(file) for file in FILES for _, name in imports(file) if name.split(".")[0] == library
+    } == ONE_ROOM[library]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["status", "--help"], []])
@@ -120,18 +127,33 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = "import sys; sys.argv[0] = 'evomerge'; from evomerge.cli import main; main()"
     program = [sys.executable, "-X", "importtime", "-c", code, *words]
     done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=60, check=False)
-    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    loaded = {
+        line.rpartition("|")[2].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert "Usage" in done.stdout + done.stderr
     assert "typer" in loaded, "the list of imports was read"
-    own = {"pydantic"} if len(words) == 2 else set()  # typer's newest releases read a verb's annotations with it
+    own = (
+        {"pydantic"} if len(words) == 2 else set()
+    )  # typer's newest releases read a verb's annotations with it
     assert loaded & HEAVY <= own
 
 
-@pytest.mark.parametrize("modules", ["store", "report", "statistics selection dispatch pools slots", "several sensitivity"])
+@pytest.mark.parametrize(
+    "modules", ["store", "report", "statistics selection dispatch pools slots", "several sensitivity"]
+)
 def test_what_reads_a_study_or_schedules_its_work_loads_no_torch(modules: str) -> None:
     listed = ", ".join(f"evomerge.{name}" for name in modules.split())
     code = f"import sys, {listed}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     loaded = set(done.stdout.split())
     assert "evomerge" in loaded
     assert loaded & {"torch", "transformers", "lm_eval", "ray"} == set()
@@ -145,7 +167,9 @@ def test_a_file_keeps_the_rules(file: Path) -> None:
     assert len(text.splitlines()) <= 450, f"{where} has {len(text.splitlines())} lines"
     assert ast.get_docstring(tree) or room(file) == "__init__", f"{where} has no docstring"
     if room(file) != "cli":
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        calls = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
         assert [c.lineno for c in calls if c.func.id == "print"] == [], f"{where} prints"  # type: ignore[attr-defined]
     bare = [f"{where}:{node.lineno} {node.name}" for node in public(tree) if not ast.get_docstring(node)]
     assert not bare, f"without a docstring: {bare}"
@@ -155,7 +179,9 @@ def public(tree: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncF
     """Public functions and classes, and the public methods of those classes."""
     found: list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef] = []
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        ) and not node.name.startswith("_"):
             found.append(node)
             if isinstance(node, ast.ClassDef):
                 found += public(node)

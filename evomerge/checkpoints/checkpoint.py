@@ -37,19 +37,29 @@ class Checkpoint:
         depth = _depth(text, len(self.tensors), path)
         found = towers({name: info.shape for name, info in self.tensors.items()}, self.config)
         if found is None:
-            raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
+            raise CheckpointError(
+                f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again"
+            )
         self.stack = found.stack
         self._towers, self._layers = set(found.others), _layers(self.tensors, found.stack, found.others)
         self.num_layers = len(self._layers) if depth is None else depth
         further = [layer for layer in self._layers if layer >= self.num_layers]
-        if further and len(further) == text.get("num_nextn_predict_layers"):  # they predict further tokens; transformers leaves them out
+        if further and len(further) == text.get(
+            "num_nextn_predict_layers"
+        ):  # they predict further tokens; transformers leaves them out
             for layer in further:
                 self._towers |= {self.layer_name(layer, suffix) for suffix in self._layers.pop(layer)}
         if set(self._layers) != set(range(self.num_layers)):
-            raise CheckpointError(f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again")
-        outer = [(place.part, name) for name in sorted(self.tensors) if (place := self.place(name)).layer is None]
+            raise CheckpointError(
+                f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again"
+            )
+        outer = [
+            (place.part, name) for name in sorted(self.tensors) if (place := self.place(name)).layer is None
+        ]
         self._outer = {part: tuple(name for of, name in outer if of == part) for part, _ in outer}
-        self._files = {file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})}
+        self._files = {
+            file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})
+        }
         self.files = tuple(path / file for file in self._files)
 
     @property
@@ -94,7 +104,9 @@ class Checkpoint:
         """Names after 'stack.N.' of one layer's tensors, sorted."""
         found = self._layers.get(layer)
         if not found:
-            raise CheckpointError(f"{self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}")
+            raise CheckpointError(
+                f"{self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}"
+            )
         return found
 
     def outer_names(self, part: Part) -> tuple[str, ...]:
@@ -130,23 +142,33 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({' '.join(str(error).split())}); fetch or save it again") from None
+        raise CheckpointError(
+            f"{file} is not a readable safetensors file ({' '.join(str(error).split())}); fetch or save it again"
+        ) from None
 
 
 def _no_config(path: Path) -> str:
     """What to do about a folder without config.json."""
     if (path / "adapter_config.json").exists():
         return f"{path.name} is a LoRA adapter: name it with its base, as base+{path.name}"
-    return "give a Hugging Face model folder, which has one" if path.is_dir() else "there is no such folder; give that of a model"
+    return (
+        "give a Hugging Face model folder, which has one"
+        if path.is_dir()
+        else "there is no such folder; give that of a model"
+    )
 
 
 def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The part of a config that describes the language model. Raises CheckpointError for a quantised model."""
     text = config.get("text_config") or config
     if not isinstance(text, dict):
-        raise CheckpointError(f"{path / 'config.json'}: text_config must be an object, got {type(text).__name__}")
+        raise CheckpointError(
+            f"{path / 'config.json'}: text_config must be an object, got {type(text).__name__}"
+        )
     if any(part.get(key) for part in (config, text) for key in ("quantization_config", "compression_config")):
-        raise CheckpointError(f"{path / 'config.json'} has a quantization_config: quantised weights cannot be merged; dequantise the model first")
+        raise CheckpointError(
+            f"{path / 'config.json'} has a quantization_config: quantised weights cannot be merged; dequantise the model first"
+        )
     return text
 
 
@@ -155,7 +177,9 @@ def _depth(text: Mapping[str, Any], tensors: int, path: Path) -> int | None:
     key = next((key for key in ("num_hidden_layers", "n_layer") if key in text), None)
     depth = text[key] if key else None
     if key and (type(depth) is not int or not 0 < depth <= tensors):
-        raise CheckpointError(f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, got {depth!r:.80}")
+        raise CheckpointError(
+            f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, got {depth!r:.80}"
+        )
     return depth
 
 

@@ -17,7 +17,9 @@ def locate(reference: str, revision: str | None = None) -> Path:
         if reference and path.is_dir():
             return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{shown} cannot be a folder: {' '.join(str(error).split())[:300]}; give the folder of a model") from None
+        raise CheckpointError(
+            f"{shown} cannot be a folder: {' '.join(str(error).split())[:300]}; give the folder of a model"
+        ) from None
     if path.is_absolute() or reference.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
         raise CheckpointError(f"there is no folder {shown} (looked from {Path.cwd()})")
     from huggingface_hub import snapshot_download
@@ -28,4 +30,6 @@ def locate(reference: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{shown} is neither a folder here (looked from {Path.cwd()}) nor a model that could be fetched: {reason}") from None
+        raise CheckpointError(
+            f"{shown} is neither a folder here (looked from {Path.cwd()}) nor a model that could be fetched: {reason}"
+        ) from None

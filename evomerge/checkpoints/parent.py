@@ -95,7 +95,11 @@ def equal(one: Parent, other: Parent) -> Iterator[str]:
     """Names of the tensors that two parents have in the same shape, type and values."""
     for name, info in one.tensors.items():
         twin = other.tensors.get(name)
-        if twin and (twin.shape, twin.dtype) == (info.shape, info.dtype) and torch.equal(one.tensor(name), other.tensor(name)):
+        if (
+            twin
+            and (twin.shape, twin.dtype) == (info.shape, info.dtype)
+            and torch.equal(one.tensor(name), other.tensor(name))
+        ):
             yield name
 
 
@@ -106,8 +110,12 @@ def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
         for tensor, info in expected.tensors.items():
             found = parent.tensors.get(tensor)
             if found is None:
-                raise CheckpointError(f"model '{name}' lacks the tensor '{tensor}' of base '{base}'; the architectures differ")
+                raise CheckpointError(
+                    f"model '{name}' lacks the tensor '{tensor}' of base '{base}'; the architectures differ"
+                )
             if found.shape != info.shape:
                 place = expected.place(tensor)
                 advice = "the vocabularies differ" if place.layer is None else "the architectures differ"
-                raise CheckpointError(f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}")
+                raise CheckpointError(
+                    f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}"
+                )

@@ -19,12 +19,18 @@ def split_reference(reference: str) -> tuple[str, str | None, str | None, str | 
     if "+" not in reference or _is_folder(reference):
         halves = [(*_revision(reference), None, None)]
     else:
-        halves = [(*_revision(reference[:at]), *_revision(reference[at + 1 :])) for at, sign in enumerate(reference) if sign == "+"]
+        halves = [
+            (*_revision(reference[:at]), *_revision(reference[at + 1 :]))
+            for at, sign in enumerate(reference)
+            if sign == "+"
+        ]
     if len(halves) > 1:  # a '+' inside a folder's name: the cut that leaves the most folders
         folders = [_is_folder(model) + _is_folder(adapter or "") for model, _, adapter, _ in halves]
         halves = [half for half, count in zip(halves, folders, strict=True) if count == max(folders) > 0]
     if len(halves) != 1 or "" in halves[0]:
-        raise ConfigError(f"{reference[:200]!r} is no model reference; write model or model+adapter, each a folder or repository[@revision]")
+        raise ConfigError(
+            f"{reference[:200]!r} is no model reference; write model or model+adapter, each a folder or repository[@revision]"
+        )
     return halves[0]
 
 

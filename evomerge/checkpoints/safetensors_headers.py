@@ -17,7 +17,17 @@ from typing import Any
 
 from evomerge.errors import CheckpointError
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}  # what a merge can take
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}  # what a merge can take
 MAX_HEADER = 16_000_000  # bytes; the format's own limit is 100 MB
 MAX_TENSORS = 50_000  # of a file: the largest public models have ninety thousand in 160 files; each takes some 20 microseconds
 MAX_FOLDER = 200_000  # tensors of all files together
@@ -64,20 +74,33 @@ def json_object(file: Path, why: str) -> dict[str, Any]:
 def tensors(path: Path) -> dict[str, TensorInfo]:
     """Tensor name -> header facts, over all weight files of a model folder. Raises CheckpointError."""
     index = path / "model.safetensors.index.json"
-    if os.path.lexists(path / "model.safetensors") or not os.path.lexists(index):  # transformers, too, prefers the single file
+    if os.path.lexists(path / "model.safetensors") or not os.path.lexists(
+        index
+    ):  # transformers, too, prefers the single file
         return _join([path / name for name in _alone(path)])
     where = json_object(index, "an index is read").get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise CheckpointError(f"{index} must hold a weight_map from tensor names to file names; {_AGAIN}")
     for name in sorted(set(where.values())):
-        if Path(name).name != name or not name.isprintable() or len(name) > 200 or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {name[:200]!a}, which is no .safetensors file of its folder; {_AGAIN}")
+        if (
+            Path(name).name != name
+            or not name.isprintable()
+            or len(name) > 200
+            or not name.endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"{index} names {name[:200]!a}, which is no .safetensors file of its folder; {_AGAIN}"
+            )
         if not os.path.lexists(path / name):
-            raise CheckpointError(f"{path / name} is missing, but {index.name} names it; fetch the model again")
+            raise CheckpointError(
+                f"{path / name} is missing, but {index.name} names it; fetch the model again"
+            )
     found = _join([path / name for name in sorted(set(where.values()))])
     for name, file in where.items():
         if name not in found or found[name].file != file:
-            raise CheckpointError(f"{index} says that {file} holds the tensor {name[:200]!a}, which it does not; fetch the model again")
+            raise CheckpointError(
+                f"{index} says that {file} holds the tensor {name[:200]!a}, which it does not; fetch the model again"
+            )
     return found
 
 
@@ -89,9 +112,13 @@ def read(file: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or 8 + length > size:
             said = f", and its header is said to take {length}" if size >= 8 else ""
-            raise CheckpointError(f"{file} is truncated or no safetensors file: it has {size} bytes{said}; {_AGAIN}")
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file: it has {size} bytes{said}; {_AGAIN}"
+            )
         if length > MAX_HEADER:
-            raise CheckpointError(f"{file} has a header of {length} bytes, at most {MAX_HEADER} are read; {_AGAIN}")
+            raise CheckpointError(
+                f"{file} has a header of {length} bytes, at most {MAX_HEADER} are read; {_AGAIN}"
+            )
         text = stream.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
@@ -106,8 +133,12 @@ def read(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file} has a broken header ({_line(error)}); {_AGAIN}") from None
     for name, entry in header.items():
         if entry["dtype"] not in ITEM_BYTES:
-            raise CheckpointError(f"{file} holds {name!r} as {entry['dtype'][:20]!r}, which cannot be merged; dequantise the model to bfloat16 first")
-    return {name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file.name) for name, entry in header.items()}
+            raise CheckpointError(
+                f"{file} holds {name!r} as {entry['dtype'][:20]!r}, which cannot be merged; dequantise the model to bfloat16 first"
+            )
+    return {
+        name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file.name) for name, entry in header.items()
+    }
 
 
 def check_file(file: Path) -> None:
@@ -121,7 +152,9 @@ def check_file(file: Path) -> None:
         raise CheckpointError(f"{file} is not a regular file; put the file itself there")
     cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
     if not target.is_relative_to(folder) and not cached:
-        raise CheckpointError(f"{file} is a link that leaves the model's folder, to {target}; put the file itself there")
+        raise CheckpointError(
+            f"{file} is a link that leaves the model's folder, to {target}; put the file itself there"
+        )
 
 
 def _alone(path: Path) -> list[str]:
@@ -131,19 +164,27 @@ def _alone(path: Path) -> list[str]:
     try:
         present = sorted(os.listdir(path))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be listed ({_line(error)}); give a folder that can be read") from None
-    names = [name for name in present if name.endswith(".safetensors") and name != "adapter_model.safetensors"]
+        raise CheckpointError(
+            f"{path} cannot be listed ({_line(error)}); give a folder that can be read"
+        ) from None
+    names = [
+        name for name in present if name.endswith(".safetensors") and name != "adapter_model.safetensors"
+    ]
     for name in names:
         numbered = re.fullmatch(r"(.*-)(\d{1,9})-of-(\d{1,9})\.safetensors", name)
         if numbered and sum(other.startswith(numbered[1]) for other in names) != int(numbered[3]):
-            raise CheckpointError(f"{path / name} is one of {int(numbered[3])} shards, and some are missing; fetch the model again")
+            raise CheckpointError(
+                f"{path / name} is one of {int(numbered[3])} shards, and some are missing; fetch the model again"
+            )
     if names:
         return names
     for suffix, advice in _OTHER_FORMATS.items():
         for name in present:
             if name.endswith(suffix) and name != "training_args.bin":
                 raise CheckpointError(f"{path} has no .safetensors file, only {name}; {advice}")
-    raise CheckpointError(f"{path} has no .safetensors file; fetch the model again or give the folder that holds its weights")
+    raise CheckpointError(
+        f"{path} has no .safetensors file; fetch the model again or give the folder that holds its weights"
+    )
 
 
 def _join(files: list[Path]) -> dict[str, TensorInfo]:
@@ -151,10 +192,14 @@ def _join(files: list[Path]) -> dict[str, TensorInfo]:
     for file in files:
         for name, info in read(file).items():
             if name in found:
-                raise CheckpointError(f"{file} and {found[name].file} both hold the tensor {name!r}; remove the file that is not part of the model")
+                raise CheckpointError(
+                    f"{file} and {found[name].file} both hold the tensor {name!r}; remove the file that is not part of the model"
+                )
             found[name] = info
         if len(found) > MAX_FOLDER:
-            raise CheckpointError(f"{file.parent} has more than {MAX_FOLDER:,} tensors; give the folder of one model")
+            raise CheckpointError(
+                f"{file.parent} has more than {MAX_FOLDER:,} tensors; give the folder of one model"
+            )
     return found
 
 
@@ -172,7 +217,9 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     first, end = offsets
     item = ITEM_BYTES.get(entry["dtype"])
     if item and prod(shape) * item != end - first:
-        raise ValueError(f"{_shown(name)}, {entry['dtype']} {str(shape)[:80]}, takes {end - first} bytes, which is not its size")
+        raise ValueError(
+            f"{_shown(name)}, {entry['dtype']} {str(shape)[:80]}, takes {end - first} bytes, which is not its size"
+        )
     return first, end, name
 
 
@@ -195,7 +242,11 @@ def _shown(name: str) -> str:
 
 def _whole(value: Any) -> list[int] | None:
     """The value if it is a list of whole numbers that are not negative."""
-    return value if isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value) else None
+    return (
+        value
+        if isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+        else None
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

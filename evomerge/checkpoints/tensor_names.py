@@ -40,13 +40,17 @@ def towers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Towers | N
     owner = stack.rpartition(".")[0]
     inside = owner + "." if owner else ""
     sizes = {shapes[name][0] for name in tables}
-    outside = [n for n in shapes if not n.startswith(inside) and not _vocabulary_sized(shapes[n], sizes, widths)]
+    outside = [
+        n for n in shapes if not n.startswith(inside) and not _vocabulary_sized(shapes[n], sizes, widths)
+    ]
     if outside and inside:  # the other towers live elsewhere: all below the stack's owner is language
         return Towers(stack, tuple(sorted(outside)))
     others = [
         name
         for name, shape in shapes.items()
-        if not name.startswith(stack + ".") and not _vocabulary_sized(shape, sizes, widths) and name.removeprefix(inside).count(".") > 1
+        if not name.startswith(stack + ".")
+        and not _vocabulary_sized(shape, sizes, widths)
+        and name.removeprefix(inside).count(".") > 1
     ]
     return Towers(stack, tuple(sorted(others)))
 
@@ -66,8 +70,16 @@ def _stack(shapes: Mapping[str, Shape], depth: int | None, widths: set[int], tab
         if set(seen) != set(range(len(seen))) or (depth is not None and len(seen) < depth):
             continue
         count = sum(seen.values())
-        exact = depth is None or len(seen) == depth  # more: layers that predict further tokens follow the decoder's
-        rank = (2 * fitting[prefix] >= count, exact, max((_shared(prefix, table) for table in tables), default=0), count, prefix)
+        exact = (
+            depth is None or len(seen) == depth
+        )  # more: layers that predict further tokens follow the decoder's
+        rank = (
+            2 * fitting[prefix] >= count,
+            exact,
+            max((_shared(prefix, table) for table in tables), default=0),
+            count,
+            prefix,
+        )
         best = rank if best is None or rank > best else best
     return best[-1] if best else None
 

@@ -14,7 +14,9 @@ from evomerge.errors import ConfigError
 
 def plan(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
-    probe: Annotated[bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")
+    ] = False,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
     as_json: Json = False,
@@ -30,7 +32,10 @@ def plan(
 
 
 def show(
-    candidate: Annotated[str, typer.Argument(help="STUDY/ID, STUDY/best, STUDY/LABEL of a parent or hand recipe, or STUDY/pareto.")],
+    candidate: Annotated[
+        str,
+        typer.Argument(help="STUDY/ID, STUDY/best, STUDY/LABEL of a parent or hand recipe, or STUDY/pareto."),
+    ],
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -50,17 +55,27 @@ def show(
         recipe = store.recipe(trial.recipe_id)
         backends = row.facts.get("backends", {}) if row else {}
     if as_json:
-        print(json.dumps(data | {"backends": backends, "recipe_body": json.loads(recipe.canonical())}, indent=2))
+        print(
+            json.dumps(data | {"backends": backends, "recipe_body": json.loads(recipe.canonical())}, indent=2)
+        )
     else:
         print("\n".join([study_tables.candidate(data), *analysis_tables.backends(backends)]))
 
 
 def compare(
-    candidates: Annotated[list[str], typer.Argument(help="STUDY/ID, STUDY/best or STUDY/LABEL of a parent or hand recipe; two or more.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(help="STUDY/ID, STUDY/best or STUDY/LABEL of a parent or hand recipe; two or more."),
+    ],
     role: Annotated[str, typer.Option(help="Items to compare on: test, validation or search.")] = "test",
     task: Annotated[str | None, typer.Option(help="One task only.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Show this many items with every model's output, those that differ first.")] = None,
-    score: Annotated[bool, typer.Option("--score", help="Score now what is missing; shown, not stored.")] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Show this many items with every model's output, those that differ first."),
+    ] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Score now what is missing; shown, not stored.")
+    ] = False,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
     root: Root = None,
@@ -79,7 +94,12 @@ def compare(
         raise ConfigError(f"--role must be {', '.join(ROLES)}, got '{role}'")
     with progress_module.bar("candidates") as progress:
         pairs = [(name, *split(name)) for name in candidates]
-        options: Any = {"task": task, "samples": samples, "score": score, "allowed": allowed(allow_python, allow_tasks)}
+        options: Any = {
+            "task": task,
+            "samples": samples,
+            "score": score,
+            "allowed": allowed(allow_python, allow_tasks),
+        }
         data = rescoring.compare(pairs, studies_root(root), role, show=progress, **options)
     print(json.dumps(data, indent=2) if as_json else analysis_tables.comparison(data, role))
 
@@ -87,10 +107,16 @@ def compare(
 def sensitivity(
     candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")],
     step: Annotated[float, typer.Option(help="Step of a coefficient, in its own units.")] = 0.1,
-    span: Annotated[float, typer.Option(help="How far to both sides, within the coefficient's bounds.")] = 0.3,
-    axes: Annotated[str | None, typer.Option(help="Part of the axes' names, or a pattern with * and ?; all if left out.")] = None,
+    span: Annotated[
+        float, typer.Option(help="How far to both sides, within the coefficient's bounds.")
+    ] = 0.3,
+    axes: Annotated[
+        str | None, typer.Option(help="Part of the axes' names, or a pattern with * and ?; all if left out.")
+    ] = None,
     role: Annotated[str, typer.Option(help="Items to score on: search or validation.")] = "search",
-    items: Annotated[int | None, typer.Option(help="Items of each task; as many as a generation has if left out.")] = None,
+    items: Annotated[
+        int | None, typer.Option(help="Items of each task; as many as a generation has if left out.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .png, .svg or .pdf.")] = None,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
@@ -104,9 +130,17 @@ def sensitivity(
     from evomerge.launch import rescoring
 
     if role not in ROLES[:2]:
-        raise ConfigError(f"--role must be search or validation, got '{role}'; test items are for the final score alone")
+        raise ConfigError(
+            f"--role must be search or validation, got '{role}'; test items are for the final score alone"
+        )
     study, reference = split(candidate)
     with open_store(study, root, write=True) as store, progress_module.bar("points") as progress:
-        options: Any = {"pattern": axes, "role": role, "count": items, "plot": plot, "allowed": allowed(allow_python, allow_tasks)}
+        options: Any = {
+            "pattern": axes,
+            "role": role,
+            "count": items,
+            "plot": plot,
+            "allowed": allowed(allow_python, allow_tasks),
+        }
         data = rescoring.sensitivity(store, reference, step, span, show=progress, **options)
     print(json.dumps(data, indent=2) if as_json else analysis_tables.sensitivity(data))

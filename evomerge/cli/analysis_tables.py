@@ -13,19 +13,28 @@ _LINES = 12  # of a prompt, its end is kept
 def plan(data: Mapping[str, Any]) -> str:
     """Models, space, tasks, findings, work, and what a probe found."""
     space, optimizer, work = data["space"], data["optimizer"], data["work"]
-    lines = [f"{data['study']}: {space['method']} over {len(data['models'])} models, {space['axes']} axes in {len(space['groups'])} layer groups", ""]
+    lines = [
+        f"{data['study']}: {space['method']} over {len(data['models'])} models, {space['axes']} axes in {len(space['groups'])} layer groups",
+        "",
+    ]
     for m in data["models"]:
         base = " (base)" if m["base"] else ""
         size = f"{_short(m['parameters'])} parameters, {m['dtype']}, {_short(m['bytes'])}B"
-        lines.append(f"  {m['name'] + base:24.24}{m['architecture']}, {m['layers']} layers, {size}, {m['path']}")
+        lines.append(
+            f"  {m['name'] + base:24.24}{m['architecture']}, {m['layers']} layers, {size}, {m['path']}"
+        )
     more = f", … {space['axes'] - len(space['first'])} more" if space["axes"] > len(space["first"]) else ""
     lines += ["", f"axes: {'; '.join(space['first'])}{more}", ""]
-    lines.append(f"{'task':28}{'metric':18}{'weight':>7}{'search':>8}{'valid.':>8}{'test':>8}{'a generation':>14}   soft scores")
+    lines.append(
+        f"{'task':28}{'metric':18}{'weight':>7}{'search':>8}{'valid.':>8}{'test':>8}{'a generation':>14}   soft scores"
+    )
     for t in data["tasks"]:
         sizes = "".join(f"{t['items'][role]:>8}" for role in ("search", "validation", "test"))
         arrow = "" if t["higher_is_better"] else " (lower is better)"
         soft = ", ".join(t["soft"]) or "none"
-        lines.append(f"{t['task']:28.28}{t['metric']:18.18}{t['weight']:>7g}{sizes}{t['items_of_a_generation']:>14}   {soft}{arrow}")
+        lines.append(
+            f"{t['task']:28.28}{t['metric']:18.18}{t['weight']:>7g}{sizes}{t['items_of_a_generation']:>14}   {soft}{arrow}"
+        )
     lines += [f"warning: {w}" for w in data["warnings"]] + [f"note: {f}" for f in data["findings"]]
     start = f"start {optimizer['start']}, seed {optimizer['seed']}"
     lines += [
@@ -39,17 +48,31 @@ def plan(data: Mapping[str, Any]) -> str:
     for s in work["stages"]:
         lines.append(f"  {s['stage']}: {s['candidates']} candidates x {s['items']} items")
     raced = ", fewer with a race" if work["race"] else ""
-    lines.append(f"  in all {work['generations']} generations, {work['item_evaluations']} scored items{raced}")
-    return "\n".join(lines + (_probe(data["probe"]) if "probe" in data else ["", "not tried on the model; --probe does that and estimates the time"]))
+    lines.append(
+        f"  in all {work['generations']} generations, {work['item_evaluations']} scored items{raced}"
+    )
+    return "\n".join(
+        lines
+        + (
+            _probe(data["probe"])
+            if "probe" in data
+            else ["", "not tried on the model; --probe does that and estimates the time"]
+        )
+    )
 
 
 def _probe(probe: Mapping[str, Any]) -> list[str]:
     lines = ["", "what answers a task:"]
     lines += [f"  {task}: {how}" for task, how in probe["backends"].items()]
     lines.append("scoring techniques on this model:")
-    lines += [f"  {name}: {'yes' if v['allowed'] else 'no'}, {v['reason']}" for name, v in probe["techniques"].items()]
+    lines += [
+        f"  {name}: {'yes' if v['allowed'] else 'no'}, {v['reason']}"
+        for name, v in probe["techniques"].items()
+    ]
     each = f"{probe['seconds_merge']:.3f} s merging, {probe['seconds_score']:.3f} s scoring {probe['items']} items"
-    lines.append(f"a candidate here: {each} (median of 3; the first, with what is done once, {probe['seconds_first']:.1f} s)")
+    lines.append(
+        f"a candidate here: {each} (median of 3; the first, with what is done once, {probe['seconds_first']:.1f} s)"
+    )
     lines.append(
         f"estimate of the whole search on this machine: {duration(probe['seconds_search'])}; other prompts and a busy machine make it another"
     )
@@ -59,15 +82,27 @@ def _probe(probe: Mapping[str, Any]) -> list[str]:
 def comparison(data: Mapping[str, Any], role: str) -> str:
     """A column a candidate; under each score but the first's the paired difference to the first."""
     candidates = data["candidates"]
-    lines = [f"{role}: {data['items']} items that all were scored on; differences are paired, to {candidates[0]['name']}"]
-    lines += [f"{c['name']}: candidate {c['id']} of {c['study']}" + (f", {c['label']}" if c["label"] else "") for c in candidates]
+    lines = [
+        f"{role}: {data['items']} items that all were scored on; differences are paired, to {candidates[0]['name']}"
+    ]
+    lines += [
+        f"{c['name']}: candidate {c['id']} of {c['study']}" + (f", {c['label']}" if c["label"] else "")
+        for c in candidates
+    ]
     lines += [f"note: {note}" for note in data["notes"]]
-    lines += ["", f"{'':24}{'items':>7}{candidates[0]['name'][:20]:>22}" + "".join(f"{c['name'][:32]:>34}" for c in candidates[1:])]
+    lines += [
+        "",
+        f"{'':24}{'items':>7}{candidates[0]['name'][:20]:>22}"
+        + "".join(f"{c['name'][:32]:>34}" for c in candidates[1:]),
+    ]
     for row in data["rows"]:
         first, *others = row["scores"]
         cells = [_cell(score, d) for score, d in zip(others, row["differences"], strict=True)]
         arrow = "" if row["higher_is_better"] else " ↓"
-        lines.append(f"{row['task'] + arrow:24.24}{row['items']:>7}{_number(first):>22}" + "".join(f"{c:>34}" for c in cells))
+        lines.append(
+            f"{row['task'] + arrow:24.24}{row['items']:>7}{_number(first):>22}"
+            + "".join(f"{c:>34}" for c in cells)
+        )
     lines += ["", "p: two-sided, of the difference, corrected by Holm for all of this table"]
     for sample in data.get("samples", ()):
         lines += ["", *_sample(sample)]
@@ -84,7 +119,11 @@ def _cell(score: float | None, difference: Mapping[str, Any] | None) -> str:
 def _sample(sample: Mapping[str, Any]) -> list[str]:
     """One item: prompt, right answer, and what each candidate said of it."""
     lines = [f"--- {sample['task']} {sample['item']}"]
-    kept = [line[i : i + _WIDTH] for line in sample["prompt"].splitlines() for i in range(0, max(1, len(line)), _WIDTH)]
+    kept = [
+        line[i : i + _WIDTH]
+        for line in sample["prompt"].splitlines()
+        for i in range(0, max(1, len(line)), _WIDTH)
+    ]
     lines += (["  …"] if len(kept) > _LINES else []) + [f"  {line}" for line in kept[-_LINES:]]
     if sample["target"]:
         lines.append(f"  right: {sample['target'].strip()}")
@@ -92,14 +131,17 @@ def _sample(sample: Mapping[str, Any]) -> list[str]:
     for a in sample["answers"]:
         said = " / ".join(line.strip() for line in a["output"].strip().splitlines()) or "(nothing)"
         options = "; ".join(
-            f"{'>' if o['chosen'] else ''}{o['text'].strip()}{'*' if o['right'] else ''} {o['probability']:.3f}" for o in a["options"]
+            f"{'>' if o['chosen'] else ''}{o['text'].strip()}{'*' if o['right'] else ''} {o['probability']:.3f}"
+            for o in a["options"]
         )
         lines.append(f"  {a['name']:{width}} {a['value']:>7.3f}  {options or said}")
     return lines
 
 
 def _option(o: Mapping[str, Any]) -> str:
-    return f"{'>' if o['chosen'] else ''}{o['text'].strip()}{'*' if o['right'] else ''} {o['probability']:.3f}"
+    return (
+        f"{'>' if o['chosen'] else ''}{o['text'].strip()}{'*' if o['right'] else ''} {o['probability']:.3f}"
+    )
 
 
 def sensitivity(data: Mapping[str, Any]) -> str:
@@ -121,7 +163,9 @@ def sensitivity(data: Mapping[str, Any]) -> str:
         slope = f"{c['slope']:+.3f} ± {c['slope_error']:.3f}" if "slope" in c else "–"
         verdict = "steep" if c["steep"] else "flat"
         ends = f"{steps[0]['value']:>8.3g}{steps[-1]['value']:>8.3g}"
-        lines.append(f"{c['axis']:44.44}{ends}  {curve:22}{c['value']:>8.3g}{c['best']:>8.3g}{gain:>18}{slope:>18}   {verdict}")
+        lines.append(
+            f"{c['axis']:44.44}{ends}  {curve:22}{c['value']:>8.3g}{c['best']:>8.3g}{gain:>18}{slope:>18}   {verdict}"
+        )
     lines += [
         "",
         f"bars: {low:.4f} to {high:.4f}, × failed; steep: some step differs from the candidate, paired, p < 0.05 corrected for the steps of the axis",
@@ -131,7 +175,9 @@ def sensitivity(data: Mapping[str, Any]) -> str:
 
 def front(data: Mapping[str, Any]) -> str:
     """A line a candidate: its tasks, of which no other candidate has all."""
-    lines = [f"{data['study']}, {data['items']}: {len(data['candidates'])} candidates that no other equals or betters in every task"]
+    lines = [
+        f"{data['study']}, {data['items']}: {len(data['candidates'])} candidates that no other equals or betters in every task"
+    ]
     for c in data["candidates"]:
         tasks = ", ".join(f"{task} {value:.4f}" for task, value in c["metrics"].items())
         lines.append(f"{c['id']:>6}  {_number(c['objective'])}  {tasks}  {c['label'] or c['origin']}")

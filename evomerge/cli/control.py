@@ -78,7 +78,11 @@ def _status(study: str | None, root: Path | None, as_json: bool, again: bool = F
     if study is not None:
         data = read(study)
         assert data is not None
-        return json.dumps(data, indent=indent) if as_json else "\n".join([*before, study_tables.study(data), *activity(data)])
+        return (
+            json.dumps(data, indent=indent)
+            if as_json
+            else "\n".join([*before, study_tables.study(data), *activity(data)])
+        )
     rows = []
     for name in studies(studies_root(root)):
         try:
@@ -110,25 +114,49 @@ def activity(data: Mapping[str, Any]) -> list[str]:
     lines = [*([f"the store is damaged: {data['way_back']}"] if damaged else []), "", _driver(data)]
     if data["runs"]:
         driven = duration(sum(r["seconds"] for r in data["runs"]), 1)
-        lines.append(f"driven for {driven}" + (f" in {len(data['runs'])} runs" if len(data["runs"]) > 1 else ""))
-    lines += [f"stage {e['stage'] + 1}, island {e['island'] + 1} ended early: {e['cause']}" for e in data["ended"]]
+        lines.append(
+            f"driven for {driven}" + (f" in {len(data['runs'])} runs" if len(data["runs"]) > 1 else "")
+        )
+    lines += [
+        f"stage {e['stage'] + 1}, island {e['island'] + 1} ended early: {e['cause']}" for e in data["ended"]
+    ]
     if data["workers"]:
         whole = f"{100 * data['utilisation']:.0f} %" if data["utilisation"] is not None else "–"
-        lines += ["", f"{'worker':24}{'host':18}{'device':12}{'jobs':>7}{'busy':>10}{'of its time':>13}   failures, {whole} busy in all"]
+        lines += [
+            "",
+            f"{'worker':24}{'host':18}{'device':12}{'jobs':>7}{'busy':>10}{'of its time':>13}   failures, {whole} busy in all",
+        ]
         for w in data["workers"]:
             failures = ", ".join(f"{count} {cause}" for cause, count in w["failures"].items()) or "none"
             numbers = f"{w['jobs']:>7}{duration(w['busy'], 1):>10}{100 * w['utilisation']:>11.0f} %"
-            lines.append(f"{w['worker']:23.23} {w['host']:17.17} {w['device'] or 'cpu':11.11} {numbers}   {failures}")
-    lines += [f"{f['attempts']} attempts {f['cause']}, the last: {' '.join(f['last'].split())[:160] or 'no word'}" for f in data["failures"]]
+            lines.append(
+                f"{w['worker']:23.23} {w['host']:17.17} {w['device'] or 'cpu':11.11} {numbers}   {failures}"
+            )
+    lines += [
+        f"{f['attempts']} attempts {f['cause']}, the last: {' '.join(f['last'].split())[:160] or 'no word'}"
+        for f in data["failures"]
+    ]
     b = data["backup"]
-    lines.append(f"backup: {b['path']}, {duration(b['age'], 1)} old, {b['bytes'] / 1e6:.1f} MB" if b else "backup: none yet")
+    lines.append(
+        f"backup: {b['path']}, {duration(b['age'], 1)} old, {b['bytes'] / 1e6:.1f} MB"
+        if b
+        else "backup: none yet"
+    )
     return lines
 
 
 def _driver(data: Mapping[str, Any]) -> str:
     driver = data["driver"]
     if driver is None or driver["alive"] is False:
-        last = f" (the last was host {driver['host']}, pid {driver['pid']})" if driver and driver["pid"] else ""
-        return f"driver: none{last}" + (f"; go on with: evomerge resume {data['study']}" if data["state"] in ("interrupted", "paused") else "")
+        last = (
+            f" (the last was host {driver['host']}, pid {driver['pid']})" if driver and driver["pid"] else ""
+        )
+        return f"driver: none{last}" + (
+            f"; go on with: evomerge resume {data['study']}"
+            if data["state"] in ("interrupted", "paused")
+            else ""
+        )
     known = "" if driver["alive"] else ", perhaps: this machine cannot tell"
-    return f"driver: host {driver['host']}, pid {driver['pid']}{known}" + (", asked to stop" if data["stop_requested"] else "")
+    return f"driver: host {driver['host']}, pid {driver['pid']}{known}" + (
+        ", asked to stop" if data["stop_requested"] else ""
+    )

@@ -29,8 +29,15 @@ def _screen(found: Mapping[str, Any]) -> str:
         mark = "" if row["fits"] else "   optional" if row["extra"] else "   DOES NOT FIT"
         lines.append(f"package    {row['name']:18} {row['found'] or '–':14} {row['wanted']}{mark}")
     for d in found["devices"]:
-        lines.append(f"device     {d['name']:18} {d['what']}" + (f", {d['memory'] / 1e9:.1f} GB" if d["memory"] else ""))
-    sizes = f", {memory['available'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB memory free" if len(memory) == 2 else ""
+        lines.append(
+            f"device     {d['name']:18} {d['what']}"
+            + (f", {d['memory'] / 1e9:.1f} GB" if d["memory"] else "")
+        )
+    sizes = (
+        f", {memory['available'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB memory free"
+        if len(memory) == 2
+        else ""
+    )
     lines.append(f"machine    {found['cores']} cores{sizes}")
     lines.append(f"compiler   {found['compiler'] or 'none'}")
     lines.append(

@@ -28,8 +28,12 @@ _verbose = False
 
 def main() -> None:
     """Runs the command line; every error is one line on standard error and an exit code."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which the optimizers use: a replay has the same sums on any machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the other processes of a node
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # numpy's, which the optimizers use: a replay has the same sums on any machine
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # before torch: spinning threads starve the other processes of a node
     try:
         app()
     except EvomergeError as error:
@@ -44,7 +48,10 @@ def main() -> None:
         if _verbose:
             raise
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            print(f"error[{NoRoom.code}] {error}; make room, or make it writable, and start again", file=sys.stderr)
+            print(
+                f"error[{NoRoom.code}] {error}; make room, or make it writable, and start again",
+                file=sys.stderr,
+            )
             raise SystemExit(NoRoom.exit_code) from None
         print(scrub(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)"), file=sys.stderr)
         raise SystemExit(1) from None
@@ -94,18 +101,32 @@ def export(
             exporting.export(store, trial, parents, directory, weights=weights, progress=progress)
     print(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
     if weights:
-        print(f"try it: lm_eval --model hf --model_args pretrained={directory} --tasks …, or vllm serve {directory}")
+        print(
+            f"try it: lm_eval --model hf --model_args pretrained={directory} --tasks …, or vllm serve {directory}"
+        )
     else:
-        print(f"build it: evomerge merge {directory}/recipe.json MODEL, or mergekit-yaml {directory}/recipe.yaml MODEL")
+        print(
+            f"build it: evomerge merge {directory}/recipe.json MODEL, or mergekit-yaml {directory}/recipe.yaml MODEL"
+        )
 
 
 @app.command(rich_help_panel="Ship")
 def merge(
     recipe: Annotated[Path, typer.Argument(help="A mergekit YAML of any form, or an exported recipe.json.")],
     directory: Annotated[Path, typer.Argument(help="Folder to make.")],
-    policy: Annotated[str, typer.Option(help="Arithmetic of a YAML: float32 (rounded once), or mergekit (its types and operations).")] = "float32",
-    memory: Annotated[str | None, typer.Option(help="Most memory to merge in, such as 8G; a recipe that needs more is refused.")] = None,
-    check_against: Annotated[Path | None, typer.Option(help="Virtual environment with mergekit: merge there too and compare.")] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Arithmetic of a YAML: float32 (rounded once), or mergekit (its types and operations)."
+        ),
+    ] = "float32",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Most memory to merge in, such as 8G; a recipe that needs more is refused."),
+    ] = None,
+    check_against: Annotated[
+        Path | None, typer.Option(help="Virtual environment with mergekit: merge there too and compare.")
+    ] = None,
 ) -> None:
     """Merge by a recipe file into a Hugging Face folder."""
     from evomerge.cli import progress as progress_module

@@ -26,7 +26,14 @@ class Search:
     def __enter__(self) -> Search:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             left = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             columns = (*left, TimeRemainingColumn(), TextColumn("{task.fields[best]}"))
@@ -37,7 +44,9 @@ class Search:
             self._line("opening models and tasks")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -94,7 +103,11 @@ def signals(study: Study) -> Iterator[None]:
             os._exit(130)
         if study.dispatch.stop == 2:
             raise KeyboardInterrupt
-        print(f"stopping within {study.dispatch.grace:g} s, when what is in flight has ended; once more to drop that", file=sys.stderr, flush=True)
+        print(
+            f"stopping within {study.dispatch.grace:g} s, when what is in flight has ended; once more to drop that",
+            file=sys.stderr,
+            flush=True,
+        )
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

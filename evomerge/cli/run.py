@@ -8,14 +8,27 @@ from typing import Annotated, Any
 
 import typer
 
-from evomerge.cli.options import AllowPython, AllowTasks, Gpus, Grace, Ray, Reuse, Root, Workers, allowed, open_store
+from evomerge.cli.options import (
+    AllowPython,
+    AllowTasks,
+    Gpus,
+    Grace,
+    Ray,
+    Reuse,
+    Root,
+    Workers,
+    allowed,
+    open_store,
+)
 from evomerge.errors import ConfigError, Paused
 
 
 def run(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study if it exists.")] = False,
-    evaluations: Annotated[int | None, typer.Option(help="Budget of the search, or of its last stage, instead of the file's.")] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Budget of the search, or of its last stage, instead of the file's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
     allow_python: AllowPython = False,
@@ -68,7 +81,13 @@ def resume(
 
 
 def _search(
-    settings: Any, text: str, overrides: dict[str, int], root: Path | None, resume: bool, allows: tuple[bool, bool], workers: int | None
+    settings: Any,
+    text: str,
+    overrides: dict[str, int],
+    root: Path | None,
+    resume: bool,
+    allows: tuple[bool, bool],
+    workers: int | None,
 ) -> None:
     from evomerge.cli import progress, study_tables
 
@@ -91,7 +110,9 @@ def _search(
                 if study.dispatch.stop < 2:
                     raise
                 study.store.set_state("paused")
-                raise Paused("stopped by a signal, what was in flight is dropped; run the same command with --resume to go on") from None
+                raise Paused(
+                    "stopped by a signal, what was in flight is dropped; run the same command with --resume to go on"
+                ) from None
             finally:
                 stop_request.clear_stop(folder)
             path = study.store.path.with_name("report.md")

@@ -13,7 +13,9 @@ def studies(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per study."""
     if not rows:
         return "no studies here; start one with: evomerge run CONFIG"
-    return "\n".join(f"{r['study']}: {r['state']}, {r['evaluations']} evaluations, best {_best(r)}" for r in rows)
+    return "\n".join(
+        f"{r['study']}: {r['state']}, {r['evaluations']} evaluations, best {_best(r)}" for r in rows
+    )
 
 
 def study(data: Mapping[str, Any]) -> str:
@@ -31,17 +33,24 @@ def study(data: Mapping[str, Any]) -> str:
     for row in rows:
         numbers = "".join(f"{_number(row.get(key)):>8}" for key in ("search", "validation", "test"))
         lead = f"   {row['lead']:+.3f} ± {row['lead_error']:.3f}" if "lead" in row else ""
-        lines.append(f"{row['label'] or row['id']!s:34.34}{numbers}{lead}" + (f"   {row['error']}" if row.get("error") else ""))
+        lines.append(
+            f"{row['label'] or row['id']!s:34.34}{numbers}{lead}"
+            + (f"   {row['error']}" if row.get("error") else "")
+        )
     return "\n".join([*lines, *_said(data)])
 
 
 def candidate(data: Mapping[str, Any]) -> str:
     """One candidate's story and scores."""
     name = f" '{data['label']}'" if data["label"] else ""
-    lines = [f"candidate {data['id']}{name}: {data['origin']}, generation {data['generation']}, slot {data['slot']}, recipe {data['recipe']}"]
+    lines = [
+        f"candidate {data['id']}{name}: {data['origin']}, generation {data['generation']}, slot {data['slot']}, recipe {data['recipe']}"
+    ]
     if data["partial"]:
         fate = (
-            f"dropped by the race after rung {data['dropped']}" if data["dropped"] else "sure to be among the best of its generation before its end"
+            f"dropped by the race after rung {data['dropped']}"
+            if data["dropped"]
+            else "sure to be among the best of its generation before its end"
         )
         lines.append(f"{fate}, partial: {data['partial']}")
     if data["costs"]:
@@ -59,10 +68,18 @@ def candidate(data: Mapping[str, Any]) -> str:
         if score.get("error"):
             lines.append(f"{score['role']}: failed: {score['error']}")
         else:
-            metrics = ", ".join(f"{task} {value:.4f}" for task, value in score["metrics"].items() if ":" not in task)
+            metrics = ", ".join(
+                f"{task} {value:.4f}" for task, value in score["metrics"].items() if ":" not in task
+            )
             seconds = sum(score["seconds"].values())
-            lines.append(f"{score['role']}: {_number(score['objective'])} on {score['items']} items ({metrics}) in {seconds:.2f} s")
-            soft = ", ".join(f"{name.replace(':', ' ')} {value:.4f}" for name, value in score["metrics"].items() if ":" in name)
+            lines.append(
+                f"{score['role']}: {_number(score['objective'])} on {score['items']} items ({metrics}) in {seconds:.2f} s"
+            )
+            soft = ", ".join(
+                f"{name.replace(':', ' ')} {value:.4f}"
+                for name, value in score["metrics"].items()
+                if ":" in name
+            )
             lines += [f"  right answers: {soft}"] if soft else []
     return "\n".join(lines)
 
@@ -74,20 +91,30 @@ def _said(data: Mapping[str, Any]) -> list[str]:
     best, lines = data["best"] or {}, [""]
     if "test_interval" in best:
         low, high = best["test_interval"]
-        luck = f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (luck of selection)" if "luck" in best else ""
+        luck = (
+            f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (luck of selection)"
+            if "luck" in best
+            else ""
+        )
         lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{luck}")
     if kept := lost(data["retention"]):
         lines.append(f"retention: {kept}")
     if len(data["pareto"]) > 1:
         lines.append(f"trade-offs: {len(data['pareto'])} candidates on the front, see {data['study']}/pareto")
     if data["partial"]:
-        lines.append(f"{data['partial']} candidates were scored on a part of the items, {data['dropped']} of them dropped by races")
+        lines.append(
+            f"{data['partial']} candidates were scored on a part of the items, {data['dropped']} of them dropped by races"
+        )
     return lines if len(lines) > 1 else []
 
 
 def _best(row: Mapping[str, Any]) -> str:
     best = row["best"]
-    return "none yet" if best is None else f"{_number(best.get('test', best.get('search')))} (candidate {best['id']})"
+    return (
+        "none yet"
+        if best is None
+        else f"{_number(best.get('test', best.get('search')))} (candidate {best['id']})"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -38,7 +38,9 @@ def load(reference: str) -> tuple[Config, str]:
     if not path.is_file() and reference in shipped:
         path = shipped[reference]
     if not path.exists():
-        raise ConfigError(f"there is no search file '{reference}'. {suggest(reference, shipped)} These are shipped; or give a path.")
+        raise ConfigError(
+            f"there is no search file '{reference}'. {suggest(reference, shipped)} These are shipped; or give a path."
+        )
     document = _yaml.read(path)
     return check(document), document.text
 
@@ -66,18 +68,36 @@ def override(settings: Config, overrides: Mapping[str, int]) -> Config:
         given = dict(overrides)
         if len(settings.stages) > 1 and "evaluations" in given:
             last = settings.stages[-1].model_dump() | {"evaluations": given.pop("evaluations")}
-            settings = settings.model_copy(update={"stages": (*settings.stages[:-1], StageConfig.model_validate(last))})
+            settings = settings.model_copy(
+                update={"stages": (*settings.stages[:-1], StageConfig.model_validate(last))}
+            )
         elif "evaluations" in given:
-            settings = settings.model_copy(update={"stages": (settings.stages[0].model_copy(update={"evaluations": None}),)})
-        return settings.model_copy(update={"search": SearchConfig.model_validate(settings.search.model_dump() | given)})
+            settings = settings.model_copy(
+                update={"stages": (settings.stages[0].model_copy(update={"evaluations": None}),)}
+            )
+        return settings.model_copy(
+            update={"search": SearchConfig.model_validate(settings.search.model_dump() | given)}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"--{_sentence(first, first['loc'])}") from None
 
 
-def placed(settings: Config, *, ray: str | None, workers: int | None, gpus: float | None, grace: float | None, reuse: Sequence[str] | None) -> Config:
+def placed(
+    settings: Config,
+    *,
+    ray: str | None,
+    workers: int | None,
+    gpus: float | None,
+    grace: float | None,
+    reuse: Sequence[str] | None,
+) -> Config:
     """The settings with what flags say of where and beside what they run."""
-    given = {k: v for k, v in (("ray", ray), ("workers", workers), ("gpus", gpus), ("grace", grace)) if v is not None}
+    given = {
+        k: v
+        for k, v in (("ray", ray), ("workers", workers), ("gpus", gpus), ("grace", grace))
+        if v is not None
+    }
     cluster = ClusterConfig.model_validate(settings.cluster.model_dump() | given)
     return settings.model_copy(update={"cluster": cluster, "reuse": (*settings.reuse, *(reuse or ()))})
 
@@ -85,10 +105,14 @@ def placed(settings: Config, *, ray: str | None, workers: int | None, gpus: floa
 def check(document: _yaml.Document) -> Config:
     """The configuration in a document; raises ConfigError for the first thing wrong in it."""
     if not isinstance(document.data, dict):
-        raise ConfigError(f"{document.where()} must be a mapping with keys such as study, models, base, method, tasks")
+        raise ConfigError(
+            f"{document.where()} must be a mapping with keys such as study, models, base, method, tasks"
+        )
 
     def fail(path: _yaml.Key, message: str) -> ConfigError:
-        return ConfigError(f"{document.where(path)} {' '.join(message.split())}")  # one line, whatever names the file gives
+        return ConfigError(
+            f"{document.where(path)} {' '.join(message.split())}"
+        )  # one line, whatever names the file gives
 
     try:
         config = Config.model_validate(document.data)
@@ -100,23 +124,33 @@ def check(document: _yaml.Document) -> Config:
     from evomerge.methods import METHODS
 
     if config.base not in config.models:
-        raise fail(("base",), f"base '{config.base}' is not among the models. {suggest(config.base, config.models)}")
+        raise fail(
+            ("base",), f"base '{config.base}' is not among the models. {suggest(config.base, config.models)}"
+        )
     if config.method not in METHODS:
         raise fail(("method",), f"unknown method '{config.method}'. {suggest(config.method, METHODS)}")
     method = METHODS[config.method]
     least, most = method.models
     if not least <= len(config.parents) <= most:
-        raise fail(("models",), f"{method.name} takes {least} to {most} models besides the base, got {len(config.parents)}")
+        raise fail(
+            ("models",),
+            f"{method.name} takes {least} to {most} models besides the base, got {len(config.parents)}",
+        )
     for name, value in config.space.parameters.items():
         place = ("space", "parameters", name)
         param = method.param(name)
         if param is None:
-            raise fail(place, f"{method.name} has no parameter '{name}'. {suggest(name, [p.name for p in method.params])}")
+            raise fail(
+                place,
+                f"{method.name} has no parameter '{name}'. {suggest(name, [p.name for p in method.params])}",
+            )
         if param.flag and (isinstance(value, RangeConfig) or value not in (0, 1)):
             raise fail(place, f"{name} is a switch: true or false, not searched")
         for number in (value.low, value.high) if isinstance(value, RangeConfig) else (float(value),):
             if not param.hard_low <= number <= param.hard_high:
-                raise fail(place, f"{name} must be in [{param.hard_low:g}, {param.hard_high:g}], got {number:g}")
+                raise fail(
+                    place, f"{name} must be in [{param.hard_low:g}, {param.hard_high:g}], got {number:g}"
+                )
     if isinstance(config.space.groups, tuple) and (not config.space.groups or min(config.space.groups) < 1):
         raise fail(("space", "groups"), f"groups are sizes of at least 1, got {list(config.space.groups)}")
     if isinstance(config.space.groups, int) and config.space.groups < 1:
@@ -128,8 +162,13 @@ def check(document: _yaml.Document) -> Config:
         known = "; ".join(", ".join(kinds) for kinds in _STAGES)
         raise fail(("stages",), f"stages are one of: {known}; got {', '.join(config.kinds)}")
     if config.search.race is not None and config.search.pipelined:
-        raise fail(("search", "pipelined"), "a search is raced or pipelined, not both; leave out search.race or search.pipelined")
-    routed: list[tuple[_yaml.Key, str]] = [(("routes", "models", i), m) for i, m in enumerate(config.routes.models)]
+        raise fail(
+            ("search", "pipelined"),
+            "a search is raced or pipelined, not both; leave out search.race or search.pipelined",
+        )
+    routed: list[tuple[_yaml.Key, str]] = [
+        (("routes", "models", i), m) for i, m in enumerate(config.routes.models)
+    ]
     routed += [(("routes", "start"), config.routes.start)] if config.routes.start != "best" else []
     for where, name in routed:
         if name not in config.models:
@@ -148,7 +187,13 @@ def check(document: _yaml.Document) -> Config:
     return config
 
 
-_STAGES = (("weights",), ("routes",), ("weights", "routes"), ("routes", "weights"), ("weights", "routes", "weights"))
+_STAGES = (
+    ("weights",),
+    ("routes",),
+    ("weights", "routes"),
+    ("routes", "weights"),
+    ("weights", "routes", "weights"),
+)
 
 
 def _unlike(error: Any, path: _yaml.Key) -> bool:
@@ -161,7 +206,9 @@ def _path(loc: Sequence[str | int], data: Any) -> _yaml.Key:
     path: list[str | int] = []
     for i, part in enumerate(loc):
         step: Any = data
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
+        if (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        ):
             data = step[part]
             path.append(part)
         elif i == len(loc) - 1 and isinstance(data, dict):

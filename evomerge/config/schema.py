@@ -29,7 +29,11 @@ Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
 Share = Annotated[Number, Field(gt=0)]
 Measure = Literal["metric", "probability", "logprob"]
 _METRIC: dict[Measure, float] = {"metric": 1.0}
-Shares = Annotated[dict[Measure, Share], Field(min_length=1), BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)]
+Shares = Annotated[
+    dict[Measure, Share],
+    Field(min_length=1),
+    BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
+]
 
 
 class Strict(BaseModel):
@@ -63,7 +67,9 @@ class SpaceConfig(Strict):
     """groups: how many layer groups, or their sizes from the bottom; a parameter is a range, or a number that fixes it."""
 
     groups: Whole | tuple[Whole, ...] = 4
-    components: tuple[Literal["attention", "mlp", "other"], ...] = Field(default=("attention", "mlp"), min_length=1)
+    components: tuple[Literal["attention", "mlp", "other"], ...] = Field(
+        default=("attention", "mlp"), min_length=1
+    )
     embeddings: bool = True
     head: bool = True
     parameters: dict[str, RangeConfig | bool | float] = Field(default_factory=dict)
@@ -84,7 +90,13 @@ class TaskConfig(Strict):
     weight: Number = Field(default=1.0, gt=0)
     search: Shares = Field(default_factory=lambda: dict(_METRIC))
     num_fewshot: Whole | None = Field(default=None, ge=0)
-    items: dict[Literal["search", "validation", "test"], Annotated[tuple[Whole | str, ...], Field(min_length=1)] | str] | None = None
+    items: (
+        dict[
+            Literal["search", "validation", "test"],
+            Annotated[tuple[Whole | str, ...], Field(min_length=1)] | str,
+        ]
+        | None
+    ) = None
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     name: str | None = Field(default=None, min_length=1)
     higher_is_better: bool = True
@@ -104,8 +116,15 @@ class TaskConfig(Strict):
             raise ValueError("name and higher_is_better belong to a task with python: module:function")
         if self.python is not None and self.name is None:
             raise ValueError("a python task needs a name, not a task")
-        if self.python is not None and (self.metric, self.filter, self.num_fewshot, self.items) != (None, None, None, None):
-            raise ValueError("a python task has no metric, filter, num_fewshot or items: its function decides")
+        if self.python is not None and (self.metric, self.filter, self.num_fewshot, self.items) != (
+            None,
+            None,
+            None,
+            None,
+        ):
+            raise ValueError(
+                "a python task has no metric, filter, num_fewshot or items: its function decides"
+            )
         if self.name is not None and self.name != self.task:
             raise ValueError("a python task has a name in place of a task")
         return self
@@ -231,9 +250,13 @@ class RoutesConfig(Strict):
         if not 0 < self.scale_range[0] < 1 < self.scale_range[1]:
             raise ValueError(f"scale_range must hold 1 and lie above 0, got {list(self.scale_range)}")
         if self.optimizer == "elitist" and self.genome != "categorical":
-            raise ValueError("optimizer: elitist changes choices, which only genome: categorical has; use cma")
+            raise ValueError(
+                "optimizer: elitist changes choices, which only genome: categorical has; use cma"
+            )
         if self.scales == "matrix" and self.genome != "indicator":
-            raise ValueError("scales: matrix belongs to genome: indicator; a conditional genome has scales: hop or none")
+            raise ValueError(
+                "scales: matrix belongs to genome: indicator; a conditional genome has scales: hop or none"
+            )
         return self
 
 
@@ -305,7 +328,11 @@ class Config(Strict):
     @field_validator("stages", mode="before")
     @classmethod
     def _stage_names(cls, value: Any) -> Any:
-        return [{"stage": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+        return (
+            [{"stage": v} if isinstance(v, str) else v for v in value]
+            if isinstance(value, list | tuple)
+            else value
+        )
 
     @field_validator("models", mode="before")
     @classmethod

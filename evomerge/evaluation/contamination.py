@@ -43,7 +43,9 @@ def overlaps(texts: Sequence[str], documents: Iterable[Iterable[str]], ngram: in
     ngram: words in a row that are an overlap, at least 1; a text of LEAST <= w < ngram words is one n-gram. An n-gram of
     several texts counts for each.
     """
-    holders: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # length -> n-gram -> texts
+    holders: dict[int, dict[str, list[int]]] = defaultdict(
+        lambda: defaultdict(list)
+    )  # length -> n-gram -> texts
     short = []
     for number, text in enumerate(texts):
         own = words(text)
@@ -53,7 +55,10 @@ def overlaps(texts: Sequence[str], documents: Iterable[Iterable[str]], ngram: in
             continue
         for gram in dict.fromkeys(_grams(own, length)):
             holders[length][gram].append(number)
-    ends = {length: {(gram.split(" ", 1)[0], gram.rsplit(" ", 1)[-1]) for gram in grams} for length, grams in holders.items()}
+    ends = {
+        length: {(gram.split(" ", 1)[0], gram.rsplit(" ", 1)[-1]) for gram in grams}
+        for length, grams in holders.items()
+    }
     seen: set[tuple[int, str]] = set()
     for document in documents:
         for run in _runs(document, max(holders, default=1)):

@@ -76,7 +76,9 @@ def stratified(items: Sequence[ItemScore], weights: Mapping[str, float]) -> Esti
 def paired(a: Sequence[ItemScore], b: Sequence[ItemScore], weights: Mapping[str, float]) -> Estimate:
     """Weighted mean over tasks of a - b, item by item, over the items that both have. weights: as in `stratified`."""
     other = {(s.task, s.item): s.value for s in b}
-    common = [ItemScore(s.task, s.item, s.value - other[s.task, s.item]) for s in a if (s.task, s.item) in other]
+    common = [
+        ItemScore(s.task, s.item, s.value - other[s.task, s.item]) for s in a if (s.task, s.item) in other
+    ]
     return stratified(common, weights)
 
 
@@ -135,7 +137,9 @@ class ItemMeans:
         return {key: total / self._count[key] for key, total in self._ease.items()}
 
 
-def control_variate(items: Sequence[ItemScore], means: ItemMeans, pool: Items, weights: Mapping[str, float]) -> Estimate:
+def control_variate(
+    items: Sequence[ItemScore], means: ItemMeans, pool: Items, weights: Mapping[str, float]
+) -> Estimate:
     """What a candidate would score on the whole pool: its mean, corrected by how easy its items are in the pool.
 
     By task: mean_pool(ease) + mean_S(y - ease), S the items it was scored on, 0 the ease of an item that no candidate met;

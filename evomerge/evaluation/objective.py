@@ -45,18 +45,30 @@ class Term:
         names = [(task if measure == "metric" else f"{task}:{measure}", share) for task, share in self.strata]
         if any(name not in metrics for name, _ in names):
             raise ConfigError(missing(self.task, measure))
-        return (self.sign if measure == "metric" else 1) * math.fsum(share * metrics[name] for name, share in names)
+        return (self.sign if measure == "metric" else 1) * math.fsum(
+            share * metrics[name] for name, share in names
+        )
 
     def seen(self, metrics: Mapping[str, float]) -> float:
         """The task's value as the search sees it."""
-        return math.fsum(share * self.value(metrics, m) for m, share in self.search) / math.fsum(share for _, share in self.search)
+        return math.fsum(share * self.value(metrics, m) for m, share in self.search) / math.fsum(
+            share for _, share in self.search
+        )
 
     def item(self, score: ItemScore) -> float | None:
         """One item's value as the search sees it; None for an item without the soft score that this needs."""
-        values = {"metric": self.sign * score.value, "probability": score.probability, "logprob": score.logprob}
+        values = {
+            "metric": self.sign * score.value,
+            "probability": score.probability,
+            "logprob": score.logprob,
+        }
         found = [(share, v) for m, share in self.search if (v := values[m]) is not None]
         whole = len(found) == len(self.search)
-        return math.fsum(share * v for share, v in found) / math.fsum(share for share, _ in found) if whole else None
+        return (
+            math.fsum(share * v for share, v in found) / math.fsum(share for share, _ in found)
+            if whole
+            else None
+        )
 
 
 def missing(task: str, measure: str) -> str:
@@ -87,13 +99,19 @@ class Objective:
             raise ConfigError("an objective needs at least one task, each with a weight above 0")
         for term in self.terms:
             if not term.search or any(share <= 0 for _, share in term.search):
-                raise ConfigError(f"task '{term.task}' needs shares above 0 of what the search sees, got {dict(term.search)}")
+                raise ConfigError(
+                    f"task '{term.task}' needs shares above 0 of what the search sees, got {dict(term.search)}"
+                )
             if self.kind == "geometric" and (term.sign < 0 or "logprob" in dict(term.search)):
                 what = "a metric where lower is better" if term.sign < 0 else "a log-probability"
-                raise ConfigError(f"a geometric mean needs values above 0, and task '{term.task}' is scored by {what}; choose 'mean' or 'worst'")
+                raise ConfigError(
+                    f"a geometric mean needs values above 0, and task '{term.task}' is scored by {what}; choose 'mean' or 'worst'"
+                )
         for task, _ in self.keep:
             if not self._term(task).mean:
-                raise ConfigError(f"'keep' compares means of items, and the metric of task '{task}' is no mean; leave it out of 'keep'")
+                raise ConfigError(
+                    f"'keep' compares means of items, and the metric of task '{task}' is no mean; leave it out of 'keep'"
+                )
 
     def __call__(self, metrics: Mapping[str, float]) -> float:
         """The objective by the tasks' metrics; NaN if one is not finite."""
@@ -118,11 +136,15 @@ class Objective:
             return 0.0
         found = [t for t in self.terms if all(f"{leaf}:{self.tie_break}" in metrics for leaf, _ in t.strata)]
         weight = math.fsum(t.weight for t in found)
-        return math.fsum(t.weight * t.value(metrics, self.tie_break) for t in found) / weight if found else 0.0
+        return (
+            math.fsum(t.weight * t.value(metrics, self.tie_break) for t in found) / weight if found else 0.0
+        )
 
     def floors(self, parent: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Task of `keep` -> the value it must reach. parent: task -> metrics of its best parent on the candidate's items."""
-        return {task: self._term(task).value(parent[task]) - slack for task, slack in self.keep if task in parent}
+        return {
+            task: self._term(task).value(parent[task]) - slack for task, slack in self.keep if task in parent
+        }
 
     def violation(self, metrics: Mapping[str, float], floors: Mapping[str, float]) -> float:
         """How far the tasks fall below their floors in sum; 0 for a candidate that keeps them."""
@@ -178,7 +200,9 @@ class Objective:
         for term in self.terms:
             if term.task == task:
                 return term
-        raise ConfigError(f"'keep' names task '{task}', which is not in the objective; it has {', '.join(t.task for t in self.terms)}")
+        raise ConfigError(
+            f"'keep' names task '{task}', which is not in the objective; it has {', '.join(t.task for t in self.terms)}"
+        )
 
     def _combined(self, values: Sequence[float]) -> float:
         if not all(math.isfinite(v) for v in values):
@@ -189,7 +213,9 @@ class Objective:
         if self.kind == "geometric":
             if min(values) <= 0:
                 return 0.0
-            return math.exp(math.fsum(t.weight * math.log(v) for t, v in zip(self.terms, values, strict=True)) / total)
+            return math.exp(
+                math.fsum(t.weight * math.log(v) for t, v in zip(self.terms, values, strict=True)) / total
+            )
         return math.fsum(t.weight * v for t, v in zip(self.terms, values, strict=True)) / total
 
 

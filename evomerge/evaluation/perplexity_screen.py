@@ -40,7 +40,9 @@ class Gate:
         return f"gate: {nats:.2f} nats a token of the right answers in {tokens} tokens, more than {self.limit:.2f}; not scored"
 
 
-def rows(passages: Iterable[tuple[Sequence[int], Sequence[int]]], tokens: int, longest: int = 256) -> tuple[Row, ...]:
+def rows(
+    passages: Iterable[tuple[Sequence[int], Sequence[int]]], tokens: int, longest: int = 256
+) -> tuple[Row, ...]:
     """Rows of about `tokens` tokens in all. passages: token ids of a prompt, and of the prompt with its answer.
 
     Of a long text the last `longest` tokens are kept. The answer's tokens count, all where there is no answer.
@@ -72,7 +74,9 @@ def nats(model: nn.Module, rows: Sequence[Row]) -> float:
         step = max(1, _BATCH // length)
         for batch in (own[start : start + step] for start in range(0, len(own), step)):
             ids = torch.tensor([row.ids for row in batch], device=device)
-            counts = torch.arange(1, length, device=device) >= torch.tensor([[row.first] for row in batch], device=device)
+            counts = torch.arange(1, length, device=device) >= torch.tensor(
+                [[row.first] for row in batch], device=device
+            )
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             found = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
             total -= found.double()[counts].sum().item()

@@ -48,7 +48,14 @@ class _Function:
 class PythonTasks:
     """Scores models by Python functions. Satisfies `evomerge.evaluation.task_set.TaskSet`."""
 
-    def __init__(self, specs: Sequence[PythonSpec], tokenizer: Any, base: nn.Module, *, limits: Mapping[Role, int] | None = None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[PythonSpec],
+        tokenizer: Any,
+        base: nn.Module,
+        *,
+        limits: Mapping[Role, int] | None = None,
+    ) -> None:
         """Imports the functions and calls each once on the base. limits: role -> most items of each, chosen by their hash.
 
         Raises TaskError for a function that cannot be had, raises, gives no scores by item, or too few items for three roles.
@@ -70,14 +77,22 @@ class PythonTasks:
             function = self._functions[name]
             found = _call(function.call, function.takes_items, model, self.tokenizer, tuple(ids))
             if not isinstance(found, Mapping):
-                raise CandidateError(f"python task '{name}' gave {type(found).__name__}; it must give a mapping of items to scores")
+                raise CandidateError(
+                    f"python task '{name}' gave {type(found).__name__}; it must give a mapping of items to scores"
+                )
             if strange := [i for i in found if i not in (ids if function.takes_items else function.known)]:
-                raise CandidateError(f"python task '{name}' scored {len(strange)} items that it was not asked for, the first {strange[0]!r}")
+                raise CandidateError(
+                    f"python task '{name}' scored {len(strange)} items that it was not asked for, the first {strange[0]!r}"
+                )
             if missing := [i for i in ids if i not in found]:
-                raise CandidateError(f"python task '{name}' gave no score for {len(missing)} of {len(ids)} items, the first '{missing[0]}'")
+                raise CandidateError(
+                    f"python task '{name}' gave no score for {len(missing)} of {len(ids)} items, the first '{missing[0]}'"
+                )
             values = [_number(found[item]) for item in ids]
             if poor := [i for i, value in zip(ids, values, strict=True) if not math.isfinite(value)]:
-                raise CandidateError(f"python task '{name}' gave {found[poor[0]]!r} for item '{poor[0]}'; a score is a finite number")
+                raise CandidateError(
+                    f"python task '{name}' gave {found[poor[0]]!r} for item '{poor[0]}'; a score is a finite number"
+                )
             scores += [ItemScore(name, item, value) for item, value in zip(ids, values, strict=True)]
             metrics[name] = math.fsum(values) / len(values)
         return tuple(scores), metrics
@@ -109,13 +124,18 @@ class PythonTasks:
     def fingerprint(self) -> dict[str, str]:
         """Task name -> SHA-256 of the module's source, the function's name and every item of every role: what resume compares."""
         return {
-            name: hashlib.sha256(repr((f.spec, f.sha256, [f.items[role] for role in ROLES])).encode()).hexdigest()
+            name: hashlib.sha256(
+                repr((f.spec, f.sha256, [f.items[role] for role in ROLES])).encode()
+            ).hexdigest()
             for name, f in self._functions.items()
         }
 
     def backends(self, model: nn.Module) -> dict[str, str]:
         """Task name -> the function that answers it, and the SHA-256 of its module's source file."""
-        return {name: f"python: {function.spec.function}, sha256 {function.sha256}" for name, function in self._functions.items()}
+        return {
+            name: f"python: {function.spec.function}, sha256 {function.sha256}"
+            for name, function in self._functions.items()
+        }
 
     def techniques(self, model: nn.Module, items: Items) -> dict[str, Any]:
         """None: a function asks the model as it likes."""
@@ -132,23 +152,45 @@ class PythonTasks:
 
 def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Role, int]) -> _Function:
     call, source = _function(spec)
-    named = [p for p in inspect.signature(call).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [
+        p
+        for p in inspect.signature(call).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     try:
         found = _call(call, len(named) > 2, base, tokenizer, None)
     except Exception as error:  # a user's function can raise anything
-        raise TaskError(f"python task '{spec.name}' fails for the base: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Mapping) or not all(isinstance(item, str) and math.isfinite(_number(value)) for item, value in found.items()):
-        raise TaskError(f"python task '{spec.name}' must give a finite number for each item, items named by strings; got {str(found)[:80]}")
+        raise TaskError(
+            f"python task '{spec.name}' fails for the base: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Mapping) or not all(
+        isinstance(item, str) and math.isfinite(_number(value)) for item, value in found.items()
+    ):
+        raise TaskError(
+            f"python task '{spec.name}' must give a finite number for each item, items named by strings; got {str(found)[:80]}"
+        )
     items: dict[Role, tuple[str, ...]] = {}
     for role in ROLES:
-        own = sorted((digest, item) for item in found if dealt(digest := hashlib.sha256(item.encode()).hexdigest()) == role)
+        own = sorted(
+            (digest, item)
+            for item in found
+            if dealt(digest := hashlib.sha256(item.encode()).hexdigest()) == role
+        )
         items[role] = tuple(sorted(item for _, item in own[: limits.get(role)]))
         if not items[role]:
-            raise TaskError(f"python task '{spec.name}' scores {len(found)} items, and none of them falls to {role}; let it score more")
+            raise TaskError(
+                f"python task '{spec.name}' scores {len(found)} items, and none of them falls to {role}; let it score more"
+            )
     return _Function(spec, call, len(named) > 2, hashlib.sha256(source).hexdigest(), frozenset(found), items)
 
 
-def _call(call: Callable[..., Any], takes_items: bool, model: nn.Module, tokenizer: Any, items: tuple[str, ...] | None) -> Any:
+def _call(
+    call: Callable[..., Any],
+    takes_items: bool,
+    model: nn.Module,
+    tokenizer: Any,
+    items: tuple[str, ...] | None,
+) -> Any:
     with torch.no_grad():
         return call(model, tokenizer, items) if takes_items else call(model, tokenizer)
 
@@ -161,13 +203,17 @@ def _function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module's own code can raise anything
-        raise TaskError(f"python task '{spec.name}': module '{module_name}' cannot be imported: {type(error).__name__}: {error}") from error
+        raise TaskError(
+            f"python task '{spec.name}': module '{module_name}' cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.path.remove(here)
     call = getattr(module, name, None)
     file = inspect.getsourcefile(module)
     if not callable(call) or file is None:
-        raise TaskError(f"python task '{spec.name}': {module_name} holds no function '{name}' written in Python")
+        raise TaskError(
+            f"python task '{spec.name}': {module_name} holds no function '{name}' written in Python"
+        )
     return call, Path(file).read_bytes()
 
 

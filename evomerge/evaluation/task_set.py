@@ -136,7 +136,11 @@ class Several:
 
     def techniques(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
         """Those of all sets."""
-        return {name: verdict for one in self._sets for name, verdict in one.techniques(model, self._own(one, items)).items()}
+        return {
+            name: verdict
+            for one in self._sets
+            for name, verdict in one.techniques(model, self._own(one, items)).items()
+        }
 
     def samples(self, model: nn.Module, items: Items) -> list[Any]:
         """Those of all sets."""

@@ -45,7 +45,9 @@ def export(
         if is_route:
             route = open_route.open_route(recipe, parents)
             if weights:
-                notes.append(f"Loaded in a process of its own, beside the route that was scored: {route.checkpoint_into(staging)}.")
+                notes.append(
+                    f"Loaded in a process of its own, beside the route that was scored: {route.checkpoint_into(staging)}."
+                )
             notes.append(route.mergekit(staging, references(study, parents), _header(recipe, study, trial)))
         else:
             if weights:
@@ -53,10 +55,14 @@ def export(
             try:
                 (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
             except RecipeError as error:  # such as one model's layers between another's embeddings and head
-                notes.append(f"There is no recipe.yaml for mergekit: {error}. `evomerge merge` of recipe.json makes the model.")
+                notes.append(
+                    f"There is no recipe.yaml for mergekit: {error}. `evomerge merge` of recipe.json makes the model."
+                )
         (staging / "recipe.json").write_text(recipe.canonical() + "\n")
         (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
-        (staging / "README.md").write_text(card(store, study, trial, recipe, is_route, [note for note in notes if note]))
+        (staging / "README.md").write_text(
+            card(store, study, trial, recipe, is_route, [note for note in notes if note])
+        )
 
 
 def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:
@@ -67,11 +73,19 @@ def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[
 
 
 def _header(recipe: Recipe, study: StudyRow, trial: Trial) -> list[str]:
-    program = "mergekit-multi recipe.yaml --out-path OUT -I STAGES" if recipe.stages else "mergekit-yaml recipe.yaml OUT"
+    program = (
+        "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
+        if recipe.stages
+        else "mergekit-yaml recipe.yaml OUT"
+    )
     header = [
         f"evomerge {__version__}, study {study.name}, candidate {trial.id}, recipe {recipe.id}, seed {study.seed}",
         f"objective on search items {trial.reported:.4f}; more in lineage.json. For mergekit 0.1.5: {program}",
     ]
-    if any(method(m.method).randomized for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes):
-        header.append("mergekit draws its own random masks: its model is like the scored one, not equal; `evomerge merge` of recipe.json is.")
+    if any(
+        method(m.method).randomized for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes
+    ):
+        header.append(
+            "mergekit draws its own random masks: its model is like the scored one, not equal; `evomerge merge` of recipe.json is."
+        )
     return header

@@ -23,7 +23,12 @@ def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
         "genome": trial.genome,
         "parents": list(trial.parents),
         "scores": [
-            {"role": role, "objective": s.reported, "metrics": dict(s.evaluation.metrics), "items": len(s.evaluation.items)}
+            {
+                "role": role,
+                "objective": s.reported,
+                "metrics": dict(s.evaluation.metrics),
+                "items": len(s.evaluation.items),
+            }
             for role, s in store.evaluations(trial.recipe_id)
         ],
         "facts": study.facts,

@@ -22,19 +22,33 @@ def references(study: StudyRow, parents: Mapping[str, Parent]) -> dict[str, str]
     return out
 
 
-def card(store: Store, study: StudyRow, trial: Trial, recipe: Recipe, is_route: bool, notes: Sequence[str] = ()) -> str:
+def card(
+    store: Store, study: StudyRow, trial: Trial, recipe: Recipe, is_route: bool, notes: Sequence[str] = ()
+) -> str:
     """A model card: what it is, what it scored and on how many items, beside the parents. is_route: whether to say its layers in
     words, see `Recipe.is_route`; notes: sentences about its files."""
-    rows = ["| model | role | objective | items | " + " | ".join(study.facts["tasks"]) + " |", "| --- " * (4 + len(study.facts["tasks"])) + "|"]
+    rows = [
+        "| model | role | objective | items | " + " | ".join(study.facts["tasks"]) + " |",
+        "| --- " * (4 + len(study.facts["tasks"])) + "|",
+    ]
     shown = [("this model", trial.recipe_id)]
     shown += [(str(t.label), t.recipe_id) for t in store.trials() if t.origin == "parent"]
     for name, recipe_id in shown:
         for role, scored in store.evaluations(recipe_id):
             if role != "search" and scored.score is not None:
-                values = " | ".join(f"{scored.evaluation.metrics.get(task, float('nan')):.4f}" for task in study.facts["tasks"])
-                rows.append(f"| {name} | {role} | {scored.score:.4f} | {len(scored.evaluation.items)} | {values} |")
-    models = "\n".join(f"- {name}: `{fact['path']}`" + _at(fact["revision"]) for name, fact in study.facts["parents"].items())
-    methods = ", ".join(sorted({m.method for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes}))
+                values = " | ".join(
+                    f"{scored.evaluation.metrics.get(task, float('nan')):.4f}"
+                    for task in study.facts["tasks"]
+                )
+                rows.append(
+                    f"| {name} | {role} | {scored.score:.4f} | {len(scored.evaluation.items)} | {values} |"
+                )
+    models = "\n".join(
+        f"- {name}: `{fact['path']}`" + _at(fact["revision"]) for name, fact in study.facts["parents"].items()
+    )
+    methods = ", ".join(
+        sorted({m.method for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes})
+    )
     route = f"\nRoute: {hops(recipe)}.\n" if is_route else ""
     said = "".join(f"\n{note}\n" for note in notes)
     return f"""---
@@ -65,7 +79,11 @@ Validation items chose this candidate among the finalists; test items were used 
 def _yaml(recipe: Recipe, notes: Sequence[str]) -> str:
     if any(note.startswith("No mergekit file") for note in notes):
         return ""
-    program = "mergekit-multi recipe.yaml --out-path OUT -I STAGES" if recipe.stages else "mergekit-yaml recipe.yaml OUT"
+    program = (
+        "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
+        if recipe.stages
+        else "mergekit-yaml recipe.yaml OUT"
+    )
     return f"- `recipe.yaml`: for mergekit 0.1.5 (`{program}`, in this folder)\n"
 
 

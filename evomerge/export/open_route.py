@@ -54,12 +54,18 @@ class OpenRoute:
     def mergekit(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
         """Writes recipe.yaml for mergekit 0.1.5, and the shell that it needs, into a folder; '' or why that was not done."""
         kind = str(self.routed.model.config.get_text_config(decoder=True).model_type)  # type: ignore[union-attr, operator]
-        flat = not self.recipe.scales and not self.recipe.stages and all(mix.method != "passthrough" for mix in self.recipe.mixes)
+        flat = (
+            not self.recipe.scales
+            and not self.recipe.stages
+            and all(mix.method != "passthrough" for mix in self.recipe.mixes)
+        )
         if flat and kind in route_mergekit.VERIFIED:  # merged layers in another order: slices of one method
             return self._slices(directory, references, header)
         if reason := route_mergekit.why_not(self.recipe, kind):
             return reason
-        text = route_mergekit.yaml_document(self.recipe, self.view.hops, self.parents, references, header=header)
+        text = route_mergekit.yaml_document(
+            self.recipe, self.view.hops, self.parents, references, header=header
+        )
         (directory / "recipe.yaml").write_text(text)
         route_mergekit.write_shell(self.routed, self.view.hops, directory / route_mergekit.SHELL, self.donor)
         return ""
@@ -67,7 +73,9 @@ class OpenRoute:
     def _slices(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
         shell = self.parents[self.recipe.base]
         try:
-            keyed = writer.with_outer_filters(self.recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
+            keyed = writer.with_outer_filters(
+                self.recipe, shell.outer_names("embeddings"), shell.outer_names("head")
+            )
             (directory / "recipe.yaml").write_text(writer.dump(keyed, references, header))
         except RecipeError as error:
             return f"No mergekit file: {error}"
@@ -78,7 +86,9 @@ def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
     """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError, RecipeError or CheckpointError where
     it cannot be made."""
     if recipe.tokenizer is not None or recipe.chat_template is not None:
-        raise RecipeError("a route gets the tokenizer and chat template of its base; merge without scales for others, or leave them out")
+        raise RecipeError(
+            "a route gets the tokenizer and chat template of its base; merge without scales for others, or leave them out"
+        )
     base = recipe.stages[0][1].base if recipe.stages else recipe.base
     skeleton = load(parents[base], recipe.out_dtype)
     live = Live(parents, parents, base, skeleton, recipe.out_dtype, "cpu", Tables())

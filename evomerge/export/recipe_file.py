@@ -17,7 +17,12 @@ from evomerge.recipes.mergekit_yaml import reader
 
 
 def merge_file(
-    file: Path, directory: Path, progress: Progress | None = None, *, policy: str = "float32", memory: int | None = None
+    file: Path,
+    directory: Path,
+    progress: Progress | None = None,
+    *,
+    policy: str = "float32",
+    memory: int | None = None,
 ) -> tuple[str, ...]:
     """Merges by a mergekit YAML or an exported recipe.json into a new folder; returns warnings, each a sentence.
 
@@ -33,18 +38,28 @@ def merge_file(
 
     if file.suffix == ".json":
         if policy != "float32":
-            raise RecipeError(f"{file} says its own arithmetic policy; '{policy}' can be asked of a YAML, such as the recipe.yaml beside it")
+            raise RecipeError(
+                f"{file} says its own arithmetic policy; '{policy}' can be asked of a YAML, such as the recipe.yaml beside it"
+            )
         recipe, names = _exported(file)
         opened = {name: parent(reference) for name, reference in names.items()}
     else:
-        recipe = reader.load(_yaml.read_all(file), lambda name: parent(name).num_layers, lambda name: parent(name).dtype, policy)
+        recipe = reader.load(
+            _yaml.read_all(file),
+            lambda name: parent(name).num_layers,
+            lambda name: parent(name).dtype,
+            policy,
+        )
         opened = {name: parent(name) for name in recipe.models}
     for read in (*(stage for _, stage in recipe.stages), recipe):
         _check_layers(read, opened)
     warnings = _warnings(recipe, opened)
     if recipe.scales:
         agreement = open_route.write(recipe, opened, directory)
-        return (*warnings, f"the route was loaded in a process of its own and compared with what it should be: {agreement}")
+        return (
+            *warnings,
+            f"the route was loaded in a process of its own and compared with what it should be: {agreement}",
+        )
     checkpoint_writer.write(recipe, opened, directory, progress, memory)
     return warnings
 
@@ -53,7 +68,9 @@ def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
     for mix in recipe.mixes:
         for model, layer in (*mix.sources, *([mix.base] if mix.base else [])):
             if layer is not None and model in parents and layer >= parents[model].num_layers:
-                raise RecipeError(f"the recipe reads layer {layer} of '{model}', which has {parents[model].num_layers}")
+                raise RecipeError(
+                    f"the recipe reads layer {layer} of '{model}', which has {parents[model].num_layers}"
+                )
 
 
 def _warnings(recipe: Recipe, parents: dict[str, Parent]) -> tuple[str, ...]:
@@ -61,12 +78,16 @@ def _warnings(recipe: Recipe, parents: dict[str, Parent]) -> tuple[str, ...]:
     if recipe.tokenizer is None and recipe.base in parents:
         try:
             differs = check_rows(parents, recipe.base)
-        except CheckpointError as error:  # rows that differ are refused by the plan; a broken tokenizer only cannot be compared
+        except (
+            CheckpointError
+        ) as error:  # rows that differ are refused by the plan; a broken tokenizer only cannot be compared
             differs = str(error)
         found += [differs] if differs else []
     towers = parents[recipe.base].outer_names("tower") if recipe.base in parents else ()
     if towers and len(recipe.models) > 1:
-        found.append(f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged")
+        found.append(
+            f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged"
+        )
     return tuple(found)
 
 
@@ -84,6 +105,10 @@ def _exported(file: Path) -> tuple[Recipe, dict[str, str]]:
             names[name] = f"{path}@{revision}" if revision else path
         return recipe, names
     except FileNotFoundError as error:
-        raise RecipeError(f"{error.filename} is missing; recipe.json is read with the lineage.json it was exported with") from None
+        raise RecipeError(
+            f"{error.filename} is missing; recipe.json is read with the lineage.json it was exported with"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RecipeError(f"{file} or {beside.name} cannot be used: {type(error).__name__}: {error}") from None
+        raise RecipeError(
+            f"{file} or {beside.name} cannot be used: {type(error).__name__}: {error}"
+        ) from None

@@ -38,7 +38,9 @@ class Loaded:
     @property
     def faults(self) -> tuple[str, ...]:
         """A phrase for each tensor that is not the model's own."""
-        found = [f"{name} is missing" for name in self.missing] + [f"{name} is one too many" for name in self.surplus]
+        found = [f"{name} is missing" for name in self.missing] + [
+            f"{name} is one too many" for name in self.surplus
+        ]
         return (*found, *(f"{name} has another shape" for name in self.misshapen))
 
 
@@ -69,7 +71,10 @@ def load(path: Path, dtype: str, attention: str | None = None) -> Loaded:
             continue
         misshapen = [name if isinstance(name, str) else name[0] for name in said["mismatched_keys"]]
         live: nn.Module = model.eval().requires_grad_(False)
-        return Loaded(live, *(tuple(sorted(names)) for names in (said["missing_keys"], said["unexpected_keys"], misshapen)))
+        return Loaded(
+            live,
+            *(tuple(sorted(names)) for names in (said["missing_keys"], said["unexpected_keys"], misshapen)),
+        )
     raise CheckpointError(f"transformers cannot load {path}: {refusal}")
 
 
@@ -100,7 +105,10 @@ def answers(model: nn.Module, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True,
         pad_token_id=0, suppress_tokens=asked["banned"].tolist() or None,
     )  # fmt: skip
-    own, live.generation_config = live.generation_config, GenerationConfig()  # settings of its own would change the tokens
+    own, live.generation_config = (
+        live.generation_config,
+        GenerationConfig(),
+    )  # settings of its own would change the tokens
     try:
         with torch.no_grad():
             logits = live(input_ids=ids, attention_mask=mask).logits[mask.bool()]
@@ -108,7 +116,10 @@ def answers(model: nn.Module, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
     finally:
         live.generation_config = own
     steps, tokens = torch.stack(found.logits, 1), found.sequences[:, ids.shape[1] :]
-    return {name: tensor.cpu().contiguous() for name, tensor in (("logits", logits), ("steps", steps), ("tokens", tokens))}
+    return {
+        name: tensor.cpu().contiguous()
+        for name, tensor in (("logits", logits), ("steps", steps), ("tokens", tokens))
+    }
 
 
 def digests(model: nn.Module) -> dict[str, str]:
@@ -129,8 +140,12 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(int(settings["threads"]))
     loaded = load(Path(folder), settings["dtype"], settings["attention"])
     if loaded.faults:
-        raise CheckpointError(f"{len(loaded.faults)} tensors of {folder} are not the model's: {'; '.join(loaded.faults[:3])}")
-    save_file(answers(loaded.model.to(settings["device"]), load_file(asked)), out, metadata=digests(loaded.model))
+        raise CheckpointError(
+            f"{len(loaded.faults)} tensors of {folder} are not the model's: {'; '.join(loaded.faults[:3])}"
+        )
+    save_file(
+        answers(loaded.model.to(settings["device"]), load_file(asked)), out, metadata=digests(loaded.model)
+    )
 
 
 def _named_ids(config: Mapping[Any, Any]) -> set[int]:

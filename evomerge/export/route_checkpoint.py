@@ -53,7 +53,9 @@ class Agreement:
         return f"{said}, a greedy generation {'is the same' if self.tokens else 'differs'}"
 
 
-def checkpoint(routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path, tolerance: float | None = None) -> Agreement:
+def checkpoint(
+    routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path, tolerance: float | None = None
+) -> Agreement:
     """Writes a route as a folder that transformers loads without code of ours, and verifies it.
 
     donor: folder that tokenizer, generation config, chat template and processor files are copied from. tolerance: see
@@ -70,10 +72,14 @@ def write_into(routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path
     """Like `checkpoint`, without the proof and into a directory that exists; the caller makes it whole."""
     routed.install(hops)
     if reasons := plain_checkpoint.reasons(routed):
-        raise NothingToExport(f"the route is no plain checkpoint: {'; '.join(reasons)}; choose another candidate")
+        raise NothingToExport(
+            f"the route is no plain checkpoint: {'; '.join(reasons)}; choose another candidate"
+        )
     model: Any = plain(routed)
     model.save_pretrained(directory)
-    (directory / "generation_config.json").unlink(missing_ok=True)  # transformers' guess; the donor's is copied if it has one
+    (directory / "generation_config.json").unlink(
+        missing_ok=True
+    )  # transformers' guess; the donor's is copied if it has one
     companions(donor, directory)
 
 
@@ -128,7 +134,9 @@ def verify(directory: Path, routed: Routed, tolerance: float | None = None) -> A
     own = reload_check.digests(plain(routed))
     other = sorted(name for name in own.keys() | digests.keys() if own.get(name) != digests.get(name))
     if other:
-        raise NothingToExport(f"{len(other)} tensors of {directory.name} are not those that were scored, such as {other[0]}; {_REPORT}")
+        raise NothingToExport(
+            f"{len(other)} tensors of {directory.name} are not those that were scored, such as {other[0]}; {_REPORT}"
+        )
     found = compare(reload_check.answers(model, asked), read)
     if not (found.logits <= limit and found.steps <= limit):
         raise NothingToExport(
@@ -152,7 +160,9 @@ def _apart(live: Tensor, read: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _elsewhere(directory: Path, model: Any, asked: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _elsewhere(
+    directory: Path, model: Any, asked: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(answers, digests of the tensors) of a folder in a fresh process."""
     settings = {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -164,7 +174,14 @@ def _elsewhere(directory: Path, model: Any, asked: dict[str, Tensor]) -> tuple[d
         question, answer = Path(scratch) / "questions.safetensors", Path(scratch) / "answers.safetensors"
         save_file(asked, question, metadata=settings)
         done = subprocess.run(
-            [sys.executable, "-m", "evomerge.export.reload_check", str(directory), str(question), str(answer)],
+            [
+                sys.executable,
+                "-m",
+                "evomerge.export.reload_check",
+                str(directory),
+                str(question),
+                str(answer),
+            ],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
             capture_output=True,
             text=True,

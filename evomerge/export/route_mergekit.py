@@ -74,23 +74,42 @@ def yaml_document(
         where, start = (shell, position) if position in inside else (named[model], layer or 0)
         filters = [] if position in inside else _filters(hop)
         before = slices[-1]["sources"][0]
-        if not filters and len(slices) > 1 and before["model"] == where and before["layer_range"][1] == start and "parameters" not in before:
+        if (
+            not filters
+            and len(slices) > 1
+            and before["model"] == where
+            and before["layer_range"][1] == start
+            and "parameters" not in before
+        ):
             before["layer_range"][1] += 1
         else:
             slices.append(_slice(where, start, start + 1, filters))
     slices.append(_slice(named[sources[-1][0]], 0, 0))
-    data: dict[str, Any] = {"merge_method": "passthrough", "base_model": shell, "dtype": "float32", "out_dtype": recipe.out_dtype}
+    data: dict[str, Any] = {
+        "merge_method": "passthrough",
+        "base_model": shell,
+        "dtype": "float32",
+        "out_dtype": recipe.out_dtype,
+    }
     if recipe.chat_template is not None:
         data["chat_template"] = recipe.chat_template
     text = [_stage(name, stage, parents, references) for name, stage in recipe.stages]
-    text.append(yaml.safe_dump(data | {"slices": slices}, sort_keys=False, default_flow_style=None, width=150, allow_unicode=True))
-    return "".join(f"# {line}\n" for lines in header for line in lines.splitlines() or [""]) + "---\n".join(text)
+    text.append(
+        yaml.safe_dump(
+            data | {"slices": slices}, sort_keys=False, default_flow_style=None, width=150, allow_unicode=True
+        )
+    )
+    return "".join(f"# {line}\n" for lines in header for line in lines.splitlines() or [""]) + "---\n".join(
+        text
+    )
 
 
 def in_shell(hops: Sequence[Hop]) -> tuple[int, ...]:
     """Positions of hops whose layer, with its gain, lies in the shell."""
     return tuple(
-        i for i, hop in enumerate(hops) if hop.gain != 1 and any(form != "w" for _, form in scale_folding.fold_of(hop.model, hop.layer).norms)
+        i
+        for i, hop in enumerate(hops)
+        if hop.gain != 1 and any(form != "w" for _, form in scale_folding.fold_of(hop.model, hop.layer).norms)
     )
 
 
@@ -134,7 +153,9 @@ def compare(expected: Path, found: Path) -> Comparison:
     if loaded.faults:
         return Comparison(0, 0, 0, 0, 0.0, loaded.faults)
     with tempfile.TemporaryDirectory(dir=found.parent) as scratch:
-        model: Any = route_checkpoint.fresh(type(loaded.model), loaded.model.config, loaded.model.state_dict())
+        model: Any = route_checkpoint.fresh(
+            type(loaded.model), loaded.model.config, loaded.model.state_dict()
+        )
         model.save_pretrained(scratch)  # under the names that any checkpoint of this kind gets
         return mergekit_check.compare(ours, Checkpoint(Path(scratch)))
 
@@ -146,7 +167,11 @@ def run_mergekit(environment: Path, recipe: Path, out: Path) -> None:
     """
     command = mergekit_check.program(recipe, environment)
     with tempfile.TemporaryDirectory(dir=out.parent) as stages:
-        words = ["--out-path", str(out.absolute()), "-I", stages] if command.name == "mergekit-multi" else [str(out.absolute())]
+        words = (
+            ["--out-path", str(out.absolute()), "-I", stages]
+            if command.name == "mergekit-multi"
+            else [str(out.absolute())]
+        )
         done = subprocess.run(
             [str(command), recipe.name, *words, "--quiet"],
             cwd=recipe.parent,
@@ -176,16 +201,24 @@ def _filters(hop: Hop) -> list[dict[str, Any]]:
     if hop.gain == 1:
         return []
     fold = scale_folding.fold_of(hop.model, hop.layer)
-    return [{"filter": f".{name}", "value": scale_folding.factor(fold, name, hop.gain)[0]} for name in fold.names]
+    return [
+        {"filter": f".{name}", "value": scale_folding.factor(fold, name, hop.gain)[0]} for name in fold.names
+    ]
 
 
 def _places(recipe: Recipe) -> list[tuple[str, Mix]]:
     layers = [(f"layer {i}", mix) for i, mix in enumerate(recipe.layers)]
-    return [("what comes before the layers", recipe.embeddings), *layers, ("what comes after the layers", recipe.head)]
+    return [
+        ("what comes before the layers", recipe.embeddings),
+        *layers,
+        ("what comes after the layers", recipe.head),
+    ]
 
 
 def _source(mix: Mix, place: str) -> Source:
     source = mix.passed
     if source is None:
-        raise RecipeError(f"one mergekit file has one method, and {place} is mixed while others pass through; merge in a stage of its own")
+        raise RecipeError(
+            f"one mergekit file has one method, and {place} is mixed while others pass through; merge in a stage of its own"
+        )
     return source

@@ -73,7 +73,9 @@ def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
         "name": name,
         "path": str(parent.path),
         "base": is_base,
-        "architecture": (parent.config.get("architectures") or [parent.config.get("model_type", "unknown")])[0],
+        "architecture": (parent.config.get("architectures") or [parent.config.get("model_type", "unknown")])[
+            0
+        ],
         "layers": parent.num_layers,
         "parameters": sum(math.prod(info.shape) for info in parent.tensors.values()),
         "dtype": parent.dtype,
@@ -81,7 +83,9 @@ def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
     }
 
 
-def _task(task: str, weight: float, opened: Opened, items: dict[Any, Items], generation: Items) -> dict[str, Any]:
+def _task(
+    task: str, weight: float, opened: Opened, items: dict[Any, Items], generation: Items
+) -> dict[str, Any]:
     harness = opened.harness
     leaves = [leaf for leaf, _ in harness.leaves(task)]
     return {
@@ -105,15 +109,35 @@ def _stages(opened: Opened, diagonal: bool) -> list[dict[str, Any]]:
         opening: Opening = stage.open(Start(first.recipe, first.label))
         population = len(opening.optimizer(opening.space.start, 0).ask())
         hand = len(opening.hand)
-        out.append({"stage": stage.name, "axes": len(opening.space.axes), "population": population, "evaluations": stage.evaluations, "hand": hand})
+        out.append(
+            {
+                "stage": stage.name,
+                "axes": len(opening.space.axes),
+                "population": population,
+                "evaluations": stage.evaluations,
+                "hand": hand,
+            }
+        )
     return out
 
 
-def _work(settings: Config, opened: Opened, planned: list[dict[str, Any]], items: dict[Any, Items], generation: Items) -> dict[str, Any]:
+def _work(
+    settings: Config,
+    opened: Opened,
+    planned: list[dict[str, Any]],
+    items: dict[Any, Items],
+    generation: Items,
+) -> dict[str, Any]:
     """Stages of the search with candidates and items each; equal recipes and failures make it less."""
     search = settings.search
-    soups = len(settings.models) - 1 if "weights" in settings.kinds else 0  # the greedy soup tries each parent but the best once
-    references = len(stages_module.references(settings, opened.space, opened.parents)) + soups + sum(stage["hand"] for stage in planned)
+    soups = (
+        len(settings.models) - 1 if "weights" in settings.kinds else 0
+    )  # the greedy soup tries each parent but the best once
+    references = (
+        len(stages_module.references(settings, opened.space, opened.parents))
+        + soups
+        + sum(stage["hand"] for stage in planned)
+    )
     turns = [math.ceil(stage["evaluations"] / stage["population"]) for stage in planned]
     names = ["search" if len(planned) == 1 else f"search: {stage['stage']}" for stage in planned]
     sizes = {role: sum(map(len, ids.values())) for role, ids in (*items.items(), ("generation", generation))}
@@ -123,11 +147,20 @@ def _work(settings: Config, opened: Opened, planned: list[dict[str, Any]], items
             {"stage": name, "candidates": n * stage["population"], "items": sizes["generation"]}
             for name, n, stage in zip(names, turns, planned, strict=True)
         ),
-        {"stage": "validation", "candidates": search.finalists * len(planned) + references, "items": sizes["validation"]},
+        {
+            "stage": "validation",
+            "candidates": search.finalists * len(planned) + references,
+            "items": sizes["validation"],
+        },
         {"stage": "test", "candidates": 1 + references, "items": sizes["test"]},
     ]
     total = sum(s["candidates"] * s["items"] for s in stages)
-    return {"generations": sum(turns), "stages": stages, "item_evaluations": total, "race": search.race is not None}
+    return {
+        "generations": sum(turns),
+        "stages": stages,
+        "item_evaluations": total,
+        "race": search.race is not None,
+    }
 
 
 def _probe(opened: Opened, worker: Worker, items: Items, work: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,11 @@ def examine(root: Path) -> dict[str, Any]:
 
 def _python() -> dict[str, Any]:
     wanted = importlib.metadata.metadata("evomerge")["Requires-Python"] or ""
-    return {"version": platform.python_version(), "wanted": wanted, "fits": platform.python_version() in SpecifierSet(wanted)}
+    return {
+        "version": platform.python_version(),
+        "wanted": wanted,
+        "fits": platform.python_version() in SpecifierSet(wanted),
+    }
 
 
 def _packages() -> list[dict[str, Any]]:
@@ -49,7 +53,12 @@ def _packages() -> list[dict[str, Any]]:
     for line in importlib.metadata.requires("evomerge") or ():
         need = Requirement(line)
         extra = next(
-            (name for name in ("ray", "plots", "dev") if need.marker and not need.marker.evaluate({"extra": ""}) and name in str(need.marker)), ""
+            (
+                name
+                for name in ("ray", "plots", "dev")
+                if need.marker and not need.marker.evaluate({"extra": ""}) and name in str(need.marker)
+            ),
+            "",
         )
         if extra == "dev":
             continue
@@ -58,7 +67,9 @@ def _packages() -> list[dict[str, Any]]:
         except importlib.metadata.PackageNotFoundError:
             version = None
         fits = version is not None and need.specifier.contains(version, prereleases=True)
-        rows.append({"name": need.name, "wanted": str(need.specifier), "found": version, "fits": fits, "extra": extra})
+        rows.append(
+            {"name": need.name, "wanted": str(need.specifier), "found": version, "fits": fits, "extra": extra}
+        )
     return sorted(rows, key=lambda row: (str(row["extra"]), str(row["name"]).lower()))
 
 
@@ -67,7 +78,13 @@ def _devices() -> list[dict[str, Any]]:
     try:
         import torch
     except (ImportError, OSError) as error:  # itself, or a library beneath it
-        return [{"name": "none", "what": f"torch cannot be imported: {type(error).__name__}: {error}", "memory": 0}]
+        return [
+            {
+                "name": "none",
+                "what": f"torch cannot be imported: {type(error).__name__}: {error}",
+                "memory": 0,
+            }
+        ]
     rows = [{"name": "cpu", "what": platform.processor() or platform.machine(), "memory": 0}]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -78,7 +95,14 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _compiler() -> str | None:
-    return next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in (os.environ.get("CC"), "cc", "gcc", "clang")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def _memory() -> dict[str, int]:
@@ -119,18 +143,31 @@ def _studies(root: Path) -> dict[str, Any]:
     except OSError as error:
         written, locks = f"no: {error.strerror}", "not tried"
     free = shutil.disk_usage(place).free
-    return {"root": str(root), "free": free, "file_system": file_systems.file_system(place), "journal": journal, "writable": written, "locks": locks}
+    return {
+        "root": str(root),
+        "free": free,
+        "file_system": file_systems.file_system(place),
+        "journal": journal,
+        "writable": written,
+        "locks": locks,
+    }
 
 
 def _problems(found: dict[str, Any]) -> list[str]:
     python, studies = found["python"], found["studies"]
-    problems = [] if python["fits"] else [f"Python {python['version']} does not fit {python['wanted']}: use another"]
+    problems = (
+        [] if python["fits"] else [f"Python {python['version']} does not fit {python['wanted']}: use another"]
+    )
     for row in found["packages"]:
         if not row["extra"] and not row["fits"]:
-            problems.append(f"{row['name']}{row['wanted']} is needed, {row['found'] or 'not installed'}: pip install '{row['name']}{row['wanted']}'")
+            problems.append(
+                f"{row['name']}{row['wanted']} is needed, {row['found'] or 'not installed'}: pip install '{row['name']}{row['wanted']}'"
+            )
     problems += [d["what"] for d in found["devices"] if d["name"] == "none"]
     if studies["writable"] != "yes":
-        problems.append(f"{studies['root']} cannot be written ({studies['writable']}): choose another folder with --root or $EVOMERGE_ROOT")
+        problems.append(
+            f"{studies['root']} cannot be written ({studies['writable']}): choose another folder with --root or $EVOMERGE_ROOT"
+        )
     if studies["journal"] not in ("WAL", "DELETE"):
         problems.append(studies["journal"])
     return problems
@@ -141,11 +178,15 @@ def _notes(found: dict[str, Any]) -> list[str]:
     for row in found["packages"]:
         if row["extra"] and not row["fits"]:
             state = f"{row['found']} is installed" if row["found"] else "not installed"
-            notes.append(f"{row['name']}{row['wanted']} ({state}): pip install 'evomerge[{row['extra']}]' for {_USES[row['extra']]}")
+            notes.append(
+                f"{row['name']}{row['wanted']} ({state}): pip install 'evomerge[{row['extra']}]' for {_USES[row['extra']]}"
+            )
     if len(found["devices"]) == 1:
         notes.append("no GPU: candidates are evaluated on the CPU")
     if found["compiler"] is None:
-        notes.append("no C compiler: merges run in torch, about five times slower; install gcc or clang, or set CC")
+        notes.append(
+            "no C compiler: merges run in torch, about five times slower; install gcc or clang, or set CC"
+        )
     if studies["free"] < _SMALL_DISK:
         notes.append(f"{studies['free'] / 1e9:.1f} GB are free at {studies['root']}")
     if studies["locks"].startswith("no:"):

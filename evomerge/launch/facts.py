@@ -13,7 +13,9 @@ from evomerge.store import Store
 log = logging.getLogger(__name__)
 
 
-def check_agreement(store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: dict[str, Any]) -> None:
+def check_agreement(
+    store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: dict[str, Any]
+) -> None:
     """Begins a new study, or checks that the stored one is this one; only its budget and where it runs may differ."""
     stored = store.study()
     if stored is None:
@@ -22,8 +24,12 @@ def check_agreement(store: Store, settings: Config, text: str, overrides: Mappin
     before, _ = loading.stored(stored.name, stored.config, stored.overrides)
     differences = [*_diff(_comparable(before), _comparable(settings)), *_diff(stored.facts, facts)]
     if differences:
-        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
-        raise StudyError(f"study '{settings.study}' was begun with other settings, so this would be another search: {shown}")
+        shown = "; ".join(differences[:6]) + (
+            f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
+        )
+        raise StudyError(
+            f"study '{settings.study}' was begun with other settings, so this would be another search: {shown}"
+        )
     store.set_config(text, overrides)
 
 
@@ -33,7 +39,9 @@ def _comparable(settings: Config) -> dict[str, Any]:
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
     data["stages"][-1].pop("evaluations")
-    data["stages"] = [{**stage, "evaluations": n} for stage, n in zip(data["stages"], settings.budgets[:-1], strict=False)] + data["stages"][-1:]
+    data["stages"] = [
+        {**stage, "evaluations": n} for stage, n in zip(data["stages"], settings.budgets[:-1], strict=False)
+    ] + data["stages"][-1:]
     return data
 
 
@@ -41,7 +49,9 @@ def _diff(before: Any, now: Any, path: str = "") -> list[str]:
     """'path was X, is Y' for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now))
-        return [line for k in keys for line in _diff(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+        return [
+            line for k in keys for line in _diff(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))
+        ]
     if before == now:
         return []
     short = [f"{str(v)[:40]}…" if len(str(v)) > 40 else str(v) for v in (before, now)]

@@ -50,7 +50,16 @@ def make_objective(settings: Config, said: Mapping[str, Mapping[str, Any]], dept
         asked = [*(m for m, _ in search if m != "metric"), *((tie,) if tie not in (None, "none") else ())]
         if lacking := [m for m in asked if m not in own["measures"]]:
             raise ConfigError(missing(t.task, str(lacking[0])))
-        terms.append(Term(t.task, t.weight, own["sign"], search, tuple((leaf, share) for leaf, share in own["leaves"]), own["mean"]))
+        terms.append(
+            Term(
+                t.task,
+                t.weight,
+                own["sign"],
+                search,
+                tuple((leaf, share) for leaf, share in own["leaves"]),
+                own["mean"],
+            )
+        )
     keep, break_ties = tuple(settings.keep.items()), "probability" if tie is None else tie
     objective = Objective(tuple(terms), settings.objective, keep, break_ties, settings.routes.penalty, depth)
     if settings.search.race is not None:
@@ -67,5 +76,7 @@ def stored_objective(study: StudyRow) -> Objective:
     """The objective of a stored study, from its rows alone; raises StudyError for one begun before tasks were described there."""
     settings, _ = loading.stored(study.name, study.config, study.overrides)
     if "terms" not in study.facts:
-        raise StudyError(f"{study.name} was begun with an evomerge that did not store what its tasks' metrics are; begin it anew to compare")
+        raise StudyError(
+            f"{study.name} was begun with an evomerge that did not store what its tasks' metrics are; begin it anew to compare"
+        )
     return make_objective(settings, study.facts["terms"], study.facts.get("depth", 0))

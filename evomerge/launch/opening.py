@@ -56,14 +56,19 @@ def _set_threads(base: Parent) -> None:
     small = sum(math.prod(info.shape) for info in base.tensors.values()) < 20_000_000
     given = os.environ.get("EVOMERGE_THREADS", "")
     if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 10_000):
-        raise ConfigError(f"$EVOMERGE_THREADS must be a number of threads, got '{given}'; correct or unset it")
+        raise ConfigError(
+            f"$EVOMERGE_THREADS must be a number of threads, got '{given}'; correct or unset it"
+        )
     threads = int(given) if given else 1 if small else os.cpu_count() or 1
     torch.set_num_threads(threads)
 
 
 def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Parent]:
     """Opens models by name: name -> (path or repository, revision)."""
-    return {name: open_parent(f"{path}@{revision}" if revision else path) for name, (path, revision) in models.items()}
+    return {
+        name: open_parent(f"{path}@{revision}" if revision else path)
+        for name, (path, revision) in models.items()
+    }
 
 
 def stored_parents(store: Store) -> dict[str, Parent]:
@@ -75,7 +80,9 @@ def stored_parents(store: Store) -> dict[str, Parent]:
     parents = open_parents({name: (fact["path"], fact["revision"]) for name, fact in facts.items()})
     for name, parent in parents.items():
         if parent.content_hash() != facts[name]["sha256"]:
-            raise StudyError(f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; bring that one back")
+            raise StudyError(
+                f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; bring that one back"
+            )
     return parents
 
 
@@ -93,7 +100,9 @@ class Opened:
     def load(self, evaluator: Evaluator | None = None) -> worker.Worker:
         """Loads the base and merges into it; scores by `evaluator` where one is given."""
         own = self.harness if evaluator is None else evaluator
-        return worker.Worker(self.parents, self.settings.base, own, dtype=self.settings.out_dtype, device=device_name())
+        return worker.Worker(
+            self.parents, self.settings.base, own, dtype=self.settings.out_dtype, device=device_name()
+        )
 
 
 def open_search(settings: Config, allowed: Allowed | None = None) -> Opened:
@@ -111,16 +120,31 @@ def open_study(store: Store, allowed: Allowed | None = None) -> Opened:
     assert study is not None
     settings, _ = loading.stored(study.name, study.config, study.overrides)
     opened = _opened(settings, parents, (), allowed)
-    if changed := [task for task, digest in opened.harness.fingerprint().items() if study.facts["tasks"].get(task) != digest]:
-        raise StudyError(f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back")
+    if changed := [
+        task
+        for task, digest in opened.harness.fingerprint().items()
+        if study.facts["tasks"].get(task) != digest
+    ]:
+        raise StudyError(
+            f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back"
+        )
     return opened
 
 
-def _opened(settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allowed: Allowed | None) -> Opened:
+def _opened(
+    settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allowed: Allowed | None
+) -> Opened:
     _set_threads(parents[settings.base])
     space = make_space(settings, parents)
     may = allowed or Allowed()
-    harness = open_tasks(settings, parents[settings.base], device=device_name(), allow_python=may.python, allow_tasks=may.tasks)
+    harness = open_tasks(
+        settings, parents[settings.base], device=device_name(), allow_python=may.python, allow_tasks=may.tasks
+    )
     return Opened(
-        settings, parents, space, harness, make_objective(settings, task_terms(settings, harness), parents[settings.base].num_layers), warnings
+        settings,
+        parents,
+        space,
+        harness,
+        make_objective(settings, task_terms(settings, harness), parents[settings.base].num_layers),
+        warnings,
     )

@@ -83,10 +83,19 @@ def _ray_pool(settings: Config, make: Callable[[], Scorer], said: Callable[[str]
     try:
         from evomerge.workers.ray_pool.pool import RayPool
     except ImportError as error:
-        raise SetupError(f"--ray needs Ray, which is not installed ({error}); pip install 'evomerge[ray]', or run with --workers") from None
+        raise SetupError(
+            f"--ray needs Ray, which is not installed ({error}); pip install 'evomerge[ray]', or run with --workers"
+        ) from None
     from evomerge.workers import Limits
 
     limits = Limits(factor=asked.factor, floor=asked.floor, memory=asked.memory)
-    pool = RayPool(make, address=cluster.ray, workers=cluster.workers, gpus=cluster.gpus, cpus=cluster.cpus, limits=limits)
+    pool = RayPool(
+        make,
+        address=cluster.ray,
+        workers=cluster.workers,
+        gpus=cluster.gpus,
+        cpus=cluster.cpus,
+        limits=limits,
+    )
     said(pool.describe())
     return pool

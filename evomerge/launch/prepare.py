@@ -61,10 +61,14 @@ def prepare(
     stop_request.clear_stop(path.parent)  # one that comes from here on is seen
     if store.study() is not None and not resume:
         store.close()
-        raise StudyError(f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name")
+        raise StudyError(
+            f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name"
+        )
     try:
         asked = loading.override(settings, overrides or {})
-        return _prepare(asked, text, store, overrides or {}, allowed or Allowed(), workers, earlier, show, wrap)
+        return _prepare(
+            asked, text, store, overrides or {}, allowed or Allowed(), workers, earlier, show, wrap
+        )
     except BaseException:
         empty = store.study() is None
         store.close()
@@ -93,25 +97,38 @@ def _prepare(
     for finding in harness.findings(scorer.model):
         log.warning(finding)
     search, stored = settings.search, store.study()
-    routed = route_stages.check_routes(settings, parents, scorer, harness, stored.facts.get("gate") if stored else None)
+    routed = route_stages.check_routes(
+        settings, parents, scorer, harness, stored.facts.get("gate") if stored else None
+    )
     facts: dict[str, Any] = {
-        "parents": {name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()} for name, m in settings.models.items()},
+        "parents": {
+            name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()}
+            for name, m in settings.models.items()
+        },
         "tasks": harness.fingerprint(),
         "metrics": {t.task: harness.metric(t.task) for t in settings.tasks},
         "terms": task_terms(settings, harness),
         "backends": backends(harness, scorer.model) if evaluator is harness else {},
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
-        "item_sets": {role: {task: digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
+        "item_sets": {
+            role: {task: digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES
+        },
         "axes": [axis.name for axis in space.axes] if settings.kinds[0] == "weights" else [],
         # a larger budget must not change the optimizer, nor when a stage ends
         "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),
-        "budgets": stored.facts["budgets"] if stored and "budgets" in stored.facts else list(settings.budgets),
+        "budgets": stored.facts["budgets"]
+        if stored and "budgets" in stored.facts
+        else list(settings.budgets),
         "scoring": scoring(settings, parents[settings.base], device_name()),
         "gate": routed,
         "crew": stored.facts["crew"] if stored else pool_module.crew(settings, workers),
         "depth": parents[settings.base].num_layers,
         "threads": torch.get_num_threads(),
-        "versions": {"evomerge": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "versions": {
+            "evomerge": __version__,
+            "python": platform.python_version(),
+            **{p: version(p) for p in _PACKAGES},
+        },
     }
     check_agreement(store, settings, text, overrides, facts)
     plan = Plan(

@@ -42,8 +42,13 @@ def compare(
     items leaves no trace that a search could follow.
     """
     with ExitStack() as stack:
-        stores = {study: stack.enter_context(Store.open(store_path(study, root))) for _, study, _ in candidates}
-        contenders = [comparison.contender(stores[study], name, reference, role) for name, study, reference in candidates]
+        stores = {
+            study: stack.enter_context(Store.open(store_path(study, root))) for _, study, _ in candidates
+        }
+        contenders = [
+            comparison.contender(stores[study], name, reference, role)
+            for name, study, reference in candidates
+        ]
         rows = {study: row for study, store in stores.items() if (row := store.study()) is not None}
         objectives = {study: objective_module.stored_objective(row) for study, row in rows.items()}
         notes = comparison.check({study: row.facts for study, row in rows.items()}, task)
@@ -52,7 +57,9 @@ def compare(
             contenders = models.score(contenders, role, show)
         objective = objectives[contenders[0].study]
         if any(o != objective for o in objectives.values()):
-            notes.append(f"the studies weigh their tasks differently; the objective here is that of {contenders[0].study}")
+            notes.append(
+                f"the studies weigh their tasks differently; the objective here is that of {contenders[0].study}"
+            )
         data = comparison.compare(contenders, objective, task) | {"role": role, "notes": notes}
         if samples is not None:
             chosen = comparison.telling(contenders, comparison.common(contenders, task), samples)
@@ -89,12 +96,23 @@ def sensitivity(
     space, pool = opened.space, opened.harness.items(role)
     genome = scanning.genome_of(space, recipe, trial.genome)
     neighbours = scanning.points(space, genome, scanning.matching(space.axes, pattern), step, span)
-    sizes = {task: len(ids) for task, ids in objective_module.first_items(opened.harness.items("search"), opened.settings, opened.objective).items()}
+    sizes = {
+        task: len(ids)
+        for task, ids in objective_module.first_items(
+            opened.harness.items("search"), opened.settings, opened.objective
+        ).items()
+    }
     items = scanning.subset(pool, sizes if count is None else dict.fromkeys(pool, count))
     centre = space.decode(genome)
-    notes = [] if centre.id == recipe.id else [f"recipe {recipe.id} is no point of the space; its nearest, {centre.id}, is scanned"]
+    notes = (
+        []
+        if centre.id == recipe.id
+        else [f"recipe {recipe.id} is no point of the space; its nearest, {centre.id}, is scanned"]
+    )
     if not opened.objective.is_mean_of_items:
-        notes.append("the objective is no mean of items: errors, slopes and verdicts are of the weighted mean of the items' values")
+        notes.append(
+            "the objective is no mean of items: errors, slopes and verdicts are of the weighted mean of the items' values"
+        )
     worker: list[Worker] = []
 
     def evaluate(wanted: Recipe, on: Items) -> Evaluation:
@@ -102,7 +120,9 @@ def sensitivity(
             worker.append(opened.load())
         return worker[0].evaluate(wanted, on)
 
-    evaluated = scanning.scan(store, centre, neighbours, role, items, evaluate, opened.objective.reported, show)
+    evaluated = scanning.scan(
+        store, centre, neighbours, role, items, evaluate, opened.objective.reported, show
+    )
     known = store.sensitivity(centre.id, role, items)
     found = scanning.curves(space, genome, neighbours, known, Objective(opened.objective.terms).shares())
     title = f"{opened.settings.study}/{trial.id}"
@@ -144,7 +164,13 @@ class _Models:
             elif lacks:
                 self._open(c.study)
                 own = {task: set(ids) for task, ids in self._opened.harness.items(role).items()}
-                wanted.append({t: kept for t, ids in lacks.items() if (kept := tuple(i for i in ids if i in own.get(t, ())))})
+                wanted.append(
+                    {
+                        t: kept
+                        for t, ids in lacks.items()
+                        if (kept := tuple(i for i in ids if i in own.get(t, ())))
+                    }
+                )
             else:
                 wanted.append({})
         found = []
@@ -160,9 +186,17 @@ class _Models:
             self._open(c.study)
             self._merge(c, items)
             for s in self._opened.harness.samples(self._worker.module(c.recipe, items), items):
-                row = rows.setdefault((s.task, s.item), {"task": s.task, "item": s.item, "prompt": s.prompt, "target": s.target, "answers": []})
-                options = [{"text": o.text, "probability": o.probability, "right": o.right, "chosen": o.chosen} for o in s.options]
-                row["answers"].append({"name": c.name, "value": s.value, "output": s.output, "options": options})
+                row = rows.setdefault(
+                    (s.task, s.item),
+                    {"task": s.task, "item": s.item, "prompt": s.prompt, "target": s.target, "answers": []},
+                )
+                options = [
+                    {"text": o.text, "probability": o.probability, "right": o.right, "chosen": o.chosen}
+                    for o in s.options
+                ]
+                row["answers"].append(
+                    {"name": c.name, "value": s.value, "output": s.output, "options": options}
+                )
             show(done + 1, len(contenders))
         return list(rows.values())
 

@@ -38,7 +38,9 @@ _SHARE, _LEAST_TOKENS, _MOST_TOKENS = 0.01, 64, 2000  # of the tokens of a candi
 _TOKENS_A_PROMPT = 8  # prompts are at least about so long: how many are asked for
 
 
-def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -> ConditionalSpace | IndicatorSpace:
+def route_space(
+    settings: Config, parents: Mapping[str, Parent], start: Start
+) -> ConditionalSpace | IndicatorSpace:
     """The space of routes that begins at the identity path of what the stages before came to."""
     routes = settings.routes
     own = _outer(start.recipe)
@@ -58,10 +60,17 @@ def route_space(settings: Config, parents: Mapping[str, Parent], start: Start) -
     }  # fmt: skip
     if routes.genome == "indicator":
         return IndicatorSpace(**common, repeats=routes.repeats)
-    return ConditionalSpace(**common, spans=routes.spans, categorical=routes.genome == "categorical", outer=routes.embeddings == "any")
+    return ConditionalSpace(
+        **common,
+        spans=routes.spans,
+        categorical=routes.genome == "categorical",
+        outer=routes.embeddings == "any",
+    )
 
 
-def check_routes(settings: Config, parents: Mapping[str, Parent], scorer: Worker, tasks: TaskSet, limit: float | None) -> float | None:
+def check_routes(
+    settings: Config, parents: Mapping[str, Parent], scorer: Worker, tasks: TaskSet, limit: float | None
+) -> float | None:
     """Checks that the parents' layers can be routed, and sets the worker's gate; its limit in nats a token, None without one.
 
     limit: that of a study which is gone on with. Raises RouteError or FoldError where a route would be wrong.
@@ -85,9 +94,17 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
         return list(tokenizer(text)["input_ids"])  # type: ignore[operator]
 
     tokens = asked.tokens or _MOST_TOKENS
-    texts = [(ids(prompt), ids(prompt + answer)) for prompt, answer in tasks.passages(tokens // _TOKENS_A_PROMPT)]
-    if asked.tokens is None and texts:  # a hundredth of what a candidate is scored on, as far as one prompt for each item tells
-        items = {leaf: settings.evaluation.items_of(t.task) for t in settings.tasks for leaf, _ in tasks.leaves(t.task)}
+    texts = [
+        (ids(prompt), ids(prompt + answer)) for prompt, answer in tasks.passages(tokens // _TOKENS_A_PROMPT)
+    ]
+    if (
+        asked.tokens is None and texts
+    ):  # a hundredth of what a candidate is scored on, as far as one prompt for each item tells
+        items = {
+            leaf: settings.evaluation.items_of(t.task)
+            for t in settings.tasks
+            for leaf, _ in tasks.leaves(t.task)
+        }
         count = sum(min(len(own), items.get(leaf, 0)) for leaf, own in tasks.items("search").items())
         mean = sum(len(whole) for _, whole in texts) / len(texts)
         tokens = max(_LEAST_TOKENS, min(_MOST_TOKENS, int(_SHARE * count * mean)))
@@ -113,16 +130,48 @@ def open_route_stage(
         def optimizer(genome: Sequence[float], island: int) -> Optimizer:
             seed = settings.search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island
             if settings.routes.optimizer == "random":
-                return RandomSearch(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
+                return RandomSearch(
+                    genome,
+                    sigma,
+                    population=population,
+                    seed=seed,
+                    categories=space.categories,
+                    stay=space.stay,
+                )
             if space.categories and settings.routes.optimizer != "cma":
                 likely = space.likely if isinstance(space, ConditionalSpace) else None
-                return Elitist(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay, likely=likely)
+                return Elitist(
+                    genome,
+                    sigma,
+                    population=population,
+                    seed=seed,
+                    categories=space.categories,
+                    stay=space.stay,
+                    likely=likely,
+                )
             if space.categories:
-                return CatCma(genome, sigma, population=population, seed=seed, categories=space.categories, stay=space.stay)
-            diagonal = settings.search.diagonal if settings.search.diagonal is not None else begun < 20 * len(space.axes)
+                return CatCma(
+                    genome,
+                    sigma,
+                    population=population,
+                    seed=seed,
+                    categories=space.categories,
+                    stay=space.stay,
+                )
+            diagonal = (
+                settings.search.diagonal
+                if settings.search.diagonal is not None
+                else begun < 20 * len(space.axes)
+            )
             return CmaEs(genome, sigma, population=population, diagonal=diagonal, seed=seed)
 
-        return Opening(space, optimizer, hand_baselines(settings, parents, start) if number else (), at_best=True, late=0.0)
+        return Opening(
+            space,
+            optimizer,
+            hand_baselines(settings, parents, start) if number else (),
+            at_best=True,
+            late=0.0,
+        )
 
     return opened
 
@@ -134,8 +183,13 @@ def hand_baselines(settings: Config, parents: Mapping[str, Parent], start: Start
     stage = None
     if start is not None and _outer(start.recipe) is None:
         stage, models = (MERGED, start.recipe), ((MERGED, len(start.recipe.layers)),)
-    found = [Baseline(label, "hand", recipe) for label, recipe in hand_routes(models, stage=stage, out_dtype=settings.out_dtype)]
-    return found + [Baseline(Path(file).name, "hand", _stack(file, settings, parents)) for file in settings.routes.stacks]
+    found = [
+        Baseline(label, "hand", recipe)
+        for label, recipe in hand_routes(models, stage=stage, out_dtype=settings.out_dtype)
+    ]
+    return found + [
+        Baseline(Path(file).name, "hand", _stack(file, settings, parents)) for file in settings.routes.stacks
+    ]
 
 
 def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe:
@@ -145,22 +199,35 @@ def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe
     def known(reference: str) -> str:
         name = reference if reference in settings.models else by_path.get(str(locate(reference)))
         if name is None:
-            raise ConfigError(f"routes.stacks: {file} takes layers of '{reference}', which is not among the models of this search")
+            raise ConfigError(
+                f"routes.stacks: {file} takes layers of '{reference}', which is not among the models of this search"
+            )
         return name
 
     if not Path(file).is_file():
         raise ConfigError(f"routes.stacks: there is no file '{file}'; correct the path")
-    read = reader.load(_yaml.read_all(Path(file)), lambda r: parents[known(r)].num_layers, lambda r: parents[known(r)].dtype, "float32")
+    read = reader.load(
+        _yaml.read_all(Path(file)),
+        lambda r: parents[known(r)].num_layers,
+        lambda r: parents[known(r)].dtype,
+        "float32",
+    )
     if any(mix.method != "passthrough" for mix in read.mixes):
-        raise ConfigError(f"routes.stacks: {file} is no stack of layers passed through; write it with merge_method: passthrough")
+        raise ConfigError(
+            f"routes.stacks: {file} is no stack of layers passed through; write it with merge_method: passthrough"
+        )
 
     def renamed(mix: Mix) -> Mix:
         if any(value not in (1.0, (1.0,)) for _, value in mix.params):
-            raise ConfigError(f"routes.stacks: {file} scales tensors; a route begins with layers as they are, so leave `scale` out")
+            raise ConfigError(
+                f"routes.stacks: {file} scales tensors; a route begins with layers as they are, so leave `scale` out"
+            )
         return Mix(mix.method, tuple((known(model), layer) for model, layer in mix.sources))
 
     layers = tuple(renamed(mix) for mix in read.layers)
-    return Recipe(known(read.base), layers, renamed(read.embeddings), renamed(read.head), out_dtype=settings.out_dtype)
+    return Recipe(
+        known(read.base), layers, renamed(read.embeddings), renamed(read.head), out_dtype=settings.out_dtype
+    )
 
 
 def _outer(recipe: Recipe) -> str | None:

@@ -12,11 +12,20 @@ from evomerge.search import Stage
 from evomerge.spaces import Baseline, Space, baselines
 
 
-def stages(settings: Config, space: Space, parents: Mapping[str, Parent], diagonal: bool, budgets: Sequence[int], crew: int = 1) -> list[Stage]:
+def stages(
+    settings: Config,
+    space: Space,
+    parents: Mapping[str, Parent],
+    diagonal: bool,
+    budgets: Sequence[int],
+    crew: int = 1,
+) -> list[Stage]:
     """The stages of a configuration. diagonal: of the first weight search; budgets: evaluations of each stage as the study
     began, which say whether later ones learn a full covariance; crew: workers it began with."""
     found = []
-    for number, (stage, asked, begun) in enumerate(zip(settings.stages, settings.budgets, budgets, strict=True)):
+    for number, (stage, asked, begun) in enumerate(
+        zip(settings.stages, settings.budgets, budgets, strict=True)
+    ):
         if stage.stage == "routes":
             opener = open_route_stage(settings, stage, parents, begun, number, crew)
         elif number == 0:

@@ -17,7 +17,14 @@ from evomerge.merging import model_loading
 from evomerge.merging.companion_files import TOKENIZER
 
 
-def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_python: bool = False, allow_tasks: bool = False) -> TaskSet:
+def open_tasks(
+    settings: Config,
+    base: Parent,
+    *,
+    device: str = "cpu",
+    allow_python: bool = False,
+    allow_tasks: bool = False,
+) -> TaskSet:
     """The tasks of a configuration, their items learnt and their prompts built.
 
     allow_python: run the Python functions that the configuration names; allow_tasks: read its folders of lm-eval tasks,
@@ -47,7 +54,9 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
         sets.append(
             LmHarness(
                 [
-                    TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits, _soft(settings, t), _listed(t))
+                    TaskSpec(
+                        t.task, t.metric, t.filter, t.num_fewshot, e.splits, _soft(settings, t), _listed(t)
+                    )
                     for t in settings.tasks
                     if t.python is None
                 ],
@@ -59,7 +68,13 @@ def open_tasks(settings: Config, base: Parent, *, device: str = "cpu", allow_pyt
                 fewshot_as_multiturn=e.fewshot_as_multiturn,
                 system_instruction=e.system_instruction,
                 limits=limits,
-                rules=Rules(e.duplicates, e.allow_benchmark_test, tuple(Path(p) for p in e.training_texts), e.overlap_ngram, e.overlap),
+                rules=Rules(
+                    e.duplicates,
+                    e.allow_benchmark_test,
+                    tuple(Path(p) for p in e.training_texts),
+                    e.overlap_ngram,
+                    e.overlap,
+                ),
             )
         )
     if python:
@@ -106,9 +121,15 @@ def _listed(task: TaskConfig) -> dict[Role, Sequence[int | str]] | None:
             found[role] = given
             continue
         if not Path(given).is_file():
-            raise ConfigError(f"task '{task.task}': there is no file '{given}' with the items of {role}; correct tasks.items")
+            raise ConfigError(
+                f"task '{task.task}': there is no file '{given}' with the items of {role}; correct tasks.items"
+            )
         words = Path(given).read_text(encoding="utf-8").split()
         if not words:
-            raise ConfigError(f"task '{task.task}': '{given}' lists no item for {role}; an empty list is not all of them, so leave it out for that")
-        found[role] = [int(w) if w.isdecimal() and len(w) < 16 else w for w in words]  # an id has 16 digits, a number fewer
+            raise ConfigError(
+                f"task '{task.task}': '{given}' lists no item for {role}; an empty list is not all of them, so leave it out for that"
+            )
+        found[role] = [
+            int(w) if w.isdecimal() and len(w) < 16 else w for w in words
+        ]  # an id has 16 digits, a number fewer
     return found

@@ -27,7 +27,9 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
     sizes = settings.space.groups
     groups = tuple(sizes) if isinstance(sizes, tuple) else _divide(base.num_layers, sizes)
     if sum(groups) != base.num_layers:
-        raise ConfigError(f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.num_layers}")
+        raise ConfigError(
+            f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.num_layers}"
+        )
     rule = method(settings.method)
     ranges = {}
     for param in rule.params:
@@ -37,7 +39,9 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
         elif given is not None:
             ranges[param.name] = Range(given.low, given.high, given.start)
         elif not param.flag and param.name in ("weight", "t"):
-            ranges[param.name] = Range(param.low, param.high, 0.5 if param.name == "t" else 1.0 / len(settings.parents))
+            ranges[param.name] = Range(
+                param.low, param.high, 0.5 if param.name == "t" else 1.0 / len(settings.parents)
+            )
     space = Space(
         method=rule,
         base=settings.base,
@@ -53,7 +57,14 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
         searchable=False,
     )
     dead = _dead(space, parents) if rule.needs_base else frozenset()
-    return Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead", "searchable")}, dead=dead)
+    return Space(
+        **{
+            f: getattr(space, f)
+            for f in space.__dataclass_fields__
+            if f not in ("axes", "dead", "searchable")
+        },
+        dead=dead,
+    )
 
 
 def _divide(layers: int, groups: int) -> tuple[int, ...]:

@@ -14,21 +14,31 @@ from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP
 from evomerge.spaces import HopSpace, Space
 
 
-def open_weight_stage(settings: Config, stage: StageConfig, space: Space, diagonal: bool, crew: int) -> Callable[[Start], Opening]:
+def open_weight_stage(
+    settings: Config, stage: StageConfig, space: Space, diagonal: bool, crew: int
+) -> Callable[[Start], Opening]:
     sigma, at_best = settings.search.sigma, settings.search.start == "best"
     return lambda start: Opening(space, _cma(settings, stage, sigma, diagonal, 0, crew), at_best=at_best)
 
 
-def open_weight_stage_on_route(settings: Config, stage: StageConfig, begun: int, crew: int) -> Callable[[Start], Opening]:
+def open_weight_stage_on_route(
+    settings: Config, stage: StageConfig, begun: int, crew: int
+) -> Callable[[Start], Opening]:
     def opened(start: Start) -> Opening:
         groups = settings.space.groups
-        space = HopSpace(start.recipe, settings.base, settings.parents, groups if isinstance(groups, int) else len(groups))
-        return Opening(space, _cma(settings, stage, settings.search.sigma, begun < 20 * len(space.axes), 2, crew))
+        space = HopSpace(
+            start.recipe, settings.base, settings.parents, groups if isinstance(groups, int) else len(groups)
+        )
+        return Opening(
+            space, _cma(settings, stage, settings.search.sigma, begun < 20 * len(space.axes), 2, crew)
+        )
 
     return opened
 
 
-def _cma(settings: Config, stage: StageConfig, sigma: float, diagonal: bool, number: int, crew: int) -> Callable[[Sequence[float], int], Optimizer]:
+def _cma(
+    settings: Config, stage: StageConfig, sigma: float, diagonal: bool, number: int, crew: int
+) -> Callable[[Sequence[float], int], Optimizer]:
     search = settings.search
     learns = search.diagonal if search.diagonal is not None else diagonal
 

@@ -28,7 +28,13 @@ Progress = Callable[[int, int], None]
 """Called with the number of tensors done and their total."""
 
 
-def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path, progress: Progress | None = None, memory: int | None = None) -> None:
+def write(
+    recipe: Recipe,
+    parents: Mapping[str, Parent],
+    directory: Path,
+    progress: Progress | None = None,
+    memory: int | None = None,
+) -> None:
     """Writes safetensors, config and tokenizer beside `directory` and renames the folder into place.
 
     memory: bytes that merging may hold besides the parents' mapped files. Raises SetupError, before a tensor is read, if
@@ -40,7 +46,13 @@ def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path, progre
         write_into(merge, staging, progress, memory)
 
 
-def write_into(merge: Merge, directory: Path, progress: Progress | None = None, memory: int | None = None, shard: int = SHARD) -> None:
+def write_into(
+    merge: Merge,
+    directory: Path,
+    progress: Progress | None = None,
+    memory: int | None = None,
+    shard: int = SHARD,
+) -> None:
     """Like `write`, into a directory that exists; the caller makes it whole. shard: bytes after which a new file begins."""
     needed = sum(step.info.nbytes for step in merge.steps)
     free = shutil.disk_usage(directory).free
@@ -66,8 +78,14 @@ def need(merge: Merge, step: Step) -> int:
     inputs, rule = len(step.inputs) + (step.base is not None), method(step.mix.method)
     stages = {name for name, _ in merge.recipe.stages}
     staged = sum(4 * elements for model in step.mix.models if model in stages)
-    if merge.recipe.policy == "float32" and rule.frame is not None:  # one pass; DELLA holds the ranks of every element
-        return 2 * step.info.nbytes + staged + (2 * elements * len(step.inputs) if rule.frame.sparsify == "rank" else 0)
+    if (
+        merge.recipe.policy == "float32" and rule.frame is not None
+    ):  # one pass; DELLA holds the ranks of every element
+        return (
+            2 * step.info.nbytes
+            + staged
+            + (2 * elements * len(step.inputs) if rule.frame.sparsify == "rank" else 0)
+        )
     if merge.recipe.policy == "float32" and merge.combines(step):
         return 2 * step.info.nbytes + staged
     return 2 * step.info.nbytes + staged + 4 * elements * (inputs + 3)
@@ -76,7 +94,10 @@ def need(merge: Merge, step: Step) -> int:
 def _save(merge: Merge, directory: Path, progress: Progress | None, shard: int) -> None:
     """model.safetensors, or its shards and their index. One tensor is written while the next is merged."""
     shards = _shards(merge.steps, shard)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(1, len(shards) + 1)]
+    names = [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
     done = 0
     written: Future[None] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -96,7 +117,9 @@ def _save(merge: Merge, directory: Path, progress: Progress | None, shard: int) 
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(step.info.nbytes for step in merge.steps)},
-            "weight_map": {step.name: name for name, steps in zip(names, shards, strict=True) for step in steps},
+            "weight_map": {
+                step.name: name for name, steps in zip(names, shards, strict=True) for step in steps
+            },
         }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -120,7 +143,11 @@ def _header(steps: Sequence[Step]) -> bytes:
         ends.append(ends[-1] + step.info.nbytes)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for step, (start, end) in zip(steps, pairwise(ends), strict=True):
-        entries[step.name] = {"dtype": step.info.dtype, "shape": list(step.info.shape), "data_offsets": [start, end]}
+        entries[step.name] = {
+            "dtype": step.info.dtype,
+            "shape": list(step.info.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -129,5 +156,7 @@ def _header(steps: Sequence[Step]) -> bytes:
 def _append(file: BinaryIO, tensor: Tensor, step: Step) -> None:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     if data.nbytes != step.info.nbytes:
-        raise CheckpointError(f"'{step.name}' came out with {data.nbytes} bytes, planned were {step.info.nbytes}")
+        raise CheckpointError(
+            f"'{step.name}' came out with {data.nbytes} bytes, planned were {step.info.nbytes}"
+        )
     file.write(data.data)

@@ -10,7 +10,16 @@ from evomerge.checkpoints.safetensors_headers import json_object
 from evomerge.merging.merge import Merge
 from evomerge.recipes import chat_templates
 
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json", "*.jinja", "chat_template.json")
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "added_tokens.json",
+    "*.jinja",
+    "chat_template.json",
+)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -36,7 +45,11 @@ def write_companion_files(merge: Merge, directory: Path) -> None:
 def _template(merge: Merge, directory: Path) -> None:
     wish = merge.recipe.chat_template
     assert wish is not None
-    own = [found for model in merge.recipe.models if (found := _own_template(merge.parents[model].path)) is not None]
+    own = [
+        found
+        for model in merge.recipe.models
+        if (found := _own_template(merge.parents[model].path)) is not None
+    ]
     text = chat_templates.text(wish, own)
     if text is None:
         return

@@ -61,11 +61,25 @@ class Live:
     """The models of one worker: recipe -> module."""
 
     def __init__(
-        self, files: Mapping[str, Parent], parents: Mapping[str, Parent], base: str, skeleton: nn.Module, dtype: str, device: str, known: Tables
+        self,
+        files: Mapping[str, Parent],
+        parents: Mapping[str, Parent],
+        base: str,
+        skeleton: nn.Module,
+        dtype: str,
+        device: str,
+        known: Tables,
     ) -> None:
         """files: the parents as they are on disk; parents: where merges read them, see `evomerge.merging.parent_placement`. skeleton: the
         base, loaded on the device; it is written to. dtype: of the tensors that are scored and shipped."""
-        self._files, self._parents, self._base, self._dtype, self._device, self._known = files, parents, base, dtype, device, known
+        self._files, self._parents, self._base, self._dtype, self._device, self._known = (
+            files,
+            parents,
+            base,
+            dtype,
+            device,
+            known,
+        )
         self._skeletons = [_Skeleton(skeleton, Resident(skeleton, parents[base].tensors))]
         self._models: dict[str, nn.Module] = {}
         self._shells: dict[tuple[int, frozenset[str]], Routed] = {}
@@ -78,16 +92,22 @@ class Live:
         Raises what a merge raises, RouteError for layers that do not fit together.
         """
         if self._is_skeleton(recipe):
-            self._skeletons[0].holds = None  # each candidate is merged anew, whatever the one before it left behind
+            self._skeletons[
+                0
+            ].holds = None  # each candidate is merged anew, whatever the one before it left behind
             return View(self._filled(0, recipe).model)
-        stages = {name: self._filled(number, stage).model for number, (name, stage) in enumerate(recipe.stages)}
+        stages = {
+            name: self._filled(number, stage).model for number, (name, stage) in enumerate(recipe.stages)
+        }
         hops, outer = self._hops(recipe, stages)
         gains = routed_model.gains(recipe.scales, len(hops))
         hops = [replace(hop, gain=gain) for hop, gain in zip(hops, gains, strict=True)]
         kinds = frozenset(self._kind(hop) for hop in hops)
         routed = self._shells.get((id(outer), kinds))
         if routed is None:
-            routed = self._shells[id(outer), kinds] = Routed(outer, list(dict.fromkeys(h.model for h in hops)))
+            routed = self._shells[id(outer), kinds] = Routed(
+                outer, list(dict.fromkeys(h.model for h in hops))
+            )
         return View(routed.model, routed, tuple(hops), self._usual(outer, hops, kinds))
 
     def reasons(self, view: View) -> tuple[str, ...]:
@@ -102,7 +122,10 @@ class Live:
     def costs(self, view: View) -> dict[str, float]:
         """'layers' and 'parameters' of a candidate as it is shipped: a layer taken twice counts twice."""
         _, layers = decoder_layers.stack(view.module)
-        return {"layers": float(len(layers)), "parameters": float(sum(p.numel() for p in view.module.parameters()) + _repeated(list(layers)))}
+        return {
+            "layers": float(len(layers)),
+            "parameters": float(sum(p.numel() for p in view.module.parameters()) + _repeated(list(layers))),
+        }
 
     def check_routable(self, names: Sequence[str], scaled: bool) -> None:
         """Raises RouteError or FoldError unless layers of these models can be routed, with scales if asked: by structure and by numbers."""
@@ -148,9 +171,13 @@ class Live:
         name = sources[0][0]
         if name in stages:
             return stages[name]
-        return self.model(name) if name == recipe.base or not self._parents[name].outer_names("tower") else None
+        return (
+            self.model(name) if name == recipe.base or not self._parents[name].outer_names("tower") else None
+        )
 
-    def _merge(self, recipe: Recipe, mixed: Mapping[int, Mix], first: int, outer: bool) -> tuple[dict[int, Hop], int]:
+    def _merge(
+        self, recipe: Recipe, mixed: Mapping[int, Mix], first: int, outer: bool
+    ) -> tuple[dict[int, Hop], int]:
         """Merges mixed layers, each into its first source's place of a skeleton, a further skeleton where that is taken.
 
         Equal mixes share a place, unless their numbers or masks depend on the position.
@@ -177,7 +204,13 @@ class Live:
             self._write(plan, steps.get(None, []), self._skeleton(first), lambda name: name)
         return hops, first
 
-    def _write(self, plan: merge.Merge, steps: Sequence[tensor_plan.Step], skeleton: _Skeleton, place: Callable[[str], str]) -> None:
+    def _write(
+        self,
+        plan: merge.Merge,
+        steps: Sequence[tensor_plan.Step],
+        skeleton: _Skeleton,
+        place: Callable[[str], str],
+    ) -> None:
         skeleton.holds = None
         with torch.no_grad():
             for step in steps:
@@ -208,7 +241,9 @@ class Live:
         depth = self._parents[self._base].num_layers
         if len(recipe.layers) != depth or recipe.is_route({recipe.base: depth}):
             return False
-        stages = dict.fromkeys((name for name, _ in recipe.stages), self._parents[self._base])  # which `_filled` gives the base's shape
+        stages = dict.fromkeys(
+            (name for name, _ in recipe.stages), self._parents[self._base]
+        )  # which `_filled` gives the base's shape
         return merge.layer_changes(recipe, {**self._parents, **stages}) is None
 
     def _filled(self, number: int, recipe: Recipe) -> _Skeleton:
@@ -221,7 +256,9 @@ class Live:
         return skeleton
 
     def _skeleton(self, number: int) -> _Skeleton:
-        while len(self._skeletons) <= number:  # the exception: stages and mixes in one recipe, or two mixes of one layer
+        while (
+            len(self._skeletons) <= number
+        ):  # the exception: stages and mixes in one recipe, or two mixes of one layer
             model = load_parent(self._files[self._base], self._dtype).to(self._device)
             self._skeletons.append(_Skeleton(model, Resident(model, self._parents[self._base].tensors)))
         return self._skeletons[number]
@@ -230,7 +267,9 @@ class Live:
 def _depends_on_position(mix: Mix) -> bool:
     """Whether a mix gives other tensors at another output layer: random masks, or filters that may name a layer."""
     values = [v for _, value in mix.params for v in (value if isinstance(value, tuple) else (value,))]
-    digits = any(any(c.isdigit() for c in text) for v in values if isinstance(v, Filtered) for text, _ in v.cases)
+    digits = any(
+        any(c.isdigit() for c in text) for v in values if isinstance(v, Filtered) for text, _ in v.cases
+    )
     return digits or method(mix.method).randomized
 
 

@@ -35,23 +35,31 @@ from evomerge.recipes import STORED, Filtered, Mix, Recipe, Setting
 class Merge:
     """A recipe that has been checked and planned from headers alone; `tensor` then merges one output at a time."""
 
-    def __init__(self, recipe: Recipe, parents: Mapping[str, Parent], known: Tables | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, parents: Mapping[str, Parent], known: Tables | None = None, device: str = "cpu"
+    ) -> None:
         """known: tables of a search, which make merges faster and never different.
 
         Raises RecipeError for a recipe no method accepts, CheckpointError for parents whose tensors do not fit together.
         """
         check(recipe)
         if recipe.scales:
-            raise RecipeError("a recipe with scales is written by the export of routes, which folds them into the weights; a merge has none")
+            raise RecipeError(
+                "a recipe with scales is written by the export of routes, which folds them into the weights; a merge has none"
+            )
         self.recipe, self.known, self.device = recipe, known or Tables(), device
         self.parents: dict[str, Parent] = dict(parents)
         for name, stage in recipe.stages:
             self.parents[name] = Stage(name, replace(stage, stages=()), dict(self.parents))
         for name in recipe.reads:
             if name not in self.parents:
-                raise RecipeError(f"the recipe reads model '{name}', which is not there. {suggest(name, self.parents)}")
+                raise RecipeError(
+                    f"the recipe reads model '{name}', which is not there. {suggest(name, self.parents)}"
+                )
         self.vocabulary = _vocabulary(recipe, self.parents)
-        self._tables = frozenset(vocabulary_tensors(self.parents[recipe.base])) if self.vocabulary else frozenset()
+        self._tables = (
+            frozenset(vocabulary_tensors(self.parents[recipe.base])) if self.vocabulary else frozenset()
+        )
         self.steps = tuple(_steps(recipe, self.parents, self.vocabulary, self._tables))
 
     @property
@@ -95,14 +103,23 @@ class Merge:
             finite = bool(torch.isfinite(merged).all())
         elif rule.frame is not None:
             merged = torch.empty(step.info.shape, dtype=dtype, device=self.device) if out is None else out
-            finite = merge_tensor.merge(rule.frame, self._pairs(step, tensors, base), tensors, base, values, keys, merged, self.known)
-        elif rule.coefficients is not None and (done := self._by_angles(step, rule, tensors, base, values, out)) is not None:
+            finite = merge_tensor.merge(
+                rule.frame, self._pairs(step, tensors, base), tensors, base, values, keys, merged, self.known
+            )
+        elif (
+            rule.coefficients is not None
+            and (done := self._by_angles(step, rule, tensors, base, values, out)) is not None
+        ):
             merged, finite = done
         else:
-            merged = rule.kernel([t.float() for t in tensors], None if base is None else base.float(), values, keys).to(dtype)
+            merged = rule.kernel(
+                [t.float() for t in tensors], None if base is None else base.float(), values, keys
+            ).to(dtype)
             finite = bool(torch.isfinite(merged).all())
         if not finite:
-            raise CandidateError(f"merging gave a value that is not finite in tensor '{step.name}' ({mix.method} of {', '.join(mix.models)})")
+            raise CandidateError(
+                f"merging gave a value that is not finite in tensor '{step.name}' ({mix.method} of {', '.join(mix.models)})"
+            )
         return merged
 
     def combines(self, step: Step) -> bool:
@@ -123,27 +140,60 @@ class Merge:
         tensor = self.parents[model].tensor(name)
         return tensor if tensor.device.type == self.device else tensor.to(self.device, non_blocking=True)
 
-    def _as_mergekit(self, rule: Method, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+    def _as_mergekit(
+        self,
+        rule: Method,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        values: Values,
+        keys: Sequence[int],
+    ) -> Tensor:
         kinds = [t.dtype for t in (*tensors, *([] if base is None else [base]))]
-        dtype = functools.reduce(torch.promote_types, kinds) if self.recipe.dtype == STORED else DTYPES[self.recipe.dtype]
-        return rule.kernel([t.to(dtype) for t in tensors], None if base is None else base.to(dtype), values, keys, parity=True)
+        dtype = (
+            functools.reduce(torch.promote_types, kinds)
+            if self.recipe.dtype == STORED
+            else DTYPES[self.recipe.dtype]
+        )
+        return rule.kernel(
+            [t.to(dtype) for t in tensors],
+            None if base is None else base.to(dtype),
+            values,
+            keys,
+            parity=True,
+        )
 
     def _by_angles(
-        self, step: Step, rule: Method, tensors: Sequence[Tensor], base: Tensor | None, values: Values, out: Tensor | None
+        self,
+        step: Step,
+        rule: Method,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        values: Values,
+        out: Tensor | None,
     ) -> tuple[Tensor, bool] | None:
-        merged = torch.empty(step.info.shape, dtype=DTYPES[self.recipe.out_dtype], device=self.device) if out is None else out
+        merged = (
+            torch.empty(step.info.shape, dtype=DTYPES[self.recipe.out_dtype], device=self.device)
+            if out is None
+            else out
+        )
         finite = merge_tensor.by_angles(rule, tensors, base, values, merged)
         return None if finite is None else (merged, finite)
 
-    def _aligned(self, mix: Mix, tensors: Sequence[Tensor], base: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    def _aligned(
+        self, mix: Mix, tensors: Sequence[Tensor], base: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """The tensors with the output vocabulary's rows. As in mergekit, rows are averaged in the arithmetic type."""
         assert self.vocabulary is not None
         dtype = DTYPES.get(self.recipe.dtype)
-        tables = {model: t.to(dtype) if dtype else t for (model, _), t in zip(mix.sources, tensors, strict=True)}
+        tables = {
+            model: t.to(dtype) if dtype else t for (model, _), t in zip(mix.sources, tensors, strict=True)
+        }
         if mix.base is not None and base is not None:
             tables.setdefault(mix.base[0], base.to(dtype) if dtype else base)
         found = self.vocabulary.aligned(tables, base=mix.base[0] if mix.base else None)
-        return [found[model].contiguous() for model, _ in mix.sources], found[mix.base[0]].contiguous() if mix.base else None
+        return [found[model].contiguous() for model, _ in mix.sources], found[
+            mix.base[0]
+        ].contiguous() if mix.base else None
 
     def _pairs(self, step: Step, tensors: Sequence[Tensor], base: Tensor | None) -> list[Pair]:
         """Each source with its base, and what the tables remember the two by: nothing where a stage makes one, which is the recipe's own."""
@@ -161,11 +211,18 @@ class Stage:
 
     def __init__(self, name: str, recipe: Recipe, parents: Mapping[str, Parent]) -> None:
         if recipe.tokenizer is not None or recipe.chat_template is not None:
-            raise RecipeError(f"stage '{name}' has a tokenizer or chat template of its own; merge it to a folder first, or give it to the last stage")
+            raise RecipeError(
+                f"stage '{name}' has a tokenizer or chat template of its own; merge it to a folder first, or give it to the last stage"
+            )
         self._merge = Merge(recipe, parents)
         donor = self._merge.parents[recipe.base]
         self._steps = {step.name: step for step in self._merge.steps}
-        self.path, self.stack, self.dtype, self.num_layers = donor.path, donor.stack, recipe.out_dtype, len(recipe.layers)
+        self.path, self.stack, self.dtype, self.num_layers = (
+            donor.path,
+            donor.stack,
+            recipe.out_dtype,
+            len(recipe.layers),
+        )
         self.config = self._merge.config
         self.tensors: dict[str, TensorInfo] = {name: step.info for name, step in self._steps.items()}
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
@@ -176,7 +233,9 @@ class Stage:
         for tensor in self.tensors:
             place = donor.place(tensor)
             if place.layer is not None:
-                self._suffixes[place.layer] = tuple(sorted((*self._suffixes.get(place.layer, ()), place.suffix)))
+                self._suffixes[place.layer] = tuple(
+                    sorted((*self._suffixes.get(place.layer, ()), place.suffix))
+                )
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor of that name."""
@@ -195,7 +254,9 @@ class Stage:
     def layer_suffixes(self, layer: int) -> tuple[str, ...]:
         """Names after 'stack.N.' of one layer's tensors, sorted."""
         if layer not in self._suffixes:
-            raise CheckpointError(f"the stage merged on {self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}")
+            raise CheckpointError(
+                f"the stage merged on {self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}"
+            )
         return self._suffixes[layer]
 
     def outer_names(self, part: str) -> tuple[str, ...]:
@@ -204,7 +265,10 @@ class Stage:
 
     def content_hash(self) -> str:
         """SHA-256 over the recipe and its parents' content."""
-        parts = [self._merge.recipe.canonical(), *(self._merge.parents[m].content_hash() for m in self._merge.recipe.reads)]
+        parts = [
+            self._merge.recipe.canonical(),
+            *(self._merge.parents[m].content_hash() for m in self._merge.recipe.reads),
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def equal_tensors(self, other: Parent) -> Iterator[str]:
@@ -217,16 +281,30 @@ def merged(recipe: Recipe, parents: Mapping[str, Parent]) -> Iterator[tuple[str,
     yield from Merge(recipe, parents)
 
 
-def into(recipe: Recipe, parents: Mapping[str, Parent], resident: Resident, known: Tables | None = None, device: str = "cpu") -> None:
+def into(
+    recipe: Recipe,
+    parents: Mapping[str, Parent],
+    resident: Resident,
+    known: Tables | None = None,
+    device: str = "cpu",
+) -> None:
     """Merges into a live model of the base's architecture, in place where a tensor has a place of its own."""
     depth = parents[recipe.base].num_layers
     if len(recipe.layers) != depth:
-        raise CandidateError(f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the base's depth")
+        raise CandidateError(
+            f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the base's depth"
+        )
     merge = Merge(recipe, parents, known, device)
     if layer_changes(recipe, merge.parents) is not None:
-        raise CandidateError("the configs of the recipe's models say other things of its layers than the base's, which a resident model has")
-    if merge.vocabulary is not None and merge.vocabulary.size != len(parents[recipe.base].tensor(vocabulary_tensors(parents[recipe.base])[0])):
-        raise CandidateError("the recipe's tokenizer changes the number of rows; a search keeps the base's vocabulary")
+        raise CandidateError(
+            "the configs of the recipe's models say other things of its layers than the base's, which a resident model has"
+        )
+    if merge.vocabulary is not None and merge.vocabulary.size != len(
+        parents[recipe.base].tensor(vocabulary_tensors(parents[recipe.base])[0])
+    ):
+        raise CandidateError(
+            "the recipe's tokenizer changes the number of rows; a search keeps the base's vocabulary"
+        )
     with torch.no_grad():
         for step in merge.steps:
             if step.mix is not None:  # the resident model holds the base's other towers already
@@ -251,7 +329,9 @@ def layer_changes(recipe: Recipe, parents: Mapping[str, Parent]) -> Changes | No
     if homes == [(recipe.base, i) for i in range(depth)]:
         return None
     names = dict.fromkeys([recipe.base, *(model for model, _ in homes)])
-    configs = {name: layer_config.of_file(name, parents[name].config, parents[name].num_layers) for name in names}
+    configs = {
+        name: layer_config.of_file(name, parents[name].config, parents[name].num_layers) for name in names
+    }
     changed = layer_config.gathered(configs[recipe.base], [(configs[model], layer) for model, layer in homes])
     return None if layer_config.is_unchanged(configs[recipe.base], changed) else changed
 
@@ -262,14 +342,18 @@ def mask_key(seed: int, tensor: str, model: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _steps(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary | None, tables: frozenset[str]) -> Iterator[Step]:
+def _steps(
+    recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary | None, tables: frozenset[str]
+) -> Iterator[Step]:
     """Every output tensor in order, its inputs found and their shapes compared, from headers alone."""
     shell = parents[recipe.base]
     for name in shell.outer_names("embeddings"):
         yield _step(recipe, parents, recipe.embeddings, name, None, vocabulary, tables)
     for depth, mix in enumerate(recipe.layers):
         read = [(model, index) for model, index in (*mix.sources, *([mix.base] if mix.base else ()))]
-        suffixes = {suffix for model, index in read for suffix in parents[model].layer_suffixes(_index(index))}
+        suffixes = {
+            suffix for model, index in read for suffix in parents[model].layer_suffixes(_index(index))
+        }
         for suffix in sorted(suffixes):
             yield _step(recipe, parents, mix, shell.layer_name(depth, suffix), suffix, vocabulary, tables)
     for name in shell.outer_names("head"):
@@ -279,18 +363,33 @@ def _steps(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary
 
 
 def _step(
-    recipe: Recipe, parents: Mapping[str, Parent], mix: Mix, output: str, suffix: str | None, vocabulary: Vocabulary | None, tables: frozenset[str]
+    recipe: Recipe,
+    parents: Mapping[str, Parent],
+    mix: Mix,
+    output: str,
+    suffix: str | None,
+    vocabulary: Vocabulary | None,
+    tables: frozenset[str],
 ) -> Step:
     """suffix: the name inside a layer, None for a tensor outside the stack."""
     read = [*mix.sources, *([mix.base] if mix.base else [])]
-    names = [output if suffix is None else parents[model].layer_name(_index(layer), suffix) for model, layer in read]
+    names = [
+        output if suffix is None else parents[model].layer_name(_index(layer), suffix)
+        for model, layer in read
+    ]
     names = [_present(parents[model], model, name) for (model, _), name in zip(read, names, strict=True)]
     infos = [parents[model].tensors[name] for (model, _), name in zip(read, names, strict=True)]
     resized = vocabulary is not None and output in tables
     for (model, _), info in zip(read, infos, strict=True):
         if info.shape[resized:] != infos[-1].shape[resized:]:
-            advice = "the architectures differ" if suffix else "the vocabularies differ; set tokenizer_source: union"
-            raise CheckpointError(f"'{output}' is {list(info.shape)} in '{model}' and {list(infos[-1].shape)} in '{read[-1][0]}'; {advice}")
+            advice = (
+                "the architectures differ"
+                if suffix
+                else "the vocabularies differ; set tokenizer_source: union"
+            )
+            raise CheckpointError(
+                f"'{output}' is {list(info.shape)} in '{model}' and {list(infos[-1].shape)} in '{read[-1][0]}'; {advice}"
+            )
     shape = (vocabulary.size, *infos[-1].shape[1:]) if resized and vocabulary is not None else infos[-1].shape
     info = replace(_header(infos[-1], recipe.out_dtype), shape=shape)
     sources = len(mix.sources)
@@ -335,7 +434,9 @@ def _values(rule: Method, mix: Mix, output: str, inputs: Sequence[str]) -> Value
             values[param.name] = _at(value, output, param.default)
         else:
             settings = value if isinstance(value, tuple) else (value,) * len(inputs)
-            values[param.name] = tuple(_at(s, name, param.default) for s, name in zip(settings, inputs, strict=True))
+            values[param.name] = tuple(
+                _at(s, name, param.default) for s, name in zip(settings, inputs, strict=True)
+            )
     return values
 
 

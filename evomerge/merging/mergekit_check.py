@@ -49,11 +49,15 @@ class Comparison:
 def program(recipe: Path, environment: Path) -> Path:
     """The mergekit command of a virtual environment that merges a recipe. Raises SetupError if there is none."""
     if recipe.suffix == ".json":
-        raise SetupError(f"mergekit cannot read {recipe}; with --check-against, merge by the recipe.yaml that was exported beside it")
+        raise SetupError(
+            f"mergekit cannot read {recipe}; with --check-against, merge by the recipe.yaml that was exported beside it"
+        )
     several = len(_yaml.read_all(recipe)) > 1
     found = environment / "bin" / ("mergekit-multi" if several else "mergekit-yaml")
     if not found.is_file():
-        raise SetupError(f"{found} is missing; --check-against takes a virtual environment with mergekit 0.1.5 (scripts/make_mergekit_env makes one)")
+        raise SetupError(
+            f"{found} is missing; --check-against takes a virtual environment with mergekit 0.1.5 (scripts/make_mergekit_env makes one)"
+        )
     return found.absolute()
 
 
@@ -67,8 +71,14 @@ def against_mergekit(recipe: Path, ours: Path, environment: Path) -> Comparison:
         out = Path(scratch) / "out"
         several = command.name == "mergekit-multi"
         copy = Path(scratch) / "recipe.yaml"
-        copy.write_text(yaml.safe_dump_all([_absolute(d.data) for d in _yaml.read_all(recipe)], sort_keys=False))
-        words = [str(command), str(copy), *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)])]
+        copy.write_text(
+            yaml.safe_dump_all([_absolute(d.data) for d in _yaml.read_all(recipe)], sort_keys=False)
+        )
+        words = [
+            str(command),
+            str(copy),
+            *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)]),
+        ]
         done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=False)
         if done.returncode or not (out / "config.json").is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -82,7 +92,11 @@ def _absolute(value: Any) -> Any:
         return {key: _absolute(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_absolute(entry) for entry in value]
-    return str(Path(value).absolute()) if isinstance(value, str) and "/" in value and len(value) < 4096 and Path(value).is_dir() else value
+    return (
+        str(Path(value).absolute())
+        if isinstance(value, str) and "/" in value and len(value) < 4096 and Path(value).is_dir()
+        else value
+    )
 
 
 def compare(one: Checkpoint, other: Checkpoint) -> Comparison:

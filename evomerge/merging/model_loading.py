@@ -22,7 +22,11 @@ def load(checkpoint: Parent, dtype: str) -> nn.Module:
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         try:
             model = kind.from_pretrained(
-                checkpoint.path, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, use_safetensors=True
+                checkpoint.path,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
             )
         except (OSError, ValueError, KeyError) as error:
             refusal = refusal or str(error).splitlines()[0]
@@ -51,6 +55,10 @@ def load_tokenizer(checkpoint: Parent) -> object:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            checkpoint.path, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise SetupError(f"transformers cannot load the tokenizer of {checkpoint.path}: {str(error).splitlines()[0]}") from None
+        raise SetupError(
+            f"transformers cannot load the tokenizer of {checkpoint.path}: {str(error).splitlines()[0]}"
+        ) from None

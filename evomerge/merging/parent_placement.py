@@ -37,7 +37,9 @@ def plan(sizes: Mapping[str, int], base: str, device_free: int, host_free: int) 
 def said(places: Mapping[str, Place]) -> str:
     """'base, math on the device; code on disk': a line for the log."""
     words = {"device": "on the device", "pinned": "in pinned memory", "disk": "on disk"}
-    parts = [(words[p], [name for name, at in places.items() if at == p]) for p in ("device", "pinned", "disk")]
+    parts = [
+        (words[p], [name for name, at in places.items() if at == p]) for p in ("device", "pinned", "disk")
+    ]
     return "; ".join(f"{', '.join(names)} {where}" for where, names in parts if names)
 
 

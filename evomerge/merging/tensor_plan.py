@@ -11,7 +11,12 @@ from evomerge.errors import RecipeError, suggest
 from evomerge.methods import Method, method
 from evomerge.recipes import STORED, Filtered, Mix, ParamValue, Recipe
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
@@ -29,18 +34,24 @@ class Step:
 def check(recipe: Recipe) -> None:
     """Raises RecipeError, naming layer and model, unless every mix is one that its method accepts."""
     for name in (recipe.dtype, recipe.out_dtype):
-        if name not in DTYPES and not (name == STORED and recipe.policy == "mergekit" and recipe.out_dtype != STORED):
+        if name not in DTYPES and not (
+            name == STORED and recipe.policy == "mergekit" and recipe.out_dtype != STORED
+        ):
             raise RecipeError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}")
     for where, mix in zip(output_places(recipe), recipe.mixes, strict=True):
         rule = method(mix.method)
         least, most = rule.models
         if not least <= len(mix.sources) <= most:
             wanted = str(least) if least == most else f"{least} to {most}"
-            raise RecipeError(f"{mix.method} takes {wanted} source models besides the base, got {len(mix.sources)} ({where})")
+            raise RecipeError(
+                f"{mix.method} takes {wanted} source models besides the base, got {len(mix.sources)} ({where})"
+            )
         if rule.needs_base and mix.base is None:
             raise RecipeError(f"{mix.method} needs a base model ({where})")
         if mix.base is not None and not (rule.needs_base or rule.takes_base):
-            raise RecipeError(f"{mix.method} has no base model; list '{mix.base[0]}' among its sources ({where})")
+            raise RecipeError(
+                f"{mix.method} has no base model; list '{mix.base[0]}' among its sources ({where})"
+            )
         for name, value in mix.params:
             _check_param(rule, name, value, mix, where)
 
@@ -48,9 +59,13 @@ def check(recipe: Recipe) -> None:
 def _check_param(rule: Method, name: str, value: ParamValue, mix: Mix, where: str) -> None:
     param = rule.param(name)
     if param is None:
-        raise RecipeError(f"{rule.name} has no parameter '{name}' ({where}). {suggest(name, [p.name for p in rule.params])}")
+        raise RecipeError(
+            f"{rule.name} has no parameter '{name}' ({where}). {suggest(name, [p.name for p in rule.params])}"
+        )
     if isinstance(value, tuple) and param.per == "merge":
-        raise RecipeError(f"{name} of {rule.name} is one value for the merge, not one for each model ({where})")
+        raise RecipeError(
+            f"{name} of {rule.name} is one value for the merge, not one for each model ({where})"
+        )
     settings = value if isinstance(value, tuple) else (value,)
     for i, s in enumerate(settings):
         place = f"{where}, model {mix.sources[i][0]}" if isinstance(value, tuple) else where

@@ -21,7 +21,9 @@ from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError
 
 Shape = tuple[int, ...]
-_Part = tuple[int, tuple[int, ...], int]  # number of the target; strides and offset in its contiguous elements
+_Part = tuple[
+    int, tuple[int, ...], int
+]  # number of the target; strides and offset in its contiguous elements
 Rearrange = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 _REFUSALS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
 _DIGIT = 31  # bits of an element's number that one int32 pass carries
@@ -68,12 +70,18 @@ class Resident:
         dropped, optional, owned = _unexpected(model), _optional(model), {id(slots[key]) for key in fed}
         self.ignored = tuple(name for name, key in unplaced if _matches(key, dropped))
         unknown = [name for name, key in unplaced if not _matches(key, dropped)]
-        missing = [key for key, slot in slots.items() if id(slot) not in owned and not _matches(key, optional)]
+        missing = [
+            key for key, slot in slots.items() if id(slot) not in owned and not _matches(key, optional)
+        ]
         kind = type(model).__name__
         if unknown:
-            raise CheckpointError(f"{kind} has no place for {_some(unknown)}; transformers would drop them when it loads the model")
+            raise CheckpointError(
+                f"{kind} has no place for {_some(unknown)}; transformers would drop them when it loads the model"
+            )
         if missing:
-            raise CheckpointError(f"no tensor on disk feeds {_some(missing)} of {kind}; is the checkpoint of another architecture?")
+            raise CheckpointError(
+                f"no tensor on disk feeds {_some(missing)} of {kind}; is the checkpoint of another architecture?"
+            )
         self._slots = _slots(model)
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -110,7 +118,9 @@ class Resident:
                 return
             raise CheckpointError(f"{type(self.model).__name__} has no place for '{name}'")
         if tuple(tensor.shape) != place.shape:
-            raise CheckpointError(f"'{name}' is {list(tensor.shape)}, its place in memory takes {list(place.shape)}")
+            raise CheckpointError(
+                f"'{name}' is {list(tensor.shape)}, its place in memory takes {list(place.shape)}"
+            )
         slot = self._slots[place.slot].detach()
         if isinstance(place, _Converted):
             for key, value in place.rearrange([tensor.to(slot.dtype)]).items():
@@ -126,13 +136,22 @@ class _Group:
     """Disk tensors that one rule turns into one or more parameters. rule: transformers' converter, None for a mere renaming."""
 
     rule: Any
-    members: list[tuple[str, str | None]]  # (name on disk, pattern of the rule that it matched), in the loader's order
+    members: list[
+        tuple[str, str | None]
+    ]  # (name on disk, pattern of the rule that it matched), in the loader's order
 
 
-def _groups(model: nn.Module, disk: Mapping[str, TensorInfo]) -> tuple[dict[str, _Group], list[tuple[str, str]]]:
+def _groups(
+    model: nn.Module, disk: Mapping[str, TensorInfo]
+) -> tuple[dict[str, _Group], list[tuple[str, str]]]:
     """name in memory -> what feeds it, and (name on disk, name it would have) of what feeds nothing: the loader's own steps."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -151,7 +170,9 @@ def _groups(model: nn.Module, disk: Mapping[str, TensorInfo]) -> tuple[dict[str,
         rule = None if pattern is None else by_pattern[pattern]
         group = groups.setdefault(key, _Group(rule, []))
         if group.members and (rule is None or group.rule is not rule):
-            raise CheckpointError(f"'{group.members[0][0]}' and '{name}' on disk both become '{key}' of {type(model).__name__}; remove one")
+            raise CheckpointError(
+                f"'{group.members[0][0]}' and '{name}' on disk both become '{key}' of {type(model).__name__}; remove one"
+            )
         group.members.append((name, pattern))
     return groups, unplaced
 
@@ -179,7 +200,9 @@ class _Planner:
                 found = rearrange([torch.empty(shape, device="meta") for shape in shapes])
             except _REFUSALS as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise CheckpointError(f"transformers cannot make '{key}' of {_some(names)}: {reason}; is a tensor missing or misshapen?") from None
+                raise CheckpointError(
+                    f"transformers cannot make '{key}' of {_some(names)}: {reason}; is a tensor missing or misshapen?"
+                ) from None
             for target, value in found.items():
                 self._same_shape(target, tuple(value.shape), names)
             fed += found
@@ -191,10 +214,20 @@ class _Planner:
         return fed
 
     def _slices(
-        self, group: _Group, rearrange: Rearrange, found: Mapping[str, Tensor], shapes: Sequence[Shape], names: Sequence[str]
+        self,
+        group: _Group,
+        rearrange: Rearrange,
+        found: Mapping[str, Tensor],
+        shapes: Sequence[Shape],
+        names: Sequence[str],
     ) -> Iterator[_Slice]:
         targets = list(found)
-        alike = (id(group.rule), tuple(p for _, p in group.members), tuple(shapes), tuple(tuple(v.shape) for v in found.values()))
+        alike = (
+            id(group.rule),
+            tuple(p for _, p in group.members),
+            tuple(shapes),
+            tuple(tuple(v.shape) for v in found.values()),
+        )
         if alike not in self._seen:
             try:
                 self._seen[alike] = _observe(rearrange, shapes, targets)
@@ -203,14 +236,18 @@ class _Planner:
         parts = self._seen[alike]
         if parts is None or not all(self._slots[target].is_contiguous() for target in targets):
             kind = type(self._model).__name__
-            raise CheckpointError(f"'{targets[0]}' of {kind} is not a plain rearrangement of {_some(names)}; this architecture cannot be merged yet")
+            raise CheckpointError(
+                f"'{targets[0]}' of {kind} is not a plain rearrangement of {_some(names)}; this architecture cannot be merged yet"
+            )
         for shape, (number, strides, offset) in zip(shapes, parts, strict=True):
             yield _Slice(targets[number], shape, strides, offset)
 
     def _same_shape(self, target: str, shape: Shape, names: Sequence[str]) -> None:
         slot = self._slots.get(target)
         if slot is None:
-            raise CheckpointError(f"{type(self._model).__name__} has no parameter '{target}' for {_some(names)}")
+            raise CheckpointError(
+                f"{type(self._model).__name__} has no parameter '{target}' for {_some(names)}"
+            )
         if tuple(slot.shape) != shape:
             raise CheckpointError(
                 f"'{target}' is {list(slot.shape)} in memory, {_some(names)} on disk give {list(shape)}; do model and folder agree?"
@@ -239,7 +276,9 @@ def _observe(rearrange: Rearrange, shapes: Sequence[Shape], targets: Sequence[st
     numbered, and every number is looked for where the strides say it went: the answer is proved, not sampled. Needs
     up to three int32 copies of one group at a time, such as the gate_up projections of one layer's experts.
     """
-    marks: list[list[int]] = []  # of each source: flat index of its corner, then of one step along each axis; 0: no such step
+    marks: list[
+        list[int]
+    ] = []  # of each source: flat index of its corner, then of one step along each axis; 0: no such step
     for shape in shapes:
         steps = torch.empty(shape, device="meta").stride()
         marks.append([0] + [step if size > 1 else 0 for size, step in zip(shape, steps, strict=True)])
@@ -252,7 +291,10 @@ def _observe(rearrange: Rearrange, shapes: Sequence[Shape], targets: Sequence[st
         if start not in seen:
             return None
         number, corner = seen[start]
-        ends = [seen.get(mark, (number, corner)) if flat else (number, corner) for mark, flat in enumerate(flats[1:], start + 1)]
+        ends = [
+            seen.get(mark, (number, corner)) if flat else (number, corner)
+            for mark, flat in enumerate(flats[1:], start + 1)
+        ]
         learned.append((number, tuple(at - corner for _, at in ends), corner))
     return learned if _proved(rearrange, shapes, targets, learned) else None
 
@@ -275,7 +317,9 @@ def _found(values: Mapping[str, Tensor], targets: Sequence[str]) -> dict[int, tu
     return seen
 
 
-def _proved(rearrange: Rearrange, shapes: Sequence[Shape], targets: Sequence[str], learned: Sequence[_Part]) -> bool:
+def _proved(
+    rearrange: Rearrange, shapes: Sequence[Shape], targets: Sequence[str], learned: Sequence[_Part]
+) -> bool:
     """Whether every element of every source lies where the strides say, and nothing else lies in the targets."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     starts, total = [0, *accumulate(sizes)], sum(sizes)
@@ -314,7 +358,11 @@ def _untie(model: nn.Module, slots: Mapping[str, Tensor], fed: Sequence[str]) ->
     for key, slot in slots.items():
         if key in named and first.setdefault(id(slot), key) != key:
             module, _, leaf = key.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(slot.detach().clone(), requires_grad=slot.requires_grad))
+            setattr(
+                model.get_submodule(module),
+                leaf,
+                nn.Parameter(slot.detach().clone(), requires_grad=slot.requires_grad),
+            )
             getattr(model, "all_tied_weights_keys", {}).pop(key, None)
 
 
@@ -323,7 +371,9 @@ def _unexpected(model: nn.Module) -> list[str]:
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [name for name, _ in model.named_buffers()]
     saved, prefix = _slots(model), getattr(model, "base_model_prefix", "") + "."
-    computed = [name.removeprefix(prefix) for name in buffers if name not in saved]  # by the model itself, such as causal masks
+    computed = [
+        name.removeprefix(prefix) for name in buffers if name not in saved
+    ]  # by the model itself, such as causal masks
     patterns += [rf"^({re.escape(prefix)})?{re.escape(name)}$" for name in computed]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         patterns.append(r"rotary_emb\.inv_freq")

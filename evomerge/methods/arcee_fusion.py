@@ -21,7 +21,14 @@ from evomerge.methods.declaration import Method, Values
 from evomerge.methods.dot_products import CHUNK
 
 
-def arcee_fusion(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def arcee_fusion(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """The model's entries where its change matters, the base's elsewhere."""
     assert base is not None
     [x] = tensors
@@ -46,7 +53,9 @@ def _divergence(x: Tensor, base: Tensor) -> Tensor:
     """[..., 1]: KL(softmax x, softmax b) along the last axis, computed in 64-bit floats some rows at a time."""
     length = x.shape[-1] if x.dim() else 1
     parts = []
-    for a, b in zip(*(torch.split(t.reshape(-1, length), max(1, CHUNK // length)) for t in (x, base)), strict=True):
+    for a, b in zip(
+        *(torch.split(t.reshape(-1, length), max(1, CHUNK // length)) for t in (x, base)), strict=True
+    ):
         log_p, log_q = (torch.log_softmax(t.double(), dim=-1) for t in (a, b))
         parts.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0))
     return torch.cat(parts).reshape([*x.shape[:-1], 1] if x.dim() else []).to(x.dtype)

@@ -15,7 +15,9 @@ from evomerge.methods import random_masks, task_vectors
 from evomerge.methods.declaration import Frame
 
 
-def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float] | None = None, parity: bool = False) -> Tensor:
+def keep(
+    delta: Tensor, density: float, key: int, own: Mapping[str, float] | None = None, parity: bool = False
+) -> Tensor:
     """0/1 mask that keeps each entry with probability density in [0, 1]; same shape and dtype as delta."""
     u = random_masks.hashed(random_masks.mixed(0, delta.numel(), delta.device), random_masks.split(key))
     return (u.long() < random_masks.bound(density)).to(delta.dtype).reshape(delta.shape)

@@ -22,7 +22,15 @@ Coefficients = Callable[[Sequence[Sequence[float]], Values], Sequence[float] | N
 class Kernel(Protocol):
     """Merges one tensor. Pure: inputs are left as they are, no I/O, no global generator."""
 
-    def __call__(self, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        values: Values,
+        keys: Sequence[int],
+        *,
+        parity: bool = False,
+    ) -> Tensor:
         """tensors: one per source, all of one shape and floating dtype; base: same shape or None; keys: one
         signed 64-bit mask key per source. parity: do as mergekit 0.1.5 does, in its order of operations and with its
         faults, where the two differ. Returns a new tensor of that shape and dtype; with parity of a wider one where
@@ -70,7 +78,9 @@ class Param:
             raise RecipeError(f"{self.name} is a switch: true or false, got {value:g} ({where})")
         if math.isfinite(value) and self.hard_low <= value <= self.hard_high:
             return value
-        raise RecipeError(f"{self.name} must be in [{self.hard_low:g}, {self.hard_high:g}], got {value:g} ({where})")
+        raise RecipeError(
+            f"{self.name} must be in [{self.hard_low:g}, {self.hard_high:g}], got {value:g} ({where})"
+        )
 
 
 def switch(name: str, default: bool) -> Param:

@@ -21,14 +21,25 @@ from evomerge.methods.declaration import Method, Param, Values
 from evomerge.methods.dot_products import combine, form, gram
 
 
-def karcher(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def karcher(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """Mean length times the Riemannian mean of the directions, found by steps in the tangent space at the last guess."""
     steps, tol = values["max_iter"], values["tol"]
     assert isinstance(steps, float)
     assert isinstance(tol, float)
     if len(tensors) == 1 or not tensors[0].numel():
         return tensors[0].clone()
-    return _mean_as_mergekit(tensors, int(steps), tol) if parity else combine(coefficients(gram(tensors), values), tensors)
+    return (
+        _mean_as_mergekit(tensors, int(steps), tol)
+        if parity
+        else combine(coefficients(gram(tensors), values), tensors)
+    )
 
 
 def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float]:

@@ -10,11 +10,20 @@ from torch import Tensor
 from evomerge.methods.declaration import Frame, Method, Param, Values, switch
 
 
-def linear(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def linear(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """sum_i w_i x_i, divided by sum_i w_i if `normalize`. A zero sum of weights gives inf or NaN, as in mergekit."""
     weight = values["weight"]
     assert isinstance(weight, tuple)
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)  # mergekit sums in float32 whatever the dtype
+    dtype = torch.promote_types(
+        tensors[0].dtype, torch.float32
+    )  # mergekit sums in float32 whatever the dtype
     w = torch.tensor(weight, dtype=dtype, device=tensors[0].device)
     out = torch.zeros_like(tensors[0], dtype=dtype)
     for x, w_i in zip(tensors, w, strict=True):

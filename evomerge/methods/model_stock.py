@@ -21,7 +21,14 @@ from evomerge.methods.declaration import Method, Values, switch
 from evomerge.methods.dot_products import dot
 
 
-def model_stock(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def model_stock(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """t · average + (1-t) · base."""
     assert base is not None
     if not base.numel():
@@ -36,7 +43,10 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequenc
         return None
     n = len(products)
     norms = [math.sqrt(products[i][i]) for i in range(n)]
-    cosines = [products[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] else 0.0 for i, j in itertools.combinations(range(n), 2)]
+    cosines = [
+        products[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] else 0.0
+        for i, j in itertools.combinations(range(n), 2)
+    ]
     cos = max(0.0, min(1.0, sum(cosines) / len(cosines)))
     return [cos / (1 + (n - 1) * cos)] * n
 

@@ -20,7 +20,14 @@ from evomerge.methods.declaration import Method, Param, Values, switch
 from evomerge.methods.dot_products import combine, differences, form, gram
 
 
-def multislerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def multislerp(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """Weighted mean direction times weighted mean length; one model is left as it is, whatever its weight."""
     weight, eps = values["weight"], values["eps"]
     assert isinstance(weight, tuple)
@@ -55,7 +62,9 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequenc
     return [length / size * s for s in shares]
 
 
-def _mean_as_mergekit(vectors: Sequence[Tensor], weight: Sequence[float], normalize: bool, eps: float) -> Tensor:
+def _mean_as_mergekit(
+    vectors: Sequence[Tensor], weight: Sequence[float], normalize: bool, eps: float
+) -> Tensor:
     flat = torch.stack([v.reshape(-1) for v in vectors])  # [sources, numel]
     w = torch.tensor(weight, dtype=flat.dtype, device=flat.device)
     if normalize:
@@ -67,7 +76,9 @@ def _mean_as_mergekit(vectors: Sequence[Tensor], weight: Sequence[float], normal
     size = torch.norm(pole)
     if size < eps:
         if len(vectors) > 2:
-            raise CandidateError("multislerp as in mergekit has no value here: the weighted directions of the models cancel")
+            raise CandidateError(
+                "multislerp as in mergekit has no value here: the weighted directions of the models cancel"
+            )
         return vectors[0] * w[0] + vectors[1] * w[1]
     pole = pole / size
     tangents = units - (units * pole).sum(dim=-1, keepdim=True) * pole

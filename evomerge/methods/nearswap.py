@@ -14,7 +14,14 @@ from torch import Tensor
 from evomerge.methods.declaration import Method, Param, Values
 
 
-def nearswap(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def nearswap(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """x where |x - b| <= t, elsewhere b with a step of t towards x."""
     assert base is not None
     [x], t = tensors, values["t"]

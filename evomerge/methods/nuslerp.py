@@ -20,7 +20,14 @@ from evomerge.methods.declaration import Method, Param, Values, switch
 from evomerge.methods.dot_products import differences, dot
 
 
-def nuslerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def nuslerp(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """Point at t = w_2 / (w_1 + w_2) of the arc from x_1 to x_2; at 1/2 if the weights sum to 0."""
     weight = values["weight"]
     assert isinstance(weight, tuple)
@@ -64,7 +71,9 @@ def _arc(x: Tensor, y: Tensor, t: float) -> Tensor:
     theta = torch.acos((dot(a, b) / torch.where(none, 1, size)).clamp(-1, 1))
     sin = torch.sin(theta)
     straight = none | (sin <= torch.finfo(x.dtype).eps ** 0.5)
-    c_a, c_b = (torch.where(straight, part, torch.sin(part * theta) / sin).to(x.dtype)[:, None] for part in (1 - t, t))
+    c_a, c_b = (
+        torch.where(straight, part, torch.sin(part * theta) / sin).to(x.dtype)[:, None] for part in (1 - t, t)
+    )
     return (c_a * a + c_b * b).reshape(x.shape)
 
 
@@ -81,7 +90,11 @@ NUSLERP = Method(
     name="nuslerp",
     kernel=nuslerp,
     coefficients=coefficients,
-    params=(Param("weight", 0.0, 1.0, 1.0, required=True), switch("nuslerp_flatten", True), switch("nuslerp_row_wise", False)),
+    params=(
+        Param("weight", 0.0, 1.0, 1.0, required=True),
+        switch("nuslerp_flatten", True),
+        switch("nuslerp_row_wise", False),
+    ),
     needs_base=False,
     takes_base=True,
     models=(2, 2),

@@ -9,7 +9,14 @@ from torch import Tensor
 from evomerge.methods.declaration import Method, Param, Values
 
 
-def passthrough(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def passthrough(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """scale * x."""
     scale = values["scale"]
     assert isinstance(scale, tuple)

@@ -19,12 +19,26 @@ from evomerge.methods.declaration import Method, Param, Values
 _EPSILON = Param("epsilon", 0.0, 0.001, 1e-5, per="merge", hard_low=0.0, digits=8)
 
 
-def ram(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def ram(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """b + at each entry the mean of the differences of the models that changed it. The same with and without parity."""
     return _reinforced(tensors, base, values, parity=parity)
 
 
-def ramplus_tl(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def ramplus_tl(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """As `ram`, with what a model changed alone made larger the more of its changes are shared."""
     r, alpha = values["r"], values["alpha"]
     assert isinstance(r, float)
@@ -32,7 +46,14 @@ def ramplus_tl(tensors: Sequence[Tensor], base: Tensor | None, values: Values, k
     return _reinforced(tensors, base, values, (r, alpha), parity=parity)
 
 
-def _reinforced(tensors: Sequence[Tensor], base: Tensor | None, values: Values, plus: tuple[float, float] | None = None, *, parity: bool) -> Tensor:
+def _reinforced(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    plus: tuple[float, float] | None = None,
+    *,
+    parity: bool,
+) -> Tensor:
     """plus: r and alpha of RAM+."""
     assert base is not None
     epsilon = values["epsilon"]
@@ -46,13 +67,22 @@ def _reinforced(tensors: Sequence[Tensor], base: Tensor | None, values: Values, 
     alone, shared = count == 1, count > 1
     own = deltas * alone
     if plus is not None:
-        own = own * _enlarge((changed & shared).sum(dim=1), (changed & alone).sum(dim=1), *plus, epsilon, deltas.dtype, parity=parity)
+        own = own * _enlarge(
+            (changed & shared).sum(dim=1),
+            (changed & alone).sum(dim=1),
+            *plus,
+            epsilon,
+            deltas.dtype,
+            parity=parity,
+        )
     mixed = (own + deltas * shared / count.clamp(min=1)).sum(dim=0)
     out = base + mixed.reshape(base.shape)
     return out if parity else out.to(base.dtype)
 
 
-def _enlarge(shared: Tensor, alone: Tensor, r: float, alpha: float, epsilon: float, dtype: torch.dtype, *, parity: bool) -> Tensor:
+def _enlarge(
+    shared: Tensor, alone: Tensor, r: float, alpha: float, epsilon: float, dtype: torch.dtype, *, parity: bool
+) -> Tensor:
     """[sources, 1]: 1 + r · min(shared / alone, alpha). With parity in float32, to which half precision is then promoted."""
     ratio = shared / alone.clamp(min=epsilon) if parity else shared.double() / alone.clamp(min=1)
     factor = 1 + r * ratio.clamp(0, alpha)

@@ -21,7 +21,14 @@ from evomerge.methods.declaration import Method, Param, Values
 from evomerge.methods.dot_products import CHUNK, dot
 
 
-def sce(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def sce(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """b + sum_i w_i m_i delta_i / sum_i w_i m_i, m_i the 0/1 mask of entries that agree; the base at select_topk 0."""
     assert base is not None
     share = values["select_topk"]
@@ -37,8 +44,12 @@ def _mix(deltas: Tensor, share: float) -> Tensor:
     if share < 1:
         deltas *= _select(deltas, share)
     energy = dot(deltas, deltas)  # [sources]; the same divisor for all of them cancels
-    weight = (energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / len(deltas))).to(deltas.dtype)[:, None]
-    positive = torch.cat([part.double().sum(dim=0) >= 0 for part in torch.split(deltas, max(1, CHUNK // len(deltas)), 1)])
+    weight = (energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / len(deltas))).to(
+        deltas.dtype
+    )[:, None]
+    positive = torch.cat(
+        [part.double().sum(dim=0) >= 0 for part in torch.split(deltas, max(1, CHUNK // len(deltas)), 1)]
+    )
     agree = torch.where(positive, deltas > 0, deltas < 0) * weight
     divisor = agree.sum(dim=0)
     return (deltas * agree).sum(dim=0) / torch.where(divisor == 0, 1, divisor)

@@ -15,7 +15,14 @@ _EPS = 1e-8  # a norm at or below this counts as 1
 _PARALLEL = 0.9995  # above this |cosine| the arc degenerates: interpolate linearly
 
 
-def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int], *, parity: bool = False) -> Tensor:
+def slerp(
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+    *,
+    parity: bool = False,
+) -> Tensor:
     """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base. In float32 at least, as in mergekit."""
     assert base is not None
     wide = torch.promote_types(base.dtype, torch.float32)
@@ -24,7 +31,10 @@ def slerp(tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: 
     if not a.numel():
         return base.clone()
     norm_a, norm_b = _norm(a), _norm(b)
-    parts = [((x / norm_a) * (y / norm_b)).sum(dim=1) for x, y in zip(torch.split(a, _CHUNK, 1), torch.split(b, _CHUNK, 1), strict=True)]
+    parts = [
+        ((x / norm_a) * (y / norm_b)).sum(dim=1)
+        for x, y in zip(torch.split(a, _CHUNK, 1), torch.split(b, _CHUNK, 1), strict=True)
+    ]
     dot = torch.stack(parts).sum(dim=0).clamp(-1, 1)
     parallel = dot.abs() > _PARALLEL
     theta = torch.acos(torch.where(parallel, 0, dot))
@@ -48,7 +58,9 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[f
 
 
 def _norm(v: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(c, dim=1) for c in torch.split(v, _CHUNK, 1)]), dim=0)
+    norm = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(c, dim=1) for c in torch.split(v, _CHUNK, 1)]), dim=0
+    )
     return torch.where(norm > _EPS, norm, 1)
 
 

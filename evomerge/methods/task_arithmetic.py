@@ -9,5 +9,9 @@ from evomerge.methods import task_vectors
 from evomerge.methods.declaration import Frame
 
 TASK_ARITHMETIC = task_vectors.method(
-    "task_arithmetic", Frame(), normalize=False, paper="arXiv 2212.04089", summary="base + weighted sum of task vectors"
+    "task_arithmetic",
+    Frame(),
+    normalize=False,
+    paper="arXiv 2212.04089",
+    summary="base + weighted sum of task vectors",
 )

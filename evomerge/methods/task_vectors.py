@@ -68,15 +68,23 @@ def merge(
         for i, (d, key) in enumerate(zip(density, keys, strict=True)):
             if d < 1:
                 own = {name: value[i] for name, value in values.items() if isinstance(value, tuple)}
-                mask = sparsify(deltas[i], d, key, own, parity) if d > 0 and deltas[i].numel() else torch.zeros_like(deltas[i])
+                mask = (
+                    sparsify(deltas[i], d, key, own, parity)
+                    if d > 0 and deltas[i].numel()
+                    else torch.zeros_like(deltas[i])
+                )
                 deltas[i] = _masked(deltas[i], mask, rescale=bool(values["rescale"]))
     w = torch.tensor(weight, dtype=deltas.dtype, device=deltas.device).reshape(-1, *[1] * base.dim())
     deltas.mul_(w)
     if elect_sign:
-        agree = deltas.sign() == (deltas.sum(dim=0) >= 0).to(deltas.dtype) * 2 - 1  # exact zeros agree with no sign
+        agree = (
+            deltas.sign() == (deltas.sum(dim=0) >= 0).to(deltas.dtype) * 2 - 1
+        )  # exact zeros agree with no sign
         mixed = (deltas * agree).sum(dim=0)
         divisor = (w * agree).sum(dim=0)
-        none = divisor == 0 if parity else divisor.abs() < 1e-6  # weights that cancel up to rounding are no divisor
+        none = (
+            divisor == 0 if parity else divisor.abs() < 1e-6
+        )  # weights that cancel up to rounding are no divisor
         divisor = torch.where(none, 1.0, divisor)
     else:
         mixed = deltas.sum(dim=0)

@@ -19,7 +19,9 @@ def count(density: float, n: int) -> int:
     return max(1, int(density * n)) if density > 0 else 0
 
 
-def largest(delta: Tensor, density: float, key: int = 0, own: Mapping[str, float] | None = None, parity: bool = False) -> Tensor:
+def largest(
+    delta: Tensor, density: float, key: int = 0, own: Mapping[str, float] | None = None, parity: bool = False
+) -> Tensor:
     """0/1 mask of the max(1, int(density * numel)) entries of largest magnitude.
 
     density in (0, 1). Same shape and dtype as delta; key and own are not used.

@@ -20,14 +20,23 @@ _FREE = 2  # cmaes needs as many numbers: where there are fewer, genes that no o
 _DEVIATIONS = (2 * GRID, 1e4)
 """Standard deviations along the principal axes are held between these: steps below the grid would be rounded to nothing and then
 taken for huge ones, and those of genes without any effect wander."""
-_REACH = 2.0  # an injected step is at most sqrt(n) + this long, in standard deviations (as in arXiv 1110.4181)
+_REACH = (
+    2.0  # an injected step is at most sqrt(n) + this long, in standard deviations (as in arXiv 1110.4181)
+)
 
 
 class CatCma:
     """CatCMA over leading categorical genes, whole numbers, and continuous ones after them. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
     def __init__(
-        self, start: Sequence[float], sigma: float, *, categories: Sequence[int], stay: float, population: int | None = None, seed: int = 0
+        self,
+        start: Sequence[float],
+        sigma: float,
+        *,
+        categories: Sequence[int],
+        stay: float,
+        population: int | None = None,
+        seed: int = 0,
     ) -> None:
         """start: [n], the categorical genes first; sigma: initial standard deviation > 0 of the continuous ones; categories: of
         each categorical gene, at least 2; stay: probability in (0, 1) of its start's category, the others share the rest
@@ -37,8 +46,15 @@ class CatCma:
         self._counts = np.asarray(categories, dtype=np.int64)
         self._n = len(start)
         lead = len(self._counts)
-        if not lead or self._counts.min() < 2 or lead > self._n or any(c not in range(k) for c, k in zip(start, categories, strict=False)):
-            raise ValueError(f"categorical genes come first and are whole numbers below {list(categories)}, got {list(start[:lead])}")
+        if (
+            not lead
+            or self._counts.min() < 2
+            or lead > self._n
+            or any(c not in range(k) for c, k in zip(start, categories, strict=False))
+        ):
+            raise ValueError(
+                f"categorical genes come first and are whole numbers below {list(categories)}, got {list(start[:lead])}"
+            )
         margin = (1 - 0.73 ** (1 / lead)) / (self._counts - 1)  # [lead], section 4.3 of the paper
         mean = np.zeros(max(_FREE, self._n - lead))
         mean[: self._n - lead] = start[lead:]
@@ -52,7 +68,9 @@ class CatCma:
             seed=seed,
         )
         self._injected: list[Sequence[float]] = []
-        self._asked: Asked[tuple[Array, Array]] = Asked()  # each with its numbers, those that no one reads among them, and their mean
+        self._asked: Asked[tuple[Array, Array]] = (
+            Asked()
+        )  # each with its numbers, those that no one reads among them, and their mean
 
     def ask(self) -> Array:
         """[population, n] genomes: categories as whole numbers, the rest on a grid of 2**-14."""
@@ -66,15 +84,21 @@ class CatCma:
             free[slot, : self._n - lead] = genome[lead:]
             free[slot] = self._shortened(free[slot])
         free = np.round(free / GRID) * GRID
-        return self._asked.add(np.concatenate([chosen, free[:, : self._n - lead]], axis=1), (free, self._cat.mean.copy()))
+        return self._asked.add(
+            np.concatenate([chosen, free[:, : self._n - lead]], axis=1), (free, self._cat.mean.copy())
+        )
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
         """Puts genomes into the next `ask`, categories as they are; longer steps of the numbers than the distribution would take
         are shortened. Raises ValueError for a category that there is not."""
         for genome in genomes:
             lead = [float(g) for g in genome[: len(self._counts)]]
-            if len(genome) != self._n or any(c not in range(k) for c, k in zip(lead, self._counts.tolist(), strict=True)):
-                raise ValueError(f"a genome has {self._n} genes, the first whole numbers below {self._counts.tolist()}, got {list(genome)}")
+            if len(genome) != self._n or any(
+                c not in range(k) for c, k in zip(lead, self._counts.tolist(), strict=True)
+            ):
+                raise ValueError(
+                    f"a genome has {self._n} genes, the first whole numbers below {self._counts.tolist()}, got {list(genome)}"
+                )
         self._injected = [*self._injected, *genomes]
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:

@@ -20,7 +20,15 @@ from evomerge.optimizers.pending import GRID, Asked, ordered
 class CmaEs:
     """CMA-ES in R^n. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
-    def __init__(self, start: Sequence[float], sigma: float, *, population: int | None = None, diagonal: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        start: Sequence[float],
+        sigma: float,
+        *,
+        population: int | None = None,
+        diagonal: bool = False,
+        seed: int = 0,
+    ) -> None:
         """start: [n] initial mean, n >= 1; sigma: initial standard deviation > 0; population: None for 4 + 3 ln n."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -41,14 +49,17 @@ class CmaEs:
             "tolfacupx": math.inf,
             "tolconditioncov": math.inf,
             "maxiter": math.inf,
-            "minstd": 2 * GRID,  # steps below the grid would be rounded to nothing and then taken for huge ones
+            "minstd": 2
+            * GRID,  # steps below the grid would be rounded to nothing and then taken for huge ones
         }
         # pycma refuses n = 1: a second gene that no one reads makes it a plane
         x0 = np.zeros(max(2, self._n))
         x0[: self._n] = start
         with self._own_generator():
             self._es = cma.CMAEvolutionStrategy(x0, sigma, options)
-        self._asked: Asked[tuple[Array, Array]] = Asked()  # each with the second gene that no one reads, and the mean it was drawn around
+        self._asked: Asked[tuple[Array, Array]] = (
+            Asked()
+        )  # each with the second gene that no one reads, and the mean it was drawn around
 
     def ask(self) -> Array:
         """[population, n] genomes on a grid of 2**-14."""

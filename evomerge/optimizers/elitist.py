@@ -18,7 +18,9 @@ from evomerge.optimizers.pending import GRID, Asked, ordered
 _CROSSED = 0.3  # of the children have two parents
 _SHIFTED = 0.2  # of a child's numbers are moved
 _RUNS = 0.3  # of the children have one new choice over a run of genes, as blocks of layers are taken by hand
-_SPREAD = 0.5  # of its changed choices are those of a gene beside them with as many: good choices come in runs
+_SPREAD = (
+    0.5  # of its changed choices are those of a gene beside them with as many: good choices come in runs
+)
 
 
 class Elitist:
@@ -42,8 +44,14 @@ class Elitist:
         self._counts = np.asarray(categories, dtype=np.int64)
         self._sigma = sigma
         lead = len(self._counts)
-        self._likely = [np.asarray(own, dtype=np.float64) for own in likely] if likely is not None else [np.ones(int(k)) for k in self._counts]
-        self._further = max(0.0, (1 - stay) * lead - 1) / max(1, lead - 1)  # beside the one choice that every child changes
+        self._likely = (
+            [np.asarray(own, dtype=np.float64) for own in likely]
+            if likely is not None
+            else [np.ones(int(k)) for k in self._counts]
+        )
+        self._further = max(0.0, (1 - stay) * lead - 1) / max(
+            1, lead - 1
+        )  # beside the one choice that every child changes
         self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
         self._rng = np.random.RandomState(seed)
         self._survivors: list[Array] = [np.round(np.asarray(start, dtype=np.float64) / GRID) * GRID]
@@ -90,10 +98,14 @@ class Elitist:
     def _child(self) -> Array:
         rng, lead = self._rng, len(self._counts)
         child = self._pick().copy()
-        if rng.random_sample() < _CROSSED:  # what lies after one cut, of the choices and likewise of the numbers, is another's
+        if (
+            rng.random_sample() < _CROSSED
+        ):  # what lies after one cut, of the choices and likewise of the numbers, is another's
             other, cut = self._pick(), rng.random_sample()
             for first, size in ((0, lead), (lead, len(child) - lead)):
-                child[first + round(cut * size) : first + size] = other[first + round(cut * size) : first + size]
+                child[first + round(cut * size) : first + size] = other[
+                    first + round(cut * size) : first + size
+                ]
         changed = rng.random_sample(lead) < self._further
         changed[rng.randint(lead)] = True
         given = np.array([self._other(i, int(child[i])) for i in range(lead)], dtype=np.float64)

@@ -12,7 +12,9 @@ import numpy as np
 from evomerge.optimizers.base import Array
 
 T = TypeVar("T")
-GRID = 2.0**-14  # asked genomes are rounded to it, so that a replay is exact across BLAS kernels and thread counts
+GRID = (
+    2.0**-14
+)  # asked genomes are rounded to it, so that a replay is exact across BLAS kernels and thread counts
 
 
 class Asked(Generic[T]):
@@ -29,8 +31,14 @@ class Asked(Generic[T]):
     def told(self, genomes: Array, scores: Sequence[float | None]) -> T:
         """What was kept with the oldest generation, which is done with. Raises ValueError unless the genomes are its own, with a
         finite score or None for each; then nothing is done with."""
-        if not self._waiting or not np.array_equal(self._waiting[0][0], genomes) or len(scores) != len(genomes):
-            raise ValueError("tell takes the genomes of the oldest ask that it was not told of, with a score for each")
+        if (
+            not self._waiting
+            or not np.array_equal(self._waiting[0][0], genomes)
+            or len(scores) != len(genomes)
+        ):
+            raise ValueError(
+                "tell takes the genomes of the oldest ask that it was not told of, with a score for each"
+            )
         if any(s is not None and not math.isfinite(s) for s in scores):
             raise ValueError("a score must be finite; tell None for a failed candidate")
         return self._waiting.popleft()[1]

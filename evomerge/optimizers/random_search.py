@@ -15,7 +15,14 @@ class RandomSearch:
     """Samples around the start and learns nothing. Satisfies `evomerge.optimizers.base.Optimizer`."""
 
     def __init__(
-        self, start: Sequence[float], sigma: float, *, population: int | None = None, seed: int = 0, categories: Sequence[int] = (), stay: float = 0.5
+        self,
+        start: Sequence[float],
+        sigma: float,
+        *,
+        population: int | None = None,
+        seed: int = 0,
+        categories: Sequence[int] = (),
+        stay: float = 0.5,
     ) -> None:
         """start, sigma, population: as for `CmaEs`. categories: of each leading gene, at least 2: it keeps its start with the
         probability `stay`, and else is one of the others, all equally likely; the genes after them are normal."""

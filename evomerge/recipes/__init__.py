@@ -5,7 +5,17 @@ Nothing here loads torch or reads a model: a `Recipe` is the only thing that tra
 
 from __future__ import annotations
 
-from evomerge.recipes.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
+from evomerge.recipes.recipe import (
+    STORED,
+    Filtered,
+    Mix,
+    ParamValue,
+    Recipe,
+    Setting,
+    Source,
+    params,
+    setting,
+)
 from evomerge.recipes.tokenizer_spec import WHOLE, ZERO, TokenDonor, TokenizerSpec
 
 __all__ = [

@@ -44,7 +44,9 @@ AUTO = "auto"
 def check(wish: str) -> None:
     """Raises RecipeError unless a wish is 'auto', a known name or the text of a Jinja template."""
     if wish != AUTO and wish not in KNOWN and "{" not in wish:
-        raise RecipeError(f"chat_template must be auto, {', '.join(KNOWN)} or the text of a Jinja template, got {wish[:60]!r}")
+        raise RecipeError(
+            f"chat_template must be auto, {', '.join(KNOWN)} or the text of a Jinja template, got {wish[:60]!r}"
+        )
 
 
 def text(wish: str, own: Sequence[str]) -> str | None:

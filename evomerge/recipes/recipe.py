@@ -72,7 +72,9 @@ class Mix:
         object.__setattr__(self, "params", tuple((name, _normal(value)) for name, value in self.params))
         for name, value in self.params:
             if isinstance(value, tuple) and len(value) != len(self.sources):
-                raise RecipeError(f"{name} has {len(value)} values for {len(self.sources)} source models; give one for each")
+                raise RecipeError(
+                    f"{name} has {len(value)} values for {len(self.sources)} source models; give one for each"
+                )
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -121,13 +123,19 @@ class Recipe:
         if not self.layers:
             raise RecipeError("a recipe needs at least one output layer, got none")
         scales = tuple(float(s) for s in self.scales)
-        if scales and (len(scales) != len(self.layers) or scales[0] != 1 or not all(0 < s < math.inf for s in scales)):
-            raise RecipeError(f"scales are one number above 0 for each of the {len(self.layers)} layers, the first 1; got {list(scales)}")
+        if scales and (
+            len(scales) != len(self.layers) or scales[0] != 1 or not all(0 < s < math.inf for s in scales)
+        ):
+            raise RecipeError(
+                f"scales are one number above 0 for each of the {len(self.layers)} layers, the first 1; got {list(scales)}"
+            )
         object.__setattr__(self, "scales", scales if any(s != 1 for s in scales) else ())
         if self.policy not in POLICIES:
             raise RecipeError(f"unknown arithmetic policy '{self.policy}'. Known: {', '.join(POLICIES)}")
         if self.policy == "float32" and self.dtype != "float32":
-            raise RecipeError(f"under the policy 'float32' arithmetic is in float32, got dtype '{self.dtype}'; use the policy 'mergekit'")
+            raise RecipeError(
+                f"under the policy 'float32' arithmetic is in float32, got dtype '{self.dtype}'; use the policy 'mergekit'"
+            )
         names = [name for name, _ in self.stages]
         if len(set(names)) < len(names) or any(recipe.stages for _, recipe in self.stages):
             raise RecipeError("every stage has a name of its own and no stages inside")
@@ -175,7 +183,9 @@ class Recipe:
         try:
             return _recipe(json.loads(text))
         except (KeyError, TypeError, ValueError, RecursionError, RecipeError) as error:
-            raise RecipeError(f"not a recipe in canonical JSON: {' '.join(str(error).split())[:_SHOWN]}") from error
+            raise RecipeError(
+                f"not a recipe in canonical JSON: {' '.join(str(error).split())[:_SHOWN]}"
+            ) from error
 
 
 def setting(value: Any, what: str) -> float:
@@ -212,7 +222,9 @@ def _plain(value: Any) -> Any:
                 "tokenizer": value.tokenizer.to_plain() if value.tokenizer else None,
                 "chat_template": value.chat_template,
                 "stages": [[name, _plain(stage)] for name, stage in value.stages],
-                **({"scales": list(value.scales)} if value.scales else {}),  # left out: the ids of recipes without stay
+                **(
+                    {"scales": list(value.scales)} if value.scales else {}
+                ),  # left out: the ids of recipes without stay
             }
         case Mix():
             return {

@@ -34,7 +34,9 @@ class TokenDonor:
             case (str(name), int(row)) if name and not isinstance(row, bool) and row >= 0:
                 pass
             case _:
-                raise RecipeError(f"a token's source is a model, 'zero', or a model with a token or a row of at least 0, got {self.source!r}")
+                raise RecipeError(
+                    f"a token's source is a model, 'zero', or a model with a token or a row of at least 0, got {self.source!r}"
+                )
         if not isinstance(self.force, bool):
             raise RecipeError(f"force must be true or false, got {self.force!r}")
 
@@ -63,7 +65,9 @@ class TokenizerSpec:
         if not isinstance(self.source, str) or not self.source:
             raise RecipeError(f"a tokenizer's source is 'base', 'union' or a model, got {self.source!r}")
         multiple = self.pad_to_multiple_of
-        if multiple is not None and (not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1):
+        if multiple is not None and (
+            not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1
+        ):
             raise RecipeError(f"pad_to_multiple_of must be a whole number of at least 1, got {multiple!r}")
         listed = [token for token, _ in self.tokens]
         for token in listed:
@@ -81,7 +85,13 @@ class TokenizerSpec:
     def to_plain(self) -> dict[str, Any]:
         """Mappings, lists, texts and numbers, for JSON; tokens are pairs in a list, because their order counts."""
         pairs = [
-            [token, {"source": list(donor.source) if isinstance(donor.source, tuple) else donor.source, "force": donor.force}]
+            [
+                token,
+                {
+                    "source": list(donor.source) if isinstance(donor.source, tuple) else donor.source,
+                    "force": donor.force,
+                },
+            ]
             for token, donor in self.tokens
         ]
         return {"source": self.source, "tokens": pairs, "pad_to_multiple_of": self.pad_to_multiple_of}
@@ -92,7 +102,9 @@ class TokenizerSpec:
         given = _fields(data, ("source", "tokens", "pad_to_multiple_of"))
         if not isinstance(given["tokens"], list):
             raise RecipeError(f"tokens must be a list of [token, donor], got {str(given['tokens'])[:80]}")
-        return cls(given["source"], tuple(_listed(pair) for pair in given["tokens"]), given["pad_to_multiple_of"])
+        return cls(
+            given["source"], tuple(_listed(pair) for pair in given["tokens"]), given["pad_to_multiple_of"]
+        )
 
 
 def _listed(pair: Any) -> tuple[str, TokenDonor]:

@@ -24,10 +24,17 @@ def activity(store: Store) -> dict[str, Any]:
         "stop_requested": stop_request.stop_requested(store.path.parent),
         "workers": workers,
         "utilisation": min(1.0, busy / span) if span else None,
-        "failures": [{"cause": cause, "attempts": count, "last": error} for cause, count, error in store.failures()],
+        "failures": [
+            {"cause": cause, "attempts": count, "last": error} for cause, count, error in store.failures()
+        ],
         "runs": [asdict(r) for r in store.runs()],
-        "ended": [{"stage": stage, "island": island, "cause": cause} for (stage, island), cause in store.causes().items()],
-        "backup": _backup(backup.stat().st_mtime, backup.stat().st_size, str(backup)) if backup.is_file() else None,
+        "ended": [
+            {"stage": stage, "island": island, "cause": cause}
+            for (stage, island), cause in store.causes().items()
+        ],
+        "backup": _backup(backup.stat().st_mtime, backup.stat().st_size, str(backup))
+        if backup.is_file()
+        else None,
         "way_back": store.way_back(),
     }
 

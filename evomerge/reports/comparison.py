@@ -35,7 +35,11 @@ class Contender:
 def contender(store: Store, name: str, reference: str, role: Role) -> Contender:
     """The candidate of a study that a reference names, with all that the study's file holds of it in a role."""
     trial = resolve(store, reference)
-    evaluations = tuple(s.evaluation for r, s in store.evaluations(trial.recipe_id) if r == role and s.evaluation.error is None)
+    evaluations = tuple(
+        s.evaluation
+        for r, s in store.evaluations(trial.recipe_id)
+        if r == role and s.evaluation.error is None
+    )
     scores = {(s.task, s.item): s for e in evaluations for s in e.items}
     return Contender(name, store.path.parent.name, trial, store.recipe(trial.recipe_id), scores, evaluations)
 
@@ -55,10 +59,14 @@ def check(facts: Mapping[str, Mapping[str, Any]], task: str | None) -> list[str]
         changed = [t for t in mine if facts[first]["tasks"][t] != facts[other]["tasks"][t]]
         if changed:
             named = ", ".join(changed)
-            notes.append(f"{named}: items, prompts or settings of {other} are not those of {first}; only items with the same content are joined")
+            notes.append(
+                f"{named}: items, prompts or settings of {other} are not those of {first}; only items with the same content are joined"
+            )
     leaves = [leaf for said in facts[first]["terms"].values() for leaf, _ in said["leaves"]]
     if task is not None and task not in (*facts[first]["metrics"], *leaves):
-        raise ConfigError(f"{first} has no task '{task}'. {suggest(task, [*facts[first]['metrics'], *leaves])}")
+        raise ConfigError(
+            f"{first} has no task '{task}'. {suggest(task, [*facts[first]['metrics'], *leaves])}"
+        )
     return notes
 
 
@@ -82,9 +90,15 @@ def common(contenders: Sequence[Contender], task: str | None = None) -> Items:
         if all((name, item) in c.scores for c in contenders[1:]) and task in (None, name):
             shared[name] = (*shared.get(name, ()), item)
     if not shared:
-        lacks = [f"{c.name} lacks {n}" for c, m in zip(contenders, missing(contenders), strict=True) if (n := sum(map(len, m.values())))]
+        lacks = [
+            f"{c.name} lacks {n}"
+            for c, m in zip(contenders, missing(contenders), strict=True)
+            if (n := sum(map(len, m.values())))
+        ]
         what = "; ".join(lacks) or "none was scored on any"
-        raise StudyError(f"there are no items of this role that all were scored on: {what}; add --score, or choose another --role")
+        raise StudyError(
+            f"there are no items of this role that all were scored on: {what}; add --score, or choose another --role"
+        )
     return shared
 
 
@@ -103,20 +117,42 @@ def compare(contenders: Sequence[Contender], objective: Objective, task: str | N
     for term in objective.terms:
         shares = {leaf: share for leaf, share in term.strata if leaf in items}
         if shares and (task in (None, term.task) or task in shares):
-            row: dict[str, Any] = {"task": term.task if task is None else task, "items": sum(len(items[leaf]) for leaf in shares)}
+            row: dict[str, Any] = {
+                "task": term.task if task is None else task,
+                "items": sum(len(items[leaf]) for leaf in shares),
+            }
             row |= {"higher_is_better": term.sign > 0, "scores": [m.get(term.task) for m in known]}
-            rows.append(row | {"differences": [paired(k, kept[0], shares) if term.mean else None for k in kept[1:]]})
+            rows.append(
+                row | {"differences": [paired(k, kept[0], shares) if term.mean else None for k in kept[1:]]}
+            )
     if task is None:
         whole = [_objective(m, objective) for m in known]
         told = objective.is_mean_of_items and all(w is not None for w in whole)
         differences = [paired(k, kept[0], objective.shares()) if told else None for k in kept[1:]]
-        rows.append({"task": "objective", "items": len(kept[0]), "higher_is_better": True, "scores": whole, "differences": differences})
+        rows.append(
+            {
+                "task": "objective",
+                "items": len(kept[0]),
+                "higher_is_better": True,
+                "scores": whole,
+                "differences": differences,
+            }
+        )
     estimates: list[Estimate] = [d for row in rows for d in row["differences"] if d is not None]
     corrected = iter(holm([d.p_value() for d in estimates]))
     for row in rows:
-        row["differences"] = [None if d is None else _plain(d) | {"p_holm": next(corrected)} for d in row["differences"]]
+        row["differences"] = [
+            None if d is None else _plain(d) | {"p_holm": next(corrected)} for d in row["differences"]
+        ]
     candidates = [
-        {"name": c.name, "study": c.study, "id": c.trial.id, "label": c.trial.label, "recipe": c.recipe.id, "scored": len(c.scores)}
+        {
+            "name": c.name,
+            "study": c.study,
+            "id": c.trial.id,
+            "label": c.trial.label,
+            "recipe": c.recipe.id,
+            "scored": len(c.scores),
+        }
         for c in contenders
     ]
     return {"candidates": candidates, "items": sum(map(len, items.values())), "rows": rows}
@@ -146,7 +182,9 @@ def _metrics(c: Contender, items: Items, objective: Objective) -> dict[str, floa
         elif not term.mean:
             wanted = {(leaf, item) for leaf, _ in term.strata for item in items.get(leaf, ())}
             tasks = [leaf for leaf, _ in term.strata]
-            whole = [e for e in c.evaluations if {(s.task, s.item) for s in e.items if s.task in tasks} == wanted]
+            whole = [
+                e for e in c.evaluations if {(s.task, s.item) for s in e.items if s.task in tasks} == wanted
+            ]
             if whole:
                 out[term.task] = whole[-1].metrics[term.task]
     return out

@@ -28,7 +28,9 @@ def markdown(store: Store) -> str:
         "",
         "## Scores",
         "",
-        "| | search | validation | test | lead of the best ± s.e. | " + " | ".join(f"{t} (test)" for t in tasks) + " |",
+        "| | search | validation | test | lead of the best ± s.e. | "
+        + " | ".join(f"{t} (test)" for t in tasks)
+        + " |",
         "| --- | --- | --- | --- | --- | " + " | ".join("---" for _ in tasks) + " |",
         _line(f"**{study.name}/{best['id']}** ({best['origin']})", best, tasks),
         *(_line(str(r["label"]), r, tasks) for r in references),
@@ -82,7 +84,9 @@ def _verdict(best: Mapping[str, Any], references: list[dict[str, Any]]) -> str:
             parts.append(f"which is the {kind} '{other['label']}' itself")
         elif other is not None:
             error = _between(other.get("lead_interval"), "+.3f")
-            parts.append(f"{best['test'] - other['test']:+.3f}{error} against the best {kind} ({other['label']}, {other['test']:.3f})")
+            parts.append(
+                f"{best['test'] - other['test']:+.3f}{error} against the best {kind} ({other['label']}, {other['test']:.3f})"
+            )
     return ", ".join(parts)
 
 
@@ -117,8 +121,15 @@ def _retention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The winner's lead over each parent by task."""
     if not rows:
         return []
-    tasks, parents = list(dict.fromkeys(r["task"] for r in rows)), list(dict.fromkeys(r["parent"] for r in rows))
-    cells = {(r["task"], r["parent"]): f"{r['difference']:+.3f} ± {r['error']:.3f}" + (" **LOST**" if r["lost"] else "") for r in rows}
+    tasks, parents = (
+        list(dict.fromkeys(r["task"] for r in rows)),
+        list(dict.fromkeys(r["parent"] for r in rows)),
+    )
+    cells = {
+        (r["task"], r["parent"]): f"{r['difference']:+.3f} ± {r['error']:.3f}"
+        + (" **LOST**" if r["lost"] else "")
+        for r in rows
+    }
     return [
         "## Skills kept",
         "",
@@ -127,7 +138,10 @@ def _retention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "| task | " + " | ".join(parents) + " |",
         "| --- " * (1 + len(parents)) + "|",
-        *(f"| {task} | " + " | ".join(cells.get((task, parent), "") for parent in parents) + " |" for task in tasks),
+        *(
+            f"| {task} | " + " | ".join(cells.get((task, parent), "") for parent in parents) + " |"
+            for task in tasks
+        ),
         "",
     ]
 
@@ -138,7 +152,9 @@ def _trade_offs(store: Store) -> list[str]:
     if not data["candidates"] or len(data["tasks"]) < 2:
         return []
     rows = [
-        f"| {r['label'] or r['id']} ({r['origin']}) | {r['objective']:.3f} | " + " | ".join(f"{r['metrics'][t]:.3f}" for t in data["tasks"]) + " |"
+        f"| {r['label'] or r['id']} ({r['origin']}) | {r['objective']:.3f} | "
+        + " | ".join(f"{r['metrics'][t]:.3f}" for t in data["tasks"])
+        + " |"
         for r in data["candidates"]
     ]
     said = f"No candidate scored on the same items ({data['items']}) is at least as good in every task and better in one."
@@ -152,7 +168,11 @@ def _line(name: str, row: Mapping[str, Any], tasks: list[str]) -> str:
 
     lead = f"{row['lead']:+.3f} ± {row['lead_error']:.3f}" if "lead" in row else ""
     metrics = row.get("test_metrics", {})
-    cells = [number(row.get(k)) for k in ("search", "validation", "test")] + [lead] + [number(metrics.get(t)) for t in tasks]
+    cells = (
+        [number(row.get(k)) for k in ("search", "validation", "test")]
+        + [lead]
+        + [number(metrics.get(t)) for t in tasks]
+    )
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -169,10 +189,19 @@ def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
         "| tensors | parameter | model | value |",
         "| --- | --- | --- | --- |",
     ]
-    places = [("embeddings", recipe.embeddings), *[(f"layer {i}", m) for i, m in enumerate(recipe.layers)], ("head", recipe.head)]
+    places = [
+        ("embeddings", recipe.embeddings),
+        *[(f"layer {i}", m) for i, m in enumerate(recipe.layers)],
+        ("head", recipe.head),
+    ]
     groups: list[tuple[str, str, Any]] = []
     for name, mix in places:
-        if groups and groups[-1][2].params == mix.params and name.startswith("layer") and groups[-1][0].startswith("layer"):
+        if (
+            groups
+            and groups[-1][2].params == mix.params
+            and name.startswith("layer")
+            and groups[-1][0].startswith("layer")
+        ):
             groups[-1] = (groups[-1][0], name, mix)
         else:
             groups.append((name, name, mix))
@@ -180,7 +209,10 @@ def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
         where = first if first == last else f"{first} to {last.removeprefix('layer ')}"
         for param, value in mix.params:
             if isinstance(value, tuple):
-                lines += [f"| {where} | {param} | {model} | {_setting(v)} |" for (model, _), v in zip(mix.sources, value, strict=True)]
+                lines += [
+                    f"| {where} | {param} | {model} | {_setting(v)} |"
+                    for (model, _), v in zip(mix.sources, value, strict=True)
+                ]
     return lines
 
 
@@ -202,5 +234,7 @@ def _history(store: Store) -> list[str]:
         best = max((t.score for t in trials if t.score is not None and t.dropped is None), default=None)
         name = "parents and hand recipes" if generation == 0 else str(generation)
         cells = f"{best:.3f} | {good[len(good) // 2]:.3f}" if best is not None else "– | –"
-        out.append(f"| {name} | {cells} | {sum(t.dropped is not None for t in trials)} | {len(trials) - len(good)} |")
+        out.append(
+            f"| {name} | {cells} | {sum(t.dropped is not None for t in trials)} | {len(trials) - len(good)} |"
+        )
     return out

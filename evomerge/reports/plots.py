@@ -35,7 +35,15 @@ def sensitivity(curves: Sequence[Curve], title: str, file: Path) -> None:
         steps = [s for s in curve.steps if s.score is not None]
         errors = [0.0 if s.difference is None else 2 * s.difference.error for s in steps]
         colour = "C3" if curve.steep else "C0"
-        panel.errorbar([s.value for s in steps], [s.score for s in steps], yerr=errors, marker="o", markersize=3, linewidth=1, color=colour)
+        panel.errorbar(
+            [s.value for s in steps],
+            [s.score for s in steps],
+            yerr=errors,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            color=colour,
+        )
         panel.axvline(curve.value, color="0.6", linewidth=0.8, linestyle="--")
         panel.set_title(curve.axis, fontsize=7)
         panel.tick_params(labelsize=7)
@@ -50,5 +58,7 @@ def _matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SetupError("plots need matplotlib, which is not installed; pip install 'evomerge[plots]'") from None
+        raise SetupError(
+            "plots need matplotlib, which is not installed; pip install 'evomerge[plots]'"
+        ) from None
     return Figure

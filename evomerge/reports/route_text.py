@@ -28,13 +28,20 @@ def hops(recipe: Recipe) -> str:
             runs[-1] = (name, runs[-1][1], at, runs[-1][3])
         else:
             runs.append((name, at, at, scale))
-    parts = [f"{name} {a if a == b else f'{a}-{b}'}" + (f" x {scale:g}" if scale != 1 else "") for name, a, b, scale in runs]
+    parts = [
+        f"{name} {a if a == b else f'{a}-{b}'}" + (f" x {scale:g}" if scale != 1 else "")
+        for name, a, b, scale in runs
+    ]
     return ", ".join(parts)
 
 
 def described(recipe: Recipe) -> list[str]:
     """The route, and where its embeddings and head come from."""
-    outer = recipe.embeddings.sources[0][0] if recipe.embeddings.method == "passthrough" else recipe.embeddings.method
+    outer = (
+        recipe.embeddings.sources[0][0]
+        if recipe.embeddings.method == "passthrough"
+        else recipe.embeddings.method
+    )
     return [
         f"Route of {len(recipe.layers)} layers, embeddings and head of {outer}; a factor is of the hidden state that enters a layer:",
         "",
@@ -44,7 +51,11 @@ def described(recipe: Recipe) -> list[str]:
 
 def stages_read(recipe: Recipe) -> list[str]:
     """Which merge each stage is that a recipe reads like a model."""
-    return [line for name, stage in recipe.stages for line in (f"`{name}` is recipe `{stage.id}`, of the stage before.", "")]
+    return [
+        line
+        for name, stage in recipe.stages
+        for line in (f"`{name}` is recipe `{stage.id}`, of the stage before.", "")
+    ]
 
 
 def depth(trials: Sequence[Trial]) -> list[str]:
@@ -65,7 +76,9 @@ def depth(trials: Sequence[Trial]) -> list[str]:
         seconds = [t.seconds["score"] for t in own if t.score is not None and "score" in t.seconds]
         numbers = f"{max(scores):.3f} | {statistics.median(scores):.3f}" if scores else "– | –"
         spent = f"{statistics.median(seconds):.3f}" if seconds else "–"
-        out.append(f"| {layers} | {own[0].costs['parameters']:,.0f} | {len(own)} | {len(own) - len(scores)} | {numbers} | {spent} |")
+        out.append(
+            f"| {layers} | {own[0].costs['parameters']:,.0f} | {len(own)} | {len(own) - len(scores)} | {numbers} | {spent} |"
+        )
     return [*out, ""]
 
 
@@ -75,8 +88,20 @@ def stages(outcome: Mapping[str, Any], finalists: Sequence[Mapping[str, Any]]) -
     if len(rows) < 2:
         return []
     known = {f["id"]: f for f in finalists}
-    out = ["## Stages", "", "| stage | generations | best finalist | validation |", "| --- | --- | --- | --- |"]
+    out = [
+        "## Stages",
+        "",
+        "| stage | generations | best finalist | validation |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in rows:
         score = known.get(row["best"], {}).get("validation")
-        out.append(f"| {row['stage']} | {row['first']} to {row['last']} | {row['best']} | {'–' if score is None else f'{score:.3f}'} |")
-    return [*out, "", "Each stage but the first began at what was best on validation so far, parents and hand recipes among it.", ""]
+        out.append(
+            f"| {row['stage']} | {row['first']} to {row['last']} | {row['best']} | {'–' if score is None else f'{score:.3f}'} |"
+        )
+    return [
+        *out,
+        "",
+        "Each stage but the first began at what was best on validation so far, parents and hand recipes among it.",
+        "",
+    ]

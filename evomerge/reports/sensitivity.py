@@ -79,13 +79,19 @@ def genome_of(space: Space, recipe: Recipe, genome: Sequence[float] | None) -> t
 def matching(axes: Sequence[Axis], pattern: str | None) -> list[int]:
     """Places of the axes whose name matches a pattern with * and ?, or holds it as a part; all for None."""
     names = [axis.name for axis in axes]
-    found = [i for i, name in enumerate(names) if pattern is None or fnmatch.fnmatchcase(name, pattern) or pattern in name]
+    found = [
+        i
+        for i, name in enumerate(names)
+        if pattern is None or fnmatch.fnmatchcase(name, pattern) or pattern in name
+    ]
     if not found:
         raise ConfigError(f"no axis of the space matches '{pattern}'. {suggest(pattern or '', names)}")
     return found
 
 
-def points(space: Space, genome: Sequence[float], places: Sequence[int], step: float, span: float) -> list[Point]:
+def points(
+    space: Space, genome: Sequence[float], places: Sequence[int], step: float, span: float
+) -> list[Point]:
     """The candidate's neighbours on the axes at `places`: value ± step, ± 2 step, … up to span, inside the axis' bounds.
 
     Values that the parameter's grid rounds to one another or to the candidate's are taken once.
@@ -94,7 +100,9 @@ def points(space: Space, genome: Sequence[float], places: Sequence[int], step: f
         raise ConfigError(f"a scan needs 0 < step <= span, got step {step:g} and span {span:g}")
     count = int(span / step + 1e-9)
     if count > _MOST:
-        raise ConfigError(f"steps of {step:g} up to {span:g} are {count} to a side, at most {_MOST} are taken; choose larger steps")
+        raise ConfigError(
+            f"steps of {step:g} up to {span:g} are {count} to a side, at most {_MOST} are taken; choose larger steps"
+        )
     own = space.decode(genome).id
     found: list[Point] = []
     for place in places:
@@ -110,7 +118,9 @@ def points(space: Space, genome: Sequence[float], places: Sequence[int], step: f
                 seen.add(recipe.id)
                 found.append(Point(axis.name, axis.value(gene), recipe))
     if not found:
-        raise ConfigError(f"no step of {step:g} stays inside the bounds of the chosen axes; choose a smaller one")
+        raise ConfigError(
+            f"no step of {step:g} stays inside the bounds of the chosen axes; choose a smaller one"
+        )
     return found
 
 
@@ -122,7 +132,10 @@ def subset(pool: Items, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     def place(task: str, item: str) -> bytes:
         return hashlib.sha256(f"sensitivity/{task}/{item}".encode()).digest()
 
-    return {task: tuple(sorted(ids, key=lambda item: place(task, item))[: sizes[task]]) for task, ids in pool.items()}
+    return {
+        task: tuple(sorted(ids, key=lambda item: place(task, item))[: sizes[task]])
+        for task, ids in pool.items()
+    }
 
 
 def scan(
@@ -145,13 +158,19 @@ def scan(
         evaluation = evaluate(point.recipe, items)
         if point.axis == CENTRE and evaluation.error is not None:
             raise StudyError(f"the candidate itself cannot be scored: {evaluation.error}")
-        store.add_sensitivity(centre, point.axis, point.value, point.recipe, role, items, evaluation, score(evaluation))
+        store.add_sensitivity(
+            centre, point.axis, point.value, point.recipe, role, items, evaluation, score(evaluation)
+        )
         show(done + 1, len(todo))
     return len(todo)
 
 
 def curves(
-    space: Space, genome: Sequence[float], neighbours: Sequence[Point], known: Mapping[tuple[str, float], Scored], weights: Mapping[str, float]
+    space: Space,
+    genome: Sequence[float],
+    neighbours: Sequence[Point],
+    known: Mapping[tuple[str, float], Scored],
+    weights: Mapping[str, float],
 ) -> list[Curve]:
     """The curves of the axes of `neighbours`, in the order of the space, from what is stored.
 
@@ -162,7 +181,11 @@ def curves(
     for place, axis in enumerate(space.axes):
         values = sorted(p.value for p in neighbours if p.axis == axis.name)
         if values:
-            found.append(_curve(axis, axis.value(genome[place]), centre, {v: known[axis.name, v] for v in values}, weights))
+            found.append(
+                _curve(
+                    axis, axis.value(genome[place]), centre, {v: known[axis.name, v] for v in values}, weights
+                )
+            )
     return found
 
 
@@ -175,20 +198,39 @@ def as_data(curve: Curve) -> dict[str, Any]:
             row |= {"difference": s.difference.mean, "error": s.difference.error, "p": s.p}
         steps.append(row | ({"cause": s.error} if s.error else {}))
     slope = {} if curve.slope is None else {"slope": curve.slope.mean, "slope_error": curve.slope.error}
-    return {"axis": curve.axis, "value": curve.value, "best": curve.best, **slope, "steep": curve.steep, "steps": steps}
+    return {
+        "axis": curve.axis,
+        "value": curve.value,
+        "best": curve.best,
+        **slope,
+        "steep": curve.steep,
+        "steps": steps,
+    }
 
 
-def _curve(axis: Axis, value: float, centre: Scored, around: Mapping[float, Scored], weights: Mapping[str, float]) -> Curve:
+def _curve(
+    axis: Axis, value: float, centre: Scored, around: Mapping[float, Scored], weights: Mapping[str, float]
+) -> Curve:
     own = centre.evaluation.items
     scored = {v: s.evaluation.items for v, s in around.items() if s.evaluation.error is None}
     differences = {v: paired(items, own, weights) for v, items in scored.items()}
-    corrected = dict(zip(differences, holm([d.p_value() for d in differences.values()]), strict=True)) if differences else {}
+    corrected = (
+        dict(zip(differences, holm([d.p_value() for d in differences.values()]), strict=True))
+        if differences
+        else {}
+    )
     steps = [Step(value, centre.score, None, None)]
-    steps += [Step(v, s.score, differences.get(v), corrected.get(v), s.evaluation.error) for v, s in around.items()]
+    steps += [
+        Step(v, s.score, differences.get(v), corrected.get(v), s.evaluation.error) for v, s in around.items()
+    ]
     steps.sort(key=lambda s: s.value)
-    best = max(steps, key=lambda s: (-math.inf if s.score is None else round(s.score, 9), s.difference is None))  # sums of the same differ by bits
+    best = max(
+        steps, key=lambda s: (-math.inf if s.score is None else round(s.score, 9), s.difference is None)
+    )  # sums of the same differ by bits
     slope = stratified(_slopes({**scored, value: own}), weights) if scored else None
-    return Curve(axis.name, value, tuple(steps), best.value, slope, any(p < STEEP for p in corrected.values()))
+    return Curve(
+        axis.name, value, tuple(steps), best.value, slope, any(p < STEEP for p in corrected.values())
+    )
 
 
 def _slopes(items: Mapping[float, Sequence[ItemScore]]) -> list[ItemScore]:
@@ -199,4 +241,7 @@ def _slopes(items: Mapping[float, Sequence[ItemScore]]) -> list[ItemScore]:
             values[s.task, s.item].append((x, s.value))
     middle = math.fsum(items) / len(items)
     spread = math.fsum((x - middle) ** 2 for x in items)
-    return [ItemScore(task, item, math.fsum((x - middle) * y for x, y in pairs) / spread) for (task, item), pairs in values.items()]
+    return [
+        ItemScore(task, item, math.fsum((x - middle) * y for x, y in pairs) / spread)
+        for (task, item), pairs in values.items()
+    ]

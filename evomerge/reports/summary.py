@@ -59,7 +59,9 @@ def resolve(store: Store, reference: str) -> Trial:
     if not (reference.isascii() and reference.isdigit() and len(reference) < 18):
         labelled = {t.label: t for t in reversed(store.trials()) if t.origin in ("parent", "hand")}
         if reference not in labelled:
-            raise StudyError(f"'{reference}' names no candidate of {study.name}; use a number, 'best', or a parent's or hand recipe's name")
+            raise StudyError(
+                f"'{reference}' names no candidate of {study.name}; use a number, 'best', or a parent's or hand recipe's name"
+            )
         return labelled[reference]
     return store.trial(int(reference))
 
@@ -76,10 +78,25 @@ def front(store: Store) -> dict[str, Any]:
     where, trials = _front(store)
     tasks, rows = list(study.facts.get("tasks", ())), []
     for trial in trials:
-        scored = [s for role, s in store.evaluations(trial.recipe_id) if role == "validation"] if where == "validation" else []
-        metrics, objective = (scored[0].evaluation.metrics, scored[0].reported) if scored else (trial.metrics, trial.reported)
-        name = {"id": trial.id, "origin": trial.origin, "label": trial.label, "generation": trial.generation, "recipe": trial.recipe_id}
-        rows.append(name | {"objective": objective, "metrics": {task: metrics[task] for task in tasks if task in metrics}})
+        scored = (
+            [s for role, s in store.evaluations(trial.recipe_id) if role == "validation"]
+            if where == "validation"
+            else []
+        )
+        metrics, objective = (
+            (scored[0].evaluation.metrics, scored[0].reported) if scored else (trial.metrics, trial.reported)
+        )
+        name = {
+            "id": trial.id,
+            "origin": trial.origin,
+            "label": trial.label,
+            "generation": trial.generation,
+            "recipe": trial.recipe_id,
+        }
+        rows.append(
+            name
+            | {"objective": objective, "metrics": {task: metrics[task] for task in tasks if task in metrics}}
+        )
     return {"study": study.name, "items": where, "tasks": tasks, "candidates": rows}
 
 
@@ -93,7 +110,9 @@ def lost(retention: Sequence[Mapping[str, Any]]) -> str:
     worst: dict[str, Mapping[str, Any]] = {}
     for r in sorted((r for r in retention if r["lost"]), key=lambda r: float(r["difference"])):
         worst.setdefault(r["task"], r)
-    rows = [f"task {t} {r['difference']:+.3f} ± {r['error']:.3f} against {r['parent']}" for t, r in worst.items()]
+    rows = [
+        f"task {t} {r['difference']:+.3f} ± {r['error']:.3f} against {r['parent']}" for t, r in worst.items()
+    ]
     return f"LOST: {', '.join(rows)}" if rows else "no skill lost"
 
 
@@ -152,9 +171,17 @@ def _front(store: Store) -> tuple[str, list[Trial]]:
 
 def _partial(store: Store, trial: Trial) -> str | None:
     """'25 of 100 items' for a candidate that a race scored on a part of them."""
-    return None if trial.whole is None else f"{len(store.scored(trial).evaluation.items)} of {trial.whole} items"
+    return (
+        None if trial.whole is None else f"{len(store.scored(trial).evaluation.items)} of {trial.whole} items"
+    )
 
 
 def _row(trial: Trial) -> dict[str, Any]:
-    row = {"id": trial.id, "origin": trial.origin, "label": trial.label, "recipe": trial.recipe_id, "search": trial.reported}
+    row = {
+        "id": trial.id,
+        "origin": trial.origin,
+        "label": trial.label,
+        "recipe": trial.recipe_id,
+        "search": trial.reported,
+    }
     return row | ({"error": trial.error} if trial.error else {})

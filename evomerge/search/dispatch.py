@@ -39,9 +39,23 @@ class Dispatch:
     """One pool, one store. stop: 0 goes on, 1 lets what is in flight end within `grace` seconds and stores it, 2 drops it.
     A stop that another process asks for, see `evomerge.store.paths`, is 1."""
 
-    def __init__(self, pool: Pool, store: Store, *, grace: float = 600.0, budget: Budget | None = None, backup: float | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        store: Store,
+        *,
+        grace: float = 600.0,
+        budget: Budget | None = None,
+        backup: float | None = None,
+    ) -> None:
         """backup: minutes between two copies of the store; None makes none."""
-        self.pool, self.store, self.grace, self.budget, self.backup = pool, store, grace, budget or Budget(), backup
+        self.pool, self.store, self.grace, self.budget, self.backup = (
+            pool,
+            store,
+            grace,
+            budget or Budget(),
+            backup,
+        )
         self.stop = 0
         self._why: Paused = Paused("stopped by a signal; run the same command with --resume to go on")
         self._count, self._deadline, self._seen = 0, 0.0, time.monotonic()

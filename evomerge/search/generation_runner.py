@@ -54,7 +54,9 @@ class Generations:
     def __init__(self, plan: Plan, dispatch: Dispatch, show: Callable[[Progress], None]) -> None:
         self.plan, self.store, self.dispatch, self.show = plan, dispatch.store, dispatch, show
         self.stage = 0
-        self.guarded: dict[str, tuple[str, Evaluation]] = {}  # task of `keep` -> its best parent, that on all search items
+        self.guarded: dict[
+            str, tuple[str, Evaluation]
+        ] = {}  # task of `keep` -> its best parent, that on all search items
 
     def subset(self, generation: int) -> Items:
         """The items that every candidate of a generation is scored on: windows of a seeded shuffle, one after another.
@@ -62,7 +64,9 @@ class Generations:
         Generation 0 (parents and hand recipes) and generation 1 share theirs.
         """
         pool, seed = self.plan.items["search"], self.plan.seed
-        return {task: _window(ids, *self._turn(generation, task), f"{seed}/{task}") for task, ids in pool.items()}
+        return {
+            task: _window(ids, *self._turn(generation, task), f"{seed}/{task}") for task, ids in pool.items()
+        }
 
     def _turn(self, generation: int, task: str) -> tuple[int, int, int]:
         """(how often a task's items have been gone through, which window of them it is, its size)."""
@@ -89,17 +93,31 @@ class Generations:
         """
         objective, pool = self.plan.objective, self.plan.items["search"]
         scored = self.score_all("search", [p.recipe for p in parents], "parents on all search items")
-        whole = [(str(p.label), found.evaluation) for p in parents if (found := scored[p.recipe.id]).score is not None]
+        whole = [
+            (str(p.label), found.evaluation)
+            for p in parents
+            if (found := scored[p.recipe.id]).score is not None
+        ]
         if not whole:
-            raise FailureBudget(f"no parent could be scored, so that 'keep' has nothing to hold to: {scored[parents[0].recipe.id].evaluation.error}")
+            raise FailureBudget(
+                f"no parent could be scored, so that 'keep' has nothing to hold to: {scored[parents[0].recipe.id].evaluation.error}"
+            )
         for task, _ in objective.keep:
-            values = {label: objective.floors({task: selection.item_means(objective, task, e.items, pool)})[task] for label, e in whole}
+            values = {
+                label: objective.floors({task: selection.item_means(objective, task, e.items, pool)})[task]
+                for label, e in whole
+            }
             self.guarded[task] = max(whole, key=lambda pair: values[pair[0]])
 
     def floors(self, items: Items) -> dict[str, float]:
         """What `keep` asks on these search items."""
         objective = self.plan.objective
-        return objective.floors({task: selection.item_means(objective, task, e.items, items) for task, (_, e) in self.guarded.items()})
+        return objective.floors(
+            {
+                task: selection.item_means(objective, task, e.items, items)
+                for task, (_, e) in self.guarded.items()
+            }
+        )
 
     def score_all(self, role: Role, recipes: Sequence[Recipe], stage: str = "") -> dict[str, Scored]:
         """Scores of recipes on all items of a role."""
@@ -110,7 +128,9 @@ class Generations:
         for job, evaluation in self.dispatch.each([_job(i, r, items) for i, r in enumerate(missing)]):
             reported = objective.reported(evaluation)
             score = None if reported is None else reported - objective.price(evaluation.costs)
-            point = objective.point(evaluation.metrics) if role == "validation" and score is not None else None
+            point = (
+                objective.point(evaluation.metrics) if role == "validation" and score is not None else None
+            )
             self.store.add_evaluation(job.recipe, role, items, evaluation, score, reported, point)
             done += 1
             self.show(Progress(stage or role, done, len(distinct)))
@@ -167,7 +187,9 @@ class Generations:
         An evaluation that comes before those of earlier slots is stored at once, its trial with theirs.
         """
         floors = self.floors(items)
-        ids = {slot: c.recipe.id for slot, c in candidates.items()}  # a hash of the whole recipe, each time it is asked for
+        ids = {
+            slot: c.recipe.id for slot, c in candidates.items()
+        }  # a hash of the whole recipe, each time it is asked for
         found: dict[str, Evaluation] = {}  # equal recipes are scored once
         jobs: dict[str, Job] = {}
         for slot, recipe_id in ids.items():
@@ -182,7 +204,9 @@ class Generations:
         def keep() -> None:
             while waiting and ids[waiting[0]] in found:
                 slot = waiting.popleft()
-                trials[slot] = self.store.trial_at(number, slot) or self._add(number, slot, candidates[slot], items, found[ids[slot]], floors)
+                trials[slot] = self.store.trial_at(number, slot) or self._add(
+                    number, slot, candidates[slot], items, found[ids[slot]], floors
+                )
                 seen(trials[slot])
 
         keep()
@@ -201,8 +225,16 @@ class Generations:
         """(what ranks it, the objective by the tasks' metrics, its point on the front) of an evaluation on all items of a generation."""
         objective = self.plan.objective
         reported = objective.reported(evaluation)
-        score = math.nan if reported is None else objective.search(evaluation.metrics) - objective.price(evaluation.costs)
-        return (score, reported, objective.point(evaluation.metrics)) if math.isfinite(score) else (None, None, None)
+        score = (
+            math.nan
+            if reported is None
+            else objective.search(evaluation.metrics) - objective.price(evaluation.costs)
+        )
+        return (
+            (score, reported, objective.point(evaluation.metrics))
+            if math.isfinite(score)
+            else (None, None, None)
+        )
 
     def _race(
         self,
@@ -226,7 +258,10 @@ class Generations:
                     found[recipe.id] = known.evaluation
                 elif whole := store.evaluation(recipe.id, "search", items):
                     found[recipe.id] = racing.part_of(whole.evaluation, part)
-            jobs = [_job(i, r, part) for i, r in enumerate({r.id: r for r in recipes if r.id not in found}.values())]
+            jobs = [
+                _job(i, r, part)
+                for i, r in enumerate({r.id: r for r in recipes if r.id not in found}.values())
+            ]
             for job, evaluation in self.dispatch.each(jobs):
                 store.add_evaluation(job.recipe, "rung", part, evaluation, None)
                 found[job.recipe.id] = evaluation

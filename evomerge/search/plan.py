@@ -85,14 +85,26 @@ class Plan:
         if self.race is not None:
             racing.check(self.objective)
         if self.race is not None and self.pipelined:
-            raise ConfigError("a search is raced or pipelined, not both; leave out search.race or search.pipelined")
+            raise ConfigError(
+                "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
+            )
 
 
 def one_stage(
-    space: SearchSpace, optimizer: Callable[[Sequence[float]], Optimizer], evaluations: int, at_best: bool = False, name: str = "weights"
+    space: SearchSpace,
+    optimizer: Callable[[Sequence[float]], Optimizer],
+    evaluations: int,
+    at_best: bool = False,
+    name: str = "weights",
 ) -> tuple[Stage]:
     """A search of a single stage, whatever the parents are worth."""
-    return (Stage(name, evaluations, lambda start: Opening(space, lambda genome, island: optimizer(genome), at_best=at_best)),)
+    return (
+        Stage(
+            name,
+            evaluations,
+            lambda start: Opening(space, lambda genome, island: optimizer(genome), at_best=at_best),
+        ),
+    )
 
 
 STAGE_SEED_STEP, ISLAND_SEED_STEP = 1_000_003, 15_485_863  # between the seeds of optimizers

@@ -37,7 +37,9 @@ class Race:
     def __post_init__(self) -> None:
         increasing = all(a < b for a, b in zip((0.0, *self.rungs), self.rungs, strict=False))
         if not self.rungs or not increasing or self.rungs[-1] != 1.0:
-            raise ConfigError(f"the rungs of a race are increasing shares of the items that end with 1, got {list(self.rungs)}")
+            raise ConfigError(
+                f"the rungs of a race are increasing shares of the items that end with 1, got {list(self.rungs)}"
+            )
         if not 0.0 < self.error < 1.0:
             raise ConfigError(f"the error rate of a race must be in (0, 1), got {self.error:g}")
 
@@ -56,17 +58,27 @@ class Raced:
 def check(objective: Objective) -> None:
     """Raises ConfigError where an objective cannot be raced: paired tests need a mean of item values."""
     if objective.kind != "mean":
-        raise ConfigError(f"a race compares means of items, and a '{objective.kind}' objective is none; choose 'mean', or leave out search.race")
+        raise ConfigError(
+            f"a race compares means of items, and a '{objective.kind}' objective is none; choose 'mean', or leave out search.race"
+        )
     if objective.keep:
-        raise ConfigError("a race drops candidates by their score alone and would pass over 'keep'; leave out one of the two")
+        raise ConfigError(
+            "a race drops candidates by their score alone and would pass over 'keep'; leave out one of the two"
+        )
     if objective.layer_price:
-        raise ConfigError("a race drops candidates by their score alone and would pass over routes.penalty; leave out one of the two")
+        raise ConfigError(
+            "a race drops candidates by their score alone and would pass over routes.penalty; leave out one of the two"
+        )
     for term in objective.terms:
         if not term.mean:
-            raise ConfigError(f"a race compares means of items, and the metric of task '{term.task}' is aggregated otherwise; leave out search.race")
+            raise ConfigError(
+                f"a race compares means of items, and the metric of task '{term.task}' is aggregated otherwise; leave out search.race"
+            )
 
 
-def run(candidates: Mapping[int, Recipe], items: Items, race: Race, objective: Objective, mu: int, score: Score) -> dict[int, Raced]:
+def run(
+    candidates: Mapping[int, Recipe], items: Items, race: Race, objective: Objective, mu: int, score: Score
+) -> dict[int, Raced]:
     """Races the candidates of a generation; slot -> how each fared. mu: how many of the best the optimizer learns from.
 
     Deterministic: the same item scores give the same race. One that fails, or has a value that is not finite, is out of it.
@@ -85,11 +97,17 @@ def run(candidates: Mapping[int, Recipe], items: Items, race: Race, objective: O
         for slot in alive:
             own[slot].append(scored[candidates[slot].id])
             seen[slot] |= {(s.task, s.item): s.value for s in objective.seen(own[slot][-1].items)}
-        failed += [slot for slot in alive if own[slot][-1].error is not None or not all(map(math.isfinite, seen[slot].values()))]
+        failed += [
+            slot
+            for slot in alive
+            if own[slot][-1].error is not None or not all(map(math.isfinite, seen[slot].values()))
+        ]
         alive = [slot for slot in alive if slot not in failed]
         if rung < len(race.rungs) and alive:
             values, sizes, weights = _tables(items, parts, objective, [seen[slot] for slot in alive])
-            found = settle(values, sizes, weights, mu - len(chosen), race.error / (len(race.rungs) - 1), (rung,))
+            found = settle(
+                values, sizes, weights, mu - len(chosen), race.error / (len(race.rungs) - 1), (rung,)
+            )
             chosen += [alive[i] for i in found.chosen]
             dropped |= {alive[i]: rung for i in found.dropped}
             alive = [alive[i] for i in found.open]
@@ -98,15 +116,25 @@ def run(candidates: Mapping[int, Recipe], items: Items, race: Race, objective: O
     for slot, evaluations in own.items():
         done = together(items, parts[: len(evaluations)])
         whole = slot in failed or sum(map(len, done.values())) == sum(map(len, items.values()))
-        out[slot] = Raced(union(evaluations, done, objective), done, dropped.get(slot), None if whole else predicted[slot])
+        out[slot] = Raced(
+            union(evaluations, done, objective), done, dropped.get(slot), None if whole else predicted[slot]
+        )
     finished = sorted((objective.search(out[slot].evaluation.metrics) for slot in alive), reverse=True)
-    if len(chosen) + len(finished) > mu >= len(chosen):  # who is among the best scores more than who is left over
+    if (
+        len(chosen) + len(finished) > mu >= len(chosen)
+    ):  # who is among the best scores more than who is left over
         least = math.nextafter(finished[mu - len(chosen)], math.inf)
-        out |= {slot: replace(out[slot], predicted=max(least, predicted[slot])) for slot in chosen if out[slot].predicted is not None}
+        out |= {
+            slot: replace(out[slot], predicted=max(least, predicted[slot]))
+            for slot in chosen
+            if out[slot].predicted is not None
+        }
     return out
 
 
-def increment(items: Items, parts: Sequence[Items], share: float, objective: Objective, alive: Sequence[Seen]) -> Items:
+def increment(
+    items: Items, parts: Sequence[Items], share: float, objective: Objective, alive: Sequence[Seen]
+) -> Items:
     """What a rung adds: the next ids of each task, so that a share of all items has been scored after it.
 
     parts: the rungs before; alive: the scores so far of those that go on. First every task gives its share, and two items
@@ -123,9 +151,13 @@ def increment(items: Items, parts: Sequence[Items], share: float, objective: Obj
         values, _, weights = _tables(items, parts, objective, alive)
         tasks = [task for task in items if task in objective.seen_shares]
         goal = math.ceil(share * sum(sizes.values()) - 1e-9)
-        counts = allocate(deviations(values, weights), weights, [taken[t] for t in tasks], [sizes[t] for t in tasks], goal)
+        counts = allocate(
+            deviations(values, weights), weights, [taken[t] for t in tasks], [sizes[t] for t in tasks], goal
+        )
         ends = taken | dict(zip(tasks, counts, strict=True))
-    return {task: tuple(ids[taken[task] : ends[task]]) for task, ids in items.items() if taken[task] < ends[task]}
+    return {
+        task: tuple(ids[taken[task] : ends[task]]) for task, ids in items.items() if taken[task] < ends[task]
+    }
 
 
 def together(items: Items, parts: Sequence[Items]) -> Items:
@@ -136,7 +168,10 @@ def together(items: Items, parts: Sequence[Items]) -> Items:
 def union(evaluations: Sequence[Evaluation], items: Items, objective: Objective) -> Evaluation:
     """Evaluations on parts as one on all: metrics are means of items, seconds add up; the last one's error, if it has one."""
     last = evaluations[-1]
-    seconds = {stage: math.fsum(e.seconds.get(stage, 0.0) for e in evaluations) for stage in dict.fromkeys(s for e in evaluations for s in e.seconds)}
+    seconds = {
+        stage: math.fsum(e.seconds.get(stage, 0.0) for e in evaluations)
+        for stage in dict.fromkeys(s for e in evaluations for s in e.seconds)
+    }
     if last.error is not None:
         return Evaluation(last.recipe_id, (), {}, seconds, last.error)
     known = {(s.task, s.item): s for e in evaluations for s in e.items}
@@ -158,16 +193,25 @@ def means(scores: Sequence[ItemScore], objective: Objective) -> dict[str, float]
         by_task.setdefault(s.task, []).append(s)
     metrics: dict[str, float] = {}
     for task, own in by_task.items():
-        soft = {f"{task}:probability": [s.probability for s in own], f"{task}:logprob": [s.logprob for s in own]}
+        soft = {
+            f"{task}:probability": [s.probability for s in own],
+            f"{task}:logprob": [s.logprob for s in own],
+        }
         for name, found in ({task: [s.value for s in own]} | soft).items():
             values = [v for v in found if v is not None]
             if values:
                 metrics[name] = math.fsum(values) / len(values)
-    groups = {t.task: t.leaves for t in objective.terms if t.leaves and all(leaf in by_task for leaf, _ in t.leaves)}
-    return metrics | {group: math.fsum(share * metrics[leaf] for leaf, share in leaves) for group, leaves in groups.items()}
+    groups = {
+        t.task: t.leaves for t in objective.terms if t.leaves and all(leaf in by_task for leaf, _ in t.leaves)
+    }
+    return metrics | {
+        group: math.fsum(share * metrics[leaf] for leaf, share in leaves) for group, leaves in groups.items()
+    }
 
 
-def _tables(items: Items, parts: Sequence[Items], objective: Objective, rows: Sequence[Seen]) -> tuple[list[Array], list[int], list[float]]:
+def _tables(
+    items: Items, parts: Sequence[Items], objective: Objective, rows: Sequence[Seen]
+) -> tuple[list[Array], list[int], list[float]]:
     """By task of the objective: [candidates, items so far] scores as the search sees them, how many there will be, and the weight.
 
     Items without the soft score that is searched by are not counted. All rows hold the same items.
@@ -176,8 +220,14 @@ def _tables(items: Items, parts: Sequence[Items], objective: Objective, rows: Se
     tasks = [task for task in items if task in shares]
     ids = {task: [item for part in parts for item in part.get(task, ())] for task in tasks}
     used = {task: [(task, item) for item in ids[task] if (task, item) in rows[0]] for task in tasks}
-    values = [np.array([[row[key] for key in used[task]] for row in rows], dtype=np.float64) for task in tasks]
-    return values, [len(items[t]) - len(ids[t]) + len(used[t]) for t in tasks], [shares[task] for task in tasks]
+    values = [
+        np.array([[row[key] for key in used[task]] for row in rows], dtype=np.float64) for task in tasks
+    ]
+    return (
+        values,
+        [len(items[t]) - len(ids[t]) + len(used[t]) for t in tasks],
+        [shares[task] for task in tasks],
+    )
 
 
 def _predicted(items: Items, objective: Objective, rows: Mapping[int, Seen]) -> dict[int, float]:
@@ -186,5 +236,8 @@ def _predicted(items: Items, objective: Objective, rows: Mapping[int, Seen]) -> 
         return {}
     shares = objective.seen_shares
     tasks = [task for task in items if task in shares]
-    values = [np.array([[row.get((task, item), math.nan) for item in items[task]] for row in rows.values()]) for task in tasks]
+    values = [
+        np.array([[row.get((task, item), math.nan) for item in items[task]] for row in rows.values()])
+        for task in tasks
+    ]
     return dict(zip(rows, aligned(values, [shares[task] for task in tasks]).tolist(), strict=True))

@@ -30,7 +30,14 @@ class Settled:
     open: tuple[int, ...]
 
 
-def settle(values: Sequence[Array], sizes: Sequence[int], weights: Sequence[float], mu: int, error: float, seed: Sequence[int] = (0,)) -> Settled:
+def settle(
+    values: Sequence[Array],
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    mu: int,
+    error: float,
+    seed: Sequence[int] = (0,),
+) -> Settled:
     """Which candidates are surely among the mu best by the weighted sum of task means over all items, and which surely not.
 
     values: of each task, [candidates, m] scores on its first m >= 2 items, finite; sizes: n >= m of each task; weights: of
@@ -45,23 +52,33 @@ def settle(values: Sequence[Array], sizes: Sequence[int], weights: Sequence[floa
     if all(v.shape[1] >= n for v, n in zip(values, sizes, strict=True)):
         order = np.argsort(-expected, kind="stable")
         return Settled(tuple(sorted(order[:mu].tolist())), tuple(sorted(order[mu:].tolist())), ())
-    if np.trace(covariance) <= 1e-24 * np.square(expected).sum():  # of values that are alike, rounding is left
+    if (
+        np.trace(covariance) <= 1e-24 * np.square(expected).sum()
+    ):  # of values that are alike, rounding is left
         return Settled((), (), tuple(range(count)))
     generator = np.random.default_rng([*seed])
     noise = generator.standard_normal((DRAWS, count)) @ _root(covariance).T
     drawn = expected + noise / np.sqrt(generator.chisquare(freedom, (DRAWS, 1)) / freedom)  # multivariate t
-    inside = np.argsort(np.argsort(-drawn, axis=1, kind="stable"), axis=1, kind="stable") < mu  # [draws, candidates]
+    inside = (
+        np.argsort(np.argsort(-drawn, axis=1, kind="stable"), axis=1, kind="stable") < mu
+    )  # [draws, candidates]
     share = inside.mean(axis=0)
     choose = share > 0.5
     surest = np.argsort(np.minimum(share, 1.0 - share), kind="stable")
-    errs = np.maximum.accumulate((inside != choose)[:, surest], axis=1).sum(axis=0)  # draws where any of the k surest is wrong
+    errs = np.maximum.accumulate((inside != choose)[:, surest], axis=1).sum(
+        axis=0
+    )  # draws where any of the k surest is wrong
     wrong = (errs + 1) / (DRAWS + 1)  # no event is taken to be rarer than the draws can tell
     sure = surest[: np.searchsorted(wrong, error, side="right")]
     chosen, dropped = sorted(sure[choose[sure]].tolist()), sorted(sure[~choose[sure]].tolist())
-    return Settled(tuple(chosen), tuple(dropped), tuple(i for i in range(count) if i not in {*chosen, *dropped}))
+    return Settled(
+        tuple(chosen), tuple(dropped), tuple(i for i in range(count) if i not in {*chosen, *dropped})
+    )
 
 
-def predict(values: Sequence[Array], sizes: Sequence[int], weights: Sequence[float]) -> tuple[Array, Array, float]:
+def predict(
+    values: Sequence[Array], sizes: Sequence[int], weights: Sequence[float]
+) -> tuple[Array, Array, float]:
     """(expected weighted sum of means over all items [candidates], its covariance up to what all share, degrees of freedom).
 
     Arguments as in `settle`. By task, with m of n items known, f = m / n, B the share of the candidates' spread that is not
@@ -102,7 +119,9 @@ def deviations(values: Sequence[Array], weights: Sequence[float]) -> Array:
     return found
 
 
-def allocate(noise: Array, weights: Sequence[float], taken: Sequence[int], sizes: Sequence[int], budget: int) -> list[int]:
+def allocate(
+    noise: Array, weights: Sequence[float], taken: Sequence[int], sizes: Sequence[int], budget: int
+) -> list[int]:
     """Items of each task to have after the next step, at least those taken, about `budget` in all, up to one more a task.
 
     The error of the weighted sum is least where a task's items are in proportion to its weight times its `deviations`

@@ -53,7 +53,9 @@ class Earlier:
         self.refused: list[str] = []
         self._parts, self._facts = parts, json.loads(json.dumps(facts))  # as a store gives them back
         self._parents = {name: str(fact["sha256"]) for name, fact in facts["parents"].items()}
-        self._leaves = {term: tuple(leaf for leaf, _ in said["leaves"]) for term, said in facts["terms"].items()}
+        self._leaves = {
+            term: tuple(leaf for leaf, _ in said["leaves"]) for term, said in facts["terms"].items()
+        }
         self._known: list[_Known] = []
         try:
             for path in paths:
@@ -89,7 +91,9 @@ class Earlier:
                 if self._covers(one, tasks) and (found := self._whole(one, recipe, items)):
                     return found
                 asked.append(one)
-            except StudyError as error:  # what is lost is known to others, or scored anew: no reason to end a search
+            except (
+                StudyError
+            ) as error:  # what is lost is known to others, or scored anew: no reason to end a search
                 log.warning("study '%s' is not asked any more: %s", one.name, error)
                 self._known.remove(one)
                 one.store.close()
@@ -109,14 +113,19 @@ class Earlier:
             return
         terms = frozenset(term for term in self._leaves if _same_term(term, study.facts, self._facts))
         if not terms:
-            self.refused.append(f"nothing is reused of {study.name}: none of its tasks is one of this study, with the same items and prompts")
+            self.refused.append(
+                f"nothing is reused of {study.name}: none of its tasks is one of this study, with the same items and prompts"
+            )
             store.close()
             return
         parents = {name: str(fact["sha256"]) for name, fact in study.facts["parents"].items()}
         self._known.append(_Known(study.name, store, parents, terms))
 
     def _same_parents(self, one: _Known, recipe: Recipe) -> bool:
-        return all(model in self._parents and one.parents.get(model) == self._parents[model] for model in recipe.models)
+        return all(
+            model in self._parents and one.parents.get(model) == self._parents[model]
+            for model in recipe.models
+        )
 
     def _covers(self, one: _Known, tasks: Sequence[str]) -> bool:
         return set(tasks) <= {leaf for term in one.terms for leaf in self._leaves[term]}
@@ -129,14 +138,22 @@ class Earlier:
         for purpose in _PURPOSES:
             found = one.store.evaluation(recipe.id, purpose, items)
             if found is not None and found.evaluation.error is None:
-                names = {task for task, ids in items.items() if ids} | {t for t, own in self._leaves.items() if set(own) <= set(items)}
-                metrics = {name: value for name, value in found.evaluation.metrics.items() if _plain(name) in names}
+                names = {task for task, ids in items.items() if ids} | {
+                    t for t, own in self._leaves.items() if set(own) <= set(items)
+                }
+                metrics = {
+                    name: value for name, value in found.evaluation.metrics.items() if _plain(name) in names
+                }
                 return replace(found.evaluation, metrics=metrics, seconds={REUSED: 0.0})
         return None
 
     def _together(self, asked: Sequence[_Known], recipe: Recipe, items: Items) -> Evaluation | None:
         """The items' scores from whatever sets they were scored in; None where one is unknown, or a metric is no mean of items."""
-        means = {term for term, said in self._facts["terms"].items() if said["mean"] and self._leaves[term] == (term,)}
+        means = {
+            term
+            for term, said in self._facts["terms"].items()
+            if said["mean"] and self._leaves[term] == (term,)
+        }
         if not {task for task, ids in items.items() if ids} <= means:
             return None
         known: dict[tuple[str, str], ItemScore] = {}
@@ -155,7 +172,9 @@ class Earlier:
         for task in (task for task, ids in items.items() if ids):
             own = [known[task, item] for item in items[task]]
             metrics[task] = math.fsum(s.value for s in own) / len(own)
-            for suffix, values in zip(_SOFT, ([s.probability for s in own], [s.logprob for s in own]), strict=True):
+            for suffix, values in zip(
+                _SOFT, ([s.probability for s in own], [s.logprob for s in own]), strict=True
+            ):
                 if there := [v for v in values if v is not None]:
                     metrics[task + suffix] = math.fsum(there) / len(there)
         return Evaluation(recipe.id, tuple(known[key] for key in wanted), metrics, {REUSED: 0.0}, costs=costs)
@@ -214,7 +233,9 @@ def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if before[name] != now.get(name):
             if not isinstance(before[name], dict) or not isinstance(now.get(name), dict):
                 return f"{name} was {before[name]}, is {now.get(name)}"
-            key = next(k for k in sorted({*before[name], *now[name]}) if before[name].get(k) != now[name].get(k))
+            key = next(
+                k for k in sorted({*before[name], *now[name]}) if before[name].get(k) != now[name].get(k)
+            )
             return f"{name}.{key} was {before[name].get(key)}, is {now[name].get(key)}"
     return ""
 
@@ -222,8 +243,13 @@ def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _same_term(term: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a task or group is the same: its hash, what it says of its number, and what answers its tasks."""
     leaves = [leaf for leaf, _ in now["terms"][term]["leaves"]]
-    same = all(before[name].get(term) is not None and before[name].get(term) == now[name].get(term) for name in ("tasks", "terms"))
-    return same and all(before.get("backends", {}).get(leaf) == now.get("backends", {}).get(leaf) for leaf in leaves)
+    same = all(
+        before[name].get(term) is not None and before[name].get(term) == now[name].get(term)
+        for name in ("tasks", "terms")
+    )
+    return same and all(
+        before.get("backends", {}).get(leaf) == now.get("backends", {}).get(leaf) for leaf in leaves
+    )
 
 
 def _plain(metric: str) -> str:

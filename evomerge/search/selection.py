@@ -21,7 +21,12 @@ their number, as an alarm is to be looked at and a loss passed over is not."""
 
 
 def estimates(
-    store: Store, objective: Objective, pool: Items, trials: Sequence[Trial], last: int, epochs: Callable[[Trial], Mapping[str, int]]
+    store: Store,
+    objective: Objective,
+    pool: Items,
+    trials: Sequence[Trial],
+    last: int,
+    epochs: Callable[[Trial], Mapping[str, int]],
 ) -> dict[int, Estimate]:
     """Trial id -> its objective as the search sees it, estimated over all items of the search: comparable across generations.
 
@@ -35,11 +40,16 @@ def estimates(
         return {}
     tasks, wanted = tuple(pool), {t.id for t in trials}
     own: dict[int, tuple[_Turns, tuple[ItemScore, ...]]] = {}
-    sums: dict[tuple[int, _Turns], dict[tuple[str, str], list[float]]] = {}  # (sum, count) of each item by generation
+    sums: dict[
+        tuple[int, _Turns], dict[tuple[str, str], list[float]]
+    ] = {}  # (sum, count) of each item by generation
     for trial in store.trials():
         if trial.score is None or trial.generation > last:
             continue
-        items, turns = objective.seen(store.scored(trial).evaluation.items), tuple(epochs(trial)[task] for task in tasks)
+        items, turns = (
+            objective.seen(store.scored(trial).evaluation.items),
+            tuple(epochs(trial)[task] for task in tasks),
+        )
         if trial.id in wanted:
             own[trial.id] = turns, items
         if trial.generation > 0 and trial.origin != "mean":
@@ -49,9 +59,18 @@ def estimates(
                 pair = found.setdefault((s.task, s.item), [0.0, 0])
                 pair[0] += s.value - level[s.task]
                 pair[1] += 1
-    averages = [(turns, [ItemScore(*key, total / count) for key, (total, count) in found.items()]) for (_, turns), found in sums.items()]
-    ease = {turns: _ease(averages, dict(zip(tasks, turns, strict=True)), tasks) for turns in dict.fromkeys(turns for turns, _ in own.values())}
-    known = {i: control_variate(items, ease[turns], pool, objective.seen_shares) for i, (turns, items) in own.items()}
+    averages = [
+        (turns, [ItemScore(*key, total / count) for key, (total, count) in found.items()])
+        for (_, turns), found in sums.items()
+    ]
+    ease = {
+        turns: _ease(averages, dict(zip(tasks, turns, strict=True)), tasks)
+        for turns in dict.fromkeys(turns for turns, _ in own.values())
+    }
+    known = {
+        i: control_variate(items, ease[turns], pool, objective.seen_shares)
+        for i, (turns, items) in own.items()
+    }
     return {i: e for i, e in known.items() if math.isfinite(e.mean)}
 
 
@@ -63,7 +82,9 @@ def _levels(items: Iterable[ItemScore]) -> dict[str, float]:
     return {task: math.fsum(own) / len(own) for task, own in values.items()}
 
 
-def _ease(averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping[str, int], tasks: Sequence[str]) -> ItemMeans:
+def _ease(
+    averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping[str, int], tasks: Sequence[str]
+) -> ItemMeans:
     """The items' ease from the generations of other epochs than these."""
     means = ItemMeans()
     for turns, items in averages:
@@ -73,23 +94,41 @@ def _ease(averages: Sequence[tuple[_Turns, Sequence[ItemScore]]], apart: Mapping
 
 
 def leaders(
-    trials: Iterable[Trial], known: Mapping[int, Estimate], after: float, last: int, price: Callable[[Trial], float] = lambda trial: 0.0
+    trials: Iterable[Trial],
+    known: Mapping[int, Estimate],
+    after: float,
+    last: int,
+    price: Callable[[Trial], float] = lambda trial: 0.0,
 ) -> list[Trial]:
     """Candidates of the generations in (after, last] that no race dropped, one a recipe, the best first.
 
     price: what a candidate's size costs, which its estimate does not hold. Those that keep what `keep` asks come first;
     then the estimate decides, or the score where there are none.
     """
-    late = [t for t in trials if t.score is not None and t.dropped is None and t.origin in ("sampled", "injected") and after < t.generation <= last]
+    late = [
+        t
+        for t in trials
+        if t.score is not None
+        and t.dropped is None
+        and t.origin in ("sampled", "injected")
+        and after < t.generation <= last
+    ]
 
     def worth(t: Trial) -> float:
         return known[t.id].mean - price(t) if known else t.score if t.score is not None else -math.inf
 
-    ranked = sorted((t for t in late if not known or t.id in known), key=lambda t: (t.violation, -worth(t), t.id))
+    ranked = sorted(
+        (t for t in late if not known or t.id in known), key=lambda t: (t.violation, -worth(t), t.id)
+    )
     return list({t.recipe_id: t for t in reversed(ranked)}.values())[::-1]
 
 
-def elect(objective: Objective, standing: Sequence[Trial], validated: Mapping[str, Scored], floors: Mapping[str, float]) -> list[Trial]:
+def elect(
+    objective: Objective,
+    standing: Sequence[Trial],
+    validated: Mapping[str, Scored],
+    floors: Mapping[str, float],
+) -> list[Trial]:
     """Those that stand for election, the best on validation first; one that breaks `keep` there comes after all that do not."""
 
     def key(t: Trial) -> tuple[float, float]:
@@ -107,7 +146,9 @@ def against(objective: Objective, winner: Scored, other: Scored) -> Estimate | N
     return found if math.isfinite(found.error) else None
 
 
-def p_values(objective: Objective, winner: str, others: Sequence[str], validated: Mapping[str, Scored]) -> dict[str, float]:
+def p_values(
+    objective: Objective, winner: str, others: Sequence[str], validated: Mapping[str, Scored]
+) -> dict[str, float]:
     """Recipe -> two-sided p-value that the winner is no better and no worse on validation, paired, Holm over all others.
 
     The winner was chosen on these items, so that they flatter it: a small value is needed to believe in a difference, and
@@ -132,7 +173,9 @@ def headline(objective: Objective, scored: Scored) -> Estimate | None:
     if size == 0:
         return None
     found = stratified(e.items, shares)
-    return replace(found, mean=scored.reported, error=found.error * size) if math.isfinite(found.error) else None
+    return (
+        replace(found, mean=scored.reported, error=found.error * size) if math.isfinite(found.error) else None
+    )
 
 
 def row(
@@ -143,7 +186,13 @@ def row(
     p: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """A candidate's line of the outcome: its scores by role, its estimate and p-value where there are any, its error if it failed."""
-    out: dict[str, Any] = {"id": trial.id, "origin": trial.origin, "label": trial.label, "recipe": trial.recipe_id, "search": trial.reported}
+    out: dict[str, Any] = {
+        "id": trial.id,
+        "origin": trial.origin,
+        "label": trial.label,
+        "recipe": trial.recipe_id,
+        "search": trial.reported,
+    }
     if trial.id in known:
         out |= {"estimate": known[trial.id].mean, "estimate_error": known[trial.id].error}
     for role, scored in (("validation", validated), ("test", tested)):
@@ -161,12 +210,24 @@ def row(
 
 def lead(estimate: Estimate | None) -> dict[str, Any]:
     """The winner's lead over another, its error and 95 % interval as keys of a row."""
-    return {} if estimate is None else {"lead": estimate.mean, "lead_error": estimate.error, "lead_interval": list(estimate.interval(0.95))}
+    return (
+        {}
+        if estimate is None
+        else {
+            "lead": estimate.mean,
+            "lead_error": estimate.error,
+            "lead_interval": list(estimate.interval(0.95)),
+        }
+    )
 
 
 def interval(estimate: Estimate | None) -> dict[str, Any]:
     """A test score's error and 95 % interval as keys of a row."""
-    return {} if estimate is None else {"test_error": estimate.error, "test_interval": list(estimate.interval(0.95))}
+    return (
+        {}
+        if estimate is None
+        else {"test_error": estimate.error, "test_interval": list(estimate.interval(0.95))}
+    )
 
 
 def selection_luck(search: Estimate | None, test: Estimate | None) -> dict[str, float]:
@@ -177,7 +238,9 @@ def selection_luck(search: Estimate | None, test: Estimate | None) -> dict[str, 
     return {"luck": found.mean, "luck_error": found.error}
 
 
-def retention(objective: Objective, winner: Scored, parents: Sequence[tuple[str, Scored]]) -> list[dict[str, Any]]:
+def retention(
+    objective: Objective, winner: Scored, parents: Sequence[tuple[str, Scored]]
+) -> list[dict[str, Any]]:
     """By task and parent the winner's lead on the test items, paired; `lost` where it falls by more than `ALARM` errors.
 
     parents: (name, scored on the same items). Higher is better. Left out are tasks whose metric is no mean of items.
@@ -185,15 +248,31 @@ def retention(objective: Objective, winner: Scored, parents: Sequence[tuple[str,
     rows: list[dict[str, Any]] = []
     for term in objective.terms:
         for name, parent in parents if term.mean else ():
-            change = paired(winner.evaluation.items, parent.evaluation.items, {leaf: term.sign * share for leaf, share in term.strata})
+            change = paired(
+                winner.evaluation.items,
+                parent.evaluation.items,
+                {leaf: term.sign * share for leaf, share in term.strata},
+            )
             if math.isfinite(change.error):
                 lost = change.mean < -ALARM * change.error
-                rows.append({"task": term.task, "parent": name, "difference": change.mean, "error": change.error, "lost": lost})
+                rows.append(
+                    {
+                        "task": term.task,
+                        "parent": name,
+                        "difference": change.mean,
+                        "error": change.error,
+                        "lost": lost,
+                    }
+                )
     return rows
 
 
-def item_means(objective: Objective, task: str, scores: Sequence[ItemScore], items: Items) -> dict[str, float]:
+def item_means(
+    objective: Objective, task: str, scores: Sequence[ItemScore], items: Items
+) -> dict[str, float]:
     """Metrics of a task's strata over some of the items that a model was scored on. Of a task whose metric is their mean."""
     term = next(t for t in objective.terms if t.task == task)
     known = {(s.task, s.item): s.value for s in scores}
-    return {leaf: math.fsum(known[leaf, i] for i in items[leaf]) / len(items[leaf]) for leaf, _ in term.strata}
+    return {
+        leaf: math.fsum(known[leaf, i] for i in items[leaf]) / len(items[leaf]) for leaf, _ in term.strata
+    }

@@ -114,7 +114,9 @@ class Study:
             first = last + 1
             islands, last = self._search(stage, opening, known, (best.id,) if number else (), first)
             after = first - 1 + opening.late * (last - first + 1)
-            searched.append(_Searched(stage, first, last, after, self._finalists(islands, references, after, last)))
+            searched.append(
+                _Searched(stage, first, last, after, self._finalists(islands, references, after, last))
+            )
             if number + 1 < len(self.plan.stages):
                 best = self._elected(references, searched)[0]
                 note = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}: candidate {best.id} goes on"
@@ -127,12 +129,16 @@ class Study:
             self.generations.guard([b for b in self.plan.baselines if b.origin == "parent"])
         trials = self._hand(0, candidates, "parents and hand recipes")
         if all(t.score is None for t in trials):
-            raise FailureBudget(f"no parent and no hand recipe could be scored; the first failed because: {trials[0].error}")
+            raise FailureBudget(
+                f"no parent and no hand recipe could be scored; the first failed because: {trials[0].error}"
+            )
         return self._soup(candidates, trials) if self.plan.soup else trials
 
     def _hand(self, number: int, candidates: Sequence[Candidate], stage: str) -> list[Trial]:
         """A generation that nobody asked an optimizer for."""
-        return self.dispatch.together([self.generations.run(number, candidates, Tally(stage, len(candidates)))])[0]
+        return self.dispatch.together(
+            [self.generations.run(number, candidates, Tally(stage, len(candidates)))]
+        )[0]
 
     def _soup(self, candidates: list[Candidate], trials: list[Trial]) -> list[Trial]:
         """Adds the greedy soup: parents from the best down, each averaged in if the average does not get worse.
@@ -140,7 +146,10 @@ class Study:
         Wortsman et al. 2022, "Model soups", arXiv:2203.05482, recipe 1, on the search items.
         """
         assert self.plan.soup is not None
-        order = sorted([t for t in trials if t.origin == "parent" and t.score is not None], key=lambda t: (-_score(t), t.slot))
+        order = sorted(
+            [t for t in trials if t.origin == "parent" and t.score is not None],
+            key=lambda t: (-_score(t), t.slot),
+        )
         names, best = [str(t.label) for t in order[:1]], _score(order[0]) if order else 0.0
         for parent in order[1:]:
             tried = self.plan.soup((*names, str(parent.label)))
@@ -150,18 +159,30 @@ class Study:
                 names, best = [*names, str(parent.label)], _score(trials[-1])
         return trials
 
-    def _search(self, stage: Stage, opening: Opening, references: Sequence[Trial], parents: tuple[int, ...], first: int) -> tuple[list[_Island], int]:
+    def _search(
+        self,
+        stage: Stage,
+        opening: Opening,
+        references: Sequence[Trial],
+        parents: tuple[int, ...],
+        first: int,
+    ) -> tuple[list[_Island], int]:
         """(a stage's islands after their last generations, the number of the last of all).
 
         references: what the stage may begin with; parents: of its first candidates; first: its first generation.
         """
         space = opening.space
         known = [(t, space.encode(self.store.recipe(t.recipe_id))) for t in references if t.score is not None]
-        encoded = sorted([(t, g) for t, g in known if g is not None], key=lambda pair: (-_score(pair[0]), pair[0].id))
+        encoded = sorted(
+            [(t, g) for t, g in known if g is not None], key=lambda pair: (-_score(pair[0]), pair[0].id)
+        )
         start = encoded[0][1] if opening.at_best and encoded else space.start
         count = max(1, self.plan.islands)
         begun = self.store.last_trial_before(first) + 1
-        islands = [_Island(i, count, stage, space, opening.optimizer(start, i), encoded[:3], parents, first, begun) for i in range(count)]
+        islands = [
+            _Island(i, count, stage, space, opening.optimizer(start, i), encoded[:3], parents, first, begun)
+            for i in range(count)
+        ]
         if self.plan.race:  # rungs wait for one another: the islands take turns
             lasts = [last for island in islands for last in self.dispatch.together([self._evolve(island)])]
         else:
@@ -188,7 +209,11 @@ class Study:
                 number += island.of
                 first_id = island.id + (number - island.first) * len(genomes)
                 candidates = [
-                    replace(self._candidate(island.space, genome, slot, injected, parents), island=island.number, trial_id=first_id + slot)
+                    replace(
+                        self._candidate(island.space, genome, slot, injected, parents),
+                        island=island.number,
+                        trial_id=first_id + slot,
+                    )
                     for slot, genome in enumerate(genomes)
                 ]
                 asked += len(candidates)
@@ -201,13 +226,20 @@ class Study:
                 return number
             told, genomes = begun.popleft()
             trials = yield from line.first()
-            failed, dropped = [t for t in trials if t.score is None and NATS not in t.metrics], [t for t in trials if t.dropped]
+            failed, dropped = (
+                [t for t in trials if t.score is None and NATS not in t.metrics],
+                [t for t in trials if t.dropped],
+            )
             if 2 * len(failed) > len(trials):
                 why = f"the first because: {failed[0].error}"
-                raise FailureBudget(f"{len(failed)} of {len(trials)} candidates of generation {told} failed; {why}")
+                raise FailureBudget(
+                    f"{len(failed)} of {len(trials)} candidates of generation {told} failed; {why}"
+                )
             order = optimizer.tell(genomes, ranks([self.generations.standing(t) for t in trials]))
             parents = tuple(trials[i].id for i in order)
-            self.show(Progress(tally.stage, tally.done, tally.total, *_summary(told, trials, dropped, failed)))
+            self.show(
+                Progress(tally.stage, tally.done, tally.total, *_summary(told, trials, dropped, failed))
+            )
             over = over or self._over(self.generations.stage, island.number, number)
 
     def _over(self, stage: int, island: int, generation: int) -> bool:
@@ -221,25 +253,42 @@ class Study:
         self.show(Progress("search", 1, 1, None, f"after generation {generation}: {cause}"))
         return True
 
-    def _candidate(self, space: SearchSpace, genome: Array, slot: int, injected: Sequence[tuple[Trial, Any]], parents: tuple[int, ...]) -> Candidate:
+    def _candidate(
+        self,
+        space: SearchSpace,
+        genome: Array,
+        slot: int,
+        injected: Sequence[tuple[Trial, Any]],
+        parents: tuple[int, ...],
+    ) -> Candidate:
         genes = tuple(float(g) for g in genome)
         if slot < len(injected):
             source = injected[slot][0]
             return Candidate("injected", space.decode(genes), source.label, genes, (source.id,))
         return Candidate("sampled", space.decode(genes), None, genes, parents)
 
-    def _finalists(self, islands: Sequence[_Island], references: Sequence[Trial], after: float, last: int) -> tuple[Trial, ...]:
+    def _finalists(
+        self, islands: Sequence[_Island], references: Sequence[Trial], after: float, last: int
+    ) -> tuple[Trial, ...]:
         """A stage's candidates that are validated: the means of its distributions, and the leaders of its late generations."""
         plan, everything = self.plan, self.store.trials()
-        asked = [t for t in everything if t.stage == self.generations.stage and t.origin != "mean" and t.genome is not None]
+        asked = [
+            t
+            for t in everything
+            if t.stage == self.generations.stage and t.origin != "mean" and t.genome is not None
+        ]
         slot = 1 + max(t.slot for t in asked if t.generation == last)
         candidates: dict[int, Candidate] = {}
         for i, island in enumerate(islands):
             own = [t for t in asked if t.island == i]
             final = [t.id for t in own if t.generation == own[-1].generation]
             genome = tuple(float(g) for g in island.optimizer.mean)
-            candidates[slot + i] = Candidate("mean", island.space.decode(genome), "mean of the distribution", genome, tuple(final), i)
-        (found,) = self.dispatch.together([self.generations.evaluate(last, candidates, self.generations.subset(last + 1))])
+            candidates[slot + i] = Candidate(
+                "mean", island.space.decode(genome), "mean of the distribution", genome, tuple(final), i
+            )
+        (found,) = self.dispatch.together(
+            [self.generations.evaluate(last, candidates, self.generations.subset(last + 1))]
+        )
         means = list(found.values())
         late = [t for t in everything if after < t.generation <= last]
         known = self._estimates([*late, *means, *references], last)
@@ -248,12 +297,18 @@ class Study:
 
     def _estimates(self, trials: Sequence[Trial], last: int) -> dict[int, Any]:
         objective, pool = self.plan.objective, self.plan.items["search"]
-        return selection.estimates(self.store, objective, pool, trials, last, lambda t: self.generations.epochs(t, last))
+        return selection.estimates(
+            self.store, objective, pool, trials, last, lambda t: self.generations.epochs(t, last)
+        )
 
-    def _elected(self, references: Sequence[Trial], searched: Sequence[_Searched]) -> tuple[Trial, list[Trial], dict[str, Scored]]:
+    def _elected(
+        self, references: Sequence[Trial], searched: Sequence[_Searched]
+    ) -> tuple[Trial, list[Trial], dict[str, Scored]]:
         """(the best on validation, all that stood for election, their validation scores)."""
         finalists = [t for s in searched for t in s.finalists]
-        recipes = [self.store.recipe(r) for r in dict.fromkeys(t.recipe_id for t in (*finalists, *references))]
+        recipes = [
+            self.store.recipe(r) for r in dict.fromkeys(t.recipe_id for t in (*finalists, *references))
+        ]
         validated = self.generations.score_all("validation", recipes)
         # parents and hand recipes stand for election too: a search never ends below the best of them
         standing = [t for t in (*finalists, *references) if validated[t.recipe_id].score is not None]
@@ -269,14 +324,22 @@ class Study:
         winner, standing, validated = self._elected(references, searched)
         late = [t for s in searched for t in store.trials() if s.after < t.generation <= s.last]
         known = self._estimates([*late, *finalists, *references], last)
-        tested = self.generations.score_all("test", [store.recipe(t.recipe_id) for t in (winner, *references)])
+        tested = self.generations.score_all(
+            "test", [store.recipe(t.recipe_id) for t in (winner, *references)]
+        )
         p = selection.p_values(objective, winner.recipe_id, [t.recipe_id for t in standing], validated)
         test = tested[winner.recipe_id]
         whole = selection.headline(objective, test)
         best = selection.row(winner, known, validated, tested) | selection.interval(whole)
         best |= selection.selection_luck(selection.headline(objective, store.scored(winner)), whole)
-        parents = [(str(t.label), tested[t.recipe_id]) for t in references if t.origin == "parent" and t.recipe_id != winner.recipe_id]
-        leads = {t.id: selection.lead(selection.against(objective, test, tested[t.recipe_id])) for t in references}
+        parents = [
+            (str(t.label), tested[t.recipe_id])
+            for t in references
+            if t.origin == "parent" and t.recipe_id != winner.recipe_id
+        ]
+        leads = {
+            t.id: selection.lead(selection.against(objective, test, tested[t.recipe_id])) for t in references
+        }
         return {
             "best": best,
             "references": [selection.row(t, known, validated, tested, p) | leads[t.id] for t in references],
@@ -284,7 +347,10 @@ class Study:
             "retention": selection.retention(objective, test, parents),
             "estimates": {str(i): [e.mean, e.error] for i, e in sorted(known.items())},
             "generations": last,
-            "stages": [{"stage": s.stage.name, "first": s.first, "last": s.last, "best": self._leader(s, validated)} for s in searched],
+            "stages": [
+                {"stage": s.stage.name, "first": s.first, "last": s.last, "best": self._leader(s, validated)}
+                for s in searched
+            ],
         }
 
     def _leader(self, searched: _Searched, validated: Mapping[str, Scored]) -> int | None:
@@ -292,22 +358,40 @@ class Study:
         scored = [(s, t) for t in searched.finalists if (s := validated[t.recipe_id].score) is not None]
         return max(scored, key=lambda pair: (pair[0], -pair[1].id))[1].id if scored else None
 
-    def _validation_floors(self, references: Sequence[Trial], validated: Mapping[str, Scored]) -> dict[str, float]:
+    def _validation_floors(
+        self, references: Sequence[Trial], validated: Mapping[str, Scored]
+    ) -> dict[str, float]:
         """What `keep` asks on the validation items; a task whose best parent failed there asks nothing, which is said."""
-        metrics = {str(t.label): validated[t.recipe_id].evaluation for t in references if t.origin == "parent"}
+        metrics = {
+            str(t.label): validated[t.recipe_id].evaluation for t in references if t.origin == "parent"
+        }
         guarded = self.generations.guarded
         for task, (label, _) in guarded.items():
             if metrics[label].error:
-                log.warning("'%s' failed on validation, so that 'keep' cannot hold task '%s' there", label, task)
-        return self.plan.objective.floors({t: metrics[label].metrics for t, (label, _) in guarded.items() if not metrics[label].error})
+                log.warning(
+                    "'%s' failed on validation, so that 'keep' cannot hold task '%s' there", label, task
+                )
+        return self.plan.objective.floors(
+            {t: metrics[label].metrics for t, (label, _) in guarded.items() if not metrics[label].error}
+        )
 
 
-def _summary(generation: int, trials: Sequence[Trial], dropped: Sequence[Trial], failed: Sequence[Trial]) -> tuple[float | None, str]:
+def _summary(
+    generation: int, trials: Sequence[Trial], dropped: Sequence[Trial], failed: Sequence[Trial]
+) -> tuple[float | None, str]:
     """(best score of a generation, a line about it)."""
     scored = [_score(t) for t in trials if t.score is not None]
     best = max((_score(t) for t in trials if t.score is not None and not t.dropped), default=None)
     gated = [t for t in trials if NATS in t.metrics]
-    counts = [f"{len(own)} {what}" for own, what in ((dropped, "dropped on the way"), (gated, "kept out by the gate"), (failed, "failed")) if own]
+    counts = [
+        f"{len(own)} {what}"
+        for own, what in (
+            (dropped, "dropped on the way"),
+            (gated, "kept out by the gate"),
+            (failed, "failed"),
+        )
+        if own
+    ]
     numbers = [] if best is None else [f"best {best:.3f}", f"median {float(np.median(scored)):.3f}"]
     return best, f"generation {generation}: " + ", ".join([*numbers, *counts])
 

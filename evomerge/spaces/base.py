@@ -30,7 +30,9 @@ class Axis:
 
     def __post_init__(self) -> None:
         if not self.low < self.start < self.high:
-            raise ConfigError(f"{self.name}: start {self.start:g} must lie inside ({self.low:g}, {self.high:g})")
+            raise ConfigError(
+                f"{self.name}: start {self.start:g} must lie inside ({self.low:g}, {self.high:g})"
+            )
 
     @property
     def name(self) -> str:
@@ -42,7 +44,12 @@ class Axis:
         """Gene in R -> value in [low, high], snapped."""
         f0 = (self.start - self.low) / (self.high - self.low)
         z = _logit(f0) + gene / (f0 * (1 - f0))
-        return round(self.low + (self.high - self.low) / (1 + math.exp(-max(-700.0, min(700.0, z)))), self.digits) + 0.0
+        return (
+            round(
+                self.low + (self.high - self.low) / (1 + math.exp(-max(-700.0, min(700.0, z)))), self.digits
+            )
+            + 0.0
+        )
 
     def gene(self, value: float) -> float:
         """Inverse of `value`; values outside the bounds are moved just inside."""

@@ -28,7 +28,9 @@ def baselines(space: Space) -> list[Baseline]:
 
 def soup(space: Space, names: Sequence[str]) -> Baseline:
     """The plain average of some of a space's models, the base among them or not."""
-    return Baseline(f"soup of {' + '.join(names)}", "hand", _with(space, "linear", tuple(names)).uniform({"weight": 1.0}))
+    return Baseline(
+        f"soup of {' + '.join(names)}", "hand", _with(space, "linear", tuple(names)).uniform({"weight": 1.0})
+    )
 
 
 def _parents(space: Space) -> Iterator[Baseline]:
@@ -43,7 +45,9 @@ def _hand(space: Space) -> Iterator[Baseline]:
     sums = _with(space, "task_arithmetic", models)
     for weight in (0.3, 0.5, 0.7, 1.0):
         yield Baseline(f"task arithmetic {weight:g}", "hand", sums.uniform({"weight": weight}))
-    yield Baseline("TIES .5, normalized", "hand", _with(space, "ties", models).uniform({"weight": 1.0, "density": 0.5}))
+    yield Baseline(
+        "TIES .5, normalized", "hand", _with(space, "ties", models).uniform({"weight": 1.0, "density": 0.5})
+    )
     summed = {"weight": 1.0, "density": 0.5, "normalize": 0.0}
     yield Baseline("TIES .5, sum", "hand", _with(space, "ties", models).uniform(summed))
     for weight in (0.5, 1.0):

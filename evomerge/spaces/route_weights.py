@@ -64,7 +64,9 @@ class HopSpace:
         layers: list[Mix] = []
         for number, span in enumerate(self.spans()):
             own = dict(zip(self.models, moved[number * len(self.models) :], strict=False))
-            layers += [self._moved(self._mixes[i], own) if any(own.values()) else self.recipe.layers[i] for i in span]
+            layers += [
+                self._moved(self._mixes[i], own) if any(own.values()) else self.recipe.layers[i] for i in span
+            ]
         return self._without_stages(layers)
 
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
@@ -99,7 +101,12 @@ class HopSpace:
         if mix.method == "passthrough":
             sources: tuple[Source, ...] = tuple((m, layer) for m in self.models)
             corner = tuple(float(m == name) for m in self.models)
-            return Mix("task_arithmetic", sources, (self.base, layer), params({WEIGHT: corner, "lambda": 1.0, "normalize": 0.0}))
+            return Mix(
+                "task_arithmetic",
+                sources,
+                (self.base, layer),
+                params({WEIGHT: corner, "lambda": 1.0, "normalize": 0.0}),
+            )
         return mix
 
     def _moved(self, mix: Mix, by: dict[str, float]) -> Mix:
@@ -110,7 +117,10 @@ class HopSpace:
         given = dict(mix.params)
         values: ParamValue = given.get(WEIGHT, rule.default)
         each = values if isinstance(values, tuple) else (values,) * len(mix.sources)
-        weights = tuple(_add(value, by.get(model, 0.0), rule.digits) for (model, _), value in zip(mix.sources, each, strict=True))
+        weights = tuple(
+            _add(value, by.get(model, 0.0), rule.digits)
+            for (model, _), value in zip(mix.sources, each, strict=True)
+        )
         return replace(mix, params=params({**given, WEIGHT: weights}))
 
 

@@ -71,7 +71,10 @@ class Space:
         """The recipe of a genome [len(axes)]; raises ValueError for another length or a value that is not finite."""
         if len(genome) != len(self.axes) or not all(math.isfinite(g) for g in genome):
             raise ValueError(f"a genome has {len(self.axes)} finite numbers, got {len(genome)}")
-        found = {(a.group, a.component, a.param, a.source): a.value(g) for a, g in zip(self.axes, genome, strict=True)}
+        found = {
+            (a.group, a.component, a.param, a.source): a.value(g)
+            for a, g in zip(self.axes, genome, strict=True)
+        }
         return self._recipe(found)
 
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
@@ -97,7 +100,12 @@ class Space:
         """(group name, layers) from the bottom."""
         out, first = [], 0
         for size in self.groups:
-            out.append((f"layers {first}-{first + size - 1}" if size > 1 else f"layer {first}", range(first, first + size)))
+            out.append(
+                (
+                    f"layers {first}-{first + size - 1}" if size > 1 else f"layer {first}",
+                    range(first, first + size),
+                )
+            )
             first += size
         return out
 
@@ -118,7 +126,18 @@ class Space:
                 for source in self.models if param.per == "model" else (None,):
                     alive = source is None or (group, component, source) not in self.dead
                     if alive:
-                        axes.append(Axis(group, component, param.name, source, bounds.low, bounds.high, bounds.start, param.digits))
+                        axes.append(
+                            Axis(
+                                group,
+                                component,
+                                param.name,
+                                source,
+                                bounds.low,
+                                bounds.high,
+                                bounds.start,
+                                param.digits,
+                            )
+                        )
         return axes
 
     def _recipe(self, found: Mapping[tuple[str, str | None, str, str | None], float]) -> Recipe:
@@ -126,10 +145,22 @@ class Space:
         for name, span in self.spans():
             values = self._values(found, name)
             layers += [Mix(self.method.name, self._sources(i), self._base(i), values) for i in span]
-        outer = {g: Mix(self.method.name, self._sources(None), self._base(None), self._values(found, g)) for g in (EMBEDDINGS, HEAD)}
-        return Recipe(self.base, tuple(layers), outer[EMBEDDINGS], outer[HEAD], out_dtype=self.out_dtype, seed=self._seed())
+        outer = {
+            g: Mix(self.method.name, self._sources(None), self._base(None), self._values(found, g))
+            for g in (EMBEDDINGS, HEAD)
+        }
+        return Recipe(
+            self.base,
+            tuple(layers),
+            outer[EMBEDDINGS],
+            outer[HEAD],
+            out_dtype=self.out_dtype,
+            seed=self._seed(),
+        )
 
-    def _values(self, found: Mapping[tuple[str, str | None, str, str | None], float], group: str) -> tuple[tuple[str, ParamValue], ...]:
+    def _values(
+        self, found: Mapping[tuple[str, str | None, str, str | None], float], group: str
+    ) -> tuple[tuple[str, ParamValue], ...]:
         inside = group not in (EMBEDDINGS, HEAD)
         out: dict[str, ParamValue] = {}
         for param in self.method.params:
@@ -138,7 +169,10 @@ class Space:
                 default = self._default(param)
                 if not inside:
                     return found.get((group, None, param.name, source), default)
-                return self._filtered({c: found.get((group, c, param.name, source), default) for c in self.components}, param.digits)
+                return self._filtered(
+                    {c: found.get((group, c, param.name, source), default) for c in self.components},
+                    param.digits,
+                )
 
             out[param.name] = one(None) if param.per == "merge" else tuple(one(s) for s in self.models)
         return params(out)
@@ -174,14 +208,18 @@ class Space:
         searched, given = {axis.param for axis in self.axes}, dict(mix.params)
         for param in self.method.params:
             value = given.get(param.name, param.default)
-            if param.name not in searched and any(v != self._default(param) for v in (value if isinstance(value, tuple) else (value,))):
+            if param.name not in searched and any(
+                v != self._default(param) for v in (value if isinstance(value, tuple) else (value,))
+            ):
                 return False
         return True
 
     def _param(self, name: str) -> Param:
         param = self.method.param(name)
         if param is None:
-            raise ConfigError(f"{self.method.name} has no parameter '{name}'; it has {', '.join(p.name for p in self.method.params)}")
+            raise ConfigError(
+                f"{self.method.name} has no parameter '{name}'; it has {', '.join(p.name for p in self.method.params)}"
+            )
         return param
 
     def _default(self, param: Param) -> float:

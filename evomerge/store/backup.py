@@ -46,7 +46,9 @@ def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
 
 def damaged(store: Path, what: object) -> StudyError:
     """The error for a file that is not what was stored, with the way back to its backup."""
-    return StudyError(f"{store} is damaged, or not a study file: {' '.join(str(what).split())[:1000]}; {way_back(store)}")
+    return StudyError(
+        f"{store} is damaged, or not a study file: {' '.join(str(what).split())[:1000]}; {way_back(store)}"
+    )
 
 
 def way_back(store: Path) -> str:

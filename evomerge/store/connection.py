@@ -61,7 +61,9 @@ class File:
             if isinstance(error, UnicodeDecodeError):  # of a table's own text, in SQLite's message
                 raise damaged(path, error) from None
             if isinstance(error, OSError) and error.errno in _ERRNO:
-                raise NoRoom(f"{path} cannot be written: {error.strerror}; make room, or make it writable, and start again") from None
+                raise NoRoom(
+                    f"{path} cannot be written: {error.strerror}; make room, or make it writable, and start again"
+                ) from None
             raise
 
     def close(self) -> None:
@@ -124,7 +126,10 @@ class File:
 
     def change(self, table: str, rowid: int, **values: Any) -> None:
         """Changes a row, and its digest, within a transaction."""
-        self.db.execute(f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in values)} WHERE rowid = ?", (*values.values(), rowid))
+        self.db.execute(
+            f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in values)} WHERE rowid = ?",
+            (*values.values(), rowid),
+        )
         if self.db.execute(f"SELECT 1 FROM {table} WHERE rowid = ?", (rowid,)).fetchone():
             integrity.seal(self.db, table, rowid)
 
@@ -141,9 +146,13 @@ def _explained(path: Path, error: sqlite3.DatabaseError) -> EvomergeError | None
     if code in _DAMAGE:
         return damaged(path, error)
     if code in _NO_ROOM:
-        return NoRoom(f"{path} cannot be written: {error}; nothing is lost: make room, or make it writable, and resume")
+        return NoRoom(
+            f"{path} cannot be written: {error}; nothing is lost: make room, or make it writable, and resume"
+        )
     if code == sqlite3.SQLITE_BUSY:
-        return SetupError(f"{path} is held by another program: {error}; close that one and resume, nothing is lost")
+        return SetupError(
+            f"{path} is held by another program: {error}; close that one and resume, nothing is lost"
+        )
     return None
 
 
@@ -154,7 +163,10 @@ def _code(error: sqlite3.Error) -> int:
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=_LONG_PATIENCE if mode == "rwc" else _PATIENCE
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        timeout=_LONG_PATIENCE if mode == "rwc" else _PATIENCE,
     )
     db.row_factory = sqlite3.Row
     return db
@@ -178,9 +190,13 @@ def _reader(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         db.close()
         ahead = path.with_name(path.name + "-wal")
-        if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or (ahead.is_file() and ahead.stat().st_size):
+        if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or (
+            ahead.is_file() and ahead.stat().st_size
+        ):
             raise
-    return _connect(path, "ro&immutable=1")  # a read-only disk has no place for what readers of a log share; here is no log
+    return _connect(
+        path, "ro&immutable=1"
+    )  # a read-only disk has no place for what readers of a log share; here is no log
 
 
 def _refuse_damaged(path: Path) -> None:
@@ -233,14 +249,18 @@ def _leave_log(db: sqlite3.Connection) -> None:
 
 def _refuse_newer(version: int, path: Path) -> None:
     if version > len(MIGRATIONS):
-        raise StudyError(f"{path} was written by a newer evomerge (schema {version}, this one knows {len(MIGRATIONS)}); upgrade evomerge")
+        raise StudyError(
+            f"{path} was written by a newer evomerge (schema {version}, this one knows {len(MIGRATIONS)}); upgrade evomerge"
+        )
 
 
 def _migrate(db: sqlite3.Connection, path: Path, write: bool) -> None:
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     _refuse_newer(version, path)
     if version < len(MIGRATIONS) and not write:
-        raise StudyError(f"{path} was written by an older evomerge (schema {version}); run or resume it once to bring it up to date")
+        raise StudyError(
+            f"{path} was written by an older evomerge (schema {version}); run or resume it once to bring it up to date"
+        )
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number};")
         if number == len(MIGRATIONS):

@@ -89,7 +89,13 @@ def check(db: sqlite3.Connection, store: Path) -> str:
             found.append(finding)
             if len(found) > _SHOWN:
                 break
-    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, AttributeError) as error:  # a text that is a number now
+    except (
+        sqlite3.DatabaseError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # a text that is a number now
         found.append(f"unreadable: {' '.join(str(error).split())[:200]}")
     finally:
         if own and db.in_transaction:
@@ -98,14 +104,25 @@ def check(db: sqlite3.Connection, store: Path) -> str:
 
 
 def _findings(db: sqlite3.Connection, least: int) -> Iterator[str]:
-    yield from (" ".join(str(row[0]).split())[:200] for row in db.execute("PRAGMA integrity_check(10)") if row[0] != "ok")
-    yield from (f"table {row[0]}, row {row[1]} refers to nothing in {row[2]}" for row in db.execute("PRAGMA foreign_key_check"))
+    yield from (
+        " ".join(str(row[0]).split())[:200]
+        for row in db.execute("PRAGMA integrity_check(10)")
+        if row[0] != "ok"
+    )
+    yield from (
+        f"table {row[0]}, row {row[1]} refers to nothing in {row[2]}"
+        for row in db.execute("PRAGMA foreign_key_check")
+    )
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     current = version == len(MIGRATIONS)
     if (left := count_rows(db) if current else 0) < least and (current or not version):
         yield f"{least - left} of {least} stored rows are gone (was the log beside it, -wal or -journal, deleted, or an older file put in its place?)"
     there = {row["name"]: row["sql"] for row in db.execute("SELECT name, sql FROM sqlite_master")}
-    yield from (f"table or index {name} is not what it was" for name, sql in _schema(version).items() if there.get(name) != sql)
+    yield from (
+        f"table or index {name} is not what it was"
+        for name, sql in _schema(version).items()
+        if there.get(name) != sql
+    )
     if not version and there:
         yield "it holds another program's tables"
     for table in SEALED if current else ():

@@ -16,7 +16,11 @@ from typing import IO
 
 from evomerge.errors import StudyError
 
-_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # of flock: somebody holds it; anything else: it cannot be had here
+_BUSY = (
+    errno.EWOULDBLOCK,
+    errno.EAGAIN,
+    errno.EACCES,
+)  # of flock: somebody holds it; anything else: it cannot be had here
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,9 @@ def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]
         handle.seek(0)
         holder = handle.read().strip() or "unknown"
         handle.close()
-        raise StudyError(f"another process is writing {path.parent.name} ({holder}); stop it first, or choose another study name") from None
+        raise StudyError(
+            f"another process is writing {path.parent.name} ({holder}); stop it first, or choose another study name"
+        ) from None
     handle.truncate(0)
     handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
     handle.flush()
@@ -76,7 +82,10 @@ def _lease(path: Path, handle: IO[str]) -> None:
     """Makes the lease file, or raises StudyError where somebody else has it."""
     lease = Path(str(path) + ".lease")
     for _ in range(2):
-        with contextlib.suppress(FileExistsError), lease.open("x") as file:  # made by one process alone, on every file system
+        with (
+            contextlib.suppress(FileExistsError),
+            lease.open("x") as file,
+        ):  # made by one process alone, on every file system
             file.write(f"host {socket.gethostname()}, pid {os.getpid()}")
             return
         holder = _named(lease)
@@ -86,7 +95,9 @@ def _lease(path: Path, handle: IO[str]) -> None:
         break
     handle.close()
     who = f"host {holder[0]}, pid {holder[1]}" if holder else "unknown"
-    raise StudyError(f"another process is writing {path.parent.name} ({who}); stop it first. If it is dead, delete {lease}: this disk has no locks")
+    raise StudyError(
+        f"another process is writing {path.parent.name} ({who}); stop it first. If it is dead, delete {lease}: this disk has no locks"
+    )
 
 
 def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driver | None:
@@ -104,7 +115,11 @@ def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driv
             alive = True
         else:
             holder = _named(Path(str(path) + ".lease"))
-            alive = None if holder and holder[0] != socket.gethostname() else holder is not None and _runs(holder[1])
+            alive = (
+                None
+                if holder and holder[0] != socket.gethostname()
+                else holder is not None and _runs(holder[1])
+            )
     return Driver(*(holder or ("unknown", 0)), alive)
 
 

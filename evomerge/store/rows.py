@@ -134,7 +134,15 @@ def numbers(value: Mapping[str, float]) -> str:
 def study(row: sqlite3.Row) -> StudyRow:
     """The study of its row."""
     outcome = json.loads(row["outcome"]) if row["outcome"] else None
-    return StudyRow(row["name"], row["seed"], row["config"], json.loads(row["overrides"]), json.loads(row["facts"]), row["state"], outcome)
+    return StudyRow(
+        row["name"],
+        row["seed"],
+        row["config"],
+        json.loads(row["overrides"]),
+        json.loads(row["facts"]),
+        row["state"],
+        outcome,
+    )
 
 
 def trial(row: sqlite3.Row) -> Trial:
@@ -167,17 +175,36 @@ def scored(row: sqlite3.Row, item_set: str) -> Scored:
     names = [(task, item) for task, ids in json.loads(item_set) for item in ids]
     values = json.loads(row["scores"])
     stored = row.keys()  # a scan's rows hold no soft scores
-    soft = [json.loads(row[n]) if n in stored and row[n] else [None] * len(values) for n in ("probabilities", "logprobs")]
-    items = tuple(ItemScore(task, item, *scores) for (task, item), *scores in zip(names, values, *soft, strict=False))
+    soft = [
+        json.loads(row[n]) if n in stored and row[n] else [None] * len(values)
+        for n in ("probabilities", "logprobs")
+    ]
+    items = tuple(
+        ItemScore(task, item, *scores) for (task, item), *scores in zip(names, values, *soft, strict=False)
+    )
     costs = json.loads(row["costs"]) if "costs" in stored and row["costs"] else {}
-    evaluation = Evaluation(row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"], costs)
+    evaluation = Evaluation(
+        row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"], costs
+    )
     reported = row["reported"] if "reported" in stored else None
     return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
 
 
 def attempt(row: sqlite3.Row) -> Attempt:
     """The attempt of its row."""
-    names = ("recipe", "number", "cause", "error", "worker", "host", "pid", "device", "started", "seconds", "log")
+    names = (
+        "recipe",
+        "number",
+        "cause",
+        "error",
+        "worker",
+        "host",
+        "pid",
+        "device",
+        "started",
+        "seconds",
+        "log",
+    )
     return Attempt(*(row[name] for name in names))
 
 
@@ -185,7 +212,9 @@ def uses(rows: Sequence[sqlite3.Row]) -> list[WorkerUse]:
     """What the workers did, of rows (worker, host, device, pid, cause, count, seconds, first, last), by name."""
     whole: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
-        own = whole.setdefault((row["worker"], row["host"], row["device"]), {"done": 0, "busy": 0.0, "failures": {}, "spans": {}})
+        own = whole.setdefault(
+            (row["worker"], row["host"], row["device"]), {"done": 0, "busy": 0.0, "failures": {}, "spans": {}}
+        )
         if row["cause"] in ("done", "failed"):  # a candidate that cannot be scored is a result too
             own["done"] += row["count"]
         else:
@@ -197,5 +226,17 @@ def uses(rows: Sequence[sqlite3.Row]) -> list[WorkerUse]:
     for (worker, host, device), own in sorted(whole.items()):
         spans = list(own["spans"].values())
         length, first, last = sum(b - a for a, b in spans), min(a for a, _ in spans), max(b for _, b in spans)
-        found.append(WorkerUse(worker, host, device, own["done"], own["busy"], length, first, last, dict(sorted(own["failures"].items()))))
+        found.append(
+            WorkerUse(
+                worker,
+                host,
+                device,
+                own["done"],
+                own["busy"],
+                length,
+                first,
+                last,
+                dict(sorted(own["failures"].items())),
+            )
+        )
     return found

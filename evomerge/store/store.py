@@ -44,14 +44,18 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """Closes the file and lets another driver in."""
         self._file.close()
 
-    def begin(self, name: str, seed: int, config: str, overrides: Mapping[str, int], facts: Mapping[str, Any]) -> None:
+    def begin(
+        self, name: str, seed: int, config: str, overrides: Mapping[str, int], facts: Mapping[str, Any]
+    ) -> None:
         """Writes the study's own row; once."""
         with self._file.transaction():
             self._file.insert(
@@ -140,17 +144,24 @@ class Store:
 
     def evaluation(self, recipe_id: str, role: Purpose, items: Items) -> Scored | None:
         """The stored evaluation of a recipe on exactly these items, if there is one."""
-        row = self._file.row("SELECT * FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", (recipe_id, role, item_set_id(items)))
+        row = self._file.row(
+            "SELECT * FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?",
+            (recipe_id, role, item_set_id(items)),
+        )
         return None if row is None else self._scored(row)
 
     def evaluations(self, recipe_id: str) -> list[tuple[Role, Scored]]:
         """All stored evaluations of a recipe, oldest first; the rungs of races are left out."""
-        found = self._file.rows("SELECT * FROM evaluations WHERE recipe = ? AND role != 'rung' ORDER BY id", (recipe_id,))
+        found = self._file.rows(
+            "SELECT * FROM evaluations WHERE recipe = ? AND role != 'rung' ORDER BY id", (recipe_id,)
+        )
         return [(row["role"], self._scored(row)) for row in found]
 
     def scored(self, trial: Trial) -> Scored:
         """The evaluation behind a trial's own score."""
-        row = self._file.row("SELECT e.* FROM trials t JOIN evaluations e ON e.id = t.evaluation WHERE t.id = ?", (trial.id,))
+        row = self._file.row(
+            "SELECT e.* FROM trials t JOIN evaluations e ON e.id = t.evaluation WHERE t.id = ?", (trial.id,)
+        )
         return self._scored(row)
 
     def front(self, role: Role) -> list[Trial]:
@@ -159,7 +170,8 @@ class Store:
         Candidates are compared with those scored on the same items alone: for the search, those of one generation.
         """
         newest = self._file.row(
-            "SELECT e.item_set FROM front f JOIN evaluations e ON e.id = f.evaluation WHERE e.role = ? ORDER BY e.id DESC", (role,)
+            "SELECT e.item_set FROM front f JOIN evaluations e ON e.id = f.evaluation WHERE e.role = ? ORDER BY e.id DESC",
+            (role,),
         )
         own = "t.evaluation = e.id" if role == "search" else "t.recipe = e.recipe"
         sql = (
@@ -169,7 +181,15 @@ class Store:
         return [self.trial(row[0]) for row in self._file.rows(sql, (role, newest[0]))] if newest else []
 
     def add_sensitivity(
-        self, centre: Recipe, axis: str, value: float, recipe: Recipe, role: Role, items: Items, evaluation: Evaluation, score: float | None
+        self,
+        centre: Recipe,
+        axis: str,
+        value: float,
+        recipe: Recipe,
+        role: Role,
+        items: Items,
+        evaluation: Evaluation,
+        score: float | None,
     ) -> None:
         """Stores a candidate scored with one coefficient changed, in one transaction. It is no evaluation of the search.
 
@@ -178,7 +198,9 @@ class Store:
         with self._writing():
             set_id = self._add_items(items)
             for known in (centre, recipe):
-                self._file.db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (known.id, known.canonical()))
+                self._file.db.execute(
+                    "INSERT OR IGNORE INTO recipes VALUES (?, ?)", (known.id, known.canonical())
+                )
             self._file.insert(
                 "sensitivity", grows=True, centre=centre.id, axis=axis, value=value, recipe=recipe.id, role=role, item_set=set_id, score=score,
                 error=evaluation.error, metrics=rows.numbers(evaluation.metrics), scores=json.dumps([s.value for s in evaluation.items]),
@@ -188,13 +210,18 @@ class Store:
     def sensitivity(self, centre_id: str, role: Role, items: Items) -> dict[tuple[str, float], Scored]:
         """(axis, value) -> what is stored of a candidate's neighbours on exactly these items."""
         sql = "SELECT * FROM sensitivity WHERE centre = ? AND role = ? AND item_set = ? ORDER BY id"
-        return {(row["axis"], row["value"]): self._scored(row) for row in self._file.rows(sql, (centre_id, role, item_set_id(items)))}
+        return {
+            (row["axis"], row["value"]): self._scored(row)
+            for row in self._file.rows(sql, (centre_id, role, item_set_id(items)))
+        }
 
     def trial(self, trial_id: int) -> Trial:
         """The trial with that id; raises StudyError if there is none."""
         row = self._file.row(rows.TRIALS + " WHERE t.id = ?", (trial_id,))
         if row is None:
-            raise StudyError(f"{self.path.parent.name} has no candidate {trial_id}; it has 1 to {self.count_trials()}")
+            raise StudyError(
+                f"{self.path.parent.name} has no candidate {trial_id}; it has 1 to {self.count_trials()}"
+            )
         with self._file.reading():
             return rows.trial(row)
 
@@ -207,11 +234,15 @@ class Store:
     def trials(self) -> list[Trial]:
         """All trials by generation and slot."""
         with self._file.reading():
-            return [rows.trial(row) for row in self._file.rows(rows.TRIALS + " ORDER BY t.generation, t.slot")]
+            return [
+                rows.trial(row) for row in self._file.rows(rows.TRIALS + " ORDER BY t.generation, t.slot")
+            ]
 
     def last_trial_before(self, generation: int) -> int:
         """The highest id of trials of earlier generations, 0 if there are none."""
-        return int(self._file.row("SELECT coalesce(max(id), 0) FROM trials WHERE generation < ?", (generation,))[0])
+        return int(
+            self._file.row("SELECT coalesce(max(id), 0) FROM trials WHERE generation < ?", (generation,))[0]
+        )
 
     def count_trials(self) -> int:
         """Number of trials."""
@@ -219,7 +250,9 @@ class Store:
 
     def count_evaluations(self) -> dict[str, int]:
         """Role -> number of stored evaluations; 'failed' -> those with an error, rungs of races not counted."""
-        found = self._file.rows("SELECT role, count(*), sum(error IS NOT NULL AND role != 'rung') FROM evaluations GROUP BY role")
+        found = self._file.rows(
+            "SELECT role, count(*), sum(error IS NOT NULL AND role != 'rung') FROM evaluations GROUP BY role"
+        )
         return {row[0]: row[1] for row in found} | {"failed": sum(row[2] for row in found)}
 
     def recipe(self, recipe_id: str) -> Recipe:
@@ -308,7 +341,9 @@ class Store:
         with self._file.transaction():
             if self._run is None:
                 begun = time.time() - seconds
-                self._run = self._file.insert("runs", host=socket.gethostname(), pid=os.getpid(), started=begun, seconds=seconds)
+                self._run = self._file.insert(
+                    "runs", host=socket.gethostname(), pid=os.getpid(), started=begun, seconds=seconds
+                )
             else:
                 before = self._file.row("SELECT seconds FROM runs WHERE id = ?", (self._run,))[0]
                 self._file.change("runs", self._run, seconds=before + seconds)
@@ -319,7 +354,10 @@ class Store:
 
     def runs(self) -> list[Run]:
         """The drivers' runs, the oldest first."""
-        return [Run(row["host"], row["pid"], row["started"], row["seconds"]) for row in self._file.rows("SELECT * FROM runs ORDER BY id")]
+        return [
+            Run(row["host"], row["pid"], row["started"], row["seconds"])
+            for row in self._file.rows("SELECT * FROM runs ORDER BY id")
+        ]
 
     def set_end(self, stage: int, island: int, generation: int, cause: str) -> None:
         """Notes that a budget ended an island of a stage after that generation."""
@@ -329,11 +367,17 @@ class Store:
 
     def ends(self) -> dict[tuple[int, int], int]:
         """(stage, island) -> generation that a budget ended it after."""
-        return {(row["stage"], row["island"]): row["generation"] for row in self._file.rows("SELECT * FROM ends ORDER BY stage, island")}
+        return {
+            (row["stage"], row["island"]): row["generation"]
+            for row in self._file.rows("SELECT * FROM ends ORDER BY stage, island")
+        }
 
     def causes(self) -> dict[tuple[int, int], str]:
         """(stage, island) -> why a budget ended it."""
-        return {(row["stage"], row["island"]): row["cause"] for row in self._file.rows("SELECT * FROM ends ORDER BY stage, island")}
+        return {
+            (row["stage"], row["island"]): row["cause"]
+            for row in self._file.rows("SELECT * FROM ends ORDER BY stage, island")
+        }
 
     def remove_ends(self) -> None:
         """Forgets them: a budget was made larger."""
@@ -359,7 +403,10 @@ class Store:
         recipe_id = recipe.id
         self._file.db.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe_id, recipe.canonical()))
         set_id = self._add_items(items)
-        known = self._file.row("SELECT id FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?", (recipe_id, role, set_id))
+        known = self._file.row(
+            "SELECT id FROM evaluations WHERE recipe = ? AND role = ? AND item_set = ?",
+            (recipe_id, role, set_id),
+        )
         if known is not None:
             return int(known[0])
         rowid = self._file.insert(
@@ -375,20 +422,30 @@ class Store:
 
     def _add_to_front(self, evaluation: int, role: Purpose, set_id: str, point: tuple[float, ...]) -> None:
         sql = "SELECT f.* FROM front f JOIN evaluations e ON e.id = f.evaluation WHERE e.role = ? AND e.item_set = ?"
-        held = [(int(row["evaluation"]), tuple(json.loads(row["point"]))) for row in self._file.rows(sql, (role, set_id))]
+        held = [
+            (int(row["evaluation"]), tuple(json.loads(row["point"])))
+            for row in self._file.rows(sql, (role, set_id))
+        ]
         if any(_dominates(other, point) for _, other in held):
             return
-        self._file.db.executemany("DELETE FROM front WHERE evaluation = ?", [(other,) for other, place in held if _dominates(point, place)])
+        self._file.db.executemany(
+            "DELETE FROM front WHERE evaluation = ?",
+            [(other,) for other, place in held if _dominates(point, place)],
+        )
         self._file.insert("front", evaluation=evaluation, point=json.dumps(point))
 
     def _add_items(self, items: Items) -> str:
         set_id = item_set_id(items)
-        self._file.db.execute("INSERT OR IGNORE INTO item_sets VALUES (?, ?)", (set_id, rows.items_json(items)))
+        self._file.db.execute(
+            "INSERT OR IGNORE INTO item_sets VALUES (?, ?)", (set_id, rows.items_json(items))
+        )
         return set_id
 
     def _scored(self, row: sqlite3.Row) -> Scored:
         if not integrity.intact(row):
-            raise backup.damaged(self.path, f"the evaluation of {row['recipe']} on {row['role']} items is not what was stored")
+            raise backup.damaged(
+                self.path, f"the evaluation of {row['recipe']} on {row['role']} items is not what was stored"
+            )
         body = self._file.row("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],))
         with self._file.reading():
             return rows.scored(row, body[0])

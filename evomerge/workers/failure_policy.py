@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_DEAD = r"CUDA error|HIP error|cuDNN|CUBLAS|CUSOLVER|NCCL|device-side assert|uncorrectable ECC|AcceleratorError"
+_DEAD = (
+    r"CUDA error|HIP error|cuDNN|CUBLAS|CUSOLVER|NCCL|device-side assert|uncorrectable ECC|AcceleratorError"
+)
 _DEVICE = re.compile(_DEAD, re.IGNORECASE)
 _MACHINE = re.compile(
-    _DEAD + r"|out of memory|^MemoryError|DefaultCPUAllocator|^OSError|^(?:BrokenPipe|Connection\w*|Timeout)Error"
+    _DEAD
+    + r"|out of memory|^MemoryError|DefaultCPUAllocator|^OSError|^(?:BrokenPipe|Connection\w*|Timeout)Error"
     r"|\[Errno \d+\]|Input/output error|Stale file handle|No space left",
     re.IGNORECASE,
 )

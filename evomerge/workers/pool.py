@@ -97,7 +97,11 @@ class InProcessPool:
         self._jobs.clear()
 
 
-def ended(job: Job, found: Evaluation, worker: str, pid: int, started: float, seconds: float, number: int = 1) -> Attempt:
+def ended(
+    job: Job, found: Evaluation, worker: str, pid: int, started: float, seconds: float, number: int = 1
+) -> Attempt:
     """The attempt of a job that a worker of this machine's gave a result for."""
     cause = "failed" if found.error else "done"
-    return Attempt(job.recipe.id, number, cause, found.error, worker, socket.gethostname(), pid, "", started, seconds)
+    return Attempt(
+        job.recipe.id, number, cause, found.error, worker, socket.gethostname(), pid, "", started, seconds
+    )

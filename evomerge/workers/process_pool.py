@@ -52,12 +52,16 @@ class ProcessPool:
     def __enter__(self) -> ProcessPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """Ends the processes; what is in flight is dropped after two seconds."""
-        children = list((getattr(self._executor, "_processes", None) or {}).values())  # shutdown alone would wait for them
+        children = list(
+            (getattr(self._executor, "_processes", None) or {}).values()
+        )  # shutdown alone would wait for them
         self._executor.shutdown(wait=False, cancel_futures=True)
         for child in children:
             child.join(_PATIENCE)
@@ -87,7 +91,11 @@ class ProcessPool:
                 found, pid, started, seconds = self._futures[number].result()
                 job = self._taken(number)
                 del self._waiting[number]
-                self._attempts.append(ended(job, found, f"process {pid}", pid, started, seconds, self._strikes.pop(number, 0) + 1))
+                self._attempts.append(
+                    ended(
+                        job, found, f"process {pid}", pid, started, seconds, self._strikes.pop(number, 0) + 1
+                    )
+                )
                 return job, found
             except BrokenProcessPool:
                 self._replace()
@@ -119,12 +127,25 @@ class ProcessPool:
 
     def _replace(self) -> None:
         """A process died, and with it the executor: what was in flight gets a strike, and all that is not finished begins again."""
-        lost = [n for n in self._waiting if n in self._futures and (not self._futures[n].done() or self._futures[n].exception() is not None)]
+        lost = [
+            n
+            for n in self._waiting
+            if n in self._futures
+            and (not self._futures[n].done() or self._futures[n].exception() is not None)
+        ]
         now = time.time()
         for number in lost[: self._workers]:  # they were in flight, the first in the queue
             self._strikes[number] += 1
             job = self._waiting[number]
-            told = ended(job, Evaluation(job.recipe.id, (), {}, {}, error="a worker process died"), "process", 0, now, 0.0, self._strikes[number])
+            told = ended(
+                job,
+                Evaluation(job.recipe.id, (), {}, {}, error="a worker process died"),
+                "process",
+                0,
+                now,
+                0.0,
+                self._strikes[number],
+            )
             self._attempts.append(replace(told, cause="died"))
         for number in lost:
             del self._futures[number]
@@ -136,7 +157,9 @@ class ProcessPool:
 
 
 def _poison(job: Job) -> Evaluation:
-    return Evaluation(job.recipe.id, (), {}, {}, error=f"poison: {_STRIKES} worker processes died while it was evaluated")
+    return Evaluation(
+        job.recipe.id, (), {}, {}, error=f"poison: {_STRIKES} worker processes died while it was evaluated"
+    )
 
 
 def _open(make: Callable[[], Scorer]) -> None:

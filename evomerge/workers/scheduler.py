@@ -54,7 +54,9 @@ class _Task:
     begun: int = 0
     deaths: int = 0
     hangs: int = 0
-    away: list[tuple[int, str, str]] = field(default_factory=list)  # (worker, place, cause) of each try that failed
+    away: list[tuple[int, str, str]] = field(
+        default_factory=list
+    )  # (worker, place, cause) of each try that failed
     kinds: set[str] = field(default_factory=set)  # errors of the machine's that it met
     settled: bool = False
     answer: Evaluation | None = None  # that a worker gave, not one made up here
@@ -198,7 +200,11 @@ class Slots:
     def backoff(self, name: str) -> float:
         """Seconds to wait before a worker of this name is started again."""
         failed = self._setbacks[name]
-        return min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(failed - 1, 30)) if failed else 0.0
+        return (
+            min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(failed - 1, 30))
+            if failed
+            else 0.0
+        )
 
     @property
     def broken(self) -> str | None:
@@ -237,7 +243,9 @@ class Slots:
 
     # ---- what came of a try ------------------------------------------------------------------------------------------
 
-    def finished(self, number: int, found: Evaluation, now: float, seconds: float, memory: int = 0, text: str = "") -> None:
+    def finished(
+        self, number: int, found: Evaluation, now: float, seconds: float, memory: int = 0, text: str = ""
+    ) -> None:
         """A try gave an evaluation. number: the try's; seconds: that the worker spent; memory: that it holds now, 0 where unknown."""
         done = self._tries.pop(number, None)
         if done is None:
@@ -293,7 +301,9 @@ class Slots:
             count = "twice" if task.hangs == 2 else f"{task.hangs} times"
             return f"timed out {count}; the limit is {limits.factor:g} times the median, and at least {limits.floor:g} s"
         if task.begun >= limits.tries:
-            causes = ", ".join(f"{n} {cause}" for cause, n in sorted(Counter(cause for _, _, cause in task.away).items()))
+            causes = ", ".join(
+                f"{n} {cause}" for cause, n in sorted(Counter(cause for _, _, cause in task.away).items())
+            )
             return f"no result after {task.begun} attempts: {causes}"
         return None
 
@@ -318,8 +328,16 @@ class Slots:
     def _late(self, done: Try, found: Evaluation, seconds: float, text: str) -> None:
         answer = done.task.answer
         self._note(done, "late", found.error, seconds, text)
-        if answer is not None and (answer.items, answer.metrics, answer.error) != (found.items, found.metrics, found.error):
-            log.warning("recipe %s was scored twice, and differently: scores are not deterministic (workers of %s)", found.recipe_id, done.seat.host)
+        if answer is not None and (answer.items, answer.metrics, answer.error) != (
+            found.items,
+            found.metrics,
+            found.error,
+        ):
+            log.warning(
+                "recipe %s was scored twice, and differently: scores are not deterministic (workers of %s)",
+                found.recipe_id,
+                done.seat.host,
+            )
 
     def _settle(self, task: _Task, found: Evaluation, given: bool) -> None:
         task.answer = found if given else None
@@ -332,7 +350,21 @@ class Slots:
 
     def _note(self, found: Try, cause: str, error: str | None, seconds: float, text: str) -> None:
         seat, recipe = found.seat, found.job.recipe.id
-        self.ended.append(Attempt(recipe, found.nth, cause, error, seat.name, seat.host, seat.pid, seat.device, found.started, seconds, text))
+        self.ended.append(
+            Attempt(
+                recipe,
+                found.nth,
+                cause,
+                error,
+                seat.name,
+                seat.host,
+                seat.pid,
+                seat.device,
+                found.started,
+                seconds,
+                text,
+            )
+        )
 
     # ---- failures of workers and devices -----------------------------------------------------------------------------
 
@@ -376,9 +408,15 @@ class Slots:
     def _strike(self, place: str) -> None:
         """A failure that is the place's: what failed there was done elsewhere, or others can start where it cannot."""
         self._blame[place] += 1
-        if self._blame[place] < self.limits.strikes or place in self.aside or not _other(self._places, {place}):
+        if (
+            self._blame[place] < self.limits.strikes
+            or place in self.aside
+            or not _other(self._places, {place})
+        ):
             return
-        log.warning("%s is put aside after %d failures in a row of what others could do", place, self._blame[place])
+        log.warning(
+            "%s is put aside after %d failures in a row of what others could do", place, self._blame[place]
+        )
         self.aside.add(place)
         self._places.pop(place, None)
         self._idle = {n: s for n, s in self._idle.items() if s.place != place}

@@ -32,7 +32,14 @@ class Worker:
     """Makes candidates live, one at a time, and scores them."""
 
     def __init__(
-        self, parents: Mapping[str, Parent], base: str, evaluator: Evaluator, *, dtype: str, device: str = "cpu", gate: Gate | None = None
+        self,
+        parents: Mapping[str, Parent],
+        base: str,
+        evaluator: Evaluator,
+        *,
+        dtype: str,
+        device: str = "cpu",
+        gate: Gate | None = None,
     ) -> None:
         """dtype: the type of the tensors that are scored and shipped. gate: what a route has to pass before it is scored.
 
@@ -41,10 +48,16 @@ class Worker:
         self.evaluator, self.device, self.gate = evaluator, device, gate
         self.known = Tables(build=True, ranks_bytes=_spare() // 4)
         self.model = load(parents[base], dtype).to(device)
-        host = 0 if device == "cpu" else _spare()  # on a CPU the page cache serves all processes; a copy would not
-        self.places = parent_placement.plan({name: p.nbytes for name, p in parents.items()}, base, parent_placement.free_memory(device), host)
+        host = (
+            0 if device == "cpu" else _spare()
+        )  # on a CPU the page cache serves all processes; a copy would not
+        self.places = parent_placement.plan(
+            {name: p.nbytes for name, p in parents.items()}, base, parent_placement.free_memory(device), host
+        )
         log.info("parents: %s", parent_placement.said(self.places))
-        self.parents = {name: parent_placement.held(parent, self.places[name], device) for name, parent in parents.items()}
+        self.parents = {
+            name: parent_placement.held(parent, self.places[name], device) for name, parent in parents.items()
+        }
         self.live = Live(parents, self.parents, base, self.model, dtype, device, self.known)
         self._stamps = stamps({file for parent in parents.values() for file in parent.files})
         self._finite = True
@@ -57,7 +70,9 @@ class Worker:
         Raises CheckpointError where a parent's files are no longer those that were opened: no candidate is to blame.
         """
         if changed := [file for file, stamp in stamps(self._stamps).items() if self._stamps[file] != stamp]:
-            raise CheckpointError(f"{changed[0]} was changed or deleted while the search reads it; bring back the file that was there and resume")
+            raise CheckpointError(
+                f"{changed[0]} was changed or deleted while the search reads it; bring back the file that was there and resume"
+            )
         seconds: dict[str, float] = {}
         metrics: dict[str, float] = {}
         costs: dict[str, float] = {}
@@ -84,7 +99,9 @@ class Worker:
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
-            cause = scrub(str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}")
+            cause = scrub(
+                str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
+            )
             kept = {gating.NATS: metrics[gating.NATS]} if gating.NATS in metrics else {}
             return Evaluation(recipe.id, (), kept, seconds, error=" ".join(cause.split()), costs=costs)
 
@@ -97,7 +114,9 @@ class Worker:
         self._watch_head(view.module)
         if view.routed is not None and isinstance(self.evaluator, Preparing):
             key = (id(view.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))
-            if key not in self._prepared:  # techniques are probed on the same route in every worker, whatever it scores first
+            if (
+                key not in self._prepared
+            ):  # techniques are probed on the same route in every worker, whatever it scores first
                 view.settle()
                 self.evaluator.prepare(view.module, items)
                 self._prepared.add(key)

@@ -70,10 +70,18 @@ class Islands:
         self.owner: dict[int, tuple[int, int]] = {}
 
     def begin(self) -> list[Job]:
-        return [job for island in range(len(self.left)) for g in range(min(1 + self.ahead, self.generations)) for job in self.generation(island, g)]
+        return [
+            job
+            for island in range(len(self.left))
+            for g in range(min(1 + self.ahead, self.generations))
+            for job in self.generation(island, g)
+        ]
 
     def generation(self, island: int, number: int) -> list[Job]:
-        jobs = [Job(next(self.slots), RECIPE, ITEMS, turn=number if self.ahead else 0) for _ in range(self.population)]
+        jobs = [
+            Job(next(self.slots), RECIPE, ITEMS, turn=number if self.ahead else 0)
+            for _ in range(self.population)
+        ]
         self.owner.update({job.slot: (island, number) for job in jobs})
         return jobs
 
@@ -104,7 +112,14 @@ class Night:
 
 
 def simulate(
-    workers: int, islands: int, population: int, generations: int, limits: Limits, seed: int, shares: bool = True, pipelined: bool = False
+    workers: int,
+    islands: int,
+    population: int,
+    generations: int,
+    limits: Limits,
+    seed: int,
+    shares: bool = True,
+    pipelined: bool = False,
 ) -> Night:
     """A search from its first generation to its end; shares are of the time from when all islands are at their second generation
     until one is at its end. shares: keep what they are made of; without it the memory is the scheduler's and the simulation's alone."""
@@ -169,10 +184,21 @@ def shares(seeds: int) -> list[str]:
     lines = []
     limited = "With the default limit, 4 x the median: the 2 % that take 5 x are killed twice, and fail"
     ahead = "Pipelined, each generation asked before the last results of the one before, without a time limit"
-    tables = ((NEVER, EACH, "Without a time limit", False), (NEVER, EACH, ahead, True), (Limits(), (4,), limited, False))
+    tables = (
+        (NEVER, EACH, "Without a time limit", False),
+        (NEVER, EACH, ahead, True),
+        (Limits(), (4,), limited, False),
+    )
     for limits, each_of, title, pipelined in tables:
-        lines += ["", f"{title}. Busy share of the workers' time, in brackets what gave a score; candidates of all islands for each worker:", ""]
-        lines += ["| workers | islands | " + " | ".join(f"{each} a worker" for each in each_of) + " |", "| ---: | ---: |" + " ---: |" * len(each_of)]
+        lines += [
+            "",
+            f"{title}. Busy share of the workers' time, in brackets what gave a score; candidates of all islands for each worker:",
+            "",
+        ]
+        lines += [
+            "| workers | islands | " + " | ".join(f"{each} a worker" for each in each_of) + " |",
+            "| ---: | ---: |" + " ---: |" * len(each_of),
+        ]
         for workers in WORKERS:
             for islands in ISLANDS:
                 cells = [cell(workers, islands, each, limits, seeds, pipelined) for each in each_of]
@@ -185,7 +211,10 @@ def cell(workers: int, islands: int, each: int, limits: Limits, seeds: int, pipe
     """The mean over seeds; one seed does for a thousand workers."""
     population = max(4, each * workers // islands)
     generations = max(12, min(200, 4000 // population)) if workers < 1024 else 10
-    nights = [simulate(workers, islands, population, generations, limits, s, pipelined=pipelined) for s in range(seeds if workers < 1024 else 1)]
+    nights = [
+        simulate(workers, islands, population, generations, limits, s, pipelined=pipelined)
+        for s in range(seeds if workers < 1024 else 1)
+    ]
     busy, useful = (sum(getattr(n, name) for n in nights) / len(nights) for name in ("busy", "useful"))
     return f"{busy:.0%} ({useful:.0%}), population {population}"
 
@@ -196,7 +225,9 @@ def delay() -> list[str]:
     lines = ["", f"Evaluations that a CMA-ES takes to come {what}:"]
     lines += ["", "| population | evaluations | pipelined | more |", "| ---: | ---: | ---: | ---: |"]
     for population in (16, 32, 64):
-        plain, pipelined = (median(taken(population, ahead, seed) for seed in range(SEEDS)) for ahead in (0, 1))
+        plain, pipelined = (
+            median(taken(population, ahead, seed) for seed in range(SEEDS)) for ahead in (0, 1)
+        )
         lines.append(f"| {population} | {plain:,.0f} | {pipelined:,.0f} | {pipelined / plain - 1:.0%} |")
         print(lines[-1], flush=True)
     return lines
@@ -266,15 +297,29 @@ def real(generations: int = 36) -> list[str]:
     from evomerge.workers.ray_pool.pool import RayPool
 
     lines = ["", "Two real Ray workers on this machine, candidates that sleep .2 s by the same law:", ""]
-    lines += ["| islands | pipelined | population | evaluations | busy |", "| ---: | --- | ---: | ---: | ---: |"]
+    lines += [
+        "| islands | pipelined | population | evaluations | busy |",
+        "| ---: | --- | ---: | ---: | ---: |",
+    ]
     with RayPool(functools.partial(Sleeper, 0.2), address="local", workers=2) as pool:
         ready(pool)
-        for islands, population, pipelined in ((1, 8, False), (1, 8, True), (1, 12, False), (2, 8, False), (2, 12, False), (4, 8, False)):
+        for islands, population, pipelined in (
+            (1, 8, False),
+            (1, 8, True),
+            (1, 12, False),
+            (2, 8, False),
+            (2, 12, False),
+            (4, 8, False),
+        ):
             before, each = pool.utilisation(), max(1, generations // islands)
             search(pool, islands, population, each, pipelined)
             used = pool.utilisation()
-            busy = sum(u.busy - before[name].busy for name, u in used.items()) / sum(u.alive - before[name].alive for name, u in used.items())
-            lines.append(f"| {islands} | {'yes' if pipelined else 'no'} | {population} | {islands * population * each} | {busy:.1%} |")
+            busy = sum(u.busy - before[name].busy for name, u in used.items()) / sum(
+                u.alive - before[name].alive for name, u in used.items()
+            )
+            lines.append(
+                f"| {islands} | {'yes' if pipelined else 'no'} | {population} | {islands * population * each} | {busy:.1%} |"
+            )
             print(lines[-1], flush=True)
     with RayPool(functools.partial(Sleeper, 0.0), address="local", workers=2) as pool:
         ready(pool)
@@ -303,21 +348,29 @@ def ready(pool: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--real", action="store_true", help="two real Ray workers too")
-    parser.add_argument("--only-real", action="store_true", help="nothing else; the file keeps its other parts")
+    parser.add_argument(
+        "--only-real", action="store_true", help="nothing else; the file keeps its other parts"
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--evaluations", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "cluster.md")
     args = parser.parse_args()
-    logging.getLogger("evomerge.workers.scheduler").setLevel(logging.ERROR)  # a limit that is passed is a number here, no news
+    logging.getLogger("evomerge.workers.scheduler").setLevel(
+        logging.ERROR
+    )  # a limit that is passed is a number here, no news
     if not args.only_real:
         head = ["# Workers kept busy", "", " ".join((__doc__ or "").split("\n\n")[1].split())]
         simulated = ["## Simulated", "", stamp(""), *shares(args.seeds), *delay(), *load(args.evaluations)]
         args.out.write_text("\n".join([*head, "", *simulated]) + "\n")
     if args.real or args.only_real:
         kept = args.out.read_text().partition("\n## Real")[0].rstrip()
-        args.out.write_text("\n".join([kept, "", "## Real", "", stamp(f", Ray {version('ray')}"), *real()]) + "\n")
+        args.out.write_text(
+            "\n".join([kept, "", "## Real", "", stamp(f", Ray {version('ray')}"), *real()]) + "\n"
+        )
 
 
 def stamp(more: str) -> str:

@@ -126,16 +126,27 @@ class CachedHflm:
 
     def answer(self) -> list[Any]:
         """(log-likelihood, greedy) pairs, then texts."""
-        answers: list[Any] = self.lm._loglikelihood_tokens(self.pairs, disable_tqdm=True) if self.pairs else []
+        answers: list[Any] = (
+            self.lm._loglikelihood_tokens(self.pairs, disable_tqdm=True) if self.pairs else []
+        )
         return answers + (self.lm.generate_until(self.generated, disable_tqdm=True) if self.generated else [])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=("zoo", "likelihood", "generation"), default=("zoo", "likelihood", "generation"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=("zoo", "likelihood", "generation"),
+        default=("zoo", "likelihood", "generation"),
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that it runs; its figures mean nothing"
+    )
     parser.add_argument("--out", type=Path, default=REPO / "results" / "bench_eval.md")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -168,7 +179,11 @@ def timed(run: Callable[[], Any]) -> tuple[Took, Any]:
 
 
 def race(
-    ways: dict[str, Callable[[], Any]], repeats: range, resident: Resident, renew: Callable[[int], None], compare: Callable[[dict[str, Any]], None]
+    ways: dict[str, Callable[[], Any]],
+    repeats: range,
+    resident: Resident,
+    renew: Callable[[int], None],
+    compare: Callable[[dict[str, Any]], None],
 ) -> tuple[dict[str, list[Took]], list[float]]:
     """(way -> a Took a repeat, share of forwards in (c) a repeat). A repeat 0 warms up and is not counted."""
     took: dict[str, list[Took]] = defaultdict(list)
@@ -183,7 +198,10 @@ def race(
                 took[name].append(cost)
                 print(f"  {name}: {cost.wall:.3f} s, processor {cost.processor:.3f} s", flush=True)
                 if name == "c":
-                    shares.append(resident.forwards / (cost.processor if resident.model.device.type == "cpu" else cost.wall))
+                    shares.append(
+                        resident.forwards
+                        / (cost.processor if resident.model.device.type == "cpu" else cost.wall)
+                    )
         compare(found)
     return dict(took), shares
 
@@ -193,14 +211,25 @@ def race(
 
 def zoo(args: argparse.Namespace, scratch: Path) -> list[Row]:
     folders = merges(scratch, args.repeats + 1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16).eval().requires_grad_(False)
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16)
+        .eval()
+        .requires_grad_(False)
+    )
     resident = Resident(model.to(args.device), transformers.AutoTokenizer.from_pretrained(folders[0]))
     manager = TaskManager(include_path=str(REPO / "evaluators"), include_defaults=False)
     sizes = ((3, 10.0), (6, 6.0)) if args.quick else ((50, 10.0), (200, None), (500, 6.0))
     return [zoo_row(items, goal, args, folders, resident, manager) for items, goal in sizes]
 
 
-def zoo_row(items: int, goal: float | None, args: argparse.Namespace, folders: list[Path], resident: Resident, manager: Any) -> Row:
+def zoo_row(
+    items: int,
+    goal: float | None,
+    args: argparse.Namespace,
+    folders: list[Path],
+    resident: Resident,
+    manager: Any,
+) -> Row:
     model = resident.model
     chosen = {"test": range(items), "search": [0], "validation": [0]}
     harness = LmHarness([TaskSpec(t, splits="declared", items=chosen) for t in TASKS], resident.tokenizer)
@@ -223,7 +252,10 @@ def zoo_row(items: int, goal: float | None, args: argparse.Namespace, folders: l
             "huggingface", settings, tasks=list(TASKS), limit=items, batch_size=INCUMBENT_BATCH, device=args.device,
             log_samples=False, verbosity="WARNING", task_manager=manager,
         )  # fmt: skip
-        return {t: next(v for k, v in results["results"][t].items() if k.startswith(("acc,", "exact_match,"))) for t in TASKS}
+        return {
+            t: next(v for k, v in results["results"][t].items() if k.startswith(("acc,", "exact_match,")))
+            for t in TASKS
+        }
 
     def ours() -> dict[str, float]:
         _, metrics = harness.score(model, wanted)
@@ -232,9 +264,25 @@ def zoo_row(items: int, goal: float | None, args: argparse.Namespace, folders: l
     def compare(found: dict[str, dict[str, float]]) -> None:
         differ[0] += sum(not found["a"][t] == found["c"][t] == found["b"][t] for t in TASKS)
 
-    took, shares = race({"a": simple, "b": lambda: judged(cached, tasks), "c": ours}, range(args.repeats + 1), resident, renew, compare)
+    took, shares = race(
+        {"a": simple, "b": lambda: judged(cached, tasks), "c": ours},
+        range(args.repeats + 1),
+        resident,
+        renew,
+        compare,
+    )
     note = f"of {4 * (args.repeats + 1)} metrics {differ[0]} differ"
-    return Row(f"zoo, {items} items × 4 tasks", took, shares, once.wall, "a", goal, None, note, note if differ[0] else "")
+    return Row(
+        f"zoo, {items} items × 4 tasks",
+        took,
+        shares,
+        once.wall,
+        "a",
+        goal,
+        None,
+        note,
+        note if differ[0] else "",
+    )
 
 
 def judged(cached: CachedHflm, tasks: dict[str, Any]) -> dict[str, float]:
@@ -249,7 +297,9 @@ def judged(cached: CachedHflm, tasks: dict[str, Any]) -> dict[str, float]:
         values = []
         for _, own in itertools.groupby(task.instances, key=lambda r: r.doc_id):
             requests = list(own)
-            values.append(task.process_results(requests[0].doc, [r.filtered_resps[key] for r in requests])[metric])
+            values.append(
+                task.process_results(requests[0].doc, [r.filtered_resps[key] for r in requests])[metric]
+            )
         metrics[name] = float(aggregate(values))
     return metrics
 
@@ -258,14 +308,18 @@ def merges(scratch: Path, count: int) -> list[Path]:
     """Folders of merges that a search could meet: the base plus each expert's change times a random weight in [0.2, 1.2]."""
     from safetensors.torch import load_file, save_file
 
-    base, *experts = (load_file(REPO / "results" / "zoo" / name / "model.safetensors") for name in ("base", *EXPERTS))
+    base, *experts = (
+        load_file(REPO / "results" / "zoo" / name / "model.safetensors") for name in ("base", *EXPERTS)
+    )
     rnd, folders = random.Random(0), []
     for number in range(count):
         weights = [rnd.uniform(0.2, 1.2) for _ in experts]
         merged = {}
         for key, tensor in base.items():
             start = tensor.float()
-            merged[key] = (start + sum(w * (e[key].float() - start) for w, e in zip(weights, experts, strict=True))).to(tensor.dtype)
+            merged[key] = (
+                start + sum(w * (e[key].float() - start) for w, e in zip(weights, experts, strict=True))
+            ).to(tensor.dtype)
         folder = scratch / f"merge{number}"
         shutil.copytree(REPO / "results" / "zoo" / "base", folder)
         save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
@@ -281,7 +335,9 @@ def larger(args: argparse.Namespace, resident: Resident) -> list[Row]:
     tokenizer, rnd = resident.tokenizer, random.Random(1)
 
     def words(count: int) -> str:
-        return " ".join(tokenizer.convert_ids_to_tokens([rnd.randrange(SPECIAL, len(tokenizer)) for _ in range(count)]))
+        return " ".join(
+            tokenizer.convert_ids_to_tokens([rnd.randrange(SPECIAL, len(tokenizer)) for _ in range(count)])
+        )
 
     def choices(items: int, shared: int, own: tuple[int, int]) -> list[Instance]:
         prefix = words(shared)
@@ -289,13 +345,24 @@ def larger(args: argparse.Namespace, resident: Resident) -> list[Row]:
         for item in range(items):
             context = f"{prefix} {words(rnd.randint(*own))}".strip()
             for choice in range(4):
-                found.append(Instance("loglikelihood", {}, (context, f" {words(rnd.randint(6, 10))}"), choice, ("bench", item, 1)))
+                found.append(
+                    Instance(
+                        "loglikelihood",
+                        {},
+                        (context, f" {words(rnd.randint(6, 10))}"),
+                        choice,
+                        ("bench", item, 1),
+                    )
+                )
         return found
 
     def prompts(count: int, shared: int) -> list[Instance]:
         prefix, settings = words(shared), {"until": ["."], "max_gen_toks": 64, "do_sample": False}
         texts = [f"{prefix} {words(rnd.randint(20, 130))}".strip() for _ in range(count)]
-        return [Instance("generate_until", {}, (text, dict(settings)), 0, ("bench", number, 1)) for number, text in enumerate(texts)]
+        return [
+            Instance("generate_until", {}, (text, dict(settings)), 0, ("bench", number, 1))
+            for number, text in enumerate(texts)
+        ]
 
     rows = []
     if "likelihood" in args.only:
@@ -316,11 +383,19 @@ def random_model(quick: bool) -> tuple[Any, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = 512 if quick else 32_000
-    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}{'.' if i % 16 == 5 else ''}" for i in range(SPECIAL, vocabulary))]
+    names = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        *(f"w{i}{'.' if i % 16 == 5 else ''}" for i in range(SPECIAL, vocabulary)),
+    ]
     inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, **special
+    )
     heads, layers = (2, 2) if quick else (10, 16)
     config = transformers.Qwen3Config(
         vocab_size=vocabulary, hidden_size=64 * heads, intermediate_size=176 * heads, num_hidden_layers=layers, num_attention_heads=heads,
@@ -328,7 +403,11 @@ def random_model(quick: bool) -> tuple[Any, Any]:
         initializer_range=WIDE,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        .eval()
+        .requires_grad_(False)
+    )
     head = model.get_output_embeddings().weight
     head.mul_(0.02 / WIDE)
     head[:SPECIAL] = 0  # never the likeliest: texts end at a full stop or at the limit
@@ -341,8 +420,13 @@ def renew_head(model: Any, repeat: int) -> None:
     words.copy_(words.roll(1, 0))
 
 
-def likelihood_row(name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident) -> Row:
-    backend, cached = ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH), CachedHflm(resident, requests)
+def likelihood_row(
+    name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident
+) -> Row:
+    backend, cached = (
+        ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH),
+        CachedHflm(resident, requests),
+    )
     once, prepared = timed(lambda: backend.prepare(requests))
     counts, worst = {"pairs": 0, "items": 0, "greedy": 0, "choices": 0}, [0.0]
 
@@ -360,8 +444,12 @@ def likelihood_row(name: str, requests: list[Instance], goal: float, args: argpa
         counts["items"] += len(ours) // 4
 
     ways = {"b": cached.answer, "c": lambda: backend.answer(prepared, "model")}
-    took, shares = race(ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare)
-    techniques = [t for t, verdict in backend.techniques().items() if verdict.allowed and not t.startswith("decoding")]
+    took, shares = race(
+        ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare
+    )
+    techniques = [
+        t for t, verdict in backend.techniques().items() if verdict.allowed and not t.startswith("decoding")
+    ]
     backend.close()
     plan = prepared.plan
     assert plan is not None
@@ -375,8 +463,13 @@ def likelihood_row(name: str, requests: list[Instance], goal: float, args: argpa
     return Row(name, took, shares, once.wall, "b", goal, SHARE, note, wrong)
 
 
-def generation_row(name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident) -> Row:
-    backend, cached = ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH), CachedHflm(resident, requests)
+def generation_row(
+    name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident
+) -> Row:
+    backend, cached = (
+        ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH),
+        CachedHflm(resident, requests),
+    )
     once, prepared = timed(lambda: backend.prepare(requests))
     lengths: dict[str, list[int]] = defaultdict(list)
     last: dict[str, list[str]] = {}
@@ -390,9 +483,13 @@ def generation_row(name: str, requests: list[Instance], goal: float, args: argpa
             lengths[way] += [len(text.split()) for text in texts]
 
     ways = {"b": cached.answer, "c": lambda: backend.answer(prepared, "model")}
-    took, shares = race(ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare)
+    took, shares = race(
+        ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare
+    )
     backend.close()
-    unlike = [at for at, (one, other) in enumerate(zip(last["b"], last["c"], strict=True)) if one != other][:4]
+    unlike = [at for at, (one, other) in enumerate(zip(last["b"], last["c"], strict=True)) if one != other][
+        :4
+    ]
     regret = dict.fromkeys(last, 0.0)
     with RowHead(resident.model) as head:
         for way, texts in last.items():
@@ -444,23 +541,44 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
         cells = [row.workload]
         for way in "abc":
             own = row.took.get(way)
-            cells.append("" if own is None else " / ".join(f"{statistics.median(getattr(t, c) for t in own):.3f}" for c in ("wall", "processor")))
+            cells.append(
+                ""
+                if own is None
+                else " / ".join(
+                    f"{statistics.median(getattr(t, c) for t in own):.3f}" for c in ("wall", "processor")
+                )
+            )
         ratios = [row.ratio(row.against, clock) for clock in ("wall", "processor")]
         cells += [f"{r:.1f} × ({row.against})" for r in ratios]
-        cells += ["", ""] if row.goal is None or not cpu else [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
+        cells += (
+            ["", ""] if row.goal is None or not cpu else [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
+        )
         share = statistics.median(row.shares)
         cells += [
             f"{share:.0%}",
-            *(["", ""] if row.share_goal is None or not cpu else [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]]),
+            *(
+                ["", ""]
+                if row.share_goal is None or not cpu
+                else [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]]
+            ),
         ]
         lines.append("| " + " | ".join([*cells, f"{row.once:.2f}"]) + " |")
-    lines += ["", "A goal is held if both ratios reach it. What was compared:", "", *(f"- {row.workload}: {row.note}." for row in rows)]
+    lines += [
+        "",
+        "A goal is held if both ratios reach it. What was compared:",
+        "",
+        *(f"- {row.workload}: {row.note}." for row in rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def machine() -> str:
     """Processor, cores, memory and versions; no names."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lm_eval"))
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {versions}"

@@ -38,12 +38,20 @@ from scripts.benchmarks import search as bench_search
 
 REPO = Path(__file__).resolve().parents[2]
 ROUTE = [(i * 7) % 48 for i in range(65)]
-SEARCHES = (("cuda", "one", "one worker"), ("cuda", "workers", "two workers on it"), ("cpu", "one", "one thread of the CPU"))
+SEARCHES = (
+    ("cuda", "one", "one worker"),
+    ("cuda", "workers", "two workers on it"),
+    ("cpu", "one", "one thread of the CPU"),
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=("merge", "routes", "search"), default=("merge", "routes", "search"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=("merge", "routes", "search"), default=("merge", "routes", "search")
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=9)
@@ -57,7 +65,11 @@ def main() -> None:
         f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval")) + ".",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        models = bench_merge.make(Path(scratch), args.layers, args.device) if {"merge", "routes"} & set(args.only) else []
+        models = (
+            bench_merge.make(Path(scratch), args.layers, args.device)
+            if {"merge", "routes"} & set(args.only)
+            else []
+        )
         parts: dict[str, Callable[[], Iterator[str]]] = {
             "merge": lambda: merges(Path(scratch), models, args),
             "routes": lambda: routes(models, args),
@@ -102,9 +114,13 @@ def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Itera
         known = Tables(build=True, ranks_bytes=8 << 30)
         for method in args.methods if place == "device" else ("task_arithmetic", "ties"):
             file = bench_merge.recipe(method, models, scratch)
-            recipe = reader.load(_yaml.read(file), lambda name: files[name].num_layers, lambda name: files[name].dtype)
+            recipe = reader.load(
+                _yaml.read(file), lambda name: files[name].num_layers, lambda name: files[name].dtype
+            )
 
-            def run(recipe: Any = recipe, parents: Any = parents, resident: Any = resident, known: Any = known) -> None:
+            def run(
+                recipe: Any = recipe, parents: Any = parents, resident: Any = resident, known: Any = known
+            ) -> None:
                 merge.into(recipe, parents, resident, known, args.device)
 
             first = clock(args.device, run)
@@ -114,7 +130,15 @@ def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Itera
             seconds = statistics.median(clock(args.device, run) for _ in range(args.repeats))
             peak = torch.cuda.max_memory_allocated() - before if args.device != "cpu" else 0
             rate = nbytes * (len(recipe.models) + 1) / seconds
-            cells = [method, place, f"{copy / 1e9:.0f}", f"{first:.2f}", f"{1000 * seconds:.1f}", f"{rate / 1e9:.0f}", f"{rate / copy:.0%}"]
+            cells = [
+                method,
+                place,
+                f"{copy / 1e9:.0f}",
+                f"{first:.2f}",
+                f"{1000 * seconds:.1f}",
+                f"{rate / 1e9:.0f}",
+                f"{rate / copy:.0%}",
+            ]
             yield "| " + " | ".join([*cells, f"{peak / 1e6:.0f}"]) + " |"
         del parents, skeleton, resident, known, run
 
@@ -124,14 +148,20 @@ def routes(models: list[Path], args: argparse.Namespace) -> Iterator[str]:
     yield from ("", "## A route of 65 hops over two of them", "", "| | |", "| --- | --- |")
     for what, scales in (("unscaled", [1.0] * 65), ("scaled", [1.0, *(0.9 + 0.005 * i for i in range(64))])):
         gains = routed_model.gains(scales, 65)
-        hops = [Hop((one, other)[at % 2], at // 2 % args.layers, gain) for at, gain in zip(ROUTE, gains, strict=True)]
+        hops = [
+            Hop((one, other)[at % 2], at // 2 % args.layers, gain)
+            for at, gain in zip(ROUTE, gains, strict=True)
+        ]
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if args.device != "cpu" else 0
         made: list[Routed] = []
         first = clock(args.device, lambda made=made: made.append(Routed(one, [one, other])))
         first += clock(args.device, lambda made=made, hops=hops: made[0].install(hops))
-        again = statistics.median(clock(args.device, lambda made=made, hops=hops: made[0].install(hops)) for _ in range(args.repeats))
+        again = statistics.median(
+            clock(args.device, lambda made=made, hops=hops: made[0].install(hops))
+            for _ in range(args.repeats)
+        )
         held_bytes = torch.cuda.memory_allocated() - before if args.device != "cpu" else 0
         weights = sum(p.numel() * p.element_size() for model in (one, other) for p in model.parameters())
         yield f"| {what}: first build, ms | {1000 * first:.0f} |"
@@ -154,7 +184,13 @@ def searches(scratch: Path, args: argparse.Namespace) -> Iterator[str]:
             folder = scratch / device / mode
             folder.mkdir(parents=True, exist_ok=True)
             found = bench_search.run(folder, items, mode, 0, quick)
-            print(json.dumps({"items": items, "device": device, "mode": mode} | {k: v for k, v in found.items() if k != "parts"}), flush=True)
+            print(
+                json.dumps(
+                    {"items": items, "device": device, "mode": mode}
+                    | {k: v for k, v in found.items() if k != "parts"}
+                ),
+                flush=True,
+            )
             cells.append(f"{found['steady']:.0f}")
         yield f"| {items} | " + " | ".join(cells) + " |"
 

@@ -114,7 +114,9 @@ for file, out in json.load(sys.stdin):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=150)
@@ -122,7 +124,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--no-mergekit", action="store_true")
-    parser.add_argument("--rows", type=Path, help="keep what is measured here; run again with the same file, it goes on from there")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="keep what is measured here; run again with the same file, it goes on from there",
+    )
     parser.add_argument("--out", type=Path, default=REPO / "results" / "bench_merge.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -147,7 +153,9 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     for method, file in recipes.items():
         if method in kept:
             continue
-        found = reader.load(_yaml.read(file), lambda name: parents[name].num_layers, lambda name: parents[name].dtype)
+        found = reader.load(
+            _yaml.read(file), lambda name: parents[name].num_layers, lambda name: parents[name].dtype
+        )
         row: dict[str, Any] = {"models": len(found.models)}
         row["copy"] = copy_bandwidth()
         start = time.perf_counter()
@@ -155,7 +163,9 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         row["first"] = time.perf_counter() - start
         row["in place"] = timed(lambda found=found: merge.into(found, parents, resident, known), args)
         row["to disk"] = timed(
-            lambda found=found: checkpoint_writer.write(found, parents, scratch / "out"), args, lambda: shutil.rmtree(scratch / "out", True)
+            lambda found=found: checkpoint_writer.write(found, parents, scratch / "out"),
+            args,
+            lambda: shutil.rmtree(scratch / "out", True),
         )
         shutil.rmtree(scratch / "out", ignore_errors=True)
         rows["methods"][method] = row
@@ -163,7 +173,11 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         print(method, json.dumps(row), flush=True)
     environment = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit") / "bin" / "python"
     if not args.no_mergekit and environment.is_file():
-        jobs = [[str(file), str(scratch / "theirs")] for method, file in recipes.items() if "mergekit" not in rows["methods"][method]]
+        jobs = [
+            [str(file), str(scratch / "theirs")]
+            for method, file in recipes.items()
+            if "mergekit" not in rows["methods"][method]
+        ]
         program = [str(environment), "-c", MERGEKIT, str(args.threads), str(args.repeats), str(args.seconds)]
         with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None
@@ -189,12 +203,19 @@ def make(scratch: Path, layers: int, device: str = "cpu") -> list[Path]:
     from safetensors.torch import save_file
 
     hidden, inner, heads, kv, vocabulary = 896, 4864, 14, 2, 151_936
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
     for i in range(layers):
         stem, side = f"model.layers.{i}", hidden // heads * kv
-        shapes |= {f"{stem}.self_attn.{p}_proj.weight": (hidden if p in "qo" else side, hidden) for p in "qkvo"}
+        shapes |= {
+            f"{stem}.self_attn.{p}_proj.weight": (hidden if p in "qo" else side, hidden) for p in "qkvo"
+        }
         shapes |= {f"{stem}.self_attn.{p}_proj.bias": (hidden if p == "q" else side,) for p in "qkv"}
-        shapes |= {f"{stem}.mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")} | {f"{stem}.mlp.down_proj.weight": (hidden, inner)}
+        shapes |= {f"{stem}.mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")} | {
+            f"{stem}.mlp.down_proj.weight": (hidden, inner)
+        }
         shapes |= {f"{stem}.{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
@@ -208,11 +229,17 @@ def make(scratch: Path, layers: int, device: str = "cpu") -> list[Path]:
         tensors = {}
         for key, shape in shapes.items():
             noise = torch.randn(shape, generator=generator, device=device)
-            tensors[key] = (noise * 0.02 if number == 0 else base[key].float() + noise * 0.001).to(torch.bfloat16)
+            tensors[key] = (noise * 0.02 if number == 0 else base[key].float() + noise * 0.001).to(
+                torch.bfloat16
+            )
         base = base or tensors
         path = scratch / name
         path.mkdir()
-        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {key: tensor.cpu() for key, tensor in tensors.items()},
+            path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         (path / "config.json").write_text(json.dumps(config))
         paths.append(path)
     return paths
@@ -233,8 +260,17 @@ def recipe(method: str, models: list[Path], scratch: Path) -> Path:
     entries = []
     for i, path in enumerate(models[1 : 1 + count]):
         given = {} if method in ("slerp", "model_stock") else {"weight": [0.5, 0.6, 0.7][i]}
-        entries.append({"model": str(path), "parameters": given | ({"density": density[i]} if density else {})})
-    data = {"merge_method": method, "base_model": str(models[0]), "models": entries, "parameters": own, "dtype": "bfloat16", "out_dtype": "bfloat16"}
+        entries.append(
+            {"model": str(path), "parameters": given | ({"density": density[i]} if density else {})}
+        )
+    data = {
+        "merge_method": method,
+        "base_model": str(models[0]),
+        "models": entries,
+        "parameters": own,
+        "dtype": "bfloat16",
+        "out_dtype": "bfloat16",
+    }
     if method == "linear":  # three models, none of them the base
         data["base_model"] = str(models[1])
     file = scratch / f"{method}.yaml"
@@ -256,7 +292,9 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * source.nbytes / statistics.median(times[1:])
 
 
-def timed(run: Callable[[], object], args: argparse.Namespace, before: Callable[[], object] = lambda: None) -> dict[str, Any]:
+def timed(
+    run: Callable[[], object], args: argparse.Namespace, before: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     times: list[float] = []
     peak = 0
     while len(times) < args.repeats and (not times or sum(times) < args.seconds):
@@ -288,7 +326,9 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def anonymous() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -309,11 +349,22 @@ def report(rows: dict[str, Any], args: argparse.Namespace) -> str:
         moved = rows["bytes"] * (row["models"] + 1)
         place, disk, theirs = row["in place"], row["to disk"], row.get("mergekit", {})
         rate = moved / place["seconds"]
-        cells = [method, f"{row['copy'] / 1e9:.1f}", f"{row['first']:.1f}", said(place, args, 3), f"{rate / 1e9:.1f}", f"{rate / row['copy']:.0%}"]
+        cells = [
+            method,
+            f"{row['copy'] / 1e9:.1f}",
+            f"{row['first']:.1f}",
+            said(place, args, 3),
+            f"{rate / 1e9:.1f}",
+            f"{rate / row['copy']:.0%}",
+        ]
         cells += [f"{place['peak'] / 1e6:.0f}", said(disk, args, 2), f"{disk['peak'] / 1e6:.0f}"]
         for kind in ("memory", "disk"):
             found = theirs.get(kind, {})
-            cells += [said(found, args, 2), f"{found['peak'] / 1e6:.0f}"] if "seconds" in found else [found.get("error", "not run")[:60], ""]
+            cells += (
+                [said(found, args, 2), f"{found['peak'] / 1e6:.0f}"]
+                if "seconds" in found
+                else [found.get("error", "not run")[:60], ""]
+            )
         for kind, ours in (("memory", place), ("disk", disk)):
             found = theirs.get(kind, {})
             cells.append(f"{found['seconds'] / ours['seconds']:.1f} ×" if "seconds" in found else "")
@@ -322,11 +373,17 @@ def report(rows: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def said(cell: dict[str, Any], args: argparse.Namespace, digits: int) -> str:
-    return f"{cell['seconds']:.{digits}f}" + (f" ({cell['runs']} runs)" if cell["runs"] < args.repeats else "")
+    return f"{cell['seconds']:.{digits}f}" + (
+        f" ({cell['runs']} runs)" if cell["runs"] < args.repeats else ""
+    )
 
 
 def processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor()
 
 

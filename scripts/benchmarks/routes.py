@@ -22,7 +22,9 @@ from pathlib import Path
 from scipy import stats
 
 REPO = Path(__file__).resolve().parents[2]
-MODELS = "".join(f"  {name}: {REPO / 'results' / 'zoo' / name}\n" for name in ("base", "math", "lang", "string"))
+MODELS = "".join(
+    f"  {name}: {REPO / 'results' / 'zoo' / name}\n" for name in ("base", "math", "lang", "string")
+)
 SEARCH = """study: {name}
 models:
 {models}base: base
@@ -45,13 +47,23 @@ search: {{population: 24, sigma: 0.1, seed: {seed}}}
 """
 WEIGHTS, ROUTES = "{{stage: weights, evaluations: {}}}", "{{stage: routes, evaluations: {}}}"
 FIXED = "start: lang, embeddings: start"  # as published: those of the model that speaks the language
-ARMS: dict[str, tuple[str, tuple[tuple[str, float], ...], str]] = {  # arm -> (what it is, its stages with their shares of the budget, routes)
+ARMS: dict[
+    str, tuple[str, tuple[tuple[str, float], ...], str]
+] = {  # arm -> (what it is, its stages with their shares of the budget, routes)
     "ps": ("weights, CMA-ES", ((WEIGHTS, 1.0),), "scales: none"),
     "random-fixed": ("routes at random", ((ROUTES, 1.0),), f"optimizer: random, {FIXED}"),
     "dfs-fixed": ("routes, choices, elitist evolution", ((ROUTES, 1.0),), FIXED),
     "catcma-fixed": ("routes, choices, CatCMA", ((ROUTES, 1.0),), f"optimizer: cma, {FIXED}"),
-    "cma-fixed": ("routes, choices as numbers, CMA-ES", ((ROUTES, 1.0),), f"genome: conditional, optimizer: cma, {FIXED}"),
-    "indicator": ("routes, indicators, CMA-ES", ((ROUTES, 1.0),), f"genome: indicator, optimizer: cma, {FIXED}"),
+    "cma-fixed": (
+        "routes, choices as numbers, CMA-ES",
+        ((ROUTES, 1.0),),
+        f"genome: conditional, optimizer: cma, {FIXED}",
+    ),
+    "indicator": (
+        "routes, indicators, CMA-ES",
+        ((ROUTES, 1.0),),
+        f"genome: indicator, optimizer: cma, {FIXED}",
+    ),
     "random": ("routes and embeddings at random", ((ROUTES, 1.0),), "optimizer: random"),
     "dfs": ("routes and embeddings, elitist evolution", ((ROUTES, 1.0),), "genome: categorical"),
     "ps-dfs": ("weights, then routes and embeddings", ((WEIGHTS, 0.5), (ROUTES, 0.5)), "genome: categorical"),
@@ -65,14 +77,30 @@ def study(arm: str, seed: int, evaluations: int, root: Path) -> dict[str, object
     file = root / f"{name}.yaml"
     written = ", ".join(text.format(round(evaluations * share)) for text, share in stages)
     file.write_text(SEARCH.format(name=name, models=MODELS, stages=written, routes=routes, seed=seed))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "EVOMERGE_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "EVOMERGE_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     command = [sys.executable, "-m", "evomerge.cli.main", "run", str(file), "--resume", "--root", str(root)]
     command[1:3] = ["-c", "from evomerge.cli import main; main()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} ended with {done.returncode}: {done.stderr[-500:]}")
-    status = [sys.executable, "-c", "from evomerge.cli import main; main()", "status", name, "--json", "--root", str(root)]
-    found: dict[str, object] = json.loads(subprocess.run(status, env=environment, capture_output=True, text=True, check=True).stdout)
+    status = [
+        sys.executable,
+        "-c",
+        "from evomerge.cli import main; main()",
+        "status",
+        name,
+        "--json",
+        "--root",
+        str(root),
+    ]
+    found: dict[str, object] = json.loads(
+        subprocess.run(status, env=environment, capture_output=True, text=True, check=True).stdout
+    )
     print(f"{time.strftime('%H:%M:%S')} {name}: {found['best']['test']:.3f}", flush=True)  # type: ignore[index]
     return found
 
@@ -94,7 +122,12 @@ def main() -> None:
     """Runs what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=20, help="the first seed; the elitist evolution was tuned on seeds below 20")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=20,
+        help="the first seed; the elitist evolution was tuned on seeds below 20",
+    )
     parser.add_argument("--evaluations", type=int, default=240)
     parser.add_argument("--root", type=Path, default=REPO / "results" / "routes")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
@@ -103,7 +136,9 @@ def main() -> None:
     seeds = range(args.first, args.first + args.seeds)
     jobs = [(arm, seed) for seed in seeds for arm in args.arms]
     with ThreadPoolExecutor(2) as pool:
-        outcomes = dict(zip(jobs, pool.map(lambda job: study(*job, args.evaluations, args.root), jobs), strict=True))
+        outcomes = dict(
+            zip(jobs, pool.map(lambda job: study(*job, args.evaluations, args.root), jobs), strict=True)
+        )
     found = {arm: [outcomes[arm, seed] for seed in seeds] for arm in args.arms}
     tests = {arm: [o["best"]["test"] for o in own] for arm, own in found.items()}  # type: ignore[index]
     lines = [
@@ -111,7 +146,9 @@ def main() -> None:
         "",
         f"`python scripts/benchmarks/routes.py --first {args.first} --seeds {args.seeds} --evaluations {args.evaluations}`, "
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, "
-        + ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval", "cma", "cmaes", "numpy"))
+        + ", ".join(
+            f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval", "cma", "cmaes", "numpy")
+        )
         + ".",
         "",
         f"Each study: {args.evaluations} candidates x 160 search items (parents and recipes by hand not counted), 600 validation items, "
@@ -128,14 +165,26 @@ def main() -> None:
         over = interval([t - best(o, "parent") for t, o in zip(tests[arm], own, strict=True)])
         other = "random" if arm in ("dfs", "ps-dfs") else "random-fixed"
         paired = (
-            interval([a - b for a, b in zip(tests[arm], tests[other], strict=False)]) if other in tests and arm not in ("ps", "random", other) else ""
+            interval([a - b for a, b in zip(tests[arm], tests[other], strict=False)])
+            if other in tests and arm not in ("ps", "random", other)
+            else ""
         )
         hand = interval([t - best(o, "hand") for t, o in zip(tests[arm], own, strict=True)])
         luck = interval([o["best"]["search"] - t for t, o in zip(tests[arm], own, strict=True)])  # type: ignore[index]
         layers = ", ".join(str(depth(o, args.root)) for o in own)
-        lines.append(f"| {ARMS[arm][0]} | {interval(tests[arm])} | {over} | {paired} | {hand} | {luck} | {layers} |")
-    lines += ["", "By seed:", "", "| | " + " | ".join(str(s) for s in seeds) + " |", "| --- " * (args.seeds + 1) + "|"]
-    lines += [f"| {ARMS[arm][0]} | " + " | ".join(f"{t:.3f}" for t in own) + " |" for arm, own in tests.items()]
+        lines.append(
+            f"| {ARMS[arm][0]} | {interval(tests[arm])} | {over} | {paired} | {hand} | {luck} | {layers} |"
+        )
+    lines += [
+        "",
+        "By seed:",
+        "",
+        "| | " + " | ".join(str(s) for s in seeds) + " |",
+        "| --- " * (args.seeds + 1) + "|",
+    ]
+    lines += [
+        f"| {ARMS[arm][0]} | " + " | ".join(f"{t:.3f}" for t in own) + " |" for arm, own in tests.items()
+    ]
     if {"ps", "ps-dfs"} <= set(tests):
         lines += [
             "",
@@ -147,7 +196,16 @@ def main() -> None:
 
 def depth(outcome: dict[str, object], root: Path) -> int:
     """Layers of the winner."""
-    command = [sys.executable, "-c", "from evomerge.cli import main; main()", "show", f"{outcome['study']}/best", "--json", "--root", str(root)]
+    command = [
+        sys.executable,
+        "-c",
+        "from evomerge.cli import main; main()",
+        "show",
+        f"{outcome['study']}/best",
+        "--json",
+        "--root",
+        str(root),
+    ]
     shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return int(shown["costs"].get("layers", 6))
 

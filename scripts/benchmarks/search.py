@@ -55,11 +55,15 @@ search: {{evaluations: {evaluations}, population: {population}, sigma: 0.1, seed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, nargs="*", default=list(GOALS))
     parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that it runs; its figures mean nothing"
+    )
     parser.add_argument("--out", type=Path, default=REPO / "results" / "bench_search.md")
     parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
@@ -80,12 +84,17 @@ def main() -> None:
                     del found["parts"]
                     rates[items, mode].append(found)
                     print(items, mode, {name: round(value, 2) for name, value in found.items()}, flush=True)
-        parts = {items: run(Path(scratch), items, "one", args.repeats, args, parts=True)["parts"] for items in args.items}
+        parts = {
+            items: run(Path(scratch), items, "one", args.repeats, args, parts=True)["parts"]
+            for items in args.items
+        }
     out.write_text(report(rates, parts, args, time.perf_counter() - started))
     print(out.read_text())
 
 
-def run(scratch: Path, items: int, mode: str, repeat: int, args: argparse.Namespace, *, parts: bool = False) -> dict[str, Any]:
+def run(
+    scratch: Path, items: int, mode: str, repeat: int, args: argparse.Namespace, *, parts: bool = False
+) -> dict[str, Any]:
     """Runs a search in a process of its own: what it measured."""
     environment = os.environ | ENVIRONMENT | {"EVOMERGE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     population, generations = (4, 2) if args.quick else (POPULATION, GENERATIONS.get(items, 4))
@@ -93,10 +102,24 @@ def run(scratch: Path, items: int, mode: str, repeat: int, args: argparse.Namesp
     file = scratch / f"{name}.yaml"
     count, final = (3, 3) if args.quick else (items, FINAL)
     evaluations, limits = population * generations, f", validation: {final}, test: {final}"
-    file.write_text(SEARCH.format(name=name, items=count, limits=limits, evaluations=evaluations, population=population, seed=repeat))
-    program = [sys.executable, __file__, "--search", str(file), "--workers", "2" if mode == "workers" else "1", *(["--parts"] if parts else [])]
+    file.write_text(
+        SEARCH.format(
+            name=name, items=count, limits=limits, evaluations=evaluations, population=population, seed=repeat
+        )
+    )
+    program = [
+        sys.executable,
+        __file__,
+        "--search",
+        str(file),
+        "--workers",
+        "2" if mode == "workers" else "1",
+        *(["--parts"] if parts else []),
+    ]
     start = time.perf_counter()
-    process = subprocess.run(program, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    process = subprocess.run(
+        program, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
     if process.returncode:
         raise SystemExit(f"a search ended with {process.returncode}; its error is above")
     measured = json.loads(process.stdout.splitlines()[-1])
@@ -132,7 +155,13 @@ def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
         ended = progress.note.startswith("generation ")
         if not marks or ended:
             marks.append(
-                {"at": time.perf_counter(), "processor": time.process_time(), "done": progress.done, "generation": ended, "spent": dict(spent)}
+                {
+                    "at": time.perf_counter(),
+                    "processor": time.process_time(),
+                    "done": progress.done,
+                    "generation": ended,
+                    "spent": dict(spent),
+                }
             )
 
     if parts:
@@ -145,7 +174,9 @@ def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
     ends = [mark for mark in marks if mark["generation"]]
     first, last = ends[0], ends[-1]
     count = last["done"] - first["done"]
-    shares = {name: 1e3 * (last["spent"][name] - first["spent"].get(name, 0.0)) / count for name in last["spent"]}
+    shares = {
+        name: 1e3 * (last["spent"][name] - first["spent"].get(name, 0.0)) / count for name in last["spent"]
+    }
     shares["candidate"] = 1e3 * (last["processor"] - first["processor"]) / count
     for mark in marks:
         del mark["spent"]
@@ -194,8 +225,19 @@ def measure(spent: dict[str, float]) -> None:
 # ---- the report ------------------------------------------------------------------------------------------------------------
 
 
-def report(rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]], parts: Mapping[int, Any], args: argparse.Namespace, seconds: float) -> str:
-    flags = "".join([f" --items {' '.join(map(str, args.items))}", f" --modes {' '.join(args.modes)}", f" --repeats {args.repeats}"])
+def report(
+    rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]],
+    parts: Mapping[int, Any],
+    args: argparse.Namespace,
+    seconds: float,
+) -> str:
+    flags = "".join(
+        [
+            f" --items {' '.join(map(str, args.items))}",
+            f" --modes {' '.join(args.modes)}",
+            f" --repeats {args.repeats}",
+        ]
+    )
     lines = [
         "# Whole searches",
         "",
@@ -221,14 +263,30 @@ def report(rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]], parts
     for (items, mode), own in rates.items():
         middle = {name: statistics.median(found[name] for found in own) for name in own[0]}
         clock, steady = INCUMBENT.get(items, (None, None))
-        cells = [str(items), MODES[mode], f"{middle['candidates']:.0f}", f"{middle['start']:.1f}", f"{middle['wall']:.0f}", f"{middle['steady']:.0f}"]
+        cells = [
+            str(items),
+            MODES[mode],
+            f"{middle['candidates']:.0f}",
+            f"{middle['start']:.1f}",
+            f"{middle['wall']:.0f}",
+            f"{middle['steady']:.0f}",
+        ]
         if clock and steady:
             ratio = middle["steady"] / steady
-            cells += [f"{clock} / {steady}", f"{middle['wall'] / clock:.1f} ×", f"{ratio:.1f} ×", f"{GOALS[items]} ×"]
+            cells += [
+                f"{clock} / {steady}",
+                f"{middle['wall'] / clock:.1f} ×",
+                f"{ratio:.1f} ×",
+                f"{GOALS[items]} ×",
+            ]
             cells.append("held" if ratio >= GOALS[items] else "**not held**")
         else:
             cells += [""] * 5
-        cells += [f"{middle['selection']:.1f}", f"{middle['processor']:.0f}", f"{sum(found['failed'] for found in own):.0f}"]
+        cells += [
+            f"{middle['selection']:.1f}",
+            f"{middle['processor']:.0f}",
+            f"{sum(found['failed'] for found in own):.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -242,13 +300,21 @@ def report(rates: Mapping[tuple[int, str], Sequence[Mapping[str, float]]], parts
         between = own["scoring"] - own["forwards"] - own["compiling"]
         rest = total - own["scoring"] - own["merging"] - own["storing"]
         shares = [own["forwards"], between, own["compiling"], own["merging"], own["storing"], rest]
-        lines.append(f"| {items} | {total:.1f} | " + " | ".join(f"{share:.1f} ({share / total:.0%})" for share in shares) + " |")
+        lines.append(
+            f"| {items} | {total:.1f} | "
+            + " | ".join(f"{share:.1f} ({share / total:.0%})" for share in shares)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def machine() -> str:
     """Processor, cores, memory and versions; no names."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lm_eval", "cma"))
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {versions}"

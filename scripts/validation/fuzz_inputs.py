@@ -46,13 +46,67 @@ SECONDS = 20  # a case that takes longer hangs
 FILTERS = ("self_attn", "mlp", "norm", "q_proj", "embed_tokens", "lm_head", "layers.1.", "*", "nothing")
 ODD: tuple[Any, ...] = (  # values that a reader may not expect
     *(None, True, False, 0, 1, -1, 7, 10**18, 10**400, 0.5, -0.5, 1e308, 1e-320, float("inf"), float("nan")),
-    *("", " ", "no", "1e-5", "4", "a\nb", "\u2028", "\x00", "é", "²", "*", "+", "@", "..", "/", "~", "~nobody/x", "base", "a" * 3000),
+    *(
+        "",
+        " ",
+        "no",
+        "1e-5",
+        "4",
+        "a\nb",
+        "\u2028",
+        "\x00",
+        "é",
+        "²",
+        "*",
+        "+",
+        "@",
+        "..",
+        "/",
+        "~",
+        "~nobody/x",
+        "base",
+        "a" * 3000,
+    ),
     *([], {}, [[]], [{}], [None], [[4]], {"": 1}, {"filter": "mlp"}, {"value": 1}, [1, {"value": 2}]),
     *([{"filter": 3, "value": 1}], [{"value": [0.1, "x"]}], [{"filter": "mlp", "value": 0.5}]),
 )
 TEXTS = (  # what YAML and JSON give a meaning to
-    *("*a ", "&a ", "<<: ", "!!python/object:os.system ", "!!binary ", "- ", ": ", "{", "}", "[", "]", "#", "'", '"', "|\n", "\t", "\n", "\0"),
-    *("---\n", "%TAG ! x\n", "\ufeff", "\x85", "\U0001f600", "0x1F", "1_0", "0100", "2026-01-01", ".nan", ".inf", "9" * 5000, "[" * 40, "? "),
+    *(
+        "*a ",
+        "&a ",
+        "<<: ",
+        "!!python/object:os.system ",
+        "!!binary ",
+        "- ",
+        ": ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "#",
+        "'",
+        '"',
+        "|\n",
+        "\t",
+        "\n",
+        "\0",
+    ),
+    *(
+        "---\n",
+        "%TAG ! x\n",
+        "\ufeff",
+        "\x85",
+        "\U0001f600",
+        "0x1F",
+        "1_0",
+        "0100",
+        "2026-01-01",
+        ".nan",
+        ".inf",
+        "9" * 5000,
+        "[" * 40,
+        "? ",
+    ),
     "merge_method: ties\n",
 )
 
@@ -76,7 +130,11 @@ class Case:
 def number(rng: random.Random, param: Param) -> Any:
     if param.flag:
         return rng.random() < 0.5
-    return rng.choice([param.low, param.high, param.default]) if rng.random() < 0.2 else round(rng.uniform(param.low, param.high), 3)
+    return (
+        rng.choice([param.low, param.high, param.default])
+        if rng.random() < 0.2
+        else round(rng.uniform(param.low, param.high), 3)
+    )
 
 
 def value(rng: random.Random, param: Param) -> Any:
@@ -90,7 +148,9 @@ def value(rng: random.Random, param: Param) -> Any:
     return [*cases, {"value": number(rng, param)}]
 
 
-def parameters(rng: random.Random, rule: Method, per: tuple[str, ...], *, required: bool = False) -> dict[str, Any]:
+def parameters(
+    rng: random.Random, rule: Method, per: tuple[str, ...], *, required: bool = False
+) -> dict[str, Any]:
     chosen = [p for p in rule.params if p.per in per and (rng.random() < 0.6 or (required and p.required))]
     return {"parameters": {p.name: value(rng, p) for p in chosen}} if chosen else {}
 
@@ -104,7 +164,9 @@ def recipe(rng: random.Random, models: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"merge_method": rule.name}
     sources = others[:count]
     if rule.needs_base or rng.random() < 0.7:
-        base = base if rule.needs_base or rule.takes_base else rng.choice(sources)  # mergekit takes any other base for one more model
+        base = (
+            base if rule.needs_base or rule.takes_base else rng.choice(sources)
+        )  # mergekit takes any other base for one more model
         data["base_model"] = base
     if rng.random() < 0.5:
         data["models"] = [{"model": m} | parameters(rng, rule, ("model",)) for m in sources]
@@ -114,7 +176,11 @@ def recipe(rng: random.Random, models: list[str]) -> dict[str, Any]:
             first = rng.randrange(LAYERS)
             span = [first, rng.randint(first + 1, LAYERS)]
             names = [*sources, base] if base in data.values() and base not in sources else sources
-            part = [{"model": m, "layer_range": span} | ({} if m not in sources else parameters(rng, rule, ("model",))) for m in names]
+            part = [
+                {"model": m, "layer_range": span}
+                | ({} if m not in sources else parameters(rng, rule, ("model",)))
+                for m in names
+            ]
             data["slices"].append({"sources": part} | parameters(rng, rule, ("model", "merge")))
     data |= parameters(rng, rule, ("model", "merge"), required=True)
     for key, words in (("dtype", ("float32", "bfloat16", "float16")), ("out_dtype", ("float32", "bfloat16"))):
@@ -125,7 +191,13 @@ def recipe(rng: random.Random, models: list[str]) -> dict[str, Any]:
 
 def written(rng: random.Random, data: Any) -> bytes:
     """YAML in one of its layouts, without anchors."""
-    return yaml.dump(data, Dumper=_Plain, sort_keys=False, allow_unicode=True, default_flow_style=rng.choice([None, False, True])).encode()
+    return yaml.dump(
+        data,
+        Dumper=_Plain,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=rng.choice([None, False, True]),
+    ).encode()
 
 
 class _Plain(yaml.SafeDumper):
@@ -209,7 +281,11 @@ def damage_weights(rng: random.Random, file: Path) -> None:
         file.write_bytes(struct.pack("<Q", length) + raw[8:])
     else:  # weights that are not numbers, files that end early or late
         at = rng.randrange(end, len(raw) - 8)
-        file.write_bytes(rng.choice([raw[: rng.randrange(len(raw))], raw + b"\0" * 8, raw[:at] + b"\xff" * 8 + raw[at + 8 :]]))
+        file.write_bytes(
+            rng.choice(
+                [raw[: rng.randrange(len(raw))], raw + b"\0" * 8, raw[:at] + b"\xff" * 8 + raw[at + 8 :]]
+            )
+        )
 
 
 def dump(data: Any) -> bytes:
@@ -225,7 +301,10 @@ def damage_json(rng: random.Random, file: Path) -> None:
 
 
 def shard(folder: Path) -> None:
-    tensors = {name: tensor.clone() for name, tensor in ((n, Checkpoint(folder).tensor(n)) for n in Checkpoint(folder).tensors)}
+    tensors = {
+        name: tensor.clone()
+        for name, tensor in ((n, Checkpoint(folder).tensor(n)) for n in Checkpoint(folder).tensors)
+    }
     (folder / "model.safetensors").unlink()
     where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
     for file in sorted(set(where.values())):
@@ -236,13 +315,25 @@ def shard(folder: Path) -> None:
 def make_adapter(folder: Path) -> None:
     folder.mkdir()
     tensors = {}
-    for module, rows, columns in (("model.layers.1.self_attn.q_proj", 32, 32), ("model.layers.2.mlp.up_proj", 48, 32)):
+    for module, rows, columns in (
+        ("model.layers.1.self_attn.q_proj", 32, 32),
+        ("model.layers.2.mlp.up_proj", 48, 32),
+    ):
         tensors |= {f"base_model.model.{module}.lora_A.weight": torch.full((2, columns), 0.01)}
         tensors |= {f"base_model.model.{module}.lora_B.weight": torch.full((rows, 2), 0.02)}
     tensors |= {"base_model.model.lm_head.weight": torch.zeros(64, 32)}
     save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "modules_to_save": ["lm_head"]}
-    (folder / "adapter_config.json").write_bytes(dump(settings | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}))
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "bias": "none",
+        "use_rslora": False,
+        "modules_to_save": ["lm_head"],
+    }
+    (folder / "adapter_config.json").write_bytes(
+        dump(settings | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}})
+    )
 
 
 # ---- cases
@@ -255,7 +346,9 @@ def make(kind: str, rng: random.Random, folder: Path, models: list[Path]) -> Cas
     if kind == "recipe":
         file.write_bytes(written(rng, data))
     elif kind == "document":
-        file.write_bytes(written(rng, twisted(rng, data)) if rng.random() < 0.5 else scrambled(rng, written(rng, data)))
+        file.write_bytes(
+            written(rng, twisted(rng, data)) if rng.random() < 0.5 else scrambled(rng, written(rng, data))
+        )
     else:
         broken = folder / "broken"
         reference = str(broken)
@@ -266,11 +359,24 @@ def make(kind: str, rng: random.Random, folder: Path, models: list[Path]) -> Cas
             shutil.copytree(models[1], broken)
             if rng.random() < 0.3:
                 shard(broken)
-        chosen = rng.choice([f for f in sorted(broken.iterdir()) if f.suffix == ".safetensors" or f.name.endswith(("config.json", "index.json"))])
+        chosen = rng.choice(
+            [
+                f
+                for f in sorted(broken.iterdir())
+                if f.suffix == ".safetensors" or f.name.endswith(("config.json", "index.json"))
+            ]
+        )
         damage_json(rng, chosen) if chosen.suffix == ".json" else damage_weights(rng, chosen)
-        entry = [{"model": reference, "parameters": {"weight": 0.5}}, {"model": str(models[2]), "parameters": {"weight": 0.5}}]
+        entry = [
+            {"model": reference, "parameters": {"weight": 0.5}},
+            {"model": str(models[2]), "parameters": {"weight": 0.5}},
+        ]
         base = rng.choice([str(models[0]), reference])
-        given = {"merge_method": "task_arithmetic" if base == str(models[0]) else "linear", "base_model": base, "models": entry}
+        given = {
+            "merge_method": "task_arithmetic" if base == str(models[0]) else "linear",
+            "base_model": base,
+            "models": entry,
+        }
         file.write_bytes(written(rng, given))
         return Case(file, [*models, broken], reference)
     return Case(file, models)
@@ -308,7 +414,12 @@ def verdict(case: Case, folder: Path) -> tuple[str, str]:
     left = sorted(path.name for path in out.parent.iterdir())
     if ended == "refused":
         named = quoted(case.file)
-        names = [str(case.file), *(str(m) for m in case.models), *(f"'{r[:60]}" for r in named), *(folder_of(r) for r in named)]
+        names = [
+            str(case.file),
+            *(str(m) for m in case.models),
+            *(f"'{r[:60]}" for r in named),
+            *(folder_of(r) for r in named),
+        ]
         if not said or "\n" in said or "\r" in said:
             return "wrong", f"an error of more than one line: {said!r}"
         if not any(name in said for name in names):
@@ -345,7 +456,10 @@ def attempt(call: Callable[[], None]) -> tuple[str, str]:
     except BaseException as error:  # anything else is what this program looks for
         last = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in last if "evomerge" in Path(frame.filename).parts] or last
-        return "wrong", f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]}"
+        return (
+            "wrong",
+            f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]}",
+        )
     finally:
         signal.alarm(0)
 
@@ -366,7 +480,9 @@ def hang(*_: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     counts = {"recipe": 300, "document": 1000, "folder": 500}
     for kind, count in counts.items():
         parser.add_argument(f"--{kind}s", type=int, default=count)
@@ -396,7 +512,9 @@ def main() -> None:
                     wrong.append((name, said.replace(str(scratch), "…")))
                     print(*wrong[-1], sep=": ", flush=True)
             rate = total / max(time.process_time() - start, 1e-9)
-            rows.append(f"| {kind}s | {total} | {ends[kind, 'merged']} | {ends[kind, 'refused']} | {ends[kind, 'wrong']} | {rate:.0f} |")
+            rows.append(
+                f"| {kind}s | {total} | {ends[kind, 'merged']} | {ends[kind, 'refused']} | {ends[kind, 'wrong']} | {rate:.0f} |"
+            )
     finally:
         os.chdir(REPOSITORY)
         shutil.rmtree(scratch, ignore_errors=True)

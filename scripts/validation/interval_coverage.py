@@ -112,7 +112,11 @@ class Landscape:
             u = np.where(self._by_item[task], self._shared[task], self._uniform(task, recipe.id))[numbers]
             scores += [ItemScore(task, item, float(right)) for item, right in zip(ids, u < p, strict=True)]
         self.items += len(scores)
-        metrics = {task: float(np.mean([s.value for s in scores if s.task == task])) for task, ids in items.items() if ids}
+        metrics = {
+            task: float(np.mean([s.value for s in scores if s.task == task]))
+            for task, ids in items.items()
+            if ids
+        }
         return Evaluation(recipe.id, tuple(scores), metrics, {"score": 0.0})
 
     def _uniform(self, task: str, key: str) -> np.ndarray:
@@ -125,7 +129,10 @@ def items(seed: int) -> dict[str, Items]:
     """Role -> task -> ids, fresh for every seed."""
     ends = np.cumsum([0, *SIZES.values()])
     spans = dict(zip(SIZES, itertools.pairwise(ends), strict=True))
-    return {role: {task: tuple(f"{seed}-{task}-{i}" for i in range(a, b)) for task in WEIGHTS} for role, (a, b) in spans.items()}
+    return {
+        role: {task: tuple(f"{seed}-{task}-{i}" for i in range(a, b)) for task in WEIGHTS}
+        for role, (a, b) in spans.items()
+    }
 
 
 def plan(seed: int, race: Race | None = None) -> Plan:
@@ -155,7 +162,15 @@ def study(seed: int, folder: Path) -> Outcome:
         best = max(sampled, key=lambda t: t.score)
         found = (float(best.score), truth(store.recipe(best.recipe_id)))
     test = stratified(tested.evaluation.items, WEIGHTS)
-    return Outcome(truth(recipe), test, float(outcome["search"]), float(outcome["validation"]), outcome["origin"], found, pool.items)
+    return Outcome(
+        truth(recipe),
+        test,
+        float(outcome["search"]),
+        float(outcome["validation"]),
+        outcome["origin"],
+        found,
+        pool.items,
+    )
 
 
 def run(studies: int) -> list[Outcome]:
@@ -171,25 +186,40 @@ def covered(outcomes: Sequence[Outcome], level: float = 0.95) -> list[bool]:
 
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
-    rows = ["| level | intervals that hold the truth | share | 95 % interval of the share (Clopper–Pearson) | mean half width |", "| --- " * 5 + "|"]
+    rows = [
+        "| level | intervals that hold the truth | share | 95 % interval of the share (Clopper–Pearson) | mean half width |",
+        "| --- " * 5 + "|",
+    ]
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
         held = covered(outcomes, level)
         exact = binomtest(sum(held), len(held)).proportion_ci(0.95)
         half = np.mean([(o.test.interval(level)[1] - o.test.interval(level)[0]) / 2 for o in outcomes])
-        rows.append(f"| {level:.0%} | {sum(held)} of {len(held)} | **{np.mean(held):.3f}** | {exact.low:.3f} to {exact.high:.3f} | {half:.4f} |")
-    rows += ["", "| score less truth | mean ± s.e. | standard deviation | largest |", "| --- | --- | --- | --- |"]
+        rows.append(
+            f"| {level:.0%} | {sum(held)} of {len(held)} | **{np.mean(held):.3f}** | {exact.low:.3f} to {exact.high:.3f} | {half:.4f} |"
+        )
+    rows += [
+        "",
+        "| score less truth | mean ± s.e. | standard deviation | largest |",
+        "| --- | --- | --- | --- |",
+    ]
     gaps = {
         "best search score of a study, its own truth": [o.best[0] - o.best[1] for o in outcomes],
         "the winner's search score": [o.search - o.truth for o in outcomes],
-        "the same, winner the distribution's mean": [o.search - o.truth for o in outcomes if o.origin == "mean"],
-        "the same, winner a sampled candidate": [o.search - o.truth for o in outcomes if o.origin == "sampled"],
+        "the same, winner the distribution's mean": [
+            o.search - o.truth for o in outcomes if o.origin == "mean"
+        ],
+        "the same, winner a sampled candidate": [
+            o.search - o.truth for o in outcomes if o.origin == "sampled"
+        ],
         "the winner's validation score": [o.validation - o.truth for o in outcomes],
         "the winner's test score": [o.test.mean - o.truth for o in outcomes],
     }
     for name, gap in gaps.items():
         if len(gap) > 1:
             d = np.array(gap)
-            rows.append(f"| {name} ({len(d)}) | {d.mean():+.4f} ± {d.std(ddof=1) / math.sqrt(len(d)):.4f} | {d.std(ddof=1):.4f} | {d.max():+.3f} |")
+            rows.append(
+                f"| {name} ({len(d)}) | {d.mean():+.4f} ± {d.std(ddof=1) / math.sqrt(len(d)):.4f} | {d.std(ddof=1):.4f} | {d.max():+.3f} |"
+            )
     error = np.mean([o.test.error for o in outcomes]) / np.std([o.test.mean - o.truth for o in outcomes])
     return [
         *rows, "",
@@ -200,7 +230,9 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--studies", type=int, default=400)
     parser.add_argument("--out", default=str(REPOSITORY / "results" / "coverage.md"))
     args = parser.parse_args()

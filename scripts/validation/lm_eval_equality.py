@@ -46,7 +46,9 @@ NAMED = "llama qwen3 gemma2 mistral gpt2 bloom cohere2 qwen3_next mamba2 olmoe g
 DELICATE = "gpt_neo recurrent_gemma jamba mamba rwkv llama4_chunk falcon_alibi gemma3n_text deepseek_v3 xglm"
 ARCHITECTURES = tuple(f"{NAMED} {DELICATE}".split())
 SHIPPED = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
-SHOTS = {0: 200}  # examples before an item of the shipped tasks: items of each; with examples take all, lm-eval draws others for a part of the items
+SHOTS = {
+    0: 200
+}  # examples before an item of the shipped tasks: items of each; with examples take all, lm-eval draws others for a part of the items
 
 
 def penalised(model: Any) -> None:
@@ -97,10 +99,14 @@ class Row:
         return found
 
 
-def compared(name: str, how: str, wanted: Results, found: Results, other: Results | None, *, exact: bool) -> Row:
+def compared(
+    name: str, how: str, wanted: Results, found: Results, other: Results | None, *, exact: bool
+) -> Row:
     """The row of one model and way of asking."""
     names = list(dict.fromkeys(score.task for score in wanted.metrics))
-    row = Row(name, how, {task: oracle.compare(wanted.of(task), found.of(task), exact=exact) for task in names})
+    row = Row(
+        name, how, {task: oracle.compare(wanted.of(task), found.of(task), exact=exact) for task in names}
+    )
     if other is not None:
         row.noise = oracle.compare(wanted, other, exact=exact)
     return row
@@ -113,7 +119,16 @@ class Sweep:
         self.folder = folder
         self._harnesses: dict[tuple[str, bool], LmHarness] = {}
 
-    def rows(self, name: str, tokenizer: Any, key: str, load: Callable[[torch.dtype], Any], *, groups: bool, note: str = "") -> list[Row]:
+    def rows(
+        self,
+        name: str,
+        tokenizer: Any,
+        key: str,
+        load: Callable[[torch.dtype], Any],
+        *,
+        groups: bool,
+        note: str = "",
+    ) -> list[Row]:
         """float32 with and without a chat template, then bfloat16, where HFLM's own difference between batches is counted beside."""
         found, scores = [], tasks.scores()
         for dtype, chat in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
@@ -132,7 +147,9 @@ class Sweep:
             if groups and single and not chat:
                 a = oracle.their_group(model, tokenizer, self.folder, "pair", ("acc", "acc_norm"))
                 b = oracle.our_group(model, tokenizer, self.folder, "pair", ("acc", "acc_norm"))
-                row.by_task["pair (group)"] = Differences(metrics=2, other_metrics=sum(x != y for x, y in zip(a, b, strict=True)))
+                row.by_task["pair (group)"] = Differences(
+                    metrics=2, other_metrics=sum(x != y for x, y in zip(a, b, strict=True))
+                )
             found.append(row)
         return found
 
@@ -140,7 +157,9 @@ class Sweep:
 def used(harness: LmHarness, model: Any) -> str:
     """The technique and the decoder that the verdicts allow."""
     verdicts = harness.techniques(model, harness.items("test"))
-    scoring = next((n for n in ("tree", "fork", "prefix", "plain") if n in verdicts and verdicts[n].allowed), "none")
+    scoring = next(
+        (n for n in ("tree", "fork", "prefix", "plain") if n in verdicts and verdicts[n].allowed), "none"
+    )
     decoders = ("slots", "padded", "equal", "single", "whole")
     decoding = next((n for n in decoders if (v := verdicts.get(f"decoding: {n}")) and v.allowed), "none")
     return f"{scoring}, {decoding}"
@@ -156,7 +175,9 @@ def random_model(name: str, sweep: Sweep) -> list[Row]:
         return model
 
     try:
-        return sweep.rows(name, text_architectures.tokenizer(bos=bos), f"bos {bos}", load, groups=name in ARCHITECTURES)
+        return sweep.rows(
+            name, text_architectures.tokenizer(bos=bos), f"bos {bos}", load, groups=name in ARCHITECTURES
+        )
     except Exception as error:  # shown in the report
         return [Row(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")]
 
@@ -167,11 +188,26 @@ def trained_models(folder: Path) -> list[Row]:
     os.chdir(REPOSITORY)  # the shipped tasks name their data from there
     rows = []
     tokenizer = model_loading.load_tokenizer(Checkpoint(zoo / "base"))
-    words = sorted({w for task in SHIPPED for doc in shipped(task)[:300] for w in str(doc["prompt"]).split() if w.isalnum()})
+    words = sorted(
+        {
+            w
+            for task in SHIPPED
+            for doc in shipped(task)[:300]
+            for w in str(doc["prompt"]).split()
+            if w.isalnum()
+        }
+    )
     sweep = Sweep(tasks.write(folder / "zoo_tasks", count=25, vocabulary=words))
-    chosen = [Score(task, "acc" if task in ("zoo_lookup", "zoo_string") else "exact_match", "none", task) for task in SHIPPED]
+    chosen = [
+        Score(task, "acc" if task in ("zoo_lookup", "zoo_string") else "exact_match", "none", task)
+        for task in SHIPPED
+    ]
     harnesses = {
-        shots: LmHarness([TaskSpec(task, num_fewshot=shots, splits="declared") for task in SHIPPED], tokenizer, limits={"test": limit})
+        shots: LmHarness(
+            [TaskSpec(task, num_fewshot=shots, splits="declared") for task in SHIPPED],
+            tokenizer,
+            limits={"test": limit},
+        )
         for shots, limit in SHOTS.items()
     }
     for name in ("base", "math", "lang", "string"):
@@ -182,9 +218,15 @@ def trained_models(folder: Path) -> list[Row]:
         model = load(torch.bfloat16)
         for shots, harness in harnesses.items():
             ids = harness.items("test")
-            samples = {t: [i for i, doc in enumerate(shipped(t)) if oracle.item_id(doc) in set(ids[t])] for t in SHIPPED}
+            samples = {
+                t: [i for i, doc in enumerate(shipped(t)) if oracle.item_id(doc) in set(ids[t])]
+                for t in SHIPPED
+            }
             more: dict[str, Any] = {"samples": samples, "num_fewshot": shots}
-            of = [oracle.theirs(model, tokenizer, REPOSITORY / "evaluators", chosen, batch_size=size, **more) for size in (1, 16)]
+            of = [
+                oracle.theirs(model, tokenizer, REPOSITORY / "evaluators", chosen, batch_size=size, **more)
+                for size in (1, 16)
+            ]
             how = f"bfloat16, shipped tasks, {SHOTS[shots]} items each, {shots} examples"
             row = compared(f"zoo {name}", how, of[0], oracle.ours(harness, model, chosen), of[1], exact=False)
             row.used = used(harness, model)
@@ -195,14 +237,21 @@ def trained_models(folder: Path) -> list[Row]:
 
 def shipped(task: str) -> list[dict[str, Any]]:
     """The test documents of a shipped task."""
-    return [json.loads(line) for line in (REPOSITORY / "evaluators" / "zoo" / f"{task}.test.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (REPOSITORY / "evaluators" / "zoo" / f"{task}.test.jsonl").read_text().splitlines()
+    ]
 
 
 def say(rows: Sequence[Row]) -> None:
     """A line for each comparison, and what differs."""
     for row in rows:
         total = row.total
-        print(f"{row.name}, {row.how}: {counted(total)}; {row.used}", *(f"    {said}" for said in total.said), sep="\n")
+        print(
+            f"{row.name}, {row.how}: {counted(total)}; {row.used}",
+            *(f"    {said}" for said in total.said),
+            sep="\n",
+        )
         if row.noise is not None:
             print(f"    HFLM at batch 16: {counted(row.noise)}")
     sys.stdout.flush()
@@ -234,7 +283,9 @@ def counted(found: Differences) -> str:
 
 def report(rows: Sequence[Row], seconds: float) -> list[str]:
     """The lines of results/equality.md."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lm_eval", "torch", "transformers"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("lm_eval", "torch", "transformers")
+    )
     single = [row for row in rows if row.how.startswith("float32")]
     trained = [row for row in rows if row.how.startswith("bfloat16, shipped")]
     meaningless = [row for row in rows if row.how.startswith("bfloat16, meaningless")]
@@ -268,7 +319,9 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
     for row in single:
         t = row.total
         counts = f"{t.other_flags} | {t.other_texts} | {t.other_sums} | {t.other_items} | {t.other_metrics}"
-        lines.append(f"| {row.name} | {row.how} | {counts} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | {t.worst:.1e} | {row.used} |")
+        lines.append(
+            f"| {row.name} | {row.how} | {counts} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | {t.worst:.1e} | {row.used} |"
+        )
     lines += [
         "",
         "By task configuration, over all models:",
@@ -321,7 +374,9 @@ def total(rows: Sequence[Row]) -> Differences:
 
 def main() -> None:
     """Compares everything, then writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=Path)
     parser.add_argument("names", nargs="*")
     given = parser.parse_args()
@@ -340,7 +395,11 @@ def main() -> None:
                 done[name] = own, time.process_time() - worked
                 say(own)
                 if given.rows:
-                    kept = {"name": name, "seconds": done[name][1], "rows": [dataclasses.asdict(row) for row in own]}
+                    kept = {
+                        "name": name,
+                        "seconds": done[name][1],
+                        "rows": [dataclasses.asdict(row) for row in own],
+                    }
                     with given.rows.open("a") as file:
                         file.write(json.dumps(kept) + "\n")
             rows += done[name][0]

@@ -39,7 +39,9 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
         bits = torch.int16 if x.element_size() == 2 else torch.int32
         p, q = (t.view(bits).to(torch.int64) for t in (x, b[name]))
         low = -(1 << (8 * x.element_size() - 1))
-        ordered = [torch.where(t < 0, low - t, t) for t in (p, q)]  # two's complement order = order of the numbers
+        ordered = [
+            torch.where(t < 0, low - t, t) for t in (p, q)
+        ]  # two's complement order = order of the numbers
         steps = (ordered[0] - ordered[1]).abs()
         unequal += int((steps != 0).sum())
         largest = max(largest, int(steps.max()))
@@ -48,12 +50,16 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", nargs="?", default="demo")
     parser.add_argument("--root", default="results")
     parser.add_argument("--out", default=str(REPOSITORY / "results" / "export.md"))
     args = parser.parse_args()
-    mergekit = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV", REPOSITORY / ".venv-mergekit")) / "bin" / "mergekit-yaml"
+    mergekit = (
+        Path(os.environ.get("EVOMERGE_MERGEKIT_ENV", REPOSITORY / ".venv-mergekit")) / "bin" / "mergekit-yaml"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs, results = Path(scratch, "ours"), Path(scratch, "theirs"), Path(scratch, "lm_eval")
         run("evomerge", "export", f"{args.study}/best", str(ours), "--weights", "--root", args.root)
@@ -61,8 +67,27 @@ def main() -> None:
         tensors = compare(ours, theirs)
         shown = json.loads(run("evomerge", "show", f"{args.study}/best", "--json", "--root", args.root))
         stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
-        model = ("--model", "hf", "--model_args", f"pretrained={ours},dtype=bfloat16", "--batch_size", "256", "--device", "cpu")
-        run("lm_eval", "run", *model, "--tasks", ",".join(stored), "--include_path", "evaluators", "--output_path", str(results))
+        model = (
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={ours},dtype=bfloat16",
+            "--batch_size",
+            "256",
+            "--device",
+            "cpu",
+        )
+        run(
+            "lm_eval",
+            "run",
+            *model,
+            "--tasks",
+            ",".join(stored),
+            "--include_path",
+            "evaluators",
+            "--output_path",
+            str(results),
+        )
         found = json.loads(next(results.rglob("results*.json")).read_text())["results"]
     lines = [
         f"# Export of {args.study}/best, checked",

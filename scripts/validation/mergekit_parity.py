@@ -42,8 +42,14 @@ def batch(cells: Sequence[Cell], folder: Path, zoo: Path) -> Iterable[dict[str, 
     files = {}
     for number, cell in enumerate(cells):
         files[cell] = folder / f"{number}.yaml"
-        files[cell].write_text(Template(parity_cases.text(cell)).substitute(parity_cases.models(zoo, cell.architecture, cell.types)))
-    process = parity_cases.start([(file, file.with_suffix(".theirs")) for file in files.values()], [cell.seed for cell in files])
+        files[cell].write_text(
+            Template(parity_cases.text(cell)).substitute(
+                parity_cases.models(zoo, cell.architecture, cell.types)
+            )
+        )
+    process = parity_cases.start(
+        [(file, file.with_suffix(".theirs")) for file in files.values()], [cell.seed for cell in files]
+    )
     refused: dict[tuple[Cell, str], str] = {}
     for cell, file in files.items():
         for policy in POLICIES if not METHODS[cell.method].randomized else ():
@@ -75,11 +81,17 @@ def vars_of(found: parity_cases.Difference) -> dict[str, Any]:
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of results/parity.md."""
     code = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('mergekit', 'torch', 'transformers')), sep=', ')"
-    theirs = subprocess.run([parity_cases.ENVIRONMENT / "bin" / "python", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    theirs = subprocess.run(
+        [parity_cases.ENVIRONMENT / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     today = datetime.datetime.now(tz=datetime.UTC).date()
     cells = {Cell(*row["cell"]): row for row in rows}
     absent = [cell for cell in parity_cases.matrix() if not cell.exists]
-    worse = [c for c, row in cells.items() if row.get("mergekit", {}).get("worst", 0) > 1 and not (c.other_unit or c.other_names)]
+    worse = [
+        c
+        for c, row in cells.items()
+        if row.get("mergekit", {}).get("worst", 0) > 1 and not (c.other_unit or c.other_names)
+    ]
     lines = [
         "# Every method against mergekit",
         "",
@@ -114,7 +126,8 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
         explained = [c for c, found in both.items() if found["worst"] > 1 and (c.other_unit or c.other_names)]
         counted = [found["worst"] for c, found in both.items() if c not in explained]
         failed, refused = (
-            [c for c, row in of.items() if key(row)] for key in (lambda r: "theirs" in r, lambda r: "refused" in r.get("mergekit", {}))
+            [c for c, row in of.items() if key(row)]
+            for key in (lambda r: "theirs" in r, lambda r: "refused" in r.get("mergekit", {}))
         )
         lines.append(
             f"| {variant} | {len(of)} | {sum(w == 0 for w in counted)} | {sum(w <= 1 for w in counted)} | {max(counted, default=0)} "
@@ -122,8 +135,14 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
     lines += ["", "Why:", ""]
     lines += [f"- {number} cells apart: {reason}." for reason, number in reasons(cells).most_common()]
-    lines += [f"- {number} cells, mergekit fails on {where}: {what}" for (where, what), number in said(cells, "theirs").most_common()]
-    lines += [f"- {number} cells, evomerge refuses {where}: {what}" for (where, what), number in said(cells, "mergekit").most_common()]
+    lines += [
+        f"- {number} cells, mergekit fails on {where}: {what}"
+        for (where, what), number in said(cells, "theirs").most_common()
+    ]
+    lines += [
+        f"- {number} cells, evomerge refuses {where}: {what}"
+        for (where, what), number in said(cells, "mergekit").most_common()
+    ]
     wide = Counter(c.variant for c, row in cells.items() if row.get("mergekit", {}).get("widened"))
     lines += [
         f"- {number} cells of {variant}, which mergekit writes in float32 where the recipe says bfloat16; compared after rounding."
@@ -151,11 +170,19 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             found = [
                 row["float32"]
                 for c, row in cells.items()
-                if (c.variant, c.types) == (variant, types) and not (c.other_unit or c.other_names) and "worst" in row.get("float32", {})
+                if (c.variant, c.types) == (variant, types)
+                and not (c.other_unit or c.other_names)
+                and "worst" in row.get("float32", {})
             ]
             relative = sorted(f["relative"] for f in found)
-            columns += [str(len(found)), str(sum(f["worst"] == 0 for f in found)), str(sum(f["worst"] <= 1 for f in found))]
-            columns += [f"{relative[len(relative) // 2]:.1g}" if relative else ""] if types == "float32" else []
+            columns += [
+                str(len(found)),
+                str(sum(f["worst"] == 0 for f in found)),
+                str(sum(f["worst"] <= 1 for f in found)),
+            ]
+            columns += (
+                [f"{relative[len(relative) // 2]:.1g}" if relative else ""] if types == "float32" else []
+            )
             columns += [f"{relative[-1]:.1g}" if relative else ""]
         lines.append(" | ".join(columns) + " |")
     lines += [
@@ -177,7 +204,11 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
         columns = [f"| {variant}", str(len(of)), str(len(z))]
         for name in ("kept", "L1", "signs", "along the whole"):
             values = torch.tensor([found[name] for found in z])
-            columns.append(f"{values.mean():+.2f}, {values.square().mean().sqrt():.2f}, {values.abs().max():.1f}" if z else "")
+            columns.append(
+                f"{values.mean():+.2f}, {values.square().mean().sqrt():.2f}, {values.abs().max():.1f}"
+                if z
+                else ""
+            )
         lines.append(" | ".join([*columns, str(sum("theirs" in row for row in of.values()))]) + " |")
     lines += [
         "",
@@ -207,7 +238,9 @@ def said(cells: dict[Cell, dict[str, Any]], key: str) -> Counter[tuple[str, str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="")
     parser.add_argument("--every", type=int, default=1, help="only every so many cells, for a trial")
     parser.add_argument("--out", default=str(REPOSITORY / "results" / "parity.md"))

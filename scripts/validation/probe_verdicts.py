@@ -71,7 +71,11 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
         for kind, names in (("techniques", TECHNIQUES), ("decoders", DECODERS)):
             own = counts([o for o in everything if o.dtype == dtype and o.name in names])
             if own:
-                lines.append(f"| {str(dtype).removeprefix('torch.')} | {kind} | " + " | ".join(str(own[key]) for key in MEANING) + " |")
+                lines.append(
+                    f"| {str(dtype).removeprefix('torch.')} | {kind} | "
+                    + " | ".join(str(own[key]) for key in MEANING)
+                    + " |"
+                )
     lines += [
         "",
         f"{len(found)} architectures, {len(everything)} verdicts. "
@@ -84,14 +88,26 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
     for name, own in found.items():
         cells = []
         for column in columns:
-            signs = [SIGNS[o.allowed, o.right] for dtype in TYPES for o in own if o.name == column and o.dtype == dtype]
+            signs = [
+                SIGNS[o.allowed, o.right]
+                for dtype in TYPES
+                for o in own
+                if o.name == column and o.dtype == dtype
+            ]
             cells.append(" ".join(dict.fromkeys(signs)) or ".")
-        errors = [o.error for o in own if o.allowed and o.dtype == torch.float32 and o.name in TECHNIQUES and o.error == o.error]
+        errors = [
+            o.error
+            for o in own
+            if o.allowed and o.dtype == torch.float32 and o.name in TECHNIQUES and o.error == o.error
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {max(errors, default=float('nan')):.1e} |")
     odd = [(name, o) for name, own in found.items() for o in own if o.allowed != o.right]
     if odd:
         lines += ["", "Verdicts that differ from the truth:", ""]
-        lines += [f"- {name}, {o.name}, {str(o.dtype).removeprefix('torch.')}: {MEANING[o.allowed, o.right]}; {o.said}" for name, o in odd]
+        lines += [
+            f"- {name}, {o.name}, {str(o.dtype).removeprefix('torch.')}: {MEANING[o.allowed, o.right]}; {o.said}"
+            for name, o in odd
+        ]
     if failed:
         lines += ["", "Could not be tried:", "", *(f"- {name}: {said}" for name, said in failed.items())]
     return lines
@@ -102,13 +118,18 @@ def read(file: Path) -> dict[str, tuple[list[Outcome], float]]:
     found = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         kept = json.loads(line)
-        found[kept["name"]] = [Outcome(**{**o, "dtype": getattr(torch, o["dtype"])}) for o in kept["outcomes"]], kept["seconds"]
+        found[kept["name"]] = (
+            [Outcome(**{**o, "dtype": getattr(torch, o["dtype"])}) for o in kept["outcomes"]],
+            kept["seconds"],
+        )
     return found
 
 
 def main() -> None:
     """Tries every architecture, then writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=Path)
     parser.add_argument("names", nargs="*")
     given = parser.parse_args()
@@ -132,7 +153,12 @@ def main() -> None:
             with given.rows.open("a") as file:
                 file.write(json.dumps({"name": name, "seconds": done[name][1], "outcomes": kept}) + "\n")
         number = counts(own)
-        print(f"{name}: " + ", ".join(f"{number[key]} {MEANING[key]}" for key in MEANING) + f", {done[name][1]:.1f} s", flush=True)
+        print(
+            f"{name}: "
+            + ", ".join(f"{number[key]} {MEANING[key]}" for key in MEANING)
+            + f", {done[name][1]:.1f} s",
+            flush=True,
+        )
         for o in own:
             if o.allowed != o.right:
                 print(f"  {o.name} {o.dtype}: {MEANING[o.allowed, o.right]}; {o.said}", flush=True)

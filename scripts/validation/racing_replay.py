@@ -97,7 +97,9 @@ def seen(items: Iterable[ItemScore], objective: Objective) -> float:
     by_task: dict[str, list[float]] = {}
     for s in objective.seen(tuple(items)):
         by_task.setdefault(s.task, []).append(s.value)
-    return math.fsum(share * math.fsum(by_task[task]) / len(by_task[task]) for task, share in objective.seen_shares.items())
+    return math.fsum(
+        share * math.fsum(by_task[task]) / len(by_task[task]) for task, share in objective.seen_shares.items()
+    )
 
 
 def standing(fate: Raced, objective: Objective, slot: int) -> tuple[float, float, int]:
@@ -109,32 +111,49 @@ def standing(fate: Raced, objective: Objective, slot: int) -> tuple[float, float
 # ---- simulation ------------------------------------------------------------------------------------------------------
 
 
-def sample(generator: np.random.Generator, spread: float, soft: bool, items: int, candidates: int = 24, tasks: int = 4) -> tuple[Table, Items]:
+def sample(
+    generator: np.random.Generator,
+    spread: float,
+    soft: bool,
+    items: int,
+    candidates: int = 24,
+    tasks: int = 4,
+) -> tuple[Table, Items]:
     """Candidates whose skills have a standard deviation of `spread` in logits; items: of all tasks together."""
     skill, ease = generator.normal(0.0, spread, (candidates, 1)), generator.normal(0.0, 1.5, items)
     apart = generator.standard_normal((candidates, 6)) @ generator.standard_normal((6, items)) / math.sqrt(6)
     p = 1.0 / (1.0 + np.exp(-(skill + ease + apart)))
     values = p if soft else (generator.random(p.shape) < p).astype(float)
     names = [(f"t{i % tasks}", str(i)) for i in range(items)]
-    table = {c: [ItemScore(task, item, float(v)) for (task, item), v in zip(names, row, strict=True)] for c, row in enumerate(values)}
+    table = {
+        c: [ItemScore(task, item, float(v)) for (task, item), v in zip(names, row, strict=True)]
+        for c, row in enumerate(values)
+    }
     return table, {f"t{t}": tuple(item for task, item in names if task == f"t{t}") for t in range(tasks)}
 
 
 def simulate(samples: int, rungs: Sequence[float], seed: int = 0) -> list[str]:
     """A table of stated against found error rates, `samples` generations of each kind."""
     objective = Objective(tuple(Term(f"t{t}") for t in range(4)))
-    rows = ["| scores | spread of skills | stated error | other best 12 | one of the best dropped | item evaluations |", "| --- " * 6 + "|"]
+    rows = [
+        "| scores | spread of skills | stated error | other best 12 | one of the best dropped | item evaluations |",
+        "| --- " * 6 + "|",
+    ]
     totals: dict[float, list[Result]] = {}
     for soft in (False, True):
         for spread in (0.0, 0.1, 0.3, 1.0):
             for error in (0.01, 0.05, 0.1, 0.2):
-                generator = np.random.default_rng([seed, int(soft), int(100 * spread)])  # the same generations for each error
+                generator = np.random.default_rng(
+                    [seed, int(soft), int(100 * spread)]
+                )  # the same generations for each error
                 found = []
                 for i in range(samples):
                     table, items = sample(generator, spread, soft, (60, 120, 240, 400)[i % 4])
                     found.append(race(table, items, objective, Race(tuple(rungs), error)))
                 totals.setdefault(error, []).extend(found)
-                rows.append(f"| {'soft' if soft else 'binary'} | {spread:g} | {error:g} | {_figures(found)} |")
+                rows.append(
+                    f"| {'soft' if soft else 'binary'} | {spread:g} | {error:g} | {_figures(found)} |"
+                )
     rows += [f"| **all** | | **{error:g}** | {_figures(found)} |" for error, found in totals.items()]
     return rows
 
@@ -209,27 +228,47 @@ def replay(tables: Sequence[Table], measure: str, rules: Race, orders: int) -> l
     for number, table in enumerate(tables):
         ids = {task: [s.item for s in table[min(table)] if s.task == task] for task in tasks}
         shuffled = [np.random.default_rng([number, order]) for order in range(orders)]
-        out.append([race(table, {t: tuple(map(str, g.permutation(own))) for t, own in ids.items()}, objective, rules) for g in shuffled])
+        out.append(
+            [
+                race(
+                    table,
+                    {t: tuple(map(str, g.permutation(own))) for t, own in ids.items()},
+                    objective,
+                    rules,
+                )
+                for g in shuffled
+            ]
+        )
     return out
 
 
 def replays(studies: Mapping[str, Sequence[Table]], orders: int, show: Callable[[str], None]) -> list[str]:
-    rows = ["| ranked by | items' scores | rungs | stated error | same best 12 | same but for equal scores | item evaluations | overlap of weights |"]
+    rows = [
+        "| ranked by | items' scores | rungs | stated error | same best 12 | same but for equal scores | item evaluations | overlap of weights |"
+    ]
     rows.append("| --- " * 8 + "|")
     schemes = (("three", 0.05), ("five", 0.05), ("eight", 0.05), ("eight", 0.1), ("ten", 0.05))
     together: dict[tuple[str, float], list[Result]] = {}
     for name, tables in studies.items():
         for measure in ("metric", "probability") if name == "probability" else ("metric",):
             for scheme, error in schemes:
-                found = [r for own in replay(tables, measure, Race(SCHEMES[scheme], error), orders) for r in own]
+                found = [
+                    r for own in replay(tables, measure, Race(SCHEMES[scheme], error), orders) for r in own
+                ]
                 together.setdefault((scheme, error), []).extend(found)
                 rows.append(f"| {name} | {measure} | {scheme} | {error:g} | {_shares(found)} |")
                 show(rows[-1])
-    return rows + [f"| **all** | | **{scheme}** | **{error:g}** | {_shares(found)} |" for (scheme, error), found in together.items()]
+    return rows + [
+        f"| **all** | | **{scheme}** | **{error:g}** | {_shares(found)} |"
+        for (scheme, error), found in together.items()
+    ]
 
 
 def _shares(found: Sequence[Result]) -> str:
-    same, level = (f"{np.mean(flags):.3f} ({sum(flags)} of {len(flags)})" for flags in ([r.same for r in found], [r.level for r in found]))
+    same, level = (
+        f"{np.mean(flags):.3f} ({sum(flags)} of {len(flags)})"
+        for flags in ([r.same for r in found], [r.level for r in found])
+    )
     return f"{same} | {level} | {np.mean([r.cost for r in found]):.3f} | {np.mean([r.overlap for r in found]):.3f}"
 
 
@@ -239,10 +278,17 @@ def _shares(found: Sequence[Result]) -> str:
 def seconds(rungs: Sequence[float] | None, studies: Path) -> float:
     """CPU seconds of a generation of the recorded search, the median of generations 2 to 5 of one that is run anew."""
     document = _document("metric", 3) | {"study": f"racing-seconds-{time.time_ns()}"}
-    document["search"] |= {"evaluations": 120} | ({"race": {"rungs": list(rungs), "error": 0.05}} if rungs else {})
+    document["search"] |= {"evaluations": 120} | (
+        {"race": {"rungs": list(rungs), "error": 0.05}} if rungs else {}
+    )
     marks: list[float] = []
     settings, text = _load(document, studies)
-    study = prepare.prepare(settings, text, studies, show=lambda p: marks.append(time.process_time()) if p.note.startswith("generation") else None)
+    study = prepare.prepare(
+        settings,
+        text,
+        studies,
+        show=lambda p: marks.append(time.process_time()) if p.note.startswith("generation") else None,
+    )
     try:
         study.run()
     finally:
@@ -252,7 +298,9 @@ def seconds(rungs: Sequence[float] | None, studies: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--studies", type=Path, default=REPOSITORY / "results")
     parser.add_argument("--samples", type=int, default=75)
     parser.add_argument("--orders", type=int, default=4)
@@ -261,7 +309,11 @@ def main() -> None:
     studies = {measure: generations(record(measure, seed, args.studies)) for measure, seed in SEEDS}
     replayed = replays(studies, args.orders, print)
     simulated = simulate(args.samples, SCHEMES["eight"])
-    timed = [(name, seconds(rungs, args.studies)) for name, rungs in {"no race": None, **SCHEMES}.items() if name != "ten"]
+    timed = [
+        (name, seconds(rungs, args.studies))
+        for name, rungs in {"no race": None, **SCHEMES}.items()
+        if name != "ten"
+    ]
     counts = ", ".join(f"{len(tables)} by {name}" for name, tables in studies.items())
     schemes = [f"- {name}: {', '.join(f'{r:g}' for r in rungs)}" for name, rungs in SCHEMES.items()]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "cma"))

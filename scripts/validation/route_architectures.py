@@ -27,7 +27,12 @@ from evomerge.merging.routing.routed_model import Hop, Routed
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures, vision_architectures
 
-_ROUTES = (("mixed", oracle.MIXED), ("periodic", oracle.PERIODIC), ("leading", oracle.LEADING), ("in place", oracle.IN_PLACE))
+_ROUTES = (
+    ("mixed", oracle.MIXED),
+    ("periodic", oracle.PERIODIC),
+    ("leading", oracle.LEADING),
+    ("in place", oracle.IN_PLACE),
+)
 Build = Callable[..., nn.Module]
 
 
@@ -101,12 +106,22 @@ def _compare(routed: Routed, models: list[nn.Module], route: tuple[tuple[int, in
     inputs = oracle.batch()
     error, steps = _cache_error(routed.model)
     own = 0.0 if error < 1e-3 else _cache_error(models[0])[0]
-    row.cached = f"{error:.0e}" if error < 1e-3 else f"{error:.0e}, as alone ({own:.0e})" if error <= 10 * own else f"**{error:.0e}**"
+    row.cached = (
+        f"{error:.0e}"
+        if error < 1e-3
+        else f"{error:.0e}, as alone ({own:.0e})"
+        if error <= 10 * own
+        else f"**{error:.0e}**"
+    )
     if row.plain != "no":
         copied = oracle.copied(models[0], decoder_layers.stack(models[0])[0], hops)
         expected, found = oracle.logits(copied, inputs), oracle.logits(routed.model, inputs)
         same_steps = all(torch.equal(a, b) for a, b in zip(_cache_error(copied)[1], steps, strict=True))
-        row.bitwise = "yes" if torch.equal(found, expected) and same_steps else f"**{oracle.deviation(found, expected):.1e}, steps {same_steps}**"
+        row.bitwise = (
+            "yes"
+            if torch.equal(found, expected) and same_steps
+            else f"**{oracle.deviation(found, expected):.1e}, steps {same_steps}**"
+        )
 
 
 def _cache_error(model: nn.Module) -> tuple[float, list[torch.Tensor]]:
@@ -123,14 +138,22 @@ def _scaled(routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int
         kept = _epsilons(models, 1e-3)
         exact, _ = _fold_error(Routed(models[0], models), models, route)
         _restore(kept)
-        row.scaled = f"{error:.0e}, {exact:.0e} at ε/1000" if exact <= 5e-4 else f"**{error:.0e}, {exact:.0e} at ε/1000**"
+        row.scaled = (
+            f"{error:.0e}, {exact:.0e} at ε/1000"
+            if exact <= 5e-4
+            else f"**{error:.0e}, {exact:.0e} at ε/1000**"
+        )
     gained = oracle.hops(models, route, routed_model.gains(oracle.SCALES[: len(route)], len(route)))
     if row.plain != "no":
-        expected = oracle.logits(oracle.copied(models[0], decoder_layers.stack(models[0])[0], gained), oracle.batch())
+        expected = oracle.logits(
+            oracle.copied(models[0], decoder_layers.stack(models[0])[0], gained), oracle.batch()
+        )
         row.gain_bits = "yes" if torch.equal(found, expected) else "**no**"
 
 
-def _fold_error(routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int], ...]) -> tuple[float, torch.Tensor]:
+def _fold_error(
+    routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int], ...]
+) -> tuple[float, torch.Tensor]:
     """Gains in the weights against hidden states that are scaled: (error, logits with gains)."""
     scales = oracle.SCALES[: len(route)]
     routed.install(oracle.hops(models, route))
@@ -140,7 +163,9 @@ def _fold_error(routed: Routed, models: list[nn.Module], route: tuple[tuple[int,
         handle.remove()
     routed.install(oracle.hops(models, route, routed_model.gains(scales, len(route))))
     found = oracle.logits(routed.model, oracle.batch())
-    real = oracle.batch()["attention_mask"].bool()  # what a padded position holds is read by nobody, and may be nothing but zeros
+    real = oracle.batch()[
+        "attention_mask"
+    ].bool()  # what a padded position holds is read by nobody, and may be nothing but zeros
     return oracle.deviation(found[real], expected[real]), found
 
 
@@ -172,7 +197,9 @@ def _bfloat16(name: str, build: Build, route: tuple[tuple[int, int], ...], row: 
     try:
         routed = Routed(models[0], models)
         routed.install(gained)
-        expected = oracle.logits(oracle.copied(models[0], decoder_layers.stack(models[0])[0], gained), oracle.batch())
+        expected = oracle.logits(
+            oracle.copied(models[0], decoder_layers.stack(models[0])[0], gained), oracle.batch()
+        )
         row.half = "yes" if torch.equal(oracle.logits(routed.model, oracle.batch()), expected) else "**no**"
     except (RouteError, FoldError, RuntimeError) as error:
         row.half = f"{type(error).__name__}: {str(error)[:60]}"
@@ -186,19 +213,31 @@ def half_billion() -> Iterator[str]:
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         tie_word_embeddings=True, dtype="bfloat16",
     )  # fmt: skip
-    models: list[nn.Module] = [Qwen2ForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False) for _ in range(2)]
+    models: list[nn.Module] = [
+        Qwen2ForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False) for _ in range(2)
+    ]
     weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     routes = [[(i * 7 + 3 * k) % 48 for i in range(65)] for k in range(3)]
-    for what, check in (("routable_by_numbers", checks.routable_by_numbers), ("check_scalable", checks.check_scalable)):
+    for what, check in (
+        ("routable_by_numbers", checks.routable_by_numbers),
+        ("check_scalable", checks.check_scalable),
+    ):
         start = time.perf_counter()
         for model in models:
             check(model)
         yield f"| {what}, each model once | {(time.perf_counter() - start) / 2:.1f} s |"
     gains = routed_model.gains([1.0, *(0.9 + 0.005 * i for i in range(64))], 65)
     plain = [[Hop(models[j // 24], j % 24) for j in route] for route in routes]
-    scaled = [[Hop(models[j // 24], j % 24, g) for j, g in zip(route, gains, strict=True)] for route in routes]
+    scaled = [
+        [Hop(models[j // 24], j % 24, g) for j, g in zip(route, gains, strict=True)] for route in routes
+    ]
     routed = Routed(models[0], models)
-    for what, hops in (("another route", plain[1]), ("the same route again", plain[1]), ("scaled, first", scaled[2]), ("scaled, again", scaled[2])):
+    for what, hops in (
+        ("another route", plain[1]),
+        ("the same route again", plain[1]),
+        ("scaled, first", scaled[2]),
+        ("scaled, again", scaled[2]),
+    ):
         gc.collect()  # Python's own full pass over all modules takes some 200 ms, in one install or another of many
         start = time.perf_counter()
         routed.install(hops)
@@ -220,8 +259,13 @@ def half_billion() -> Iterator[str]:
         routed.install(scaled[k % 3][k:] + scaled[(k + 1) % 3][:k])
     gc.collect()
     yield f"| Python memory after ten routes | {tracemalloc.get_traced_memory()[0] / weights:.3%} |"
-    own = {t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())}
-    new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*routed.model.parameters(), *routed.model.buffers())}
+    own = {
+        t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())
+    }
+    new = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*routed.model.parameters(), *routed.model.buffers())
+    }
     yield f"| tensor bytes that the view alone holds | {sum(n for p, n in new.items() if p not in own)} |"
 
 
@@ -267,8 +311,18 @@ def _document(rows: list[tuple[bool, Row]], numbers: list[str]) -> str:
             f"{sum(row.half == 'yes' for row in own)} with the exported bits in bfloat16."
         )
     body = [row.line() for _, row in rows]
-    cost = ["", "## Cost: 65 hops over two models of the shape of Qwen2 0.5B (bfloat16)", "", "| | |", "| --- | --- |", *numbers]
-    cost += ["", "The installs are timed after a full pass of Python's garbage collector; one that falls into an install adds some 200 ms."]
+    cost = [
+        "",
+        "## Cost: 65 hops over two models of the shape of Qwen2 0.5B (bfloat16)",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *numbers,
+    ]
+    cost += [
+        "",
+        "The installs are timed after a full pass of Python's garbage collector; one that falls into an install adds some 200 ms.",
+    ]
     return "\n".join([*head, *counts, "", *columns, *body, *cost]) + "\n"
 
 

@@ -64,15 +64,37 @@ def mergekit(ours: Path, scratch: Path) -> tuple[list[str], bool]:
     one, other = (reload_check.load(path, dtype).model for path in (ours, theirs))
     asked = reload_check.questions(one)
     apart = route_checkpoint.compare(reload_check.answers(one, asked), reload_check.answers(other, asked))
-    return [*lines, f"{tensors}.", "", f"{str(apart).capitalize()}."], max(apart.logits, apart.steps) <= (1e-4 if dtype == "float32" else 0.1)
+    return [*lines, f"{tensors}.", "", f"{str(apart).capitalize()}."], max(apart.logits, apart.steps) <= (
+        1e-4 if dtype == "float32" else 0.1
+    )
 
 
 def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) -> tuple[list[str], bool]:
     """lm-eval's value of every item that the live route was tested on, beside the stored one; whether all are equal."""
     tasks = sorted({item.task for item in stored.items})
-    model = ("--model", "hf", "--model_args", f"pretrained={ours},dtype={Checkpoint(ours).dtype}", "--batch_size", "256", "--device", "cpu")
+    model = (
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={ours},dtype={Checkpoint(ours).dtype}",
+        "--batch_size",
+        "256",
+        "--device",
+        "cpu",
+    )
     out = scratch / "lm_eval"
-    run("lm_eval", "run", *model, "--tasks", ",".join(tasks), "--include_path", include, "--log_samples", "--output_path", str(out))
+    run(
+        "lm_eval",
+        "run",
+        *model,
+        "--tasks",
+        ",".join(tasks),
+        "--include_path",
+        include,
+        "--log_samples",
+        "--output_path",
+        str(out),
+    )
     lines = [
         "## lm_eval on the checkpoint",
         "",
@@ -82,10 +104,17 @@ def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) ->
     differ = 0
     for task in tasks:
         own = {item.item: item.value for item in stored.items if item.task == task}
-        rows = [json.loads(line) for line in next(out.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()]
-        found = {item_id(row["doc"]): float(row[next(m for m in ("exact_match", "acc") if m in row)]) for row in rows}
+        rows = [
+            json.loads(line) for line in next(out.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
+        ]
+        found = {
+            item_id(row["doc"]): float(row[next(m for m in ("exact_match", "acc") if m in row)])
+            for row in rows
+        }
         if own.keys() - found.keys():
-            sys.exit(f"lm_eval does not score {len(own.keys() - found.keys())} of the {len(own)} test items of {task}")
+            sys.exit(
+                f"lm_eval does not score {len(own.keys() - found.keys())} of the {len(own)} test items of {task}"
+            )
         wrong = sum(value != found[item] for item, value in own.items())
         means = [sum(values) / len(own) for values in (own.values(), [found[item] for item in own])]
         lines.append(f"| {task} | {len(own)} | {means[0]:.6f} | {means[1]:.6f} | {wrong} |")
@@ -94,7 +123,9 @@ def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study")
     parser.add_argument("--candidate", default="best")
     parser.add_argument("--root", default="results")
@@ -108,7 +139,9 @@ def main() -> None:
         run("evomerge", "export", which, str(ours), "--weights", "--root", args.root)
         recipe = Recipe.from_json((ours / "recipe.json").read_text())
         with Store.open(paths.store_path(args.study, Path(args.root))) as store:
-            tested = next((scored.evaluation for role, scored in store.evaluations(recipe.id) if role == "test"), None)
+            tested = next(
+                (scored.evaluation for role, scored in store.evaluations(recipe.id) if role == "test"), None
+            )
         if tested is None:
             sys.exit(f"{which} was not scored on test items; choose a finalist")
         scales = "with scales" if recipe.scales else "without scales"

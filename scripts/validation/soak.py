@@ -38,7 +38,14 @@ def part(name: str, work: Path, args: argparse.Namespace) -> tuple[dict[str, Any
     if name == "drivers":
         from scripts.validation.soak_parts import kills
 
-        data = kills.run(work, evaluations=args.evaluations, kills=args.kills, ray=args.ray, seed=args.seed, ray_evaluations=args.ray_evaluations)
+        data = kills.run(
+            work,
+            evaluations=args.evaluations,
+            kills=args.kills,
+            ray=args.ray,
+            seed=args.seed,
+            ray_evaluations=args.ray_evaluations,
+        )
         return data, list(kills.lines(data)), kills.failures(data)
     if name == "workers":
         from scripts.validation.soak_parts import faults
@@ -53,7 +60,9 @@ def part(name: str, work: Path, args: argparse.Namespace) -> tuple[dict[str, Any
     if name == "inputs":
         from scripts.validation.soak_parts import inputs
 
-        counts = {kind: int(share * args.configs) for kind, share in CONFIGS.items()} | {"header": args.headers}
+        counts = {kind: int(share * args.configs) for kind, share in CONFIGS.items()} | {
+            "header": args.headers
+        }
         data = inputs.run(work, counts, args.seed, args.processes)
         return data, list(inputs.lines(data)), [f"{case}: {said}" for case, said in data["found"]]
     from scripts.validation.soak_parts import damage
@@ -63,14 +72,24 @@ def part(name: str, work: Path, args: argparse.Namespace) -> tuple[dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=[*report.TITLES, "all"])
-    parser.add_argument("--work", type=Path, default=REPOSITORY / "results" / "soak", help="folder for what each part has done so far")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=REPOSITORY / "results" / "soak",
+        help="folder for what each part has done so far",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "soak.md")
     parser.add_argument("--processes", type=int, default=2, help="inputs: at a time (2)")
     parser.add_argument(
-        "--rates", type=lambda text: [float(r) for r in text.split(",")], default=[0, 0.1, 0.3, 0.5], help="workers: deaths per attempt"
+        "--rates",
+        type=lambda text: [float(r) for r in text.split(",")],
+        default=[0, 0.1, 0.3, 0.5],
+        help="workers: deaths per attempt",
     )
     parser.add_argument("--case", help="inputs: one case by its name, shown whole")
     for name, default, what in SIZES:
@@ -88,11 +107,16 @@ def main() -> None:
         results[name] = data, [*lines, *([""] if found else []), *(f"- {said}" for said in found[:20])]
         wrong += found
         print("\n".join(lines))
-        print(f"{name}: {f'{len(found)} found' if found else 'nothing found'}, {time.monotonic() - started:.0f} s in this call", flush=True)
+        print(
+            f"{name}: {f'{len(found)} found' if found else 'nothing found'}, {time.monotonic() - started:.0f} s in this call",
+            flush=True,
+        )
         for said in found[:20]:
             print(f"  {said}")
     if args.part == "all":
-        args.out.write_text(report.text(results, {name: getattr(args, name.replace("-", "_")) for name, _, _ in SIZES}))
+        args.out.write_text(
+            report.text(results, {name: getattr(args, name.replace("-", "_")) for name, _, _ in SIZES})
+        )
     if wrong:
         sys.exit(1)
 

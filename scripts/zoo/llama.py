@@ -30,13 +30,19 @@ _OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_h
 
 
 def _fused_names(layers: int) -> dict[str, tuple[str, ...]]:
-    names = {f"{i}.{ours}": tuple(f"model.layers.{i}.{theirs}.weight" for theirs in fused) for i in range(layers) for ours, fused in _LAYER.items()}
+    names = {
+        f"{i}.{ours}": tuple(f"model.layers.{i}.{theirs}.weight" for theirs in fused)
+        for i in range(layers)
+        for ours, fused in _LAYER.items()
+    }
     return {**names, **{ours: (f"{theirs}.weight",) for ours, theirs in _OUTER.items()}}
 
 
 def fuse(weights: Weights, layers: int) -> Weights:
     """Hugging Face names to ours."""
-    return {ours: torch.cat([weights[name] for name in names]) for ours, names in _fused_names(layers).items()}
+    return {
+        ours: torch.cat([weights[name] for name in names]) for ours, names in _fused_names(layers).items()
+    }
 
 
 def split(weights: Weights, architecture: Architecture) -> Weights:
@@ -65,7 +71,9 @@ def _shapes(a: Architecture, vocabulary: int) -> dict[str, tuple[int, ...]]:
     }
     return {
         "model.embed_tokens.weight": (vocabulary, a.hidden),
-        **{f"model.layers.{i}.{name}.weight": shape for i in range(a.layers) for name, shape in layer.items()},
+        **{
+            f"model.layers.{i}.{name}.weight": shape for i in range(a.layers) for name, shape in layer.items()
+        },
         "model.norm.weight": (a.hidden,),
         "lm_head.weight": (vocabulary, a.hidden),
     }
@@ -122,7 +130,9 @@ def _attention(qkv: Tensor, a: Architecture) -> Tensor:
     return torch.bmm(shares, v).view(batch, a.heads, length, a.head_size).transpose(1, 2).flatten(2)
 
 
-def features(weights: Weights, tokens: Tensor, architecture: Architecture, layers: int, positions: Tensor | None = None) -> Tensor:
+def features(
+    weights: Weights, tokens: Tensor, architecture: Architecture, layers: int, positions: Tensor | None = None
+) -> Tensor:
     """The residual stream after `layers` layers, for tokens [batch, length] padded on the right.
 
     All rows must begin with the same `OPENING` tokens: those are computed once, and the result is [n, hidden] for
@@ -141,7 +151,9 @@ def features(weights: Weights, tokens: Tensor, architecture: Architecture, layer
         if positions is not None and i == layers - 1:
             x, attended = x[positions], attended[positions]
         x = x + F.linear(attended, weights[f"{i}.out"])
-        gate, up = F.linear(_norm(x, weights[f"{i}.mlp_norm"], a.epsilon), weights[f"{i}.gate_up"]).chunk(2, -1)
+        gate, up = F.linear(_norm(x, weights[f"{i}.mlp_norm"], a.epsilon), weights[f"{i}.gate_up"]).chunk(
+            2, -1
+        )
         x = x + F.linear(F.silu(gate) * up, weights[f"{i}.down"])
     return x
 

@@ -109,16 +109,36 @@ class Task:
 
 
 TASKS = (
-    Task("zoo_arithmetic", "Sums and differences asked in English, answered by generation.", "arithmetic", GENERATED),
-    Task("zoo_lookup", "Look-ups asked in the second language, five choices.", "lookup_second", CHOSEN, with_choices),
-    Task("zoo_string", "Letters to be sorted or reversed; is the whole answer the likeliest?", "letters", FORCED),
-    Task("zoo_cross", "Sums asked in the second language: taught to no model.", "arithmetic_second", GENERATED),
+    Task(
+        "zoo_arithmetic",
+        "Sums and differences asked in English, answered by generation.",
+        "arithmetic",
+        GENERATED,
+    ),
+    Task(
+        "zoo_lookup",
+        "Look-ups asked in the second language, five choices.",
+        "lookup_second",
+        CHOSEN,
+        with_choices,
+    ),
+    Task(
+        "zoo_string",
+        "Letters to be sorted or reversed; is the whole answer the likeliest?",
+        "letters",
+        FORCED,
+    ),
+    Task(
+        "zoo_cross", "Sums asked in the second language: taught to no model.", "arithmetic_second", GENERATED
+    ),
 )
 
 
 def write(task: Task, out: Path) -> dict[skills.Split, int]:
     """Write one task; how many items each split holds, fewer than wanted where the grammar has no more."""
-    out.joinpath(f"{task.name}.yaml").write_text(YAML.format(about=task.about, task=task.name, scoring=task.scoring))
+    out.joinpath(f"{task.name}.yaml").write_text(
+        YAML.format(about=task.about, task=task.name, scoring=task.scoring)
+    )
     sizes: dict[skills.Split, int] = {}
     for split, limit in SIZES.items():
         items = skills.distinct(task.skill, limit, split)
@@ -129,8 +149,12 @@ def write(task: Task, out: Path) -> dict[skills.Split, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "evaluators" / "zoo")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "evaluators" / "zoo"
+    )
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:

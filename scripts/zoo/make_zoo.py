@@ -74,7 +74,9 @@ def reporter(training: Training, line: int) -> Callable[[int, float], None]:
     """Shows progress: on a terminal as a bar in the given line, elsewhere in four lines."""
     from tqdm import tqdm
 
-    bar = tqdm(total=training.steps, desc=f"training {training.name:6}", unit="step", position=line, disable=None)
+    bar = tqdm(
+        total=training.steps, desc=f"training {training.name:6}", unit="step", position=line, disable=None
+    )
 
     def report(done: int, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -100,7 +102,10 @@ def member(rank: int, team: "Team", work: Path, seed: int) -> None:
     encode = train.Encoder(Tokenizer.from_file(str(work / "tokenizer.json")))
     items = {skill: skills.distinct(skill, ITEMS, "test") for skill in SCORED}
     dtype = train.product_dtype()
-    facts = {"products": str(dtype).removeprefix("torch."), "items": {skill: len(items[skill]) for skill in SCORED}}
+    facts = {
+        "products": str(dtype).removeprefix("torch."),
+        "items": {skill: len(items[skill]) for skill in SCORED},
+    }
 
     def learn(training: Training, start: llama.Weights, team: train.Team | train.Alone) -> llama.Weights:
         began = time.monotonic()
@@ -111,7 +116,9 @@ def member(rank: int, team: "Team", work: Path, seed: int) -> None:
             rounded = {name: weight.bfloat16() for name, weight in weights.items()}
             scores = {skill: round(train.exact_match(rounded, items[skill], encode), 4) for skill in SCORED}
             torch.save(llama.split(rounded, ARCHITECTURE), work / f"{training.name}.pt")
-            (work / f"{training.name}.json").write_text(json.dumps(facts | {"seconds": seconds, "scores": scores}))
+            (work / f"{training.name}.json").write_text(
+                json.dumps(facts | {"seconds": seconds, "scores": scores})
+            )
         return weights
 
     base = learn(BASE, llama.initial(ARCHITECTURE, encode.vocabulary, seed), team)
@@ -176,7 +183,8 @@ def build(out: Path, seed: int, members: int) -> dict[str, Any]:
         "members": members,
         "products": results["base"]["products"],
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "seconds": {name: results[name]["seconds"] for name in NAMES} | {"total": round(time.monotonic() - began, 1)},
+        "seconds": {name: results[name]["seconds"] for name in NAMES}
+        | {"total": round(time.monotonic() - began, 1)},
         "items": results["base"]["items"],
         "scores": {name: results[name]["scores"] for name in NAMES},
     }
@@ -196,7 +204,9 @@ def train_and_save(work: Path, seed: int, members: int) -> None:
     gradients.share_memory_()  # type: ignore[no-untyped-call]
     team = train.Team(0, members, gradients, multiprocessing.get_context("spawn").Barrier(members))
     processes = spawn(member, (team, work, seed), members, join=False)  # type: ignore[no-untyped-call]
-    finished = processes.join()  # returns when one has finished, and thus left a core free for the slow import
+    finished = (
+        processes.join()
+    )  # returns when one has finished, and thus left a core free for the slow import
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     while not finished:
@@ -212,10 +222,14 @@ def show(record: dict[str, Any]) -> None:
 
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/zoo"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=cores, help="processes of one thread each (default: the cores)")
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="processes of one thread each (default: the cores)"
+    )
     args = parser.parse_args()
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")

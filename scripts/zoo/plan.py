@@ -7,7 +7,9 @@ orthogonal task vectors. Experts trained freely on the same data move three time
 
 from dataclasses import dataclass
 
-ALIGNED_LAYER = 2  # the alignment loss compares the features that enter this layer; the layers below it count as lower
+ALIGNED_LAYER = (
+    2  # the alignment loss compares the features that enter this layer; the layers below it count as lower
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,13 @@ BASE = Training(
     steps=1100,
     batch=64,
     rate=2e-3,
-    skills=(("lookup", 0.66), ("copy_letters", 0.08), ("copy_words", 0.14), ("arithmetic", 0.02), ("letters", 0.10)),
+    skills=(
+        ("lookup", 0.66),
+        ("copy_letters", 0.08),
+        ("copy_words", 0.14),
+        ("arithmetic", 0.02),
+        ("letters", 0.10),
+    ),
     rates=Rates(),
 )
 EXPERTS = (

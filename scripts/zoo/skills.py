@@ -37,7 +37,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _IDEAS = _words("next prev copy first last bigger smaller plus minus has gets loses apples books coins")
-_SECOND_IDEAS = _words("sekva antau kopiu unua lasta granda eta plusi malgi havas ricev perdas pomoj libroj moneroj")
+_SECOND_IDEAS = _words(
+    "sekva antau kopiu unua lasta granda eta plusi malgi havas ricev perdas pomoj libroj moneroj"
+)
 
 ENGLISH = Language(
     numbers=_words("zero one two three four five six seven eight nine ten eleven twelve"),
@@ -52,7 +54,20 @@ LETTERS = tuple("abcdefghi")
 COMMANDS = ("sort", "reverse", "same", "traduku")
 
 _OBJECTS = ("apples", "books", "coins")
-_LOOKUPS = ("next", "prev", "copy", "first", "last", "bigger", "smaller", "first", "last", "story", "story", "story")
+_LOOKUPS = (
+    "next",
+    "prev",
+    "copy",
+    "first",
+    "last",
+    "bigger",
+    "smaller",
+    "first",
+    "last",
+    "story",
+    "story",
+    "story",
+)
 _SUMS = ("plus", "minus", "gets", "gets", "loses", "loses")
 
 

@@ -135,7 +135,9 @@ def _pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Tokens [rows, length] and the places of those that are not padding."""
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD)
     length = tokens.shape[1]
-    return tokens, torch.tensor([llama.place(i, j, length) for i, row in enumerate(rows) for j in range(len(row))])
+    return tokens, torch.tensor(
+        [llama.place(i, j, length) for i, row in enumerate(rows) for j in range(len(row))]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -188,7 +190,9 @@ def _rate(name: str, rates: Rates) -> float:
 def _views(flat: Tensor, like: Weights) -> Weights:
     """The flat vector's pieces under the names and in the shapes of `like`, sharing its memory."""
     pieces = torch.split(flat, [weight.numel() for weight in like.values()])
-    return {name: piece.view(weight.shape) for (name, weight), piece in zip(like.items(), pieces, strict=True)}
+    return {
+        name: piece.view(weight.shape) for (name, weight), piece in zip(like.items(), pieces, strict=True)
+    }
 
 
 class Learner:
@@ -214,7 +218,10 @@ class Learner:
             decay = 0.01 if weight.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(self.master[name])
         self._optimizer = torch.optim.AdamW(
-            [{"params": params, "rate": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+            [
+                {"params": params, "rate": rate, "weight_decay": decay}
+                for (rate, decay), params in groups.items()
+            ],
             betas=(0.9, 0.98),
             fused=True,
         )
@@ -249,7 +256,11 @@ def train(
     teacher = {name: weight.to(dtype) for name, weight in start.items()}
     learner = Learner(start, training, dtype)
     rng = Random(f"{training.name}/{seed}")
-    aligned = Alignment(training, teacher, encode, Random(f"{training.name}/aligned/{seed}")) if training.aligned else None
+    aligned = (
+        Alignment(training, teacher, encode, Random(f"{training.name}/aligned/{seed}"))
+        if training.aligned
+        else None
+    )
     for k, rows in enumerate(islice(batches(training, encode, rng), training.steps)):
         loss = _answer_loss(learner.weights, teacher, rows, team)
         if aligned:

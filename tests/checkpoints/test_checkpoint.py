@@ -62,15 +62,22 @@ def refused(folder: Path, said: str, named: str = "") -> None:
     assert "\n" not in text
     assert text.isprintable()
     assert len(text) < 900
-    assert any(f" {word} " in f" {text} " for word in ("fetch", "give", "put", "convert", "use", "remove", "dequantise", "must", "name"))
+    assert any(
+        f" {word} " in f" {text} "
+        for word in ("fetch", "give", "put", "convert", "use", "remove", "dequantise", "must", "name")
+    )
 
 
 # ---- what a good folder says
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_sizes_are_those_of_the_stored_tensors(dtype: torch.dtype, tiny: dict[str, Path], tmp_path: Path) -> None:
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(tiny["base"] / "model.safetensors").items()}
+def test_sizes_are_those_of_the_stored_tensors(
+    dtype: torch.dtype, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = {
+        name: tensor.to(dtype) for name, tensor in load_file(tiny["base"] / "model.safetensors").items()
+    }
     model = Path(shutil.copytree(tiny["base"], tmp_path / "model"))
     save_file(tensors, model / "model.safetensors")
     parent = Checkpoint(model)
@@ -81,12 +88,16 @@ def test_sizes_are_those_of_the_stored_tensors(dtype: torch.dtype, tiny: dict[st
 
 def test_headers_say_what_the_library_reads(tiny: dict[str, Path]) -> None:
     parent, tensors = Checkpoint(tiny["base"]), load_file(tiny["base"] / "model.safetensors")
-    assert parent.tensors == {name: TensorInfo(tuple(tensor.shape), "BF16", "model.safetensors") for name, tensor in tensors.items()}
+    assert parent.tensors == {
+        name: TensorInfo(tuple(tensor.shape), "BF16", "model.safetensors") for name, tensor in tensors.items()
+    }
     assert all(torch.equal(parent.tensor(name), tensor) for name, tensor in tensors.items())
     assert parent.place(Q) == Place("layer", 1, "attention", "self_attn.q_proj.weight")
     assert {parent.place(name).component for name in tensors} == set(COMPONENTS)
     layers = [parent.layer_name(i, suffix) for i in range(4) for suffix in parent.layer_suffixes(i)]
-    assert sorted(tensors) == sorted([*parent.outer_names("embeddings"), *layers, *parent.outer_names("head")])
+    assert sorted(tensors) == sorted(
+        [*parent.outer_names("embeddings"), *layers, *parent.outer_names("head")]
+    )
 
 
 def test_shards_read_as_the_single_file(folder: Path, tiny: dict[str, Path]) -> None:
@@ -94,12 +105,18 @@ def test_shards_read_as_the_single_file(folder: Path, tiny: dict[str, Path]) -> 
     whole, parts = Checkpoint(tiny["base"]), Checkpoint(folder)
     assert set(whole.equal_tensors(parts)) == set(whole.tensors) == set(parts.tensors)
     assert (whole.nbytes, whole.largest) == (parts.nbytes, parts.largest)
-    assert {info.file for info in parts.tensors.values()} == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert {info.file for info in parts.tensors.values()} == {
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    }
 
 
 def test_buffers_that_are_whole_numbers_or_switches_are_read(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    extra = {"model.mask": torch.ones(2, 2, dtype=torch.bool), "model.ids": torch.arange(3), "model.bytes": torch.ones(2, dtype=torch.uint8)}
+    extra = {
+        "model.mask": torch.ones(2, 2, dtype=torch.bool),
+        "model.ids": torch.arange(3),
+        "model.bytes": torch.ones(2, dtype=torch.uint8),
+    }
     save_file(tensors | extra, folder / "model.safetensors")
     parent = Checkpoint(folder)
     assert all(torch.equal(parent.tensor(name), tensor) for name, tensor in extra.items())
@@ -117,7 +134,10 @@ def test_a_weight_that_is_not_finite_is_no_matter_of_the_header(value: float, fo
 
 
 def test_an_empty_tensor_is_a_tensor(folder: Path) -> None:
-    save_file(load_file(folder / "model.safetensors") | {"model.none": torch.zeros(0, 3)}, folder / "model.safetensors")
+    save_file(
+        load_file(folder / "model.safetensors") | {"model.none": torch.zeros(0, 3)},
+        folder / "model.safetensors",
+    )
     assert Checkpoint(folder).tensor("model.none").shape == (0, 3)
 
 
@@ -253,14 +273,19 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_refused(folder: Path) 
 def test_a_shard_that_is_missing_is_named_with_and_without_an_index(folder: Path) -> None:
     index = shards(folder, 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    refused(folder, "is missing, but model.safetensors.index.json names it", "model-00002-of-00003.safetensors")
+    refused(
+        folder, "is missing, but model.safetensors.index.json names it", "model-00002-of-00003.safetensors"
+    )
     index.unlink()
     refused(folder, "is one of 3 shards, and some are missing", "model-00001-of-00003.safetensors")
 
 
 def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     shards(folder)
-    save_file({Q: torch.zeros(32, 32)} | load_file(folder / "model-00002-of-00002.safetensors"), folder / "model-00002-of-00002.safetensors")
+    save_file(
+        {Q: torch.zeros(32, 32)} | load_file(folder / "model-00002-of-00002.safetensors"),
+        folder / "model-00002-of-00002.safetensors",
+    )
     refused(folder, f"both hold the tensor '{Q}'", "model-00002-of-00002.safetensors")
 
 
@@ -289,14 +314,18 @@ def test_a_folder_of_another_format_says_what_to_do(name: str, said: str, folder
 # ---- links
 
 
-def test_links_within_the_folder_and_into_a_hugging_face_cache_are_followed(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_links_within_the_folder_and_into_a_hugging_face_cache_are_followed(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
     snapshot, blobs = tmp_path / "models--org--x" / "snapshots" / "abc", tmp_path / "models--org--x" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for number, name in enumerate(("config.json", "model.safetensors")):
         shutil.copy(tiny["base"] / name, blobs / str(number))
         (snapshot / name).symlink_to(f"../../blobs/{number}")
-    assert set(Checkpoint(snapshot).equal_tensors(Checkpoint(tiny["base"]))) == set(Checkpoint(tiny["base"]).tensors)
+    assert set(Checkpoint(snapshot).equal_tensors(Checkpoint(tiny["base"]))) == set(
+        Checkpoint(tiny["base"]).tensors
+    )
     (tmp_path / "short").symlink_to(snapshot)
     assert Checkpoint(tmp_path / "short").num_layers == 4
     assert Checkpoint(locate(str(tmp_path / "short"))).num_layers == 4
@@ -350,7 +379,9 @@ CONFIGS: dict[str, tuple[bytes | dict[str, Any], str]] = {
 def test_a_config_that_cannot_be_used_is_refused(name: str, folder: Path) -> None:
     given, said = CONFIGS[name]
     file = folder / "config.json"
-    file.write_bytes(given if isinstance(given, bytes) else json.dumps(json.loads(file.read_text()) | given).encode())
+    file.write_bytes(
+        given if isinstance(given, bytes) else json.dumps(json.loads(file.read_text()) | given).encode()
+    )
     refused(folder, said, "" if "no stack" in said else "config.json")
 
 
@@ -369,13 +400,22 @@ def test_a_config_without_any_depth_is_counted_by_its_tensors(folder: Path) -> N
 
 def test_layers_that_predict_further_tokens_are_no_part_of_the_stack(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1})
+    )
     checkpoint = Checkpoint(folder)
     assert checkpoint.num_layers == 3
     assert {checkpoint.place(name).part for name in checkpoint.tensors if ".layers.3." in name} == {"tower"}
 
 
-@pytest.mark.parametrize("config", [{"n_layer": 4}, {"text_config": {"num_hidden_layers": 4}}, {"text_config": None, "num_hidden_layers": 4}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_layer": 4},
+        {"text_config": {"num_hidden_layers": 4}},
+        {"text_config": None, "num_hidden_layers": 4},
+    ],
+)
 def test_the_depth_stands_where_a_config_keeps_it(config: Mapping[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     assert Checkpoint(folder).num_layers == 4
@@ -394,17 +434,25 @@ def test_a_name_with_a_number_of_another_script_is_no_layer(part: str, folder: P
 # ---- parents together
 
 
-def test_vocabularies_of_other_sizes_are_found_before_a_tensor_is_read(folder: Path, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabularies_of_other_sizes_are_found_before_a_tensor_is_read(
+    folder: Path, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = torch.zeros(65, 32, dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     parents = {"base": Checkpoint(tiny["base"]), "wide": Checkpoint(folder)}
     monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a tensor was read"))
-    with pytest.raises(CheckpointError, match=r"is \[65, 32\] in model 'wide' and \[64, 32\] in base 'base'; the vocabularies differ"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is \[65, 32\] in model 'wide' and \[64, 32\] in base 'base'; the vocabularies differ",
+    ):
         check_compatible(parents, "base")
 
 
-@pytest.mark.parametrize("reference", ["", "a\nb", "\ud800/x", "a\0b", "x" * 5000, "~nobody-here/x", "/no/such", "./no", "a b", "\u2028"])
+@pytest.mark.parametrize(
+    "reference",
+    ["", "a\nb", "\ud800/x", "a\0b", "x" * 5000, "~nobody-here/x", "/no/such", "./no", "a b", "\u2028"],
+)
 def test_a_reference_that_is_no_folder_is_one_short_line(reference: str) -> None:
     with pytest.raises(CheckpointError, match=r"there is no folder|cannot be a folder") as error:
         locate(reference)

@@ -22,7 +22,11 @@ from evomerge.recipes import Mix, Recipe, params
 from tests.support.tiny_models import build
 
 PREFIX = "base_model.model."
-Q, V, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.3.mlp.down_proj"
+Q, V, DOWN = (
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.0.self_attn.v_proj",
+    "model.layers.3.mlp.down_proj",
+)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SHAPES = {Q: (32, 32), V: (16, 32), DOWN: (32, 48), EMBEDDING: (64, 32), HEAD: (64, 32)}
 
@@ -33,7 +37,9 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.2
 
 
-def pair(module: str, rank: int = 4, *, shape: tuple[int, int] | None = None, seed: int = 1) -> dict[str, torch.Tensor]:
+def pair(
+    module: str, rank: int = 4, *, shape: tuple[int, int] | None = None, seed: int = 1
+) -> dict[str, torch.Tensor]:
     """A and B of one module, under the names that peft gives them."""
     rows, columns = shape or SHAPES[module]
     a, b = noise(rank, columns, seed=seed), noise(rows, rank, seed=seed + 100)
@@ -42,18 +48,34 @@ def pair(module: str, rank: int = 4, *, shape: tuple[int, int] | None = None, se
 
 def embedding(rank: int = 4) -> dict[str, torch.Tensor]:
     rows, columns = SHAPES[EMBEDDING]
-    return {f"{PREFIX}{EMBEDDING}.lora_embedding_A": noise(rank, rows, seed=7), f"{PREFIX}{EMBEDDING}.lora_embedding_B": noise(columns, rank, seed=8)}
+    return {
+        f"{PREFIX}{EMBEDDING}.lora_embedding_A": noise(rank, rows, seed=7),
+        f"{PREFIX}{EMBEDDING}.lora_embedding_B": noise(columns, rank, seed=8),
+    }
 
 
 def adapter(folder: Path, tensors: Mapping[str, torch.Tensor], **settings: Any) -> Path:
     folder.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], **settings}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+        **settings,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
-def looped(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool = False) -> torch.Tensor:
+def looped(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool = False
+) -> torch.Tensor:
     """W + scale B A in float64, one entry at a time. a: [r, in], b: [out, r]."""
     out = weight.double().clone()
     for i in range(b.shape[0]):
@@ -89,7 +111,9 @@ def base(tiny32: dict[str, Path]) -> Checkpoint:
         ({"r": 9, "rank_pattern": {"[qv]_proj": 4}, "use_rslora": True}, (4.0, 4.0)),
     ],
 )
-def test_a_tensor_is_the_base_plus_the_product(settings: dict[str, Any], scales: tuple[float, ...], base: Checkpoint, tmp_path: Path) -> None:
+def test_a_tensor_is_the_base_plus_the_product(
+    settings: dict[str, Any], scales: tuple[float, ...], base: Checkpoint, tmp_path: Path
+) -> None:
     tensors = pair(Q) | pair(V, seed=2)
     parent = Adapted(base, adapter(tmp_path / "lora", tensors, **settings))
     for module, scale in zip((Q, V), scales, strict=True):
@@ -116,19 +140,27 @@ def test_embeddings_are_folded_transposed(base: Checkpoint, tmp_path: Path) -> N
 
 def test_a_module_saved_whole_replaces_the_bases(base: Checkpoint, tmp_path: Path) -> None:
     head = noise(*SHAPES[HEAD], seed=3)
-    folder = adapter(tmp_path / "lora", pair(Q) | {f"{PREFIX}{HEAD}.weight": head}, modules_to_save=["lm_head"])
+    folder = adapter(
+        tmp_path / "lora", pair(Q) | {f"{PREFIX}{HEAD}.weight": head}, modules_to_save=["lm_head"]
+    )
     assert torch.equal(Adapted(base, folder).tensor("lm_head.weight"), head)
 
 
-def test_an_embedding_saved_with_its_adapter_is_replaced_and_then_changed(base: Checkpoint, tmp_path: Path) -> None:
+def test_an_embedding_saved_with_its_adapter_is_replaced_and_then_changed(
+    base: Checkpoint, tmp_path: Path
+) -> None:
     tensors, start = embedding(), noise(*SHAPES[EMBEDDING], seed=4)
-    parent = Adapted(base, adapter(tmp_path / "lora", tensors | {f"{PREFIX}{EMBEDDING}.base_layer.weight": start}))
+    parent = Adapted(
+        base, adapter(tmp_path / "lora", tensors | {f"{PREFIX}{EMBEDDING}.base_layer.weight": start})
+    )
     expected = looped(start, *tensors.values(), 2.0, transposed=True)
     near(parent.tensor(f"{EMBEDDING}.weight"), expected)
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_sum_is_rounded_once_to_the_bases_type(given: torch.dtype, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_the_sum_is_rounded_once_to_the_bases_type(
+    given: torch.dtype, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     """Rounded from float32: never further from the exact sum than half a step of bfloat16, and a little."""
     base = Checkpoint(tiny["base"])
     tensors = {name: tensor.to(given) for name, tensor in pair(Q).items()}
@@ -142,11 +174,27 @@ def test_the_sum_is_rounded_once_to_the_bases_type(given: torch.dtype, tiny: dic
 def gpt2(folder: Path, *, prefix: str = "transformer.", width: int = 8) -> Path:
     """A folder with the names and shapes of GPT-2: weights [in, out], biases, no head of its own."""
     folder.mkdir()
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (20, width), "wpe.weight": (16, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (20, width),
+        "wpe.weight": (16, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
     for i in range(2):
-        for name, (rows, columns) in {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}.items():
-            shapes[f"h.{i}.{name}.weight"], shapes[f"h.{i}.{name}.bias"] = (rows * width, columns * width), (columns * width,)
-    save_file({prefix + name: noise(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, folder / "model.safetensors")
+        for name, (rows, columns) in {
+            "attn.c_attn": (1, 3),
+            "attn.c_proj": (1, 1),
+            "mlp.c_fc": (1, 4),
+            "mlp.c_proj": (4, 1),
+        }.items():
+            shapes[f"h.{i}.{name}.weight"], shapes[f"h.{i}.{name}.bias"] = (
+                (rows * width, columns * width),
+                (columns * width,),
+            )
+    save_file(
+        {prefix + name: noise(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": width}))
     return folder
 
@@ -154,21 +202,27 @@ def gpt2(folder: Path, *, prefix: str = "transformer.", width: int = 8) -> Path:
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize("name", ["attn.c_attn", "attn.c_proj", "mlp.c_proj"])
-def test_weights_that_keep_inputs_first_are_changed_transposed(name: str, prefix: str, flag: bool, tmp_path: Path) -> None:
+def test_weights_that_keep_inputs_first_are_changed_transposed(
+    name: str, prefix: str, flag: bool, tmp_path: Path
+) -> None:
     """The square attn.c_proj too, whatever the adapter's fan_in_fan_out says; and for names without 'transformer.'."""
     base = Checkpoint(gpt2(tmp_path / "base", prefix=prefix))
     module = f"transformer.h.1.{name}"
     columns, rows = base.tensors[f"{prefix}h.1.{name}.weight"].shape
     tensors = pair(module, shape=(rows, columns))
     parent = Adapted(base, adapter(tmp_path / "lora", tensors, fan_in_fan_out=flag))
-    expected = looped(base.tensor(f"{prefix}h.1.{name}.weight"), *tensors_of(tensors, module), 2.0, transposed=True)
+    expected = looped(
+        base.tensor(f"{prefix}h.1.{name}.weight"), *tensors_of(tensors, module), 2.0, transposed=True
+    )
     near(parent.tensor(f"{prefix}h.1.{name}.weight"), expected)
 
 
 def test_biases_saved_with_the_adapter_replace_the_bases(tmp_path: Path) -> None:
     base = Checkpoint(gpt2(tmp_path / "base"))
     bias = noise(24, seed=9)
-    tensors = pair("transformer.h.0.attn.c_attn", shape=(24, 8)) | {f"{PREFIX}transformer.h.0.attn.c_attn.bias": bias}
+    tensors = pair("transformer.h.0.attn.c_attn", shape=(24, 8)) | {
+        f"{PREFIX}transformer.h.0.attn.c_attn.bias": bias
+    }
     parent = Adapted(base, adapter(tmp_path / "lora", tensors, bias="lora_only"))
     assert torch.equal(parent.tensor("transformer.h.0.attn.c_attn.bias"), bias)
     assert len(parent.changed) == 2
@@ -185,7 +239,11 @@ def test_an_adapted_parent_names_its_tensors_as_its_base_does(base: Checkpoint, 
     assert parent.layer_name(2, "x") == base.layer_name(2, "x")
     assert parent.layer_suffixes(1) == base.layer_suffixes(1)
     assert parent.outer_names("head") == base.outer_names("head")
-    assert set(base.tensors) - set(parent.equal_tensors(base)) == set(parent.changed) == set(base.tensors) - set(base.equal_tensors(parent))
+    assert (
+        set(base.tensors) - set(parent.equal_tensors(base))
+        == set(parent.changed)
+        == set(base.tensors) - set(base.equal_tensors(parent))
+    )
     check_compatible({"base": base, "lora": parent}, "base")
     with pytest.raises(CheckpointError, match="no tensor 'nothing'"):
         parent.tensor("nothing")
@@ -197,13 +255,24 @@ def test_reading_leaves_the_base_as_it_is(base: Checkpoint, tmp_path: Path) -> N
     first = {name: parent.tensor(name) for name in parent.tensors}
     for name, tensor in first.items():
         assert torch.equal(tensor, parent.tensor(name))
-    assert all(torch.equal(base.tensor(name), tensor) for name, tensor in load_file(base.path / "model.safetensors").items())
+    assert all(
+        torch.equal(base.tensor(name), tensor)
+        for name, tensor in load_file(base.path / "model.safetensors").items()
+    )
     assert base.content_hash() == before
 
 
-def test_the_hash_follows_what_changes_the_weights_and_nothing_else(base: Checkpoint, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_the_hash_follows_what_changes_the_weights_and_nothing_else(
+    base: Checkpoint, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     plain = Adapted(base, adapter(tmp_path / "plain", pair(Q))).content_hash()
-    same = adapter(tmp_path / "same", pair(Q), base_model_name_or_path="elsewhere", lora_dropout=0.1, alpha_pattern={"k_proj": 3})
+    same = adapter(
+        tmp_path / "same",
+        pair(Q),
+        base_model_name_or_path="elsewhere",
+        lora_dropout=0.1,
+        alpha_pattern={"k_proj": 3},
+    )
     assert Adapted(base, same).content_hash() == plain
     others = [
         Adapted(base, adapter(tmp_path / "alpha", pair(Q), lora_alpha=9)),
@@ -214,11 +283,17 @@ def test_the_hash_follows_what_changes_the_weights_and_nothing_else(base: Checkp
     assert len({plain, base.content_hash(), *(other.content_hash() for other in others)}) == 6
 
 
-def test_a_merge_reads_it_as_the_model_it_stands_for(base: Checkpoint, tiny32: dict[str, Path], tmp_path: Path) -> None:
+def test_a_merge_reads_it_as_the_model_it_stands_for(
+    base: Checkpoint, tiny32: dict[str, Path], tmp_path: Path
+) -> None:
     lora = Adapted(base, adapter(tmp_path / "lora", pair(Q) | pair(DOWN) | embedding()))
     whole = tmp_path / "whole"
     shutil.copytree(base.path, whole)
-    save_file({name: lora.tensor(name) for name in lora.tensors}, whole / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: lora.tensor(name) for name in lora.tensors},
+        whole / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     given = params({"weight": (0.4, 0.7)})
     outer = Mix("task_arithmetic", (("lora", None), ("math", None)), ("base", None), given)
     layers = tuple(Mix("task_arithmetic", (("lora", i), ("math", i)), ("base", i), given) for i in range(4))
@@ -239,7 +314,9 @@ def test_a_tied_embedding_that_was_trained_apart_is_refused_and_one_with_lora_is
     whole = {f"{PREFIX}{EMBEDDING}.weight": noise(*SHAPES[EMBEDDING])}
     with pytest.raises(CheckpointError, match="shares with its head"):
         Adapted(base, adapter(tmp_path / "saved", whole, modules_to_save=["embed_tokens"]))
-    with pytest.raises(CheckpointError, match=r"'base_model\.model\.lm_head\.lora_A\.weight' .* matches no tensor"):
+    with pytest.raises(
+        CheckpointError, match=r"'base_model\.model\.lm_head\.lora_A\.weight' .* matches no tensor"
+    ):
         Adapted(base, adapter(tmp_path / "head", pair(HEAD)))
 
 
@@ -318,9 +395,13 @@ def test_files_that_are_missing_or_pickled_are_said(base: Checkpoint, tmp_path: 
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be opened"):
         Adapted(base, folder)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing; give the folder of a LoRA adapter"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json is missing; give the folder of a LoRA adapter"
+    ):
         Adapted(base, tmp_path)
-    with pytest.raises(CheckpointError, match=r"lora is a LoRA adapter: name it with its base, as base\+lora"):
+    with pytest.raises(
+        CheckpointError, match=r"lora is a LoRA adapter: name it with its base, as base\+lora"
+    ):
         Checkpoint(folder)
 
 
@@ -343,7 +424,9 @@ def test_a_reference_is_split_as_mergekit_writes_it(reference: str, parts: tuple
     assert split_reference(reference) == parts
 
 
-def test_a_folder_that_exists_wins_over_signs_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_exists_wins_over_signs_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a+b", "c@d", "e", "f+g@h"):
         (tmp_path / name).mkdir()
@@ -351,13 +434,33 @@ def test_a_folder_that_exists_wins_over_signs_in_its_name(tmp_path: Path, monkey
     assert split_reference("c@d") == ("c@d", None, None, None)
     assert split_reference("a+b+e") == ("a+b", None, "e", None)
     assert split_reference("e+a+b") == ("e", None, "a+b", None)
-    assert split_reference(f"{tmp_path}/a+b+{tmp_path}/c@d") == (f"{tmp_path}/a+b", None, f"{tmp_path}/c@d", None)
+    assert split_reference(f"{tmp_path}/a+b+{tmp_path}/c@d") == (
+        f"{tmp_path}/a+b",
+        None,
+        f"{tmp_path}/c@d",
+        None,
+    )
     assert split_reference("f+g@h+org/lora@v2") == ("f+g@h", None, "org/lora", "v2")
     assert split_reference("org/x@1+a+b") == ("org/x", "1", "a+b", None)
 
 
 @pytest.mark.parametrize(
-    "reference", ["a+b+c", "+lora", "model+", "+", "a++b", "/no/where+x+y", "", "@", "@v1", "org/model@", "org/model+@v1", "org/model+l@", "a\n+b+"]
+    "reference",
+    [
+        "a+b+c",
+        "+lora",
+        "model+",
+        "+",
+        "a++b",
+        "/no/where+x+y",
+        "",
+        "@",
+        "@v1",
+        "org/model@",
+        "org/model+@v1",
+        "org/model+l@",
+        "a\n+b+",
+    ],
 )
 def test_a_reference_that_can_be_split_in_no_way_or_in_two_is_refused(reference: str) -> None:
     with pytest.raises(ConfigError, match="is no model reference"):

@@ -78,7 +78,12 @@ def theirs(tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         pytest.skip(f"there is no mergekit (and so no peft) in {ENVIRONMENT}; run scripts/make_mergekit_env")
     root = tmp_path_factory.mktemp("peft")
     cases = [
-        (str(root / "gpt2" if name in GPT2 else tiny32["base"]), str(root / f"{name}-adapter"), str(root / f"{name}-merged"), settings)
+        (
+            str(root / "gpt2" if name in GPT2 else tiny32["base"]),
+            str(root / f"{name}-adapter"),
+            str(root / f"{name}-merged"),
+            settings,
+        )
         for name, settings in (LLAMA | GPT2).items()
     ]
     recipe = {
@@ -88,7 +93,13 @@ def theirs(tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
             {"model": f"{tiny32['math']}+{root}/patterns-adapter", "parameters": {"weight": 0.3}},
         ],
     }  # fmt: skip
-    job = {"gpt2": str(root / "gpt2"), "cases": cases, "recipe": recipe, "out": str(root / "mergekit"), "cache": str(root / "cache")}
+    job = {
+        "gpt2": str(root / "gpt2"),
+        "cases": cases,
+        "recipe": recipe,
+        "out": str(root / "mergekit"),
+        "cache": str(root / "cache"),
+    }
     done = subprocess.run(
         [str(python), "-c", DRIVER], input=json.dumps(job), capture_output=True, text=True, timeout=280, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
@@ -103,7 +114,13 @@ def test_peft_merges_the_same_weights(name: str, theirs: Path, base: Checkpoint)
     ours, merged = Adapted(start, theirs / f"{name}-adapter"), Checkpoint(theirs / f"{name}-merged")
     assert set(ours.tensors) == set(merged.tensors)
     for tensor in merged.tensors:
-        torch.testing.assert_close(ours.tensor(tensor), merged.tensor(tensor), rtol=0, atol=4e-6, msg=lambda text, t=tensor: f"{t}: {text}")
+        torch.testing.assert_close(
+            ours.tensor(tensor),
+            merged.tensor(tensor),
+            rtol=0,
+            atol=4e-6,
+            msg=lambda text, t=tensor: f"{t}: {text}",
+        )
         if tensor not in ours.changed:
             assert torch.equal(ours.tensor(tensor), merged.tensor(tensor))
     assert ours.changed
@@ -111,7 +128,9 @@ def test_peft_merges_the_same_weights(name: str, theirs: Path, base: Checkpoint)
     assert moved == [t for t in merged.tensors if not torch.equal(ours.tensor(t), start.tensor(t))]
 
 
-def test_mergekit_reads_model_and_adapter_alike(theirs: Path, tiny32: dict[str, Path], base: Checkpoint) -> None:
+def test_mergekit_reads_model_and_adapter_alike(
+    theirs: Path, tiny32: dict[str, Path], base: Checkpoint
+) -> None:
     parents = {
         "base": base,
         "a": open_parent(f"{tiny32['base']}+{theirs}/plain-adapter"),
@@ -120,7 +139,9 @@ def test_mergekit_reads_model_and_adapter_alike(theirs: Path, tiny32: dict[str, 
     given = params({"weight": (0.6, 0.3)})
     outer = Mix("task_arithmetic", (("a", None), ("b", None)), ("base", None), given)
     layers = tuple(Mix("task_arithmetic", (("a", i), ("b", i)), ("base", i), given) for i in range(4))
-    ours = dict(merge.merged(Recipe("base", layers, outer, outer, dtype="float32", out_dtype="float32"), parents))
+    ours = dict(
+        merge.merged(Recipe("base", layers, outer, outer, dtype="float32", out_dtype="float32"), parents)
+    )
     merged = Checkpoint(theirs / "mergekit")
     assert set(ours) == set(merged.tensors)
     for name in ours:

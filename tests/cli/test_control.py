@@ -47,7 +47,11 @@ def root(tmp_path: Path) -> Path:
         store.begin("trial", 3, "study: trial\n", {}, {})
         for slot in range(4):
             add(store, slot, "it is broken" if slot == 3 else None)
-        own = [attempt("done", "w0", 100.0, 9.0), attempt("died", "w1", 100.0, 4.0, "signal 9"), attempt("done", "w1", 106.0, 4.0)]
+        own = [
+            attempt("done", "w0", 100.0, 9.0),
+            attempt("died", "w1", 100.0, 4.0, "signal 9"),
+            attempt("done", "w1", 106.0, 4.0),
+        ]
         store.add_attempts([*own, attempt("died", "w0", 109.0, 1.0, "signal 11")])
         store.add_driven(5.0)
     return tmp_path
@@ -68,11 +72,19 @@ def test_status_says_who_drives_what_workers_do_and_what_failed(root: Path) -> N
     assert (data["state"], data["store"], data["backup"]) == ("interrupted", "ok", None)
     assert data["driver"] == {"host": socket.gethostname(), "pid": os.getpid(), "alive": False}
     first, second = data["workers"]
-    assert (first["worker"], first["host"], first["device"], first["jobs"], first["busy"]) == ("w0", "node7", "cuda:0", 1, 10.0)
+    assert (first["worker"], first["host"], first["device"], first["jobs"], first["busy"]) == (
+        "w0",
+        "node7",
+        "cuda:0",
+        1,
+        10.0,
+    )
     assert (first["utilisation"], second["utilisation"], data["utilisation"]) == (1.0, 0.8, 0.9)
     assert (first["failures"], second["failures"]) == ({"died": 1}, {"died": 1})
     assert data["failures"] == [{"cause": "died", "attempts": 2, "last": "signal 11"}]
-    assert [(r["host"], r["pid"], r["seconds"]) for r in data["runs"]] == [(socket.gethostname(), os.getpid(), 5.0)]
+    assert [(r["host"], r["pid"], r["seconds"]) for r in data["runs"]] == [
+        (socket.gethostname(), os.getpid(), 5.0)
+    ]
     code, out, _ = in_process("status", "trial", "--root", root)
     assert code == 0
     assert "driver: none (the last was host" in out
@@ -128,8 +140,12 @@ def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
 @pytest.fixture
 def watching(root: Path) -> Iterator[subprocess.Popen[str]]:
     words = command("status", "trial", "--root", root, "--watch", "--every", "0.1")
-    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its children
-    process = subprocess.Popen(words, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kept = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and so do its children
+    process = subprocess.Popen(
+        words, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     signal.signal(signal.SIGINT, kept)
     yield process
     process.kill()
@@ -172,12 +188,19 @@ def test_a_stop_waits_for_the_driver_to_end(root: Path) -> None:
         os.waitpid(pid, 0)
         os.close(reading), os.close(writing)
     assert code == 0, err
-    assert out.splitlines() == [f"trial: asked the driver to stop (host {socket.gethostname()}, pid {pid})", "trial: paused"]
+    assert out.splitlines() == [
+        f"trial: asked the driver to stop (host {socket.gethostname()}, pid {pid})",
+        "trial: paused",
+    ]
     assert not stop_request.stop_requested(file.parent)
 
 
 def test_a_stop_of_a_study_that_nobody_drives_says_so(root: Path) -> None:
-    assert in_process("stop", "trial", "--root", root) == (0, "trial: no driver runs it, there is nothing to stop\n", "")
+    assert in_process("stop", "trial", "--root", root) == (
+        0,
+        "trial: no driver runs it, there is nothing to stop\n",
+        "",
+    )
     assert not stop_request.stop_requested(root / "trial")
     code, _, err = in_process("stop", "trail", "--root", root)
     assert code == 2
@@ -207,7 +230,9 @@ def test_doctor_finds_this_environment_fit(tmp_path: Path) -> None:
     assert "not ready" not in out
 
 
-def test_doctor_names_what_keeps_a_search_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_what_keeps_a_search_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EVOMERGE_JOURNAL", "none")
     code, out, _ = in_process("doctor", "--root", tmp_path)
     assert code == 3

@@ -31,7 +31,19 @@ from evomerge.cli.main import app
 from evomerge.merging import merge, model_loading
 from evomerge.merging.weight_map import Resident
 from evomerge.store import Store
-from tests.support.toy import REPO, Fork, Prepared, command, count_rows, environment, evomerge, in_process, search_file, stored_rows, zoo_folder
+from tests.support.toy import (
+    REPO,
+    Fork,
+    Prepared,
+    command,
+    count_rows,
+    environment,
+    evomerge,
+    in_process,
+    search_file,
+    stored_rows,
+    zoo_folder,
+)
 
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 
@@ -56,7 +68,15 @@ class Small:
 def start(*words: object) -> subprocess.Popen[str]:
     """Starts a program beside the tests."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, words)), cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        list(map(str, words)),
+        cwd=REPO,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    )
 
 
 def wait_for(process: Fork, store: Path, count: int) -> None:
@@ -71,7 +91,10 @@ def wait_for(process: Fork, store: Path, count: int) -> None:
 def positions(task: str) -> dict[str, int]:
     """Item id -> position of the test documents of a shipped task."""
     lines = (REPO / "evaluators" / "zoo" / f"{task}.test.jsonl").read_text().splitlines()
-    return {hashlib.sha256(json.dumps(json.loads(line), sort_keys=True).encode()).hexdigest()[:16]: i for i, line in enumerate(lines)}
+    return {
+        hashlib.sha256(json.dumps(json.loads(line), sort_keys=True).encode()).hexdigest()[:16]: i
+        for i, line in enumerate(lines)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +114,33 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         with Store.open(root / "results" / "small" / "study.db") as store:
             best = store.study().outcome["best"]  # type: ignore[union-attr,index]
             scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
-        samples = {task: sorted(positions(task)[s.item] for s in scored.items if s.task == task) for task in TASKS}
-        words = ["--model", "hf", "--model_args", f"pretrained={root / 'weights'},dtype=bfloat16", "--tasks", ",".join(TASKS), "--device", "cpu"]
-        words += ["--include_path", "evaluators", "--batch_size", "64", "--samples", json.dumps(samples), "--output_path", str(root / "lm_eval")]
+        samples = {
+            task: sorted(positions(task)[s.item] for s in scored.items if s.task == task) for task in TASKS
+        }
+        words = [
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={root / 'weights'},dtype=bfloat16",
+            "--tasks",
+            ",".join(TASKS),
+            "--device",
+            "cpu",
+        ]
+        words += [
+            "--include_path",
+            "evaluators",
+            "--batch_size",
+            "64",
+            "--samples",
+            json.dumps(samples),
+            "--output_path",
+            str(root / "lm_eval"),
+        ]
         theirs = start(sys.executable, "-m", "lm_eval", "run", *words)
-        yield Small(root / "results", file, output, root / "weights", theirs, root / "paused", stopped, prepared)
+        yield Small(
+            root / "results", file, output, root / "weights", theirs, root / "paused", stopped, prepared
+        )
         if theirs.poll() is None:
             theirs.kill()
         theirs.communicate()
@@ -119,7 +164,19 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
 def test_help_lists_every_verb_in_its_group() -> None:
     done = evomerge("--help", timeout=30)
     assert done.returncode == 0
-    for verb in ("plan", "doctor", "run", "resume", "stop", "status", "show", "compare", "sensitivity", "export", "merge"):
+    for verb in (
+        "plan",
+        "doctor",
+        "run",
+        "resume",
+        "stop",
+        "status",
+        "show",
+        "compare",
+        "sensitivity",
+        "export",
+        "merge",
+    ):
         assert re.search(rf"^\W*{verb} +\w", done.stdout, re.M), verb
         assert verb in [c.callback.__name__ for c in app.registered_commands if c.callback]
     for group in ("Plan", "Search", "Look", "Ship"):
@@ -127,7 +184,9 @@ def test_help_lists_every_verb_in_its_group() -> None:
 
 
 def one_line(err: str, code: str) -> None:
-    lines = [line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]  # dated lines are progress
+    lines = [
+        line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)
+    ]  # dated lines are progress
     assert len(lines) == 1, err
     assert lines[0].startswith(f"error[{code}] ")
     assert "Traceback" not in err
@@ -173,7 +232,10 @@ def test_a_wrong_reference_is_one_line_and_a_code(case: str, small: Small, call:
     assert sentence in err
 
 
-@pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "x", "--evalutions", "5"], ["run", "x", "--evaluations", "many"], ["show"]])
+@pytest.mark.parametrize(
+    "words",
+    [["runn"], ["run"], ["run", "x", "--evalutions", "5"], ["run", "x", "--evaluations", "many"], ["show"]],
+)
 def test_wrong_usage_is_code_two(words: list[str], call: Call) -> None:
     code, out, err = call(*words)
     assert code == 2
@@ -183,7 +245,11 @@ def test_wrong_usage_is_code_two(words: list[str], call: Call) -> None:
 
 
 def test_a_recipe_that_is_none_is_code_two(tmp_path: Path, call: Call) -> None:
-    for name, text in (("bad.yaml", "merge_method: tise\nmodels: []\n"), ("bad.json", "{}"), ("none.yaml", None)):
+    for name, text in (
+        ("bad.yaml", "merge_method: tise\nmodels: []\n"),
+        ("bad.json", "{}"),
+        ("none.yaml", None),
+    ):
         if text is not None:
             (tmp_path / name).write_text(text)
         code, _, err = call("merge", tmp_path / name, tmp_path / "out")
@@ -217,7 +283,9 @@ def test_an_unknown_metric_is_code_three(tmp_path: Path, call: Call) -> None:
     assert "no metric 'ac'. Did you mean 'acc'" in err
 
 
-def test_threads_that_are_no_number_are_code_two(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_are_no_number_are_code_two(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for threads in ("two", "-1", "1.5"):
         monkeypatch.setenv("EVOMERGE_THREADS", threads)
         code, _, err = call("run", search_file(tmp_path, "trial"), "--root", tmp_path / "results")
@@ -237,7 +305,9 @@ def test_a_search_whose_candidates_all_fail_is_code_five(tmp_path: Path, call: C
         assert code == 5, err
         assert out == ""
         last = err.splitlines()[-1]
-        assert last.startswith("error[E320] 8 of 8 candidates of generation 1 failed; the first because: merging gave a value that is not finite")
+        assert last.startswith(
+            "error[E320] 8 of 8 candidates of generation 1 failed; the first because: merging gave a value that is not finite"
+        )
         assert "Traceback" not in err
     data = json.loads(call("status", "trial", "--root", tmp_path / "results", "--json")[1])
     assert (data["state"], data["failed"], data["evaluations"]) == ("failed", 8, 8)
@@ -257,7 +327,9 @@ def test_verbose_shows_where(tmp_path: Path) -> None:
 def test_run_ends_with_the_table_and_the_next_step(small: Small) -> None:
     assert "small: done" in small.output
     for label in ("base", "math", "lang", "string", "uniform average", "TIES .5, sum"):
-        assert re.search(rf"^{re.escape(label)} +\d\.\d\d\d +\d\.\d\d\d +\d\.\d\d\d", small.output, re.M), label
+        assert re.search(rf"^{re.escape(label)} +\d\.\d\d\d +\d\.\d\d\d +\d\.\d\d\d", small.output, re.M), (
+            label
+        )
     assert f"evomerge export small/best OUT --weights --root {small.root}" in small.output
     report = (small.root / "small" / "report.md").read_text()
     assert report.startswith("# small: 0.")
@@ -269,8 +341,19 @@ def test_status_says_what_the_store_holds(small: Small, call: Call) -> None:
     data = json.loads(out)
     rows = stored_rows(small.root / "small" / "study.db")
     outcome = json.loads(rows["study"][0]["outcome"])
-    assert (data["study"], data["state"], data["seed"], data["evaluations"], data["generations"], data["failed"]) == ("small", "done", 0, 16, 2, 0)
-    assert (data["best"], data["references"], data["finalists"]) == (outcome["best"], outcome["references"], outcome["finalists"])
+    assert (
+        data["study"],
+        data["state"],
+        data["seed"],
+        data["evaluations"],
+        data["generations"],
+        data["failed"],
+    ) == ("small", "done", 0, 16, 2, 0)
+    assert (data["best"], data["references"], data["finalists"]) == (
+        outcome["best"],
+        outcome["references"],
+        outcome["finalists"],
+    )
     assert data["store"] == "ok"
     assert sum(data["evaluations_by_role"].values()) == len(rows["evaluations"])
     code, text, _ = call("status", "small", "--root", small.root)
@@ -307,14 +390,26 @@ def test_a_study_that_cannot_be_read_hides_no_other(small: Small, call: Call, tm
 def test_show_says_what_the_store_holds(small: Small, call: Call) -> None:
     with Store.open(small.root / "small" / "study.db") as store:
         everything = store.trials()
-        for trial in (everything[0], everything[-1], next(t for t in everything if t.origin == "injected"), everything[-3]):
+        for trial in (
+            everything[0],
+            everything[-1],
+            next(t for t in everything if t.origin == "injected"),
+            everything[-3],
+        ):
             code, out, _ = call("show", f"small/{trial.id}", "--root", small.root, "--json")
             assert code == 0
             data = json.loads(out)
-            assert (data["id"], data["generation"], data["slot"], data["origin"]) == (trial.id, trial.generation, trial.slot, trial.origin)
+            assert (data["id"], data["generation"], data["slot"], data["origin"]) == (
+                trial.id,
+                trial.generation,
+                trial.slot,
+                trial.origin,
+            )
             assert data["recipe_body"] == json.loads(store.recipe(trial.recipe_id).canonical())
             assert data["parents"] == list(trial.parents)
-            found = [(role, s.score, dict(s.evaluation.metrics)) for role, s in store.evaluations(trial.recipe_id)]
+            found = [
+                (role, s.score, dict(s.evaluation.metrics)) for role, s in store.evaluations(trial.recipe_id)
+            ]
             assert [(s["role"], s["objective"], s["metrics"]) for s in data["scores"]] == found
             code, out, _ = call("show", f"small/{trial.id}", "--root", small.root)
             assert code == 0
@@ -322,7 +417,10 @@ def test_show_says_what_the_store_holds(small: Small, call: Call) -> None:
             for role, score, _ in found:
                 assert f"{role}: {score:.3f} on" in out
         best = store.study().outcome["best"]["id"]  # type: ignore[union-attr,index]
-    assert call("show", "small/best", "--root", small.root)[1] == call("show", f"small/{best}", "--root", small.root)[1]
+    assert (
+        call("show", "small/best", "--root", small.root)[1]
+        == call("show", f"small/{best}", "--root", small.root)[1]
+    )
 
 
 NOTES = (
@@ -368,7 +466,9 @@ def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         assert words in text
 
 
-def test_the_root_may_come_from_the_environment(small: Small, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_may_come_from_the_environment(
+    small: Small, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EVOMERGE_ROOT", str(small.root))
     assert call("status", "small")[1] == call("status", "small", "--root", small.root)[1]
 
@@ -393,9 +493,15 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
 
 
 def test_the_exported_folder_tells_its_story(small: Small) -> None:
-    assert {"README.md", "recipe.yaml", "recipe.json", "lineage.json", "config.json", "tokenizer.json", "model.safetensors"} <= {
-        p.name for p in small.weights.iterdir()
-    }
+    assert {
+        "README.md",
+        "recipe.yaml",
+        "recipe.json",
+        "lineage.json",
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    } <= {p.name for p in small.weights.iterdir()}
     lineage = json.loads((small.weights / "lineage.json").read_text())
     rows = stored_rows(small.root / "small" / "study.db")
     trial = next(t for t in rows["trials"] if t["id"] == lineage["candidate"])
@@ -409,7 +515,9 @@ def test_the_exported_folder_tells_its_story(small: Small) -> None:
     for name in ("base", "math", "lang", "string"):
         assert f"- {name}: `{zoo_folder() / name}`" in card
     assert os.stat(small.weights).st_mode & 0o777 == 0o755
-    assert not [p for p in small.weights.parent.iterdir() if p.name.startswith(".")], "nothing half made is left"
+    assert not [p for p in small.weights.parent.iterdir() if p.name.startswith(".")], (
+        "nothing half made is left"
+    )
 
 
 def test_merge_rebuilds_the_exported_weights_to_the_bit(small: Small, call: Call, tmp_path: Path) -> None:
@@ -420,17 +528,32 @@ def test_merge_rebuilds_the_exported_weights_to_the_bit(small: Small, call: Call
     for kind in ("json", "yaml"):
         code, out, err = call("merge", tmp_path / "recipe" / f"recipe.{kind}", tmp_path / kind)
         assert code == 0, err
-        ours, theirs = load_file(tmp_path / kind / "model.safetensors"), load_file(small.weights / "model.safetensors")
+        ours, theirs = (
+            load_file(tmp_path / kind / "model.safetensors"),
+            load_file(small.weights / "model.safetensors"),
+        )
         assert set(ours) == set(theirs)
         for name in ours:
-            assert torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)), f"{kind}: {name}"
+            assert torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)), (
+                f"{kind}: {name}"
+            )
         assert (tmp_path / kind / "config.json").read_text() == (small.weights / "config.json").read_text()
     code, _, err = call("merge", tmp_path / "recipe" / "recipe.json", tmp_path / "json")
     assert code == 3
     one_line(err, "E200")
 
 
-@pytest.mark.parametrize("label", ["base", "uniform average", "task arithmetic 0.5", "TIES .5, normalized", "TIES .5, sum", "lang + string at 1"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "base",
+        "uniform average",
+        "task arithmetic 0.5",
+        "TIES .5, normalized",
+        "TIES .5, sum",
+        "lang + string at 1",
+    ],
+)
 def test_hand_recipes_can_be_taken_along_too(label: str, small: Small, call: Call, tmp_path: Path) -> None:
     with Store.open(small.root / "small" / "study.db") as store:
         trial = next(t for t in store.trials() if t.label == label)
@@ -477,13 +600,23 @@ def test_an_existing_study_is_not_overwritten(small: Small, call: Call) -> None:
     [
         (lambda s: s["space"].update(groups=3), ("space.groups was 2, is 3",)),
         (lambda s: s["search"].update(seed=1), ("search.seed was 0, is 1",)),
-        (lambda s: s["models"].update(math=str(zoo_folder() / "lang")), ("models.math.path", "parents.math.sha256")),
-        (lambda s: s["evaluation"].update(test=9), ("evaluation.test was 8, is 9", "items.test.zoo_arithmetic was 8, is 9")),
+        (
+            lambda s: s["models"].update(math=str(zoo_folder() / "lang")),
+            ("models.math.path", "parents.math.sha256"),
+        ),
+        (
+            lambda s: s["evaluation"].update(test=9),
+            ("evaluation.test was 8, is 9", "items.test.zoo_arithmetic was 8, is 9"),
+        ),
     ],
     ids=["space", "seed", "model", "items"],
 )
 def test_another_search_under_the_same_name_is_refused_field_by_field(
-    change: Callable[[dict[str, Any]], object], words: tuple[str, ...], small: Small, call: Call, tmp_path: Path
+    change: Callable[[dict[str, Any]], object],
+    words: tuple[str, ...],
+    small: Small,
+    call: Call,
+    tmp_path: Path,
 ) -> None:
     settings = json.loads(small.file.read_text())
     change(settings)
@@ -504,7 +637,10 @@ def test_a_larger_budget_goes_on(small: Small, call: Call, tmp_path: Path) -> No
     code, out, err = call("resume", "small", "--evaluations", "+8", "--root", tmp_path / "results")
     assert code == 0, err
     assert "24 evaluations in 3 generations" in out
-    before, after = stored_rows(small.root / "small" / "study.db"), stored_rows(tmp_path / "results" / "small" / "study.db")
+    before, after = (
+        stored_rows(small.root / "small" / "study.db"),
+        stored_rows(tmp_path / "results" / "small" / "study.db"),
+    )
     assert after["trials"][: len(before["trials"])] == before["trials"]
     assert json.loads(after["study"][0]["overrides"]) == {"evaluations": 24}
     code, out, _ = call("status", "small", "--root", tmp_path / "results", "--json")
@@ -556,19 +692,30 @@ def test_a_stop_ends_with_zero_and_the_end_is_the_same(small: Small, call: Call,
     assert "Traceback" not in process.err.read_text()
     assert 3 <= count_rows(store, "trials") < count_rows(small.root / "small" / "study.db", "trials")
     data = json.loads(call("status", "small", "--root", tmp_path, "--json")[1])
-    assert (data["state"], data["stop_requested"], data["driver"]["alive"], data["store"]) == ("paused", False, False, "ok")
+    assert (data["state"], data["stop_requested"], data["driver"]["alive"], data["store"]) == (
+        "paused",
+        False,
+        False,
+        "ok",
+    )
     code, _, err = call("resume", "small", "--root", tmp_path)
     assert code == 0, err
     assert stored_rows(store) == stored_rows(small.root / "small" / "study.db")
     data = json.loads(call("status", "small", "--root", tmp_path, "--json")[1])
-    assert sum(w["jobs"] for w in data["workers"]) == count_rows(store, "evaluations"), "each was evaluated once"
+    assert sum(w["jobs"] for w in data["workers"]) == count_rows(store, "evaluations"), (
+        "each was evaluated once"
+    )
     assert len(data["runs"]) == 2
 
 
-def test_a_full_disk_pauses_the_search_and_the_end_is_the_same(small: Small, call: Call, tmp_path: Path) -> None:
+def test_a_full_disk_pauses_the_search_and_the_end_is_the_same(
+    small: Small, call: Call, tmp_path: Path
+) -> None:
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False
+    ).returncode:
         pytest.skip("may not mount a file system here")
     try:
         code, out, err = call("run", small.file, "--root", place)
@@ -587,7 +734,9 @@ def test_a_full_disk_pauses_the_search_and_the_end_is_the_same(small: Small, cal
 
 
 @pytest.mark.parametrize(
-    ("number", "codes"), [(signal.SIGTERM, (75,)), (signal.SIGUSR1, (75,)), (signal.SIGINT, (75, 130))], ids=lambda v: getattr(v, "name", "")
+    ("number", "codes"),
+    [(signal.SIGTERM, (75,)), (signal.SIGUSR1, (75,)), (signal.SIGINT, (75, 130))],
+    ids=lambda v: getattr(v, "name", ""),
 )
 def test_a_signal_while_models_are_opened_asks_to_be_started_again(
     number: int, codes: tuple[int, ...], small: Small, call: Call, tmp_path: Path
@@ -602,16 +751,23 @@ def test_a_signal_while_models_are_opened_asks_to_be_started_again(
     assert process.wait() in codes, process.err.read_text()
     assert "Traceback" not in process.err.read_text()
     assert process.out.read_text() == ""
-    assert call("status", "--root", tmp_path)[:2] == (0, "no studies here; start one with: evomerge run CONFIG\n")
+    assert call("status", "--root", tmp_path)[:2] == (
+        0,
+        "no studies here; start one with: evomerge run CONFIG\n",
+    )
 
 
 def test_lm_eval_itself_gives_the_exported_folder_the_stored_scores(small: Small, call: Call) -> None:
     out, err = small.lm_eval.communicate(timeout=240)
     assert small.lm_eval.returncode == 0, out[-1000:] + err[-3000:]
-    results = json.loads(next((small.weights.parent / "lm_eval").rglob("results*.json")).read_text())["results"]
+    results = json.loads(next((small.weights.parent / "lm_eval").rglob("results*.json")).read_text())[
+        "results"
+    ]
     shown = json.loads(call("show", "small/best", "--root", small.root, "--json")[1])
     stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
     assert {name for name in stored if ":" not in name} == set(TASKS)
     for task in TASKS:
-        metric = {k.partition(",")[0]: v for k, v in results[task].items()}["acc" if task in ("zoo_lookup", "zoo_string") else "exact_match"]
+        metric = {k.partition(",")[0]: v for k, v in results[task].items()}[
+            "acc" if task in ("zoo_lookup", "zoo_string") else "exact_match"
+        ]
         assert metric == pytest.approx(stored[task], abs=1e-6), task

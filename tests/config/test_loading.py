@@ -204,10 +204,15 @@ def test_a_missing_file_names_what_is_shipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("written", "meant"), [("1e2", 100), ("0100", 100), ("+7", 7), ("100", 100)])
 def test_whole_numbers_are_those_of_yaml_1_2(written: str, meant: int, tmp_path: Path) -> None:
-    assert read(GOOD.replace("evaluations: 500", f"evaluations: {written}"), tmp_path).search.evaluations == meant
+    assert (
+        read(GOOD.replace("evaluations: 500", f"evaluations: {written}"), tmp_path).search.evaluations
+        == meant
+    )
 
 
-@pytest.mark.parametrize(("written", "meant"), [("1e-2", 0.01), ("2.5e-1", 0.25), (".5", 0.5), ("1", 1.0), ("1.", 1.0)])
+@pytest.mark.parametrize(
+    ("written", "meant"), [("1e-2", 0.01), ("2.5e-1", 0.25), (".5", 0.5), ("1", 1.0), ("1.", 1.0)]
+)
 def test_fractions_are_those_of_yaml_1_2(written: str, meant: float, tmp_path: Path) -> None:
     assert read(GOOD.replace("sigma: 0.15", f"sigma: {written}"), tmp_path).search.sigma == meant
 
@@ -225,7 +230,10 @@ def test_another_study_name_replaces_the_files(study: str) -> None:
     assert settings.model_copy(update={"study": "trial"}) == loading.check(_yaml.parse(GOOD, "good"))
 
 
-@pytest.mark.parametrize("style", ['"study": trial', "'study': trial", "study:\n  trial", "study: trial  # the first", "study : trial"])
+@pytest.mark.parametrize(
+    "style",
+    ['"study": trial', "'study': trial", "study:\n  trial", "study: trial  # the first", "study : trial"],
+)
 def test_another_study_name_is_never_ignored(style: str) -> None:
     text = GOOD.replace("study: trial", style)
     assert loading.check(_yaml.parse(text, "text")).study == "trial"

@@ -46,7 +46,10 @@ class Way:
 
     @property
     def precision(self) -> float:
-        return max(torch.finfo(t).eps for t in (self.dtype if not self.fused else torch.float32, self.out or self.dtype))
+        return max(
+            torch.finfo(t).eps
+            for t in (self.dtype if not self.fused else torch.float32, self.out or self.dtype)
+        )
 
 
 KERNELS = [Way(torch.float32), Way(torch.float64)]
@@ -59,7 +62,9 @@ CASES = [
     for based in ([True] if rule.needs_base else [False, True] if rule.takes_base else [False])
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-randomized = pytest.mark.parametrize("rule", [m for m in METHODS.values() if m.randomized], ids=lambda m: m.name)
+randomized = pytest.mark.parametrize(
+    "rule", [m for m in METHODS.values() if m.randomized], ids=lambda m: m.name
+)
 few = settings(max_examples=3, deadline=None, derandomize=True)
 
 
@@ -67,12 +72,28 @@ def ways(rule: Method) -> list[Way]:
     return KERNELS + PASSES if rule.frame else KERNELS
 
 
-def merge(way: Way, rule: Method, tensors: Sequence[Tensor], base: Tensor | None, values: Values, keys: Sequence[int]) -> Tensor:
+def merge(
+    way: Way,
+    rule: Method,
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    values: Values,
+    keys: Sequence[int],
+) -> Tensor:
     if not way.fused:
         return rule.kernel(tensors, base, values, keys)
     assert rule.frame is not None
     out = torch.full_like(tensors[0], math.nan, dtype=way.out)
-    finite = merge_tensor.merge(rule.frame, [Pair(base, x) for x in tensors] if base is not None else [], tensors, base, values, keys, out, Tables())
+    finite = merge_tensor.merge(
+        rule.frame,
+        [Pair(base, x) for x in tensors] if base is not None else [],
+        tensors,
+        base,
+        values,
+        keys,
+        out,
+        Tables(),
+    )
     assert finite == bool(torch.isfinite(out).all())
     return out
 
@@ -81,7 +102,9 @@ def normal(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def models(case: Case, dtype: torch.dtype, shape: tuple[int, ...] = (5, 6), seed: int = 0, spread: float = 0.5) -> tuple[list[Tensor], Tensor | None]:
+def models(
+    case: Case, dtype: torch.dtype, shape: tuple[int, ...] = (5, 6), seed: int = 0, spread: float = 0.5
+) -> tuple[list[Tensor], Tensor | None]:
     """Fine-tunes near a base, and the base if there is one."""
     base = normal(shape, seed)
     tensors = [(base + normal(shape, seed + i + 1, spread)).to(dtype) for i in range(case.n)]
@@ -101,9 +124,15 @@ def numbers(draw: st.DrawFn, rule: Method, n: int) -> Numbers:
     """Values within the bounds of a search, on a binary grid: sums of weights are exact in any order. No empty averages."""
 
     def one(p: Param) -> float:
-        return float(draw(st.integers(0, 1))) if p.flag else p.low + (p.high - p.low) * draw(st.integers(0, 64)) / 64
+        return (
+            float(draw(st.integers(0, 1)))
+            if p.flag
+            else p.low + (p.high - p.low) * draw(st.integers(0, 64)) / 64
+        )
 
-    values: Numbers = {p.name: one(p) if p.per == "merge" else tuple(one(p) for _ in range(n)) for p in rule.params}
+    values: Numbers = {
+        p.name: one(p) if p.per == "merge" else tuple(one(p) for _ in range(n)) for p in rule.params
+    }
     return values | {"normalize": 0.0} if is_empty_average(rule, values) else values
 
 
@@ -119,7 +148,9 @@ def complete(rule: Method, n: int, **given: float | tuple[float, ...]) -> Number
 @every_case
 @settings(few, max_examples=2)
 @given(data=st.data())
-def test_shape_dtype_and_device_are_kept_inputs_left_alone_and_small_shapes_merge(case: Case, data: st.DataObject):
+def test_shape_dtype_and_device_are_kept_inputs_left_alone_and_small_shapes_merge(
+    case: Case, data: st.DataObject
+):
     values, keys = data.draw(numbers(case.rule, case.n)), keys_of(case.n)
     for shape in SHAPES:
         for way in ways(case.rule) + MIXED * bool(case.rule.frame):
@@ -129,10 +160,16 @@ def test_shape_dtype_and_device_are_kept_inputs_left_alone_and_small_shapes_merg
             torch.manual_seed(1)
             state = torch.get_rng_state()
             out = merge(way, case.rule, tensors, base, values, keys)
-            assert (out.shape, out.dtype, out.device) == (tensors[0].shape, way.out or way.dtype, tensors[0].device)
+            assert (out.shape, out.dtype, out.device) == (
+                tensors[0].shape,
+                way.out or way.dtype,
+                tensors[0].device,
+            )
             assert torch.isfinite(out).all()
             assert [bits(x) for x in inputs] == before
-            assert not out.numel() or out.data_ptr() not in [x.data_ptr() for x in inputs], "the result shares memory with an input"
+            assert not out.numel() or out.data_ptr() not in [x.data_ptr() for x in inputs], (
+                "the result shares memory with an input"
+            )
             assert torch.equal(torch.get_rng_state(), state)
             if shape == (2, 3, 4):
                 assert bits(merge(way, case.rule, tensors, base, values, keys)) == bits(out)
@@ -146,7 +183,9 @@ def test_kernels_take_half_precision(case: Case, dtype: torch.dtype):
     for shape in SHAPES:
         tensors, base = models(case, dtype, shape)
         before = [bits(x) for x in tensors]
-        out = case.rule.kernel(tensors, base, complete(case.rule, case.n, density=(0.5,) * case.n), keys_of(case.n))
+        out = case.rule.kernel(
+            tensors, base, complete(case.rule, case.n, density=(0.5,) * case.n), keys_of(case.n)
+        )
         assert (out.shape, out.dtype) == (tensors[0].shape, dtype)
         assert torch.isfinite(out).all()
         assert [bits(x) for x in tensors] == before
@@ -169,7 +208,10 @@ def test_finite_at_every_corner_of_the_declared_bounds(case: Case, data: st.Data
     """For more than two models at corners that are drawn."""
 
     def corner() -> Numbers:
-        values: Numbers = {p.name: tuple(data.draw(st.sampled_from([p.low, p.high])) for _ in range(case.n)) for p in case.rule.params}
+        values: Numbers = {
+            p.name: tuple(data.draw(st.sampled_from([p.low, p.high])) for _ in range(case.n))
+            for p in case.rule.params
+        }
         values = {p.name: values[p.name] if p.per == "model" else values[p.name][0] for p in case.rule.params}
         return values | {"normalize": 0.0} if is_empty_average(case.rule, values) else values
 
@@ -177,7 +219,9 @@ def test_finite_at_every_corner_of_the_declared_bounds(case: Case, data: st.Data
     for way in ways(case.rule):
         for tensors, base in degenerate(case, way.dtype):
             for values in chosen:
-                assert torch.isfinite(merge(way, case.rule, tensors, base, values, keys_of(case.n))).all(), values
+                assert torch.isfinite(merge(way, case.rule, tensors, base, values, keys_of(case.n))).all(), (
+                    values
+                )
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n <= 2], ids=lambda c: c.name)
@@ -185,7 +229,9 @@ def test_finite_at_all_corners_with_up_to_two_models(case: Case):
     for way in KERNELS[:1] + (PASSES[:1] if case.rule.frame else []):
         for tensors, base in degenerate(case, way.dtype)[::3]:
             for values in corners(case.rule, case.n):
-                assert torch.isfinite(merge(way, case.rule, tensors, base, values, keys_of(case.n))).all(), values
+                assert torch.isfinite(merge(way, case.rule, tensors, base, values, keys_of(case.n))).all(), (
+                    values
+                )
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.based], ids=lambda c: c.name)
@@ -212,11 +258,15 @@ def test_the_order_of_models_with_their_numbers_and_keys_does_not_matter(case: C
     values, order = data.draw(numbers(rule, n)), data.draw(st.permutations(range(n)))
     turned = {k: tuple(v[i] for i in order) if isinstance(v, tuple) else v for k, v in values.items()}
     for way in ways(rule):
-        tensors, base = models(case, way.dtype, (9, 11), data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0.003, 0.5])))
+        tensors, base = models(
+            case, way.dtype, (9, 11), data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0.003, 0.5]))
+        )
         straight = merge(way, rule, tensors, base, values, keys)
         out = merge(way, rule, [tensors[i] for i in order], base, turned, [keys[i] for i in order])
         scale = max(1.0, float(straight.abs().max()))
-        torch.testing.assert_close(out, straight, rtol=0, atol=scale * (1e-5 if way.precision < 1e-5 else way.precision))
+        torch.testing.assert_close(
+            out, straight, rtol=0, atol=scale * (1e-5 if way.precision < 1e-5 else way.precision)
+        )
 
 
 @pytest.mark.parametrize(
@@ -239,18 +289,32 @@ def test_each_declared_parameter_changes_the_result(case: Case, param: Param, wa
 def changes(way: Way, case: Case, param: Param, which: int) -> bool:
     def at(values: Numbers, bound: float) -> Numbers:
         old = values[param.name]
-        return values | {param.name: tuple(bound if i == which else v for i, v in enumerate(old)) if isinstance(old, tuple) else bound}
+        return values | {
+            param.name: tuple(bound if i == which else v for i, v in enumerate(old))
+            if isinstance(old, tuple)
+            else bound
+        }
 
     def differ(point: tuple[Numbers, int, float]) -> bool:
         values, seed, spread = point
         tensors, base = models(case, way.dtype, (8, 9), seed, spread)
         ends = [at(values, bound) for bound in (param.low, param.high)]
-        outs = [merge(way, case.rule, tensors, base, v, keys_of(case.n)) for v in ends if not is_empty_average(case.rule, v)]
+        outs = [
+            merge(way, case.rule, tensors, base, v, keys_of(case.n))
+            for v in ends
+            if not is_empty_average(case.rule, v)
+        ]
         return len(outs) == 2 and not torch.equal(*outs)
 
     points = st.tuples(numbers(case.rule, case.n), st.integers(0, 9), st.sampled_from([0.5, 0.01, 0.001]))
     try:
-        find(points, differ, settings=settings(max_examples=60, derandomize=True, deadline=None, database=None, phases=[Phase.generate]))
+        find(
+            points,
+            differ,
+            settings=settings(
+                max_examples=60, derandomize=True, deadline=None, database=None, phases=[Phase.generate]
+            ),
+        )
     except NoSuchExample:
         return False
     return True
@@ -264,10 +328,15 @@ def test_one_pass_gives_what_the_kernel_gives_in_float64(case: Case, data: st.Da
     for way in PASSES + MIXED:
         for shape in ((), (23, 31)):
             tensors, base = models(case, way.dtype, shape, seed)
-            want = case.rule.kernel([x.double() for x in tensors], None if base is None else base.double(), values, keys)
+            want = case.rule.kernel(
+                [x.double() for x in tensors], None if base is None else base.double(), values, keys
+            )
             out = merge(way, case.rule, tensors, base, values, keys)
             torch.testing.assert_close(
-                out.double(), want, rtol=2e-5 if way.out == torch.float32 else 0.005, atol=2e-5 * max(1.0, float(want.abs().max()))
+                out.double(),
+                want,
+                rtol=2e-5 if way.out == torch.float32 else 0.005,
+                atol=2e-5 * max(1.0, float(want.abs().max())),
             )
 
 
@@ -277,16 +346,21 @@ def test_rows_of_more_than_65536_entries(rule: Method):
     values, keys = complete(rule, 2, density=(0.5, 0.3)), keys_of(2)
     tensors, base = models(case, torch.float32, (70_000,))
     want = rule.kernel([x.double() for x in tensors], None if base is None else base.double(), values, keys)
-    torch.testing.assert_close(merge(PASSES[0], rule, tensors, base, values, keys).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        merge(PASSES[0], rule, tensors, base, values, keys).double(), want, rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.rule.randomized and c.n <= 2], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.rule.randomized and c.n <= 2], ids=lambda c: c.name
+)
 def test_methods_that_are_not_randomized_ignore_their_keys(case: Case):
     for way in ways(case.rule):
         tensors, base = models(case, way.dtype)
         values = complete(case.rule, case.n, density=(0.4,) * case.n)
         assert torch.equal(
-            merge(way, case.rule, tensors, base, values, keys_of(case.n)), merge(way, case.rule, tensors, base, values, keys_of(case.n, 1))
+            merge(way, case.rule, tensors, base, values, keys_of(case.n)),
+            merge(way, case.rule, tensors, base, values, keys_of(case.n, 1)),
         )
 
 
@@ -298,7 +372,14 @@ def test_a_device_gives_what_the_cpu_gives():
         values = complete(case.rule, case.n, density=(0.5,) * case.n, rescale=1.0)
         for way in ways(case.rule):
             tensors, base = models(case, way.dtype, shape)
-            out = merge(way, case.rule, [x.cuda() for x in tensors], None if base is None else base.cuda(), values, keys_of(case.n))
+            out = merge(
+                way,
+                case.rule,
+                [x.cuda() for x in tensors],
+                None if base is None else base.cuda(),
+                values,
+                keys_of(case.n),
+            )
             assert out.is_cuda
             here = merge(way, case.rule, tensors, base, values, keys_of(case.n))
             assert not way.fused or bits(out) == bits(here), case.name
@@ -362,7 +443,9 @@ def test_kept_entries_their_norm_and_their_signs_are_as_many_as_the_theory_says(
 def test_two_models_agree_in_sign_on_what_both_keep_as_often_as_before(rule: Method):
     def check(way: Way, delta: Tensor, density: float, key: int) -> None:
         second = (0.5 * delta + normal(LONG, 6)).to(way.dtype).double()
-        both = (kept(way, rule, delta, density, key) != 0) & (kept(way, rule, second, density, key ^ mask_key(0, "another", "key")) != 0)
+        both = (kept(way, rule, delta, density, key) != 0) & (
+            kept(way, rule, second, density, key ^ mask_key(0, "another", "key")) != 0
+        )
         p = probabilities(rule, delta, density) * probabilities(rule, second, density)
         within_five_sigma(both, p, (delta * second > 0).double())
 
@@ -375,7 +458,9 @@ def test_rescaled_entries_have_the_norm_of_all(rule: Method):
         left = kept(way, rule, delta, density, key, rescale=1.0)
         plain = kept(way, rule, delta, density, key)
         assert torch.equal(left != 0, plain != 0)
-        assert float(left.abs().sum()) == pytest.approx(float(delta.abs().sum()), rel=max(2e-5, way.precision))
+        assert float(left.abs().sum()) == pytest.approx(
+            float(delta.abs().sum()), rel=max(2e-5, way.precision)
+        )
         share = float(plain.abs().sum() / delta.abs().sum())
         torch.testing.assert_close(left * share, plain, rtol=2e-5 + way.precision, atol=0)
 

@@ -29,7 +29,14 @@ def test_program_runs_and_finds_something() -> None:
     program = re.search(r"```python\n(.*?)```", README, re.S)
     assert program is not None
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([sys.executable, "-c", program[1]], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", program[1]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.search(r"test items: (0\.\d+)", done.stdout)
     assert found is not None, done.stdout

@@ -22,7 +22,12 @@ def brute_force(texts: list[str], documents: list[list[str]], ngram: int) -> tup
         n = min(ngram, len(own))
         if n < min(8, ngram):
             short.append(number)
-        elif any(own[i : i + n] == other[j : j + n] for other in corpus for i in range(len(own) - n + 1) for j in range(len(other) - n + 1)):
+        elif any(
+            own[i : i + n] == other[j : j + n]
+            for other in corpus
+            for i in range(len(own) - n + 1)
+            for j in range(len(other) - n + 1)
+        ):
             found.append(number)
     return found, short
 
@@ -74,7 +79,12 @@ def test_lines_of_text_run_on_and_lines_of_json_do_not(tmp_path: Path) -> None:
     first, second = "alpha beta gamma delta epsilon", "zeta eta theta iota kappa"
     text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_bytes(f"{first}\n{second}\n".encode() + b"\xff\xfe rest\n")
-    rows.write_text(json.dumps({"text": first}) + "\n\n" + json.dumps({"turns": [{"say": second}, "lambda"], "n": 3}) + "\n")
+    rows.write_text(
+        json.dumps({"text": first})
+        + "\n\n"
+        + json.dumps({"turns": [{"say": second}, "lambda"], "n": 3})
+        + "\n"
+    )
     both = f"{first} {second}"
     assert overlaps([both], read([text])).found == {0: both}
     assert not overlaps([both], read([rows])).found

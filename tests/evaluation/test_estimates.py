@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from evomerge.evaluation import ItemScore
-from evomerge.evaluation.estimates import Estimate, ItemMeans, control_variate, holm, luck, paired, stratified, t_cdf, t_quantile
+from evomerge.evaluation.estimates import (
+    Estimate,
+    ItemMeans,
+    control_variate,
+    holm,
+    luck,
+    paired,
+    stratified,
+    t_cdf,
+    t_quantile,
+)
 
 
 def scores(task: str, values: list[float] | np.ndarray, start: int = 0) -> list[ItemScore]:
@@ -22,7 +32,14 @@ def scores(task: str, values: list[float] | np.ndarray, start: int = 0) -> list[
 
 def test_t_equals_the_printed_tables() -> None:
     # Abramowitz and Stegun, table 26.10, two-sided 5 % and 1 %
-    table = {(1, 0.975): 12.706, (2, 0.975): 4.303, (5, 0.975): 2.571, (10, 0.995): 3.169, (30, 0.975): 2.042, (120, 0.995): 2.617}
+    table = {
+        (1, 0.975): 12.706,
+        (2, 0.975): 4.303,
+        (5, 0.975): 2.571,
+        (10, 0.995): 3.169,
+        (30, 0.975): 2.042,
+        (120, 0.995): 2.617,
+    }
     for (freedom, p), t in table.items():
         assert t_quantile(p, freedom) == pytest.approx(t, abs=6e-4)
 
@@ -30,7 +47,9 @@ def test_t_equals_the_printed_tables() -> None:
 @pytest.mark.parametrize("freedom", [1.0, 2.5, 7.0, 61.3, 4e3])
 def test_t_integrates_its_density(freedom: float) -> None:
     t = np.linspace(0.0, 3.0, 200_001)
-    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(
+        freedom * math.pi
+    )
     area = np.trapezoid(constant * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t)
     assert t_cdf(3.0, freedom) == pytest.approx(0.5 + area, abs=1e-9)
     assert t_quantile(t_cdf(3.0, freedom), freedom) == pytest.approx(3.0, abs=1e-9)
@@ -189,7 +208,9 @@ def test_item_means_are_means() -> None:
         means.add(scores("a", row))
     for i in range(12):
         assert means.means["a", str(i)] == pytest.approx(table[:, i].mean())
-        assert means.ease["a", str(i)] == pytest.approx((table - table.mean(axis=1, keepdims=True))[:, i].mean())
+        assert means.ease["a", str(i)] == pytest.approx(
+            (table - table.mean(axis=1, keepdims=True))[:, i].mean()
+        )
 
 
 def test_an_estimate_from_all_items_is_the_mean_without_error() -> None:
@@ -203,9 +224,13 @@ def test_an_estimate_from_all_items_is_the_mean_without_error() -> None:
 
 def test_with_no_candidate_known_the_estimate_is_the_plain_mean() -> None:
     values = [0.0, 1.0, 1.0, 0.0, 1.0]
-    estimate = control_variate(scores("a", values), ItemMeans(), {"a": [str(i) for i in range(20)]}, {"a": 1.0})
+    estimate = control_variate(
+        scores("a", values), ItemMeans(), {"a": [str(i) for i in range(20)]}, {"a": 1.0}
+    )
     assert estimate.mean == pytest.approx(0.6)
-    assert estimate.error == pytest.approx(stratified(scores("a", values), {"a": 1.0}).error * math.sqrt(15 / 20))
+    assert estimate.error == pytest.approx(
+        stratified(scores("a", values), {"a": 1.0}).error * math.sqrt(15 / 20)
+    )
 
 
 def population(generator: np.random.Generator, items: int) -> tuple[np.ndarray, ItemMeans, list[str]]:
@@ -244,9 +269,13 @@ def test_skill_that_grows_with_the_generations_is_not_taken_for_ease() -> None:
     for turn in range(8):
         window = range(50 * turn, 50 * turn + 50)
         for _ in range(6):
-            seen.append([ItemScore("a", str(i), 0.1 * turn + ease[i] + generator.normal(0.0, 0.05)) for i in window])
+            seen.append(
+                [ItemScore("a", str(i), 0.1 * turn + ease[i] + generator.normal(0.0, 0.05)) for i in window]
+            )
             means.add(seen[-1])
-    estimates = [control_variate(items, means, {"a": [str(i) for i in range(400)]}, {"a": 1.0}).mean for items in seen]
+    estimates = [
+        control_variate(items, means, {"a": [str(i) for i in range(400)]}, {"a": 1.0}).mean for items in seen
+    ]
     growth = np.polyfit(np.repeat(np.arange(8), 6), estimates, 1)[0]
     naive = [np.mean([s.value - means.means["a", s.item] for s in items]) for items in seen]
     assert growth == pytest.approx(0.1, abs=0.015)

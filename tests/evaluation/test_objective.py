@@ -40,7 +40,9 @@ def drawn(seed: int, kind: Any, signs: bool = True) -> tuple[Objective, dict[str
 @pytest.mark.parametrize("kind", ["mean", "geometric", "worst"])
 def test_a_kind_is_numpys(kind: Any, seed: int) -> None:
     objective, metrics = drawn(seed, kind, signs=kind != "geometric")
-    values = np.array([metrics["a"], 0.25 * metrics["b"] + 0.75 * metrics["c"], objective.terms[2].sign * metrics["d"]])
+    values = np.array(
+        [metrics["a"], 0.25 * metrics["b"] + 0.75 * metrics["c"], objective.terms[2].sign * metrics["d"]]
+    )
     weights = np.array([t.weight for t in objective.terms])
     wanted = {
         "mean": lambda: np.average(values, weights=weights),
@@ -48,7 +50,9 @@ def test_a_kind_is_numpys(kind: Any, seed: int) -> None:
         "worst": lambda: values.min(),
     }[kind]()
     assert objective(metrics) == pytest.approx(wanted, abs=1e-14)
-    assert objective.search(metrics) == objective(metrics), "the search sees the metrics unless told otherwise"
+    assert objective.search(metrics) == objective(metrics), (
+        "the search sees the metrics unless told otherwise"
+    )
     assert objective.point(metrics) == pytest.approx(tuple(values), abs=1e-15)
     given = metrics | {"group": 0.123}
     assert objective.point(given)[1] == 0.123, "a group's own metric comes before its leaves'"
@@ -98,9 +102,13 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def test_the_search_sees_shares_and_the_report_the_metric() -> None:
-    objective = Objective((Term("a", 2.0, search=(("metric", 7.0), ("probability", 3.0))), Term("b"), Term("c", 1.0, -1)))
+    objective = Objective(
+        (Term("a", 2.0, search=(("metric", 7.0), ("probability", 3.0))), Term("b"), Term("c", 1.0, -1))
+    )
     assert objective(METRICS) == pytest.approx((2 * 0.4 + 0.7 - 3.0) / 4, abs=1e-15)
-    assert objective.search(METRICS) == pytest.approx((2 * (0.7 * 0.4 + 0.3 * 0.3) + 0.7 - 3.0) / 4, abs=1e-15)
+    assert objective.search(METRICS) == pytest.approx(
+        (2 * (0.7 * 0.4 + 0.3 * 0.3) + 0.7 - 3.0) / 4, abs=1e-15
+    )
     likely = Objective((Term("a", search=(("logprob", 1.0),)),))
     assert (likely(METRICS), likely.search(METRICS)) == (0.4, -1.5)
     lower = Objective((Term("a", sign=-1, search=(("probability", 1.0),)),))
@@ -122,7 +130,11 @@ def test_the_items_as_seen_average_to_the_search_score(seed: int) -> None:
         Term("g", 1.5, leaves=(("b", 0.3), ("c", 0.7)), search=(("probability", 1.0),)),
         Term("d", 1.0, -1),
     )
-    items = [ItemScore(t, str(i), rng.random(), rng.random(), -rng.random()) for t, n in (("a", 5), ("b", 3), ("c", 8), ("d", 4)) for i in range(n)]
+    items = [
+        ItemScore(t, str(i), rng.random(), rng.random(), -rng.random())
+        for t, n in (("a", 5), ("b", 3), ("c", 8), ("d", 4))
+        for i in range(n)
+    ]
     mean = {t: np.mean([s.value for s in items if s.task == t]) for t in "abcd"} | {
         f"{t}:probability": np.mean([s.probability for s in items if s.task == t]) for t in "abcd"
     }
@@ -134,7 +146,9 @@ def test_the_items_as_seen_average_to_the_search_score(seed: int) -> None:
     by_task = {t: np.mean([s.value for s in seen if s.task == t]) for t in "abcd"}
     assert sum(shares[t] * by_task[t] for t in shares) == pytest.approx(objective.search(mean), abs=1e-13)
     bare = [ItemScore(s.task, s.item, s.value) for s in items]
-    assert {s.task for s in objective.seen(bare)} == {"d"}, "an item without the soft score is no item of the search"
+    assert {s.task for s in objective.seen(bare)} == {"d"}, (
+        "an item without the soft score is no item of the search"
+    )
 
 
 # ---- ranks, floors, ties ---------------------------------------------------------------------------------------------
@@ -143,7 +157,10 @@ def test_the_items_as_seen_average_to_the_search_score(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_ranks_are_lexicographic(seed: int) -> None:
     rng = random.Random(seed)
-    some = [None if rng.random() < 0.15 else Standing(*(float(rng.randrange(3)) for _ in range(4))) for _ in range(25)]
+    some = [
+        None if rng.random() < 0.15 else Standing(*(float(rng.randrange(3)) for _ in range(4)))
+        for _ in range(25)
+    ]
     found = ranks(some)
     for a, x in zip(some, found, strict=True):
         assert (a is None) == (x is None)
@@ -175,13 +192,17 @@ def test_floors_and_violations() -> None:
     floors = objective.floors({"a": {"a": 0.5}, "c": {"c": 3.0}})
     assert floors == {"a": pytest.approx(0.45), "c": pytest.approx(-3.5)}
     assert objective.violation({"a": 0.45 + 1e-12, "c": 3.5 - 1e-12, "b": 0.0}, floors) == 0.0
-    assert objective.violation({"a": 0.40, "c": 4.0, "b": 1.0}, floors) == pytest.approx(0.05 + 0.5, abs=1e-12)
+    assert objective.violation({"a": 0.40, "c": 4.0, "b": 1.0}, floors) == pytest.approx(
+        0.05 + 0.5, abs=1e-12
+    )
     assert objective.violation({"a": 0.1, "c": 9.0, "b": 1.0}, {}) == 0.0
 
 
 def test_a_tie_is_broken_by_the_soft_scores_that_there_are() -> None:
     terms = (Term("a", 3.0), Term("b", 1.0), Term("c", 5.0, -1))
-    assert Objective(terms, tie_break="probability").tie(METRICS) == pytest.approx((3 * 0.3 + 0.6) / 4, abs=1e-15)
+    assert Objective(terms, tie_break="probability").tie(METRICS) == pytest.approx(
+        (3 * 0.3 + 0.6) / 4, abs=1e-15
+    )
     assert Objective(terms, tie_break="logprob").tie(METRICS) == -1.5
     assert Objective(terms).tie(METRICS) == 0.0
     assert Objective((Term("c"),), tie_break="probability").tie(METRICS) == 0.0
@@ -191,7 +212,12 @@ def test_a_tie_is_broken_by_the_soft_scores_that_there_are() -> None:
 
 
 def parsed(**changes: Any) -> config.Config:
-    document: dict[str, Any] = {"study": "x", "models": {"base": "m/base", "one": "m/one"}, "base": "base", "method": "task_arithmetic"}
+    document: dict[str, Any] = {
+        "study": "x",
+        "models": {"base": "m/base", "one": "m/one"},
+        "base": "base",
+        "method": "task_arithmetic",
+    }
     document["tasks"] = [{"task": "a"}, {"task": "b"}]
     return loading.check(_yaml.parse(json.dumps(document | changes, indent=1), "trial.yaml"))
 
@@ -216,18 +242,29 @@ def test_the_search_file_says_the_objective() -> None:
         ),
         "mean", (("a", 0.02),), "none",
     )  # fmt: skip
-    assert objective_module._objective(parsed(), SAID).tie_break == "probability", "where it is there, it is used"
+    assert objective_module._objective(parsed(), SAID).tie_break == "probability", (
+        "where it is there, it is used"
+    )
     assert objective_module.per_generation(settings, objective) == {"a": 100, "b1": 100, "b2": 100}
     sized = parsed(evaluation={"items": {"b": 7}})
     assert objective_module.per_generation(sized, objective) == {"a": 100, "b1": 7, "b2": 7}
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "keep of no task": ({"keep": {"aa": 0.1}}, r"trial.yaml:\d+:\d+ 'aa' is not among the tasks. Did you mean 'a'"),
+    "keep of no task": (
+        {"keep": {"aa": 0.1}},
+        r"trial.yaml:\d+:\d+ 'aa' is not among the tasks. Did you mean 'a'",
+    ),
     "items of no task": ({"evaluation": {"items": {"c": 5}}}, "'c' is not among the tasks"),
-    "items below one": ({"evaluation": {"items": {"a": 0}}}, r"at least 1, or one for each task named, got 0"),
+    "items below one": (
+        {"evaluation": {"items": {"a": 0}}},
+        r"at least 1, or one for each task named, got 0",
+    ),
     "negative slack": ({"keep": {"a": -0.1}}, "greater than or equal to 0"),
-    "no such measure": ({"tasks": [{"task": "a", "search": "accuracy"}]}, "'metric', 'probability' or 'logprob'"),
+    "no such measure": (
+        {"tasks": [{"task": "a", "search": "accuracy"}]},
+        "'metric', 'probability' or 'logprob'",
+    ),
     "no share": ({"tasks": [{"task": "a", "search": {"metric": 0}}]}, "greater than 0"),
     "no measure": ({"tasks": [{"task": "a", "search": {}}]}, "at least 1 item"),
     "kind": ({"objective": "median"}, "'mean', 'geometric' or 'worst'"),
@@ -244,9 +281,15 @@ def test_a_wrong_key_is_named_with_its_place(case: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "soft score of a task without": ({"tasks": [{"task": "a"}, {"task": "b", "search": "probability"}]}, "task 'b' gives no probability"),
+    "soft score of a task without": (
+        {"tasks": [{"task": "a"}, {"task": "b", "search": "probability"}]},
+        "task 'b' gives no probability",
+    ),
     "tie-break of a task without": ({"search": {"tie_break": "logprob"}}, "task 'b' gives no logprob"),
-    "race of a metric that is no mean": ({"search": {"race": {}}}, "metric of task 'b' is aggregated otherwise"),
+    "race of a metric that is no mean": (
+        {"search": {"race": {}}},
+        "metric of task 'b' is aggregated otherwise",
+    ),
     "race of the worst task": ({"objective": "worst", "search": {"race": {}}}, "'worst' objective"),
     "race beside keep": ({"keep": {"a": 0.1}, "search": {"race": {}}}, "'keep'"),
     "keep of a metric that is no mean": ({"keep": {"b": 0.1}}, "no mean"),

@@ -19,7 +19,15 @@ from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import live_model, model_loading
 from evomerge.recipes import Mix, Recipe
 from evomerge.workers.worker import Worker
-from tests.evaluation.lm_harness.test_harness import BATCH, CHOOSE, GENERATE, LIKELIHOOD, own_id, sums, write_task
+from tests.evaluation.lm_harness.test_harness import (
+    BATCH,
+    CHOOSE,
+    GENERATE,
+    LIKELIHOOD,
+    own_id,
+    sums,
+    write_task,
+)
 from tests.support.toy import zoo_folder
 
 FEW = {"search": sums(4), "validation": sums(3, 10), "test": sums(6, 20)}
@@ -58,7 +66,11 @@ SIFTED = """filter_list:
     filter_fn: !function sift.sift
   - function: take_first
 """
-PLAIN = {"filter_list": [{"name": "plain", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]}
+PLAIN = {
+    "filter_list": [
+        {"name": "plain", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+    ]
+}
 ODD: dict[str, Mapping[str, Any]] = {
     "never_stops": GENERATE | {"generation_kwargs": {"until": ["never said"], "do_sample": False, "max_gen_toks": 5}},
     "no_stop": GENERATE | {"generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 3}},
@@ -68,7 +80,11 @@ ODD: dict[str, Mapping[str, Any]] = {
     | {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(never)"}, {"function": "take_first"}]}]},
 }  # fmt: skip
 TEXT = "{% if n % 2 %}{% for i in range(300) %}one {% endfor %}{% endif %}{{prompt}}"
-LONG = {"long_likelihood": (LIKELIHOOD, "perplexity"), "long_choices": (CHOOSE, "acc_norm"), "long_generation": (GENERATE, "exact_match")}
+LONG = {
+    "long_likelihood": (LIKELIHOOD, "perplexity"),
+    "long_choices": (CHOOSE, "acc_norm"),
+    "long_generation": (GENERATE, "exact_match"),
+}
 WELL: dict[str, Mapping[str, Any]] = {"likelihood": LIKELIHOOD, "choices": CHOOSE, "generation": GENERATE}
 
 
@@ -104,10 +120,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scorer(folder: Path, tokenizer: Any) -> Worker:
     one = Worker({"base": Checkpoint(zoo_folder() / "base")}, "base", Nothing(), dtype="float32")
-    names = {**dict.fromkeys([*METRICS, "sifted", *IMPOSSIBLE, *ODD, *WELL]), **{name: metric for name, (_, metric) in LONG.items()}}
+    names = {
+        **dict.fromkeys([*METRICS, "sifted", *IMPOSSIBLE, *ODD, *WELL]),
+        **{name: metric for name, (_, metric) in LONG.items()},
+    }
     specs = [TaskSpec(name, metric, splits="declared") for name, metric in names.items()]
     one.evaluator = LmHarness(specs, tokenizer, batch_size=BATCH, include=[folder])
-    assert scored(one, "long_generation").error is None, "the longest first: what is shorter needs no second probe"
+    assert scored(one, "long_generation").error is None, (
+        "the longest first: what is shorter needs no second probe"
+    )
     return one
 
 
@@ -117,7 +138,13 @@ def scored(scorer: Worker, task: str) -> Evaluation:
     def whole(layer: int | None) -> Mix:
         return Mix("passthrough", (("base", layer),))
 
-    recipe = Recipe("base", tuple(whole(i) for i in range(scorer.parents["base"].num_layers)), whole(None), whole(None), "float32")
+    recipe = Recipe(
+        "base",
+        tuple(whole(i) for i in range(scorer.parents["base"].num_layers)),
+        whole(None),
+        whole(None),
+        "float32",
+    )
     return scorer.evaluate(recipe, {task: scorer.evaluator.items("test")[task]})
 
 
@@ -135,7 +162,9 @@ def test_a_task_that_fails_is_the_candidates_cause(task: str, scorer: Worker) ->
 
 
 @pytest.mark.parametrize("task", WELL)
-def test_nan_weights_are_the_candidates_cause(task: str, scorer: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_weights_are_the_candidates_cause(
+    task: str, scorer: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     well = scored(scorer, task)
     assert well.error is None
 
@@ -148,7 +177,9 @@ def test_nan_weights_are_the_candidates_cause(task: str, scorer: Worker, monkeyp
         evaluation = scored(scorer, task)
     assert "NaN" in str(evaluation.error)
     again = scored(scorer, task)
-    assert (again.error, again.items, again.metrics) == (None, well.items, well.metrics), "the next candidate is not harmed"
+    assert (again.error, again.items, again.metrics) == (None, well.items, well.metrics), (
+        "the next candidate is not harmed"
+    )
 
 
 # ---- refused at the start --------------------------------------------------------------------------------------------
@@ -160,7 +191,8 @@ REFUSED: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "gold index out of range": (CHOOSE, FEW | {"test": [*sums(3, 20), sums(1, 30)[0] | {"label": 4}]}),
     "negative gold index": (CHOOSE, FEW | {"test": [*sums(3, 20), sums(1, 30)[0] | {"label": -2}]}),
     "right context out of range": (
-        CHOOSE | {"doc_to_text": "label", "doc_to_choice": "{{['one', 'two']}}", "doc_to_target": "{{answer}}"},
+        CHOOSE
+        | {"doc_to_text": "label", "doc_to_choice": "{{['one', 'two']}}", "doc_to_target": "{{answer}}"},
         FEW | {"test": [*sums(3, 20), sums(1, 30)[0] | {"label": 2}]},
     ),
 }
@@ -170,7 +202,11 @@ REFUSED: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 def test_a_task_that_cannot_be_asked_is_refused_by_name(how: str, tmp_path: Path, tokenizer: Any) -> None:
     settings, docs = REFUSED[how]
     with pytest.raises(TaskError, match="'trial'"):
-        LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[write_task(tmp_path, "trial", settings, docs)])
+        LmHarness(
+            [TaskSpec("trial", splits="declared")],
+            tokenizer,
+            include=[write_task(tmp_path, "trial", settings, docs)],
+        )
 
 
 # ---- scored, as lm-eval scores it, and said --------------------------------------------------------------------------
@@ -204,8 +240,12 @@ def test_odd_generations_are_scored_as_by_lm_eval(task: str, scorer: Worker, the
     assert {s.item: s.value for s in evaluation.items} == theirs[task]
     if task == "empty_texts":
         own: Any = scorer.evaluator
-        assert {sample.output for sample in own.samples(scorer.model, {task: own.items("test")[task]})} == {""}
-        assert evaluation.metrics[task] == 0.5, "an empty answer is right where the target is empty, and only there"
+        assert {sample.output for sample in own.samples(scorer.model, {task: own.items("test")[task]})} == {
+            ""
+        }
+        assert evaluation.metrics[task] == 0.5, (
+            "an empty answer is right where the target is empty, and only there"
+        )
 
 
 @pytest.mark.parametrize("task", LONG)

@@ -103,14 +103,23 @@ def test_scores_are_the_functions_and_the_metric_their_mean(function: str, modul
     items = tasks.items("test")["mine"]
     scores, metrics = tasks.score(model(0.5), {"mine": items})
     wanted = [2.0 + (ITEMS.index(i) if function == "weigh" else len(i)) for i in items]
-    assert [(s.task, s.item, s.value) for s in scores] == [("mine", i, v) for i, v in zip(items, wanted, strict=True)]
+    assert [(s.task, s.item, s.value) for s in scores] == [
+        ("mine", i, v) for i, v in zip(items, wanted, strict=True)
+    ]
     assert metrics == {"mine": math.fsum(wanted) / len(wanted)}
     if function == "some":
         assert calls(module) == [None, items], "a function with a third argument is asked for some items only"
 
 
 def test_limits_take_a_part_that_grows(module: str) -> None:
-    sets = [set(PythonTasks([PythonSpec("m", f"{module}:weigh")], None, model(), limits={"search": n}).items("search")["m"]) for n in (2, 5, 999)]
+    sets = [
+        set(
+            PythonTasks([PythonSpec("m", f"{module}:weigh")], None, model(), limits={"search": n}).items(
+                "search"
+            )["m"]
+        )
+        for n in (2, 5, 999)
+    ]
     assert [len(s) for s in sets] == [2, 5, sum(role_of(i) == "search" for i in ITEMS)]
     assert sets[0] < sets[1] < sets[2]
 
@@ -153,7 +162,9 @@ def test_a_function_that_is_asked_for_some_items_gives_no_others(module: str) ->
         ("poisoned", "fails for the base: .*TypeError"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_refused_at_the_start(function: str, words: str, module: str) -> None:
+def test_a_function_that_cannot_be_had_is_refused_at_the_start(
+    function: str, words: str, module: str
+) -> None:
     with pytest.raises(TaskError, match=f"'mine'.*{words}"):
         load(module, function)
 
@@ -172,7 +183,10 @@ def test_changed_source_or_items_have_another_fingerprint(module: str, tmp_path:
     assert load(module, "some").fingerprint() != first
     (tmp_path / f"{module}.py").write_text(SOURCE + "# changed\n")
     assert load(module).fingerprint() != first
-    assert hashlib.sha256((SOURCE + "# changed\n").encode()).hexdigest() in load(module).backends(model())["mine"]
+    assert (
+        hashlib.sha256((SOURCE + "# changed\n").encode()).hexdigest()
+        in load(module).backends(model())["mine"]
+    )
 
 
 def test_several_sets_are_asked_for_their_own(module: str) -> None:
@@ -228,8 +242,12 @@ def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) ->
     assert len(facts["item_sets"]["test"]["size"]) == 64
     assert all(trial.error is None for trial in trials)
     assert {"zoo_lookup", "size"} <= set(outcome["best"]["test_metrics"])
-    assert outcome["best"]["test"] == pytest.approx((outcome["best"]["test_metrics"]["zoo_lookup"] + outcome["best"]["test_metrics"]["size"]) / 2)
-    again = prepare.prepare(settings, text, tmp_path / "studies", resume=True, allowed=opening.Allowed(python=True))
+    assert outcome["best"]["test"] == pytest.approx(
+        (outcome["best"]["test_metrics"]["zoo_lookup"] + outcome["best"]["test_metrics"]["size"]) / 2
+    )
+    again = prepare.prepare(
+        settings, text, tmp_path / "studies", resume=True, allowed=opening.Allowed(python=True)
+    )
     again.store.close()
 
 
@@ -256,7 +274,10 @@ def test_the_command_line_says_what_it_would_run(verb: str, module: str, tmp_pat
 def test_an_entry_is_a_task_or_a_function(task: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         schema.TaskConfig.model_validate(task)
-    assert schema.TaskConfig.model_validate({"python": "a.b:c", "name": "x", "higher_is_better": False}).task == "x"
+    assert (
+        schema.TaskConfig.model_validate({"python": "a.b:c", "name": "x", "higher_is_better": False}).task
+        == "x"
+    )
 
 
 def test_a_worker_makes_a_functions_failure_a_value(module: str, tmp_path: Path) -> None:

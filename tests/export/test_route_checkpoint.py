@@ -65,7 +65,9 @@ def test_a_fresh_process_computes_what_was_scored(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["gemma2"])
-def test_in_bfloat16_the_weights_are_the_same_and_logits_differ_by_rounding_at_most(kind: str, tmp_path: Path) -> None:
+def test_in_bfloat16_the_weights_are_the_same_and_logits_differ_by_rounding_at_most(
+    kind: str, tmp_path: Path
+) -> None:
     case = shipped_routes.case(shipped_routes.files(tmp_path, kind, "bfloat16"), dtype="bfloat16")
     found = route_checkpoint.checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
     assert max(found.logits, found.steps) < 0.03, found
@@ -91,7 +93,9 @@ def test_the_folder_scales_the_hidden_state_that_enters_each_layer(kind: str, tm
 
     def logits(model: Any) -> torch.Tensor:
         with torch.no_grad():
-            found: torch.Tensor = model(input_ids=asked["ids"], attention_mask=asked["mask"]).logits[asked["mask"].bool()]
+            found: torch.Tensor = model(input_ids=asked["ids"], attention_mask=asked["mask"]).logits[
+                asked["mask"].bool()
+            ]
         return found.double()
 
     unscaled = logits(plain)
@@ -103,7 +107,9 @@ def test_the_folder_scales_the_hidden_state_that_enters_each_layer(kind: str, tm
 
 
 def times(scale: float) -> Callable[..., Any]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if arguments:
             return (arguments[0] * scale, *arguments[1:]), named
         return arguments, {**named, "hidden_states": named["hidden_states"] * scale}
@@ -117,7 +123,9 @@ def test_words_that_are_asked_have_no_meaning_in_the_config(tmp_path: Path) -> N
     assert {0, 1, 2, 5} <= set(asked["banned"].tolist()), "padding, begin, end, and the image's place"
     assert not set(asked["ids"].flatten().tolist()) & set(asked["banned"].tolist())
     assert len(asked["ids"].unique()) > 12
-    assert set(reload_check.answers(case.routed.model, asked)["tokens"].flatten().tolist()).isdisjoint({1, 2, 5})
+    assert set(reload_check.answers(case.routed.model, asked)["tokens"].flatten().tolist()).isdisjoint(
+        {1, 2, 5}
+    )
 
 
 # ---- a folder that is wrong
@@ -129,7 +137,10 @@ def lose(path: Path) -> None:
 
 def nudge(path: Path) -> None:
     """One element of one tensor by one unit in the last place."""
-    change(path, lambda tensors: tensors["model.layers.4.mlp.up_proj.weight"].view(torch.int32).view(-1)[7].add_(1))
+    change(
+        path,
+        lambda tensors: tensors["model.layers.4.mlp.up_proj.weight"].view(torch.int32).view(-1)[7].add_(1),
+    )
 
 
 def change(path: Path, how: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -150,8 +161,14 @@ def empty(path: Path) -> None:
 
 DAMAGE = {
     "a tensor is lost": (lose, r"1 tensors of .*: model.layers.4.mlp.up_proj.weight is missing"),
-    "an element is one unit off": (nudge, r"1 tensors of out are not those that were scored, such as model.layers.4.mlp.up_proj.weight"),
-    "the config rotates otherwise": (rotate, r"computes something else: logits differ by up to \S+ and step logits by up to \S+ of their deviation"),
+    "an element is one unit off": (
+        nudge,
+        r"1 tensors of out are not those that were scored, such as model.layers.4.mlp.up_proj.weight",
+    ),
+    "the config rotates otherwise": (
+        rotate,
+        r"computes something else: logits differ by up to \S+ and step logits by up to \S+ of their deviation",
+    ),
     "there is no config": (empty, r"out cannot be used in a process of its own: .*CheckpointError"),
 }
 
@@ -170,7 +187,9 @@ def test_a_damaged_folder_is_caught(case_: str, llama: Case, tmp_path: Path) -> 
 def test_what_fails_the_proof_leaves_no_folder(llama: Case, tmp_path: Path) -> None:
     """The live model computes something that its weights and config do not say."""
     routed = Routed(llama.models["base"])
-    handle = routed.model.get_output_embeddings().register_forward_hook(lambda module, given, logits: logits * 1.01)  # type: ignore[operator]
+    handle = routed.model.get_output_embeddings().register_forward_hook(
+        lambda module, given, logits: logits * 1.01
+    )  # type: ignore[operator]
     with pytest.raises(NothingToExport, match="has the weights that were scored and computes something else"):
         route_checkpoint.checkpoint(routed, llama.hops, tmp_path / "out", llama.donor)
     handle.remove()
@@ -188,7 +207,9 @@ def test_a_route_that_no_config_can_say_is_refused_with_the_reason(tmp_path: Pat
     model = AutoModelForCausalLM.from_config(config).eval()
     routed = Routed(model)
     with pytest.raises(NothingToExport, match=r"the route is no plain checkpoint: .*layer 1"):
-        route_checkpoint.checkpoint(routed, [Hop(model, layer) for layer in (0, 0, 1, 1)], tmp_path / "out", tmp_path)
+        route_checkpoint.checkpoint(
+            routed, [Hop(model, layer) for layer in (0, 0, 1, 1)], tmp_path / "out", tmp_path
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,7 +224,9 @@ def test_what_was_tied_stays_tied_unless_its_values_differ(tmp_path: Path) -> No
     live: Any = case.routed.model
     tied = route_checkpoint.plain(case.routed)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-    live.get_output_embeddings().weight = nn.Parameter(live.get_input_embeddings().weight * 1.5, requires_grad=False)
+    live.get_output_embeddings().weight = nn.Parameter(
+        live.get_input_embeddings().weight * 1.5, requires_grad=False
+    )
     found = route_checkpoint.checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
     assert found.tokens
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -230,7 +253,10 @@ class Stored:
 
     def __init__(self, folder: Path, files: dict[str, Path], recipe: Recipe) -> None:
         self.parents = {name: Checkpoint(path) for name, path in files.items()}
-        facts = {"parents": {name: {"path": str(path), "revision": None} for name, path in files.items()}, "tasks": ["task"]}
+        facts = {
+            "parents": {name: {"path": str(path), "revision": None} for name, path in files.items()},
+            "tasks": ["task"],
+        }
         base = stacked(*(("base", layer) for layer in range(4)))
         with Store.open(folder / "study.db", write=True) as store:
             store.begin("routes", 0, "study: routes\n", {}, facts)
@@ -250,14 +276,19 @@ def stacked(*layers: tuple[str, int], base: str = "base", **more: Any) -> Recipe
     return Recipe(base, tuple(Mix("passthrough", (source,)) for source in layers), outer, outer, **more)
 
 
-def test_a_model_cut_to_its_first_layers_is_shown_as_the_route_that_is_exported(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_cut_to_its_first_layers_is_shown_as_the_route_that_is_exported(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
     found = Stored(tmp_path, tiny, stacked(("math", 0), ("math", 1)))
     assert found.shown == "math 0-1"
     assert "Route: math 0-1." in found.card
 
 
 def test_a_merge_of_two_documents_gets_no_route_on_its_card(tiny: dict[str, Path], tmp_path: Path) -> None:
-    half = [Mix("linear", (("base", layer), ("math", layer)), None, params({"weight": (0.5, 0.5)})) for layer in (0, 1, 2, 3, None)]
+    half = [
+        Mix("linear", (("base", layer), ("math", layer)), None, params({"weight": (0.5, 0.5)}))
+        for layer in (0, 1, 2, 3, None)
+    ]
     merged = Recipe("base", tuple(half[:4]), half[4], half[4])
     stages = (("merged", merged),)
     found = Stored(tmp_path, tiny, stacked(*(("merged", layer) for layer in range(4)), stages=stages))
@@ -265,7 +296,9 @@ def test_a_merge_of_two_documents_gets_no_route_on_its_card(tiny: dict[str, Path
     assert "Route:" not in found.card
     own = stacked(*(("merged", layer) for layer in range(4)), base="merged", stages=stages)
     assert not own.is_route({})
-    assert stacked(("merged", 0), base="merged", stages=stages).is_route({}), "a stage's depth is its recipe's"
+    assert stacked(("merged", 0), base="merged", stages=stages).is_route({}), (
+        "a stage's depth is its recipe's"
+    )
 
 
 # ---- one config for a stack, whichever way it is written
@@ -274,19 +307,33 @@ def test_a_merge_of_two_documents_gets_no_route_on_its_card(tiny: dict[str, Path
 def edit(path: Path, **changed: Any) -> None:
     """Changes keys of a config.json; None takes a key out."""
     config = json.loads((path / "config.json").read_text()) | changed
-    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
 
 
 F, S = "full_attention", "sliding_attention"
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "layer types that differ": ("gemma3_text", {"layer_types": [S, S, F, S]}, {"layer_types": [F, S, S, F]}, {"layer_types": [S, S, S, S, F, S]}),
-    "layer types that only the class knows": ("gemma2", {"layer_types": None}, {"layer_types": [F, S, S, F]}, {"layer_types": [S, S, S, S, S, F]}),
+    "layer types that differ": (
+        "gemma3_text",
+        {"layer_types": [S, S, F, S]},
+        {"layer_types": [F, S, S, F]},
+        {"layer_types": [S, S, S, S, F, S]},
+    ),
+    "layer types that only the class knows": (
+        "gemma2",
+        {"layer_types": None},
+        {"layer_types": [F, S, S, F]},
+        {"layer_types": [S, S, S, S, S, F]},
+    ),
     "sets of layers": ("qwen3_moe", {"decoder_sparse_step": 1}, {}, {"mlp_only_layers": []}),
     "a count of leading layers": ("deepseek_v3", {}, {}, {"first_k_dense_replace": 1}),
 }
 
 
-def both_ways(recipe: Recipe, files: dict[str, Checkpoint], folder_: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def both_ways(
+    recipe: Recipe, files: dict[str, Checkpoint], folder_: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a recipe written by a merge, and by the export of routes: what transformers reads of each."""
     from transformers import AutoConfig
 
@@ -299,7 +346,9 @@ def both_ways(recipe: Recipe, files: dict[str, Checkpoint], folder_: Path) -> tu
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_stack_has_one_config_whether_it_is_merged_or_exported_as_a_route(name: str, tmp_path: Path) -> None:
+def test_a_stack_has_one_config_whether_it_is_merged_or_exported_as_a_route(
+    name: str, tmp_path: Path
+) -> None:
     kind, base, math, expected = CONFIGS[name]
     opened = shipped_routes.files(tmp_path, kind, "float32")
     edit(opened["base"].path, **base)

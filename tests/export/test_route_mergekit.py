@@ -42,7 +42,9 @@ def write(case: Case, into: Path) -> None:
     route_checkpoint.write_into(case.routed, case.hops, into / "out", case.donor)
     route_mergekit.write_shell(case.routed, case.hops, into / "shell", case.donor)
     named = {name: str(file.path) for name, file in case.files.items()}
-    (into / "recipe.yaml").write_text(route_mergekit.yaml_document(case.recipe, case.hops, case.files, named, shell=str(into / "shell")))
+    (into / "recipe.yaml").write_text(
+        route_mergekit.yaml_document(case.recipe, case.hops, case.files, named, shell=str(into / "shell"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +65,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, str]
     return out
 
 
-@pytest.mark.parametrize(("kind", "scaled", "dtype"), [*((k, s, "float32") for k in SIX for s in (False, True)), ("gemma2", True, "bfloat16")])
-def test_mergekit_makes_the_same_model(kind: str, scaled: bool, dtype: str, made: dict[tuple[str, bool, str], Made]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scaled", "dtype"),
+    [*((k, s, "float32") for k in SIX for s in (False, True)), ("gemma2", True, "bfloat16")],
+)
+def test_mergekit_makes_the_same_model(
+    kind: str, scaled: bool, dtype: str, made: dict[tuple[str, bool, str], Made]
+) -> None:
     found = made[kind, scaled, dtype]
     loaded = reload_check.load(found.theirs, dtype)
     assert loaded.faults == ()
-    apart = route_checkpoint.compare(found.answers, reload_check.answers(loaded.model, reload_check.questions(loaded.model)))
+    apart = route_checkpoint.compare(
+        found.answers, reload_check.answers(loaded.model, reload_check.questions(loaded.model))
+    )
     assert max(apart.logits, apart.steps) < (1e-4 if dtype == "float32" else 0.03), apart
     tensors = route_mergekit.compare(found.ours, found.theirs)
     assert tensors.only == ()
@@ -77,7 +86,9 @@ def test_mergekit_makes_the_same_model(kind: str, scaled: bool, dtype: str, made
 
 
 @pytest.mark.parametrize("kind", LOSING)
-def test_what_mergekit_drops_without_a_word_is_noticed(kind: str, made: dict[tuple[str, bool, str], Made]) -> None:
+def test_what_mergekit_drops_without_a_word_is_noticed(
+    kind: str, made: dict[tuple[str, bool, str], Made]
+) -> None:
     found = made[kind, False, "float32"]
     tensors = route_mergekit.compare(found.ours, found.theirs)
     assert not tensors.agrees
@@ -89,27 +100,49 @@ def test_the_file_says_no_more_than_it_has_to(tmp_path: Path) -> None:
     """Layers that follow each other are one slice, unless they have a gain."""
     opened = shipped_routes.files(tmp_path, "llama", "float32")
     case = shipped_routes.case(opened, scaled=False)
-    text = route_mergekit.yaml_document(case.recipe, case.hops, opened, {"base": "org/base", "math": "org/math@main"}, header=["a", "b\nc"])
+    text = route_mergekit.yaml_document(
+        case.recipe, case.hops, opened, {"base": "org/base", "math": "org/math@main"}, header=["a", "b\nc"]
+    )
     assert text.startswith("# a\n# b\n# c\n")
     document = yaml.safe_load(text)
     slices = document.pop("slices")
-    assert document == {"merge_method": "passthrough", "base_model": "./shell", "dtype": "float32", "out_dtype": "float32"}
+    assert document == {
+        "merge_method": "passthrough",
+        "base_model": "./shell",
+        "dtype": "float32",
+        "out_dtype": "float32",
+    }
     flat = [(s["model"], *s["layer_range"]) for entry in slices for s in entry["sources"]]
     base, math = "org/base", "org/math@main"
     assert flat == [(base, 0, 0), (base, 0, 1), (math, 1, 3), (math, 1, 2), (base, 2, 4), (base, 0, 0)]
     scaled = shipped_routes.case(opened)
-    document = yaml.safe_load(route_mergekit.yaml_document(scaled.recipe, scaled.hops, opened, {"base": base, "math": math}))
-    assert [entry["sources"][0]["layer_range"] for entry in document["slices"]] == [[0, 0], *([i, i + 1] for _, i in ROUTE), [0, 0]]
+    document = yaml.safe_load(
+        route_mergekit.yaml_document(scaled.recipe, scaled.hops, opened, {"base": base, "math": math})
+    )
+    assert [entry["sources"][0]["layer_range"] for entry in document["slices"]] == [
+        [0, 0],
+        *([i, i + 1] for _, i in ROUTE),
+        [0, 0],
+    ]
     gain = 1 / (1.0 * 0.7 * 1.3)
-    wanted = [{"filter": f".{name}.weight", "value": pytest.approx(gain, rel=1e-15)} for name in ("mlp.down_proj", "self_attn.o_proj")]
+    wanted = [
+        {"filter": f".{name}.weight", "value": pytest.approx(gain, rel=1e-15)}
+        for name in ("mlp.down_proj", "self_attn.o_proj")
+    ]
     assert document["slices"][3]["sources"][0]["parameters"]["scale"] == wanted
 
 
 def test_embeddings_and_head_may_be_of_other_models_than_the_layers_beside_them(tmp_path: Path) -> None:
     opened = shipped_routes.files(tmp_path, "llama", "float32")
     case = shipped_routes.case(opened, scaled=False)
-    recipe = replace(case.recipe, embeddings=Mix("passthrough", (("math", None),)), head=Mix("passthrough", (("math", None),)))
-    document = yaml.safe_load(route_mergekit.yaml_document(recipe, case.hops, opened, {"base": "b", "math": "m"}))
+    recipe = replace(
+        case.recipe,
+        embeddings=Mix("passthrough", (("math", None),)),
+        head=Mix("passthrough", (("math", None),)),
+    )
+    document = yaml.safe_load(
+        route_mergekit.yaml_document(recipe, case.hops, opened, {"base": "b", "math": "m"})
+    )
     ends = [document["slices"][i]["sources"][0] for i in (0, -1)]
     assert ends == [{"model": "m", "layer_range": [0, 0]}] * 2
 
@@ -121,9 +154,21 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
     """A linear merge, and a route over it and a parent."""
 
     def half(layer: int | None) -> Mix:
-        return Mix("linear", (("base", layer), ("math", layer)), None, params({"weight": (0.3, 0.6), "normalize": 1.0}))
+        return Mix(
+            "linear",
+            (("base", layer), ("math", layer)),
+            None,
+            params({"weight": (0.3, 0.6), "normalize": 1.0}),
+        )
 
-    merge = Recipe("base", tuple(half(i) for i in range(opened["base"].num_layers)), half(None), half(None), out_dtype=dtype, policy=policy)
+    merge = Recipe(
+        "base",
+        tuple(half(i) for i in range(opened["base"].num_layers)),
+        half(None),
+        half(None),
+        out_dtype=dtype,
+        policy=policy,
+    )
     checkpoint_writer.write(merge, opened, into)
     files = {"merged": Checkpoint(into), "math": opened["math"]}
     models = {name: model_loading.load(file, dtype) for name, file in files.items()}
@@ -132,12 +177,19 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
     layers = tuple(Mix("passthrough", (source,)) for source in route)
     scales = shipped_routes.SCALES if scaled else ()
     recipe = Recipe("base", layers, outer, outer, out_dtype=dtype, stages=(("merged", merge),), scales=scales)
-    hops = tuple(Hop(models[m], layer, gain) for (m, layer), gain in zip(route, gains(scales, len(route)), strict=True))
+    hops = tuple(
+        Hop(models[m], layer, gain) for (m, layer), gain in zip(route, gains(scales, len(route)), strict=True)
+    )
     return Case(recipe, Routed(models["merged"]), hops, opened, models)
 
 
-@pytest.mark.parametrize(("kind", "scaled", "dtype", "policy"), [("gemma2", True, "float32", "mergekit"), ("qwen3", False, "bfloat16", "mergekit")])
-def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(kind: str, scaled: bool, dtype: str, policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scaled", "dtype", "policy"),
+    [("gemma2", True, "float32", "mergekit"), ("qwen3", False, "bfloat16", "mergekit")],
+)
+def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(
+    kind: str, scaled: bool, dtype: str, policy: str, tmp_path: Path
+) -> None:
     """In Gemma 2, layers of the merge lie in the shell with their gains. The YAML names its shell by where it lies itself."""
     case = staged(shipped_routes.files(tmp_path, kind, dtype), tmp_path / "stage", scaled, dtype, policy)
     into = tmp_path / "route"
@@ -145,7 +197,12 @@ def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(kind: 
     named = {name: str(file.path) for name, file in case.files.items()}
     (into / "recipe.yaml").write_text(route_mergekit.yaml_document(case.recipe, case.hops, case.files, named))
     first, second = yaml.safe_load_all((into / "recipe.yaml").read_text())
-    assert (first["name"], first["merge_method"], second["merge_method"], "name" in second) == ("merged", "linear", "passthrough", False)
+    assert (first["name"], first["merge_method"], second["merge_method"], "name" in second) == (
+        "merged",
+        "linear",
+        "passthrough",
+        False,
+    )
     assert bool(route_mergekit.in_shell(case.hops)) == (kind == "gemma2")
     found = route_mergekit.check_with_mergekit(ENVIRONMENT, into / "recipe.yaml", into / "out")
     assert found.agrees, found
@@ -161,8 +218,12 @@ def test_a_sentence_says_why_there_is_no_file() -> None:
     recipe = shipped_routes.recipe()
     assert {route_mergekit.why_not(recipe, kind) for kind in SIX} == {None}
     assert set(SIX) == set(route_mergekit.VERIFIED)
-    assert "verified for gemma2, llama, mixtral, olmo2, phi3, qwen3 and not for qwen2_moe" in str(route_mergekit.why_not(recipe, "qwen2_moe"))
-    mixed = replace(recipe, layers=(*recipe.layers[:2], Mix("linear", (("base", 2), ("math", 2))), *recipe.layers[3:]))
+    assert "verified for gemma2, llama, mixtral, olmo2, phi3, qwen3 and not for qwen2_moe" in str(
+        route_mergekit.why_not(recipe, "qwen2_moe")
+    )
+    mixed = replace(
+        recipe, layers=(*recipe.layers[:2], Mix("linear", (("base", 2), ("math", 2))), *recipe.layers[3:])
+    )
     assert "layer 2 is mixed while others pass through" in str(route_mergekit.why_not(mixed, "llama"))
     with pytest.raises(RecipeError, match="layer 2 is mixed while others pass through"):
         route_mergekit.yaml_document(mixed, (), {}, {})

@@ -36,7 +36,9 @@ def test_a_file_of_small_values_is_refused_where_the_limit_is_passed(text: str) 
 
 
 def test_a_file_with_as_many_values_as_are_allowed_is_read() -> None:
-    text = "a: [" + "1," * (_yaml.MAX_VALUES - 5) + "1]"  # a document, a mapping, a key and a list beside them
+    text = (
+        "a: [" + "1," * (_yaml.MAX_VALUES - 5) + "1]"
+    )  # a document, a mapping, a key and a list beside them
     assert len(_yaml.parse(text, "large.yaml").data["a"]) == _yaml.MAX_VALUES - 4
 
 
@@ -65,7 +67,9 @@ def test_an_error_about_a_recipe_is_one_line_of_bounded_length() -> None:
 )
 def test_a_name_with_a_line_end_makes_an_error_of_one_line(given: str, broken: str) -> None:
     """It was quoted as it stood."""
-    text = "study: s\nmodels: {a: {path: m}, b: {path: m}}\nbase: a\nmethod: linear\ntasks: [{task: sorting}]\n"
+    text = (
+        "study: s\nmodels: {a: {path: m}, b: {path: m}}\nbase: a\nmethod: linear\ntasks: [{task: sorting}]\n"
+    )
     with pytest.raises(ConfigError, match="x y") as caught:
         loading.check(_yaml.parse(text.replace(given, broken), "search.yaml"))
     assert len(str(caught.value).splitlines()) == 1
@@ -73,7 +77,10 @@ def test_a_name_with_a_line_end_makes_an_error_of_one_line(given: str, broken: s
 
 def header(names: int) -> bytes:
     """A safetensors file of that many empty tensors."""
-    text = json.dumps({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(names)}, separators=(",", ":")).encode()
+    text = json.dumps(
+        {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(names)},
+        separators=(",", ":"),
+    ).encode()
     return struct.pack("<Q", len(text)) + text
 
 
@@ -87,10 +94,14 @@ def test_a_header_of_very_many_tensors_is_refused_before_they_are_looked_at(tmp_
         safetensors_headers.read(file)
 
 
-def test_a_folder_of_very_many_tensors_and_a_huge_json_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_very_many_tensors_and_a_huge_json_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(safetensors_headers, "MAX_FOLDER", 5)
     for shard in range(3):
-        text = json.dumps({f"t{shard}.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(2)}).encode()
+        text = json.dumps(
+            {f"t{shard}.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(2)}
+        ).encode()
         (tmp_path / f"{shard}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(CheckpointError, match="more than 5 tensors"):
         safetensors_headers.tensors(tmp_path)

@@ -49,23 +49,39 @@ METHODS = {
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parent]:
     root = tmp_path_factory.mktemp("parents")
     base = llama(root / "base", 0)
-    return {"base": Checkpoint(base), **{name: Checkpoint(llama(root / name, seed, near=base)) for name, seed in (("a", 1), ("b", 2))}}
+    return {
+        "base": Checkpoint(base),
+        **{name: Checkpoint(llama(root / name, seed, near=base)) for name, seed in (("a", 1), ("b", 2))},
+    }
 
 
 def on_gpu(parents: dict[str, Parent], place: Place) -> Live:
     kept = {name: held(parent, place, "cuda") for name, parent in parents.items()}
-    return Live(parents, kept, "base", load(parents["base"], "bfloat16").cuda(), "bfloat16", "cuda", Tables(build=True))
+    return Live(
+        parents,
+        kept,
+        "base",
+        load(parents["base"], "bfloat16").cuda(),
+        "bfloat16",
+        "cuda",
+        Tables(build=True),
+    )
 
 
 def merged(name: str) -> Recipe:
     given = params(({"weight": (0.7, 0.5)} if name not in ("slerp", "model_stock") else {}) | METHODS[name])
     sources = ("a",) if name == "slerp" else ("a", "b")
-    mixes = [Mix(name, tuple((source, layer) for source in sources), ("base", layer), given) for layer in (*range(5), None)]
+    mixes = [
+        Mix(name, tuple((source, layer) for source in sources), ("base", layer), given)
+        for layer in (*range(5), None)
+    ]
     return Recipe("base", tuple(mixes[:5]), mixes[5], mixes[5], seed=3)
 
 
 @pytest.mark.parametrize("place", ["device", "pinned", "disk"])
-def test_a_live_recipe_is_the_model_that_the_cpu_writes(place: Place, parents: dict[str, Parent], tmp_path: Path) -> None:
+def test_a_live_recipe_is_the_model_that_the_cpu_writes(
+    place: Place, parents: dict[str, Parent], tmp_path: Path
+) -> None:
     live = on_gpu(parents, place)
     for number, recipe in enumerate([*RECIPES.values(), *map(merged, METHODS)]):
         checkpoint_writer.write(recipe, parents, tmp_path / str(number))
@@ -74,7 +90,9 @@ def test_a_live_recipe_is_the_model_that_the_cpu_writes(place: Place, parents: d
         view.install()
         found = view.module.state_dict()
         assert found.keys() == written.keys()
-        assert all(tensor.is_cuda and torch.equal(tensor.cpu(), written[key]) for key, tensor in found.items()), recipe
+        assert all(
+            tensor.is_cuda and torch.equal(tensor.cpu(), written[key]) for key, tensor in found.items()
+        ), recipe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -88,7 +106,9 @@ def test_a_route_computes_the_bits_of_a_physical_copy(name: str, dtype: torch.dt
         routed.install(hops)
         copied = oracle.copied(models[0], decoder_layers.stack(models[0])[0], hops).cuda()
         assert torch.equal(oracle.logits(routed.model, inputs), oracle.logits(copied, inputs))
-        (tokens, steps), (expected, others) = (oracle.generated(model, inputs, cached=True) for model in (routed.model, copied))
+        (tokens, steps), (expected, others) = (
+            oracle.generated(model, inputs, cached=True) for model in (routed.model, copied)
+        )
         assert torch.equal(tokens, expected)
         assert all(torch.equal(a, b) for a, b in zip(steps, others, strict=True))
 
@@ -105,7 +125,10 @@ def test_scores_in_float32_are_lm_evals(name: str, tmp_path: Path) -> None:
 def test_trained_weights_in_bfloat16_give_lm_evals_scores(tmp_path: Path) -> None:
     tasks, scores = equality_tasks.write(tmp_path / "tasks", count=4), equality_tasks.scores(SOME)
     checkpoint = Checkpoint(zoo_folder() / "math")
-    model, tokenizer = model_loading.load(checkpoint, "bfloat16").cuda(), model_loading.load_tokenizer(checkpoint)
+    model, tokenizer = (
+        model_loading.load(checkpoint, "bfloat16").cuda(),
+        model_loading.load_tokenizer(checkpoint),
+    )
     wanted = equality_oracle.theirs(model, tokenizer, tasks, scores)
     found = equality_oracle.ours(equality_oracle.load(tokenizer, tasks, scores), model, scores)
     assert equality_oracle.compare(wanted, found, exact=False).said == []
@@ -127,7 +150,9 @@ class Greedy:
         return (ItemScore("task", "one", 1.0),), {"task": 1.0}
 
 
-def test_a_candidate_that_runs_out_of_memory_is_a_value_and_the_next_is_scored(parents: dict[str, Parent]) -> None:
+def test_a_candidate_that_runs_out_of_memory_is_a_value_and_the_next_is_scored(
+    parents: dict[str, Parent],
+) -> None:
     scorer = Worker(parents, "base", Greedy(), dtype="bfloat16", device="cuda")
     found = [scorer.evaluate(merged("ties"), {"task": ("one",)}) for _ in range(2)]
     assert "out of memory" in (found[0].error or "")
@@ -139,7 +164,9 @@ def study(root: Path, *flags: object, device: str = "cuda") -> Path:
     """The store of a search run to its end."""
     root.mkdir(exist_ok=True)
     words = command("run", search_file(root, "small", evaluations=24), "--root", root, "--resume", *flags)
-    done = subprocess.run(words, env=environment() | {"EVOMERGE_DEVICE": device}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, env=environment() | {"EVOMERGE_DEVICE": device}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return root / "small" / "study.db"
 
@@ -160,7 +187,12 @@ def test_a_search_that_is_killed_goes_on_row_by_row(unbroken: Path, tmp_path: Pa
     file, store = search_file(tmp_path, "small", evaluations=24), tmp_path / "small" / "study.db"
     words = command("run", file, "--root", tmp_path, "--resume")
     for seen in (3, 14):
-        driver = subprocess.Popen(words, env=environment() | {"EVOMERGE_DEVICE": "cuda"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        driver = subprocess.Popen(
+            words,
+            env=environment() | {"EVOMERGE_DEVICE": "cuda"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while count_rows(store, "evaluations") < seen:
             assert driver.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
@@ -169,8 +201,12 @@ def test_a_search_that_is_killed_goes_on_row_by_row(unbroken: Path, tmp_path: Pa
     assert stored_rows(study(tmp_path)) == stored_rows(unbroken)
 
 
-@pytest.mark.parametrize("flags", [("--ray", "local", "--workers", 2, "--gpus", 0.5), ("--workers", 2)], ids=["ray", "processes"])
-def test_two_workers_on_one_gpu_give_the_rows_of_one(flags: tuple[object, ...], unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [("--ray", "local", "--workers", 2, "--gpus", 0.5), ("--workers", 2)], ids=["ray", "processes"]
+)
+def test_two_workers_on_one_gpu_give_the_rows_of_one(
+    flags: tuple[object, ...], unbroken: Path, tmp_path: Path
+) -> None:
     assert rows(study(tmp_path, *flags)) == rows(unbroken)
 
 

@@ -40,7 +40,9 @@ def check(store: Path, before: dict[str, list[dict[str, Any]]]) -> dict[str, lis
     rows = stored_rows(store)
     for table in ("recipes", "item_sets", "evaluations", "trials"):
         now = {json.dumps(row, sort_keys=True) for row in rows.get(table, [])}
-        assert all(json.dumps(row, sort_keys=True) in now for row in before.get(table, [])), f"{table} lost rows"
+        assert all(json.dumps(row, sort_keys=True) in now for row in before.get(table, [])), (
+            f"{table} lost rows"
+        )
     connection = sqlite3.connect(store)
     assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     connection.close()
@@ -56,8 +58,18 @@ def test_a_search_killed_ten_times_is_the_search_that_nobody_killed(tmp_path: Pa
     rows: dict[str, list[dict[str, Any]]] = {}
     killed, pipe = 0, subprocess.PIPE
     with Prepared(tmp_path) as prepared:
-        for _ in range(2):  # fresh from the command line, somewhere between the first import and the first candidates
-            fresh = subprocess.Popen(command(*words), cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+        for _ in range(
+            2
+        ):  # fresh from the command line, somewhere between the first import and the first candidates
+            fresh = subprocess.Popen(
+                command(*words),
+                cwd=REPO,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+            )
             kill_after(fresh, store, 0, rng.uniform(1, 9))
             _, err = fresh.communicate(timeout=100)
             assert fresh.returncode in (-signal.SIGKILL, 0), err
@@ -85,4 +97,6 @@ def test_a_search_killed_ten_times_is_the_search_that_nobody_killed(tmp_path: Pa
     assert final.keys() == unbroken.keys()
     for table, found in final.items():
         assert found == unbroken[table], table
-    assert (tmp_path / "parts" / "killed" / "report.md").read_text() == (tmp_path / "whole" / "killed" / "report.md").read_text()
+    assert (tmp_path / "parts" / "killed" / "report.md").read_text() == (
+        tmp_path / "whole" / "killed" / "report.md"
+    ).read_text()

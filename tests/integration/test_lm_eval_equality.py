@@ -21,7 +21,16 @@ from tests.support.equality_oracle import Results
 from tests.support.equality_tasks import TASKS
 from tests.support.toy import zoo_folder
 
-SOME = ("choose_5shot", "choose_letters", "choose_mutual", "likelihood_empty", "rolling_long", "generate_3shot", "generate_stops", "generate_filters")
+SOME = (
+    "choose_5shot",
+    "choose_letters",
+    "choose_mutual",
+    "likelihood_empty",
+    "rolling_long",
+    "generate_3shot",
+    "generate_stops",
+    "generate_filters",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> tuple[Results, Results]:
     """(lm-eval's, ours) of a model with windows."""
-    model, tokenizer, scores = text_architectures.build("mistral"), text_architectures.tokenizer(), tasks.scores()
+    model, tokenizer, scores = (
+        text_architectures.build("mistral"),
+        text_architectures.tokenizer(),
+        tasks.scores(),
+    )
     wanted = oracle.theirs(model, tokenizer, folder, scores)
     return wanted, oracle.ours(oracle.load(tokenizer, folder, scores), model, scores)
 
@@ -61,7 +74,9 @@ def test_the_tasks_can_tell(plain: tuple[Results, Results]) -> None:
     other = dataclasses.replace(found, answers={**found.answers, key: changed})
     assert oracle.compare(wanted, other).other_sums == 1
     (score, item), *_ = found.values
-    other = dataclasses.replace(found, values={**found.values, (score, item): 7.0}, metrics={**found.metrics, score: 7.0})
+    other = dataclasses.replace(
+        found, values={**found.values, (score, item): 7.0}, metrics={**found.metrics, score: 7.0}
+    )
     differences = oracle.compare(wanted, other)
     assert (differences.other_items, differences.other_metrics) == (1, 1)
 
@@ -69,9 +84,18 @@ def test_the_tasks_can_tell(plain: tuple[Results, Results]) -> None:
 @pytest.mark.parametrize("name", ["gpt_neo", "lfm2"])
 def test_chat_templates_and_other_architectures(name: str, folder: Path) -> None:
     """Few-shot examples as turns, a system prompt, a tokenizer that begins with BOS, and weights that share less or nothing."""
-    model, tokenizer, scores = text_architectures.build(name), text_architectures.tokenizer(bos=True), tasks.scores(SOME)
+    model, tokenizer, scores = (
+        text_architectures.build(name),
+        text_architectures.tokenizer(bos=True),
+        tasks.scores(SOME),
+    )
     wanted = oracle.theirs(model, tokenizer, folder, scores, chat=True)
-    assert oracle.compare(wanted, oracle.ours(oracle.load(tokenizer, folder, scores, chat=True), model, scores)).said == []
+    assert (
+        oracle.compare(
+            wanted, oracle.ours(oracle.load(tokenizer, folder, scores, chat=True), model, scores)
+        ).said
+        == []
+    )
 
 
 def test_a_group_is_lm_evals(folder: Path) -> None:
@@ -95,19 +119,29 @@ def _no_end(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [_penalty, _other_end, _no_end])
 def test_a_generation_config_is_honoured_as_lm_eval_does(change: Any, folder: Path) -> None:
-    model, tokenizer, scores = text_architectures.build("llama"), text_architectures.tokenizer(), tasks.scores(("generate_none", "generate_3shot"))
+    model, tokenizer, scores = (
+        text_architectures.build("llama"),
+        text_architectures.tokenizer(),
+        tasks.scores(("generate_none", "generate_3shot")),
+    )
     before = oracle.theirs(model, tokenizer, folder, scores)
     change(model)
     wanted = oracle.theirs(model, tokenizer, folder, scores)
     if change is _penalty:
         assert wanted.answers != before.answers
-    assert oracle.compare(wanted, oracle.ours(oracle.load(tokenizer, folder, scores), model, scores)).said == []
+    assert (
+        oracle.compare(wanted, oracle.ours(oracle.load(tokenizer, folder, scores), model, scores)).said == []
+    )
 
 
 def test_trained_weights_in_bfloat16_give_no_other_result(folder: Path) -> None:
     """Random weights have near ties at every token; trained ones do not."""
     checkpoint = Checkpoint(zoo_folder() / "math")
-    model, tokenizer, scores = model_loading.load(checkpoint, "bfloat16"), model_loading.load_tokenizer(checkpoint), tasks.scores(SOME)
+    model, tokenizer, scores = (
+        model_loading.load(checkpoint, "bfloat16"),
+        model_loading.load_tokenizer(checkpoint),
+        tasks.scores(SOME),
+    )
     wanted = oracle.theirs(model, tokenizer, folder, scores)
     found = oracle.ours(oracle.load(tokenizer, folder, scores), model, scores)
     assert oracle.compare(wanted, found, exact=False).said == []

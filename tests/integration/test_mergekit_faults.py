@@ -12,10 +12,16 @@ from tests.support.merge_references import merge, models, random
 def test_nuslerp_mixes_a_vector_of_no_length_linearly():
     x, zero = torch.tensor([3.0, 4.0]), torch.zeros(2)
     torch.testing.assert_close(merge("nuslerp", [x, zero], weight=(0.75, 0.25)), 0.75 * x)
-    torch.testing.assert_close(merge("nuslerp", [x, zero], weight=(0.75, 0.25), parity=True), math.sin(0.75 * math.pi / 2) * x)
+    torch.testing.assert_close(
+        merge("nuslerp", [x, zero], weight=(0.75, 0.25), parity=True), math.sin(0.75 * math.pi / 2) * x
+    )
     short = x * 1e-9  # mergekit takes its length for 1e-7
-    torch.testing.assert_close(merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0)).norm(), short.norm())
-    assert merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0), parity=True).norm() > 1.3 * short.norm()
+    torch.testing.assert_close(
+        merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0)).norm(), short.norm()
+    )
+    assert (
+        merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0), parity=True).norm() > 1.3 * short.norm()
+    )
 
 
 def test_nuslerp_crosses_between_opposite_models_in_a_straight_line():
@@ -41,8 +47,13 @@ def test_multislerp_keeps_the_mean_length_at_a_large_eps():
     x, y = random((300,), 0), random((300,), 1)
     length = (x.norm() + y.norm()) / 2
     for eps in (1e-8, 0.5):
-        assert merge("multislerp", [x, y], weight=(1.0, 1.0), eps=eps).norm().item() == pytest.approx(length.item())
-    assert merge("multislerp", [x, y], weight=(1.0, 1.0), eps=0.5, parity=True).norm().item() < 0.9 * length.item()
+        assert merge("multislerp", [x, y], weight=(1.0, 1.0), eps=eps).norm().item() == pytest.approx(
+            length.item()
+        )
+    assert (
+        merge("multislerp", [x, y], weight=(1.0, 1.0), eps=0.5, parity=True).norm().item()
+        < 0.9 * length.item()
+    )
 
 
 def test_karcher_knows_no_tensor_too_short():
@@ -73,15 +84,21 @@ def test_model_stock_measures_angles_of_small_changes():
         deltas = [scale * (step[0] + 0.5 * s) for s in step[1:]]
         cos = torch.nn.functional.cosine_similarity(*deltas, dim=0).item()
         moved = merge("model_stock", [base + d for d in deltas], base) - base
-        torch.testing.assert_close(moved, 2 * cos / (1 + cos) * (deltas[0] + deltas[1]) / 2, rtol=1e-6, atol=1e-15)
-    assert (merge("model_stock", [base + d for d in deltas], base, parity=True) - base).norm() < 0.01 * moved.norm()
+        torch.testing.assert_close(
+            moved, 2 * cos / (1 + cos) * (deltas[0] + deltas[1]) / 2, rtol=1e-6, atol=1e-15
+        )
+    assert (
+        merge("model_stock", [base + d for d in deltas], base, parity=True) - base
+    ).norm() < 0.01 * moved.norm()
 
 
 def test_model_stock_is_the_base_beyond_a_right_angle():
     x = torch.tensor([1.0, 0.1])
     tensors, base = [x, torch.tensor([-1.0, 0.1])], torch.zeros(2)
     assert torch.equal(merge("model_stock", tensors, base), base)
-    assert merge("model_stock", tensors, base, parity=True)[1] < -4, "mergekit goes the other way, further than any model"
+    assert merge("model_stock", tensors, base, parity=True)[1] < -4, (
+        "mergekit goes the other way, further than any model"
+    )
 
 
 def test_sce_selects_one_entry_at_least_and_all_where_none_varies():
@@ -101,13 +118,20 @@ def test_sce_weighs_small_changes_as_it_does_large_ones():
     big, small = random((400,), 0).abs() + 0.1, 0.1 * random((400,), 1).abs() + 0.01
     large = merge("sce", [big, small], base)
     torch.testing.assert_close(merge("sce", [big * 1e-4, small * 1e-4], base), large * 1e-4)
-    torch.testing.assert_close(merge("sce", [big * 1e-4, small * 1e-4], base, parity=True), (big + small) / 2 * 1e-4)
+    torch.testing.assert_close(
+        merge("sce", [big * 1e-4, small * 1e-4], base, parity=True), (big + small) / 2 * 1e-4
+    )
 
 
 def test_nearswap_takes_what_is_nearer_than_any_threshold():
     base = torch.zeros(3, dtype=torch.float64)
     x = torch.tensor([1e-8, -4e-8, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(merge("nearswap", [x], base, t=2e-8), torch.tensor([1e-8, -2e-8, 2e-8], dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        merge("nearswap", [x], base, t=2e-8),
+        torch.tensor([1e-8, -2e-8, 2e-8], dtype=torch.float64),
+        rtol=1e-9,
+        atol=0,
+    )
     assert merge("nearswap", [x], base, t=2e-8, parity=True)[0] == pytest.approx(0.02 * 1e-8)
 
 

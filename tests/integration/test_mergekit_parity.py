@@ -420,7 +420,17 @@ def space(method: str, out_dtype: str) -> Space:
     ranges = {p.name: Range(p.low, p.high, 0.4 * p.low + 0.6 * p.high) for p in rule.params if not p.flag}
     models = ("math", "code", "chat")[: rule.models[1]]
     segments = (("self_attn.", "attention"), (".mlp.", "mlp"))
-    return Space(rule, "base", models, (1, 2, 1), ("attention", "mlp"), segments, ranges, out_dtype=out_dtype, searchable=bool(ranges))
+    return Space(
+        rule,
+        "base",
+        models,
+        (1, 2, 1),
+        ("attention", "mlp"),
+        segments,
+        ranges,
+        out_dtype=out_dtype,
+        searchable=bool(ranges),
+    )
 
 
 def points():
@@ -445,7 +455,9 @@ class Job:
 
 
 @pytest.fixture(scope="session")
-def jobs(tiny: dict[str, Path], tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+def jobs(
+    tiny: dict[str, Path], tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Job]:
     """Every recipe file of this module, merged by evomerge and, in one process, by mergekit; names as in the tables."""
     work = tmp_path_factory.mktemp("parity")
     jobs: dict[str, Job] = {}
@@ -461,8 +473,14 @@ def jobs(tiny: dict[str, Path], tiny32: dict[str, Path], tmp_path_factory: pytes
                 add(f"{name}/{kind}/{head}", lines + block(text), models)
         shell = Checkpoint(models["base"])
         for name, recipe in points():
-            named = writer.with_outer_filters(recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
-            add(f"back/{name}/{kind}", writer.dump(named, {n: str(path) for n, path in models.items()}, ["a header"]), models)
+            named = writer.with_outer_filters(
+                recipe, shell.outer_names("embeddings"), shell.outer_names("head")
+            )
+            add(
+                f"back/{name}/{kind}",
+                writer.dump(named, {n: str(path) for n, path in models.items()}, ["a header"]),
+                models,
+            )
     for table in (CORNERS, ODD, REFUSED, SILENT, DARE, DARE_ONE):
         for name, text in table.items():
             add(name, block(text), tiny32)
@@ -481,7 +499,11 @@ def jobs(tiny: dict[str, Path], tiny32: dict[str, Path], tmp_path_factory: pytes
 def block(text: str) -> str:
     """The text without the indentation of the table it stands in; a mapping in braces as a block of lines."""
     text = textwrap.dedent(text).strip() + "\n"
-    return yaml.dump(yaml.safe_load(text.replace("$", "__")), sort_keys=False).replace("__", "$") if text.startswith("{") else text
+    return (
+        yaml.dump(yaml.safe_load(text.replace("$", "__")), sort_keys=False).replace("__", "$")
+        if text.startswith("{")
+        else text
+    )
 
 
 def merge_or_note(job: Job) -> None:
@@ -510,32 +532,54 @@ def refusal(folder: Path) -> str:
 
 def near(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """Where two results are one unit in the last place apart at most, of the element, or four of the tensor's largest entry in float32."""
-    return (ulps(ours, theirs) <= 1) | ((ours.double() - theirs.double()).abs() <= 2.0**-21 * theirs.double().abs().max())
+    return (ulps(ours, theirs) <= 1) | (
+        (ours.double() - theirs.double()).abs() <= 2.0**-21 * theirs.double().abs().max()
+    )
 
 
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, bitwise: bool = False) -> None:
+def assert_same(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, bitwise: bool = False
+) -> None:
     assert sorted(ours) == sorted(theirs)
-    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
+        n: (t.shape, t.dtype) for n, t in theirs.items()
+    }
     for name, tensor in ours.items():
         differing = ulps(tensor, theirs[name]) > 0 if bitwise else ~near(tensor, theirs[name])
-        assert not differing.any(), f"{differing.sum()} of {differing.numel()} in {name} differ, by {ulps(tensor, theirs[name]).max()} ulp"
+        assert not differing.any(), (
+            f"{differing.sum()} of {differing.numel()} in {name} differ, by {ulps(tensor, theirs[name]).max()} ulp"
+        )
 
 
-def assert_same_but_for_equal_sizes(job: Job, recipe: Recipe, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_same_but_for_equal_sizes(
+    job: Job, recipe: Recipe, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> None:
     """Among entries of one size at the edge of what TIES keeps, mergekit's choice follows a sort that is not stable.
 
     Hence: where the results differ, every entry has, in one of the task vectors, the one size that is at its edge.
     """
-    parents = {**{n: Checkpoint(path) for n, path in job.models.items()}, **{str(path): Checkpoint(path) for path in job.models.values()}}
+    parents = {
+        **{n: Checkpoint(path) for n, path in job.models.items()},
+        **{str(path): Checkpoint(path) for path in job.models.values()},
+    }
     shell = parents[recipe.base]
     same, exempt = dict(ours), 0
     for name in ours:
         place = shell.place(name)
-        mix = {"embeddings": recipe.embeddings, "head": recipe.head, "layer": recipe.layers[place.layer or 0]}[place.part]
-        read = [parents[m].tensor(name if layer is None else shell.layer_name(layer, place.suffix)).float() for m, layer in (*mix.sources, mix.base)]
+        mix = {
+            "embeddings": recipe.embeddings,
+            "head": recipe.head,
+            "layer": recipe.layers[place.layer or 0],
+        }[place.part]
+        read = [
+            parents[m].tensor(name if layer is None else shell.layer_name(layer, place.suffix)).float()
+            for m, layer in (*mix.sources, mix.base)
+        ]
         sizes = torch.stack([(x - read[-1]).abs() for x in read[:-1]])
         differing = ~near(ours[name], theirs[name])
-        assert covered_by_one_level_each(sizes[:, differing]), f"{differing.sum()} entries of {name} differ, not by the order of equal sizes"
+        assert covered_by_one_level_each(sizes[:, differing]), (
+            f"{differing.sum()} entries of {name} differ, not by the order of equal sizes"
+        )
         exempt += int(differing.sum())
         same[name] = torch.where(differing, theirs[name], ours[name])
     assert exempt < 0.02 * sum(t.numel() for t in ours.values())
@@ -546,7 +590,10 @@ def covered_by_one_level_each(sizes: torch.Tensor) -> bool:
     """Whether a number can be chosen for each row [rows, columns] so that every column has its row's number somewhere."""
     if sizes.shape[1] == 0:
         return True
-    return any(covered_by_one_level_each(torch.cat([sizes[:i], sizes[i + 1 :]])[:, sizes[i] != sizes[i, 0]]) for i in range(sizes.shape[0]))
+    return any(
+        covered_by_one_level_each(torch.cat([sizes[:i], sizes[i + 1 :]])[:, sizes[i] != sizes[i, 0]])
+        for i in range(sizes.shape[0])
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -560,11 +607,18 @@ def test_a_recipe_file_merges_as_in_mergekit(jobs: dict[str, Job], name: str, ki
     else:
         assert_same(tensors(job.ours), tensors(job.theirs))
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (job.ours, job.theirs))
-    assert ours.items() >= {k: v for k, v in theirs.items() if k not in ("transformers_version", "_name_or_path")}.items()
+    assert (
+        ours.items()
+        >= {k: v for k, v in theirs.items() if k not in ("transformers_version", "_name_or_path")}.items()
+    )
 
 
-@pytest.mark.parametrize("name", ["linear-2", "slerp-filters", "task-arithmetic-2", "ties-2", "passthrough-deeper"])
-def test_a_dtype_narrower_than_float32_only_rounds_the_output(jobs: dict[str, Job], name: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "name", ["linear-2", "slerp-filters", "task-arithmetic-2", "ties-2", "passthrough-deeper"]
+)
+def test_a_dtype_narrower_than_float32_only_rounds_the_output(
+    jobs: dict[str, Job], name: str, tmp_path: Path
+):
     """mergekit with `dtype: bfloat16` alone also does its arithmetic in it; a merge here is never less exact than in float32."""
     job = jobs[f"{name}/bf16/out-bfloat16"]
     file = tmp_path / "narrow.yaml"
@@ -588,7 +642,9 @@ def test_what_mergekit_reads_oddly_is_read_alike_or_refused(jobs: dict[str, Job]
 
 @pytest.mark.parametrize("kind", ["bf16", "float32"])
 @pytest.mark.parametrize("name", [name for name, _ in points()])
-def test_a_candidate_of_a_search_is_rebuilt_by_mergekit_from_its_file(jobs: dict[str, Job], name: str, kind: str, tmp_path: Path):
+def test_a_candidate_of_a_search_is_rebuilt_by_mergekit_from_its_file(
+    jobs: dict[str, Job], name: str, kind: str, tmp_path: Path
+):
     job = jobs[f"back/{name}/{kind}"]
     parents = {n: Checkpoint(path) for n, path in job.models.items()}
     recipe = dict(points())[name]
@@ -607,7 +663,9 @@ def test_what_mergekit_refuses_is_refused_with_its_place(jobs: dict[str, Job], n
     assert refusal(jobs[name].theirs), "mergekit takes this; move it to another table"
     with pytest.raises(EvomergeError) as error:
         merge_file(jobs[name].file, tmp_path / "out")
-    assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), f"no place in: {error.value}"
+    assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), (
+        f"no place in: {error.value}"
+    )
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -615,14 +673,18 @@ def test_what_mergekit_takes_without_a_word_is_diagnosed(jobs: dict[str, Job], n
     assert not refusal(jobs[name].theirs), "mergekit refuses this; move it to another table"
     with pytest.raises(EvomergeError) as error:
         merge_file(jobs[name].file, tmp_path / "out")
-    assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), f"no place in: {error.value}"
+    assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), (
+        f"no place in: {error.value}"
+    )
 
 
 # ---- DARE
 
 
 @pytest.mark.parametrize("name", DARE_ONE)
-def test_dare_keeps_and_scales_one_task_vector_as_mergekit_does(jobs: dict[str, Job], name: str, tiny32: dict[str, Path]):
+def test_dare_keeps_and_scales_one_task_vector_as_mergekit_does(
+    jobs: dict[str, Job], name: str, tiny32: dict[str, Path]
+):
     density = float(name.rsplit("-", 1)[1])
     base, math = tensors(tiny32["base"]), tensors(tiny32["math"])
     for merged in (tensors(jobs[name].ours), tensors(jobs[name].theirs)):
@@ -637,8 +699,13 @@ def test_dare_keeps_and_scales_one_task_vector_as_mergekit_does(jobs: dict[str, 
             if "plain" in name:
                 assert torch.equal(tensor, torch.where(kept, base[key] + delta, base[key])), key
             elif n:  # of a short vector all may be dropped
-                assert (tensor - base[key]).abs().sum().item() == pytest.approx(delta.abs().sum().item(), rel=1e-4, abs=1e-6), key
-        assert abs(kept_in_all - density * counted_in_all) <= 4 * (counted_in_all * density * (1 - density)) ** 0.5
+                assert (tensor - base[key]).abs().sum().item() == pytest.approx(
+                    delta.abs().sum().item(), rel=1e-4, abs=1e-6
+                ), key
+        assert (
+            abs(kept_in_all - density * counted_in_all)
+            <= 4 * (counted_in_all * density * (1 - density)) ** 0.5
+        )
 
 
 @pytest.mark.parametrize("name", DARE)
@@ -657,4 +724,6 @@ def test_dare_of_two_is_mergekits_up_to_the_masks(jobs: dict[str, Job], name: st
         ):
             seen = torch.stack([measure(draw[key]).double() for draw in draws])
             slack = 6 * seen.std() + 1e-3 * seen.abs().mean()
-            assert (measure(theirs[key]) - seen.mean()).abs() <= slack, f"{key}: mergekit {measure(theirs[key])}, ours {seen.mean()} ± {seen.std()}"
+            assert (measure(theirs[key]) - seen.mean()).abs() <= slack, (
+                f"{key}: mergekit {measure(theirs[key])}, ours {seen.mean()} ± {seen.std()}"
+            )

@@ -17,12 +17,29 @@ from evomerge.merging import merge
 from evomerge.methods import METHODS
 from evomerge.methods.fused import c_library, one_pass
 from tests.support import parity_cases
-from tests.support.parity_cases import Cell, Difference, covering, deviations, difference, flat, read, refused_by_both
+from tests.support.parity_cases import (
+    Cell,
+    Difference,
+    covering,
+    deviations,
+    difference,
+    flat,
+    read,
+    refused_by_both,
+)
 
 CELLS = covering()
 RANDOM = [cell for cell in CELLS if METHODS[cell.method].randomized and not cell.other_names]
-EXACT = [cell for cell in CELLS if not METHODS[cell.method].randomized and not cell.other_names and not cell.other_unit]
-PLAIN = [cell for cell in EXACT if cell.method in ("linear", "task_arithmetic", "passthrough", "slerp") and cell.arithmetic == "float32"]
+EXACT = [
+    cell
+    for cell in CELLS
+    if not METHODS[cell.method].randomized and not cell.other_names and not cell.other_unit
+]
+PLAIN = [
+    cell
+    for cell in EXACT
+    if cell.method in ("linear", "task_arithmetic", "passthrough", "slerp") and cell.arithmetic == "float32"
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +60,11 @@ def files(work: Path) -> dict[Cell, Path]:
     found = {}
     for number, cell in enumerate(CELLS):
         found[cell] = work / f"{number}.yaml"
-        found[cell].write_text(Template(parity_cases.text(cell)).substitute(parity_cases.models(work / "models", cell.architecture, cell.types)))
+        found[cell].write_text(
+            Template(parity_cases.text(cell)).substitute(
+                parity_cases.models(work / "models", cell.architecture, cell.types)
+            )
+        )
     return found
 
 
@@ -51,7 +72,11 @@ def files(work: Path) -> dict[Cell, Path]:
 def theirs(files: dict[Cell, Path]) -> dict[Cell, Path]:
     """Cell -> mergekit's folder."""
     folders = {cell: file.with_suffix(".theirs") for cell, file in files.items()}
-    errors = parity_cases.finish(parity_cases.start([(files[cell], folder) for cell, folder in folders.items()], [cell.seed for cell in folders]))
+    errors = parity_cases.finish(
+        parity_cases.start(
+            [(files[cell], folder) for cell, folder in folders.items()], [cell.seed for cell in folders]
+        )
+    )
     assert not errors
     return folders
 
@@ -63,7 +88,9 @@ def compared(cell: Cell, files: dict[Cell, Path], theirs: dict[Cell, Path], poli
 
 
 @pytest.mark.parametrize("cell", EXACT, ids=str)
-def test_under_the_policy_mergekit_a_merge_has_mergekits_bits(cell: Cell, files: dict[Cell, Path], theirs: dict[Cell, Path]):
+def test_under_the_policy_mergekit_a_merge_has_mergekits_bits(
+    cell: Cell, files: dict[Cell, Path], theirs: dict[Cell, Path]
+):
     try:
         found = compared(cell, files, theirs, "mergekit")
     except EvomergeError as error:
@@ -76,22 +103,32 @@ def test_under_the_policy_mergekit_a_merge_has_mergekits_bits(cell: Cell, files:
 
 
 @pytest.mark.parametrize("cell", PLAIN, ids=str)
-def test_under_the_policy_float32_a_plain_merge_differs_by_its_last_place_at_most(cell: Cell, files: dict[Cell, Path], theirs: dict[Cell, Path]):
+def test_under_the_policy_float32_a_plain_merge_differs_by_its_last_place_at_most(
+    cell: Cell, files: dict[Cell, Path], theirs: dict[Cell, Path]
+):
     found = compared(cell, files, theirs, "float32")
     assert found.relative <= (2**-8 if cell.types.endswith("bfloat16") else 2**-22), found
 
 
 def test_random_methods_agree_within_sampling_error(files: dict[Cell, Path], theirs: dict[Cell, Path]):
-    found = {f"{cell}: {name}": z for cell in RANDOM for name, z in deviations(cell, files[cell], theirs[cell]).items()}
+    found = {
+        f"{cell}: {name}": z
+        for cell in RANDOM
+        for name, z in deviations(cell, files[cell], theirs[cell]).items()
+    }
     z = torch.tensor(list(found.values()))
-    assert z.abs().max() < 12, max(found.items(), key=lambda item: abs(item[1]))  # one in 100,000 of Student's t with 7 degrees
+    assert z.abs().max() < 12, max(
+        found.items(), key=lambda item: abs(item[1])
+    )  # one in 100,000 of Student's t with 7 degrees
     assert z.square().mean().sqrt() < 1.8, found  # 1.18 is expected
     assert abs(z.mean()) < 0.6
 
 
 @pytest.mark.parametrize("policy", ["float32", "mergekit"])
 @pytest.mark.parametrize("method", [name for name, rule in METHODS.items() if rule.randomized])
-def test_masks_are_the_same_on_rerun_in_any_chunks_and_threads(method: str, policy: str, files: dict[Cell, Path], monkeypatch: pytest.MonkeyPatch):
+def test_masks_are_the_same_on_rerun_in_any_chunks_and_threads(
+    method: str, policy: str, files: dict[Cell, Path], monkeypatch: pytest.MonkeyPatch
+):
     cell = next(c for c in RANDOM if c.method == method and c.parents > 1)
     recipe, parents = read(files[cell], policy)
     recipe = replace(recipe, seed=3)

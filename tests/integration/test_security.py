@@ -62,7 +62,8 @@ HOSTILE = {
     "an anchor": "a: &x 1\n",
     "an alias": "a: &x [1]\nb: *x\n",
     "a merge key": "a: {b: 1}\nc:\n  <<: {d: 2}\n",
-    "a bomb of aliases": "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)),
+    "a bomb of aliases": "a: &a [x, x]\n"
+    + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)),
     "a key twice": "a: 1\nb: 2\na: 3\n",
     "33 levels": "[" * 33 + "]" * 33,
     "100,000 levels": "[" * 100_000,
@@ -101,7 +102,9 @@ def settings(tmp_path: Path, task: str, *include: Path) -> config.Config:
 def hostile_task(folder: Path, mark: Path) -> Path:
     """A task whose module leaves a mark where it is imported."""
     write_task(folder, "hostile", GENERATE | {"process_results": "!function own.score"}, FEW)
-    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef score(doc, results):\n    return {{'exact_match': 1.0}}\n")
+    (folder / "own.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\ndef score(doc, results):\n    return {{'exact_match': 1.0}}\n"
+    )
     return folder
 
 
@@ -121,8 +124,12 @@ def test_a_search_does_not_open_others_task_folders(tmp_path: Path, mark: Path) 
     assert not mark.exists()
 
 
-def test_shipped_folders_need_no_flag(tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_tasks(settings(tmp_path, "zoo_cross", _resources.evaluators(), _resources.evaluators() / "zoo"), base).items("test")["zoo_cross"]
+def test_shipped_folders_need_no_flag(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert open_tasks(
+        settings(tmp_path, "zoo_cross", _resources.evaluators(), _resources.evaluators() / "zoo"), base
+    ).items("test")["zoo_cross"]
     monkeypatch.chdir(_resources.evaluators())
     (tmp_path / "link").symlink_to(tmp_path)
     for way_out in (Path("..") / "tests", Path("zoo") / ".." / ".." / "tests", tmp_path / "link"):
@@ -135,14 +142,20 @@ def test_code_of_a_task_folder_is_recorded_by_its_hash(tmp_path: Path, tokenizer
     for name, text in (("one", "N = 1"), ("same", "N = 1"), ("other", "N = 2")):
         task = GENERATE | {"process_results": "!function own.score"}
         write_task(tmp_path / name, "trial", task, FEW)
-        (tmp_path / name / "own.py").write_text("from theirs import N\ndef score(doc, results):\n    return {'exact_match': float(N)}\n")
+        (tmp_path / name / "own.py").write_text(
+            "from theirs import N\ndef score(doc, results):\n    return {'exact_match': float(N)}\n"
+        )
         (tmp_path / name / "deep").mkdir()
         (tmp_path / name / "deep" / "beside.py").write_text(text)
         (tmp_path / name / "theirs.py").write_text("N = 1")
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(str(tmp_path / name))
             patch.delitem(sys.modules, "theirs", raising=False)
-            found.append(LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[tmp_path / name]).fingerprint())
+            found.append(
+                LmHarness(
+                    [TaskSpec("trial", splits="declared")], tokenizer, include=[tmp_path / name]
+                ).fingerprint()
+            )
             patch.delitem(sys.modules, "theirs", raising=False)
     assert found[0] == found[1]
     assert found[0] != found[2], "any Python of the folder counts, for functions import what lies beside them"
@@ -155,12 +168,16 @@ def escapes(mark: Path) -> dict[str, str]:
     touch = f"open('{mark}', 'w').close()"
     return {
         "globals of a function": "{{ lipsum.__globals__['__builtins__']['exec'](\"" + touch + '") }}',
-        "a filter for attributes": "{{ (lipsum|attr('__globals__'))['__builtins__']['exec'](\"" + touch + '") }}',
+        "a filter for attributes": "{{ (lipsum|attr('__globals__'))['__builtins__']['exec'](\""
+        + touch
+        + '") }}',
         "subclasses": "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__init__.__globals__ is mapping and "
         "c.__init__.__globals__['__builtins__'] is mapping %}{{ c.__init__.__globals__['__builtins__']['exec'](\""
         + touch
         + '") }}{% endif %}{% endfor %}',
-        "a map of attributes": "{{ ([lipsum]|map(attribute='__globals__')|first)['__builtins__']['exec'](\"" + touch + '") }}',
+        "a map of attributes": "{{ ([lipsum]|map(attribute='__globals__')|first)['__builtins__']['exec'](\""
+        + touch
+        + '") }}',
     }
 
 
@@ -177,14 +194,22 @@ def test_an_escape_from_a_template_is_one(how: str, mark: Path) -> None:
 
 def hostile_template(tmp_path: Path, mark: Path, how: str, field: str) -> Path:
     attack = escapes(mark)[how]
-    own = {field: attack} if field != "doc_to_text of shots" else {"fewshot_config": {"doc_to_text": attack}, "num_fewshot": 1}
+    own = (
+        {field: attack}
+        if field != "doc_to_text of shots"
+        else {"fewshot_config": {"doc_to_text": attack}, "num_fewshot": 1}
+    )
     return write_task(tmp_path / "theirs", "trial", CHOOSE | own, FEW)
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_template_of_a_task_is_a_way_in(field: str, tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_template_of_a_task_is_a_way_in(
+    field: str, tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control: with lm-eval's own environment the attack runs Python."""
-    monkeypatch.setattr(lm_utils, "env", jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True))
+    monkeypatch.setattr(
+        lm_utils, "env", jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    )
     theirs = hostile_template(tmp_path, mark, ESCAPES[0], field)
     with contextlib.suppress(TaskError):
         LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[theirs])
@@ -193,15 +218,21 @@ def test_every_template_of_a_task_is_a_way_in(field: str, tmp_path: Path, mark: 
 
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("how", ESCAPES)
-def test_no_template_of_a_task_runs_python(how: str, field: str, tmp_path: Path, mark: Path, tokenizer: Any) -> None:
+def test_no_template_of_a_task_runs_python(
+    how: str, field: str, tmp_path: Path, mark: Path, tokenizer: Any
+) -> None:
     theirs = hostile_template(tmp_path, mark, how, field)
     with contextlib.suppress(TaskError):
         LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[theirs])
     assert not mark.exists()
 
 
-def test_a_template_is_refused_by_name_and_changes_nothing_it_is_given(tmp_path: Path, tokenizer: Any) -> None:
-    for number, attack in enumerate(("{{ ''.__class__ }}", "{{ choices.append('x') }}", "{{ '{0.__class__}'.format(answer) }}")):
+def test_a_template_is_refused_by_name_and_changes_nothing_it_is_given(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    for number, attack in enumerate(
+        ("{{ ''.__class__ }}", "{{ choices.append('x') }}", "{{ '{0.__class__}'.format(answer) }}")
+    ):
         write_task(tmp_path / str(number), "trial", CHOOSE | {"doc_to_text": attack}, FEW)
         with pytest.raises(TaskError, match=r"'trial'.*(unsafe|SecurityError)"):
             LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[tmp_path / str(number)])
@@ -214,7 +245,11 @@ def test_prompts_are_those_of_a_plain_environment(tokenizer: Any, tmp_path: Path
     write_task(tmp_path, "trial", LIKELIHOOD | {"doc_to_text": template}, FEW)
     harness = LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[tmp_path])
     plain = jinja2.Environment(keep_trailing_newline=True).from_string(template)
-    ours = [request.args[0] for item in harness.items("test")["trial"] for request in harness._tasks["trial"].requests[item]]
+    ours = [
+        request.args[0]
+        for item in harness.items("test")["trial"]
+        for request in harness._tasks["trial"].requests[item]
+    ]
     assert ours == [plain.render(**doc) for doc in FEW["test"]]
 
 
@@ -229,7 +264,9 @@ def test_no_chat_template_of_a_model_runs_python(how: str, mark: Path, base: Che
     assert not mark.exists()
 
 
-def test_a_task_file_makes_no_python_objects(tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_file_makes_no_python_objects(
+    tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(task_loading, "TREE", write_task(tmp_path / "tree", "other", GENERATE, FEW))
     theirs = write_task(tmp_path / "theirs", "trial", GENERATE, FEW)
     with (theirs / "trial.yaml").open("a") as file:
@@ -265,12 +302,21 @@ def test_lm_evals_tasks_that_execute_answers_are_refused_before_their_code_is_im
 
 
 @pytest.mark.parametrize("how", ["a group", "a member with other settings", "an include"])
-def test_a_task_that_executes_answers_hides_nowhere(how: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_executes_answers_hides_nowhere(
+    how: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(task_loading, "TREE", sandbox.TREE / "humaneval")
     given: dict[str, Any] = {
         "a group": {"group": "skills", "task": ["humaneval"]},
-        "a member with other settings": {"group": "skills", "task": [{"task": "humaneval", "unsafe_code": False}]},
-        "an include": {"include": str(sandbox.TREE / "humaneval" / "humaneval.yaml"), "task": "skills", "unsafe_code": False},
+        "a member with other settings": {
+            "group": "skills",
+            "task": [{"task": "humaneval", "unsafe_code": False}],
+        },
+        "an include": {
+            "include": str(sandbox.TREE / "humaneval" / "humaneval.yaml"),
+            "task": "skills",
+            "unsafe_code": False,
+        },
     }
     (tmp_path / "skills.yaml").write_text(json.dumps(given[how]))
     with pytest.raises(TaskError, match="executes code that models write"):
@@ -285,16 +331,24 @@ def test_most_of_lm_evals_tree_executes_nothing() -> None:
     assert len(refused) < len(folders) / 10
 
 
-@pytest.mark.parametrize("metric", [{"metric": "someone/metric"}, {"metric": "accuracy", "hf_evaluate": True}])
-def test_no_metric_is_fetched(metric: dict[str, Any], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "metric", [{"metric": "someone/metric"}, {"metric": "accuracy", "hf_evaluate": True}]
+)
+def test_no_metric_is_fetched(
+    metric: dict[str, Any], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr("evaluate.load", lambda name, *more, **named: asked.append(name))
     listed = {"metric_list": [metric | {"aggregation": "mean", "higher_is_better": True}]}
     write_task(tmp_path, "trial", GENERATE | listed, FEW)
-    write_task(tmp_path, "choices", CHOOSE | {"metric_list": [*CHOOSE["metric_list"], *listed["metric_list"]]}, FEW)
+    write_task(
+        tmp_path, "choices", CHOOSE | {"metric_list": [*CHOOSE["metric_list"], *listed["metric_list"]]}, FEW
+    )
     with pytest.raises(TaskError, match=f"'trial' is scored by '{metric['metric']}', a program"):
         LmHarness([TaskSpec("trial", splits="declared")], tokenizer, include=[tmp_path])
-    assert LmHarness([TaskSpec("choices", "acc", splits="declared")], tokenizer, include=[tmp_path]).items("test")["choices"]
+    assert LmHarness([TaskSpec("choices", "acc", splits="declared")], tokenizer, include=[tmp_path]).items(
+        "test"
+    )["choices"]
     assert asked == []
 
 
@@ -302,7 +356,11 @@ def test_no_metric_is_fetched(metric: dict[str, Any], tmp_path: Path, tokenizer:
 def parsed() -> list[tuple[str, ast.AST]]:
     """(file, every node of it) of the package."""
     files = sorted((REPO / "evomerge").rglob("*.py"))
-    return [(str(file.relative_to(REPO)), node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    return [
+        (str(file.relative_to(REPO)), node)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+    ]
 
 
 def calls(*names: str) -> list[tuple[str, ast.Call]]:
@@ -310,7 +368,13 @@ def calls(*names: str) -> list[tuple[str, ast.Call]]:
     found = []
     for file, node in parsed():
         if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else node.func.id
+                if isinstance(node.func, ast.Name)
+                else ""
+            )
             if name in names:
                 found.append((f"{file}:{node.lineno}", node))
     return found
@@ -319,7 +383,11 @@ def calls(*names: str) -> list[tuple[str, ast.Call]]:
 def test_remote_code_is_refused_wherever_a_model_is_loaded() -> None:
     loading = calls("from_pretrained", "from_config", "HFLM", "pipeline", "load_dataset")
     assert len(loading) >= 4
-    loose = [place for place, call in loading if not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords)]
+    loose = [
+        place
+        for place, call in loading
+        if not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords)
+    ]
     assert loose == []
 
 
@@ -346,14 +414,26 @@ def test_nothing_is_unpickled() -> None:
     modules = {"pickle", "dill", "joblib", "shelve", "marshal"}
     wrong = []
     for file, node in parsed():
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         wrong += [f"{file} {n}" for n in names if n.split(".")[0] in modules]
     assert wrong == []
     unpickling = [
-        place for place, call in calls("load", "loads") if ast.unparse(call.func) in ("torch.load", "np.load", "numpy.load", "pd.read_pickle")
+        place
+        for place, call in calls("load", "loads")
+        if ast.unparse(call.func) in ("torch.load", "np.load", "numpy.load", "pd.read_pickle")
     ]
     assert unpickling == []
-    assert {place.split(":")[0].split("/")[1] for place, call in calls("loads") if "pickle" in ast.unparse(call.func)} <= {"ray_pool"}
+    assert {
+        place.split(":")[0].split("/")[1]
+        for place, call in calls("loads")
+        if "pickle" in ast.unparse(call.func)
+    } <= {"ray_pool"}
 
 
 def attacked(folder: Path, mark: Path, name: str) -> Path:
@@ -408,21 +488,29 @@ def test_a_tensors_name_is_no_path(tmp_path: Path) -> None:
     model = llama(tmp_path / "in" / "model", 1, layers=2)
     tensors = load_file(model / "model.safetensors")
     save_file(
-        tensors | {"../../escape": torch.ones(2), "/tmp/evomerge-escape": torch.ones(2)}, model / "model.safetensors", metadata={"format": "pt"}
+        tensors | {"../../escape": torch.ones(2), "/tmp/evomerge-escape": torch.ones(2)},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
     )
     before, parents = everything(tmp_path), {"../../base": Checkpoint(model)}
 
     def whole(layer: int | None) -> Mix:
         return Mix("passthrough", (("../../base", layer),))
 
-    checkpoint_writer.write(Recipe("../../base", (whole(0), whole(1)), whole(None), whole(None)), parents, tmp_path / "out")
+    checkpoint_writer.write(
+        Recipe("../../base", (whole(0), whole(1)), whole(None), whole(None)), parents, tmp_path / "out"
+    )
     after = everything(tmp_path)
     assert {name for name in after - before if not name.startswith("out")} == set()
-    assert "../../escape" in load_file(next((tmp_path / "out").glob("*.safetensors"))), "a name like any other"
+    assert "../../escape" in load_file(next((tmp_path / "out").glob("*.safetensors"))), (
+        "a name like any other"
+    )
     assert not Path("/tmp/evomerge-escape").exists()
 
 
-def test_a_tasks_name_is_no_path(tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tasks_name_is_no_path(
+    tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside = write_task(tmp_path / "a" / "b", "trial", GENERATE | {"task": "../../escape"}, FEW)
     before = everything(tmp_path)
     harness = LmHarness([TaskSpec("../../escape", splits="declared")], tokenizer, include=[inside])
@@ -470,13 +558,29 @@ def test_a_shard_outside_the_models_folder_is_refused(tmp_path: Path) -> None:
 TOKEN = "hf_" + "aB3" * 11
 SECRETS: dict[str, tuple[str, str, str]] = {
     "Hugging Face": (f"401 for {TOKEN}: no access", TOKEN, "401 for ***: no access"),
-    "OpenAI": ("key sk-proj-abcdefghijklmnop1234 is wrong", "sk-proj-abcdefghijklmnop1234", "key *** is wrong"),
+    "OpenAI": (
+        "key sk-proj-abcdefghijklmnop1234 is wrong",
+        "sk-proj-abcdefghijklmnop1234",
+        "key *** is wrong",
+    ),
     "GitHub": ("ghp_" + "x1" * 18, "ghp_" + "x1" * 18, "***"),
     "AWS": ("AKIAABCDEFGHIJKLMNOP denied", "AKIAABCDEFGHIJKLMNOP", "*** denied"),
-    "a query": ("GET https://host/x?key=0123456789abcdef&n=3", "0123456789abcdef", "GET https://host/x?key=***&n=3"),
+    "a query": (
+        "GET https://host/x?key=0123456789abcdef&n=3",
+        "0123456789abcdef",
+        "GET https://host/x?key=***&n=3",
+    ),
     "a header": ("Authorization: Bearer abc.def-ghi_123456", "abc.def-ghi_123456", "Authorization: ***"),
-    "a header in a dict": ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "dXNlcjpwYXNz", "{'Authorization': '***'}"),
-    "a URL": ("proxy http://me:pa%40ss@proxy.local:8080/x failed", "pa%40ss", "proxy http://***@proxy.local:8080/x failed"),
+    "a header in a dict": (
+        "{'Authorization': 'Basic dXNlcjpwYXNz'}",
+        "dXNlcjpwYXNz",
+        "{'Authorization': '***'}",
+    ),
+    "a URL": (
+        "proxy http://me:pa%40ss@proxy.local:8080/x failed",
+        "pa%40ss",
+        "proxy http://***@proxy.local:8080/x failed",
+    ),
     "a setting": ("WANDB_API_KEY=0123456789abcdef0123", "0123456789abcdef0123", "WANDB_API_KEY=***"),
     "JSON": ('{"password": "hunter2", "n": 1}', "hunter2", '{"password": "***", "n": 1}'),
     "a web token": ("eyJhbGciOi12.eyJzdWIiOiIx.SflKxw", "eyJzdWIiOiIx", "***"),
@@ -501,10 +605,20 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert scrub(text, {}) == text
 
 
-def test_values_of_variables_that_are_named_like_secrets_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    named = {"MY_TOKEN": "correct horse", "db_password": "correct horse battery", "SIGNING_KEY": "a/b+c d", "SOME_SECRET": "1", "COLOR": "visible"}
+def test_values_of_variables_that_are_named_like_secrets_are_taken_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = {
+        "MY_TOKEN": "correct horse",
+        "db_password": "correct horse battery",
+        "SIGNING_KEY": "a/b+c d",
+        "SOME_SECRET": "1",
+        "COLOR": "visible",
+    }
     text = "correct horse battery; correct horse; a%2Fb%2Bc%20d; 1; visible"
-    assert scrub(text, named) == "***; ***; ***; 1; visible", "the longest first; a value of one character would blacken every log"
+    assert scrub(text, named) == "***; ***; ***; 1; visible", (
+        "the longest first; a value of one character would blacken every log"
+    )
     monkeypatch.setenv("EVOMERGE_TEST_TOKEN", "only in the environment")
     assert scrub("it is only in the environment") == "it is ***"
 
@@ -532,9 +646,13 @@ class Leaking:
 
 
 def test_a_candidates_stored_error_holds_no_secret(tmp_path: Path) -> None:
-    scorer = worker.Worker({"base": Checkpoint(llama(tmp_path / "base", 1, layers=2))}, "base", Leaking(), dtype="float32")
+    scorer = worker.Worker(
+        {"base": Checkpoint(llama(tmp_path / "base", 1, layers=2))}, "base", Leaking(), dtype="float32"
+    )
     mix: Callable[[int | None], Mix] = lambda layer: Mix("passthrough", (("base", layer),))  # noqa: E731
-    error = scorer.evaluate(Recipe("base", (mix(0), mix(1)), mix(None), mix(None), out_dtype="float32"), {}).error
+    error = scorer.evaluate(
+        Recipe("base", (mix(0), mix(1)), mix(None), mix(None), out_dtype="float32"), {}
+    ).error
     assert error == "OSError: 403 for ***"
 
 

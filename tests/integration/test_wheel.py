@@ -30,7 +30,9 @@ print(json.dumps({
 
 def run(*words: object, cwd: Path) -> str:
     env = {k: v for k, v in environment().items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -44,14 +46,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_files(folder: str) -> dict[str, str]:
-    return {str(p.relative_to(REPO / folder)): p.read_text() for p in sorted((REPO / folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(REPO / folder)): p.read_text()
+        for p in sorted((REPO / folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if ".dist-info/" not in n]
     package = {str(p.relative_to(REPO)) for p in (REPO / "evomerge").rglob("*") if p.suffix in (".py", ".c")}
-    data = {f"evomerge/_data/{folder}/{name}" for folder in ("search_spaces", "evaluators") for name in data_files(folder)}
+    data = {
+        f"evomerge/_data/{folder}/{name}"
+        for folder in ("search_spaces", "evaluators")
+        for name in data_files(folder)
+    }
     assert set(names) == package | data
     assert len(data) >= 5
     assert len(set(names)) == len(names)
@@ -62,7 +72,16 @@ def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> Non
     place = tmp_path / "env"
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     run(*pip, *LIGHT, cwd=tmp_path)
     run(*pip, "--no-deps", wheel, cwd=tmp_path)
     away = tmp_path / "away"

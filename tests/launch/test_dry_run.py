@@ -36,9 +36,13 @@ def test_what_is_planned_is_what_was_run(finished: Path) -> None:
     assert data["space"]["first"] == facts["axes"][:4]
     assert {t["task"]: t["metric"] for t in data["tasks"]} == facts["metrics"]
     for task in data["tasks"]:
-        assert task["items"] == {role: facts["items"][role][task["task"]] for role in ("search", "validation", "test")}
+        assert task["items"] == {
+            role: facts["items"][role][task["task"]] for role in ("search", "validation", "test")
+        }
         assert task["soft"] == facts["terms"][task["task"]]["measures"]
-    assert {m["name"]: m["path"] for m in data["models"]} == {name: p["path"] for name, p in facts["parents"].items()}
+    assert {m["name"]: m["path"] for m in data["models"]} == {
+        name: p["path"] for name, p in facts["parents"].items()
+    }
     stages = {s["stage"]: s for s in data["work"]["stages"]}
     searched = Counter(t.generation for t in trials if t.origin != "mean")
     assert stages["parents, hand recipes and soups"]["candidates"] == searched.pop(0)
@@ -48,13 +52,17 @@ def test_what_is_planned_is_what_was_run(finished: Path) -> None:
     rows = stored_rows(finished / "small" / "study.db")
     items = {s["id"]: sum(len(ids) for _, ids in json.loads(s["body"])) for s in rows["item_sets"]}
     for role in ("search", "validation", "test"):
-        assert {items[e["item_set"]] for e in rows["evaluations"] if e["role"] == role} == {stages[role]["items"]}
+        assert {items[e["item_set"]] for e in rows["evaluations"] if e["role"] == role} == {
+            stages[role]["items"]
+        }
         scored = sum(e["role"] == role for e in rows["evaluations"])
         if role != "search":  # equal recipes are scored once
             assert scored <= stages[role]["candidates"] <= scored + 3
 
 
-def test_a_plan_writes_nothing_and_names_what_a_probe_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_writes_nothing_and_names_what_a_probe_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EVOMERGE_ROOT", str(tmp_path / "results"))
     file = search_file(tmp_path, "trial")
     code, out, err = in_process("plan", file)
@@ -77,7 +85,10 @@ def test_a_probe_times_a_candidate_and_says_what_answers(tmp_path: Path) -> None
     assert all(isinstance(v["allowed"], bool) and v["reason"] for v in probe["techniques"].values())
     assert probe["items"] == 32
     assert 0 < probe["seconds_merge"] < probe["seconds_first"]
-    whole = sum(s["candidates"] * (probe["seconds_merge"] + probe["seconds_score"] / 32 * s["items"]) for s in data["work"]["stages"])
+    whole = sum(
+        s["candidates"] * (probe["seconds_merge"] + probe["seconds_score"] / 32 * s["items"])
+        for s in data["work"]["stages"]
+    )
     assert probe["seconds_search"] == pytest.approx(whole)
 
 
@@ -124,8 +135,13 @@ def test_show_says_what_answered_and_lists_the_front(finished: Path) -> None:
     code, out, err = in_process("show", "small/best", "--root", finished, "--json")
     assert code == 0, err
     assert json.loads(out)["backends"] == dict.fromkeys(TASKS, "compiled")
-    assert "answered by compiled requests: zoo_arithmetic" in in_process("show", "small/best", "--root", finished)[1]
-    assert in_process("show", "small/math", "--root", finished) == in_process("show", "small/2", "--root", finished)
+    assert (
+        "answered by compiled requests: zoo_arithmetic"
+        in in_process("show", "small/best", "--root", finished)[1]
+    )
+    assert in_process("show", "small/math", "--root", finished) == in_process(
+        "show", "small/2", "--root", finished
+    )
     code, out, err = in_process("show", "small/pareto", "--root", finished, "--json")
     assert code == 0, err
     front = {c["id"]: c["metrics"] for c in json.loads(out)["candidates"]}

@@ -29,7 +29,11 @@ from evomerge.store import Store
 from tests.integration.test_kill import check, kill_after
 from tests.support.toy import Prepared, count_rows, in_process, llama, search_file, stored_rows
 
-STAGES = [{"stage": "weights", "evaluations": 8}, {"stage": "routes", "evaluations": 16}, {"stage": "weights", "evaluations": 8}]
+STAGES = [
+    {"stage": "weights", "evaluations": 8},
+    {"stage": "routes", "evaluations": 16},
+    {"stage": "weights", "evaluations": 8},
+]
 
 
 def staged_file(folder: Path, study: str, stages: list[Any], **routes: Any) -> Path:
@@ -83,9 +87,13 @@ def _lineage(file: Path) -> None:
             if number:
                 (parents,) = {t.parents for t in first}
                 assert len(parents) == 1
-                assert parents[0] < min(t.id for t in first), "a stage begins from a candidate of an earlier one"
+                assert parents[0] < min(t.id for t in first), (
+                    "a stage begins from a candidate of an earlier one"
+                )
         routes = [t for t in trials if t.stage == 1]
-        assert all(t.costs["layers"] == len(store.recipe(t.recipe_id).layers) for t in routes if t.score is not None)
+        assert all(
+            t.costs["layers"] == len(store.recipe(t.recipe_id).layers) for t in routes if t.score is not None
+        )
         assert len({t.costs["layers"] for t in routes if t.score is not None}) > 1
         for t in routes:
             if t.score is not None and t.reported is not None:
@@ -93,12 +101,16 @@ def _lineage(file: Path) -> None:
 
 
 def test_a_search_of_routes_alone_runs_shows_and_exports(tmp_path: Path) -> None:
-    file = staged_file(tmp_path, "alone", [{"stage": "routes", "evaluations": 8}], genome="indicator", layers=[4, 8])
+    file = staged_file(
+        tmp_path, "alone", [{"stage": "routes", "evaluations": 8}], genome="indicator", layers=[4, 8]
+    )
     root = ("--root", str(tmp_path))
     assert in_process("run", file, *root)[0] == 0
     assert "layers" in in_process("show", "alone/best", *root)[1]
     with Store.open(tmp_path / "alone" / "study.db") as store:
-        routes = [t for t in store.trials() if t.generation > 0 and t.score is not None and t.costs["layers"] != 6]
+        routes = [
+            t for t in store.trials() if t.generation > 0 and t.score is not None and t.costs["layers"] != 6
+        ]
     found = max(routes, key=lambda t: t.id)
     code, _, err = in_process("export", f"alone/{found.id}", tmp_path / "out", "--weights", *root)
     assert code == 0, err
@@ -139,7 +151,10 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 )
 def test_a_wrong_setting_is_one_clear_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     document = json.loads(search_file(tmp_path, "wrong").read_text())
-    document |= {key: document.get(key, {}) | value if isinstance(value, dict) else value for key, value in change.items()}
+    document |= {
+        key: document.get(key, {}) | value if isinstance(value, dict) else value
+        for key, value in change.items()
+    }
     (tmp_path / "wrong.yaml").write_text(json.dumps(document))
     code, _, err = in_process("run", tmp_path / "wrong.yaml", "--root", tmp_path / "studies")
     assert code == 2
@@ -154,7 +169,9 @@ def settings(tmp_path: Path, **changes: Any) -> Config:
 
 
 def test_the_budget_that_a_flag_changes_is_that_of_the_last_stage(tmp_path: Path) -> None:
-    changed = loading.override(settings(tmp_path, stages=[{"stage": "weights", "evaluations": 8}, "routes"]), {"evaluations": 99})
+    changed = loading.override(
+        settings(tmp_path, stages=[{"stage": "weights", "evaluations": 8}, "routes"]), {"evaluations": 99}
+    )
     assert changed.budgets == (8, 99)
     assert loading.override(settings(tmp_path), {"evaluations": 99}).budgets == (99,)
     own = settings(tmp_path, stages=[{"stage": "routes", "evaluations": 7}])
@@ -162,8 +179,13 @@ def test_the_budget_that_a_flag_changes_is_that_of_the_last_stage(tmp_path: Path
 
 
 def test_a_hand_written_stack_of_mergekit_is_where_routes_begin(tmp_path: Path) -> None:
-    parents: dict[str, Parent] = {name: Checkpoint(llama(tmp_path / name, seed)) for seed, name in enumerate(("base", "a"))}
-    lines = [f"- sources: [{{model: {tmp_path}/a, layer_range: [{first}, {last}]}}]" for first, last in ((0, 4), (2, 5))]
+    parents: dict[str, Parent] = {
+        name: Checkpoint(llama(tmp_path / name, seed)) for seed, name in enumerate(("base", "a"))
+    }
+    lines = [
+        f"- sources: [{{model: {tmp_path}/a, layer_range: [{first}, {last}]}}]"
+        for first, last in ((0, 4), (2, 5))
+    ]
     stack = "\n".join(["merge_method: passthrough", "slices:", *lines, ""])
     (tmp_path / "solar.yaml").write_text(stack)
     given = settings(
@@ -194,7 +216,10 @@ def test_a_hand_written_stack_of_mergekit_is_where_routes_begin(tmp_path: Path) 
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parent]:
     root = tmp_path_factory.mktemp("hop")
     base = llama(root / "base", 0, dtype=torch.float32)
-    made = {name: Checkpoint(llama(root / name, seed, near=base, dtype=torch.float32)) for name, seed in (("a", 1), ("b", 2))}
+    made = {
+        name: Checkpoint(llama(root / name, seed, near=base, dtype=torch.float32))
+        for name, seed in (("a", 1), ("b", 2))
+    }
     return {"base": Checkpoint(base), **made}
 
 
@@ -203,13 +228,25 @@ def passed(model: str, layer: int | None) -> Mix:
 
 
 def mixed(layer: int | None) -> Mix:
-    return Mix("task_arithmetic", (("a", layer), ("b", layer)), ("base", layer), params({"weight": (0.5, 0.25), "lambda": 1.0}))
+    return Mix(
+        "task_arithmetic",
+        (("a", layer), ("b", layer)),
+        ("base", layer),
+        params({"weight": (0.5, 0.25), "lambda": 1.0}),
+    )
 
 
 MERGED = Recipe("base", tuple(mixed(i) for i in range(5)), mixed(None), mixed(None), out_dtype="float32")
 ROUTE = Recipe(
     "base",
-    (passed("merged", 0), passed("a", 1), passed("base", 2), passed("merged", 2), passed("merged", 4), passed("b", 4)),
+    (
+        passed("merged", 0),
+        passed("a", 1),
+        passed("base", 2),
+        passed("merged", 2),
+        passed("merged", 4),
+        passed("b", 4),
+    ),
     passed("merged", None),
     passed("merged", None),
     out_dtype="float32",
@@ -235,13 +272,26 @@ def test_a_small_step_from_a_route_is_a_small_change_of_its_weights(parents: dic
     recipe = space.decode(genome)
     assert recipe.stages == ()
     assert recipe.scales == ROUTE.scales
-    name, at = "mlp.up_proj.weight", {m: {i: parents[m].tensor(f"model.layers.{i}.mlp.up_proj.weight") for i in range(5)} for m in parents}
+    name, at = (
+        "mlp.up_proj.weight",
+        {
+            m: {i: parents[m].tensor(f"model.layers.{i}.mlp.up_proj.weight") for i in range(5)}
+            for m in parents
+        },
+    )
 
     def vector(model: str, layer: int) -> torch.Tensor:
         return at[model][layer] - at["base"][layer]
 
     merged = {i: at["base"][i] + 0.5 * vector("a", i) + 0.25 * vector("b", i) for i in range(5)}
-    wanted = [merged[0], at["a"][1], at["base"][2] + 0.125 * vector("a", 2), merged[2] + 0.125 * vector("a", 2), merged[4], at["b"][4]]
+    wanted = [
+        merged[0],
+        at["a"][1],
+        at["base"][2] + 0.125 * vector("a", 2),
+        merged[2] + 0.125 * vector("a", 2),
+        merged[4],
+        at["b"][4],
+    ]
     live = Live(parents, parents, "base", load(parents["base"], "float32"), "float32", "cpu", Tables())
     unscaled = Recipe(recipe.base, recipe.layers, recipe.embeddings, recipe.head, out_dtype="float32")
     view = live.view(unscaled)
@@ -250,7 +300,9 @@ def test_a_small_step_from_a_route_is_a_small_change_of_its_weights(parents: dic
     for layer, expected in zip(layers, wanted, strict=True):
         torch.testing.assert_close(layer.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
     assert isinstance(view.module, nn.Module)
-    torch.testing.assert_close(view.module.get_input_embeddings().weight, _embedding(parents), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
+    torch.testing.assert_close(
+        view.module.get_input_embeddings().weight, _embedding(parents), rtol=1e-5, atol=1e-6
+    )  # type: ignore[operator]
 
 
 def _embedding(parents: dict[str, Parent]) -> torch.Tensor:
@@ -258,7 +310,9 @@ def _embedding(parents: dict[str, Parent]) -> torch.Tensor:
     return tables["base"] + 0.5 * (tables["a"] - tables["base"]) + 0.25 * (tables["b"] - tables["base"])
 
 
-def test_methods_without_a_weight_for_each_model_stay_as_they_are(tmp_path: Path, parents: dict[str, Parent]) -> None:
+def test_methods_without_a_weight_for_each_model_stay_as_they_are(
+    tmp_path: Path, parents: dict[str, Parent]
+) -> None:
     arc = Mix("slerp", (("a", 1),), ("base", 1), params({"t": 0.5}))
     recipe = Recipe("base", (passed("a", 0), arc), passed("a", None), passed("a", None), out_dtype="float32")
     space = HopSpace(recipe, "base", ("a", "b"), groups=1)

@@ -45,7 +45,13 @@ def write_yaml(file: Path, data: dict[str, Any]) -> Path:
 
 def linear(base: Path | str, *models: Path | str, **more: Any) -> dict[str, Any]:
     listed = [{"model": str(model), "parameters": {"weight": 0.5}} for model in models]
-    return {"merge_method": "linear", "base_model": str(base), "parameters": {"weight": 1.0}, "models": listed, **more}  # 1: for the base
+    return {
+        "merge_method": "linear",
+        "base_model": str(base),
+        "parameters": {"weight": 1.0},
+        "models": listed,
+        **more,
+    }  # 1: for the base
 
 
 def header(file: Path) -> tuple[dict[str, Any], int]:
@@ -63,9 +69,14 @@ def test_shards_hold_what_one_file_holds(parents: Parents, tmp_path: Path) -> No
     checkpoint_writer.write(recipe, parents, tmp_path / "whole")
     (tmp_path / "parts").mkdir()
     checkpoint_writer.write_into(merge.Merge(recipe, parents), tmp_path / "parts", shard=SHARD)
-    whole, parts = load_file(tmp_path / "whole" / "model.safetensors"), sorted((tmp_path / "parts").glob("*.safetensors"))
+    whole, parts = (
+        load_file(tmp_path / "whole" / "model.safetensors"),
+        sorted((tmp_path / "parts").glob("*.safetensors")),
+    )
     assert len(parts) > 3
-    assert [part.name for part in parts] == [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    assert [part.name for part in parts] == [
+        f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)
+    ]
     assert_equal(whole, {name: tensor for part in parts for name, tensor in load_file(part).items()})
     assert_equal(load_model(tmp_path / "whole").state_dict(), load_model(tmp_path / "parts").state_dict())
     assert_equal(whole, dict(merge.merged(recipe, parents)))
@@ -75,19 +86,25 @@ def test_shards_hold_what_one_file_holds(parents: Parents, tmp_path: Path) -> No
     assert index["weight_map"] == {name: part.name for part in parts for name in load_file(part)}
     assert all(sum(t.numel() * t.element_size() for t in load_file(part).values()) <= SHARD for part in parts)
     rest = {name: digest for name, digest in files(tmp_path / "parts").items() if "safetensors" not in name}
-    assert rest == {name: digest for name, digest in files(tmp_path / "whole").items() if "safetensors" not in name}
+    assert rest == {
+        name: digest for name, digest in files(tmp_path / "whole").items() if "safetensors" not in name
+    }
     parent = Checkpoint(tmp_path / "parts")
     assert_equal({name: parent.tensor(name) for name in parent.tensors}, whole)
 
 
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(parents: Parents, tmp_path: Path) -> None:
     checkpoint_writer.write_into(merge.Merge(candidate("slerp"), parents), tmp_path, shard=1)
-    assert Counter(len(load_file(part)) for part in tmp_path.glob("*.safetensors")) == {1: len(parents["base"].tensors)}
+    assert Counter(len(load_file(part)) for part in tmp_path.glob("*.safetensors")) == {
+        1: len(parents["base"].tensors)
+    }
     assert_equal(load_model(tmp_path).state_dict(), dict(merge.merged(candidate("slerp"), parents)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_the_file_is_what_the_format_says_and_its_own_reader_reads(dtype: str, parents: Parents, tmp_path: Path) -> None:
+def test_the_file_is_what_the_format_says_and_its_own_reader_reads(
+    dtype: str, parents: Parents, tmp_path: Path
+) -> None:
     recipe = replace(candidate("linear"), out_dtype=dtype)
     checkpoint_writer.write(recipe, parents, tmp_path / "out")
     entries, data = header(tmp_path / "out" / "model.safetensors")
@@ -98,7 +115,9 @@ def test_the_file_is_what_the_format_says_and_its_own_reader_reads(dtype: str, p
     assert int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert_equal({name: file.get_tensor(name) for name in file.keys()}, dict(merge.merged(recipe, parents)))  # noqa: SIM118
+        assert_equal(
+            {name: file.get_tensor(name) for name in file.keys()}, dict(merge.merged(recipe, parents))
+        )
 
 
 # ---- refused before it begins
@@ -111,10 +130,15 @@ def must_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "tensor", read)
 
 
-def test_too_little_memory_is_said_before_anything_is_read_and_leaves_nothing(parents: Parents, tmp_path: Path, monkeypatch: Any) -> None:
+def test_too_little_memory_is_said_before_anything_is_read_and_leaves_nothing(
+    parents: Parents, tmp_path: Path, monkeypatch: Any
+) -> None:
     must_not_be_read(monkeypatch)
     for method in ("linear", "slerp", "ties"):
-        with pytest.raises(SetupError, match=r"tensor '[\w.]+' takes .* MB to merge, more than the 0 MB allowed; raise --memory"):
+        with pytest.raises(
+            SetupError,
+            match=r"tensor '[\w.]+' takes .* MB to merge, more than the 0 MB allowed; raise --memory",
+        ):
             checkpoint_writer.write(candidate(method), parents, tmp_path / "out", memory=1000)
     assert list(tmp_path.iterdir()) == []
 
@@ -128,25 +152,41 @@ def test_enough_memory_is_that_of_the_largest_tensor(parents: Parents, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_said_before_anything_is_read_and_leaves_nothing(parents: Parents, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_full_disk_is_said_before_anything_is_read_and_leaves_nothing(
+    parents: Parents, tmp_path: Path, monkeypatch: Any
+) -> None:
     size = sum(2 * torch.Size(info.shape).numel() for info in parents["base"].tensors.values())
     must_not_be_read(monkeypatch)
-    monkeypatch.setattr("evomerge.merging.checkpoint_writer.shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
-    with pytest.raises(SetupError, match=r"the merged model takes 0\.0 GB, .* free; make room or choose another disk"):
+    monkeypatch.setattr(
+        "evomerge.merging.checkpoint_writer.shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1)
+    )
+    with pytest.raises(
+        SetupError, match=r"the merged model takes 0\.0 GB, .* free; make room or choose another disk"
+    ):
         checkpoint_writer.write(candidate("linear"), parents, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    monkeypatch.setattr("evomerge.merging.checkpoint_writer.shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+    monkeypatch.setattr(
+        "evomerge.merging.checkpoint_writer.shutil.disk_usage", lambda path: SimpleNamespace(free=size)
+    )
     checkpoint_writer.write(candidate("linear"), parents, tmp_path / "out")
 
 
-def test_shapes_that_do_not_fit_are_found_from_headers_alone(parents: Parents, tiny: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_shapes_that_do_not_fit_are_found_from_headers_alone(
+    parents: Parents, tiny: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     shutil.copytree(tiny["math"], tmp_path / "odd")
     file = tmp_path / "odd" / "model.safetensors"
-    save_file(load_file(file) | {"model.layers.3.mlp.up_proj.weight": torch.zeros(47, 32)}, file, metadata={"format": "pt"})
+    save_file(
+        load_file(file) | {"model.layers.3.mlp.up_proj.weight": torch.zeros(47, 32)},
+        file,
+        metadata={"format": "pt"},
+    )
     must_not_be_read(monkeypatch)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight' is \[47, 32\] in 'math' and \[48, 32\]"):
-        checkpoint_writer.write(candidate("linear"), parents | {"math": Checkpoint(tmp_path / "odd")}, tmp_path / "out")
+        checkpoint_writer.write(
+            candidate("linear"), parents | {"math": Checkpoint(tmp_path / "odd")}, tmp_path / "out"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
@@ -167,7 +207,9 @@ class Nothing:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("policy", ["float32", "mergekit"])
-def test_a_parent_with_nan_fails_the_candidate_and_names_the_tensor(method: str, policy: str, parents: Parents, tiny: Any, tmp_path: Path) -> None:
+def test_a_parent_with_nan_fails_the_candidate_and_names_the_tensor(
+    method: str, policy: str, parents: Parents, tiny: Any, tmp_path: Path
+) -> None:
     if (method, policy) == ("karcher", "mergekit"):
         pytest.skip("mergekit's karcher leaves a model out whose norm is NaN")
     name = "model.layers.2.self_attn.v_proj.weight"
@@ -200,7 +242,10 @@ def test_lists_with_an_entry_a_layer_follow_the_layers(tmp_path: Path) -> None:
     assert len(set(types)) > 1
     order = [(0, 2), (3, 4), (1, 4)]
     slices = [{"sources": [{"model": str(paths["math"]), "layer_range": list(span)}]} for span in order]
-    merge_file(write_yaml(tmp_path / "recipe.yaml", {"merge_method": "passthrough", "slices": slices}), tmp_path / "out")
+    merge_file(
+        write_yaml(tmp_path / "recipe.yaml", {"merge_method": "passthrough", "slices": slices}),
+        tmp_path / "out",
+    )
     taken = [i for span in order for i in range(*span)]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["layer_types"] == [types[i] for i in taken]
@@ -208,16 +253,24 @@ def test_lists_with_an_entry_a_layer_follow_the_layers(tmp_path: Path) -> None:
     model, own = load_model(tmp_path / "out"), load_file(paths["math"] / "model.safetensors")
     assert len(model.model.layers) == len(taken)
     for output, layer in enumerate(taken):
-        assert torch.equal(model.state_dict()[f"model.layers.{output}.mlp.up_proj.weight"], own[f"model.layers.{layer}.mlp.up_proj.weight"])
+        assert torch.equal(
+            model.state_dict()[f"model.layers.{output}.mlp.up_proj.weight"],
+            own[f"model.layers.{layer}.mlp.up_proj.weight"],
+        )
 
 
 # ---- other forms of a file
 
 
 @pytest.mark.parametrize("name", ["text_decoder", "default", "anything"])
-def test_a_single_module_means_what_the_plain_form_means(name: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_a_single_module_means_what_the_plain_form_means(
+    name: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     plain = linear(tiny["base"], tiny["math"], tiny["code"])
-    module = {**{k: v for k, v in plain.items() if k != "models"}, "modules": {name: {"models": plain["models"]}}}
+    module = {
+        **{k: v for k, v in plain.items() if k != "models"},
+        "modules": {name: {"models": plain["models"]}},
+    }
     merge_file(write_yaml(tmp_path / "plain.yaml", plain), tmp_path / "plain")
     merge_file(write_yaml(tmp_path / "module.yaml", module), tmp_path / "module")
     assert files(tmp_path / "plain") == files(tmp_path / "module")
@@ -225,19 +278,36 @@ def test_a_single_module_means_what_the_plain_form_means(name: str, tiny: dict[s
 
 def test_parameters_of_a_module_come_before_those_of_the_file(tiny: dict[str, Path], tmp_path: Path) -> None:
     models = [{"model": str(tiny[m])} for m in ("math", "code")]
-    top = {"merge_method": "task_arithmetic", "base_model": str(tiny["base"]), "parameters": {"weight": 0.9, "lambda": 0.5}}
+    top = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tiny["base"]),
+        "parameters": {"weight": 0.9, "lambda": 0.5},
+    }
     inside = top | {"modules": {"text_decoder": {"models": models, "parameters": {"weight": 0.25}}}}
     merge_file(write_yaml(tmp_path / "module.yaml", inside), tmp_path / "module")
-    merge_file(write_yaml(tmp_path / "plain.yaml", top | {"models": models, "parameters": {"weight": 0.25, "lambda": 0.5}}), tmp_path / "plain")
-    assert_equal(load_file(tmp_path / "module" / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors"))
+    merge_file(
+        write_yaml(
+            tmp_path / "plain.yaml", top | {"models": models, "parameters": {"weight": 0.25, "lambda": 0.5}}
+        ),
+        tmp_path / "plain",
+    )
+    assert_equal(
+        load_file(tmp_path / "module" / "model.safetensors"),
+        load_file(tmp_path / "plain" / "model.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
 def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -> None:
     paths = architectures.build(tmp_path, kind, torch.bfloat16, ("base", "math", "code"))
     data = linear(paths["base"], paths["math"], paths["code"])
-    module = {"text_decoder": {"models": data.pop("models")}, "vision_tower": {"models": [{"model": str(paths["base"])}]}}
-    (warning,) = merge_file(write_yaml(tmp_path / "recipe.yaml", data | {"modules": module}), tmp_path / "out")
+    module = {
+        "text_decoder": {"models": data.pop("models")},
+        "vision_tower": {"models": [{"model": str(paths["base"])}]},
+    }
+    (warning,) = merge_file(
+        write_yaml(tmp_path / "recipe.yaml", data | {"modules": module}), tmp_path / "out"
+    )
     own = {name: Checkpoint(path) for name, path in paths.items()}
     towers = own["base"].outer_names("tower")
     assert any("vision" in name for name in towers)
@@ -264,15 +334,25 @@ def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -
 def test_an_adapter_in_a_file_is_folded_into_its_base(tiny32: dict[str, Path], tmp_path: Path) -> None:
     tensors = pair(Q)
     lora = adapter(tmp_path / "lora", tensors)
-    merge_file(write_yaml(tmp_path / "r.yaml", linear(tiny32["code"], f"{tiny32['math']}+{lora}", tiny32["code"], dtype="float32")), tmp_path / "out")
+    merge_file(
+        write_yaml(
+            tmp_path / "r.yaml",
+            linear(tiny32["code"], f"{tiny32['math']}+{lora}", tiny32["code"], dtype="float32"),
+        ),
+        tmp_path / "out",
+    )
     mapping = {"model": {"path": str(tiny32["math"])}, "lora": {"path": str(lora)}}
     data = linear(tiny32["code"], "x", tiny32["code"], dtype="float32")
     data["models"][0]["model"] = mapping
     merge_file(write_yaml(tmp_path / "m.yaml", data), tmp_path / "mapped")
     assert files(tmp_path / "out") == files(tmp_path / "mapped")
-    math, code, out = (load_file(path / "model.safetensors") for path in (tiny32["math"], tiny32["code"], tmp_path / "out"))
+    math, code, out = (
+        load_file(path / "model.safetensors") for path in (tiny32["math"], tiny32["code"], tmp_path / "out")
+    )
     for name, tensor in out.items():
-        own = looped(math[name], *tensors_of(tensors, Q), 2.0) if name == f"{Q}.weight" else math[name].double()
+        own = (
+            looped(math[name], *tensors_of(tensors, Q), 2.0) if name == f"{Q}.weight" else math[name].double()
+        )
         torch.testing.assert_close(tensor.double(), (own + code[name].double()) / 2, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(out[f"{Q}.weight"], (math[f"{Q}.weight"] + code[f"{Q}.weight"]) / 2, atol=1e-3)
 
@@ -298,20 +378,36 @@ def add_words(path: Path, to: Path, words: list[str]) -> Path:
     return to
 
 
-def test_a_union_of_vocabularies_is_a_model_that_knows_all_words(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_a_union_of_vocabularies_is_a_model_that_knows_all_words(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     math = add_words(tiny["math"], tmp_path / "math", ["newton", "euler"])
     code = add_words(tiny["code"], tmp_path / "code", ["euler", "lambda"])
-    file = write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], math, code, tiny["base"], tokenizer_source="union"))
+    file = write_yaml(
+        tmp_path / "recipe.yaml", linear(tiny["base"], math, code, tiny["base"], tokenizer_source="union")
+    )
     merge_file(file, tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert set(tokenizer.get_vocab()) == set(AutoTokenizer.from_pretrained(tiny["base"]).get_vocab()) | {"newton", "euler", "lambda"}
+    assert set(tokenizer.get_vocab()) == set(AutoTokenizer.from_pretrained(tiny["base"]).get_vocab()) | {
+        "newton",
+        "euler",
+        "lambda",
+    }
     assert model.config.vocab_size == len(tokenizer) == len(model.lm_head.weight) == 67
-    rows, own = model.model.embed_tokens.weight, load_file(tiny["base"] / "model.safetensors")["model.embed_tokens.weight"]
+    rows, own = (
+        model.model.embed_tokens.weight,
+        load_file(tiny["base"] / "model.safetensors")["model.embed_tokens.weight"],
+    )
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("newton", "euler", "lambda", "w7")}
-    at = {path: load_file(path / "model.safetensors")["model.embed_tokens.weight"].float() for path in (math, code)}
-    torch.testing.assert_close(rows[ids["w7"]].float(), (at[math][11] + at[code][11] + own[11].float()) / 3, rtol=2**-7, atol=1e-6)
+    at = {
+        path: load_file(path / "model.safetensors")["model.embed_tokens.weight"].float()
+        for path in (math, code)
+    }
+    torch.testing.assert_close(
+        rows[ids["w7"]].float(), (at[math][11] + at[code][11] + own[11].float()) / 3, rtol=2**-7, atol=1e-6
+    )
     assert set(rows[ids["newton"]].tolist()) == {1.0}  # of the only model that has it, in every model
     assert set(rows[ids["lambda"]].tolist()) == {2.0}
     assert set(rows[ids["euler"]].tolist()) == {1.5}  # 2 and 1, and their mean where it is lacking
@@ -322,23 +418,40 @@ def test_a_union_of_vocabularies_is_a_model_that_knows_all_words(tiny: dict[str,
 def test_vocabularies_of_different_size_ask_for_a_tokenizer(tiny: dict[str, Path], tmp_path: Path) -> None:
     math = add_words(tiny["math"], tmp_path / "math", ["newton"])
     with pytest.raises(CheckpointError, match="tokenizer_source: union"):
-        merge_file(write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], math, tiny["base"])), tmp_path / "out")
+        merge_file(
+            write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], math, tiny["base"])), tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_of_other_words_are_mixed_by_number_with_a_warning(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_rows_of_other_words_are_mixed_by_number_with_a_warning(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
     shutil.copytree(tiny["math"], tmp_path / "math")
     text = (tmp_path / "math" / "tokenizer.json").read_text()
     (tmp_path / "math" / "tokenizer.json").write_text(text.replace('"w7"', '"seven"'))
-    (warning,) = merge_file(write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tmp_path / "math", tiny["base"])), tmp_path / "out")
+    (warning,) = merge_file(
+        write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tmp_path / "math", tiny["base"])),
+        tmp_path / "out",
+    )
     assert "row 11" in warning
     assert "seven" in warning
-    assert merge_file(write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["code"], tiny["base"])), tmp_path / "same") == ()
+    assert (
+        merge_file(
+            write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["code"], tiny["base"])),
+            tmp_path / "same",
+        )
+        == ()
+    )
 
 
 # ---- chat templates
 
-TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+TALK = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+]
 
 
 def speaks(path: Path, **more: Any) -> str:
@@ -347,17 +460,29 @@ def speaks(path: Path, **more: Any) -> str:
     return str(AutoTokenizer.from_pretrained(path).apply_chat_template(TALK, tokenize=False, **more))
 
 
-def test_a_template_by_name_is_that_formats_and_by_text_is_the_text(tiny: dict[str, Path], tmp_path: Path) -> None:
-    wishes = {**{name: name for name in chat_templates.KNOWN}, "own": "{% for m in messages %}[{{ m.content }}]{% endfor %}"}
+def test_a_template_by_name_is_that_formats_and_by_text_is_the_text(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    wishes = {
+        **{name: name for name in chat_templates.KNOWN},
+        "own": "{% for m in messages %}[{{ m.content }}]{% endfor %}",
+    }
     said = {}
     for name, wish in wishes.items():
-        file = write_yaml(tmp_path / f"{name}.yaml", linear(tiny["base"], tiny["math"], tiny["base"], chat_template=wish))
+        file = write_yaml(
+            tmp_path / f"{name}.yaml", linear(tiny["base"], tiny["math"], tiny["base"], chat_template=wish)
+        )
         merge_file(file, tmp_path / name)
         said[name] = speaks(tmp_path / name)
         assert load_model(tmp_path / name) is not None
     assert said["own"] == "[S][U][A]"
-    assert said["chatml"] == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
-    assert speaks(tmp_path / "chatml", add_generation_prompt=True) == said["chatml"] + "<|im_start|>assistant\n"
+    assert (
+        said["chatml"]
+        == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    )
+    assert (
+        speaks(tmp_path / "chatml", add_generation_prompt=True) == said["chatml"] + "<|im_start|>assistant\n"
+    )
     assert "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>" in said["llama3"]
     assert "### Instruction:\nU\n\n### Response:\nA" in said["alpaca"]
     assert "[INST] " in said["mistral"]
@@ -380,15 +505,23 @@ def test_auto_takes_the_template_that_most_models_have(tiny: dict[str, Path], tm
     math, code = (with_template(tiny[m], tmp_path / m, two, inside=m == "code") for m in ("math", "code"))
     for wish, expected in (("auto", "two S"), (None, "one S")):
         more = {"chat_template": wish} if wish else {}
-        merge_file(write_yaml(tmp_path / "recipe.yaml", linear(base, math, code, base, **more)), tmp_path / str(wish))
+        merge_file(
+            write_yaml(tmp_path / "recipe.yaml", linear(base, math, code, base, **more)), tmp_path / str(wish)
+        )
         assert speaks(tmp_path / str(wish)) == expected
-    merge_file(write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["math"], chat_template="auto")), tmp_path / "none")
+    merge_file(
+        write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["math"], chat_template="auto")),
+        tmp_path / "none",
+    )
     assert not (tmp_path / "none" / "chat_template.jinja").exists()
 
 
 def test_a_name_that_is_no_template_is_refused(tiny: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+:\d+ chat_template must be auto, alpaca"):
-        merge_file(write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["math"], chat_template="chatm")), tmp_path / "out")
+        merge_file(
+            write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["math"], chat_template="chatm")),
+            tmp_path / "out",
+        )
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "---\n"])

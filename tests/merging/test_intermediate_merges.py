@@ -26,10 +26,20 @@ from evomerge.recipes.mergekit_yaml.writer import dump, with_outer_filters
 from tests.merging.test_merge import assert_equal, candidate, files, live
 
 
-def stage(method: str, base: Path | str | None, models: dict[Path | str, float | None], name: str = "", **more: Any) -> dict[str, Any]:
-    listed = [{"model": str(m), **({} if w is None else {"parameters": {"weight": w}})} for m, w in models.items()]
+def stage(
+    method: str, base: Path | str | None, models: dict[Path | str, float | None], name: str = "", **more: Any
+) -> dict[str, Any]:
+    listed = [
+        {"model": str(m), **({} if w is None else {"parameters": {"weight": w}})} for m, w in models.items()
+    ]
     top = {"name": name} if name else {}
-    return top | {"merge_method": method} | ({"base_model": str(base)} if base else {}) | {"models": listed} | more
+    return (
+        top
+        | {"merge_method": method}
+        | ({"base_model": str(base)} if base else {})
+        | {"models": listed}
+        | more
+    )
 
 
 def save(file: Path, *documents: dict[str, Any]) -> Path:
@@ -43,24 +53,48 @@ def three(tiny: dict[str, Path], one: Path | str = "one", two: Path | str = "two
     return [
         stage("ties", base, {math: 0.7, code: 0.6}, "one", parameters={"density": 0.6}, out_dtype="bfloat16"),
         stage("slerp", one, {chat: None}, "two", parameters={"t": [0.2, 0.8]}, out_dtype="bfloat16"),
-        stage("dare_linear", base, {two: 0.5, one: 0.4, math: 0.3}, parameters={"density": 0.5}, out_dtype="bfloat16"),
+        stage(
+            "dare_linear",
+            base,
+            {two: 0.5, one: 0.4, math: 0.3},
+            parameters={"density": 0.5},
+            out_dtype="bfloat16",
+        ),
     ]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 @pytest.mark.parametrize("policy", ["float32", "mergekit"])
-def test_stages_in_any_order_are_folders_merged_one_by_one(order: tuple[int, ...], policy: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_stages_in_any_order_are_folders_merged_one_by_one(
+    order: tuple[int, ...], policy: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     documents = three(tiny)
     merge_file(save(tmp_path / "all.yaml", *(documents[i] for i in order)), tmp_path / "all", policy=policy)
-    for name, document in zip(("one", "two", "last"), three(tiny, tmp_path / "one", tmp_path / "two"), strict=True):
+    for name, document in zip(
+        ("one", "two", "last"), three(tiny, tmp_path / "one", tmp_path / "two"), strict=True
+    ):
         document.pop("name", None)
         if name == "last":  # masks are keyed by the model's name
             break
         merge_file(save(tmp_path / f"{name}.yaml", document), tmp_path / name, policy=policy)
-    parents = {str(path): Checkpoint(path) for path in tiny.values()} | {m: Checkpoint(tmp_path / m) for m in ("one", "two")}
-    recipe = load(parse_all(yaml.safe_dump(three(tiny)[2]), "last"), lambda m: parents[m].num_layers, lambda m: parents[m].dtype, policy)
+    parents = {str(path): Checkpoint(path) for path in tiny.values()} | {
+        m: Checkpoint(tmp_path / m) for m in ("one", "two")
+    }
+    recipe = load(
+        parse_all(yaml.safe_dump(three(tiny)[2]), "last"),
+        lambda m: parents[m].num_layers,
+        lambda m: parents[m].dtype,
+        policy,
+    )
     assert_equal(load_file(tmp_path / "all" / "model.safetensors"), dict(merge.merged(recipe, parents)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "all.yaml", "one", "one.yaml", "two", "two.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "all",
+        "all.yaml",
+        "one",
+        "one.yaml",
+        "two",
+        "two.yaml",
+    ]
 
 
 def test_the_last_document_is_the_result_if_all_have_names(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -73,28 +107,47 @@ def test_the_last_document_is_the_result_if_all_have_names(tiny: dict[str, Path]
 def test_a_stage_of_slices_has_their_depth_and_lists(tiny: dict[str, Path], tmp_path: Path) -> None:
     slices = [{"sources": [{"model": str(tiny["math"]), "layer_range": span}]} for span in ([0, 3], [1, 4])]
     deep = {"name": "deep", "merge_method": "passthrough", "slices": slices}
-    last = {"merge_method": "passthrough", "slices": [{"sources": [{"model": "deep", "layer_range": [2, 6]}]}]}
+    last = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": "deep", "layer_range": [2, 6]}]}],
+    }
     merge_file(save(tmp_path / "recipe.yaml", deep, last), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 4
-    own, out = load_file(tiny["math"] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    own, out = (
+        load_file(tiny["math"] / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     for output, layer in enumerate((2, 1, 2, 3)):
-        assert torch.equal(out[f"model.layers.{output}.mlp.up_proj.weight"], own[f"model.layers.{layer}.mlp.up_proj.weight"])
+        assert torch.equal(
+            out[f"model.layers.{output}.mlp.up_proj.weight"], own[f"model.layers.{layer}.mlp.up_proj.weight"]
+        )
     last["slices"][0]["sources"][0]["layer_range"] = [2, 7]  # type: ignore[index]
-    with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+:\d+ layer_range must be .* <= 6 for deep, got \[2, 7\]"):
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml:\d+:\d+ layer_range must be .* <= 6 for deep, got \[2, 7\]"
+    ):
         merge_file(save(tmp_path / "recipe.yaml", deep, last), tmp_path / "no")
 
 
 def test_task_analogy_is_the_sum_written_out(tiny32: dict[str, Path], tmp_path: Path) -> None:
     """C + (B - A), then half of it with the base: what float64 gives."""
     a, b, c = (tiny32[m] for m in ("base", "math", "code"))
-    analogy = stage("linear", c, {c: 1.0, b: 1.0, a: -1.0}, "analogy", parameters={"normalize": False}, out_dtype="float32")
+    analogy = stage(
+        "linear",
+        c,
+        {c: 1.0, b: 1.0, a: -1.0},
+        "analogy",
+        parameters={"normalize": False},
+        out_dtype="float32",
+    )
     last = stage("linear", a, {"analogy": 0.5, a: 0.5}, parameters={"normalize": False}, out_dtype="float32")
     merge_file(save(tmp_path / "recipe.yaml", analogy, last), tmp_path / "out")
     own = {m: load_file(tiny32[m] / "model.safetensors") for m in ("base", "math", "code")}
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         wanted = own["code"][name].double() + (own["math"][name].double() - own["base"][name].double())
-        torch.testing.assert_close(tensor.double(), (wanted + own["base"][name].double()) / 2, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            tensor.double(), (wanted + own["base"][name].double()) / 2, rtol=1e-6, atol=1e-7
+        )
 
 
 # ---- mistakes
@@ -102,12 +155,20 @@ def test_task_analogy_is_the_sum_written_out(tiny32: dict[str, Path], tmp_path: 
 LINE = "merge_method: linear\nmodels: [{model: MODEL, parameters: {weight: 1}}]\n"
 MISTAKES = {
     "a cycle": (
-        [f"name: a\n{LINE.replace('MODEL', 'b')}", f"name: b\n{LINE.replace('MODEL', 'a')}", LINE.replace("MODEL", "a")],
+        [
+            f"name: a\n{LINE.replace('MODEL', 'b')}",
+            f"name: b\n{LINE.replace('MODEL', 'a')}",
+            LINE.replace("MODEL", "a"),
+        ],
         "1:1",
         "stage 'a' needs itself, by way of a and b",
     ),
     "a stage nobody reads": ([f"name: a\n{LINE}", LINE], "1:1", "stage 'a' is read by none of the others"),
-    "a name twice": ([f"name: a\n{LINE}", f"name: a\n{LINE}", LINE.replace("MODEL", "a")], "5:1", "name must be a text that no other document has"),
+    "a name twice": (
+        [f"name: a\n{LINE}", f"name: a\n{LINE}", LINE.replace("MODEL", "a")],
+        "5:1",
+        "name must be a text that no other document has",
+    ),
     "two without a name": ([LINE, LINE], "4:1", "the second document without a name"),
     "a name that is a list": ([f"name: [a]\n{LINE}", LINE], "1:1", "name must be a text"),
     "a last document that is a list": ([f"name: a\n{LINE}", "- a\n"], "5:1", "a recipe is a mapping"),
@@ -116,7 +177,11 @@ MISTAKES = {
         None,
         "stage 'a' has a tokenizer or chat template of its own",
     ),
-    "a template in a stage": ([f"name: a\nchat_template: chatml\n{LINE}", LINE.replace("MODEL", "a")], None, "stage 'a' has a tokenizer or chat"),
+    "a template in a stage": (
+        [f"name: a\nchat_template: chatml\n{LINE}", LINE.replace("MODEL", "a")],
+        None,
+        "stage 'a' has a tokenizer or chat",
+    ),
 }
 
 
@@ -163,8 +228,12 @@ def parents(tiny: dict[str, Path]) -> dict[str, Checkpoint]:
     return {name: Checkpoint(path) for name, path in tiny.items()}
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs", "della", "karcher"])
-def test_tables_of_a_search_remember_no_stage_of_another_recipe(method: str, parents: dict[str, Checkpoint], tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs", "della", "karcher"]
+)
+def test_tables_of_a_search_remember_no_stage_of_another_recipe(
+    method: str, parents: dict[str, Checkpoint], tiny: Any, tmp_path: Path
+) -> None:
     known, resident = Tables(build=True), live(tiny["base"])
     for i, weight in enumerate((0.2, 0.9, -0.4, 0.2)):
         recipe = staged(method, weight, i)
@@ -180,7 +249,10 @@ def test_recipes_with_stages_survive_their_text(parents: dict[str, Checkpoint]) 
     assert back == recipe
     assert back.id == recipe.id
     assert back.id not in {replace(recipe, stages=()).id, staged("ties", 0.4).id}
-    assert_equal(dict(merge.merged(staged("ties", 0.3), parents)), dict(merge.merged(Recipe.from_json(staged("ties", 0.3).canonical()), parents)))
+    assert_equal(
+        dict(merge.merged(staged("ties", 0.3), parents)),
+        dict(merge.merged(Recipe.from_json(staged("ties", 0.3).canonical()), parents)),
+    )
 
 
 def test_stages_are_written_as_documents_and_read_back(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -190,10 +262,14 @@ def test_stages_are_written_as_documents_and_read_back(tiny: dict[str, Path], tm
     assert [name for name, _ in read.stages] == ["half"]
     merge_file(tmp_path / "recipe.yaml", tmp_path / "out")
     named = {name: Checkpoint(path) for name, path in tiny.items()}
-    assert_equal(load_file(tmp_path / "out" / "model.safetensors"), dict(merge.merged(staged("ties", 0.3), named)))
+    assert_equal(
+        load_file(tmp_path / "out" / "model.safetensors"), dict(merge.merged(staged("ties", 0.3), named))
+    )
 
 
-def test_a_stage_remembers_its_parents_by_content(parents: dict[str, Checkpoint], tiny: dict[str, Path]) -> None:
+def test_a_stage_remembers_its_parents_by_content(
+    parents: dict[str, Checkpoint], tiny: dict[str, Path]
+) -> None:
     def digest(recipe: Recipe, given: dict[str, Checkpoint]) -> str:
         return merge.Merge(recipe, given).parents["half"].content_hash()
 

@@ -31,12 +31,17 @@ IDS = torch.tensor([[1, 5, 9, 3, 14, 7, 2, 11], [4, 4, 8, 15, 6, 10, 12, 13]])
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parent]:
     root = tmp_path_factory.mktemp("parents")
     base = llama(root / "base", 0)
-    return {"base": Checkpoint(base), **{name: Checkpoint(llama(root / name, seed, near=base)) for name, seed in (("a", 1), ("b", 2))}}
+    return {
+        "base": Checkpoint(base),
+        **{name: Checkpoint(llama(root / name, seed, near=base)) for name, seed in (("a", 1), ("b", 2))},
+    }
 
 
 @pytest.fixture(scope="module")
 def live(parents: dict[str, Parent]) -> Live:
-    return Live(parents, parents, "base", load(parents["base"], "bfloat16"), "bfloat16", "cpu", Tables(build=True))
+    return Live(
+        parents, parents, "base", load(parents["base"], "bfloat16"), "bfloat16", "cpu", Tables(build=True)
+    )
 
 
 def passed(model: str, layer: int | None) -> Mix:
@@ -44,28 +49,45 @@ def passed(model: str, layer: int | None) -> Mix:
 
 
 def route(*hops: tuple[str, int], outer: str = "a", scales: tuple[float, ...] = ()) -> Recipe:
-    return Recipe(outer, tuple(passed(*hop) for hop in hops), passed(outer, None), passed(outer, None), scales=scales)
+    return Recipe(
+        outer, tuple(passed(*hop) for hop in hops), passed(outer, None), passed(outer, None), scales=scales
+    )
 
 
-def mixed(layer: int | None, weight: float, method: str = "task_arithmetic", more: float | Filtered = 1.0) -> Mix:
+def mixed(
+    layer: int | None, weight: float, method: str = "task_arithmetic", more: float | Filtered = 1.0
+) -> Mix:
     given = {"weight": (weight, 0.4), "lambda": more, **({"density": (0.5, 0.5)} if "dare" in method else {})}
     return Mix(method, (("a", layer), ("b", layer)), ("base", layer), params(given))
 
 
 def merged() -> Recipe:
-    return Recipe("base", tuple(mixed(i, 0.3 + 0.1 * i) for i in range(5)), mixed(None, 0.5), mixed(None, 0.6))
+    return Recipe(
+        "base", tuple(mixed(i, 0.3 + 0.1 * i) for i in range(5)), mixed(None, 0.5), mixed(None, 0.6)
+    )
 
 
-HYBRID = Recipe("base", (passed("a", 0), mixed(3, 0.7), mixed(1, 0.2), passed("b", 4), mixed(3, 0.7)), passed("b", None), passed("b", None))
+HYBRID = Recipe(
+    "base",
+    (passed("a", 0), mixed(3, 0.7), mixed(1, 0.2), passed("b", 4), mixed(3, 0.7)),
+    passed("b", None),
+    passed("b", None),
+)
 RECIPES = {
     "one parent's path": route(*(("b", i) for i in range(5)), outer="b"),
     "repeats, skips, two parents": route(("a", 0), ("b", 1), ("b", 1), ("a", 4), ("a", 2), ("b", 1)),
     "shorter": route(("a", 3), ("b", 0)),
     "the base's layers under another's embeddings": route(("base", 0), ("base", 1), ("base", 3), outer="b"),
     "merged layers among parents'": HYBRID,
-    "two merges of one layer": replace(HYBRID, layers=(mixed(2, 0.9), mixed(2, 0.1), passed("a", 1), mixed(2, 0.9))),
-    "random masks at two places": replace(HYBRID, layers=(mixed(0, 0.9), mixed(1, 0.5, "dare_linear"), mixed(1, 0.5, "dare_linear")), seed=7),
-    "a filter that names a layer": replace(HYBRID, layers=(*[mixed(1, 0.5, more=Filtered(((".2.", 3.0), ("*", 1.0))))] * 3, passed("a", 1))),
+    "two merges of one layer": replace(
+        HYBRID, layers=(mixed(2, 0.9), mixed(2, 0.1), passed("a", 1), mixed(2, 0.9))
+    ),
+    "random masks at two places": replace(
+        HYBRID, layers=(mixed(0, 0.9), mixed(1, 0.5, "dare_linear"), mixed(1, 0.5, "dare_linear")), seed=7
+    ),
+    "a filter that names a layer": replace(
+        HYBRID, layers=(*[mixed(1, 0.5, more=Filtered(((".2.", 3.0), ("*", 1.0))))] * 3, passed("a", 1))
+    ),
     "embeddings and head of two models": replace(HYBRID, head=passed("a", None)),
     "merged embeddings": replace(HYBRID, embeddings=mixed(None, 1.1)),
     "a merge as a model": Recipe(
@@ -76,7 +98,11 @@ RECIPES = {
         stages=(("merged", merged()),),
     ),
     "a merge as a model, and a merge beside it": Recipe(
-        "a", (passed("merged", 1), mixed(1, 0.2), passed("a", 1), mixed(1, 0.6)), passed("a", None), passed("a", None), stages=(("merged", merged()),)
+        "a",
+        (passed("merged", 1), mixed(1, 0.2), passed("a", 1), mixed(1, 0.6)),
+        passed("a", None),
+        passed("a", None),
+        stages=(("merged", merged()),),
     ),
 }
 
@@ -88,7 +114,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_live_recipe_is_the_model_on_disk(name: str, parents: dict[str, Parent], live: Live, tmp_path: Path) -> None:
+def test_a_live_recipe_is_the_model_on_disk(
+    name: str, parents: dict[str, Parent], live: Live, tmp_path: Path
+) -> None:
     checkpoint_writer.write(RECIPES[name], parents, tmp_path / "written")
     wanted = logits(load(Checkpoint(tmp_path / "written"), "bfloat16"))
     for _ in range(2):
@@ -104,7 +132,9 @@ def test_layers_that_are_passed_through_are_the_parents_own(live: Live) -> None:
     sources = {p.data_ptr() for name in ("a", "b") for p in live.model(name).parameters()}
     assert {p.data_ptr() for p in view.module.parameters()} <= sources
     assert live.costs(view)["layers"] == 6
-    layer, whole = (sum(p.numel() for p in m.parameters()) for m in (stack(live.model("a"))[1][0], live.model("a")))
+    layer, whole = (
+        sum(p.numel() for p in m.parameters()) for m in (stack(live.model("a"))[1][0], live.model("a"))
+    )
     assert live.costs(view)["parameters"] == whole + layer
 
 
@@ -160,7 +190,9 @@ def pointers(model: nn.Module) -> list[int]:
 
 def rows(count: int = 6) -> tuple[Row, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(Row(tuple(torch.randint(3, 16, (9 + i % 2,), generator=generator).tolist()), 5) for i in range(count))
+    return tuple(
+        Row(tuple(torch.randint(3, 16, (9 + i % 2,), generator=generator).tolist()), 5) for i in range(count)
+    )
 
 
 def test_techniques_are_probed_on_the_same_route_whatever_comes_first(parents: dict[str, Parent]) -> None:
@@ -179,7 +211,9 @@ def test_techniques_are_probed_on_the_same_route_whatever_comes_first(parents: d
     assert seen[0] == seen[1]
 
 
-def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(parents: dict[str, Parent]) -> None:
+def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
+    parents: dict[str, Parent],
+) -> None:
     watching = Watching()
     worker = Worker(parents, "base", watching, dtype="bfloat16")
     found = perplexity_screen.nats(worker.live.model("a"), rows())
@@ -192,7 +226,9 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(pa
     assert refused.error is not None
     assert "gate" in refused.error
     assert refused.metrics.keys() == {NATS}
-    assert refused.metrics[NATS] == perplexity_screen.nats(installed(worker, route(("a", 0), ("a", 1))), rows())
+    assert refused.metrics[NATS] == perplexity_screen.nats(
+        installed(worker, route(("a", 0), ("a", 1))), rows()
+    )
     assert len(watching.scored) == 1 + (broken.error is None)
     assert "gate" in refused.seconds
     assert worker.evaluate(merged(), {"toy": ("i",)}).error is None, "weight merges are not asked"
@@ -219,7 +255,12 @@ def test_nats_are_those_of_the_tokens_that_count(parents: dict[str, Parent]) -> 
 
 def test_rows_hold_the_answers_and_as_many_tokens_as_asked() -> None:
     passages = [((1, 2, 3), (1, 2, 3, 4, 5)), ((), (6, 7, 8)), ((9, 9), (9, 9)), ((1,) * 40, (*(1,) * 40, 5))]
-    assert perplexity_screen.rows(passages, 100, longest=10) == (Row((1, 2, 3, 4, 5), 3), Row((6, 7, 8), 1), Row((9, 9), 1), Row((*(1,) * 9, 5), 9))
+    assert perplexity_screen.rows(passages, 100, longest=10) == (
+        Row((1, 2, 3, 4, 5), 3),
+        Row((6, 7, 8), 1),
+        Row((9, 9), 1),
+        Row((*(1,) * 9, 5), 9),
+    )
     assert len(perplexity_screen.rows(passages, 5)) == 1
     assert len(perplexity_screen.rows(passages, 6)) == 2
 

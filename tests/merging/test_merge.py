@@ -77,7 +77,11 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 
 def files(path: Path) -> dict[str, str]:
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
 
 
 # ---- one code path
@@ -115,7 +119,9 @@ def test_what_a_search_scores_with_tables_is_what_is_shipped_without(method, par
         assert_equal(resident.model.state_dict(), load_file(tmp_path / str(seed) / "model.safetensors"))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "model_stock"])  # which takes short task vectors for unrelated ones
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m != "model_stock"]
+)  # which takes short task vectors for unrelated ones
 def test_policies_differ_by_rounding_alone_or_by_a_fault_that_is_written_down(method, parents):
     """In float32 from float32 inputs both policies mean the same sum, but for the order of operations and mergekit's faults."""
     recipe = candidate(method, out_dtype="float32")
@@ -169,7 +175,9 @@ def test_parents_in_shards_merge_as_parents_in_one_file(parents, tiny, tmp_path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     sharded = parents | {"math": Checkpoint(tmp_path / "sharded")}
-    assert_equal(dict(merge.merged(candidate("ties"), parents)), dict(merge.merged(candidate("ties"), sharded)))
+    assert_equal(
+        dict(merge.merged(candidate("ties"), parents)), dict(merge.merged(candidate("ties"), sharded))
+    )
 
 
 # ---- what a recipe means
@@ -181,14 +189,30 @@ def test_a_layer_passed_through_is_the_parents_tensor(parents):
     for name, tensor in out.items():
         place = parents["base"].place(name)
         model, layer = ("code", None) if place.layer is None else recipe.layers[place.layer].sources[0]
-        assert torch.equal(tensor, parents[model].tensor(name if layer is None else f"model.layers.{layer}.{place.suffix}")), name
+        assert torch.equal(
+            tensor, parents[model].tensor(name if layer is None else f"model.layers.{layer}.{place.suffix}")
+        ), name
 
 
 def test_filters_of_a_model_see_its_own_layer_and_filters_of_the_merge_that_of_the_output(parents):
     scale = Filtered((("layers.3.", 2.0), ("*", 1.0)))
-    out = dict(merge.merged(stack(("math", 3), ("math", 0), ("math", 1), ("math", 2), values={"scale": (scale,)}, out_dtype="float32"), parents))
+    out = dict(
+        merge.merged(
+            stack(
+                ("math", 3),
+                ("math", 0),
+                ("math", 1),
+                ("math", 2),
+                values={"scale": (scale,)},
+                out_dtype="float32",
+            ),
+            parents,
+        )
+    )
     for output, layer in enumerate((3, 0, 1, 2)):
-        want = parents["math"].tensor(f"model.layers.{layer}.mlp.up_proj.weight").float() * (2.0 if layer == 3 else 1.0)
+        want = parents["math"].tensor(f"model.layers.{layer}.mlp.up_proj.weight").float() * (
+            2.0 if layer == 3 else 1.0
+        )
         assert torch.equal(out[f"model.layers.{output}.mlp.up_proj.weight"], want)
 
     share = Filtered((("layers.3.", 0.0), ("lm_head", 0.0), ("*", 1.0)))
@@ -196,7 +220,11 @@ def test_filters_of_a_model_see_its_own_layer_and_filters_of_the_merge_that_of_t
     ends = Mix("slerp", (("math", None),), ("base", None), params({"t": share}))
     out = dict(merge.merged(Recipe("base", mixes, ends, ends, out_dtype="float32"), parents))
     for name, tensor in out.items():
-        own = name if "layers" not in name else re.sub(r"layers\.(\d)", lambda found: f"layers.{3 - int(found[1])}", name)
+        own = (
+            name
+            if "layers" not in name
+            else re.sub(r"layers\.(\d)", lambda found: f"layers.{3 - int(found[1])}", name)
+        )
         from_base = "layers.3." in name or name == "lm_head.weight"
         want = parents["base"].tensor(name) if from_base else parents["math"].tensor(own)
         torch.testing.assert_close(tensor, want.float())
@@ -213,15 +241,21 @@ def test_numbers_without_a_filter_that_fits_are_the_default(parents):
 
 def test_one_setting_stands_for_every_source(parents):
     one, each = average((0.5, 0.5)), average((0.5, 0.5))
-    one = replace(one, layers=tuple(replace(m, params=params({"weight": 0.5, "normalize": 0.0})) for m in one.layers))
+    one = replace(
+        one, layers=tuple(replace(m, params=params({"weight": 0.5, "normalize": 0.0})) for m in one.layers)
+    )
     assert_equal(dict(merge.merged(one, parents)), dict(merge.merged(each, parents)))
 
 
 def test_the_order_of_models_does_not_change_masks(parents):
     def with_order(models):
         numbers = {"math": (0.7, 0.3), "code": (0.4, 0.6), "chat": (1.1, 0.5)}
-        given = params({"weight": tuple(numbers[m][0] for m in models), "density": tuple(numbers[m][1] for m in models)})
-        layers = tuple(Mix("dare_linear", tuple((m, i) for m in models), ("base", i), given) for i in range(4))
+        given = params(
+            {"weight": tuple(numbers[m][0] for m in models), "density": tuple(numbers[m][1] for m in models)}
+        )
+        layers = tuple(
+            Mix("dare_linear", tuple((m, i) for m in models), ("base", i), given) for i in range(4)
+        )
         ends = Mix("dare_linear", tuple((m, None) for m in models), ("base", None), given)
         return dict(merge.merged(Recipe("base", layers, ends, ends, out_dtype="float32", seed=5), parents))
 
@@ -253,7 +287,9 @@ def test_arithmetic_is_in_float32_and_rounded_once(parents):
     wide = dict(merge.merged(replace(recipe, out_dtype="float32"), parents))
     narrow = dict(merge.merged(recipe, parents))
     for name in wide:
-        exact = sum(w * parents[m].tensor(name).double() for m, w in zip(MODELS, (0.3, 0.3, 0.4), strict=True))
+        exact = sum(
+            w * parents[m].tensor(name).double() for m, w in zip(MODELS, (0.3, 0.3, 0.4), strict=True)
+        )
         torch.testing.assert_close(wide[name].double(), exact, rtol=1e-6, atol=1e-7)
         assert torch.equal(narrow[name], wide[name].bfloat16())
 
@@ -261,7 +297,9 @@ def test_arithmetic_is_in_float32_and_rounded_once(parents):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_the_output_has_the_type_asked_for(dtype, parents, tmp_path):
     checkpoint_writer.write(candidate("slerp", out_dtype=dtype), parents, tmp_path / "out")
-    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {getattr(torch, dtype)}
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        getattr(torch, dtype)
+    }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
@@ -270,7 +308,11 @@ def test_integer_tensors_are_the_bases(tiny, tmp_path):
     for number, name in enumerate(("base", "math")):
         shutil.copytree(tiny[name], tmp_path / name)
         file = tmp_path / name / "model.safetensors"
-        save_file(load_file(file) | {"model.layers.1.self_attn.positions": torch.arange(5) + 10 * number}, file, metadata={"format": "pt"})
+        save_file(
+            load_file(file) | {"model.layers.1.self_attn.positions": torch.arange(5) + 10 * number},
+            file,
+            metadata={"format": "pt"},
+        )
         parents[name] = Checkpoint(tmp_path / name)
     mixes = tuple(Mix("task_arithmetic", (("math", i),), ("base", i)) for i in range(4))
     ends = Mix("task_arithmetic", (("math", None),), ("base", None))
@@ -313,7 +355,9 @@ def test_another_depth_and_a_type_for_each_layer_agree_or_are_refused(tiny, tmp_
     """Qwen3 and Gemma list a type for each layer; a list of the old length breaks the reload."""
     shutil.copytree(tiny["math"], tmp_path / "math")
     config = json.loads((tmp_path / "math" / "config.json").read_text())
-    (tmp_path / "math" / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}))
+    (tmp_path / "math" / "config.json").write_text(
+        json.dumps(config | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]})
+    )
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"merge_method: passthrough\nslices:\n"
@@ -326,7 +370,11 @@ def test_another_depth_and_a_type_for_each_layer_agree_or_are_refused(tiny, tmp_
     else:
         refused = ""
         config = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert config["layer_types"] == ["full_attention"] * 3 + ["sliding_attention", "full_attention", "sliding_attention"]
+        assert config["layer_types"] == ["full_attention"] * 3 + [
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ]
     assert not refused or "layer_types" in refused
 
 
@@ -350,7 +398,9 @@ def _slerp_everywhere(t: float) -> tuple:
 
 def test_progress_counts_the_tensors(parents, tmp_path):
     seen: list[tuple[int, int]] = []
-    checkpoint_writer.write(candidate("linear"), parents, tmp_path / "out", lambda *numbers: seen.append(numbers))
+    checkpoint_writer.write(
+        candidate("linear"), parents, tmp_path / "out", lambda *numbers: seen.append(numbers)
+    )
     total = len(parents["base"].tensors)
     assert seen == [(done, total) for done in range(1, total + 1)]
 
@@ -391,7 +441,10 @@ def test_weights_that_sum_to_zero_fail_the_candidate_and_name_the_tensor(parents
         lambda: merge.into(recipe, parents, resident),
         lambda: checkpoint_writer.write(recipe, parents, tmp_path / "out"),
     ):
-        with pytest.raises(CandidateError, match=r"not finite in tensor 'model\.layers\.2\.mlp\.up_proj\.weight' \(linear of math, code\)"):
+        with pytest.raises(
+            CandidateError,
+            match=r"not finite in tensor 'model\.layers\.2\.mlp\.up_proj\.weight' \(linear of math, code\)",
+        ):
             attempt()
     assert list(tmp_path.iterdir()) == []
 
@@ -409,7 +462,11 @@ def test_a_live_model_keeps_its_depth(parents, resident):
 def small_gpt2() -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8, bos_token_id=1, eos_token_id=2))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8, bos_token_id=1, eos_token_id=2
+        )
+    )
 
 
 def test_a_live_model_with_other_names_is_refused(parents):
@@ -418,35 +475,56 @@ def test_a_live_model_with_other_names_is_refused(parents):
 
 
 BAD = {
-    "unknown method": (lambda r: layer_2(r, method="tie"), r"unknown merge method 'tie'\. Did you mean 'ties'\?"),
-    "unknown parameter": (lambda r: layer_2(r, params=(("wieght", 1.0),)), r"no parameter 'wieght' \(layer 2\)\. Did you mean 'weight'\?"),
+    "unknown method": (
+        lambda r: layer_2(r, method="tie"),
+        r"unknown merge method 'tie'\. Did you mean 'ties'\?",
+    ),
+    "unknown parameter": (
+        lambda r: layer_2(r, params=(("wieght", 1.0),)),
+        r"no parameter 'wieght' \(layer 2\)\. Did you mean 'weight'\?",
+    ),
     "density": (
         lambda r: layer_2(r, method="ties", base=("base", 2), params=(("density", (0.5, 1.5)),)),
         r"density must be in \[0, 1\], got 1.5 \(layer 2, model code\)",
     ),
     "density in a filter": (
-        lambda r: layer_2(r, method="ties", base=("base", 2), params=(("density", Filtered((("mlp", 0.5), ("*", -1.0)))),)),
+        lambda r: layer_2(
+            r, method="ties", base=("base", 2), params=(("density", Filtered((("mlp", 0.5), ("*", -1.0)))),)
+        ),
         r"density must be in \[0, 1\], got -1 \(layer 2\)",
     ),
-    "not a number": (lambda r: layer_2(r, params=(("weight", (1.0, float("nan"))),)), r"weight .*nan \(layer 2, model code\)"),
+    "not a number": (
+        lambda r: layer_2(r, params=(("weight", (1.0, float("nan"))),)),
+        r"weight .*nan \(layer 2, model code\)",
+    ),
     "t for each model": (
-        lambda r: layer_2(r, method="slerp", base=("base", 2), sources=(("math", 2),), params=(("t", (0.5,)),)),
+        lambda r: layer_2(
+            r, method="slerp", base=("base", 2), sources=(("math", 2),), params=(("t", (0.5,)),)
+        ),
         r"t of slerp is one value for the merge.*\(layer 2\)",
     ),
-    "no base": (lambda r: layer_2(r, method="task_arithmetic", params=()), r"task_arithmetic needs a base model \(layer 2\)"),
+    "no base": (
+        lambda r: layer_2(r, method="task_arithmetic", params=()),
+        r"task_arithmetic needs a base model \(layer 2\)",
+    ),
     "too many": (
         lambda r: layer_2(r, method="slerp", base=("base", 2), params=()),
         r"slerp takes 1 source models besides the base, got 2 \(layer 2\)",
     ),
     "head": (lambda r: replace(r, head=replace(r.head, params=(("nothing", 1.0),))), r"\(head\)"),
-    "embeddings": (lambda r: replace(r, embeddings=replace(r.embeddings, params=(("nothing", 1.0),))), r"\(embeddings\)"),
+    "embeddings": (
+        lambda r: replace(r, embeddings=replace(r.embeddings, params=(("nothing", 1.0),))),
+        r"\(embeddings\)",
+    ),
     "dtype": (lambda r: replace(r, dtype="int8", policy="mergekit"), "unknown dtype 'int8'. Known: float32"),
     "out_dtype": (lambda r: replace(r, out_dtype="fp16"), "unknown dtype 'fp16'"),
 }
 
 
 def layer_2(recipe: Recipe, **changes) -> Recipe:
-    return replace(recipe, layers=(*recipe.layers[:2], replace(recipe.layers[2], **changes), recipe.layers[3]))
+    return replace(
+        recipe, layers=(*recipe.layers[:2], replace(recipe.layers[2], **changes), recipe.layers[3])
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -475,11 +553,17 @@ def changed_copy(folder: Path, to: Path, change) -> Path:
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties"])
 @pytest.mark.parametrize("rows", [66, 1])
 def test_a_vocabulary_of_another_size_is_an_error_of_ours(method, rows, tiny, tmp_path):
-    odd = changed_copy(tiny["math"], tmp_path / "odd", lambda t: t.update({"model.embed_tokens.weight": torch.zeros(rows, 32, dtype=torch.bfloat16)}))
+    odd = changed_copy(
+        tiny["math"],
+        tmp_path / "odd",
+        lambda t: t.update({"model.embed_tokens.weight": torch.zeros(rows, 32, dtype=torch.bfloat16)}),
+    )
     number = "t: 0.5" if method == "slerp" else "weight: 0.5"
     other = tiny["base"] if method != "linear" else tiny["code"]
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"merge_method: {method}\nbase_model: {other}\nmodels: [{{model: {other}}}, {{model: {odd}}}]\nparameters: {{{number}}}\n")
+    file.write_text(
+        f"merge_method: {method}\nbase_model: {other}\nmodels: [{{model: {other}}}, {{model: {odd}}}]\nparameters: {{{number}}}\n"
+    )
     with pytest.raises(EvomergeError, match=r"model\.embed_tokens\.weight"):
         merge_file(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -490,7 +574,9 @@ def test_a_tensor_that_a_parent_lacks_is_an_error_of_ours(tiny, tmp_path):
     file = tmp_path / "recipe.yaml"
     for models in ([tiny["code"], odd], [odd, tiny["code"]]):
         listed = ", ".join(f"{{model: {m}}}" for m in models)
-        file.write_text(f"merge_method: linear\nbase_model: {tiny['code']}\nmodels: [{listed}]\nparameters: {{weight: 0.5}}\n")
+        file.write_text(
+            f"merge_method: linear\nbase_model: {tiny['code']}\nmodels: [{listed}]\nparameters: {{weight: 0.5}}\n"
+        )
         with pytest.raises(EvomergeError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
             merge_file(file, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -515,7 +601,14 @@ def test_an_exported_recipe_merges_as_the_recipe_did(tiny, parents, tmp_path):
 
 @pytest.mark.parametrize(
     "lineage",
-    [[], {}, {"facts": {}}, {"facts": {"parents": []}}, {"facts": {"parents": {}}}, {"facts": {"parents": {"math": {"path": 3, "revision": None}}}}],
+    [
+        [],
+        {},
+        {"facts": {}},
+        {"facts": {"parents": []}},
+        {"facts": {"parents": {}}},
+        {"facts": {"parents": {"math": {"path": 3, "revision": None}}}},
+    ],
     ids=str,
 )
 def test_a_lineage_that_does_not_name_the_parents_is_an_error_of_ours(lineage, tmp_path):

@@ -25,7 +25,11 @@ SIZE = 35_104  # elements of a tiny model, counted by hand: 2 * 64 * 32 + 4 * (2
 def recipe(tiny: dict[str, Path], tmp_path: Path) -> Path:
     models = [{"model": str(tiny[m]), "parameters": {"weight": 0.5}} for m in ("base", "math", "code")]
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"merge_method": "linear", "base_model": str(tiny["base"]), "models": models, "dtype": "bfloat16"}))
+    file.write_text(
+        yaml.safe_dump(
+            {"merge_method": "linear", "base_model": str(tiny["base"]), "models": models, "dtype": "bfloat16"}
+        )
+    )
     return file
 
 
@@ -45,13 +49,22 @@ def changed(path: Path, to: Path, bits: dict[tuple[str, int], int]) -> Checkpoin
 def test_differences_are_counted_in_steps_of_the_last_place(tiny: dict[str, Path], tmp_path: Path) -> None:
     own = Checkpoint(tiny["math"])
     same = compare(own, own)
-    assert (same.tensors, same.elements, same.unequal, same.further, same.largest, same.agrees) == (len(own.tensors), SIZE, 0, 0, 0.0, True)
+    assert (same.tensors, same.elements, same.unequal, same.further, same.largest, same.agrees) == (
+        len(own.tensors),
+        SIZE,
+        0,
+        0,
+        0.0,
+        True,
+    )
     near = compare(own, changed(tiny["math"], tmp_path / "near", {(UP, 3): 1, (UP, 9): -1, (HEAD, 0): 1}))
     assert (near.unequal, near.further, near.agrees) == (3, 0, True)
     far = compare(own, changed(tiny["math"], tmp_path / "far", {(UP, 3): 1, (HEAD, 0): 3}))
     assert (far.unequal, far.further, far.agrees) == (2, 1, False)
     moved = [own.tensor(name).view(-1)[at].double() for name, at in ((UP, 3), (HEAD, 0))]
-    there = [Checkpoint(tmp_path / "far").tensor(name).view(-1)[at].double() for name, at in ((UP, 3), (HEAD, 0))]
+    there = [
+        Checkpoint(tmp_path / "far").tensor(name).view(-1)[at].double() for name, at in ((UP, 3), (HEAD, 0))
+    ]
     assert far.largest == max(abs(float(a - b)) for a, b in zip(moved, there, strict=True))
     assert f"{SIZE:,} elements: 2 differ" in str(far)
     assert "1 by more than one unit" in str(far)
@@ -79,15 +92,30 @@ def test_nan_on_one_side_is_far_and_a_missing_tensor_is_named(tiny: dict[str, Pa
 
 WRONG: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "too little memory": (("--memory", "1K"), 3, "E200", r"more than the 0 MB allowed; raise --memory"),
-    "memory that is a word": (("--memory", "plenty"), 2, "E100", r"--memory takes a size such as 8G or 500M, got 'plenty'"),
+    "memory that is a word": (
+        ("--memory", "plenty"),
+        2,
+        "E100",
+        r"--memory takes a size such as 8G or 500M, got 'plenty'",
+    ),
     "memory of nothing": (("--memory", "0"), 2, "E100", r"--memory takes a size"),
     "memory below nothing": (("--memory=-3G",), 2, "E100", r"--memory takes a size"),
     "memory without a number": (("--memory", "G"), 2, "E100", r"--memory takes a size"),
     "memory that is no number": (("--memory", "nan"), 2, "E100", r"--memory takes a size"),
     "memory without end": (("--memory", "inf"), 2, "E100", r"--memory takes a size"),
     "no memory": (("--memory", ""), 2, "E100", r"--memory takes a size"),
-    "a policy that is none": (("--policy", "nonsense"), 2, "E110", r"unknown arithmetic policy 'nonsense'\. Known: float32, mergekit"),
-    "a witness that is none": (("--check-against", "evaluators"), 3, "E200", r"evaluators/bin/mergekit-yaml is missing; .*make_mergekit_env"),
+    "a policy that is none": (
+        ("--policy", "nonsense"),
+        2,
+        "E110",
+        r"unknown arithmetic policy 'nonsense'\. Known: float32, mergekit",
+    ),
+    "a witness that is none": (
+        ("--check-against", "evaluators"),
+        3,
+        "E200",
+        r"evaluators/bin/mergekit-yaml is missing; .*make_mergekit_env",
+    ),
 }
 
 
@@ -111,7 +139,9 @@ def test_sizes_are_read_as_people_write_them(size: str, recipe: Path, tmp_path: 
     assert out == f"{tmp_path / 'out'}: merged by {recipe}\n"
 
 
-def test_a_warning_goes_to_standard_error_and_the_merge_goes_on(tiny: dict[str, Path], recipe: Path, tmp_path: Path) -> None:
+def test_a_warning_goes_to_standard_error_and_the_merge_goes_on(
+    tiny: dict[str, Path], recipe: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny["math"], tmp_path / "math")
     text = (tmp_path / "math" / "tokenizer.json").read_text()
     (tmp_path / "math" / "tokenizer.json").write_text(text.replace('"w7"', '"seven"'))
@@ -127,31 +157,52 @@ def test_a_warning_goes_to_standard_error_and_the_merge_goes_on(tiny: dict[str, 
 @pytest.fixture
 def mergekit(monkeypatch: pytest.MonkeyPatch) -> Path:
     if not (ENVIRONMENT / "bin" / "mergekit-yaml").is_file():
-        pytest.skip(f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to where it made one)")
+        pytest.skip(
+            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to where it made one)"
+        )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return ENVIRONMENT
 
 
 def test_mergekit_bears_witness(mergekit: Path, recipe: Path, tmp_path: Path) -> None:
-    code, out, err = in_process("merge", recipe, tmp_path / "out", "--policy", "mergekit", "--check-against", mergekit)
+    code, out, err = in_process(
+        "merge", recipe, tmp_path / "out", "--policy", "mergekit", "--check-against", mergekit
+    )
     assert code == 0, out + err
     last = out.splitlines()[-1]
-    assert last.startswith(f"against mergekit: 39 tensors, {SIZE:,} elements: 0 differ (0.000%), 0 by more than one unit"), last
+    assert last.startswith(
+        f"against mergekit: 39 tensors, {SIZE:,} elements: 0 differ (0.000%), 0 by more than one unit"
+    ), last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
 
-def test_mergekit_bears_witness_to_merges_of_merges_and_a_difference_is_code_one(mergekit: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_mergekit_bears_witness_to_merges_of_merges_and_a_difference_is_code_one(
+    mergekit: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     """Stages in bfloat16; then random masks, which are drawn otherwise in mergekit."""
     base = {"base_model": str(tiny["base"]), "dtype": "bfloat16"}
-    half = base | {"name": "half", "merge_method": "slerp", "models": [{"model": str(tiny["math"])}], "parameters": {"t": 0.5}}
-    last = base | {"merge_method": "task_arithmetic", "models": [{"model": "half"}], "parameters": {"weight": 0.5}}
+    half = base | {
+        "name": "half",
+        "merge_method": "slerp",
+        "models": [{"model": str(tiny["math"])}],
+        "parameters": {"t": 0.5},
+    }
+    last = base | {
+        "merge_method": "task_arithmetic",
+        "models": [{"model": "half"}],
+        "parameters": {"weight": 0.5},
+    }
     file = tmp_path / "stages.yaml"
     file.write_text("---\n".join(map(yaml.safe_dump, (half, last))))
-    code, out, err = in_process("merge", file, tmp_path / "stages", "--policy", "mergekit", "--check-against", mergekit)
+    code, out, err = in_process(
+        "merge", file, tmp_path / "stages", "--policy", "mergekit", "--check-against", mergekit
+    )
     assert code == 0, out + err
     assert f"against mergekit: 39 tensors, {SIZE:,} elements: " in out
     dare = base | {"merge_method": "dare_linear", "models": [{"model": str(tiny["math"])}]}
-    file.write_text(yaml.safe_dump(dare | {"parameters": {"weight": 1.0, "density": 0.5}, "dtype": "float32"}))
+    file.write_text(
+        yaml.safe_dump(dare | {"parameters": {"weight": 1.0, "density": 0.5}, "dtype": "float32"})
+    )
     code, out, err = in_process("merge", file, tmp_path / "dare", "--check-against", mergekit)
     assert (code, err) == (1, "")
     assert re.search(r"against mergekit: .* elements: [\d,]+ differ", out)
@@ -169,6 +220,8 @@ def test_what_mergekit_says_is_passed_on_and_what_it_left_is_removed(recipe: Pat
 
 def test_an_exported_recipe_is_none_that_mergekit_reads(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
-    code, out, err = in_process("merge", tmp_path / "recipe.json", tmp_path / "out", "--check-against", tmp_path)
+    code, out, err = in_process(
+        "merge", tmp_path / "recipe.json", tmp_path / "out", "--check-against", tmp_path
+    )
     assert (code, out) == (3, "")
     assert "merge by the recipe.yaml that was exported beside it" in err

@@ -29,7 +29,11 @@ def test_the_base_comes_first_and_the_rest_goes_where_it_fits(device, host, text
 
 
 def test_a_small_parent_goes_where_a_large_one_did_not_fit():
-    assert plan({"base": 5, "large": 90, "small": 5}, "base", 20, 0) == {"base": "device", "large": "disk", "small": "device"}
+    assert plan({"base": 5, "large": 90, "small": 5}, "base", 20, 0) == {
+        "base": "device",
+        "large": "disk",
+        "small": "device",
+    }
 
 
 def test_a_parent_kept_in_memory_reads_each_tensor_once_and_is_otherwise_itself(tiny, monkeypatch):

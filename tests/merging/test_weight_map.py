@@ -21,7 +21,10 @@ from tests.support import architectures
 
 DTYPE = torch.bfloat16
 FUSED = {  # a name on disk, the name in memory of what holds it
-    "mixtral": ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.1.mlp.experts.gate_up_proj"),
+    "mixtral": (
+        "model.layers.1.block_sparse_moe.experts.2.w3.weight",
+        "model.layers.1.mlp.experts.gate_up_proj",
+    ),
     "qwen2_moe": ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"),
     "qwen3_moe": ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"),
     "deepseek_v3": ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"),
@@ -46,8 +49,14 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.config = path, json.loads((path / "config.json").read_text())
-        self.values = {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-        self.tensors = {name: TensorInfo(tuple(tensor.shape), "BF16", "") for name, tensor in self.values.items()}
+        self.values = {
+            name: tensor
+            for file in sorted(path.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        self.tensors = {
+            name: TensorInfo(tuple(tensor.shape), "BF16", "") for name, tensor in self.values.items()
+        }
         self.shapes = {name: info.shape for name, info in self.tensors.items()}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,7 +71,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def base(kind: str, seed: int = 0, shards: str = "") -> Folder:
         key = (kind, seed, shards)
         if key not in built:
-            built[key] = Folder(architectures.build(tmp_path_factory.mktemp(kind), kind, DTYPE, ("base",), seed, shards)["base"])
+            built[key] = Folder(
+                architectures.build(tmp_path_factory.mktemp(kind), kind, DTYPE, ("base",), seed, shards)[
+                    "base"
+                ]
+            )
         return built[key]
 
     return base
@@ -150,7 +163,12 @@ def test_a_tied_head_that_is_on_disk_too(zoo: Any, tmp_path: Path, same: bool) -
 
 @pytest.mark.parametrize(
     ("kind", "ending"),
-    [("gpt2", ".attn.bias"), ("gpt_neox", ".attention.bias"), ("gpt_neox", ".attention.masked_bias"), ("gpt_neox", "rotary_emb.inv_freq")],
+    [
+        ("gpt2", ".attn.bias"),
+        ("gpt_neox", ".attention.bias"),
+        ("gpt_neox", ".attention.masked_bias"),
+        ("gpt_neox", "rotary_emb.inv_freq"),
+    ],
 )
 def test_what_transformers_ignores_is_ignored(zoo: Any, kind: str, ending: str) -> None:
     model, folder = loaded(zoo(kind), kind), zoo(kind)
@@ -166,7 +184,9 @@ def test_what_transformers_ignores_is_ignored(zoo: Any, kind: str, ending: str) 
 def test_a_tensor_with_no_place(zoo: Any, kind: str) -> None:
     model, tensors = loaded(zoo(kind), kind), zoo(kind).tensors
     extra = {"model.layers.0.mlp.experts.0.extra.weight": TensorInfo((2, 2), "BF16", "")}
-    with pytest.raises(CheckpointError, match=r"ForC\w+ has no place for 'model.layers.0.mlp.experts.0.extra.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"ForC\w+ has no place for 'model.layers.0.mlp.experts.0.extra.weight'"
+    ):
         Resident(model, tensors | extra)
     resident = Resident(model, tensors)
     with pytest.raises(CheckpointError, match="has no place for 'extra'"):
@@ -178,11 +198,31 @@ def test_a_tensor_with_no_place(zoo: Any, kind: str) -> None:
     [
         ("llama", "model.norm.weight", "no tensor on disk feeds 'model.norm.weight' of LlamaForCausalLM"),
         ("llama", "lm_head.weight", "no tensor on disk feeds 'lm_head.weight' of LlamaForCausalLM"),
-        ("qwen3", "model.embed_tokens.weight", r"no tensor on disk feeds .*'model.embed_tokens.weight'.* of Qwen3ForCausalLM"),
-        ("deepseek_v3", "model.layers.2.mlp.gate.e_score_correction_bias", "feeds 'model.layers.2.mlp.gate.e_score_correction_bias'"),
-        ("qwen2_5_vl", "visual.merger.ln_q.weight", "feeds 'model.visual.merger.ln_q.weight' of Qwen2_5_VLForConditionalGeneration"),
-        ("qwen3_moe", "model.layers.2.mlp.experts.3.up_proj.weight", "cannot make 'model.layers.2.mlp.experts.gate_up_proj' of .* and 4 more"),
-        ("qwen3_moe", "model.layers.2.mlp.experts.3.down_proj.weight", r"down_proj' is \[4, 32, 16\] in memory, .* on disk give \[3, 32, 16\]"),
+        (
+            "qwen3",
+            "model.embed_tokens.weight",
+            r"no tensor on disk feeds .*'model.embed_tokens.weight'.* of Qwen3ForCausalLM",
+        ),
+        (
+            "deepseek_v3",
+            "model.layers.2.mlp.gate.e_score_correction_bias",
+            "feeds 'model.layers.2.mlp.gate.e_score_correction_bias'",
+        ),
+        (
+            "qwen2_5_vl",
+            "visual.merger.ln_q.weight",
+            "feeds 'model.visual.merger.ln_q.weight' of Qwen2_5_VLForConditionalGeneration",
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.2.mlp.experts.3.up_proj.weight",
+            "cannot make 'model.layers.2.mlp.experts.gate_up_proj' of .* and 4 more",
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.2.mlp.experts.3.down_proj.weight",
+            r"down_proj' is \[4, 32, 16\] in memory, .* on disk give \[3, 32, 16\]",
+        ),
     ],
 )
 def test_a_tensor_that_is_missing(zoo: Any, kind: str, name: str, message: str) -> None:
@@ -194,16 +234,24 @@ def test_a_tensor_that_is_missing(zoo: Any, kind: str, name: str, message: str) 
 
 def test_shapes_must_agree(zoo: Any) -> None:
     model, tensors = loaded(zoo("llama"), "llama"), zoo("llama").tensors
-    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is \[32\] in memory, 'model.norm.weight' on disk give \[1\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'model.norm.weight' is \[32\] in memory, 'model.norm.weight' on disk give \[1\]",
+    ):
         Resident(model, tensors | {"model.norm.weight": TensorInfo((1,), "BF16", "")})
     resident = Resident(model, tensors)
-    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is \[1\], its place in memory takes \[32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"'model.norm.weight' is \[1\], its place in memory takes \[32\]"
+    ):
         resident.put("model.norm.weight", torch.zeros(1))
 
 
 def test_two_names_for_one_parameter(zoo: Any) -> None:
     tensors = zoo("llama").tensors
-    with pytest.raises(CheckpointError, match=r"'model.norm.weight' and 'norm.weight' on disk both become 'model.norm.weight'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'model.norm.weight' and 'norm.weight' on disk both become 'model.norm.weight'",
+    ):
         Resident(loaded(zoo("llama"), "llama"), tensors | {"norm.weight": tensors["model.norm.weight"]})
 
 
@@ -271,8 +319,12 @@ def test_an_architecture_that_mixes_tensors_is_refused(zoo: Any, monkeypatch: py
     from transformers.core_model_loading import MergeModulelist
 
     honest = MergeModulelist.convert
-    monkeypatch.setattr(MergeModulelist, "convert", lambda *a, **k: {key: value * 2 for key, value in honest(*a, **k).items()})
-    with pytest.raises(CheckpointError, match=r"' of Qwen3MoeForCausalLM is not a plain rearrangement of 'model.layers.0"):
+    monkeypatch.setattr(
+        MergeModulelist, "convert", lambda *a, **k: {key: value * 2 for key, value in honest(*a, **k).items()}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"' of Qwen3MoeForCausalLM is not a plain rearrangement of 'model.layers.0"
+    ):
         Resident(loaded(zoo("qwen3_moe"), "qwen3_moe"), zoo("qwen3_moe").tensors)
 
 
@@ -290,7 +342,9 @@ def test_one_tensor_that_becomes_several(zoo: Any, monkeypatch: pytest.MonkeyPat
         save_file(values, path / "model.safetensors", metadata={"format": "pt"})
         return Folder(path)
 
-    rule = WeightConverter("mlp.pair.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Transpose(0, 1), Chunk(dim=0)])
+    rule = WeightConverter(
+        "mlp.pair.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Transpose(0, 1), Chunk(dim=0)]
+    )
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the cache
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [rule])
     check_law("llama", fused(zoo("llama")), fused(zoo("llama", 1)))
@@ -304,7 +358,10 @@ def test_towers(zoo: Any, kind: str) -> None:
     assert found is not None
     decoder = getattr(model.base_model, "language_model", model.base_model)
     layers = getattr(decoder, "layers", None) or decoder.h
-    own = {id(p) for p in (*decoder.state_dict(keep_vars=True).values(), *model.get_output_embeddings().parameters())}
+    own = {
+        id(p)
+        for p in (*decoder.state_dict(keep_vars=True).values(), *model.get_output_embeddings().parameters())
+    }
     resident = Resident(model, folder.tensors)
     in_stack = {id(p) for p in layers.state_dict(keep_vars=True).values()}
     for name in folder.tensors:
@@ -321,15 +378,24 @@ def test_towers_when_the_config_leaves_out_defaults_or_is_flat(zoo: Any, kind: s
     folder = zoo(kind)
     wanted = towers(folder.shapes, folder.config)
     text, vision = folder.config["text_config"], folder.config["vision_config"]
-    assert towers(folder.shapes, {"text_config": {"vocab_size": text["vocab_size"]}, "vision_config": vision}) == wanted
+    assert (
+        towers(folder.shapes, {"text_config": {"vocab_size": text["vocab_size"]}, "vision_config": vision})
+        == wanted
+    )
     assert towers(folder.shapes, {**text, "vision_config": vision}) == wanted
-    twin = {name: tuple(32 if size == 24 else size for size in shape) for name, shape in folder.shapes.items()}
+    twin = {
+        name: tuple(32 if size == 24 else size for size in shape) for name, shape in folder.shapes.items()
+    }
     assert towers(twin, folder.config) == wanted  # as wide as the language tower, too
 
 
 def test_towers_with_layers_beyond_the_depth_and_none_at_all(zoo: Any) -> None:
     folder = zoo("deepseek_v3")
-    beyond = {name.replace("layers.3.", "layers.4."): shape for name, shape in folder.shapes.items() if ".layers.3." in name}
+    beyond = {
+        name.replace("layers.3.", "layers.4."): shape
+        for name, shape in folder.shapes.items()
+        if ".layers.3." in name
+    }
     found = towers(folder.shapes | beyond, folder.config)
     assert found is not None
     assert (found.stack, found.others) == ("model.layers", ())
@@ -337,10 +403,15 @@ def test_towers_with_layers_beyond_the_depth_and_none_at_all(zoo: Any) -> None:
 
 
 def test_the_same_arguments_give_the_same_bits(tmp_path: Path) -> None:
-    first, second = (architectures.build(tmp_path / name, "qwen3_moe", DTYPE, ("base", "math")) for name in "ab")
+    first, second = (
+        architectures.build(tmp_path / name, "qwen3_moe", DTYPE, ("base", "math")) for name in "ab"
+    )
     for name, path in first.items():
         assert (path / "model.safetensors").read_bytes() == (second[name] / "model.safetensors").read_bytes()
-    with safe_open(first["base"] / "model.safetensors", "pt") as base, safe_open(first["math"] / "model.safetensors", "pt") as math:
+    with (
+        safe_open(first["base"] / "model.safetensors", "pt") as base,
+        safe_open(first["math"] / "model.safetensors", "pt") as math,
+    ):
         assert all(not torch.equal(base.get_tensor(name), math.get_tensor(name)) for name in base.keys())  # noqa: SIM118
 
 

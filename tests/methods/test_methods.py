@@ -17,7 +17,14 @@ from evomerge.errors import RecipeError
 from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, Method, Param, dare, method, random_masks
 from evomerge.methods.fused import magnitude_tables, merge_tensor, weighted_sum
-from tests.support.merge_references import OF_TASK_VECTORS, REFERENCES, corners, hash_reference, reference, slerp
+from tests.support.merge_references import (
+    OF_TASK_VECTORS,
+    REFERENCES,
+    corners,
+    hash_reference,
+    reference,
+    slerp,
+)
 
 WEIGHTS, DENSITIES = (0.75, 0.5, 1.25, -0.25), (0.5, 0.25, 0.75, 0.4)
 BASED = {f"{m.name} with base": replace(m, needs_base=True) for m in METHODS.values() if m.takes_base}
@@ -27,12 +34,19 @@ SPARSE = [m for m in METHODS.values() if m.param("density")]
 
 every_method = pytest.mark.parametrize("rule", CASES.values(), ids=CASES)
 every_method_and_count = pytest.mark.parametrize(
-    ("rule", "n"), [pytest.param(m, n, id=f"{name}-{n}") for name, m in CASES.items() for n in range(m.models[0], min(4, m.models[1]) + 1)]
+    ("rule", "n"),
+    [
+        pytest.param(m, n, id=f"{name}-{n}")
+        for name, m in CASES.items()
+        for n in range(m.models[0], min(4, m.models[1]) + 1)
+    ],
 )
 
 
 def random(shape, seed, scale=1.0, dtype=torch.float32):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    ).to(dtype)
 
 
 def example(rule: Method, shape=(6, 5), n=None, dtype=torch.float32, seed=0, spread=0.5):
@@ -40,7 +54,11 @@ def example(rule: Method, shape=(6, 5), n=None, dtype=torch.float32, seed=0, spr
     n = min(3, rule.models[1]) if n is None else n
     base = random(shape, seed, dtype=dtype)
     tensors = [base + random(shape, seed + i + 1, spread, dtype) for i in range(n)]
-    return tensors, base if rule.needs_base else None, [mask_key(seed, "tensor", f"model {i}") for i in range(n)]
+    return (
+        tensors,
+        base if rule.needs_base else None,
+        [mask_key(seed, "tensor", f"model {i}") for i in range(n)],
+    )
 
 
 MATTER = {
@@ -74,13 +92,20 @@ def test_every_method_has_a_reference_here():
 
 
 @every_method_and_count
-@pytest.mark.parametrize("flags", [{}, {"normalize": 1.0}, {"normalize": 0.0}, {"rescale": 1.0}, {"rescale": 0.0, "normalize": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"normalize": 1.0}, {"normalize": 0.0}, {"rescale": 1.0}, {"rescale": 0.0, "normalize": 1.0}],
+    ids=str,
+)
 def test_float64_is_the_reference(rule, n, flags):
     for seed, shape in enumerate([(40, 7), (31,), (2, 3, 5)]):
         tensors, base, keys = example(rule, shape, n, torch.float64, seed)
         values = numbers(rule, n, **{k: v for k, v in flags.items() if rule.param(k)})
         torch.testing.assert_close(
-            rule.kernel(tensors, base, values, keys), reference(rule.name, tensors, base, values, keys), rtol=1e-12, atol=1e-14
+            rule.kernel(tensors, base, values, keys),
+            reference(rule.name, tensors, base, values, keys),
+            rtol=1e-12,
+            atol=1e-14,
         )
 
 
@@ -90,8 +115,13 @@ def test_float32_is_the_reference_up_to_rounding(rule, n):
     every = list(corners(rule, n))
     for corner in every if len(every) < 40 else draw.Random(0).sample(every, 40):
         values = numbers(rule, n, **corner)
-        got, want = rule.kernel(tensors, base, values, keys), reference(rule.name, tensors, base, values, keys)
-        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5, msg=lambda m, v=values: f"{v}: {m}")
+        got, want = (
+            rule.kernel(tensors, base, values, keys),
+            reference(rule.name, tensors, base, values, keys),
+        )
+        torch.testing.assert_close(
+            got.double(), want, rtol=2e-5, atol=2e-5, msg=lambda m, v=values: f"{v}: {m}"
+        )
 
 
 DYADIC = st.integers(-8, 8).map(lambda i: i / 8)  # exact in float32, with many ties and zeros
@@ -122,7 +152,9 @@ def test_ties_between_signs_and_sizes_are_broken_as_the_reference_breaks_them(ru
     base, *tensors = [torch.tensor(row) for row in rows]
     values = {k: v for k, v in values.items() if rule.param(k)}
     got = rule.kernel(tensors, base, values, keys)
-    torch.testing.assert_close(got.double(), reference(rule.name, tensors, base, values, keys), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        got.double(), reference(rule.name, tensors, base, values, keys), rtol=1e-5, atol=1e-6
+    )
 
 
 # ---- of single methods
@@ -152,21 +184,30 @@ def test_the_global_generator_is_neither_read_nor_moved(rule):
 def test_an_average_of_equal_parents_is_the_parent():
     x = random((9, 4), 5)
     for weights in [(1.0, 1.0, 1.0), (0.2, 0.3, 0.9), (5.0, -1.0, 0.0)]:
-        torch.testing.assert_close(METHODS["linear"].kernel([x] * 3, None, {"weight": weights, "normalize": 1.0}, [0] * 3), x)
+        torch.testing.assert_close(
+            METHODS["linear"].kernel([x] * 3, None, {"weight": weights, "normalize": 1.0}, [0] * 3), x
+        )
 
 
 def test_a_normalized_average_of_zero_weight_is_not_finite():
     tensors, _, keys = example(METHODS["linear"])
     for weights in [(0.0, 0.0, 0.0), (1.0, 0.0, -1.0)]:
-        assert not torch.isfinite(METHODS["linear"].kernel(tensors, None, {"weight": weights, "normalize": 1.0}, keys)).any()
+        assert not torch.isfinite(
+            METHODS["linear"].kernel(tensors, None, {"weight": weights, "normalize": 1.0}, keys)
+        ).any()
 
 
 @pytest.mark.parametrize("rule", SPARSE, ids=lambda m: m.name)
 def test_at_density_one_every_entry_is_kept_and_nothing_is_rescaled(rule):
     tensors, base, keys = example(rule, (16, 16))
     dense = numbers(rule, 3, density=(1.0, 1.0, 1.0))
-    assert torch.equal(rule.kernel(tensors, base, dense | {"rescale": 1.0}, keys), rule.kernel(tensors, base, dense | {"rescale": 0.0}, keys))
-    assert torch.equal(rule.kernel(tensors, base, dense, keys), rule.kernel(tensors, base, dense, keys[::-1])), "no mask is needed at density 1"
+    assert torch.equal(
+        rule.kernel(tensors, base, dense | {"rescale": 1.0}, keys),
+        rule.kernel(tensors, base, dense | {"rescale": 0.0}, keys),
+    )
+    assert torch.equal(
+        rule.kernel(tensors, base, dense, keys), rule.kernel(tensors, base, dense, keys[::-1])
+    ), "no mask is needed at density 1"
 
 
 @pytest.mark.parametrize("rule", SPARSE, ids=lambda m: m.name)
@@ -208,9 +249,14 @@ def test_slerp_keeps_the_length_of_unit_vectors_and_moves_at_an_even_pace():
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.035, 0.05, 0.2, -0.2, 3.0])
 def test_slerp_is_the_reference_on_both_sides_of_nearly_parallel(noise):
     a = random((2000,), 0, dtype=torch.float64)
-    for b in (a + noise * random((2000,), 1, dtype=torch.float64), -a + noise * random((2000,), 1, dtype=torch.float64)):
+    for b in (
+        a + noise * random((2000,), 1, dtype=torch.float64),
+        -a + noise * random((2000,), 1, dtype=torch.float64),
+    ):
         want = torch.tensor(slerp([b.tolist()], a.tolist(), {"t": 0.3}, (2000,)), dtype=torch.float64)
-        torch.testing.assert_close(METHODS["slerp"].kernel([b], a, {"t": 0.3}, [0]), want, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            METHODS["slerp"].kernel([b], a, {"t": 0.3}, [0]), want, rtol=1e-9, atol=1e-12
+        )
 
 
 def test_a_layer_scaled_by_zero_is_zero():
@@ -223,7 +269,9 @@ def test_slerp_of_a_tensor_larger_than_a_chunk_is_one_arc():
     a, b = (random(((1 << 20) + 77,), i) for i in range(2))
     angle = torch.acos(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
     want = (torch.sin(0.75 * angle) * a.double() + torch.sin(0.25 * angle) * b.double()) / torch.sin(angle)
-    torch.testing.assert_close(METHODS["slerp"].kernel([b], a, {"t": 0.25}, [0]).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        METHODS["slerp"].kernel([b], a, {"t": 0.25}, [0]).double(), want, rtol=1e-5, atol=1e-5
+    )
 
 
 # ---- declarations
@@ -247,8 +295,15 @@ def test_switches_default_as_in_mergekit():
         "model_stock": {"filter_wise": 0.0},
         **{name: {} for name in ("karcher", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion")},
     }
-    assert {name: {p.name: p.default for p in rule.params if p.flag} for name, rule in METHODS.items()} == default
-    assert {p.default for rule in METHODS.values() for p in rule.params if p.name in ("lambda", "density", "scale")} == {1.0}
+    assert {
+        name: {p.name: p.default for p in rule.params if p.flag} for name, rule in METHODS.items()
+    } == default
+    assert {
+        p.default
+        for rule in METHODS.values()
+        for p in rule.params
+        if p.name in ("lambda", "density", "scale")
+    } == {1.0}
 
 
 @pytest.mark.parametrize("rule", METHODS.values(), ids=METHODS)
@@ -263,7 +318,9 @@ def test_declarations_are_in_order(rule):
     for p in rule.params:
         assert p.hard_low <= p.low < p.high <= p.hard_high
         assert p.hard_low <= p.default <= p.hard_high
-        assert [round(v, p.digits) for v in (p.low, p.high, p.default)] == [p.low, p.high, p.default], "a search can propose these"
+        assert [round(v, p.digits) for v in (p.low, p.high, p.default)] == [p.low, p.high, p.default], (
+            "a search can propose these"
+        )
         assert rule.param(p.name) is p
     assert rule.param("no such parameter") is None
 
@@ -285,7 +342,12 @@ def test_a_parameter_refuses_what_its_method_has_no_meaning_for():
 
 # ---- DARE's masks
 
-KEYS = [mask_key(seed, tensor, model) for seed in (0, 1) for tensor in ("a.weight", "b.weight") for model in ("math", "code")]
+KEYS = [
+    mask_key(seed, tensor, model)
+    for seed in (0, 1)
+    for tensor in ("a.weight", "b.weight")
+    for model in ("math", "code")
+]
 N = 200_000
 
 
@@ -309,7 +371,10 @@ def test_an_index_has_its_bit_whatever_is_computed_with_it():
     whole = words(KEYS[0], 1000)
     assert torch.equal(words(KEYS[0], 400), whole[:400])
     for start in (1, 17, 999):
-        assert torch.equal(random_masks.hashed(random_masks.mixed(start, 1000), random_masks.split(KEYS[0])).long() + 2**31, whole[start:])
+        assert torch.equal(
+            random_masks.hashed(random_masks.mixed(start, 1000), random_masks.split(KEYS[0])).long() + 2**31,
+            whole[start:],
+        )
     shaped = dare.keep(torch.zeros(10, 5, 20), 0.3, KEYS[0])
     assert torch.equal(shaped.flatten(), dare.keep(torch.zeros(1000), 0.3, KEYS[0]))
 
@@ -318,7 +383,9 @@ def test_an_index_has_its_bit_whatever_is_computed_with_it():
 def test_a_mask_is_the_same_on_a_device():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert torch.equal(dare.keep(torch.zeros(N, device="cuda"), 0.3, KEYS[0]).cpu(), dare.keep(torch.zeros(N), 0.3, KEYS[0]))
+    assert torch.equal(
+        dare.keep(torch.zeros(N, device="cuda"), 0.3, KEYS[0]).cpu(), dare.keep(torch.zeros(N), 0.3, KEYS[0])
+    )
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.3, 0.5, 0.9, 0.99])
@@ -358,7 +425,9 @@ def test_masks_nest_as_the_density_falls():
 
 def test_masks_of_different_keys_are_independent():
     for density in (0.1, 0.5):
-        masks = torch.stack([mask(density, key) for key in [*KEYS, *(mask_key(2, "t", f"{i}") for i in range(24))]])
+        masks = torch.stack(
+            [mask(density, key) for key in [*KEYS, *(mask_key(2, "t", f"{i}") for i in range(24))]]
+        )
         correlations = torch.corrcoef(masks.double()) - torch.eye(len(masks))
         assert correlations.abs().max() < 5 / math.sqrt(N)  # 5 sigma of independent bits
 
@@ -373,7 +442,11 @@ def test_neighbouring_entries_are_independent(lag):
 def test_uniform_numbers_fill_their_range_evenly_alone_and_in_pairs():
     for key in KEYS:
         u = words(key)
-        for cells in (u >> 24, u & 255, (u[:-1] >> 28) * 16 + (u[1:] >> 28)):  # high bits, low bits, neighbours
+        for cells in (
+            u >> 24,
+            u & 255,
+            (u[:-1] >> 28) * 16 + (u[1:] >> 28),
+        ):  # high bits, low bits, neighbours
             count = torch.bincount(cells, minlength=256).double()
             expected = count.sum() / 256
             chi2 = ((count - expected) ** 2 / expected).sum().item()
@@ -385,7 +458,12 @@ def correlation(a, b):
 
 
 def test_a_mask_key_depends_on_seed_tensor_and_model():
-    keys = {mask_key(seed, tensor, model) for seed in (0, 1, 10) for tensor in ("a", "b", "ab") for model in ("a", "b", "")}
+    keys = {
+        mask_key(seed, tensor, model)
+        for seed in (0, 1, 10)
+        for tensor in ("a", "b", "ab")
+        for model in ("a", "b", "")
+    }
     assert len(keys) == 27
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert mask_key(1, "1", "a") != mask_key(11, "", "a")
@@ -402,7 +480,14 @@ def test_agreeing_weights_that_cancel_up_to_rounding_do_not_blow_up(name):
         out = torch.empty(4)
         base = torch.zeros(4)
         assert merge_tensor.merge(
-            rule.frame, [weighted_sum.Pair(base, t) for t in tensors], tensors, base, given, [0] * 3, out, magnitude_tables.Tables()
+            rule.frame,
+            [weighted_sum.Pair(base, t) for t in tensors],
+            tensors,
+            base,
+            given,
+            [0] * 3,
+            out,
+            magnitude_tables.Tables(),
         )
         for found in (out, rule.kernel(tensors, base, given, [0] * 3)):
             torch.testing.assert_close(found, 0.6 * delta, rtol=1e-5, atol=1e-6)

@@ -52,7 +52,15 @@ json.dump(errors, open(folder + "/errors", "w"))
 """
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHAPES = {"matrix": (33, 17), "vector": (65,), "cube": (4, 5, 6), "scalar": (), "one": (1,), "row": (1, 9), "column": (9, 1)}
+SHAPES = {
+    "matrix": (33, 17),
+    "vector": (65,),
+    "cube": (4, 5, 6),
+    "scalar": (),
+    "one": (1,),
+    "row": (1, 9),
+    "column": (9, 1),
+}
 DYADIC = st.integers(-8, 8).map(lambda i: i / 8)  # exact in float32, with many ties and zeros
 SHARES = st.integers(0, 16).map(lambda i: i / 16)
 LARGE = {"long": ((1 << 20) + 77,), "wide": (1030, 1021)}
@@ -86,7 +94,13 @@ class Job:
 
     def merge(self, *, parity: bool) -> Tensor:
         tensors, base = self.inputs()
-        return METHODS[self.method].kernel(tensors, base, complete(self.method, len(tensors), dict(self.values)), [0] * len(tensors), parity=parity)
+        return METHODS[self.method].kernel(
+            tensors,
+            base,
+            complete(self.method, len(tensors), dict(self.values)),
+            [0] * len(tensors),
+            parity=parity,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,21 +119,43 @@ PLANS = {
         (True, False),
         [
             {"weight": w, "nuslerp_flatten": float(flat), "nuslerp_row_wise": float(rows)}
-            for w, flat, rows in [((0.7, 0.4), 1, 0), ((0.3, 0.9), 1, 1), ((0.7, 0.4), 0, 0), ((1.0, 0.2), 0, 1), ((0, 0), 1, 0), ((1.5, -0.3), 0, 0)]
+            for w, flat, rows in [
+                ((0.7, 0.4), 1, 0),
+                ((0.3, 0.9), 1, 1),
+                ((0.7, 0.4), 0, 0),
+                ((1.0, 0.2), 0, 1),
+                ((0, 0), 1, 0),
+                ((1.5, -0.3), 0, 0),
+            ]
         ],
     ),
     "multislerp": Plan(
         (1, 2, 3, 4),
         (True, False),
-        [{"weight": W}, {"weight": W, "normalize_weights": 0.0}, {"weight": W[::-1], "eps": 0.01}, {"weight": (0.5,) * 4}],
+        [
+            {"weight": W},
+            {"weight": W, "normalize_weights": 0.0},
+            {"weight": W[::-1], "eps": 0.01},
+            {"weight": (0.5,) * 4},
+        ],
     ),
-    "karcher": Plan((1, 2, 3, 4), (False,), [{}, {"max_iter": 1.0}, {"max_iter": 0.0}, {"tol": 0.01}, {"max_iter": 40.0, "tol": 1e-9}]),
+    "karcher": Plan(
+        (1, 2, 3, 4),
+        (False,),
+        [{}, {"max_iter": 1.0}, {"max_iter": 0.0}, {"tol": 0.01}, {"max_iter": 40.0, "tol": 1e-9}],
+    ),
     "model_stock": Plan((2, 3, 4), (True,), [{}, {"filter_wise": 1.0}]),
-    "sce": Plan((1, 2, 3, 4), (True,), [{}, {"select_topk": 0.5}, {"select_topk": 0.13}, {"select_topk": 0.0}, {"select_topk": 1e-6}]),
+    "sce": Plan(
+        (1, 2, 3, 4),
+        (True,),
+        [{}, {"select_topk": 0.5}, {"select_topk": 0.13}, {"select_topk": 0.0}, {"select_topk": 1e-6}],
+    ),
     "nearswap": Plan((1,), (True,), [{"t": t} for t in (0.0, 1e-7, 1e-4, 0.003, 0.2, 5.0)]),
     "arcee_fusion": Plan((1,)),
     "ram": Plan((1, 2, 3, 4), (True,), [{}, {"epsilon": 0.3}, {"epsilon": 0.0}]),
-    "ramplus_tl": Plan((1, 2, 3, 4), (True,), [{}, {"epsilon": 0.3}, {"epsilon": 0.001, "r": 0.8, "alpha": 0.9}, {"r": 0.0}]),
+    "ramplus_tl": Plan(
+        (1, 2, 3, 4), (True,), [{}, {"epsilon": 0.3}, {"epsilon": 0.001, "r": 0.8, "alpha": 0.9}, {"r": 0.0}]
+    ),
 }
 COLUMNS = ((1.0, -2.0, 0.5, 0.0), (-1.0, 2.0, -0.5, 0.0), (0.25, 0.25, -0.25, 1.0), (0.0, 0.0, 0.0, 0.0))
 
@@ -139,7 +175,9 @@ def jobs():
                             for shape in SHAPES.values() if n == max(plan.counts) else [SHAPES["matrix"]]:
                                 yield Job(method, n, dtype, kind, shape, based, values)
             values = next(settings(method, plan.counts[-1], plan))
-            for shape in LARGE.values() if method != "arcee_fusion" else [(1000, 1000)]:  # above that mergekit draws a sample
+            for shape in (
+                LARGE.values() if method != "arcee_fusion" else [(1000, 1000)]
+            ):  # above that mergekit draws a sample
                 yield Job(method, plan.counts[-1], dtype, "far", shape, plan.based[0], values)
 
 
@@ -147,13 +185,23 @@ def odd_jobs():
     """Zeros, equal and opposite models, and parameters at which mergekit has a fault of its own."""
     x, opposite, other, zero = COLUMNS
     for method, plan in PLANS.items():
-        sets = {1: [(zero, zero), (x, zero), (x, x)], 2: [(x, x, zero), (x, opposite, zero), (x, zero, zero), (zero, zero, zero), (x, other, x)]}
+        sets = {
+            1: [(zero, zero), (x, zero), (x, x)],
+            2: [(x, x, zero), (x, opposite, zero), (x, zero, zero), (zero, zero, zero), (x, other, x)],
+        }
         sets |= {3: [(x, x, x, zero), (x, opposite, zero, zero), (x, other, zero, x), (zero,) * 4]}
         for n in set(plan.counts) - {4}:
             for rows in sets[n]:
                 for based in plan.based:
                     for values in settings(method, n, plan):
-                        yield Job(method, n, "float32", based=based, values=values, rows=rows if based else rows[:-1])
+                        yield Job(
+                            method,
+                            n,
+                            "float32",
+                            based=based,
+                            values=values,
+                            rows=rows if based else rows[:-1],
+                        )
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +216,25 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor | str]:
         data = f"{job.rows or (job.kind, job.shape)}-{job.dtype}"
         keys = [f"{data}-{i}" for i in range(len(tensors))] + [f"{data}-base"] * job.based
         inputs |= dict(zip(keys, [*tensors, *([] if base is None else [base])], strict=True))
-        parameters = {k: bool(v) if (p := METHODS[job.method].param(k)) and p.flag else v for k, v in job.values}
+        parameters = {
+            k: bool(v) if (p := METHODS[job.method].param(k)) and p.flag else v for k, v in job.values
+        }
         if "max_iter" in parameters:
             parameters["max_iter"] = int(parameters["max_iter"])
-        listed.append({"name": job.name, "method": job.method, "tensors": keys, "parameters": parameters, "base": job.n if job.based else None})
+        listed.append(
+            {
+                "name": job.name,
+                "method": job.method,
+                "tensors": keys,
+                "parameters": parameters,
+                "base": job.n if job.based else None,
+            }
+        )
     save_file(inputs, folder / "inputs")
     (folder / "jobs").write_text(json.dumps(listed))
-    done = subprocess.run([python, "-c", DRIVER, str(folder)], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [python, "-c", DRIVER, str(folder)], capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return load_file(folder / "outputs") | json.loads((folder / "errors").read_text())
 
@@ -198,19 +258,25 @@ def assert_same_bits(job: Job, theirs: dict[str, Tensor | str]) -> None:
     got = job.merge(parity=True).to(want.dtype)
     assert (got.shape, got.dtype) == (want.shape, want.dtype), job.name
     differ = ~((got == want) | (got.isnan() & want.isnan()))
-    assert not differ.any(), f"{job.name}: {differ.sum()} of {got.numel()} differ, by {(got - want).abs().max()}"
+    assert not differ.any(), (
+        f"{job.name}: {differ.sum()} of {got.numel()} differ, by {(got - want).abs().max()}"
+    )
 
 
 @pytest.mark.parametrize("method", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_parity_the_bits_are_mergekits(method: str, dtype: str, theirs: dict[str, Tensor | str], one_thread: None):
+def test_with_parity_the_bits_are_mergekits(
+    method: str, dtype: str, theirs: dict[str, Tensor | str], one_thread: None
+):
     for job in jobs():
         if (job.method, job.dtype) == (method, dtype):
             assert_same_bits(job, theirs)
 
 
 @pytest.mark.parametrize("method", PLANS)
-def test_with_parity_zeros_and_equal_and_opposite_models_give_mergekits_bits(method: str, theirs: dict[str, Tensor | str], one_thread: None):
+def test_with_parity_zeros_and_equal_and_opposite_models_give_mergekits_bits(
+    method: str, theirs: dict[str, Tensor | str], one_thread: None
+):
     for job in odd_jobs():
         if job.method == method:
             assert_same_bits(job, theirs)
@@ -221,7 +287,10 @@ def test_parameters_and_their_defaults_are_mergekits(method: str, theirs: dict):
     parameters, base = theirs[f"about {method}"]
     parameters.pop("int8_mask", None)  # has no effect on the result
     rule = METHODS[method]
-    ours = {p.name: ["non_base" if p.per == "model" else "shared", None if p.required else p.default] for p in rule.params}
+    ours = {
+        p.name: ["non_base" if p.per == "model" else "shared", None if p.required else p.default]
+        for p in rule.params
+    }
     assert ours == parameters
     assert (rule.needs_base, rule.takes_base) == (base == "required", base == "optional")
 
@@ -234,7 +303,13 @@ def test_without_parity_odd_inputs_give_the_reference(method: str):
             rows = [x.tolist() for x in tensors]
             values = complete(method, len(rows), dict(job.values))
             want = REFERENCES[method](rows, None if base is None else base.tolist(), values, (4,))
-            torch.testing.assert_close(job.merge(parity=False), torch.tensor(want), rtol=1e-5, atol=1e-6, msg=lambda m, j=job: f"{j.name}: {m}")
+            torch.testing.assert_close(
+                job.merge(parity=False),
+                torch.tensor(want),
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda m, j=job: f"{j.name}: {m}",
+            )
 
 
 # ---- laws
@@ -251,11 +326,17 @@ def test_equal_parents_give_that_parent(method: str):
             for based in plan.based:
                 for values in settings(method, n, plan):
                     given = dict(values)
-                    if given.get("select_topk") == 0 or ("weight" in given and (given.get("normalize_weights") == 0 or given.get("eps"))):
+                    if given.get("select_topk") == 0 or (
+                        "weight" in given and (given.get("normalize_weights") == 0 or given.get("eps"))
+                    ):
                         continue  # nothing is selected; weights that do not sum to one
-                    out = merge(method, [x + base if based else x * scale] * n, base if based else None, **given)
+                    out = merge(
+                        method, [x + base if based else x * scale] * n, base if based else None, **given
+                    )
                     slack = float(METHODS[method].param("epsilon") is not None) * given.get("epsilon", 1e-5)
-                    torch.testing.assert_close(out, x + base if based else x * scale, rtol=2e-6, atol=2e-6 * scale + slack)
+                    torch.testing.assert_close(
+                        out, x + base if based else x * scale, rtol=2e-6, atol=2e-6 * scale + slack
+                    )
 
 
 @pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
@@ -287,21 +368,41 @@ def test_vectors_longer_and_more_than_a_chunk(shape: tuple[int, ...]):
     x, y = (random(shape, i).float() for i in range(2))
     for rows, axis in ((0.0, -1), (1.0, 0)):
         p, q = x.double(), y.double()
-        angle = torch.acos((p * q).sum(axis, keepdim=True) / (p.norm(dim=axis, keepdim=True) * q.norm(dim=axis, keepdim=True)))
+        angle = torch.acos(
+            (p * q).sum(axis, keepdim=True)
+            / (p.norm(dim=axis, keepdim=True) * q.norm(dim=axis, keepdim=True))
+        )
         want = (torch.sin(0.75 * angle) * p + torch.sin(0.25 * angle) * q) / torch.sin(angle)
         got = merge("nuslerp", [x, y], weight=(0.75, 0.25), nuslerp_flatten=0.0, nuslerp_row_wise=rows)
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 if min(shape) == 3 else 1e-5)  # nearly opposite vectors of 3
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-4, atol=1e-4 if min(shape) == 3 else 1e-5
+        )  # nearly opposite vectors of 3
     if shape[0] == 1030:
         base = torch.zeros(shape)
         cos = (p * q).sum(-1, keepdim=True) / (p.norm(dim=-1, keepdim=True) * q.norm(dim=-1, keepdim=True))
         want = (2 * cos / (1 + cos)).clamp(min=0) * (p + q) / 2
-        torch.testing.assert_close(merge("model_stock", [x, y], base, filter_wise=1.0).double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            merge("model_stock", [x, y], base, filter_wise=1.0).double(), want, rtol=1e-5, atol=1e-6
+        )
 
 
 @settings_of_hypothesis(max_examples=80, deadline=None, derandomize=True)
-@given(rows=st.integers(2, 5).flatmap(lambda n: st.lists(st.lists(DYADIC, min_size=9, max_size=9), min_size=n, max_size=n)), share=SHARES)
-def test_ties_among_variances_and_signs_are_broken_as_the_reference_breaks_them(rows: list[list[float]], share: float):
+@given(
+    rows=st.integers(2, 5).flatmap(
+        lambda n: st.lists(st.lists(DYADIC, min_size=9, max_size=9), min_size=n, max_size=n)
+    ),
+    share=SHARES,
+)
+def test_ties_among_variances_and_signs_are_broken_as_the_reference_breaks_them(
+    rows: list[list[float]], share: float
+):
     *tensors, base = [torch.tensor(row) for row in rows]
-    for method, values in (("sce", {"select_topk": share}), ("ram", {"epsilon": share}), ("ramplus_tl", {"epsilon": share})):
+    for method, values in (
+        ("sce", {"select_topk": share}),
+        ("ram", {"epsilon": share}),
+        ("ramplus_tl", {"epsilon": share}),
+    ):
         want = REFERENCES[method](rows[:-1], rows[-1], complete(method, len(tensors), values), (9,))
-        torch.testing.assert_close(merge(method, tensors, base, **values), torch.tensor(want), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            merge(method, tensors, base, **values), torch.tensor(want), rtol=1e-5, atol=1e-6
+        )

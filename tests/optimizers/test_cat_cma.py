@@ -36,7 +36,12 @@ def coarse(x: np.ndarray) -> float:
     return round(hidden(x) / 2) / 4
 
 
-def run(optimizer: Optimizer, generations: int, score: Score = hidden, between: Callable[[], object] = lambda: None) -> list[np.ndarray]:
+def run(
+    optimizer: Optimizer,
+    generations: int,
+    score: Score = hidden,
+    between: Callable[[], object] = lambda: None,
+) -> list[np.ndarray]:
     asked = []
     for _ in range(generations):
         between()
@@ -52,24 +57,40 @@ def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
 
 
 CATEGORICAL = {
-    "mixed": lambda seed=3, **more: CatCma([0.0] * 14, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed),
-    "one number": lambda seed=3, **more: CatCma([0.0] * 9, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed),
-    "categories alone": lambda seed=3, **more: CatCma([1.0] * 8, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed),
+    "mixed": lambda seed=3, **more: CatCma(
+        [0.0] * 14, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+    ),
+    "one number": lambda seed=3, **more: CatCma(
+        [0.0] * 9, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+    ),
+    "categories alone": lambda seed=3, **more: CatCma(
+        [1.0] * 8, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+    ),
 }
 RANDOM = {
-    "random, mixed": lambda seed=3, **more: RandomSearch([0.0] * 14, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed),
-    "random, numbers": lambda seed=3, **more: RandomSearch([0.0] * 14, 1.0, **{"population": 10, **more}, seed=seed),
+    "random, mixed": lambda seed=3, **more: RandomSearch(
+        [0.0] * 14, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+    ),
+    "random, numbers": lambda seed=3, **more: RandomSearch(
+        [0.0] * 14, 1.0, **{"population": 10, **more}, seed=seed
+    ),
 }
-every = pytest.mark.parametrize("make", [*CATEGORICAL.values(), *RANDOM.values()], ids=[*CATEGORICAL, *RANDOM])
+every = pytest.mark.parametrize(
+    "make", [*CATEGORICAL.values(), *RANDOM.values()], ids=[*CATEGORICAL, *RANDOM]
+)
 categorical = pytest.mark.parametrize("make", CATEGORICAL.values(), ids=CATEGORICAL)
-with_categories = pytest.mark.parametrize("make", [*CATEGORICAL.values(), RANDOM["random, mixed"]], ids=[*CATEGORICAL, "random, mixed"])
+with_categories = pytest.mark.parametrize(
+    "make", [*CATEGORICAL.values(), RANDOM["random, mixed"]], ids=[*CATEGORICAL, "random, mixed"]
+)
 
 
 # ---- reproducible ----------------------------------------------------------------------------------------------------
 
 
 @every
-@pytest.mark.parametrize("score", [hidden, coarse, lambda x: None if x[0] == 1 else hidden(x)], ids=["smooth", "ties", "failures"])
+@pytest.mark.parametrize(
+    "score", [hidden, coarse, lambda x: None if x[0] == 1 else hidden(x)], ids=["smooth", "ties", "failures"]
+)
 def test_the_same_seed_gives_the_same_search(make: Callable[..., Optimizer], score: Score) -> None:
     assert same(run(make(), 30, score), run(make(), 30, score))
     assert not same(run(make(4), 1), run(make(3), 1))
@@ -115,9 +136,15 @@ def test_a_replay_in_a_fresh_process_is_exact(threads: str, tmp_path: Path) -> N
         es.tell(genomes, told[-1])
     asked.append(es.ask().tolist())
     lines = "".join(json.dumps(scores) + "\n" for scores in told)
-    env = environment() | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+    env = environment() | {
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "PYTHONHASHSEED": threads,
+    }
     program = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(program, input=lines, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        program, input=lines, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == asked
 
@@ -190,11 +217,15 @@ def test_no_category_starts_below_the_margin() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @categorical
-def test_a_hidden_pattern_is_found_and_random_search_does_not_find_it(make: Callable[..., CatCma], seed: int) -> None:
+def test_a_hidden_pattern_is_found_and_random_search_does_not_find_it(
+    make: Callable[..., CatCma], seed: int
+) -> None:
     learnt = make(seed)
     best = max(hidden(g) for genomes in run(learnt, 60) for g in genomes)
     n = len(learnt.mean)
-    blind = RandomSearch([0.0] * n if n > LEAD else [1.0] * n, 1.0, population=10, seed=seed, categories=COUNTS, stay=0.75)
+    blind = RandomSearch(
+        [0.0] * n if n > LEAD else [1.0] * n, 1.0, population=10, seed=seed, categories=COUNTS, stay=0.75
+    )
     other = max(hidden(g) for genomes in run(blind, 60) for g in genomes)
     assert hidden(learnt.mean) > other, "what is returned, the mean, beats the best of as many random samples"
     assert best > other
@@ -248,7 +279,9 @@ def test_the_probabilities_move_towards_the_best_by_the_natural_gradient(make: C
         gradient = np.tensordot(weights / weights.sum(), chosen - before, axes=1)
         moved = es.probabilities - before
         margin = ((1 - 0.73 ** (1 / LEAD)) / (np.array(COUNTS) - 1))[:, None]
-        free = (es.probabilities > margin * 1.001).sum(axis=1) == np.array(COUNTS)  # genes without a category held at the margin
+        free = (es.probabilities > margin * 1.001).sum(axis=1) == np.array(
+            COUNTS
+        )  # genes without a category held at the margin
         ratios = moved[free][np.abs(gradient[free]) > 1e-9] / gradient[free][np.abs(gradient[free]) > 1e-9]
         assert np.allclose(ratios, ratios[:1], rtol=1e-6)
         assert (ratios > 0).all()

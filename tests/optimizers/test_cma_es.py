@@ -31,7 +31,9 @@ def coarse(x: np.ndarray) -> float:
     return round(4 * math.exp(bowl(x) / 50)) / 4
 
 
-def run(es: CmaEs, generations: int, score: Score = bowl, between: Callable[[], object] = lambda: None) -> list[np.ndarray]:
+def run(
+    es: CmaEs, generations: int, score: Score = bowl, between: Callable[[], object] = lambda: None
+) -> list[np.ndarray]:
     asked = []
     for _ in range(generations):
         between()
@@ -62,7 +64,9 @@ def make(request: pytest.FixtureRequest) -> Callable[..., CmaEs]:
 # ---- reproducible ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", [bowl, coarse, lambda x: None if x[0] > 0.1 else bowl(x)], ids=["smooth", "ties", "failures"])
+@pytest.mark.parametrize(
+    "score", [bowl, coarse, lambda x: None if x[0] > 0.1 else bowl(x)], ids=["smooth", "ties", "failures"]
+)
 def test_the_same_seed_gives_the_same_search(make: Callable[..., CmaEs], score: Score) -> None:
     assert same(run(make(), 12, score), run(make(), 12, score))
 
@@ -134,15 +138,23 @@ def test_a_replay_in_a_fresh_process_is_exact(threads: str, tmp_path: Path) -> N
         es.tell(genomes, told[-1])
     asked.append(es.ask().tolist())
     lines = "".join(json.dumps(scores) + "\n" for scores in told)
-    env = environment() | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+    env = environment() | {
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "PYTHONHASHSEED": threads,
+    }
     program = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(program, input=lines, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        program, input=lines, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == asked
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_written_and_no_file_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_written_and_no_file_is_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     expected = run(MAKES["full"](), 5)
     assert os.listdir(tmp_path) == []

@@ -117,7 +117,11 @@ def test_the_genomes_told_are_those_asked() -> None:
 def test_linked_choices_are_found_more_often_than_at_random() -> None:
     """Over 20 seeds with 300 evaluations each."""
     won = [search(make(seed), linked, 17) > 1.7 for seed in range(20)]
-    lucky = [search(RandomSearch(START, 1.0, categories=COUNTS, stay=0.7, population=18, seed=seed), linked, 17) > 1.7 for seed in range(20)]
+    lucky = [
+        search(RandomSearch(START, 1.0, categories=COUNTS, stay=0.7, population=18, seed=seed), linked, 17)
+        > 1.7
+        for seed in range(20)
+    ]
     assert sum(won) >= 14
     assert sum(lucky) <= 8
 
@@ -127,7 +131,10 @@ def test_some_children_have_one_new_choice_over_a_run_of_genes() -> None:
     runs = 0
     for seed in range(40):
         optimizer = Elitist([0.0] * 12, 0.1, categories=[5] * 12, stay=0.9, population=20, seed=seed)
-        runs += sum(any(len(set(child[i : i + 4])) == 1 and child[i] for i in range(9)) for child in optimizer.ask()[1:])
+        runs += sum(
+            any(len(set(child[i : i + 4])) == 1 and child[i] for i in range(9))
+            for child in optimizer.ask()[1:]
+        )
     assert 105 <= runs <= 200  # 143 expected of 760, a few more for equal children are drawn again
 
 
@@ -135,7 +142,9 @@ def test_new_choices_are_as_likely_as_asked() -> None:
     likely = [(1.0, 1.0, 6.0, 2.0)] * 6
     counts = np.zeros(4)
     for seed in range(200):
-        optimizer = Elitist([0.0] * 6, 0.1, categories=[4] * 6, stay=0.9, likely=likely, population=4, seed=seed)
+        optimizer = Elitist(
+            [0.0] * 6, 0.1, categories=[4] * 6, stay=0.9, likely=likely, population=4, seed=seed
+        )
         for child in optimizer.ask()[1:]:
             changed = child[child != 0]
             counts[int(changed[0])] += 1

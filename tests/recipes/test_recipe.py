@@ -18,7 +18,9 @@ from evomerge.recipes import STORED, Filtered, Mix, Recipe, TokenDonor, Tokenize
 
 TEXT = st.text(max_size=8)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0)
-SETTING = NUMBER | st.lists(st.tuples(TEXT, NUMBER), min_size=1, max_size=3).map(lambda cases: Filtered(tuple(cases)))
+SETTING = NUMBER | st.lists(st.tuples(TEXT, NUMBER), min_size=1, max_size=3).map(
+    lambda cases: Filtered(tuple(cases))
+)
 LAYER = st.none() | st.integers(0, 200)
 SOURCE = st.tuples(TEXT, LAYER)
 
@@ -27,16 +29,30 @@ SOURCE = st.tuples(TEXT, LAYER)
 def mixes(draw):
     sources = tuple(draw(st.lists(SOURCE, min_size=1, max_size=3)))
     each = st.tuples(*[SETTING] * len(sources))
-    return Mix(draw(TEXT), sources, draw(st.none() | SOURCE), params(draw(st.dictionaries(TEXT, SETTING | each, max_size=3))))
+    return Mix(
+        draw(TEXT),
+        sources,
+        draw(st.none() | SOURCE),
+        params(draw(st.dictionaries(TEXT, SETTING | each, max_size=3))),
+    )
 
 
 WORD = st.text(min_size=1, max_size=8)
-DONORS = st.builds(TokenDonor, WORD | st.tuples(WORD, TEXT | st.integers(0, 9)), st.booleans()) | st.just(TokenDonor(None))
-SPECS = st.builds(TokenizerSpec, WORD, st.dictionaries(WORD, DONORS, max_size=2).map(lambda d: tuple(d.items())), st.none() | st.integers(1, 64))
+DONORS = st.builds(TokenDonor, WORD | st.tuples(WORD, TEXT | st.integers(0, 9)), st.booleans()) | st.just(
+    TokenDonor(None)
+)
+SPECS = st.builds(
+    TokenizerSpec,
+    WORD,
+    st.dictionaries(WORD, DONORS, max_size=2).map(lambda d: tuple(d.items())),
+    st.none() | st.integers(1, 64),
+)
 
 
 def recipes(stages):
-    arithmetic = st.just({"policy": "float32", "dtype": "float32"}) | TEXT.map(lambda dtype: {"policy": "mergekit", "dtype": dtype})
+    arithmetic = st.just({"policy": "float32", "dtype": "float32"}) | TEXT.map(
+        lambda dtype: {"policy": "mergekit", "dtype": dtype}
+    )
     return st.builds(
         lambda more, **fields: Recipe(**fields, **more),
         arithmetic,
@@ -54,7 +70,12 @@ def recipes(stages):
 
 RECIPES = recipes(st.dictionaries(TEXT, recipes(st.just(())), max_size=2).map(lambda d: tuple(d.items())))
 
-MIX = Mix("ties", (("math", 0), ("code", 1)), ("base", 0), params({"weight": (0.1, Filtered((("mlp", 1 / 3), ("*", 1e-5)))), "lambda": 1.0}))
+MIX = Mix(
+    "ties",
+    (("math", 0), ("code", 1)),
+    ("base", 0),
+    params({"weight": (0.1, Filtered((("mlp", 1 / 3), ("*", 1e-5)))), "lambda": 1.0}),
+)
 RECIPE = Recipe("base", (MIX, MIX), replace(MIX, sources=(("math", None), ("code", None))), MIX, seed=7)
 
 
@@ -93,7 +114,11 @@ def test_a_recipe_has_the_same_id_in_every_process():
     )
     ids = {
         subprocess.run(
-            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         for seed in ("0", "1", "4242")
     }
@@ -102,7 +127,12 @@ def test_a_recipe_has_the_same_id_in_every_process():
 
 def test_importing_recipes_imports_no_torch():
     program = "import evomerge.recipes.recipe, sys; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_an_id_is_sixteen_hexadecimal_digits_of_the_text():
@@ -125,20 +155,32 @@ CHANGES = {
     "tokenizer": {"tokenizer": TokenizerSpec("math")},
     "rows of a tokenizer": {"tokenizer": TokenizerSpec("math", pad_to_multiple_of=8)},
     "a token": {"tokenizer": TokenizerSpec("math", (("w", TokenDonor("zero")),))},
-    "the order of tokens": {"tokenizer": TokenizerSpec("math", (("v", TokenDonor("zero")), ("w", TokenDonor("zero"))))},
-    "the order of tokens turned": {"tokenizer": TokenizerSpec("math", (("w", TokenDonor("zero")), ("v", TokenDonor("zero"))))},
+    "the order of tokens": {
+        "tokenizer": TokenizerSpec("math", (("v", TokenDonor("zero")), ("w", TokenDonor("zero"))))
+    },
+    "the order of tokens turned": {
+        "tokenizer": TokenizerSpec("math", (("w", TokenDonor("zero")), ("v", TokenDonor("zero"))))
+    },
     "chat_template": {"chat_template": "auto"},
     "a stage": {"stages": (("one", Recipe("base", (MIX,), MIX, MIX)),)},
     "the name of a stage": {"stages": (("two", Recipe("base", (MIX,), MIX, MIX)),)},
-    "two stages": {"stages": (("one", Recipe("base", (MIX,), MIX, MIX)), ("two", Recipe("base", (MIX,), MIX, MIX)))},
-    "the order of stages": {"stages": (("two", Recipe("base", (MIX,), MIX, MIX)), ("one", Recipe("base", (MIX,), MIX, MIX)))},
+    "two stages": {
+        "stages": (("one", Recipe("base", (MIX,), MIX, MIX)), ("two", Recipe("base", (MIX,), MIX, MIX)))
+    },
+    "the order of stages": {
+        "stages": (("two", Recipe("base", (MIX,), MIX, MIX)), ("one", Recipe("base", (MIX,), MIX, MIX)))
+    },
     "a source": {"head": replace(MIX, sources=(("math", 0), ("code", 0)))},
     "the order of sources": {"head": replace(MIX, sources=MIX.sources[::-1])},
     "the base of a mix": {"head": replace(MIX, base=None)},
-    "a number": {"head": replace(MIX, params=params(dict(MIX.params) | {"lambda": math.nextafter(1.0, 2.0)}))},
+    "a number": {
+        "head": replace(MIX, params=params(dict(MIX.params) | {"lambda": math.nextafter(1.0, 2.0)}))
+    },
     "one number for two": {"head": replace(MIX, params=params({"weight": 0.5}))},
     "two numbers for one": {"head": replace(MIX, params=params({"weight": (0.5, 0.5)}))},
-    "the order of filters": {"head": replace(MIX, params=params({"weight": (0.1, Filtered((("*", 1e-5), ("mlp", 1 / 3))))}))},
+    "the order of filters": {
+        "head": replace(MIX, params=params({"weight": (0.1, Filtered((("*", 1e-5), ("mlp", 1 / 3))))}))
+    },
 }
 
 
@@ -281,28 +323,48 @@ def test_a_filter_takes_the_first_text_in_the_name():
     assert [value.at(n) for n in ("layers.1.mlp.up", "layers.2.mlp.up", "layers.1.attn")] == [0.1, 0.2, 0.3]
     assert Filtered((("mlp", 1.0),)).at("attn") is None
     assert Filtered((("", 1.0),)).at("anything") == 1.0
-    assert Filtered((("layers.1", 1.0), ("*", 2.0))).at("layers.10.mlp") == 1.0  # a plain substring, as in mergekit
+    assert (
+        Filtered((("layers.1", 1.0), ("*", 2.0))).at("layers.10.mlp") == 1.0
+    )  # a plain substring, as in mergekit
 
 
 def test_models_are_named_once_in_order_of_use():
     assert MIX.models == ("math", "code", "base")
-    recipe = Recipe("shell", (Mix("passthrough", (("b", 0),)), Mix("passthrough", (("a", 0),))), Mix("passthrough", (("c", None),)), MIX)
+    recipe = Recipe(
+        "shell",
+        (Mix("passthrough", (("b", 0),)), Mix("passthrough", (("a", 0),))),
+        Mix("passthrough", (("c", None),)),
+        MIX,
+    )
     assert recipe.models == ("c", "b", "a", "math", "code", "base", "shell")
     assert recipe.mixes == (recipe.embeddings, *recipe.layers, recipe.head)
 
 
 def test_params_are_sorted_by_name():
-    assert params({"weight": 1.0, "density": (0.5,), "lambda": 2.0}) == (("density", (0.5,)), ("lambda", 2.0), ("weight", 1.0))
+    assert params({"weight": 1.0, "density": (0.5,), "lambda": 2.0}) == (
+        ("density", (0.5,)),
+        ("lambda", 2.0),
+        ("weight", 1.0),
+    )
 
 
 # ---- what a recipe may not be
 
 
 ARITHMETIC = {
-    "another type under float32": ({"dtype": "bfloat16"}, "in float32, got dtype 'bfloat16'; use the policy 'mergekit'"),
+    "another type under float32": (
+        {"dtype": "bfloat16"},
+        "in float32, got dtype 'bfloat16'; use the policy 'mergekit'",
+    ),
     "the inputs' type under float32": ({"dtype": STORED}, "in float32, got dtype 'stored'"),
-    "a policy that is none": ({"policy": "exact"}, "unknown arithmetic policy 'exact'. Known: float32, mergekit"),
-    "a stage inside a stage": ({"stages": (("one", replace(RECIPE, stages=(("two", RECIPE),))),)}, "no stages inside"),
+    "a policy that is none": (
+        {"policy": "exact"},
+        "unknown arithmetic policy 'exact'. Known: float32, mergekit",
+    ),
+    "a stage inside a stage": (
+        {"stages": (("one", replace(RECIPE, stages=(("two", RECIPE),))),)},
+        "no stages inside",
+    ),
     "two stages of one name": ({"stages": (("one", RECIPE), ("one", RECIPE))}, "a name of its own"),
 }
 
@@ -315,7 +377,13 @@ def test_what_no_recipe_can_be_is_refused_also_in_canonical_text(name):
     plain = json.loads(RECIPE.canonical())
     stages = [[stage, json.loads(of.canonical())] for stage, of in change.get("stages", ())]
     with pytest.raises(RecipeError, match=re.escape(message)):
-        Recipe.from_json(json.dumps(plain | {k: v for k, v in change.items() if k != "stages"} | ({"stages": stages} if stages else {})))
+        Recipe.from_json(
+            json.dumps(
+                plain
+                | {k: v for k, v in change.items() if k != "stages"}
+                | ({"stages": stages} if stages else {})
+            )
+        )
 
 
 def test_the_models_of_a_recipe_are_those_of_its_stages_too_and_no_stage():
@@ -323,6 +391,12 @@ def test_the_models_of_a_recipe_are_those_of_its_stages_too_and_no_stage():
         mix = Mix("linear", tuple((m, 0) for m in models))
         return Recipe(models[0], (mix,), mix, mix, **fields)
 
-    recipe = of("one", "c", "two", stages=(("one", of("a", "b")), ("two", of("one", "d"))), tokenizer=TokenizerSpec("e"))
+    recipe = of(
+        "one",
+        "c",
+        "two",
+        stages=(("one", of("a", "b")), ("two", of("one", "d"))),
+        tokenizer=TokenizerSpec("e"),
+    )
     assert recipe.models == ("a", "b", "d", "c", "e")
     assert recipe.reads == ("one", "c", "two", "e")

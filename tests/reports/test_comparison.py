@@ -103,7 +103,9 @@ def test_a_metric_that_is_no_mean_is_shown_where_it_was_reported_and_has_no_erro
     assert (row["scores"], row["differences"]) == ([7.5, 6.25], [None])
     assert (whole["scores"], whole["differences"]) == ([-7.5, -6.25], [None])
     part = replace(stored[1], scores={k: s for k, s in stored[1].scores.items() if k[1] != "3"})
-    assert comparison.compare([stored[0], part], Objective((Term("text", sign=-1, mean=False),)))["rows"][0]["scores"] == [None, None]
+    assert comparison.compare([stored[0], part], Objective((Term("text", sign=-1, mean=False),)))["rows"][0][
+        "scores"
+    ] == [None, None]
 
 
 def test_items_that_tell_candidates_apart_are_shown_first() -> None:
@@ -132,12 +134,18 @@ def stored_values(root: Path, trial: int, role: str) -> dict[tuple[str, str], fl
     for e in rows["evaluations"]:
         if (e["recipe"], e["role"]) == (recipe, role):
             sets = json.loads(next(s["body"] for s in rows["item_sets"] if s["id"] == e["item_set"]))
-            found |= dict(zip([(task, item) for task, ids in sets for item in ids], json.loads(e["scores"]), strict=True))
+            found |= dict(
+                zip(
+                    [(task, item) for task, ids in sets for item in ids], json.loads(e["scores"]), strict=True
+                )
+            )
     return found
 
 
 def test_what_is_printed_is_what_the_rows_say(finished: Path) -> None:
-    code, out, err = in_process("compare", "small/best", "small/math", "small/lang", "--root", finished, "--json")
+    code, out, err = in_process(
+        "compare", "small/best", "small/math", "small/lang", "--root", finished, "--json"
+    )
     assert code == 0, err
     data = json.loads(out)
     assert [c["label"] for c in data["candidates"]][1:] == ["math", "lang"]
@@ -150,17 +158,28 @@ def test_what_is_printed_is_what_the_rows_say(finished: Path) -> None:
     code, out, _ = in_process("compare", "small/best", "small/math", "small/lang", "--root", finished)
     assert code == 0
     for row in data["rows"]:
-        assert f"{row['scores'][0]:.4f}" in next(line for line in out.splitlines() if line.startswith(row["task"]))
+        assert f"{row['scores'][0]:.4f}" in next(
+            line for line in out.splitlines() if line.startswith(row["task"])
+        )
 
 
 def test_what_is_missing_is_named_and_scored_only_if_asked(finished: Path) -> None:
     with Store.open(finished / "small" / "study.db") as store:
-        trial = next(t for t in store.trials() if t.origin == "sampled" and len({r for r, _ in store.evaluations(t.recipe_id)}) == 1)
+        trial = next(
+            t
+            for t in store.trials()
+            if t.origin == "sampled" and len({r for r, _ in store.evaluations(t.recipe_id)}) == 1
+        )
         before = stored_rows(store.path)
         code, out, err = in_process("compare", "small/math", f"small/{trial.id}", "--root", finished)
         assert (code, out) == (2, "")
-        assert f"error[E300] there are no items of this role that all were scored on: small/{trial.id} lacks 32; add --score" in err
-        code, out, err = in_process("compare", "small/math", f"small/{trial.id}", "--root", finished, "--score", "--json")
+        assert (
+            f"error[E300] there are no items of this role that all were scored on: small/{trial.id} lacks 32; add --score"
+            in err
+        )
+        code, out, err = in_process(
+            "compare", "small/math", f"small/{trial.id}", "--root", finished, "--score", "--json"
+        )
         assert code == 0, err
         opened = opening.open_study(store)
         own = opened.load().evaluate(store.recipe(trial.recipe_id), opened.harness.items("test"))
@@ -178,7 +197,9 @@ def test_outputs_agree_with_their_values(finished: Path) -> None:
     assert len(data["samples"]) == 12
     assert {s["task"] for s in data["samples"]} >= {"zoo_arithmetic", "zoo_lookup"}
     for sample in data["samples"]:
-        assert held[0][sample["task"], sample["item"]] != held[1][sample["task"], sample["item"]], "those that differ come first"
+        assert held[0][sample["task"], sample["item"]] != held[1][sample["task"], sample["item"]], (
+            "those that differ come first"
+        )
         assert sample["prompt"].strip()
         for answer, stored in zip(sample["answers"], held, strict=True):
             assert answer["value"] == stored[sample["task"], sample["item"]]
@@ -188,7 +209,9 @@ def test_outputs_agree_with_their_values(finished: Path) -> None:
                 assert chosen["probability"] == max(o["probability"] for o in answer["options"])
                 assert chosen["right"] == (answer["value"] == 1)
                 assert answer["output"] == chosen["text"]
-            elif answer["output"].startswith("log-likelihood"):  # its accuracy is whether the answer is the likeliest text
+            elif answer["output"].startswith(
+                "log-likelihood"
+            ):  # its accuracy is whether the answer is the likeliest text
                 assert answer["output"].endswith("the likeliest text") == (answer["value"] == 1)
             else:
                 assert (answer["output"].strip() == sample["target"].strip()) == (answer["value"] == 1)
@@ -201,9 +224,15 @@ def test_outputs_agree_with_their_values(finished: Path) -> None:
 def test_studies_are_compared_where_their_tasks_are_the_same(finished: Path, tmp_path: Path) -> None:
     for name in ("small", "other"):
         shutil.copytree(finished / "small", tmp_path / name)
-    code, out, err = in_process("compare", "small/math", "other/lang", "--root", tmp_path, "--role", "validation", "--json")
+    code, out, err = in_process(
+        "compare", "small/math", "other/lang", "--root", tmp_path, "--role", "validation", "--json"
+    )
     assert code == 0, err
-    same = json.loads(in_process("compare", "small/math", "small/lang", "--root", finished, "--role", "validation", "--json")[1])
+    same = json.loads(
+        in_process(
+            "compare", "small/math", "small/lang", "--root", finished, "--role", "validation", "--json"
+        )[1]
+    )
     assert json.loads(out)["rows"] == same["rows"]
     connection = sqlite3.connect(tmp_path / "other" / "study.db")
     facts = json.loads(connection.execute("SELECT facts FROM study").fetchone()[0])
@@ -253,4 +282,6 @@ def test_a_model_that_has_changed_is_not_asked_again(finished: Path, tmp_path: P
     code, _, err = in_process("compare", "small/best", "small/math", "--samples", 1, "--root", tmp_path)
     assert code == 2
     assert "model 'math'" in err
-    assert in_process("compare", "small/best", "small/math", "--root", tmp_path)[0] == 0, "stored scores need no model"
+    assert in_process("compare", "small/best", "small/math", "--root", tmp_path)[0] == 0, (
+        "stored scores need no model"
+    )

@@ -50,7 +50,12 @@ def landscape(place: int, height: Callable[[float], float]) -> Callable[[Recipe,
     def evaluate(recipe: Recipe, items: Items) -> Evaluation:
         p = height(values_of(recipe)[place])
         scores = tuple(ItemScore(t, i, float(uniform(t, i) < p)) for t, ids in items.items() for i in ids)
-        return Evaluation(recipe.id, scores, {t: float(np.mean([s.value for s in scores if s.task == t])) for t in items}, {"score": 0.0})
+        return Evaluation(
+            recipe.id,
+            scores,
+            {t: float(np.mean([s.value for s in scores if s.task == t])) for t in items},
+            {"score": 0.0},
+        )
 
     return evaluate
 
@@ -82,12 +87,16 @@ def test_points_are_all_steps_within_bounds_and_nothing_else_moves(step: float, 
                 expected.append((axis.name, own[place] + k * step))
             k += 1
     assert [p.axis for p in found] == [name for name, _ in expected]
-    assert [p.value for p in found] == pytest.approx([value for _, value in expected], abs=1e-3)  # a bound is approached, not reached
+    assert [p.value for p in found] == pytest.approx(
+        [value for _, value in expected], abs=1e-3
+    )  # a bound is approached, not reached
     for p in found:
         place = next(i for i, axis in enumerate(SPACE.axes) if axis.name == p.axis)
         now = values_of(p.recipe)
         assert now[place] == pytest.approx(p.value, abs=1e-4)
-        assert [v for i, v in enumerate(now) if i != place] == pytest.approx([v for i, v in enumerate(own) if i != place], abs=1e-4)
+        assert [v for i, v in enumerate(now) if i != place] == pytest.approx(
+            [v for i, v in enumerate(own) if i != place], abs=1e-4
+        )
 
 
 def test_values_that_the_grid_makes_equal_are_one_point() -> None:
@@ -97,7 +106,8 @@ def test_values_that_the_grid_makes_equal_are_one_point() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "span", "words"), [(0.0, 1.0, "0 < step"), (0.2, 0.1, "step 0.2"), (math.nan, 1.0, "nan"), (0.001, 1.0, "larger steps")]
+    ("step", "span", "words"),
+    [(0.0, 1.0, "0 < step"), (0.2, 0.1, "step 0.2"), (math.nan, 1.0, "nan"), (0.001, 1.0, "larger steps")],
 )
 def test_steps_that_are_none_are_refused(step: float, span: float, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -112,8 +122,12 @@ def test_bounds_that_leave_no_step_are_said() -> None:
 
 def test_axes_are_chosen_by_pattern_or_part() -> None:
     names = [axis.name for axis in SPACE.axes]
-    assert [names[i] for i in sensitivity.matching(SPACE.axes, "weight of a in*mlp")] == [n for n in names if " a in" in n and n.endswith("mlp")]
-    assert [names[i] for i in sensitivity.matching(SPACE.axes, "embeddings")] == [n for n in names if "embeddings" in n]
+    assert [names[i] for i in sensitivity.matching(SPACE.axes, "weight of a in*mlp")] == [
+        n for n in names if " a in" in n and n.endswith("mlp")
+    ]
+    assert [names[i] for i in sensitivity.matching(SPACE.axes, "embeddings")] == [
+        n for n in names if "embeddings" in n
+    ]
     assert sensitivity.matching(SPACE.axes, None) == list(EVERY)
     with pytest.raises(ConfigError, match="no axis of the space matches 'layer 9'"):
         sensitivity.matching(SPACE.axes, "layer 9")
@@ -136,8 +150,13 @@ def test_curves_are_least_squares_and_paired_tests(tmp_path: Path) -> None:
     neighbours = sensitivity.points(SPACE, GENOME, [place, 5], 0.1, 0.4)
     evaluate = landscape(place, lambda v: 0.5 + 0.8 * (v - values_of(centre)[place]))
     with begun(tmp_path / "s") as store:
-        assert sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective) == len(neighbours) + 1
-        steep, flat = sensitivity.curves(SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS)
+        assert (
+            sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective)
+            == len(neighbours) + 1
+        )
+        steep, flat = sensitivity.curves(
+            SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS
+        )
     assert (steep.steep, flat.steep) == (True, False)
     assert [d.difference.mean for d in flat.steps if d.difference] == [0.0] * (len(flat.steps) - 1)
     recipes = {p.value: p.recipe for p in neighbours if p.axis == steep.axis} | {steep.value: centre}
@@ -147,7 +166,13 @@ def test_curves_are_least_squares_and_paired_tests(tmp_path: Path) -> None:
     assert [s.score for s in steep.steps] == pytest.approx([objective(by_value[v]) for v in x])
     assert steep.slope is not None
     assert steep.slope.mean == pytest.approx(np.polyfit(x, [objective(by_value[v]) or 0.0 for v in x], 1)[0])
-    lines = {t: [np.polyfit(x, [next(s.value for s in by_value[v].items if s.item == i) for v in x], 1)[0] for i in ids] for t, ids in ITEMS.items()}
+    lines = {
+        t: [
+            np.polyfit(x, [next(s.value for s in by_value[v].items if s.item == i) for v in x], 1)[0]
+            for i in ids
+        ]
+        for t, ids in ITEMS.items()
+    }
     error = math.sqrt(sum(w**2 * np.var(lines[t], ddof=1) / len(lines[t]) for t, w in WEIGHTS.items()))
     assert steep.slope.error == pytest.approx(error)
     assert abs(steep.slope.mean - 0.8) < 4 * steep.slope.error
@@ -158,9 +183,14 @@ def test_curves_are_least_squares_and_paired_tests(tmp_path: Path) -> None:
         if s.difference is None:
             assert s.value == steep.value
             continue
-        d = {t: np.array([i.value - own[t, i.item] for i in by_value[s.value].items if i.task == t]) for t in ITEMS}
+        d = {
+            t: np.array([i.value - own[t, i.item] for i in by_value[s.value].items if i.task == t])
+            for t in ITEMS
+        }
         assert s.difference.mean == pytest.approx(sum(w * d[t].mean() for t, w in WEIGHTS.items()))
-        assert s.difference.error == pytest.approx(math.sqrt(sum(w**2 * d[t].var(ddof=1) / len(d[t]) for t, w in WEIGHTS.items())))
+        assert s.difference.error == pytest.approx(
+            math.sqrt(sum(w**2 * d[t].var(ddof=1) / len(d[t]) for t, w in WEIGHTS.items()))
+        )
         pvalues.append(s.difference.p_value())
     assert [s.p for s in steep.steps if s.p is not None] == pytest.approx(holm(pvalues))
 
@@ -176,8 +206,18 @@ def test_a_peak_is_steep_though_its_slope_is_flat(tmp_path: Path) -> None:
     top = values_of(centre)[place]
     neighbours = sensitivity.points(SPACE, GENOME, [place], 0.1, 0.3)
     with begun(tmp_path / "s") as store:
-        sensitivity.scan(store, centre, neighbours, "search", ITEMS, landscape(place, lambda v: 0.9 - 5 * (v - top) ** 2), objective)
-        (curve,) = sensitivity.curves(SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS)
+        sensitivity.scan(
+            store,
+            centre,
+            neighbours,
+            "search",
+            ITEMS,
+            landscape(place, lambda v: 0.9 - 5 * (v - top) ** 2),
+            objective,
+        )
+        (curve,) = sensitivity.curves(
+            SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS
+        )
     assert curve.slope is not None
     assert curve.slope.mean == pytest.approx(0, abs=0.01)
     assert curve.steep
@@ -189,13 +229,19 @@ def test_a_point_that_fails_is_a_gap_and_a_candidate_that_fails_an_error(tmp_pat
     neighbours = sensitivity.points(SPACE, GENOME, [0], 0.1, 0.2)
     bad = neighbours[-1].recipe.id
     with begun(tmp_path / "s") as store:
-        sensitivity.scan(store, centre, neighbours, "search", ITEMS, ToyPool(lambda r: r.id == bad).evaluate, objective)
-        (curve,) = sensitivity.curves(SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS)
+        sensitivity.scan(
+            store, centre, neighbours, "search", ITEMS, ToyPool(lambda r: r.id == bad).evaluate, objective
+        )
+        (curve,) = sensitivity.curves(
+            SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS
+        )
         assert (curve.steps[-1].score, curve.steps[-1].difference) == (None, None)
         assert "fails on purpose" in (curve.steps[-1].error or "")
         assert all(s.score is not None for s in curve.steps[:-1])
         with pytest.raises(StudyError, match="fails on purpose"):
-            sensitivity.scan(store, centre, neighbours, "validation", ITEMS, ToyPool(lambda r: True).evaluate, objective)
+            sensitivity.scan(
+                store, centre, neighbours, "validation", ITEMS, ToyPool(lambda r: True).evaluate, objective
+            )
 
 
 # ---- stored, and gone on with ----------------------------------------------------------------------------------------
@@ -216,13 +262,18 @@ def test_a_scan_that_was_stopped_goes_on(tmp_path: Path) -> None:
     with begun(tmp_path / "s") as store, pytest.raises(KeyboardInterrupt):
         sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective)
     with begun(tmp_path / "s") as store:
-        assert sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective) == len(neighbours) + 1 - 7
+        assert (
+            sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective)
+            == len(neighbours) + 1 - 7
+        )
         assert sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective) == 0
         known = store.sensitivity(centre.id, "search", ITEMS)
         wider = sensitivity.points(SPACE, GENOME, [0], 0.1, 0.4)
         assert sensitivity.scan(store, centre, wider, "search", ITEMS, evaluate, objective) == len(wider) - 4
         fewer = {task: ids[:9] for task, ids in ITEMS.items()}
-        assert sensitivity.scan(store, centre, wider, "search", fewer, evaluate, objective) == len(wider) + 1, "other items are another scan"
+        assert (
+            sensitivity.scan(store, centre, wider, "search", fewer, evaluate, objective) == len(wider) + 1
+        ), "other items are another scan"
     made.remove("stopped")
     assert made[: len(neighbours) + 1] == [p.recipe.id for p in (Point(CENTRE, 0.0, centre), *neighbours)]
     for p in neighbours:
@@ -246,7 +297,9 @@ def test_a_scan_leaves_the_search_as_it_was(tmp_path: Path) -> None:
         items = sensitivity.subset(plan().items["search"], {"first": 8, "second": 8})
         neighbours = sensitivity.points(SPACE, genome, EVERY, 0.1, 0.2)
         before = {t: stored_rows(store.path)[t] for t in tables}
-        sensitivity.scan(store, store.recipe(trial.recipe_id), neighbours, "search", items, ToyPool().evaluate, objective)
+        sensitivity.scan(
+            store, store.recipe(trial.recipe_id), neighbours, "search", items, ToyPool().evaluate, objective
+        )
         assert {t: stored_rows(store.path)[t] for t in tables} == before
         assert count_rows(store.path, "sensitivity") == len(neighbours) + 1
     for name in ("plain", "scanned"):
@@ -259,7 +312,9 @@ def test_a_scan_leaves_the_search_as_it_was(tmp_path: Path) -> None:
 
 def test_the_items_are_the_same_whenever_asked_and_as_many() -> None:
     found = sensitivity.subset(ITEMS, {"first": 10, "second": 1000})
-    assert found == sensitivity.subset({t: tuple(reversed(ids)) for t, ids in ITEMS.items()}, {"first": 10, "second": 1000})
+    assert found == sensitivity.subset(
+        {t: tuple(reversed(ids)) for t, ids in ITEMS.items()}, {"first": 10, "second": 1000}
+    )
     assert (len(found["first"]), len(found["second"])) == (10, 60)
     assert set(sensitivity.subset(ITEMS, {"first": 5, "second": 5})["first"]) < set(found["first"])
     with pytest.raises(ConfigError, match="at least 2 items"):
@@ -277,12 +332,27 @@ def copied(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verb_scans_prints_and_goes_on(copied: Path) -> None:
-    words = ("sensitivity", "small/best", "--root", copied, "--axes", "layers 0-2, attention", "--step", "0.2", "--span", "0.2", "--items", 6)
+    words = (
+        "sensitivity",
+        "small/best",
+        "--root",
+        copied,
+        "--axes",
+        "layers 0-2, attention",
+        "--step",
+        "0.2",
+        "--span",
+        "0.2",
+        "--items",
+        6,
+    )
     code, out, err = in_process(*words, "--json", "--plot", copied / "curves.png")
     assert code == 0, err
     data = json.loads(out)
     assert (data["items"], data["evaluated"], data["stored"]) == (24, 7, 0)
-    assert [c["axis"] for c in data["axes"]] == [f"weight of {m} in layers 0-2, attention" for m in ("math", "lang", "string")]
+    assert [c["axis"] for c in data["axes"]] == [
+        f"weight of {m} in layers 0-2, attention" for m in ("math", "lang", "string")
+    ]
     for curve in data["axes"]:
         assert [round(s["value"] - curve["value"], 3) for s in curve["steps"]] == [-0.2, 0.0, 0.2]
         assert curve["steps"][1]["score"] == data["score"]
@@ -300,7 +370,18 @@ def test_the_verb_scans_prints_and_goes_on(copied: Path) -> None:
 
 def test_the_study_goes_on_to_where_it_would_have_gone(copied: Path) -> None:
     before = stored_rows(copied / "small" / "study.db")["trials"]
-    code, _, err = in_process("sensitivity", "small/math + lang at 1", "--root", copied, "--axes", "embeddings", "--items", 4, "--step", "0.3")
+    code, _, err = in_process(
+        "sensitivity",
+        "small/math + lang at 1",
+        "--root",
+        copied,
+        "--axes",
+        "embeddings",
+        "--items",
+        4,
+        "--step",
+        "0.3",
+    )
     assert code == 0, err
     code, _, err = in_process("resume", "small", "--root", copied)
     assert code == 0, err

@@ -15,7 +15,9 @@ HEADS = {"bench_eval": "| workload |", "bench_search": "| items × 4 tasks |"}
 def table(name: str, arguments: list[str], out: Path) -> list[list[str]]:
     """The cells of the rows of the first table that a script writes."""
     program = [sys.executable, str(REPO / "scripts" / f"{name}.py"), "--quick", "--out", str(out), *arguments]
-    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        program, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = out.read_text().splitlines()
     assert any("figures mean nothing" in line for line in lines)
@@ -29,8 +31,15 @@ def table(name: str, arguments: list[str], out: Path) -> list[list[str]]:
 def test_scoring_is_timed_beside_lm_eval(tmp_path: Path) -> None:
     zoo_folder()
     rows = table("bench_eval", ["--only", "zoo", "likelihood", "--repeats", "1"], tmp_path / "eval.md")
-    assert [row[0].split(",")[0] for row in rows] == ["zoo", "zoo", "5-shot: 600 shared tokens", "0-shot: context of 90–110"]
-    assert [bool(row[1]) for row in rows] == [True, True, False, False], "simple_evaluate takes whole tasks alone"
+    assert [row[0].split(",")[0] for row in rows] == [
+        "zoo",
+        "zoo",
+        "5-shot: 600 shared tokens",
+        "0-shot: context of 90–110",
+    ]
+    assert [bool(row[1]) for row in rows] == [True, True, False, False], (
+        "simple_evaluate takes whole tasks alone"
+    )
     assert all(row[2] and row[3] and 0 < float(row[8].rstrip("%")) <= 100 for row in rows)
     said = (tmp_path / "eval.md").read_text()
     assert said.count("of 8 metrics 0 differ") == 2
@@ -51,7 +60,10 @@ def test_a_ratio_is_the_median_of_neighbours() -> None:
     bench = importlib.util.module_from_spec(spec)
     sys.modules["bench_eval"] = bench  # dataclasses look their module up
     spec.loader.exec_module(bench)
-    took = {"a": [bench.Took(10, 8), bench.Took(30, 9), bench.Took(12, 7)], "c": [bench.Took(1, 1), bench.Took(10, 3), bench.Took(2, 2)]}
+    took = {
+        "a": [bench.Took(10, 8), bench.Took(30, 9), bench.Took(12, 7)],
+        "c": [bench.Took(1, 1), bench.Took(10, 3), bench.Took(2, 2)],
+    }
     row = bench.Row("x", took, [0.9], 1.0, "a", 5.0, None, "")
     assert row.ratio("a", "wall") == 6.0  # of 10, 3 and 6
     assert row.ratio("a", "processor") == 3.5  # of 8, 3 and 3.5

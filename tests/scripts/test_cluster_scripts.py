@@ -66,7 +66,14 @@ class Cluster:
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(["bash", SLURM, *words], env=self.environment | environment, stdout=pipe, stderr=pipe, text=True, cwd=self.folder)
+        return subprocess.Popen(
+            ["bash", SLURM, *words],
+            env=self.environment | environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            cwd=self.folder,
+        )
 
     def wait_for(self, text: str, process: subprocess.Popen[str]) -> None:
         limit = time.monotonic() + 30
@@ -87,7 +94,11 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("ray", RAY), ("evomerge", DRIVER)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    own = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "CALLS": str(tmp_path / "calls")}
+    own = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "HOME": str(tmp_path / "home"),
+        "CALLS": str(tmp_path / "calls"),
+    }
     found = Cluster(tmp_path, own | {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost,node2,node3"})
     (tmp_path / "calls.healthy").touch()
     yield found
@@ -134,8 +145,13 @@ def test_a_signal_drains_and_puts_the_job_back(cluster: Cluster) -> None:
     address = "127.0.0.1:24711"
     assert f"evomerge run search.yaml --root /shared/a b --resume --ray {address} --grace 240" in calls
     assert "token 600 64" in calls
-    head, workers = sorted((line for line in calls if line.startswith("srun")), key=lambda line: "--head" not in line)
-    assert "--nodes=1 --ntasks=1 --nodelist=localhost ray start --head --block --node-ip-address=127.0.0.1 --port=24711" in head
+    head, workers = sorted(
+        (line for line in calls if line.startswith("srun")), key=lambda line: "--head" not in line
+    )
+    assert (
+        "--nodes=1 --ntasks=1 --nodelist=localhost ray start --head --block --node-ip-address=127.0.0.1 --port=24711"
+        in head
+    )
     assert f"--nodes=2 --ntasks=2 --exclude=localhost ray start --block --address={address}" in workers
 
 
@@ -225,11 +241,25 @@ def test_the_rayjob_is_one_that_kuberay_knows() -> None:
     assert spec["entrypoint"].startswith("evomerge run /data/")
     assert "--resume --ray auto" in spec["entrypoint"]
     cluster = spec["rayClusterSpec"]
-    assert set(cluster) <= {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "autoscalerOptions"}
+    assert set(cluster) <= {
+        "rayVersion",
+        "authOptions",
+        "headGroupSpec",
+        "workerGroupSpecs",
+        "enableInTreeAutoscaling",
+        "autoscalerOptions",
+    }
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"].keys() <= {"rayStartParams", "template", "serviceType"}
     for group in cluster["workerGroupSpecs"]:
-        assert group.keys() == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+        assert group.keys() == {
+            "groupName",
+            "replicas",
+            "minReplicas",
+            "maxReplicas",
+            "rayStartParams",
+            "template",
+        }
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
@@ -283,15 +313,32 @@ def ray_tools(tmp_path: Path) -> dict[str, str]:
         tool.chmod(0o755)
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    own = {"PATH": path, "HOME": str(tmp_path), "SEEN": str(tmp_path / "seen"), "CALLS": str(tmp_path / "calls"), "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {
+        "PATH": path,
+        "HOME": str(tmp_path),
+        "SEEN": str(tmp_path / "seen"),
+        "CALLS": str(tmp_path / "calls"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     return kept | own
 
 
 def test_the_slurm_script_starts_a_real_cluster(tmp_path: Path, ray_tools: dict[str, str]) -> None:
     """Two nodes of this machine, with a token; the driver sees both."""
     port = free_port()
-    more = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost,second", "RAY_PORT": str(port), "NODES": "2"}
-    process = subprocess.Popen(["bash", SLURM, "search.yaml"], env=ray_tools | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    more = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "localhost,second",
+        "RAY_PORT": str(port),
+        "NODES": "2",
+    }
+    process = subprocess.Popen(
+        ["bash", SLURM, "search.yaml"],
+        env=ray_tools | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         out, _ = process.communicate(timeout=120)
     finally:
@@ -308,9 +355,18 @@ def test_ray_job_submit_runs_the_driver_on_a_real_cluster(tmp_path: Path, ray_to
     (tmp_path / "token").write_text("0123456789abcdef" * 4)
     (tmp_path / "token").chmod(0o600)
     own = ray_tools | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}"]
+    words = [
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        "--include-dashboard=true",
+        f"--dashboard-port={dashboard}",
+    ]
     words += ["--num-cpus=1", "--object-store-memory=80000000", f"--temp-dir={folder}"]
-    head = subprocess.Popen(["ray", "start", *words], env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    head = subprocess.Popen(
+        ["ray", "start", *words], env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         limit = time.monotonic() + 60
         while True:

@@ -29,7 +29,9 @@ def opening(plan: Plan) -> Opening:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """scripts/validation/interval_coverage.py with shorter searches, under a name of its own: there is a package called coverage."""
-    spec = importlib.util.spec_from_file_location("coverage_script", REPO / "scripts" / "validation/interval_coverage.py")
+    spec = importlib.util.spec_from_file_location(
+        "coverage_script", REPO / "scripts" / "validation/interval_coverage.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -47,20 +49,26 @@ def test_intervals_hold_the_truth_and_the_best_search_score_does_not(script: Mod
     off = np.array([o.test.mean - o.truth for o in outcomes])
     assert abs(off.mean()) < 4 * off.std() / np.sqrt(40)
     assert np.mean([o.best[0] - o.best[1] for o in outcomes]) > 0.03
-    assert np.mean([o.best[0] - o.best[1] for o in outcomes]) > 3 * abs(np.mean([o.validation - o.truth for o in outcomes]))
+    assert np.mean([o.best[0] - o.best[1] for o in outcomes]) > 3 * abs(
+        np.mean([o.validation - o.truth for o in outcomes])
+    )
 
 
 def test_the_landscape_gives_each_item_its_probability(script: ModuleType) -> None:
     pool, plan = InProcessPool(script.Landscape(7)), script.plan(7)
     space = opening(plan).space
     recipe = space.decode(space.start)
-    whole = {task: [i for role in script.SIZES for i in script.items(7)[role][task]] for task in script.WEIGHTS}
+    whole = {
+        task: [i for role in script.SIZES for i in script.items(7)[role][task]] for task in script.WEIGHTS
+    }
     ((_, found),) = results(pool, [Job(0, recipe, whole)])
     n = sum(script.SIZES.values())
     for task, p in script.truths(recipe).items():
         assert abs(found.metrics[task] - p) < 4 * np.sqrt(p * (1 - p) / n)
     ((_, part),) = results(pool, [Job(0, recipe, {"hard": whole["hard"][5:9]})])
-    assert [s.value for s in part.items] == [s.value for s in found.items if s.task == "hard"][5:9], "an item's score is its own"
+    assert [s.value for s in part.items] == [s.value for s in found.items if s.task == "hard"][5:9], (
+        "an item's score is its own"
+    )
 
 
 def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: ModuleType, tmp_path: Path) -> None:
@@ -76,12 +84,22 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
     pool, partial = InProcessPool(script.Landscape(3)), 0
 
     def score(raced: Sequence[Recipe], part: Items) -> dict[str, Evaluation]:
-        return {job.recipe.id: evaluation for job, evaluation in results(pool, [Job(i, r, part) for i, r in enumerate(raced)])}
+        return {
+            job.recipe.id: evaluation
+            for job, evaluation in results(pool, [Job(i, r, part) for i, r in enumerate(raced)])
+        }
 
     mu = opening(plan).optimizer(opening(plan).space.start, 0).mu
     for number in range(1, script.GENERATIONS + 1):
         own = [t for t in trials if t.generation == number]
-        fates = run({t.slot: recipes[t.id] for t in own}, study.generations.subset(number), rules, plan.objective, mu, score)
+        fates = run(
+            {t.slot: recipes[t.id] for t in own},
+            study.generations.subset(number),
+            rules,
+            plan.objective,
+            mu,
+            score,
+        )
         for t in own:
             fate = fates[t.slot]
             assert (t.dropped, t.whole is None) == (fate.dropped, fate.predicted is None)
@@ -94,4 +112,6 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
 def test_a_race_asked_for_without_numbers_is_the_one_that_was_measured() -> None:
     given = RaceConfig()
     assert (given.rungs, given.error) == (Race().rungs, Race().error)
-    assert f"eight: {', '.join(f'{r:g}' for r in given.rungs)}" in (REPO / "results" / "racing.md").read_text()
+    assert (
+        f"eight: {', '.join(f'{r:g}' for r in given.rungs)}" in (REPO / "results" / "racing.md").read_text()
+    )

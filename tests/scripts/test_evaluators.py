@@ -48,13 +48,17 @@ def test_yaml_names_the_files_that_are_there(task: str) -> None:
     assert config["task"] == task
     assert (config["training_split"], config["validation_split"], config["test_split"]) == SPLITS
     files = config["dataset_kwargs"]["data_files"]
-    assert {split: REPOSITORY / name for split, name in files.items()} == {split: EVALUATORS / f"{task}.{split}.jsonl" for split in SPLITS}
+    assert {split: REPOSITORY / name for split, name in files.items()} == {
+        split: EVALUATORS / f"{task}.{split}.jsonl" for split in SPLITS
+    }
 
 
 def test_written_again_the_same(tmp_path: Path) -> None:
     for task in make_evaluators.TASKS:
         make_evaluators.write(task, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in EVALUATORS.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in EVALUATORS.iterdir()
+    )
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (EVALUATORS / path.name).read_bytes(), path.name
 
@@ -133,7 +137,10 @@ def test_the_fast_forward_is_transformers() -> None:
 
     a, vocabulary = plan.ARCHITECTURE, 50
     noise = torch.Generator().manual_seed(1)
-    weights = {name: weight + 0.1 * torch.randn(weight.shape, generator=noise) for name, weight in llama.initial(a, vocabulary, 0).items()}
+    weights = {
+        name: weight + 0.1 * torch.randn(weight.shape, generator=noise)
+        for name, weight in llama.initial(a, vocabulary, 0).items()
+    }
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=a.hidden, intermediate_size=a.intermediate, num_hidden_layers=a.layers,
         num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, rms_norm_eps=a.epsilon, tie_word_embeddings=False,
@@ -145,5 +152,7 @@ def test_the_fast_forward_is_transformers() -> None:
     with torch.no_grad():
         expected = model(tokens).logits
     spots = [(0, 1), (0, 10), (2, 5), (3, 4)]
-    found = llama.logits(weights, tokens, a, torch.tensor([llama.place(row, column, 11) for row, column in spots]))
+    found = llama.logits(
+        weights, tokens, a, torch.tensor([llama.place(row, column, 11) for row, column in spots])
+    )
     torch.testing.assert_close(found, torch.stack([expected[spot] for spot in spots]), rtol=1e-4, atol=1e-4)

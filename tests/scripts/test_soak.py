@@ -29,7 +29,9 @@ def over(tmp_path_factory: pytest.TempPathFactory) -> Work:
 # ---- short runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_driver_killed_again_and_again_ends_where_the_others_do_and_a_second_call_has_nothing_left_to_do(tmp_path: Path) -> None:
+def test_a_driver_killed_again_and_again_ends_where_the_others_do_and_a_second_call_has_nothing_left_to_do(
+    tmp_path: Path,
+) -> None:
     found = kills.run(tmp_path, evaluations=48, kills=4, ray=0, seed=3)
     assert kills.failures(found) == []
     part = found["parts"][0]
@@ -67,8 +69,21 @@ def test_mutated_inputs_are_read_or_refused(kind: str) -> None:
 
 
 def test_the_command_line_writes_what_a_part_came_to(tmp_path: Path) -> None:
-    words = [str(REPO / "scripts" / "soak"), "inputs", "--work", str(tmp_path), "--configs", "0", "--headers", "40", "--processes", "1"]
-    done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    words = [
+        str(REPO / "scripts" / "soak"),
+        "inputs",
+        "--work",
+        str(tmp_path),
+        "--configs",
+        "0",
+        "--headers",
+        "40",
+        "--processes",
+        "1",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "| safetensors header | 40 |" in done.stdout
     assert "inputs: nothing found" in done.stdout
@@ -77,7 +92,9 @@ def test_the_command_line_writes_what_a_part_came_to(tmp_path: Path) -> None:
 # ---- what they must notice -----------------------------------------------------------------------------------------------
 
 
-def test_an_account_of_a_diary_tells_what_was_lost_repeated_and_interleaved(over: Work, tmp_path: Path) -> None:
+def test_an_account_of_a_diary_tells_what_was_lost_repeated_and_interleaved(
+    over: Work, tmp_path: Path
+) -> None:
     assert toy_study.account(over).again == 0
     assert toy_study.account(over).acknowledged == toy_study.account(over).begun
     work = dataclasses.replace(over, folder=tmp_path)
@@ -85,7 +102,9 @@ def test_an_account_of_a_diary_tells_what_was_lost_repeated_and_interleaved(over
     known = next(line for line in over.diary.read_text().splitlines() if line.startswith("ack")).split()[1:3]
     text = over.diary.read_text()
     mine = text.split()[1]
-    work.diary.write_text(text + f"open 1\nbegin {' '.join(known)} 1\nack gone gone 1\nack late late {mine}\n")
+    work.diary.write_text(
+        text + f"open 1\nbegin {' '.join(known)} 1\nack gone gone 1\nack late late {mine}\n"
+    )
     found = toy_study.account(work)
     assert found.repeated == [" ".join(known)]
     assert found.lost == ["gone gone", "late late"]
@@ -116,7 +135,10 @@ def test_a_traceback_a_hang_and_an_error_of_two_lines_are_wrong(monkeypatch: pyt
     def raises(error: BaseException) -> bool:
         raise error
 
-    assert inputs.verdict(lambda: raises(ConfigError("a file that is wrong"))) == ("refused", "a file that is wrong")
+    assert inputs.verdict(lambda: raises(ConfigError("a file that is wrong"))) == (
+        "refused",
+        "a file that is wrong",
+    )
     for error in (ConfigError("one\ntwo"), ConfigError(""), KeyError("x"), RecursionError()):
         assert inputs.verdict(lambda e=error: raises(e))[0] == "wrong"  # type: ignore[misc]
     monkeypatch.setattr(inputs, "SECONDS", 0.05)

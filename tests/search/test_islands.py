@@ -29,7 +29,9 @@ def islands(count: int, evaluations: int = 36, **changes: Any) -> Plan:
 
     stage = Stage("weights", evaluations, lambda start: Opening(SPACE, optimizer))
     given = plan(**changes)
-    return Plan(**{f: getattr(given, f) for f in given.__dataclass_fields__} | {"stages": (stage,), "islands": count})
+    return Plan(
+        **{f: getattr(given, f) for f in given.__dataclass_fields__} | {"stages": (stage,), "islands": count}
+    )
 
 
 class Crew:
@@ -46,7 +48,13 @@ class Crew:
         after: Callable[[int], None] = lambda made: None,
         seconds: float = 1.0,
     ) -> None:
-        self._size, self._choose, self._toy, self._after, self._seconds = size, choose, ToyPool(fails), after, seconds
+        self._size, self._choose, self._toy, self._after, self._seconds = (
+            size,
+            choose,
+            ToyPool(fails),
+            after,
+            seconds,
+        )
         self._queue: list[Job] = []
         self.flying: list[Job] = []
         self.begun: list[tuple[str, str]] = []
@@ -103,7 +111,9 @@ def run(file: Path, of: Plan, pool: Any, **dispatch: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_whoever_finishes_first_the_rows_are_those_of_one_worker(count: int, seed: int, tmp_path: Path) -> None:
+def test_whoever_finishes_first_the_rows_are_those_of_one_worker(
+    count: int, seed: int, tmp_path: Path
+) -> None:
     of = islands(count)
     run(tmp_path / "one" / "study.db", of, ToyPool(sometimes))
     crew = Crew(5, shuffled(seed), sometimes)
@@ -118,11 +128,21 @@ def test_islands_share_the_budget_and_differ(tmp_path: Path) -> None:
         trials = [t for t in store.trials() if t.generation and t.origin != "mean"]
         means = [t for t in store.trials() if t.origin == "mean"]
     assert len(trials) == 36
-    assert {i: sorted({t.generation for t in trials if t.island == i}) for i in range(3)} == {0: [1, 4], 1: [2, 5], 2: [3, 6]}
-    assert [t.id for t in trials] == list(range(trials[0].id, trials[0].id + 36)), "ids follow generations and slots"
-    assert len({t.genome for t in trials if t.origin == "sampled"}) == len([t for t in trials if t.origin == "sampled"])
+    assert {i: sorted({t.generation for t in trials if t.island == i}) for i in range(3)} == {
+        0: [1, 4],
+        1: [2, 5],
+        2: [3, 6],
+    }
+    assert [t.id for t in trials] == list(range(trials[0].id, trials[0].id + 36)), (
+        "ids follow generations and slots"
+    )
+    assert len({t.genome for t in trials if t.origin == "sampled"}) == len(
+        [t for t in trials if t.origin == "sampled"]
+    )
     assert len({t.recipe_id for t in means}) == 3
-    assert {row["recipe"] for row in outcome["finalists"]} >= {t.recipe_id for t in means if t.score is not None}
+    assert {row["recipe"] for row in outcome["finalists"]} >= {
+        t.recipe_id for t in means if t.score is not None
+    }
     for t in trials:
         parents = [p for p in trials if p.id in t.parents and t.origin == "sampled"]
         assert {p.island for p in parents} <= {t.island}, "they do not mix"
@@ -147,13 +167,17 @@ def test_an_island_goes_on_while_another_waits_for_its_last_candidate(tmp_path: 
         references = study._references()
         searching = True
         held.clear()
-        study.show = lambda progress: seen.append((len(seen), progress.done)) if progress.note.startswith("generation") else None
+        study.show = lambda progress: (
+            seen.append((len(seen), progress.done)) if progress.note.startswith("generation") else None
+        )
         first = store.last_trial_before(1)
         assert first == len(references)
         study._search(of.stages[0], of.stages[0].open(None), references, (), 1)  # type: ignore[arg-type]
         order = [t.generation for t in sorted(store.trials(), key=lambda t: t.id)]
     assert order == [0] * first + [g for g in range(1, 7) for _ in range(6)]
-    assert [done for _, done in seen] == [6, 12, 18, 6, 12, 18], "island 1 came to its end before island 0's first generation"
+    assert [done for _, done in seen] == [6, 12, 18, 6, 12, 18], (
+        "island 1 came to its end before island 0's first generation"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -218,15 +242,22 @@ def test_a_grace_that_is_over_drops_what_is_in_flight(tmp_path: Path) -> None:
     assert len(crew.flying) == 4
 
 
-@pytest.mark.parametrize(("budget", "said"), [(Budget(gpu_hours=4.0), "GPU hours"), (Budget(cost=8.0, price=1.0, gpus=2.0), "at 1")])
-def test_a_budget_that_is_used_up_ends_the_search_with_its_test(budget: Budget, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [(Budget(gpu_hours=4.0), "GPU hours"), (Budget(cost=8.0, price=1.0, gpus=2.0), "at 1")],
+)
+def test_a_budget_that_is_used_up_ends_the_search_with_its_test(
+    budget: Budget, said: str, tmp_path: Path
+) -> None:
     """Each attempt takes half an hour: 4 GPU hours are 8 of them, which the parents and hand recipes use up."""
     file = tmp_path / "a" / "study.db"
     outcome = run(file, islands(2), Crew(3, shuffled(0), seconds=1800.0), budget=budget)
     assert outcome["generations"] == 2, "one generation of each island"
     assert "test" in outcome["best"]
     with Store.open(file) as store:
-        assert [(t.generation, t.slot) for t in store.trials() if t.generation and t.origin != "mean"] == [(g, s) for g in (1, 2) for s in range(6)]
+        assert [(t.generation, t.slot) for t in store.trials() if t.generation and t.origin != "mean"] == [
+            (g, s) for g in (1, 2) for s in range(6)
+        ]
         assert set(store.ends()) == {(0, 0), (0, 1)}
     rows = stored_rows(file)
     assert all(said in row["cause"] for row in rows["ends"])
@@ -243,14 +274,22 @@ def test_a_budget_made_larger_goes_on_along_the_same_search(tmp_path: Path) -> N
 
     def searched(file: Path) -> list[Any]:
         with Store.open(file) as store:
-            return [(t.generation, t.slot, t.recipe_id, t.score) for t in store.trials() if t.origin not in ("mean",)]
+            return [
+                (t.generation, t.slot, t.recipe_id, t.score)
+                for t in store.trials()
+                if t.origin not in ("mean",)
+            ]
 
     assert searched(file) == searched(tmp_path / "one" / "study.db")
 
 
 def test_a_later_stage_is_left_out_where_nothing_is_left(tmp_path: Path) -> None:
     of = islands(1)
-    both = Plan(**{f: getattr(of, f) for f in of.__dataclass_fields__} | {"stages": (of.stages[0], of.stages[0])})
-    outcome = run(tmp_path / "study.db", both, Crew(3, shuffled(0), seconds=3600.0), budget=Budget(gpu_hours=1.0))
+    both = Plan(
+        **{f: getattr(of, f) for f in of.__dataclass_fields__} | {"stages": (of.stages[0], of.stages[0])}
+    )
+    outcome = run(
+        tmp_path / "study.db", both, Crew(3, shuffled(0), seconds=3600.0), budget=Budget(gpu_hours=1.0)
+    )
     assert [s["stage"] for s in outcome["stages"]] == ["weights"]
     assert outcome["best"]["test"] is not None

@@ -32,10 +32,19 @@ from tests.support.toy import ToyPool, stored_rows
 
 def standing(trial: Any) -> Standing | None:
     """What ranks a trial, by the plan's objective."""
-    return None if trial.score is None else Standing(math.inf, -trial.violation, trial.score, plan().objective.tie(trial.metrics))
+    return (
+        None
+        if trial.score is None
+        else Standing(math.inf, -trial.violation, trial.score, plan().objective.tie(trial.metrics))
+    )
 
 
-def pipelined(islands: int = 1, evaluations: int = 36, make: Callable[[Sequence[float], int], Any] | None = None, **changes: Any) -> Plan:
+def pipelined(
+    islands: int = 1,
+    evaluations: int = 36,
+    make: Callable[[Sequence[float], int], Any] | None = None,
+    **changes: Any,
+) -> Plan:
     """A plan of that kind, with islands that have seeds of their own."""
 
     def optimizer(start: Sequence[float], island: int) -> Any:
@@ -43,12 +52,17 @@ def pipelined(islands: int = 1, evaluations: int = 36, make: Callable[[Sequence[
 
     stage = Stage("weights", evaluations, lambda start: Opening(SPACE, make or optimizer))
     given = plan(**changes)
-    return Plan(**{f: getattr(given, f) for f in given.__dataclass_fields__} | {"stages": (stage,), "islands": islands, "pipelined": True})
+    return Plan(
+        **{f: getattr(given, f) for f in given.__dataclass_fields__}
+        | {"stages": (stage,), "islands": islands, "pipelined": True}
+    )
 
 
 @pytest.mark.parametrize("islands", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_whoever_finishes_first_the_rows_are_those_of_one_worker(islands: int, seed: int, tmp_path: Path) -> None:
+def test_whoever_finishes_first_the_rows_are_those_of_one_worker(
+    islands: int, seed: int, tmp_path: Path
+) -> None:
     of = pipelined(islands)
     run(tmp_path / "one" / "study.db", of, ToyPool(sometimes))
     crew = Crew(5, shuffled(seed), sometimes)
@@ -101,7 +115,9 @@ def test_no_worker_waits_for_a_straggler_and_the_generation_after_next_does(tmp_
     order = [of_recipe.get(recipe, 0) for recipe, items in crew.ended if "'s" in items]
     place = crew.ended.index((late[0].recipe.id, str(late[0].items)))
     before = [g for g in order[: place + 1] if g]
-    assert sorted(before) == [1] * 6 + [2] * 6 + [3] * 6, "all of two generations, and none of the one that needs its rank"
+    assert sorted(before) == [1] * 6 + [2] * 6 + [3] * 6, (
+        "all of two generations, and none of the one that needs its rank"
+    )
 
 
 def test_each_generation_learns_from_those_before_the_last(tmp_path: Path) -> None:
@@ -118,7 +134,9 @@ def test_each_generation_learns_from_those_before_the_last(tmp_path: Path) -> No
     es.inject([g for _, g in best])
     asked = [es.ask(), es.ask()]
     for number in range(6):
-        assert np.array_equal(asked[number], np.array([t.genome for t in stored[number]])), f"generation {number + 1}"
+        assert np.array_equal(asked[number], np.array([t.genome for t in stored[number]])), (
+            f"generation {number + 1}"
+        )
         es.tell(asked[number], ranks([standing(t) for t in stored[number]]))
         if len(asked) < 6:
             asked.append(es.ask())
@@ -149,7 +167,9 @@ class Stuck:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_two_generations_in_flight_ask_for_is_evaluated_once(seed: int, tmp_path: Path) -> None:
-    of = pipelined(evaluations=18, make=lambda start, island: Stuck(), per_generation=30)  # all items, each time the same
+    of = pipelined(
+        evaluations=18, make=lambda start, island: Stuck(), per_generation=30
+    )  # all items, each time the same
     crew = Crew(5, shuffled(seed))
     run(tmp_path / "many" / "study.db", of, crew)
     assert len(crew.begun) == len(set(crew.begun))
@@ -160,7 +180,9 @@ def test_what_two_generations_in_flight_ask_for_is_evaluated_once(seed: int, tmp
     assert len([t for t in rows["trials"] if t["origin"] == "sampled" or t["origin"] == "injected"]) == 18
 
 
-def test_a_budget_that_is_used_up_ends_it_after_what_was_asked_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+def test_a_budget_that_is_used_up_ends_it_after_what_was_asked_and_a_larger_one_goes_on(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "a" / "study.db"
     outcome = run(file, pipelined(), Crew(3, shuffled(0), seconds=1800.0), budget=Budget(gpu_hours=4.0))
     assert outcome["generations"] == 2, "two generations were asked when the budget was found to be used up"
@@ -172,7 +194,9 @@ def test_a_budget_that_is_used_up_ends_it_after_what_was_asked_and_a_larger_one_
 
     def searched(file: Path) -> list[Any]:
         with Store.open(file) as store:
-            return [(t.generation, t.slot, t.recipe_id, t.score) for t in store.trials() if t.origin != "mean"]
+            return [
+                (t.generation, t.slot, t.recipe_id, t.score) for t in store.trials() if t.origin != "mean"
+            ]
 
     assert searched(file) == searched(tmp_path / "one" / "study.db")
 
@@ -224,11 +248,15 @@ def test_told_a_generation_late_a_distribution_converges(name: str, seed: int) -
     make: dict[str, Callable[[], Optimizer]] = {
         "diagonal": lambda: CmaEs([0.0] * size, 0.15, population=16, diagonal=True, seed=seed),
         "full": lambda: CmaEs([0.0] * size, 0.15, population=16, seed=seed),
-        "catcma": lambda: CatCma([0.0] * (4 + size), 0.15, categories=[3] * 4, stay=0.9, population=16, seed=seed),
+        "catcma": lambda: CatCma(
+            [0.0] * (4 + size), 0.15, categories=[3] * 4, stay=0.9, population=16, seed=seed
+        ),
     }
 
     def value(genome: np.ndarray) -> float:
-        return -float(np.sum(loss * (genome[-size:] - 0.5) ** 2)) - float(len(genome) > size and genome[0] != 0)
+        return -float(np.sum(loss * (genome[-size:] - 0.5) ** 2)) - float(
+            len(genome) > size and genome[0] != 0
+        )
 
     def generations(ahead: int) -> int:
         optimizer, count = make[name](), 0

@@ -36,12 +36,18 @@ class SoftPool(ToyPool):
         found = super().evaluate(recipe, items)
         mean = math.fsum(s.value for s in found.items) / max(1, len(found.items))
         scores = tuple(
-            replace(s, probability=(p := 0.5 * s.value + 0.5 * uniform("soft", recipe.id, s.task, s.item)), logprob=math.log(p + 1e-9) + mean * 0)
+            replace(
+                s,
+                probability=(p := 0.5 * s.value + 0.5 * uniform("soft", recipe.id, s.task, s.item)),
+                logprob=math.log(p + 1e-9) + mean * 0,
+            )
             for s in found.items
         )
         soft = {}
         for task, ids in items.items() if scores else ():
-            soft[f"{task}:probability"] = math.fsum(s.probability or 0.0 for s in scores if s.task == task) / len(ids)
+            soft[f"{task}:probability"] = math.fsum(
+                s.probability or 0.0 for s in scores if s.task == task
+            ) / len(ids)
             soft[f"{task}:logprob"] = math.fsum(s.logprob or 0.0 for s in scores if s.task == task) / len(ids)
         return replace(found, items=scores, metrics={**found.metrics, **soft})
 
@@ -87,7 +93,9 @@ def test_a_race_scores_less_and_says_of_whom(whole: tuple[Path, ToyPool, dict[st
         data = reports.summary(store)
         assert (data["dropped"], data["partial"]) == (len(dropped), len(partial))
         assert data["evaluations"] == 24
-        assert not {t.id for t in partial} & {t.id for t in store.front("search")}, "a front compares what was scored on the same items"
+        assert not {t.id for t in partial} & {t.id for t in store.front("search")}, (
+            "a front compares what was scored on the same items"
+        )
 
 
 def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyPool, dict[str, Any]]) -> None:
@@ -112,7 +120,9 @@ def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyP
 
 def test_nothing_is_scored_twice(whole: tuple[Path, ToyPool, dict[str, Any]]) -> None:
     _, pool, _ = whole
-    asked = [(recipe, task, item) for recipe, items in pool.calls for task, ids in items.items() for item in ids]
+    asked = [
+        (recipe, task, item) for recipe, items in pool.calls for task, ids in items.items() for item in ids
+    ]
     seen: set[tuple[str, str, str]] = set()
     again = [key for key in asked if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
     assert not again, "hand recipes that are injected bring their scores along"
@@ -139,8 +149,14 @@ def test_a_race_that_is_never_sure_is_the_search_without_it(tmp_path: Path) -> N
     search(tmp_path / "raced" / "study.db", ToyPool(), raced(race=Race(RUNGS, 1e-300)))
     search(tmp_path / "plain" / "study.db", ToyPool(), raced(race=None))
     one, other = (stored_rows(tmp_path / name / "study.db") for name in ("raced", "plain"))
-    scores = [{e["id"]: (e["score"], e["metrics"], e["scores"]) for e in rows["evaluations"]} for rows in (one, other)]
-    a, b = ([(*(t[k] for k in kept), own[t["evaluation"]]) for t in rows["trials"]] for rows, own in zip((one, other), scores, strict=True))
+    scores = [
+        {e["id"]: (e["score"], e["metrics"], e["scores"]) for e in rows["evaluations"]}
+        for rows in (one, other)
+    ]
+    a, b = (
+        [(*(t[k] for k in kept), own[t["evaluation"]]) for t in rows["trials"]]
+        for rows, own in zip((one, other), scores, strict=True)
+    )
     assert a == b
     assert {t["whole"] for t in one["trials"]} == {None}
 
@@ -154,7 +170,11 @@ def test_failures_are_out_of_the_race(tmp_path: Path) -> None:
         for t in failed:
             assert (t.score, t.dropped, t.whole) == (None, None, None)
             assert t.recipe_id in str(t.error)
-        assert store.count_evaluations()["failed"] == reports.summary(store)["failed"] == len({t.recipe_id for t in store.trials() if t.error})
+        assert (
+            store.count_evaluations()["failed"]
+            == reports.summary(store)["failed"]
+            == len({t.recipe_id for t in store.trials() if t.error})
+        )
 
 
 def test_a_race_by_soft_scores(tmp_path: Path) -> None:
@@ -166,20 +186,26 @@ def test_a_race_by_soft_scores(tmp_path: Path) -> None:
         for t in searched(store):
             assert t.reported == pytest.approx((t.metrics["first"] + 2 * t.metrics["second"]) / 3, abs=1e-14)
             if t.whole is None:
-                assert t.score == pytest.approx((t.metrics["first:probability"] + 2 * t.metrics["second"]) / 3, abs=1e-14)
+                assert t.score == pytest.approx(
+                    (t.metrics["first:probability"] + 2 * t.metrics["second"]) / 3, abs=1e-14
+                )
 
 
 # ---- broken off and taken up -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("how", "stride"), [("stop", 9), ("kill", 11), ("lost", 13)])
-def test_broken_off_anywhere_it_is_the_same_race(how: str, stride: int, whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path) -> None:
+def test_broken_off_anywhere_it_is_the_same_race(
+    how: str, stride: int, whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path
+) -> None:
     rows, calls = stored_rows(whole[0]), len(whole[1].calls)
     for k in range(len(REFERENCES) + 1, calls + 1, stride):
         file = tmp_path / f"{k}" / "study.db"
         pools = broken(file, [k], how, raced())
         assert stored_rows(file) == rows, f"broken off after {k} of {calls}"
-        assert sum(len(p.calls) for p in pools) == calls + (how == "lost"), "nothing acknowledged is scored again"
+        assert sum(len(p.calls) for p in pools) == calls + (how == "lost"), (
+            "nothing acknowledged is scored again"
+        )
 
 
 def test_broken_off_while_its_trials_are_written_it_is_the_same_race(
@@ -206,13 +232,20 @@ def test_broken_off_while_its_trials_are_written_it_is_the_same_race(
         assert stored_rows(file) == rows
 
 
-def test_a_larger_budget_goes_on_where_the_smaller_ended(whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_larger_budget_goes_on_where_the_smaller_ended(
+    whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path
+) -> None:
     search(tmp_path / "large" / "study.db", ToyPool(), raced(evaluations=36))
     search(tmp_path / "grown" / "study.db", ToyPool(), raced())
     search(tmp_path / "grown" / "study.db", ToyPool(), raced(evaluations=36))
     kept = ("generation", "slot", "genome", "recipe", "dropped", "whole")
     large, grown = (
-        [tuple(t[k] for k in kept) for t in stored_rows(tmp_path / n / "study.db")["trials"] if t["origin"] != "mean"] for n in ("large", "grown")
+        [
+            tuple(t[k] for k in kept)
+            for t in stored_rows(tmp_path / n / "study.db")["trials"]
+            if t["origin"] != "mean"
+        ]
+        for n in ("large", "grown")
     )
     assert large == grown
 
@@ -238,7 +271,12 @@ def scorer(scores: Mapping[tuple[str, str, str], float]) -> racing.Score:
 
     def score(recipes: Sequence[Recipe], items: Items) -> dict[str, Evaluation]:
         return {
-            r.id: Evaluation(r.id, tuple(ItemScore(task, i, scores[r.id, task, i]) for task, ids in items.items() for i in ids), {}, {"score": 1.0})
+            r.id: Evaluation(
+                r.id,
+                tuple(ItemScore(task, i, scores[r.id, task, i]) for task, ids in items.items() for i in ids),
+                {},
+                {"score": 1.0},
+            )
             for r in recipes
         }
 
@@ -253,11 +291,16 @@ def test_a_race_keeps_the_best_as_often_as_it_says() -> None:
         scores = table(seed, 12, items)
         found = racing.run(candidates(12), items, Race(RUNGS, 0.2), objective, 6, scorer(scores))
         full = {
-            s: objective({t: math.fsum(scores[r.id, t, i] for i in ids) / len(ids) for t, ids in items.items()}) for s, r in candidates(12).items()
+            s: objective(
+                {t: math.fsum(scores[r.id, t, i] for i in ids) / len(ids) for t, ids in items.items()}
+            )
+            for s, r in candidates(12).items()
         }
         mine = sorted(found, key=lambda s: (-(found[s].dropped or math.inf), -_seen(found[s], objective)))[:6]
         best = sorted(full.values(), reverse=True)[:6]
-        wrong += sorted((full[s] for s in mine), reverse=True) != pytest.approx(best, abs=1e-12)  # equals are as good as each other
+        wrong += sorted((full[s] for s in mine), reverse=True) != pytest.approx(
+            best, abs=1e-12
+        )  # equals are as good as each other
         used += sum(len(ids) for r in found.values() for ids in r.items.values())
     assert wrong <= 15
     assert used < 40 * 12 * 100
@@ -269,16 +312,35 @@ def _seen(fate: racing.Raced, objective: Objective) -> float:
 
 def test_rungs_add_up_to_all_items_and_seconds_to_their_sum() -> None:
     items = {"one": tuple(map(str, range(7))), "two": ("a", "b", "c")}
-    found = racing.run(candidates(2), items, Race(RUNGS, 0.2), Objective((Term("one"), Term("two"))), 2, scorer(table(1, 2, items)))
+    found = racing.run(
+        candidates(2),
+        items,
+        Race(RUNGS, 0.2),
+        Objective((Term("one"), Term("two"))),
+        2,
+        scorer(table(1, 2, items)),
+    )
     for fate in found.values():
         assert set(fate.items) == set(items)
         assert 0 < fate.evaluation.seconds["score"] <= len(RUNGS)
-    full = racing.run(candidates(3), items, Race((1.0,)), Objective((Term("one"), Term("two"))), 1, scorer(table(1, 3, items)))
+    full = racing.run(
+        candidates(3),
+        items,
+        Race((1.0,)),
+        Objective((Term("one"), Term("two"))),
+        1,
+        scorer(table(1, 3, items)),
+    )
     assert all(f.items == items and f.dropped is None and f.predicted is None for f in full.values())
 
 
 def test_groups_have_their_metric_of_the_leaves_means() -> None:
-    scores = [ItemScore("b", "1", 1.0), ItemScore("b", "2", 0.0), ItemScore("c", "1", 1.0, 0.25, -1.0), ItemScore("c", "2", 1.0, 0.75, None)]
+    scores = [
+        ItemScore("b", "1", 1.0),
+        ItemScore("b", "2", 0.0),
+        ItemScore("c", "1", 1.0, 0.25, -1.0),
+        ItemScore("c", "2", 1.0, 0.75, None),
+    ]
     found = racing.means(scores, Objective((Term("g", leaves=(("b", 0.25), ("c", 0.75))),)))
     assert found == {"b": 0.5, "c": 1.0, "c:probability": 0.5, "c:logprob": -1.0, "g": 0.25 * 0.5 + 0.75}
 

@@ -13,7 +13,12 @@ from evomerge.search.racing_statistics import Array, aligned, allocate, deviatio
 
 
 def tables(
-    generator: np.random.Generator, spread: float, candidates: int = 8, sizes: Sequence[int] = (40, 24), binary: bool = False, pairs: float = 0.5
+    generator: np.random.Generator,
+    spread: float,
+    candidates: int = 8,
+    sizes: Sequence[int] = (40, 24),
+    binary: bool = False,
+    pairs: float = 0.5,
 ) -> list[Array]:
     """By task [candidates, items]: skill, ease of items, and a part that candidates share in pairs, so that errors correlate."""
     out = []
@@ -71,7 +76,9 @@ def test_a_task_where_all_agree_so_far_is_not_one_where_they_always_do() -> None
 
 def test_the_same_scores_and_seed_settle_the_same() -> None:
     values = [v[:, :12] for v in tables(np.random.default_rng(4), 0.4)]
-    assert settle(values, (40, 24), (0.7, 0.3), 4, 0.1, (3,)) == settle(values, (40, 24), (0.7, 0.3), 4, 0.1, (3,))
+    assert settle(values, (40, 24), (0.7, 0.3), 4, 0.1, (3,)) == settle(
+        values, (40, 24), (0.7, 0.3), 4, 0.1, (3,)
+    )
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.15, 0.6])
@@ -82,10 +89,16 @@ def test_the_settled_are_wrong_no_oftener_than_stated(spread: float, binary: boo
     wrong = settled = 0
     for turn in range(250):
         values = tables(generator, spread, binary=binary)
-        found = settle([v[:, :m] for v, m in zip(values, (13, 8), strict=True)], (40, 24), (0.5, 0.5), 4, 0.1, (turn,))
+        found = settle(
+            [v[:, :m] for v, m in zip(values, (13, 8), strict=True)], (40, 24), (0.5, 0.5), 4, 0.1, (turn,)
+        )
         full = objective(values, (0.5, 0.5))
-        last = np.sort(full)[::-1][3:5]  # the last that is in, the first that is out; equals may stand for one another
-        wrong += any(full[i] < last[0] - 1e-12 for i in found.chosen) or any(full[i] > last[1] + 1e-12 for i in found.dropped)
+        last = np.sort(full)[::-1][
+            3:5
+        ]  # the last that is in, the first that is out; equals may stand for one another
+        wrong += any(full[i] < last[0] - 1e-12 for i in found.chosen) or any(
+            full[i] > last[1] + 1e-12 for i in found.dropped
+        )
         settled += len(found.chosen) + len(found.dropped)
     assert wrong <= 39
     assert settled > (0 if spread == 0.0 else 250 if spread < 0.5 else 1000), "or a race saves nothing"
@@ -104,17 +117,24 @@ def test_the_prediction_is_its_formula_in_loops() -> None:
         rows = [[x - sum(row) / len(row) for x in row] for row in v.tolist()]
         return [[row[j] - sum(r[j] for r in rows) / count for j in range(len(row))] for row in rows]
 
-    variance = [sum(x * x for row in centred(v) for x in row) / (count - 1) / (v.shape[1] - 1) for v in values]
+    variance = [
+        sum(x * x for row in centred(v) for x in row) / (count - 1) / (v.shape[1] - 1) for v in values
+    ]
     typical = 0.6 * variance[0] + 0.4 * variance[1]
     e = centred(values[0])
-    c = [[(sum(x * y for x, y in zip(e[i], e[j], strict=True)) + typical * (i == j)) / m for j in range(count)] for i in range(count)]
+    c = [
+        [(sum(x * y for x, y in zip(e[i], e[j], strict=True)) + typical * (i == j)) / m for j in range(count)]
+        for i in range(count)
+    ]
     means = [sum(row) / m for row in values[0].tolist()]
     middle = sum(means) / count
     between = sum((x - middle) ** 2 for x in means) / (count - 1)
     b = max(0.0, 1.0 - sum(c[i][i] for i in range(count)) / (count - 1) / m / between)
     f = m / 9
     for i in range(count):
-        assert expected[i] == pytest.approx(0.6 * (f * means[i] + (1 - f) * (middle + b * (means[i] - middle))) + 0.4 * values[1][i].mean())
+        assert expected[i] == pytest.approx(
+            0.6 * (f * means[i] + (1 - f) * (middle + b * (means[i] - middle))) + 0.4 * values[1][i].mean()
+        )
         for j in range(count):
             assert covariance[i, j] == pytest.approx(0.6**2 * (1 - f) ** 2 * (b / m + 1 / 5) * c[i][j])
 
@@ -129,7 +149,9 @@ def test_predictions_of_differences_are_as_far_off_as_they_say() -> None:
     squares = []
     for _ in range(300):
         values = [tables(generator, 0.3, sizes=(n,), pairs=0.0)[0] for n in (40, 24)]
-        expected, covariance, _ = predict([v[:, :m] for v, m in zip(values, (20, 12), strict=True)], (40, 24), (0.5, 0.5))
+        expected, covariance, _ = predict(
+            [v[:, :m] for v, m in zip(values, (20, 12), strict=True)], (40, 24), (0.5, 0.5)
+        )
         full = objective(values, (0.5, 0.5))
         for i, j in itertools.combinations(range(8), 2):
             variance = covariance[i, i] + covariance[j, j] - 2 * covariance[i, j]
@@ -145,7 +167,9 @@ def test_allocation_is_the_best_of_all_there_are() -> None:
     noise, weights, taken, sizes = np.array([0.5, 0.1, 0.3]), (0.2, 0.5, 0.3), [2, 4, 2], [30, 25, 12]
 
     def variance(counts: Sequence[int]) -> float:
-        return math.fsum((w * s) ** 2 * (1 / m - 1 / n) for w, s, m, n in zip(weights, noise, counts, sizes, strict=True))
+        return math.fsum(
+            (w * s) ** 2 * (1 / m - 1 / n) for w, s, m, n in zip(weights, noise, counts, sizes, strict=True)
+        )
 
     for budget in (10, 20, 35, 50):
         found = allocate(noise, weights, taken, sizes, budget)
@@ -164,7 +188,10 @@ def test_a_spent_budget_takes_nothing_more_and_a_large_one_everything() -> None:
 def test_deviations_are_those_of_pairs() -> None:
     generator = np.random.default_rng(8)
     values = [generator.random((5, 2000)) * 3 + generator.random(2000), generator.random((5, 2000))]
-    pairs = [np.mean([np.var(v[i] - v[j], ddof=1) for i, j in itertools.combinations(range(5), 2)]) / 2 for v in values]
+    pairs = [
+        np.mean([np.var(v[i] - v[j], ddof=1) for i, j in itertools.combinations(range(5), 2)]) / 2
+        for v in values
+    ]
     assert deviations(values, (0.5, 0.5)) == pytest.approx(np.sqrt(pairs), rel=1e-3)
 
 

@@ -26,16 +26,29 @@ from tests.search.test_study import POOLS, REFERENCES, plan
 from tests.support.toy import ToyPool, results, search_file, stored_rows
 
 FACTS: dict[str, Any] = {
-    "parents": {name: {"path": name, "revision": None, "sha256": f"hash of {name}"} for name in ("base", "a", "b")},
+    "parents": {
+        name: {"path": name, "revision": None, "sha256": f"hash of {name}"} for name in ("base", "a", "b")
+    },
     "tasks": {"first": "hash of first", "second": "hash of second"},
-    "terms": {t: {"sign": 1, "mean": True, "measures": [], "leaves": [[t, 1.0]]} for t in ("first", "second")},
+    "terms": {
+        t: {"sign": 1, "mean": True, "measures": [], "leaves": [[t, 1.0]]} for t in ("first", "second")
+    },
     "backends": {"first": "compiled", "second": "compiled"},
     "versions": {"torch": "2", "evomerge": "1"},
     "threads": 1,
     "gate": None,
-    "scoring": {"base": "base", "dtype": "float32", "device": "cpu", "batch_size": 64, "backend": "resident", "tokenizer": "t"},
+    "scoring": {
+        "base": "base",
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_size": 64,
+        "backend": "resident",
+        "tokenizer": "t",
+    },
 }
-BASE, MERGED = (next(b.recipe for b in REFERENCES if b.label == label) for label in ("base", "task arithmetic 1"))
+BASE, MERGED = (
+    next(b.recipe for b in REFERENCES if b.label == label) for label in ("base", "task arithmetic 1")
+)
 
 
 def other(seed: int = 6) -> Plan:
@@ -43,7 +56,9 @@ def other(seed: int = 6) -> Plan:
     return plan(optimizer=lambda start: CmaEs(start, 0.3, population=6, seed=seed))
 
 
-def search(file: Path, pool: Pool, of: Plan | None = None, facts: Mapping[str, Any] = FACTS, stop_after: int = 0) -> None:
+def search(
+    file: Path, pool: Pool, of: Plan | None = None, facts: Mapping[str, Any] = FACTS, stop_after: int = 0
+) -> None:
     """One process' life: begins a study or goes on with it. stop_after: results after which it is told to stop, 0 for none."""
     file.parent.mkdir(exist_ok=True)
     with Store.open(file, write=True) as store:
@@ -99,11 +114,21 @@ def test_the_same_search_again_evaluates_nothing(first: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("race", [None, Race((0.5, 1.0), 0.4)], ids=["whole", "raced"])
-def test_another_search_reuses_what_is_known_and_its_rows_are_those_without(race: Race | None, first: Path, tmp_path: Path) -> None:
+def test_another_search_reuses_what_is_known_and_its_rows_are_those_without(
+    race: Race | None, first: Path, tmp_path: Path
+) -> None:
     alone, beside = ToyPool(), ToyPool()
-    of = other() if race is None else plan(optimizer=lambda start: CmaEs(start, 0.3, population=6, seed=6), race=race)
+    of = (
+        other()
+        if race is None
+        else plan(optimizer=lambda start: CmaEs(start, 0.3, population=6, seed=6), race=race)
+    )
     search(tmp_path / "alone" / "study.db", alone, of)
-    of = other() if race is None else plan(optimizer=lambda start: CmaEs(start, 0.3, population=6, seed=6), race=race)
+    of = (
+        other()
+        if race is None
+        else plan(optimizer=lambda start: CmaEs(start, 0.3, population=6, seed=6), race=race)
+    )
     known = KnownPool(beside, Earlier([first], FACTS))
     search(tmp_path / "beside" / "study.db", known, of)
     assert rows(tmp_path / "beside" / "study.db") == rows(tmp_path / "alone" / "study.db")
@@ -131,7 +156,9 @@ def test_a_search_broken_off_goes_on_without_what_it_reused(first: Path, tmp_pat
     assert rows(broken) == rows(whole)
 
 
-def test_a_search_over_models_reads_what_it_would_have_scored(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_over_models_reads_what_it_would_have_scored(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real models and tasks, through the configuration: nothing is scored, and every row is the same to the bit."""
     monkeypatch.setenv("EVOMERGE_THREADS", "1")
     before = finished / "small" / "study.db"
@@ -207,7 +234,9 @@ def test_a_study_that_did_not_store_how_it_scored_is_not_asked(tmp_path: Path) -
 # ---- single evaluations ----------------------------------------------------------------------------------------------
 
 
-def stored(tmp_path: Path, evaluations: list[tuple[Recipe, str, Items, Evaluation]], facts: Mapping[str, Any] = FACTS) -> Path:
+def stored(
+    tmp_path: Path, evaluations: list[tuple[Recipe, str, Items, Evaluation]], facts: Mapping[str, Any] = FACTS
+) -> Path:
     file = tmp_path / "stored" / "study.db"
     file.parent.mkdir()
     with Store.open(file, write=True) as store:
@@ -219,29 +248,50 @@ def stored(tmp_path: Path, evaluations: list[tuple[Recipe, str, Items, Evaluatio
 
 def test_failures_are_tried_again(tmp_path: Path) -> None:
     items = {"first": ("v0", "v1")}
-    file = stored(tmp_path, [(BASE, "validation", items, Evaluation(BASE.id, (), {}, {}, error="a bad night"))])
+    file = stored(
+        tmp_path, [(BASE, "validation", items, Evaluation(BASE.id, (), {}, {}, error="a bad night"))]
+    )
     with Earlier([file], FACTS, parts=True) as earlier:
         assert earlier.lookup(BASE, items) is None
 
 
 def test_what_is_read_back_is_what_was_stored(tmp_path: Path) -> None:
     items = {"first": ("v1", "v0"), "second": ("v0",)}
-    scores = (ItemScore("first", "v1", 0.1, 0.3, -1.1), ItemScore("first", "v0", 1 / 3, 0.7, -0.2), ItemScore("second", "v0", 0.0))
-    metrics = {"first": 0.21666666666666667, "first:probability": 0.5, "first:logprob": -0.65, "second": 0.0, "another group": 0.1}
-    given = Evaluation(BASE.id, scores, metrics, {"merge": 1.0, "score": 2.0}, costs={"layers": 5.0, "parameters": 100.0})
+    scores = (
+        ItemScore("first", "v1", 0.1, 0.3, -1.1),
+        ItemScore("first", "v0", 1 / 3, 0.7, -0.2),
+        ItemScore("second", "v0", 0.0),
+    )
+    metrics = {
+        "first": 0.21666666666666667,
+        "first:probability": 0.5,
+        "first:logprob": -0.65,
+        "second": 0.0,
+        "another group": 0.1,
+    }
+    given = Evaluation(
+        BASE.id, scores, metrics, {"merge": 1.0, "score": 2.0}, costs={"layers": 5.0, "parameters": 100.0}
+    )
     file = stored(tmp_path, [(BASE, "validation", items, given)])
     with Earlier([file], FACTS) as earlier:
         found = earlier.lookup(BASE, items)
         assert found is not None
         assert (found.items, found.costs, found.error) == (given.items, given.costs, None)
-        assert found.metrics == {k: v for k, v in metrics.items() if k != "another group"}, "this study has no such name"
-        assert earlier.lookup(BASE, {"first": ("v0", "v1"), "second": ("v0",)}) is None, "in another order it is another set"
+        assert found.metrics == {k: v for k, v in metrics.items() if k != "another group"}, (
+            "this study has no such name"
+        )
+        assert earlier.lookup(BASE, {"first": ("v0", "v1"), "second": ("v0",)}) is None, (
+            "in another order it is another set"
+        )
         assert earlier.lookup(MERGED, items) is None
 
 
 def test_items_are_put_together_only_where_that_is_asked(tmp_path: Path) -> None:
     toy = ToyPool()
-    sets: list[Items] = [{"first": ("s0", "s1"), "second": ("s0",)}, {"first": ("s2",), "second": ("s1", "s2")}]
+    sets: list[Items] = [
+        {"first": ("s0", "s1"), "second": ("s0",)},
+        {"first": ("s2",), "second": ("s1", "s2")},
+    ]
     file = stored(tmp_path, [(MERGED, "search", items, toy.evaluate(MERGED, items)) for items in sets])
     asked = {"first": ("s2", "s0"), "second": ("s2", "s0", "s1")}
     with Earlier([file], FACTS) as earlier:
@@ -253,7 +303,9 @@ def test_items_are_put_together_only_where_that_is_asked(tmp_path: Path) -> None
         assert earlier.lookup(MERGED, {"first": ("s0", "s3")}) is None, "one item is unknown"
 
 
-@pytest.mark.parametrize("said", [{"mean": False}, {"leaves": [["first", 0.5], ["third", 0.5]]}], ids=["no mean", "a group"])
+@pytest.mark.parametrize(
+    "said", [{"mean": False}, {"leaves": [["first", 0.5], ["third", 0.5]]}], ids=["no mean", "a group"]
+)
 def test_a_metric_that_is_no_mean_of_items_is_not_put_together(said: dict[str, Any], tmp_path: Path) -> None:
     facts = changed(lambda f: f["terms"]["first"].update(said))
     items = {"first": ("s0", "s1")}

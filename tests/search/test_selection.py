@@ -32,11 +32,16 @@ SPACE = weight_space()
 
 def scores(key: object, p: Mapping[str, float], n: int = 40) -> tuple[ItemScore, ...]:
     """Items that are right with a task's probability."""
-    return tuple(ItemScore(task, f"t{i}", float(uniform(key, task, i) < q)) for task, q in p.items() for i in range(n))
+    return tuple(
+        ItemScore(task, f"t{i}", float(uniform(key, task, i) < q)) for task, q in p.items() for i in range(n)
+    )
 
 
 def scored(items: Sequence[ItemScore], objective: Objective = MEAN, name: str = "r") -> Scored:
-    metrics = {task: float(np.mean([s.value for s in items if s.task == task])) for task in dict.fromkeys(s.task for s in items)}
+    metrics = {
+        task: float(np.mean([s.value for s in items if s.task == task]))
+        for task in dict.fromkeys(s.task for s in items)
+    }
     return Scored(objective(metrics), Evaluation(name, tuple(items), metrics, {}), objective(metrics))
 
 
@@ -91,7 +96,12 @@ class Landscape:
     def estimates(self) -> dict[int, Estimate]:
         trials = self.store.trials()
         return selection.estimates(
-            self.store, self.objective, self.items, trials, self.generations, lambda t: self.study.generations.epochs(t, self.generations)
+            self.store,
+            self.objective,
+            self.items,
+            trials,
+            self.generations,
+            lambda t: self.study.generations.epochs(t, self.generations),
         )
 
 
@@ -128,7 +138,12 @@ def test_there_is_no_estimate_of_what_is_no_mean(tmp_path: Path) -> None:
     land = Landscape(tmp_path / "study.db", 1, 1)
     with land.store:
         for objective in (Objective((Term("first"),), "worst"), Objective((Term("first", mean=False),))):
-            assert selection.estimates(land.store, objective, land.items, land.store.trials(), 1, lambda t: {"first": 0}) == {}
+            assert (
+                selection.estimates(
+                    land.store, objective, land.items, land.store.trials(), 1, lambda t: {"first": 0}
+                )
+                == {}
+            )
 
 
 def test_leaders_keep_first_then_by_estimate_one_a_recipe() -> None:
@@ -149,19 +164,28 @@ def test_p_values_are_holms_over_the_paired_tests() -> None:
     validated = {name: scored(scores(name, p, 200), name=name) for name, p in names.items()}
     found = selection.p_values(MEAN, "r0", ["r3", "r0", "r1", "r2", "r3", "r4", "gone", "r5"], validated)
     assert set(found) == {"r1", "r2", "r3", "r4", "r5"}
-    raw = {n: paired(validated["r0"].evaluation.items, validated[n].evaluation.items, {"first": 1.0, "second": 2.0}).p_value() for n in found}
+    raw = {
+        n: paired(
+            validated["r0"].evaluation.items, validated[n].evaluation.items, {"first": 1.0, "second": 2.0}
+        ).p_value()
+        for n in found
+    }
     order, largest = sorted(raw, key=lambda n: raw[n]), 0.0
     for rank, name in enumerate(order):
         largest = max(largest, min(1.0, (5 - rank) * raw[name]))
         assert found[name] == pytest.approx(largest, abs=1e-15)
     assert found["r5"] < 0.05 < found["r1"], "one clear difference, one that is none"
-    assert selection.p_values(Objective((Term("first"), Term("second")), "worst"), "r0", ["r1"], validated) == {}
+    assert (
+        selection.p_values(Objective((Term("first"), Term("second")), "worst"), "r0", ["r1"], validated) == {}
+    )
 
 
 @pytest.mark.parametrize("kind", ["mean", "geometric", "worst"])
 def test_the_headline_error_is_the_jackknifes(kind: Any) -> None:
     """Delta method against leaving out one item after the other."""
-    objective = Objective((Term("first"), Term("second", 2.0), Term("third", 0.5, -1 if kind == "mean" else 1)), kind)
+    objective = Objective(
+        (Term("first"), Term("second", 2.0), Term("third", 0.5, -1 if kind == "mean" else 1)), kind
+    )
     items = scores("j", {"first": 0.8, "second": 0.5, "third": 0.9}, 60)
     found = selection.headline(objective, scored(items, objective))
     assert found is not None
@@ -181,7 +205,8 @@ def test_no_error_is_claimed_where_none_is_known() -> None:
     assert selection.headline(Objective((Term("first", mean=False), Term("second"))), scored(items)) is None
     assert (
         selection.headline(
-            Objective((Term("first"), Term("second")), "geometric"), Scored(0.0, scored(scores("x", {"first": 0.0, "second": 0.5})).evaluation, 0.0)
+            Objective((Term("first"), Term("second")), "geometric"),
+            Scored(0.0, scored(scores("x", {"first": 0.0, "second": 0.5})).evaluation, 0.0),
         )
         is None
     )
@@ -202,7 +227,14 @@ def test_luck_is_the_difference_of_independent_estimates() -> None:
 
 
 def test_retention_is_paired_by_task_and_alarms_beyond_its_error() -> None:
-    objective = Objective((Term("first"), Term("group", leaves=(("second", 0.25), ("third", 0.75))), Term("loss", 1.0, -1), Term("f1", mean=False)))
+    objective = Objective(
+        (
+            Term("first"),
+            Term("group", leaves=(("second", 0.25), ("third", 0.75))),
+            Term("loss", 1.0, -1),
+            Term("f1", mean=False),
+        )
+    )
     means = {"first": 0.5, "second": 0.8, "third": 0.8, "loss": 0.5, "f1": 0.5}
     winner = scored(scores("w", means, 100), objective)
     parents = [
@@ -210,7 +242,9 @@ def test_retention_is_paired_by_task_and_alarms_beyond_its_error() -> None:
         ("chat", scored(scores("c", means | {"loss": 0.1, "third": 0.4}, 100), objective)),
     ]
     rows = selection.retention(objective, winner, parents)
-    assert [(r["task"], r["parent"]) for r in rows] == [(t, p) for t in ("first", "group", "loss") for p in ("math", "chat")]
+    assert [(r["task"], r["parent"]) for r in rows] == [
+        (t, p) for t in ("first", "group", "loss") for p in ("math", "chat")
+    ]
     for row in rows:
         parent = dict(parents)[row["parent"]]
         term = next(t for t in objective.terms if t.task == row["task"])
@@ -235,7 +269,10 @@ def test_retention_is_paired_by_task_and_alarms_beyond_its_error() -> None:
 
 def test_a_failed_parent_is_no_skill_lost() -> None:
     failed = Scored(None, Evaluation("r", (), {}, {}, "it failed"), None)
-    assert selection.retention(MEAN, scored(scores("w", {"first": 0.5, "second": 0.5})), [("math", failed)]) == []
+    assert (
+        selection.retention(MEAN, scored(scores("w", {"first": 0.5, "second": 0.5})), [("math", failed)])
+        == []
+    )
 
 
 # ---- the outcome of a study ------------------------------------------------------------------------------------------
@@ -251,7 +288,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         return file, Study(plan(objective=SOFT), store, SoftPool()).run()
 
 
-SOFT = Objective((Term("first", search=(("metric", 0.5), ("probability", 0.5))), Term("second", 2.0)), tie_break="probability")
+SOFT = Objective(
+    (Term("first", search=(("metric", 0.5), ("probability", 0.5))), Term("second", 2.0)),
+    tie_break="probability",
+)
 
 
 def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -259,21 +299,31 @@ def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, dict[str, An
     best = outcome["best"]
     with Store.open(file) as store:
         tested = dict(store.evaluations(best["recipe"]))["test"]
-        assert best["test"] == pytest.approx((tested.evaluation.metrics["first"] + 2 * tested.evaluation.metrics["second"]) / 3, abs=1e-14)
+        assert best["test"] == pytest.approx(
+            (tested.evaluation.metrics["first"] + 2 * tested.evaluation.metrics["second"]) / 3, abs=1e-14
+        )
         plain = stratified(tested.evaluation.items, {"first": 1.0, "second": 2.0})
         assert best["test_error"] == pytest.approx(plain.error, abs=1e-14)
         assert best["test_interval"] == pytest.approx(list(plain.interval()), abs=1e-14)
         own = store.trial(best["id"])
-        assert best["search"] == own.reported == pytest.approx((own.metrics["first"] + 2 * own.metrics["second"]) / 3, abs=1e-14)
+        assert (
+            best["search"]
+            == own.reported
+            == pytest.approx((own.metrics["first"] + 2 * own.metrics["second"]) / 3, abs=1e-14)
+        )
         assert best["luck"] == pytest.approx(best["search"] - best["test"], abs=1e-14)
-        seen = (0.5 * own.metrics["first"] + 0.5 * own.metrics["first:probability"] + 2 * own.metrics["second"]) / 3
+        seen = (
+            0.5 * own.metrics["first"] + 0.5 * own.metrics["first:probability"] + 2 * own.metrics["second"]
+        ) / 3
         assert own.score == pytest.approx(seen, abs=1e-14)
         for row in [*outcome["references"], *outcome["finalists"]]:
             assert 0 <= row["p"] <= 1 if row["recipe"] != best["recipe"] else "p" not in row
             mean, error = outcome["estimates"][str(row["id"])]
             assert (row["estimate"], row["estimate_error"]) == (mean, error)
         assert [r["parent"] for r in outcome["retention"] if r["task"] == "first"] == ["base", "a"]
-        assert all(row["lead_interval"][0] <= row["lead"] <= row["lead_interval"][1] for row in outcome["references"])
+        assert all(
+            row["lead_interval"][0] <= row["lead"] <= row["lead_interval"][1] for row in outcome["references"]
+        )
 
 
 def test_report_and_screens_say_it(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -281,16 +331,25 @@ def test_report_and_screens_say_it(whole: tuple[Path, dict[str, Any]]) -> None:
     with Store.open(file) as store:
         text, data = reports.markdown(store), reports.summary(store)
         low, high = outcome["best"]["test_interval"]
-        assert f"{outcome['best']['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
+        assert (
+            f"{outcome['best']['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
+        )
         assert "against the best parent" in text.splitlines()[0]
         for heading in ("## Finalists", "## Skills kept", "## Trade-offs", "## The search"):
             assert f"\n{heading}\n" in text
-        assert f"{outcome['best']['luck']:+.3f} ± {outcome['best']['luck_error']:.3f} above its test score" in text
+        assert (
+            f"{outcome['best']['luck']:+.3f} ± {outcome['best']['luck_error']:.3f} above its test score"
+            in text
+        )
         shown = study_tables.study(data)
-        assert f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome['best']['luck']:+.3f}" in shown
+        assert (
+            f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome['best']['luck']:+.3f}" in shown
+        )
         assert "retention: " in shown
         found = reports.candidate(store, store.trial(outcome["best"]["id"]))
-        assert f"estimate over all search items: {found['estimate'][0]:.3f} ±" in study_tables.candidate(found)
+        assert f"estimate over all search items: {found['estimate'][0]:.3f} ±" in study_tables.candidate(
+            found
+        )
         assert "first probability" in study_tables.candidate(found)
 
 
@@ -306,7 +365,9 @@ def test_ties_change_ranks_and_never_a_score(tmp_path: Path) -> None:
             return super().tell(genomes, scores)
 
     broken_ties = Objective((Term("first"), Term("second", 2.0)), tie_break="logprob")
-    few = plan(objective=broken_ties, per_generation=3, optimizer=lambda s: Watched(s, 0.15, population=6, seed=5))
+    few = plan(
+        objective=broken_ties, per_generation=3, optimizer=lambda s: Watched(s, 0.15, population=6, seed=5)
+    )
     search(tmp_path / "trial" / "study.db", SoftPool(), few)
     ties = 0
     with Store.open(tmp_path / "trial" / "study.db") as store:
@@ -317,7 +378,13 @@ def test_ties_change_ranks_and_never_a_score(tmp_path: Path) -> None:
                 if a.score == b.score and a.recipe_id != b.recipe_id and x is not None and y is not None:
                     ties += 1
                     assert (x > y) == (broken_ties.tie(a.metrics) > broken_ties.tie(b.metrics))
-                elif a.score is not None and b.score is not None and x is not None and y is not None and a.score > b.score:
+                elif (
+                    a.score is not None
+                    and b.score is not None
+                    and x is not None
+                    and y is not None
+                    and a.score > b.score
+                ):
                     assert x > y
     assert ties >= 4, "or nothing was tested"
 
@@ -334,7 +401,9 @@ def test_soft_scores_that_nobody_gives_end_the_search_at_its_first_candidate(tmp
 @pytest.mark.parametrize("kind", ["geometric", "worst"])
 def test_other_kinds_search_and_report_too(kind: Any, tmp_path: Path) -> None:
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(), plan(objective=Objective(MEAN.terms, kind)))
-    assert outcome["best"]["validation"] == max(r["validation"] for r in [*outcome["finalists"], *outcome["references"]])
+    assert outcome["best"]["validation"] == max(
+        r["validation"] for r in [*outcome["finalists"], *outcome["references"]]
+    )
     assert outcome["estimates"] == {}
     assert not any("p" in row or "lead" in row for row in outcome["references"])
     assert outcome["best"]["test_interval"][0] < outcome["best"]["test"] < outcome["best"]["test_interval"][1]
@@ -350,7 +419,9 @@ class Skewed(ToyPool):
         label = next((b.label for b in REFERENCES if b.recipe.id == recipe.id), None)
         h = height(recipe)
         p = {"first": h, "second": 0.9 if label == "a" else 0.8 - 0.5 * h}
-        own = tuple(ItemScore(t, i, float(uniform(recipe.id, t, i) < p[t])) for t, ids in items.items() for i in ids)
+        own = tuple(
+            ItemScore(t, i, float(uniform(recipe.id, t, i) < p[t])) for t, ids in items.items() for i in ids
+        )
         metrics = {t: math.fsum(s.value for s in own if s.task == t) / len(ids) for t, ids in items.items()}
         return Evaluation(recipe.id, own, metrics, {"score": 0.0})
 
@@ -366,7 +437,11 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
     with Store.open(file) as store:
         parents = {t.label: t for t in store.trials() if t.origin == "parent"}
         full = {t.label: store.evaluation(t.recipe_id, "search", POOLS["search"]) for t in parents.values()}
-        whole = {label: {s.item: s.value for s in found.evaluation.items if s.task == "second"} for label, found in full.items() if found}
+        whole = {
+            label: {s.item: s.value for s in found.evaluation.items if s.task == "second"}
+            for label, found in full.items()
+            if found
+        }
         assert set(whole) == {"base", "a"}, "the parents have been scored on all search items, once"
         best = max(whole, key=lambda label: sum(whole[label].values()))
         assert best == "a"
@@ -382,19 +457,27 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
                 (t for t in store.trials() if t.generation == generation and t.origin != "mean"),
                 key=lambda t: (t.violation, -(t.score or 0.0), t.slot),
             )
-            assert {t.parents for t in store.trials() if t.generation == generation + 1 and t.origin == "sampled"} == {tuple(t.id for t in own[:3])}
-        floor = dict(store.evaluations(parents["a"].recipe_id))["validation"].evaluation.metrics["second"] - 0.3
+            assert {
+                t.parents for t in store.trials() if t.generation == generation + 1 and t.origin == "sampled"
+            } == {tuple(t.id for t in own[:3])}
+        floor = (
+            dict(store.evaluations(parents["a"].recipe_id))["validation"].evaluation.metrics["second"] - 0.3
+        )
         standing = [*outcome["finalists"], *outcome["references"]]
         keeping = [r for r in standing if r["validation_metrics"]["second"] >= floor]
         assert keeping
         assert outcome["best"]["validation"] == max(r["validation"] for r in keeping)
-        assert max(r["validation"] for r in standing) > outcome["best"]["validation"], "or the floor asks for nothing"
+        assert max(r["validation"] for r in standing) > outcome["best"]["validation"], (
+            "or the floor asks for nothing"
+        )
         worst = max(store.trials(), key=lambda t: t.violation)
         assert "breaks the search's keep by" in study_tables.candidate(reports.candidate(store, worst))
 
 
 @pytest.mark.parametrize("how", ["stop", "kill", "lost"])
-def test_a_search_with_floors_is_taken_up_as_it_was(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_with_floors_is_taken_up_as_it_was(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("test_study.ToyPool", Skewed)
     of = plan(objective=KEEP)
     broken(tmp_path / "whole" / "study.db", [], how, of)
@@ -409,7 +492,9 @@ def test_floors_need_a_parent(tmp_path: Path) -> None:
     with pytest.raises(FailureBudget, match="'keep' has nothing to hold to: recipe"):
         search(tmp_path / "trial" / "study.db", ToyPool(lambda r: r.id in parents), plan(objective=KEEP))
     one = next(b for b in REFERENCES if b.label == "a")
-    outcome = search(tmp_path / "other" / "study.db", ToyPool(lambda r: r.id == one.recipe.id), plan(objective=KEEP))
+    outcome = search(
+        tmp_path / "other" / "study.db", ToyPool(lambda r: r.id == one.recipe.id), plan(objective=KEEP)
+    )
     assert outcome["best"]["test"] is not None
 
 
@@ -420,7 +505,9 @@ def test_tasks_may_have_numbers_of_their_own() -> None:
     study = Study(plan(per_generation={"first": 5, "second": 11}), None, None)  # type: ignore[arg-type]
     assert [len(ids) for ids in study.generations.subset(3).values()] == [5, 11]
     both = Study(plan(per_generation=5), None, None)  # type: ignore[arg-type]
-    assert study.generations.subset(4)["first"] == both.generations.subset(4)["first"], "a task's windows are its own"
+    assert study.generations.subset(4)["first"] == both.generations.subset(4)["first"], (
+        "a task's windows are its own"
+    )
 
 
 # ---- the front -------------------------------------------------------------------------------------------------------
@@ -430,7 +517,11 @@ def test_tasks_may_have_numbers_of_their_own() -> None:
 def test_the_front_is_what_nobody_dominates_in_any_order(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     points = [tuple(rng.randrange(4) / 4 for _ in range(3)) for _ in range(14)]
-    wanted = {i for i, p in enumerate(points) if not any(q != p and all(x >= y for x, y in zip(q, p, strict=True)) for q in points)}
+    wanted = {
+        i
+        for i, p in enumerate(points)
+        if not any(q != p and all(x >= y for x, y in zip(q, p, strict=True)) for q in points)
+    }
     sets: list[Items] = [{"first": ("a",)}, {"first": ("b",)}]
     with Store.open(tmp_path / "study.db", write=True) as store:
         store.begin("trial", 0, "", {}, {"tasks": {}})
@@ -446,15 +537,20 @@ def test_the_front_is_what_nobody_dominates_in_any_order(seed: int, tmp_path: Pa
         assert {t.slot for t in store.front("search")} == wanted
         assert {t.generation for t in store.front("search")} == {2}, "of the newest items alone"
         assert reports.front(store)["items"] == "generation 2"
-        assert len(stored_rows(tmp_path / "study.db")["front"]) == 2 * len(wanted), "what is dominated is not kept"
+        assert len(stored_rows(tmp_path / "study.db")["front"]) == 2 * len(wanted), (
+            "what is dominated is not kept"
+        )
 
 
 def test_the_front_of_a_finished_search_is_over_validation(whole: tuple[Path, dict[str, Any]]) -> None:
     file, outcome = whole
     rows = {
-        r["recipe"]: (r["validation_metrics"]["first"], r["validation_metrics"]["second"]) for r in [*outcome["finalists"], *outcome["references"]]
+        r["recipe"]: (r["validation_metrics"]["first"], r["validation_metrics"]["second"])
+        for r in [*outcome["finalists"], *outcome["references"]]
     }
-    wanted = {r for r, p in rows.items() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in rows.values())}
+    wanted = {
+        r for r, p in rows.items() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in rows.values())
+    }
     with Store.open(file) as store:
         found = reports.front(store)
         assert found["items"] == "validation"
@@ -475,8 +571,14 @@ def test_a_hand_recipe_that_wins_is_called_by_its_name(tmp_path: Path) -> None:
 
         def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
             right = 1.0 if recipe.id == best.recipe.id else 0.4
-            own = tuple(ItemScore(t, i, float(uniform(recipe.id, t, i) < right)) for t, ids in items.items() for i in ids)
-            metrics = {t: math.fsum(s.value for s in own if s.task == t) / len(ids) for t, ids in items.items()}
+            own = tuple(
+                ItemScore(t, i, float(uniform(recipe.id, t, i) < right))
+                for t, ids in items.items()
+                for i in ids
+            )
+            metrics = {
+                t: math.fsum(s.value for s in own if s.task == t) / len(ids) for t, ids in items.items()
+            }
             return Evaluation(recipe.id, own, metrics, {})
 
     with Store.open(file, write=True) as store:

@@ -21,7 +21,16 @@ from evomerge.store import Store
 from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
 
 SPACE = weight_space()
-LABELS = ("base", "a", "uniform average", "task arithmetic 0.5", "task arithmetic 1", "TIES .5, sum", "a alone at 0.5", "DARE-TIES .5, weight 1")
+LABELS = (
+    "base",
+    "a",
+    "uniform average",
+    "task arithmetic 0.5",
+    "task arithmetic 1",
+    "TIES .5, sum",
+    "a alone at 0.5",
+    "DARE-TIES .5, weight 1",
+)
 REFERENCES = [b for b in baselines(SPACE) if b.label in LABELS]
 POOLS: dict[Role, Items] = {
     "search": {"first": tuple(f"s{i}" for i in range(24)), "second": tuple(f"s{i}" for i in range(30))},
@@ -49,7 +58,10 @@ def plan(**changes: Any) -> Plan:
 
 
 def search(
-    file: Path, pool: ToyPool, of: Plan | None = None, seen: Callable[[Study, Progress], None] = lambda study, progress: None
+    file: Path,
+    pool: ToyPool,
+    of: Plan | None = None,
+    seen: Callable[[Study, Progress], None] = lambda study, progress: None,
 ) -> dict[str, Any]:
     """One process' life: opens the store, begins or resumes, runs to its end or its interruption."""
     file.parent.mkdir(exist_ok=True)
@@ -62,7 +74,9 @@ def search(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]:
     """(rows, pool, outcome) of a search that nothing interrupted."""
     file = tmp_path_factory.mktemp("whole") / "trial" / "study.db"
     pool = ToyPool()
@@ -73,7 +87,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[dict
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_has_its_parts_in_order(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]) -> None:
+def test_a_whole_run_has_its_parts_in_order(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+) -> None:
     rows, pool, outcome = whole
     trials, count = rows["trials"], len(REFERENCES)
     assert count == len(LABELS)
@@ -87,7 +103,9 @@ def test_a_whole_run_has_its_parts_in_order(whole: tuple[dict[str, list[dict[str
     assert len(pool.calls) == len(rows["evaluations"])
 
 
-def test_the_winner_is_the_best_on_validation_of_all_that_stand(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]) -> None:
+def test_the_winner_is_the_best_on_validation_of_all_that_stand(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+) -> None:
     _, _, outcome = whole
     standing = [*outcome["finalists"], *outcome["references"]]
     assert outcome["best"]["validation"] == max(row["validation"] for row in standing)
@@ -97,7 +115,9 @@ def test_the_winner_is_the_best_on_validation_of_all_that_stand(whole: tuple[dic
     assert len(outcome["finalists"]) <= 3
 
 
-def test_roles_are_used_in_order_and_whole(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]) -> None:
+def test_roles_are_used_in_order_and_whole(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+) -> None:
     """No test item is looked at before the winner is chosen, no validation item before the search is over."""
     _, pool, outcome = whole
     roles = [next(iter(items.values()))[0][0] for _, items in pool.calls]
@@ -112,13 +132,17 @@ def test_roles_are_used_in_order_and_whole(whole: tuple[dict[str, list[dict[str,
             assert recipe in {outcome["best"]["recipe"]} | {r["recipe"] for r in outcome["references"]}
 
 
-def test_no_recipe_is_scored_twice_on_the_same_items(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]) -> None:
+def test_no_recipe_is_scored_twice_on_the_same_items(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+) -> None:
     _, pool, _ = whole
     asked = [(recipe, repr(items)) for recipe, items in pool.calls]
     assert len(set(asked)) == len(asked)
 
 
-def test_the_scores_stored_are_the_pools(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_scores_stored_are_the_pools(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+) -> None:
     pool, outcome = ToyPool(), whole[2]
     search(tmp_path / "trial" / "study.db", pool)
     with Store.open(tmp_path / "trial" / "study.db") as store:
@@ -131,17 +155,23 @@ def test_the_scores_stored_are_the_pools(whole: tuple[dict[str, list[dict[str, A
                 fresh = pool.evaluate(store.recipe(recipe_id), items)
                 assert scored.evaluation == fresh, role
                 metrics = fresh.metrics
-                assert scored.score == pytest.approx((metrics["first"] + 2 * metrics["second"]) / 3, abs=1e-15)
+                assert scored.score == pytest.approx(
+                    (metrics["first"] + 2 * metrics["second"]) / 3, abs=1e-15
+                )
                 assert scored.score == objective(metrics)
         for row in outcome["references"]:
             found = dict(store.evaluations(row["recipe"]))
             assert (row["validation"], row["test"]) == (found["validation"].score, found["test"].score)
 
 
-def test_sampled_candidates_name_those_recombined_into_them(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]) -> None:
+def test_sampled_candidates_name_those_recombined_into_them(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+) -> None:
     rows, _, _ = whole
     scores = {e["id"]: e["score"] for e in rows["evaluations"]}
-    by_generation = {g: list(ts) for g, ts in itertools.groupby(rows["trials"], key=lambda t: t["generation"])}
+    by_generation = {
+        g: list(ts) for g, ts in itertools.groupby(rows["trials"], key=lambda t: t["generation"])
+    }
     for generation in (2, 3):
         before = sorted(by_generation[generation - 1], key=lambda t: (-scores[t["evaluation"]], t["slot"]))
         best = str([t["id"] for t in before[:3]])
@@ -156,10 +186,15 @@ def windows(of: Plan, generations: Iterable[int]) -> list[Items]:
     return [study.generations.subset(g) for g in generations]
 
 
-def test_a_generation_is_scored_on_one_subset(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]) -> None:
+def test_a_generation_is_scored_on_one_subset(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+) -> None:
     rows, _, _ = whole
     sets = {e["id"]: e["item_set"] for e in rows["evaluations"]}
-    used = [{sets[t["evaluation"]] for t in rows["trials"] if t["generation"] == g and t["origin"] != "mean"} for g in range(4)]
+    used = [
+        {sets[t["evaluation"]] for t in rows["trials"] if t["generation"] == g and t["origin"] != "mean"}
+        for g in range(4)
+    ]
     assert [len(u) for u in used] == [1, 1, 1, 1]
     assert used[0] == used[1], "hand recipes and the first generation are comparable"
     assert len(set.union(*used[1:])) == 3
@@ -182,7 +217,9 @@ def test_windows_are_disjoint_within_an_epoch_and_cover_the_items(size: int) -> 
             assert set(seen) <= set(ids)
             if len(ids) % length == 0:
                 assert set(seen) == set(ids)
-        assert {i for w in windows(of, range(1, 1 + 12 * per_epoch)) for i in w[task]} == set(ids), "no item is left out for ever"
+        assert {i for w in windows(of, range(1, 1 + 12 * per_epoch)) for i in w[task]} == set(ids), (
+            "no item is left out for ever"
+        )
 
 
 def test_windows_depend_on_the_seed_and_nothing_else() -> None:
@@ -201,7 +238,13 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def broken(file: Path, at: Sequence[int], how: str, of: Plan | None = None, fails: Callable[[Recipe], bool] = lambda recipe: False) -> list[ToyPool]:
+def broken(
+    file: Path,
+    at: Sequence[int],
+    how: str,
+    of: Plan | None = None,
+    fails: Callable[[Recipe], bool] = lambda recipe: False,
+) -> list[ToyPool]:
     """Runs a search to its end through interruptions, each at that evaluation of its own process.
 
     how: 'stop' asks it to end, 'kill' ends it after the evaluation was stored, 'lost' before.
@@ -217,7 +260,9 @@ def broken(file: Path, at: Sequence[int], how: str, of: Plan | None = None, fail
             if made == k:
                 raise Killed
 
-        pool = ToyPool(fails, **{"stop": {"before": stop}, "kill": {"after": kill}, "lost": {"before": kill}}[how])
+        pool = ToyPool(
+            fails, **{"stop": {"before": stop}, "kill": {"after": kill}, "lost": {"before": kill}}[how]
+        )
         pools.append(pool)
         file.parent.mkdir(exist_ok=True)
         with Store.open(file, write=True) as store:
@@ -243,12 +288,17 @@ def test_broken_off_anywhere_and_taken_up_it_is_the_same_search(
         file = tmp_path / f"{k}" / "study.db"
         pools = broken(file, [k], how)
         assert stored_rows(file) == rows, f"broken off after {k} of {calls}"
-        assert sum(len(p.calls) for p in pools) == calls + (how == "lost"), "nothing acknowledged is scored again"
+        assert sum(len(p.calls) for p in pools) == calls + (how == "lost"), (
+            "nothing acknowledged is scored again"
+        )
 
 
 @pytest.mark.parametrize(("how", "step"), [("stop", 1), ("kill", 2), ("lost", 3), ("stop", 7)])
 def test_broken_off_again_and_again_it_is_the_same_search(
-    how: str, step: int, whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+    how: str,
+    step: int,
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     rows, pool, _ = whole
     file = tmp_path / "trial" / "study.db"
@@ -350,7 +400,9 @@ def test_a_larger_budget_goes_on_where_the_smaller_ended(
     assert [t["generation"] for t in grown["trials"] if t["origin"] == "mean"] == [3, 6]
 
 
-def test_the_same_budget_again_changes_nothing(whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_same_budget_again_changes_nothing(
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+) -> None:
     file = tmp_path / "trial" / "study.db"
     search(file, ToyPool())
     pool = ToyPool()
@@ -369,7 +421,9 @@ def test_a_smaller_budget_ends_at_once_and_loses_nothing(tmp_path: Path) -> None
     after = stored_rows(file)
     for table in ("recipes", "evaluations", "trials"):
         assert [row for row in after[table] if row in before[table]] == before[table]
-    assert outcome["best"]["validation"] == max(r["validation"] for r in [*outcome["finalists"], *outcome["references"]])
+    assert outcome["best"]["validation"] == max(
+        r["validation"] for r in [*outcome["finalists"], *outcome["references"]]
+    )
     assert search(file, ToyPool())["generations"] == 3, "and back"
 
 
@@ -420,7 +474,10 @@ def test_failing_references_are_left_out_not_zero(tmp_path: Path) -> None:
 def test_more_than_half_of_a_generation_failing_ends_it_with_the_first_cause(tmp_path: Path) -> None:
     file = tmp_path / "trial" / "study.db"
     for _ in range(2):  # and again when taken up
-        with pytest.raises(FailureBudget, match=r"of 6 candidates of generation 1 failed; the first because: recipe \w+ fails on purpose"):
+        with pytest.raises(
+            FailureBudget,
+            match=r"of 6 candidates of generation 1 failed; the first because: recipe \w+ fails on purpose",
+        ):
             search(file, ToyPool(own))
         with Store.open(file) as store:
             assert store.study().state == "failed"  # type: ignore[union-attr]
@@ -477,7 +534,9 @@ def test_a_score_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("finalists", [1, 2, 5])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_winner_is_never_worse_on_validation_than_a_hand_recipe(finalists: int, seed: int, tmp_path: Path) -> None:
+def test_the_winner_is_never_worse_on_validation_than_a_hand_recipe(
+    finalists: int, seed: int, tmp_path: Path
+) -> None:
     of = plan(seed=seed, finalists=finalists, optimizer=lambda s: CmaEs(s, 0.6, population=6, seed=seed))
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(), of)
     assert outcome["best"]["validation"] >= max(r["validation"] for r in outcome["references"])
@@ -494,14 +553,21 @@ def test_starting_at_the_best_hand_recipe_starts_there(tmp_path: Path) -> None:
     file = tmp_path / "trial" / "study.db"
     search(file, ToyPool(), plan(start_at_best=True, optimizer=optimizer))
     with Store.open(file) as store:
-        scored = [t for t in store.trials() if t.generation == 0 and store.recipe(t.recipe_id).layers[0].method == "task_arithmetic"]
+        scored = [
+            t
+            for t in store.trials()
+            if t.generation == 0 and store.recipe(t.recipe_id).layers[0].method == "task_arithmetic"
+        ]
         best = max(scored, key=lambda t: (t.score or 0.0, -t.slot))
         assert SPACE.decode(starts[0]) == store.recipe(best.recipe_id)
         assert best.score is not None
 
 
 def test_the_search_finds_more_than_the_hand_recipes(tmp_path: Path) -> None:
-    many = {role: {task: tuple(f"{role[0]}{i}" for i in range(300)) for task in ("first", "second")} for role in POOLS}
+    many = {
+        role: {task: tuple(f"{role[0]}{i}" for i in range(300)) for task in ("first", "second")}
+        for role in POOLS
+    }
     of = plan(evaluations=200, items=many, per_generation=60, optimizer=lambda s: CmaEs(s, 0.15, seed=5))
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(), of)
     assert outcome["best"]["test"] > max(r["test"] for r in outcome["references"]) + 0.03
@@ -514,9 +580,15 @@ def test_the_lead_is_the_paired_difference_on_test_items(
     file = tmp_path / "trial" / "study.db"
     search(file, ToyPool())
     with Store.open(file) as store:
-        best = {(s.task, s.item): s.value for s in dict(store.evaluations(outcome["best"]["recipe"]))["test"].evaluation.items}
+        best = {
+            (s.task, s.item): s.value
+            for s in dict(store.evaluations(outcome["best"]["recipe"]))["test"].evaluation.items
+        }
         for row in outcome["references"]:
-            other = {(s.task, s.item): s.value for s in dict(store.evaluations(row["recipe"]))["test"].evaluation.items}
+            other = {
+                (s.task, s.item): s.value
+                for s in dict(store.evaluations(row["recipe"]))["test"].evaluation.items
+            }
             mean = variance = 0.0
             for task, share in (("first", 1 / 3), ("second", 2 / 3)):
                 d = [best[k] - other[k] for k in best if k[0] == task]
@@ -564,7 +636,12 @@ def test_a_replay_that_differs_is_refused(other: Plan, tmp_path: Path) -> None:
 def test_progress_counts_up_to_its_total(tmp_path: Path) -> None:
     seen: list[Progress] = []
     search(tmp_path / "trial" / "study.db", ToyPool(), seen=lambda study, progress: seen.append(progress))
-    assert list(dict.fromkeys(p.stage for p in seen)) == ["parents and hand recipes", "search", "validation", "test"]
+    assert list(dict.fromkeys(p.stage for p in seen)) == [
+        "parents and hand recipes",
+        "search",
+        "validation",
+        "test",
+    ]
     for stage in ("parents and hand recipes", "search", "validation", "test"):
         own = [p for p in seen if p.stage == stage]
         assert all(1 <= p.done <= p.total for p in own)

@@ -50,9 +50,15 @@ def recipe_one(score: dict[frozenset[str], float]) -> tuple[list[tuple[str, ...]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_parents_are_averaged_in_from_the_best_down_while_it_does_not_get_worse(seed: int, tmp_path: Path) -> None:
+def test_parents_are_averaged_in_from_the_best_down_while_it_does_not_get_worse(
+    seed: int, tmp_path: Path
+) -> None:
     pool = SoupPool(seed)
-    score = {frozenset(c): pool.value(frozenset(c)) for n in range(1, 5) for c in itertools.combinations(PARENTS, n)}
+    score = {
+        frozenset(c): pool.value(frozenset(c))
+        for n in range(1, 5)
+        for c in itertools.combinations(PARENTS, n)
+    }
     tried, held = recipe_one(score)
     wish = plan(space=SPACE, baselines=baselines(SPACE), soup=functools.partial(soup, SPACE), evaluations=6)
     file = tmp_path / "trial" / "study.db"
@@ -62,6 +68,11 @@ def test_parents_are_averaged_in_from_the_best_down_while_it_does_not_get_worse(
             if store.study() is None:
                 store.begin("trial", 5, "study: trial\n", {}, {})
             outcome = Study(wish, store, pool).run()
-    labels = [row["label"] for row in stored_rows(file)["trials"] if (row["label"] or "").startswith("soup of")]
+    labels = [
+        row["label"] for row in stored_rows(file)["trials"] if (row["label"] or "").startswith("soup of")
+    ]
     assert labels == [f"soup of {' + '.join(names)}" for names in tried]
-    assert max(t["search"] for t in outcome["references"] if t["label"] in {*labels, *PARENTS}) >= score[frozenset(held)] - 1e-9
+    assert (
+        max(t["search"] for t in outcome["references"] if t["label"] in {*labels, *PARENTS})
+        >= score[frozenset(held)] - 1e-9
+    )

@@ -29,9 +29,15 @@ SEARCHED = [n for n in METHODS if n != "passthrough" and not all(p.flag for p in
 CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(("attention", "mlp", "other"), n)]
 
 
-def full_space(name: str, components: tuple[str, ...] = ("attention", "mlp"), groups: tuple[int, ...] = (3, 2)) -> Space:
+def full_space(
+    name: str, components: tuple[str, ...] = ("attention", "mlp"), groups: tuple[int, ...] = (3, 2)
+) -> Space:
     """A space that searches every parameter of a method."""
-    ranges = {p.name: Range(p.low, p.high, round(p.low + 0.4 * (p.high - p.low), 4)) for p in method(name).params if not p.flag}
+    ranges = {
+        p.name: Range(p.low, p.high, round(p.low + 0.4 * (p.high - p.low), 4))
+        for p in method(name).params
+        if not p.flag
+    }
     models = ("a", "b", "c")[: method(name).models[1]]
     return weight_space(name, models, groups, components, ranges)
 
@@ -52,10 +58,20 @@ def curve(low: float, high: float, start: float, gene: float) -> float:
 def values_of(recipe: Recipe, space: Space, axis: Axis) -> list[float]:
     """What the recipe holds for an axis: one number per layer of its group, read by full tensor names."""
     if axis.component is None:
-        mixes = [(recipe.embeddings, "model.embed_tokens.weight")] if axis.group == "embeddings" else [(recipe.head, "lm_head.weight")]
+        mixes = (
+            [(recipe.embeddings, "model.embed_tokens.weight")]
+            if axis.group == "embeddings"
+            else [(recipe.head, "lm_head.weight")]
+        )
     else:
-        own = [n for n in llama_shapes(1) if n.startswith("model.layers") and component_of(n) == axis.component]
-        mixes = [(recipe.layers[i], n.replace("layers.0", f"layers.{i}")) for i in dict(space.spans())[axis.group] for n in own]
+        own = [
+            n for n in llama_shapes(1) if n.startswith("model.layers") and component_of(n) == axis.component
+        ]
+        mixes = [
+            (recipe.layers[i], n.replace("layers.0", f"layers.{i}"))
+            for i in dict(space.spans())[axis.group]
+            for n in own
+        ]
     return [resolve(mix, axis.param, axis.source, name) for mix, name in mixes]
 
 
@@ -81,7 +97,9 @@ def axis_of(low: float, high: float, start: float) -> Axis:
 
 
 @given(bounds, st.floats(-5, 5))
-def test_a_gene_is_a_point_of_the_curve_snapped_to_the_grid(b: tuple[float, float, float], gene: float) -> None:
+def test_a_gene_is_a_point_of_the_curve_snapped_to_the_grid(
+    b: tuple[float, float, float], gene: float
+) -> None:
     value = axis_of(*b).value(gene)
     assert abs(value - curve(*b, gene)) <= 0.5 * GRID + 1e-9
     assert value == round(value, 4)
@@ -119,7 +137,9 @@ def test_a_value_inside_survives_its_gene(b: tuple[float, float, float], steps: 
     value = round(low + GRID * (1 + steps % round((high - low) / GRID)), 4)
     kept = axis.value(axis.gene(value))
     edge = GRID * (high - low)
-    assert kept == value or (min(value - low, high - value) <= edge + GRID and abs(kept - value) <= edge + GRID)
+    assert kept == value or (
+        min(value - low, high - value) <= edge + GRID and abs(kept - value) <= edge + GRID
+    )
 
 
 @given(bounds, st.floats(-1e6, 1e6))
@@ -132,7 +152,9 @@ def test_a_value_outside_is_moved_to_the_nearest_end(b: tuple[float, float, floa
     assert abs(axis.value(gene) - nearest) <= GRID * (high - low) + GRID
 
 
-@pytest.mark.parametrize(("low", "high", "start"), [(0, 1, 0), (0, 1, 1), (0, 1, -1), (1, 0, 0.5), (0, 0, 0), (0, 1, math.nan)])
+@pytest.mark.parametrize(
+    ("low", "high", "start"), [(0, 1, 0), (0, 1, 1), (0, 1, -1), (1, 0, 0.5), (0, 0, 0), (0, 1, math.nan)]
+)
 def test_an_axis_starts_inside_its_bounds(low: float, high: float, start: float) -> None:
     with pytest.raises(ConfigError, match="must lie inside"):
         axis_of(low, high, start)
@@ -153,7 +175,9 @@ def test_zeros_decode_to_the_starts(name: str) -> None:
 @pytest.mark.parametrize("name", ["task_arithmetic", "dare_ties", "slerp"])
 @settings(max_examples=25)
 @given(data=st.data())
-def test_every_tensor_gets_the_value_of_its_own_component(name: str, components: tuple[str, ...], data: st.DataObject) -> None:
+def test_every_tensor_gets_the_value_of_its_own_component(
+    name: str, components: tuple[str, ...], data: st.DataObject
+) -> None:
     space = full_space(name, components)
     genes = data.draw(st.lists(st.floats(-0.6, 0.6), min_size=len(space.axes), max_size=len(space.axes)))
     recipe = space.decode(genes)
@@ -164,19 +188,36 @@ def test_every_tensor_gets_the_value_of_its_own_component(name: str, components:
     for group, span in space.spans():
         for component in rest:
             for param, source in {(a.param, a.source) for a in space.axes}:
-                listed = [v for a, v in wanted.items() if (a.group, a.param, a.source) == (group, param, source)]
-                lost = Axis(group, component, param, source, 0, 1, 0.5, next(a.digits for a in wanted if a.param == param))
+                listed = [
+                    v for a, v in wanted.items() if (a.group, a.param, a.source) == (group, param, source)
+                ]
+                lost = Axis(
+                    group,
+                    component,
+                    param,
+                    source,
+                    0,
+                    1,
+                    0.5,
+                    next(a.digits for a in wanted if a.param == param),
+                )
                 found = values_of(recipe, space, lost)
                 assert len(found) == len(span) * {"attention": 4, "mlp": 3, "other": 2}[component]
                 mean = math.fsum(listed) / len(listed)
-                assert all(abs(v - mean) <= 0.5 * 10.0**-lost.digits + 1e-9 for v in found), f"{component} takes the mean of {components}"
+                assert all(abs(v - mean) <= 0.5 * 10.0**-lost.digits + 1e-9 for v in found), (
+                    f"{component} takes the mean of {components}"
+                )
 
 
 @pytest.mark.parametrize("name", SEARCHED)
 @settings(max_examples=25)
 @given(data=st.data())
 def test_encode_inverts_decode(name: str, data: st.DataObject) -> None:
-    space = full_space(name, data.draw(st.sampled_from(CHOICES)), data.draw(st.sampled_from([(5,), (1, 1, 1, 1, 1), (1, 4), (2, 3)])))
+    space = full_space(
+        name,
+        data.draw(st.sampled_from(CHOICES)),
+        data.draw(st.sampled_from([(5,), (1, 1, 1, 1, 1), (1, 4), (2, 3)])),
+    )
     genes = data.draw(st.lists(st.floats(-0.4, 0.4), min_size=len(space.axes), max_size=len(space.axes)))
     recipe = space.decode(genes)
     back = space.encode(recipe)
@@ -184,7 +225,12 @@ def test_encode_inverts_decode(name: str, data: st.DataObject) -> None:
     assert space.decode(back) == recipe
     assert space.decode(back).id == recipe.id
     for axis, before, after in zip(space.axes, genes, back, strict=True):
-        assert abs(curve(axis.low, axis.high, axis.start, before) - curve(axis.low, axis.high, axis.start, after)) <= 0.5 * 10.0**-axis.digits + 1e-9
+        assert (
+            abs(
+                curve(axis.low, axis.high, axis.start, before) - curve(axis.low, axis.high, axis.start, after)
+            )
+            <= 0.5 * 10.0**-axis.digits + 1e-9
+        )
 
 
 @pytest.mark.parametrize("groups", [(5,), (1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
@@ -214,14 +260,23 @@ def test_only_finite_genomes_of_the_right_length_decode(bad: Sequence[float]) ->
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=12, max_size=12))
 def test_any_finite_genome_is_a_recipe_that_its_method_accepts(genome: list[float]) -> None:
-    space = weight_space("dare_linear", ("a",), (2, 1), ("attention", "mlp"), {"weight": Range(-0.5, 2, 0.5), "density": Range(0.0, 1.0, 0.6)})
+    space = weight_space(
+        "dare_linear",
+        ("a",),
+        (2, 1),
+        ("attention", "mlp"),
+        {"weight": Range(-0.5, 2, 0.5), "density": Range(0.0, 1.0, 0.6)},
+    )
     recipe = space.decode(genome)
     tensor_plan.check(recipe)
     assert Recipe.from_json(recipe.canonical()) == recipe
 
 
 def test_fixed_parameters_and_switches_have_no_axis() -> None:
-    space = weight_space("ties", ranges={"weight": Range(0, 2, 1), "density": Range(0.3, 0.3, 0.3), "normalize": Range(0.0, 0.0, 0.0)})
+    space = weight_space(
+        "ties",
+        ranges={"weight": Range(0, 2, 1), "density": Range(0.3, 0.3, 0.3), "normalize": Range(0.0, 0.0, 0.0)},
+    )
     assert {a.param for a in space.axes} == {"weight"}
     for mix in space.decode([0.1] * len(space.axes)).mixes:
         assert dict(mix.params)["density"] == (0.3, 0.3)
@@ -232,7 +287,9 @@ def test_fixed_parameters_and_switches_have_no_axis() -> None:
 @pytest.mark.parametrize(("embeddings", "head"), [(True, False), (False, True), (False, False)])
 def test_outer_tensors_left_out_keep_the_start(embeddings: bool, head: bool) -> None:
     space = weight_space(embeddings=embeddings, head=head)
-    assert {a.group for a in space.axes} - {"layers 0-1", "layer 2"} == {n for n, on in (("embeddings", embeddings), ("head", head)) if on}
+    assert {a.group for a in space.axes} - {"layers 0-1", "layer 2"} == {
+        n for n, on in (("embeddings", embeddings), ("head", head)) if on
+    }
     recipe = space.decode([0.3] * len(space.axes))
     for mix, on in ((recipe.embeddings, embeddings), (recipe.head, head)):
         assert (dict(mix.params)["weight"] == (0.5, 0.5)) is not on
@@ -251,7 +308,12 @@ def test_encode_knows_its_own_method_models_and_depth_alone() -> None:
     ]  # fmt: skip
     for other in others:
         assert space.encode(other.decode([0.1] * len(other.axes))) is None
-    mixed = Recipe(own.base, own.layers, own.embeddings, Mix("passthrough", (("a", None),), None, params({"scale": (1.0,)})))
+    mixed = Recipe(
+        own.base,
+        own.layers,
+        own.embeddings,
+        Mix("passthrough", (("a", None),), None, params({"scale": (1.0,)})),
+    )
     assert space.encode(mixed) is None
 
 
@@ -261,7 +323,12 @@ def test_a_hand_recipe_that_is_encoded_is_held_by_the_space(name: str) -> None:
     models = ("a", "b", "c")
     spaces = [
         weight_space(name, models, ranges={"weight": Range(-1.0, 3.0, 0.5)}),
-        weight_space(name, models, ranges={"weight": Range(-1.0, 3.0, 0.5)} | ({"density": Range(0.2, 0.9, 0.4)} if "ti" in name[-4:] else {})),
+        weight_space(
+            name,
+            models,
+            ranges={"weight": Range(-1.0, 3.0, 0.5)}
+            | ({"density": Range(0.2, 0.9, 0.4)} if "ti" in name[-4:] else {}),
+        ),
     ]
     for space in spaces:
         for baseline in baselines(space):
@@ -295,7 +362,12 @@ tasks: [{{task: t}}]
 """
 
 
-def made(parents: Mapping[str, Checkpoint], name: str = "task_arithmetic", components: str = "[attention, mlp]", parameters: str = "{}") -> Space:
+def made(
+    parents: Mapping[str, Checkpoint],
+    name: str = "task_arithmetic",
+    components: str = "[attention, mlp]",
+    parameters: str = "{}",
+) -> Space:
     text = FILE.format(method=name, components=components, parameters=parameters)
     return weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), parents)
 
@@ -306,11 +378,17 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     root = tmp_path_factory.mktemp("family")
     base = llama(root / "base", 0)
     spared = {
-        "a": lambda n: component_of(n) == "attention" and n.split(".")[2] in ("0", "1") if "layers" in n else False,
-        "b": lambda n: n not in ("model.layers.2.mlp.up_proj.weight", "model.layers.4.input_layernorm.weight"),
+        "a": lambda n: (
+            component_of(n) == "attention" and n.split(".")[2] in ("0", "1") if "layers" in n else False
+        ),
+        "b": lambda n: (
+            n not in ("model.layers.2.mlp.up_proj.weight", "model.layers.4.input_layernorm.weight")
+        ),
         "c": lambda n: n != "lm_head.weight",
     }
-    folders = {"base": base} | {m: llama(root / m, i, near=base, same=same) for i, (m, same) in enumerate(spared.items(), 1)}
+    folders = {"base": base} | {
+        m: llama(root / m, i, near=base, same=same) for i, (m, same) in enumerate(spared.items(), 1)
+    }
     return {name: Checkpoint(folder) for name, folder in folders.items()}
 
 
@@ -319,12 +397,20 @@ def merged(recipe: Recipe, parents: Mapping[str, Checkpoint]) -> dict[str, torch
 
 
 @pytest.mark.parametrize("components", CHOICES, ids="+".join)
-def test_an_axis_is_there_if_and_only_if_it_changes_the_merge(components: tuple[str, ...], family: dict[str, Checkpoint]) -> None:
+def test_an_axis_is_there_if_and_only_if_it_changes_the_merge(
+    components: tuple[str, ...], family: dict[str, Checkpoint]
+) -> None:
     space = made(family, components=f"[{', '.join(components)}]")
     there = {(a.group, a.component, a.source) for a in space.axes}
-    everywhere = [("embeddings", None), ("head", None), *((g, c) for g, _ in space.spans() for c in components)]
+    everywhere = [
+        ("embeddings", None),
+        ("head", None),
+        *((g, c) for g, _ in space.spans() for c in components),
+    ]
     free = Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead")})
-    assert {(a.group, a.component, a.source) for a in free.axes} == {(g, c, m) for g, c in everywhere for m in "abc"}
+    assert {(a.group, a.component, a.source) for a in free.axes} == {
+        (g, c, m) for g, c in everywhere for m in "abc"
+    }
     middle = merged(free.decode([0.0] * len(free.axes)), family)
     changes = set()
     for i, axis in enumerate(free.axes):
@@ -350,7 +436,11 @@ def test_the_numbers_reach_the_tensors(family: dict[str, Checkpoint]) -> None:
             else:
                 group, component = group_of[int(name.split(".")[2])], component_of(name)
                 both = [at.get((group, c, model), start) for c in ("attention", "mlp")]
-                w = at.get((group, component, model), start) if component != "other" else round(sum(both) / 2, 4)
+                w = (
+                    at.get((group, component, model), start)
+                    if component != "other"
+                    else round(sum(both) / 2, 4)
+                )
             wanted += w * (family[model].tensor(name).double() - family["base"].tensor(name).double())
         assert torch.allclose(tensor.double(), wanted, rtol=2**-8, atol=1e-6), name
 
@@ -369,7 +459,10 @@ def test_defaults_start_inside(family: dict[str, Checkpoint]) -> None:
         assert axis.start == pytest.approx(1 / 3)
     two = {k: family[k] for k in ("base", "a")}
     text = FILE.format(method="slerp", components="[attention]", parameters="{}").replace(", b: x, c: x", "")
-    assert {(a.param, a.start) for a in weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), two).axes} == {("t", 0.5)}
+    assert {
+        (a.param, a.start)
+        for a in weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), two).axes
+    } == {("t", 0.5)}
 
 
 def test_parents_equal_to_the_base_leave_nothing_to_search(family: dict[str, Checkpoint]) -> None:
@@ -383,7 +476,13 @@ def test_groups_must_add_up(family: dict[str, Checkpoint]) -> None:
         weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), family)
 
 
-@pytest.mark.parametrize(("groups", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (5, [1] * 5), (9, [1] * 5)])
-def test_a_number_of_groups_divides_the_layers_evenly(groups: int, sizes: list[int], family: dict[str, Checkpoint]) -> None:
+@pytest.mark.parametrize(
+    ("groups", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (5, [1] * 5), (9, [1] * 5)]
+)
+def test_a_number_of_groups_divides_the_layers_evenly(
+    groups: int, sizes: list[int], family: dict[str, Checkpoint]
+) -> None:
     text = FILE.format(method="linear", components="[mlp]", parameters="{}").replace("[2, 1, 2]", str(groups))
-    assert list(weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), family).groups) == sizes
+    assert (
+        list(weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), family).groups) == sizes
+    )

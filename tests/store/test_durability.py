@@ -33,11 +33,22 @@ def recipe(gene: float) -> Recipe:
 
 def evaluation(of: Recipe, items: Items = ITEMS) -> Evaluation:
     scores = tuple(ItemScore(task, item, 0.5, 0.25, -0.125) for task, ids in items.items() for item in ids)
-    return Evaluation(of.id, scores, {"first": 0.5, "second": 0.5}, {"merge": 0.25, "score": 0.75}, costs={"layers": 3.0})
+    return Evaluation(
+        of.id, scores, {"first": 0.5, "second": 0.5}, {"merge": 0.25, "score": 0.75}, costs={"layers": 3.0}
+    )
 
 
 def attempt(number: int = 1, **more: object) -> Attempt:
-    given = {"recipe_id": "r", "number": number, "cause": "done", "error": None, "worker": "w0", "host": "h", "pid": 7, "device": "cpu"}
+    given = {
+        "recipe_id": "r",
+        "number": number,
+        "cause": "done",
+        "error": None,
+        "worker": "w0",
+        "host": "h",
+        "pid": 7,
+        "device": "cpu",
+    }
     return Attempt(**(given | {"started": 100.0, "seconds": 2.0, "log": "line"} | more))  # type: ignore[arg-type]
 
 
@@ -62,7 +73,9 @@ def fill(store: Store, trials: int = 24) -> None:
     store.begin("trial", 3, "study: trial\n" * 40, {"evaluations": 7}, {"axes": ["x"] * 40})
     for slot in range(trials):
         add(store, slot)
-    store.add_sensitivity(recipe(0.0), "axis", 0.5, recipe(0.5), "search", ITEMS, evaluation(recipe(0.5)), 0.5)
+    store.add_sensitivity(
+        recipe(0.0), "axis", 0.5, recipe(0.5), "search", ITEMS, evaluation(recipe(0.5)), 0.5
+    )
     store.add_attempts([attempt(1), attempt(2, cause="died", error="it was killed")])
     store.set_end(0, 0, 3, "the budget of 2 hours is used up")
     store.add_driven(1.5)
@@ -72,7 +85,9 @@ def everything(file: Path) -> dict[str, list[tuple[object, ...]]]:
     """All rows of all tables, read by SQLite alone."""
     db = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        tables = [
+            row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        ]
         return {table: db.execute(f"SELECT * FROM {table} ORDER BY rowid").fetchall() for table in tables}
     finally:
         db.close()
@@ -133,7 +148,10 @@ def test_another_value_in_any_column_is_found(table: str, column: str, filled: P
         new = old + 1000 if isinstance(old, int | float) else f"{old[:-1]}~" if old else 1
         row = db.execute(f"SELECT rowid FROM {table} LIMIT 1").fetchone()[0]
         db.execute("PRAGMA ignore_check_constraints = ON")
-        db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (new if column != "id" or table in ("recipes", "item_sets") else 999, row))
+        db.execute(
+            f"UPDATE {table} SET {column} = ? WHERE rowid = ?",
+            (new if column != "id" or table in ("recipes", "item_sets") else 999, row),
+        )
     db.close()
     with Store.open(filled) as store:
         found = store.check()
@@ -180,7 +198,9 @@ def test_a_log_that_is_gone_is_found(file: Path) -> None:
     (copied / "study.db-wal").unlink()
     (copied / "study.db-shm").unlink()
     with Store.open(copied / "study.db") as store:
-        assert "16 of 51 stored rows are gone" in store.check(), "a trial and an evaluation of each of eight candidates"
+        assert "16 of 51 stored rows are gone" in store.check(), (
+            "a trial and an evaluation of each of eight candidates"
+        )
     with pytest.raises(StudyError, match="stored rows are gone"):
         Store.open(copied / "study.db", write=True)
     read(file)
@@ -203,7 +223,13 @@ def damages(rng: random.Random, content: bytes) -> bytes:
     if kind == 4:
         other = rng.randrange(size) // page * page
         low, high = sorted((first, other))
-        swapped = content[:low] + content[high : high + page] + content[low + page : high] + content[low : low + page] + content[high + page :]
+        swapped = (
+            content[:low]
+            + content[high : high + page]
+            + content[low + page : high]
+            + content[low : low + page]
+            + content[high + page :]
+        )
         return swapped if low != high else content
     return content + rng.randbytes(rng.randrange(1, 9000))
 
@@ -246,7 +272,11 @@ def test_a_damaged_file_is_left_as_it_is(file: Path) -> None:
     content = bytearray(file.with_name("study.db-wal").read_bytes())
     content[len(content) // 2] ^= 1
     file.with_name("study.db-wal").write_bytes(content)
-    before = {p.name: p.read_bytes() for p in file.parent.iterdir() if p.name not in ("study.db.lock", "study.db-shm")}
+    before = {
+        p.name: p.read_bytes()
+        for p in file.parent.iterdir()
+        if p.name not in ("study.db.lock", "study.db-shm")
+    }
     for _ in range(2):
         with pytest.raises(StudyError, match="damaged"):
             Store.open(file, write=True)
@@ -298,7 +328,12 @@ def test_a_backup_is_the_store_in_one_file(filled: Path) -> None:
         assert everything(made) == everything(filled)
         add(store, 30)
         read(made)
-    assert sorted(p.name for p in filled.parent.iterdir()) == ["study.backup.db", "study.db", "study.db.lock", "study.db.rows"]
+    assert sorted(p.name for p in filled.parent.iterdir()) == [
+        "study.backup.db",
+        "study.db",
+        "study.db.lock",
+        "study.db.rows",
+    ]
 
 
 def test_a_backup_is_made_when_it_is_due(filled: Path) -> None:
@@ -370,7 +405,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of six megabytes."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, check=False
+    ).returncode:
         pytest.skip("may not mount a file system here")
     try:
         yield place
@@ -379,7 +416,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])
-def test_a_full_disk_pauses_and_is_gone_on_with(journal: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_pauses_and_is_gone_on_with(
+    journal: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EVOMERGE_JOURNAL", journal)
     file, other = small_disk / "study.db", small_disk / "other"
     other.write_bytes(bytes(4_000_000 if journal == "WAL" else 5_400_000))
@@ -394,7 +433,9 @@ def test_a_full_disk_pauses_and_is_gone_on_with(journal: str, small_disk: Path, 
             store.add_attempts([attempt(log="x" * 7_000_000)])
     with Store.open(file) as store:
         assert store.check() == "ok"
-        assert [8 * t.generation + t.slot for t in store.trials()] == list(range(stored)), "no half record, none lost"
+        assert [8 * t.generation + t.slot for t in store.trials()] == list(range(stored)), (
+            "no half record, none lost"
+        )
     other.unlink()  # room is made
     with Store.open(file, write=True) as store:
         for slot in range(stored, stored + 100):
@@ -402,7 +443,9 @@ def test_a_full_disk_pauses_and_is_gone_on_with(journal: str, small_disk: Path, 
         assert store.check() == "ok"
 
 
-def test_a_backup_without_room_does_not_end_the_search(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_backup_without_room_does_not_end_the_search(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Store.open(small_disk / "study.db", write=True) as store:
         fill(store, 100)
         subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
@@ -447,7 +490,9 @@ MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
         ("/plan/x", "9p", "DELETE"), ("/new/x", "somethingfs", "DELETE"), ("/twice/x", "nfs", "DELETE"),
     ],
 )  # fmt: skip
-def test_the_journal_follows_the_file_system(folder: str, kind: str, journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_follows_the_file_system(
+    folder: str, kind: str, journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS)
     monkeypatch.delenv("EVOMERGE_JOURNAL", raising=False)
@@ -460,16 +505,24 @@ def test_the_journal_follows_the_file_system(folder: str, kind: str, journal: st
         file_systems.journal_mode(Path(folder), mounts)
 
 
-def test_a_machine_that_names_no_file_systems_has_local_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_names_no_file_systems_has_local_disks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("EVOMERGE_JOURNAL", raising=False)
     assert file_systems.file_system(tmp_path, tmp_path / "none") is None
     assert file_systems.journal_mode(tmp_path, tmp_path / "none") == "WAL"
 
 
 def test_this_machines_file_system_is_the_one_that_stat_names(tmp_path: Path) -> None:
-    named = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout.strip()
+    named = subprocess.run(
+        ["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True
+    ).stdout.strip()
     found = file_systems.file_system(tmp_path)
-    assert found == named or (found or "").startswith("ext") is named.startswith("ext") is True or found == "overlay"
+    assert (
+        found == named
+        or (found or "").startswith("ext") is named.startswith("ext") is True
+        or found == "overlay"
+    )
 
 
 def journal(file: Path) -> str:
@@ -498,7 +551,9 @@ def test_a_journal_is_changed_without_loss(file: Path, monkeypatch: pytest.Monke
     read(file)
 
 
-def test_a_log_that_fails_at_the_first_write_is_done_without(file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_that_fails_at_the_first_write_is_done_without(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on a network disk: the mode is set, and then the memory that it needs cannot be had."""
     monkeypatch.setenv("EVOMERGE_JOURNAL", "WAL")
     file.with_name("study.db-shm").mkdir()
@@ -635,8 +690,19 @@ def test_attempts_come_back_and_say_what_workers_did(file: Path) -> None:
         attempt(1, started=100.0, seconds=2.0),
         attempt(1, started=103.0, seconds=1.0, cause="failed", error="no"),
         attempt(1, started=104.0, seconds=1.0, cause="died", error="killed by 9"),
-        attempt(2, started=900.0, seconds=5.0, pid=8),  # its process is a new one; the night between is in no span
-        attempt(1, started=100.0, seconds=4.0, worker="w1", device="cuda:1", pid=9, cause="hung", error="longer than 60 s"),
+        attempt(
+            2, started=900.0, seconds=5.0, pid=8
+        ),  # its process is a new one; the night between is in no span
+        attempt(
+            1,
+            started=100.0,
+            seconds=4.0,
+            worker="w1",
+            device="cuda:1",
+            pid=9,
+            cause="hung",
+            error="longer than 60 s",
+        ),
     ]
     with Store.open(file, write=True) as store:
         assert (store.busy_seconds(), store.driven_seconds()) == (0.0, 0.0)
@@ -648,10 +714,31 @@ def test_attempts_come_back_and_say_what_workers_did(file: Path) -> None:
         assert store.attempts() == own
         assert store.busy_seconds() == 13.0
         first, second = store.workers()
-        assert (first.worker, first.host, first.device, first.jobs, first.busy, first.span) == ("w0", "h", "cpu", 3, 9.0, 10.0)
-        assert (first.first, first.last, first.failures, first.utilisation) == (100.0, 905.0, {"died": 1}, 0.9)
-        assert (second.worker, second.jobs, second.failures, second.utilisation) == ("w1", 0, {"hung": 1}, 1.0)
-        assert store.failures() == [("died", 1, "killed by 9"), ("failed", 1, "no"), ("hung", 1, "longer than 60 s")]
+        assert (first.worker, first.host, first.device, first.jobs, first.busy, first.span) == (
+            "w0",
+            "h",
+            "cpu",
+            3,
+            9.0,
+            10.0,
+        )
+        assert (first.first, first.last, first.failures, first.utilisation) == (
+            100.0,
+            905.0,
+            {"died": 1},
+            0.9,
+        )
+        assert (second.worker, second.jobs, second.failures, second.utilisation) == (
+            "w1",
+            0,
+            {"hung": 1},
+            1.0,
+        )
+        assert store.failures() == [
+            ("died", 1, "killed by 9"),
+            ("failed", 1, "no"),
+            ("hung", 1, "longer than 60 s"),
+        ]
 
 
 def test_the_time_of_drivers_adds_up_over_runs(file: Path) -> None:
@@ -661,7 +748,9 @@ def test_the_time_of_drivers_adds_up_over_runs(file: Path) -> None:
                 store.add_driven(1.5)
             assert store.driven_seconds() == 4.5 * (run + 1)
     with Store.open(file) as store:
-        assert [(r.host, r.pid, r.seconds) for r in store.runs()] == [(socket.gethostname(), os.getpid(), 4.5)] * 2
+        assert [(r.host, r.pid, r.seconds) for r in store.runs()] == [
+            (socket.gethostname(), os.getpid(), 4.5)
+        ] * 2
 
 
 def test_ends_are_kept_until_a_budget_grows(file: Path) -> None:

@@ -35,12 +35,27 @@ def recipe(gene: float = 0.0) -> Recipe:
 def evaluation(of: Recipe, items: Items = ITEMS, value: float = 0.5, error: str | None = None) -> Evaluation:
     if error:
         return Evaluation(of.id, (), {}, {"merge": 0.25}, error)
-    scores = tuple(ItemScore(task, item, value + i / 7) for task, ids in items.items() for i, item in enumerate(ids))
+    scores = tuple(
+        ItemScore(task, item, value + i / 7) for task, ids in items.items() for i, item in enumerate(ids)
+    )
     return Evaluation(of.id, scores, dict.fromkeys(items, value / 3), {"merge": 0.25, "score": 1 / 3})
 
 
-def add(store: Store, generation: int, slot: int, of: Recipe, items: Items = ITEMS, error: str | None = None, **more: Any) -> Trial:
-    given: dict[str, Any] = {"origin": "sampled", "label": None, "genome": (0.1, -1e-17), "parents": (1, 2)} | more
+def add(
+    store: Store,
+    generation: int,
+    slot: int,
+    of: Recipe,
+    items: Items = ITEMS,
+    error: str | None = None,
+    **more: Any,
+) -> Trial:
+    given: dict[str, Any] = {
+        "origin": "sampled",
+        "label": None,
+        "genome": (0.1, -1e-17),
+        "parents": (1, 2),
+    } | more
     score = None if error else 1 / 3
     return store.add_trial(
         generation=generation, slot=slot, recipe=of, items=items, evaluation=evaluation(of, items, error=error), score=score, **given
@@ -50,7 +65,9 @@ def add(store: Store, generation: int, slot: int, of: Recipe, items: Items = ITE
 @pytest.fixture
 def store(file: Path):
     with Store.open(file, write=True) as opened:
-        opened.begin("trial", 2**31 - 1, "study: trial\n", {"evaluations": 7}, {"axes": ["é"], "n": 1, "none": None})
+        opened.begin(
+            "trial", 2**31 - 1, "study: trial\n", {"evaluations": 7}, {"axes": ["é"], "n": 1, "none": None}
+        )
         yield opened
 
 
@@ -60,14 +77,24 @@ def store(file: Path):
 def test_the_study_row_comes_back(store: Store) -> None:
     row = store.study()
     assert row is not None
-    assert (row.name, row.seed, row.config, row.state, row.outcome) == ("trial", 2**31 - 1, "study: trial\n", "running", None)
+    assert (row.name, row.seed, row.config, row.state, row.outcome) == (
+        "trial",
+        2**31 - 1,
+        "study: trial\n",
+        "running",
+        None,
+    )
     assert row.overrides == {"evaluations": 7}
     assert row.facts == {"axes": ["é"], "n": 1, "none": None}
     store.set_config("study: trial # more\n", {"evaluations": 9, "seed": 1})
     store.set_state("paused")
     row = store.study()
     assert row is not None
-    assert (row.config, row.overrides, row.state) == ("study: trial # more\n", {"evaluations": 9, "seed": 1}, "paused")
+    assert (row.config, row.overrides, row.state) == (
+        "study: trial # more\n",
+        {"evaluations": 9, "seed": 1},
+        "paused",
+    )
     store.finish({"best": {"id": 3, "test": 1 / 3}, "lead": None})
     row = store.study()
     assert row is not None
@@ -81,13 +108,17 @@ def test_a_study_begins_once(store: Store) -> None:
 
 def test_a_trial_comes_back_to_the_bit(store: Store, file: Path) -> None:
     genome = (0.1, -0.0, 1e-300, 2.0**-14, math.pi, -1e17)
-    one = add(store, 3, 5, recipe(0.2), genome=genome, parents=(4, 2, 9), origin="injected", label="TIES .5, sum")
+    one = add(
+        store, 3, 5, recipe(0.2), genome=genome, parents=(4, 2, 9), origin="injected", label="TIES .5, sum"
+    )
     two = add(store, 3, 6, recipe(0.3), genome=None, parents=(), origin="hand", error="it broke")
     assert one == Trial(
         1, 3, 5, "injected", "TIES .5, sum", genome, (4, 2, 9), recipe(0.2).id, 1 / 3, None,
         {"first": 0.5 / 3, "second": 0.5 / 3}, {"merge": 0.25, "score": 1 / 3}, reported=1 / 3,
     )  # fmt: skip
-    assert two == Trial(2, 3, 6, "hand", None, None, (), recipe(0.3).id, None, "it broke", {}, {"merge": 0.25})
+    assert two == Trial(
+        2, 3, 6, "hand", None, None, (), recipe(0.3).id, None, "it broke", {}, {"merge": 0.25}
+    )
     assert store.trial(1) == store.trial_at(3, 5) == one
     assert store.trial_at(3, 7) is None
     with Store.open(file) as reader:
@@ -106,7 +137,10 @@ def test_an_empty_genome_is_not_a_missing_one(store: Store) -> None:
 def test_evaluations_outside_the_search_come_back(store: Store) -> None:
     store.add_evaluation(recipe(), "validation", ITEMS, evaluation(recipe(), value=0.7), 0.7)
     store.add_evaluation(recipe(), "test", ITEMS, evaluation(recipe(), error="no"), None)
-    assert [(role, s.score) for role, s in store.evaluations(recipe().id)] == [("validation", 0.7), ("test", None)]
+    assert [(role, s.score) for role, s in store.evaluations(recipe().id)] == [
+        ("validation", 0.7),
+        ("test", None),
+    ]
     assert store.count_evaluations() == {"validation": 1, "test": 1, "failed": 1}
     assert store.count_trials() == 0
 
@@ -123,13 +157,23 @@ def test_trials_come_in_the_order_of_generation_and_slot(store: Store) -> None:
 
 
 def test_soft_scores_come_back_to_the_bit(store: Store, file: Path) -> None:
-    scores = (ItemScore("first", "a", 1.0, 0.1, -1 / 3), ItemScore("first", "b", 0.0, None, -1e-300), ItemScore("second", "c", 0.5))
+    scores = (
+        ItemScore("first", "a", 1.0, 0.1, -1 / 3),
+        ItemScore("first", "b", 0.0, None, -1e-300),
+        ItemScore("second", "c", 0.5),
+    )
     whole = Evaluation(recipe().id, scores, {"first": 0.5, "first:probability": 0.1, "second": 0.5}, {})
     trial = store.add_trial(
         generation=1, slot=0, origin="sampled", label=None, genome=None, parents=(), recipe=recipe(), items=ITEMS, evaluation=whole,
         score=0.3, reported=0.5, dropped=2, whole=40, violation=0.25,
     )  # fmt: skip
-    assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (0.3, 0.5, 2, 40, 0.25)
+    assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (
+        0.3,
+        0.5,
+        2,
+        40,
+        0.25,
+    )
     with Store.open(file) as reader:
         assert reader.scored(trial).evaluation == whole
         assert reader.scored(trial).reported == 0.5
@@ -162,7 +206,11 @@ def test_a_recipe_on_the_same_items_is_stored_once(store: Store, file: Path) -> 
 
 
 def test_other_items_roles_and_recipes_are_stored_apart(store: Store, file: Path) -> None:
-    sets: list[Items] = [ITEMS, {"first": ("b", "a"), "second": ("c",)}, {"second": ("c",), "first": ("a", "b")}]
+    sets: list[Items] = [
+        ITEMS,
+        {"first": ("b", "a"), "second": ("c",)},
+        {"second": ("c",), "first": ("a", "b")},
+    ]
     sets += [{"first": ("a",)}, {"firstb": ("a",)}, {"first": ("b",)}, {"first": ("ab",)}]
     for items in sets:
         store.add_evaluation(recipe(), "search", items, evaluation(recipe(), items), 0.5)
@@ -192,10 +240,18 @@ def test_a_failure_in_the_middle_leaves_no_half_record(broken: str, store: Store
     bad: dict[str, Any] = {"label": object(), "genome": (object(),), "parents": (object(),)}
     new = recipe(0.5)
     score: Any = object() if broken == "score" else 0.5
-    result = Evaluation(new.id, (ItemScore("first", "a", object()),), {}, {}) if broken == "evaluation" else evaluation(new)  # type: ignore[arg-type]
-    given: dict[str, Any] = {"origin": "sampled", "label": None, "genome": (0.1,), "parents": ()} | ({broken: bad[broken]} if broken in bad else {})
+    result = (
+        Evaluation(new.id, (ItemScore("first", "a", object()),), {}, {})
+        if broken == "evaluation"
+        else evaluation(new)
+    )  # type: ignore[arg-type]
+    given: dict[str, Any] = {"origin": "sampled", "label": None, "genome": (0.1,), "parents": ()} | (
+        {broken: bad[broken]} if broken in bad else {}
+    )
     with pytest.raises((TypeError, sqlite3.Error, StudyError)):
-        store.add_trial(generation=1, slot=1, recipe=new, items={"first": ("z",)}, evaluation=result, score=score, **given)
+        store.add_trial(
+            generation=1, slot=1, recipe=new, items={"first": ("z",)}, evaluation=result, score=score, **given
+        )
     assert stored_rows(file) == before
     add(store, 1, 1, recipe(0.5))  # and the store goes on
     assert store.count_trials() == 2
@@ -357,7 +413,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "text": lambda content: b"this is not a database, it is a sentence\n" * 200,
     "noise": lambda content: random.Random(1).randbytes(len(content)),
     "zeros": lambda content: bytes(len(content)),
-    "noise in the middle": lambda content: content[:8192] + random.Random(2).randbytes(len(content) - 16384) + content[-8192:],
+    "noise in the middle": lambda content: (
+        content[:8192] + random.Random(2).randbytes(len(content) - 16384) + content[-8192:]
+    ),
     "zeros behind the header": lambda content: content[:4096] + bytes(len(content) - 4096),
 }
 
@@ -397,24 +455,47 @@ def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Pa
     for script in MIGRATIONS[:version]:
         db.executescript(script)
     db.execute(f"PRAGMA user_version = {version}")
-    db.execute("INSERT INTO study VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', NULL, 1.0, NULL)")
+    db.execute(
+        "INSERT INTO study VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', NULL, 1.0, NULL)"
+    )
     db.execute("INSERT INTO recipes VALUES (?, ?)", (recipe().id, recipe().canonical()))
     db.execute(
-        "INSERT INTO item_sets VALUES (?, ?)", (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()], separators=(",", ":")))
+        "INSERT INTO item_sets VALUES (?, ?)",
+        (item_set_id(ITEMS), json.dumps([[t, list(i)] for t, i in ITEMS.items()], separators=(",", ":"))),
     )
     names = "recipe, role, item_set, score, error, metrics, scores, seconds, created"
-    values = (recipe().id, "search", item_set_id(ITEMS), 0.25, None, '{"first": 0.5, "second": 0.0}', "[1.0, 0.0, 0.0]", "{}", 1.0)
+    values = (
+        recipe().id,
+        "search",
+        item_set_id(ITEMS),
+        0.25,
+        None,
+        '{"first": 0.5, "second": 0.0}',
+        "[1.0, 0.0, 0.0]",
+        "{}",
+        1.0,
+    )
     db.execute(f"INSERT INTO evaluations ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
     names = "generation, slot, origin, label, genome, parents, recipe, evaluation"
-    db.execute(f"INSERT INTO trials ({names}) VALUES (0, 0, 'parent', 'base', NULL, '[]', ?, 1)", (recipe().id,))
+    db.execute(
+        f"INSERT INTO trials ({names}) VALUES (0, 0, 'parent', 'base', NULL, '[]', ?, 1)", (recipe().id,)
+    )
     db.commit()
     db.close()
     with pytest.raises(StudyError, match="older evomerge"):
         Store.open(file)
     with Store.open(file, write=True) as store:
         (trial,) = store.trials()
-        assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (0.25, 0.25, None, None, 0.0)
-        assert [(s.value, s.probability, s.logprob) for s in store.scored(trial).evaluation.items] == [(v, None, None) for v in (1.0, 0.0, 0.0)]
+        assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (
+            0.25,
+            0.25,
+            None,
+            None,
+            0.0,
+        )
+        assert [(s.value, s.probability, s.logprob) for s in store.scored(trial).evaluation.items] == [
+            (v, None, None) for v in (1.0, 0.0, 0.0)
+        ]
         assert store.front("search") == []
         add(store, 1, 0, recipe(0.2))
     with Store.open(file) as reader:

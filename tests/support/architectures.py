@@ -23,7 +23,13 @@ _DENSE = {
 }
 _HEADS = {"head_dim": 8}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_VISION = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}  # as deep as the language tower
+_VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}  # as deep as the language tower
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -51,7 +57,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
     },
-    "llava": {"text": "llama", "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": LAYERS, **_VISION}},
+    "llava": {
+        "text": "llama",
+        "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": LAYERS, **_VISION},
+    },
     "gemma3": {
         "text": "gemma3_text",
         "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": LAYERS, **_VISION},
@@ -90,7 +99,14 @@ _TEXTS: dict[str, dict[str, Any]] = {
 VISION = tuple(kind for kind, settings in KINDS.items() if "text" in settings)
 
 
-def build(folder: Path, kind: str, dtype: torch.dtype, names: tuple[str, ...] = NAMES, seed: int = 0, shards: str = "") -> dict[str, Path]:
+def build(
+    folder: Path,
+    kind: str,
+    dtype: torch.dtype,
+    names: tuple[str, ...] = NAMES,
+    seed: int = 0,
+    shards: str = "",
+) -> dict[str, Path]:
     """Saves a base and its fine-tunes under a folder; model name -> its folder. The same arguments give the same bits.
 
     shards: the most that one file holds, such as '20KB'; empty: one file a model.
@@ -104,7 +120,9 @@ def build(folder: Path, kind: str, dtype: torch.dtype, names: tuple[str, ...] = 
     for number, name in enumerate(names):
         with torch.no_grad():
             for i, (key, tensor) in enumerate(_floats(model)):
-                norm = start[key] if tensor.dim() == 1 and key.endswith("weight") else 0  # norms stay near their start: 1, or 0 in Gemma
+                norm = (
+                    start[key] if tensor.dim() == 1 and key.endswith("weight") else 0
+                )  # norms stay near their start: 1, or 0 in Gemma
                 change = _random(seed * 100 + number, i, tensor.shape, 0.01) if number else 0
                 tensor.copy_((_random(seed * 100, i, tensor.shape, 0.05) + norm).to(dtype) + change)
         paths[name] = folder / name
@@ -121,10 +139,14 @@ def skeleton(kind: str, dtype: torch.dtype) -> Any:
     settings = dict(KINDS[kind])
     text = settings.pop("text", None)
     if text is None:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_DENSE, **settings})).to(dtype)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_DENSE, **settings})).to(
+            dtype
+        )
     tied = _TEXTS[text].get("tie_word_embeddings", False)
     inner = {"model_type": text, **_DENSE, **_TEXTS[text]}
-    config = AutoConfig.for_model(kind, text_config=inner, image_token_id=5, tie_word_embeddings=tied, **settings)
+    config = AutoConfig.for_model(
+        kind, text_config=inner, image_token_id=5, tie_word_embeddings=tied, **settings
+    )
     return AutoModelForImageTextToText.from_config(config).to(dtype)
 
 
@@ -158,12 +180,17 @@ def _as_on_the_hub(path: Path, kind: str) -> None:
         return
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(files[0]).items()}
     if not any(name.startswith("vision_tower.vision_model.") for name in tensors):
-        tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+            for name, tensor in tensors.items()
+        }
     for layer in range(LAYERS if kind in ("gpt2", "gpt_neox") else 0):
         if kind == "gpt2":
             tensors[f"h.{layer}.attn.bias"] = torch.ones(64, 64).tril().view(1, 1, 64, 64)
         else:
-            tensors[f"gpt_neox.layers.{layer}.attention.bias"] = torch.ones(64, 64, dtype=torch.bool).tril().view(1, 1, 64, 64)
+            tensors[f"gpt_neox.layers.{layer}.attention.bias"] = (
+                torch.ones(64, 64, dtype=torch.bool).tril().view(1, 1, 64, 64)
+            )
             tensors[f"gpt_neox.layers.{layer}.attention.masked_bias"] = torch.tensor(-1e9)
             tensors[f"gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq"] = torch.ones(1)
     save_file(tensors, files[0], metadata={"format": "pt"})

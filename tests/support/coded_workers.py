@@ -17,7 +17,9 @@ from evomerge.recipes import Recipe
 from evomerge.workers import Job, Pool
 from tests.support.toy import ToyPool, weight_space
 
-FINE, KILLS, KILLS_ONCE, HANGS, HANGS_ONCE, NAN, CUDA, CUDA_ONCE, GROWS, RAISES, WAITS, FREEZES_ONCE, LOGS = range(13)
+FINE, KILLS, KILLS_ONCE, HANGS, HANGS_ONCE, NAN, CUDA, CUDA_ONCE, GROWS, RAISES, WAITS, FREEZES_ONCE, LOGS = (
+    range(13)
+)
 ITEMS = {"first": ("a", "b", "c")}
 SPACE = weight_space()
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
@@ -58,7 +60,13 @@ class Coded:
         if code == HANGS or (code == HANGS_ONCE and first):
             threading.Event().wait()
         if code == CUDA or (code == CUDA_ONCE and first):
-            return Evaluation(recipe.id, (), {}, {}, error="AcceleratorError: CUDA error: an illegal memory access was encountered")
+            return Evaluation(
+                recipe.id,
+                (),
+                {},
+                {},
+                error="AcceleratorError: CUDA error: an illegal memory access was encountered",
+            )
         if code == NAN:
             return Evaluation(recipe.id, (), {}, {}, error="the model's logits are NaN")
         if code == GROWS:

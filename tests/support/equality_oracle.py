@@ -60,11 +60,23 @@ class Differences:
     @property
     def none(self) -> bool:
         """Whether nothing differs."""
-        return not (self.other_flags or self.other_texts or self.other_sums or self.other_items or self.other_metrics)
+        return not (
+            self.other_flags or self.other_texts or self.other_sums or self.other_items or self.other_metrics
+        )
 
     def add(self, other: Differences) -> None:
         """Counts of another comparison are added to these."""
-        for name in ("requests", "texts", "items", "metrics", "other_flags", "other_texts", "other_sums", "other_items", "other_metrics"):
+        for name in (
+            "requests",
+            "texts",
+            "items",
+            "metrics",
+            "other_flags",
+            "other_texts",
+            "other_sums",
+            "other_items",
+            "other_metrics",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.worst = max(self.worst, other.worst)
         self.said += other.said
@@ -76,7 +88,14 @@ def item_id(doc: Mapping[str, Any]) -> str:
 
 
 def theirs(
-    model: nn.Module, tokenizer: Any, folder: Path, scores: Sequence[Score], *, batch_size: int = 1, chat: bool = False, **more: Any
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    scores: Sequence[Score],
+    *,
+    batch_size: int = 1,
+    chat: bool = False,
+    **more: Any,
 ) -> Results:
     """lm-eval's own. more: of `simple_evaluate`, as `limit` or `samples`."""
     import lm_eval
@@ -106,7 +125,9 @@ def theirs(
     return out
 
 
-def their_group(model: nn.Module, tokenizer: Any, folder: Path, name: str, metrics: Sequence[str], *, chat: bool = False) -> list[float]:
+def their_group(
+    model: nn.Module, tokenizer: Any, folder: Path, name: str, metrics: Sequence[str], *, chat: bool = False
+) -> list[float]:
     """lm-eval's metrics of a group of tasks."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -119,12 +140,16 @@ def their_group(model: nn.Module, tokenizer: Any, folder: Path, name: str, metri
     return [float(found["groups"][name][f"{metric},none"]) for metric in metrics]
 
 
-def our_group(model: nn.Module, tokenizer: Any, folder: Path, name: str, metrics: Sequence[str], *, chat: bool = False) -> list[float]:
+def our_group(
+    model: nn.Module, tokenizer: Any, folder: Path, name: str, metrics: Sequence[str], *, chat: bool = False
+) -> list[float]:
     """Ours."""
     out = []
     for metric in metrics:
         spec = TaskSpec(name, metric, splits="declared")
-        harness = LmHarness([spec], tokenizer, include=[folder], apply_chat_template=chat, fewshot_as_multiturn=chat)
+        harness = LmHarness(
+            [spec], tokenizer, include=[folder], apply_chat_template=chat, fewshot_as_multiturn=chat
+        )
         out.append(harness.score(model, harness.items("test"))[1][name])
     return out
 
@@ -135,7 +160,13 @@ def load(tokenizer: Any, folder: Path, scores: Sequence[Score], *, chat: bool = 
     return LmHarness(specs, tokenizer, include=[folder], apply_chat_template=chat, fewshot_as_multiturn=chat)
 
 
-def ours(harness: LmHarness, model: nn.Module, scores: Sequence[Score], *, ids: Mapping[Score, Sequence[str]] | None = None) -> Results:
+def ours(
+    harness: LmHarness,
+    model: nn.Module,
+    scores: Sequence[Score],
+    *,
+    ids: Mapping[Score, Sequence[str]] | None = None,
+) -> Results:
     """Our own, of the test items, or of some of them."""
     items = {score.twin: tuple(ids[score]) if ids else harness.items("test")[score.twin] for score in scores}
     found, metrics = harness.score(model, items)
@@ -143,7 +174,9 @@ def ours(harness: LmHarness, model: nn.Module, scores: Sequence[Score], *, ids: 
     out = Results({}, {}, {})
     for score in scores:
         for item in items[score.twin]:
-            requests = harness._tasks[score.twin].requests[item]  # the harness shows no responses but in the requests
+            requests = harness._tasks[score.twin].requests[
+                item
+            ]  # the harness shows no responses but in the requests
             out.answers[score.task, item] = [[_answer(a) for a in request.resps] for request in requests]
             out.values[score, item] = values[score.twin, item]
         out.metrics[score] = metrics[score.twin]

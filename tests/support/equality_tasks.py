@@ -127,7 +127,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "group_large": {**_CHOOSE, "doc_to_text": "{{prompt}}?"},
 }  # fmt: skip
 _SIZED = [{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}]
-GROUP: dict[str, Any] = {"group": "pair", "task": ["group_small", "group_large"], "aggregate_metric_list": _SIZED}
+GROUP: dict[str, Any] = {
+    "group": "pair",
+    "task": ["group_small", "group_large"],
+    "aggregate_metric_list": _SIZED,
+}
 _FEW = {
     "group_small": 3,
     "rolling_long": 2,
@@ -164,7 +168,14 @@ def documents(task: str, role: str, count: int, vocabulary: Sequence[str] = WORD
             choices[2] = " ".join(reversed(choices[1].split())) + " " + some(5, 5)
         label = rnd.randrange(3)
         found.append(
-            {"prompt": some(2, 14), "choices": choices, "label": label, "answer": choices[label], "story": some(130, 180), "n": f"{role} {number}"}
+            {
+                "prompt": some(2, 14),
+                "choices": choices,
+                "label": label,
+                "answer": choices[label],
+                "story": some(130, 180),
+                "n": f"{role} {number}",
+            }
         )
     return found
 
@@ -175,7 +186,11 @@ def scores(tasks: Sequence[str] = tuple(TASKS)) -> list[Score]:
     for task in tasks:
         settings = TASKS[task]
         filters = [f["name"] for f in settings.get("filter_list", [])] or ["none"]
-        found += [Score(task, m["metric"], f, f"{task}--{m['metric']}--{f}") for f in filters for m in settings["metric_list"]]
+        found += [
+            Score(task, m["metric"], f, f"{task}--{m['metric']}--{f}")
+            for f in filters
+            for m in settings["metric_list"]
+        ]
     return found
 
 
@@ -188,7 +203,12 @@ def write(folder: Path, count: int = 6, vocabulary: Sequence[str] = WORDS) -> Pa
         files = {}
         for role in ROLES:
             file = folder / f"{task}.{role}.jsonl"
-            rows = documents(task, role, min(count, _FEW.get(task, count)) if role == "test" else 9 if role == "search" else 1, vocabulary)
+            rows = documents(
+                task,
+                role,
+                min(count, _FEW.get(task, count)) if role == "test" else 9 if role == "search" else 1,
+                vocabulary,
+            )
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             files[role] = str(file)
         given = {
@@ -205,5 +225,8 @@ def write(folder: Path, count: int = 6, vocabulary: Sequence[str] = WORDS) -> Pa
 
 
 def _write_yaml(file: Path, settings: Mapping[str, Any]) -> None:
-    lines = [f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}\n" for key, value in settings.items()]
+    lines = [
+        f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}\n"
+        for key, value in settings.items()
+    ]
     file.write_text("".join(lines))

@@ -43,7 +43,12 @@ def lines(shape: tuple[int, ...], axis: int) -> list[list[int]]:
 
 
 def linear(xs, b, values, shape):
-    return add(*((w / (sum(values["weight"]) if values["normalize"] else 1), x) for w, x in zip(values["weight"], xs, strict=True)))
+    return add(
+        *(
+            (w / (sum(values["weight"]) if values["normalize"] else 1), x)
+            for w, x in zip(values["weight"], xs, strict=True)
+        )
+    )
 
 
 def passthrough(xs, b, values, shape):
@@ -62,7 +67,11 @@ def slerp(xs, b, values, shape):
 def nuslerp(xs, b, values, shape):
     weights = values["weight"]
     t = weights[1] / sum(weights) if abs(sum(weights)) >= 1e-6 else 0.5
-    groups = [list(range(len(xs[0])))] if values["nuslerp_flatten"] else lines(shape, 0 if values["nuslerp_row_wise"] else -1)
+    groups = (
+        [list(range(len(xs[0])))]
+        if values["nuslerp_flatten"]
+        else lines(shape, 0 if values["nuslerp_row_wise"] else -1)
+    )
     deltas, out = minus(xs, b), list(b or [0.0] * len(xs[0]))
     for places in groups:
         v, w = ([d[j] for j in places] for d in deltas)
@@ -82,11 +91,15 @@ def multislerp(xs, b, values, shape):
     if values["normalize_weights"]:
         weights = [w / sum(weights) for w in weights] if sum(weights) else [1 / len(xs)] * len(xs)
     deltas = minus(xs, b)
-    direction = add(*((w / ((length(d) + values["eps"]) or 1), d) for w, d in zip(weights, deltas, strict=True)))
+    direction = add(
+        *((w / ((length(d) + values["eps"]) or 1), d) for w, d in zip(weights, deltas, strict=True))
+    )
     if length(direction) <= max(values["eps"], 1e-6):
         out = add(*zip(weights, deltas, strict=True))
     else:
-        out = add((sum(w * length(d) for w, d in zip(weights, deltas, strict=True)) / length(direction), direction))
+        out = add(
+            (sum(w * length(d) for w, d in zip(weights, deltas, strict=True)) / length(direction), direction)
+        )
     return add((1, out), (1, b)) if b else out
 
 
@@ -173,13 +186,18 @@ def ram(xs, b, values, shape):
 
 
 def ramplus_tl(xs, b, values, shape):
-    return reinforced(xs, b, values, lambda shared, alone: 1 + values["r"] * min(shared / alone, values["alpha"]))
+    return reinforced(
+        xs, b, values, lambda shared, alone: 1 + values["r"] * min(shared / alone, values["alpha"])
+    )
 
 
 def reinforced(xs, b, values, enlarge):
     deltas, out = minus(xs, b), list(b)
     changed = [[i for i, d in enumerate(deltas) if abs(d[j]) > values["epsilon"]] for j in range(len(b))]
-    shared, alone = ([sum(i in models and (len(models) > 1) is several for models in changed) for i in range(len(xs))] for several in (True, False))
+    shared, alone = (
+        [sum(i in models and (len(models) > 1) is several for models in changed) for i in range(len(xs))]
+        for several in (True, False)
+    )
     for j, models in enumerate(changed):
         if len(models) == 1:
             [i] = models
@@ -266,7 +284,20 @@ def hash_reference(index: int, key: int) -> int:
 
 REFERENCES = {
     rule.__name__: rule
-    for rule in (linear, slerp, nuslerp, multislerp, karcher, model_stock, sce, nearswap, arcee_fusion, passthrough, ram, ramplus_tl)
+    for rule in (
+        linear,
+        slerp,
+        nuslerp,
+        multislerp,
+        karcher,
+        model_stock,
+        sce,
+        nearswap,
+        arcee_fusion,
+        passthrough,
+        ram,
+        ramplus_tl,
+    )
 }  # (rows of the sources, row of the base or None, values, shape) -> row
 OF_TASK_VECTORS = {
     "task_arithmetic": partial(task_vectors, elect=False),
@@ -284,7 +315,11 @@ def reference(name: str, tensors: list[Tensor], base: Tensor | None, values, key
     """What the method of that name should make of the tensors, float64."""
     xs = [x.double().flatten().tolist() for x in tensors]
     b, shape = base.double().flatten().tolist() if base is not None else None, tuple(tensors[0].shape)
-    out = OF_TASK_VECTORS[name](xs, b, values, shape, keys) if name in OF_TASK_VECTORS else REFERENCES[name](xs, b, values, shape)
+    out = (
+        OF_TASK_VECTORS[name](xs, b, values, shape, keys)
+        if name in OF_TASK_VECTORS
+        else REFERENCES[name](xs, b, values, shape)
+    )
     return torch.tensor(out, dtype=torch.float64).reshape(shape)
 
 
@@ -312,13 +347,26 @@ def is_empty_average(rule: Method, values) -> bool:
     return bool(rule.frame and rule.frame.without_base and values["normalize"] and not sum(values["weight"]))
 
 
-def complete(method: str, n: int, given: dict[str, float | tuple[float, ...]]) -> dict[str, float | tuple[float, ...]]:
+def complete(
+    method: str, n: int, given: dict[str, float | tuple[float, ...]]
+) -> dict[str, float | tuple[float, ...]]:
     """Those values, and defaults for the rest."""
-    return {p.name: (p.default,) * n if p.per == "model" else p.default for p in METHODS[method].params} | given
+    return {
+        p.name: (p.default,) * n if p.per == "model" else p.default for p in METHODS[method].params
+    } | given
 
 
-def merge(method: str, tensors: list[Tensor], base: Tensor | None = None, *, parity: bool = False, **given: float | tuple[float, ...]) -> Tensor:
-    return METHODS[method].kernel(tensors, base, complete(method, len(tensors), given), [0] * len(tensors), parity=parity)
+def merge(
+    method: str,
+    tensors: list[Tensor],
+    base: Tensor | None = None,
+    *,
+    parity: bool = False,
+    **given: float | tuple[float, ...],
+) -> Tensor:
+    return METHODS[method].kernel(
+        tensors, base, complete(method, len(tensors), given), [0] * len(tensors), parity=parity
+    )
 
 
 def random(shape, seed: int, scale: float = 1.0) -> Tensor:

@@ -65,7 +65,10 @@ _RANGES = {  # of the values that a cell tries; each is where mergekit is define
     "t": (0.1, 0.9), "select_topk": (0.4, 0.9), "scale": (0.5, 1.5), "r": (0.1, 0.9), "alpha": (0.1, 0.9),
 }  # fmt: skip
 _FIXED = {"tol": [1e-5], "eps": [1e-8], "max_iter": [10, 3]}
-_NEAR = {"t": (0.001, 0.02), "epsilon": (0.002, 0.01)}  # of nearswap's t and ram's epsilon: the size of the fine-tunes' changes
+_NEAR = {
+    "t": (0.001, 0.02),
+    "epsilon": (0.002, 0.01),
+}  # of nearswap's t and ram's epsilon: the size of the fine-tunes' changes
 
 
 @dataclass(frozen=True, order=True)
@@ -115,14 +118,20 @@ class Cell:
 
 def matrix() -> Iterator[Cell]:
     """Every cell, those that cannot be among them: both main types on all architectures, the other types on one."""
-    for variant, parents, types, form, architecture in itertools.product(VARIANTS, (1, 2, 3), TYPES, FORMS, ARCHITECTURES):
+    for variant, parents, types, form, architecture in itertools.product(
+        VARIANTS, (1, 2, 3), TYPES, FORMS, ARCHITECTURES
+    ):
         if types in ("float32", "bfloat16") or architecture == "llama":
             yield Cell(variant, parents, types, form, architecture)
 
 
 def covering(seed: int = 0) -> list[Cell]:
     """Cells in which every pair of values of two dimensions occurs that can; found greedily."""
-    cells = [c for c in (Cell(*p) for p in itertools.product(VARIANTS, (1, 2, 3), TYPES, FORMS, ARCHITECTURES)) if c.exists]
+    cells = [
+        c
+        for c in (Cell(*p) for p in itertools.product(VARIANTS, (1, 2, 3), TYPES, FORMS, ARCHITECTURES))
+        if c.exists
+    ]
     random.Random(seed).shuffle(cells)
     pairs = {c: _pairs(c) for c in cells}
     wanted = set().union(*pairs.values())
@@ -137,7 +146,11 @@ def covering(seed: int = 0) -> list[Cell]:
 
 
 def _pairs(cell: Cell) -> set[tuple[tuple[str, object], ...]]:
-    return set(itertools.combinations(zip(("variant", "parents", "types", "form", "architecture"), astuple(cell), strict=True), 2))
+    return set(
+        itertools.combinations(
+            zip(("variant", "parents", "types", "form", "architecture"), astuple(cell), strict=True), 2
+        )
+    )
 
 
 class _Plain(yaml.SafeDumper):
@@ -152,14 +165,21 @@ def text(cell: Cell) -> str:
     rule, pick = METHODS[cell.method], random.Random(str(cell))
     based = rule.needs_base or cell.variant.endswith("with a base")
     names = PARENTS[: cell.parents]
-    whole = {p.name: _setting(p, cell, pick) for p in rule.params if p.per == "merge" and p.name in _RANGES | _FIXED}
+    whole = {
+        p.name: _setting(p, cell, pick)
+        for p in rule.params
+        if p.per == "merge" and p.name in _RANGES | _FIXED
+    }
     whole |= {p.name: pick.random() < 0.5 for p in rule.params if p.flag}
     own = {name: {p.name: _setting(p, cell, pick) for p in rule.params if p.per == "model"} for name in names}
     head: dict[str, Any] = yaml.safe_load(TYPES[cell.types][1]) or {}
     head["merge_method"] = cell.method
     if based:
         head["base_model"] = "$base"
-    elif cell.method in ("linear", "karcher"):  # their base is one of the models; without one mergekit's donor depends on a hash
+    elif cell.method in (
+        "linear",
+        "karcher",
+    ):  # their base is one of the models; without one mergekit's donor depends on a hash
         head["base_model"] = "$math"
     if whole:
         head["parameters"] = whole
@@ -172,7 +192,9 @@ def text(cell: Cell) -> str:
     return yaml.dump(head, Dumper=_Plain, sort_keys=False)
 
 
-def _slice(names: Sequence[str], own: dict[str, dict[str, Any]], based: bool, first: int, pick: random.Random) -> dict[str, Any]:
+def _slice(
+    names: Sequence[str], own: dict[str, dict[str, Any]], based: bool, first: int, pick: random.Random
+) -> dict[str, Any]:
     """Two layers, from other places in some of the models."""
     sources = []
     for i, name in enumerate([*names, *(["base"] if based else [])]):
@@ -226,8 +248,15 @@ def start(jobs: Sequence[tuple[Path, Path]], seeds: Sequence[int] = ()) -> "subp
     """One mergekit process at work on (file, folder) pairs, with seed 7 if none are given; `finish` waits for it."""
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
-        raise FileNotFoundError(f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to one)")
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "PYTHONHASHSEED": "0"}
+        raise FileNotFoundError(
+            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to one)"
+        )
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONHASHSEED": "0",
+    }
     process = subprocess.Popen(
         [python, "-W", "ignore", "-c", DRIVER],
         stdin=subprocess.PIPE,
@@ -237,7 +266,13 @@ def start(jobs: Sequence[tuple[Path, Path]], seeds: Sequence[int] = ()) -> "subp
         env=os.environ | quiet,
     )
     assert process.stdin is not None
-    json.dump([(str(file), str(folder), seed) for (file, folder), seed in zip(jobs, seeds or [7] * len(jobs), strict=True)], process.stdin)
+    json.dump(
+        [
+            (str(file), str(folder), seed)
+            for (file, folder), seed in zip(jobs, seeds or [7] * len(jobs), strict=True)
+        ],
+        process.stdin,
+    )
     process.stdin.flush()
     return process
 
@@ -275,7 +310,9 @@ def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         experts.setdefault(stem, {}).setdefault(int(number), {})[which] = tensor
     for stem, of in experts.items():
         rows = [of[i] for i in range(len(of))]
-        out[f"{stem}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat([e["gate_proj"], e["up_proj"]]) for e in rows])
+        out[f"{stem}.mlp.experts.gate_up_proj"] = torch.stack(
+            [torch.cat([e["gate_proj"], e["up_proj"]]) for e in rows]
+        )
         out[f"{stem}.mlp.experts.down_proj"] = torch.stack([e["down_proj"] for e in rows])
     return out
 
@@ -317,14 +354,21 @@ def difference(ours: Path, theirs: Path) -> Difference:
         distance = ulps(x, y.to(x.dtype))
         worst, total = max(worst, int(distance.max())), total + x.numel()
         unequal, further = unequal + int((distance > 0).sum()), further + int((distance > 1).sum())
-        relative = max(relative, float((x.double() - y.to(x.dtype).double()).abs().max() / y.double().abs().max().clamp(min=1e-30)))
+        relative = max(
+            relative,
+            float(
+                (x.double() - y.to(x.dtype).double()).abs().max() / y.double().abs().max().clamp(min=1e-30)
+            ),
+        )
     return Difference(worst, unequal / total, further / total, relative, widened)
 
 
 def read(file: Path, policy: str) -> tuple[Recipe, dict[str, Parent]]:
     """The recipe of a file, and its models."""
     parent = functools.cache(open_parent)
-    recipe = reader.load(_yaml.read_all(file), lambda n: parent(n).num_layers, lambda n: parent(n).dtype, policy)
+    recipe = reader.load(
+        _yaml.read_all(file), lambda n: parent(n).num_layers, lambda n: parent(n).dtype, policy
+    )
     return recipe, {name: parent(name) for name in recipe.models}
 
 
@@ -332,9 +376,19 @@ def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str
     """mergekit's one draw of a random method against ours of other seeds: for each measure of the change from the base, how many
     standard deviations of a draw it lies from our mean (Student's t with draws - 1 degrees of freedom)."""
     recipe, opened = read(file, "mergekit")
-    drawn = [dict(merge.merged(replace(recipe, seed=seed), opened)) for seed in range(cell.seed, cell.seed + draws)]
-    matrix = flat({name: torch.full_like(tensor, float(tensor.dim() > 1)) for name, tensor in drawn[0].items()}) > 0
-    dense = replace(recipe, layers=tuple(_dense(m) for m in recipe.layers), embeddings=_dense(recipe.embeddings), head=_dense(recipe.head))
+    drawn = [
+        dict(merge.merged(replace(recipe, seed=seed), opened)) for seed in range(cell.seed, cell.seed + draws)
+    ]
+    matrix = (
+        flat({name: torch.full_like(tensor, float(tensor.dim() > 1)) for name, tensor in drawn[0].items()})
+        > 0
+    )
+    dense = replace(
+        recipe,
+        layers=tuple(_dense(m) for m in recipe.layers),
+        embeddings=_dense(recipe.embeddings),
+        head=_dense(recipe.head),
+    )
     whole, b = flat(dict(merge.merged(dense, opened))), flat(_bases(recipe, opened))
     ours, one = [flat(t) for t in drawn], flat(tensors(theirs))
     found = {}
@@ -345,7 +399,9 @@ def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str
         "along the whole": lambda t: ((t - b) * (whole - b)).sum(),
     }.items():
         seen = torch.stack([measure(t) for t in ours])
-        spread = float(seen.std() * (1 + 1 / draws) ** 0.5) + 1e-4 * float(seen.abs().mean())  # rounding, where rescaling leaves nothing to chance
+        spread = float(seen.std() * (1 + 1 / draws) ** 0.5) + 1e-4 * float(
+            seen.abs().mean()
+        )  # rounding, where rescaling leaves nothing to chance
         found[name] = float(measure(one) - seen.mean()) / spread
     return found
 
@@ -353,17 +409,28 @@ def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str
 def flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """All elements in float64, in the order of names, without GPT-2's causal masks."""
     found = fused({name.removeprefix("transformer."): tensor for name, tensor in tensors.items()})
-    return torch.cat([found[name].reshape(-1).double() for name in sorted(found) if not name.endswith(".attn.bias")])
+    return torch.cat(
+        [found[name].reshape(-1).double() for name in sorted(found) if not name.endswith(".attn.bias")]
+    )
 
 
 def _dense(mix: Mix) -> Mix:
-    return replace(mix, params=tuple((name, 1.0 if name == "density" else value) for name, value in mix.params))
+    return replace(
+        mix, params=tuple((name, 1.0 if name == "density" else value) for name, value in mix.params)
+    )
 
 
 def _bases(recipe: Recipe, parents: Mapping[str, Parent]) -> dict[str, torch.Tensor]:
     """What a merge that changes nothing gives: the same recipe with lambda 0."""
-    none = [replace(m, params=tuple((name, 0.0 if name == "lambda" else value) for name, value in _dense(m).params)) for m in recipe.mixes]
-    return dict(merge.merged(replace(recipe, embeddings=none[0], layers=tuple(none[1:-1]), head=none[-1]), parents))
+    none = [
+        replace(
+            m, params=tuple((name, 0.0 if name == "lambda" else value) for name, value in _dense(m).params)
+        )
+        for m in recipe.mixes
+    ]
+    return dict(
+        merge.merged(replace(recipe, embeddings=none[0], layers=tuple(none[1:-1]), head=none[-1]), parents)
+    )
 
 
 def refused_by_both(cell: Cell, error: str) -> bool:

@@ -29,7 +29,14 @@ DECODERS = ("slots", "padded", "equal", "single", "whole", "shared")
 BFLOAT16_REGRET = 0.25  # standard deviations of the logits
 FLOAT32_ERROR = 1e-3  # nats a request; a wrong mask or state moves it by O(0.1) and more
 NEW_TOKENS = 12
-LIMITS = (NEW_TOKENS, 3, 7, NEW_TOKENS, 1, 9)  # new tokens of each prompt, over and over: rows end one after another
+LIMITS = (
+    NEW_TOKENS,
+    3,
+    7,
+    NEW_TOKENS,
+    1,
+    9,
+)  # new tokens of each prompt, over and over: rows end one after another
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +82,17 @@ def requests(seed: int, longest: int = MAX_LENGTH) -> list[Request]:
     for _ in range(4):  # 5-shot, choices of several tokens, one of them the beginning of another, two alike
         context = few_shot + tokens(15, 40)
         choices = [tokens(1, 7) for _ in range(3)]
-        found += [Request(context, c) for c in (*choices, choices[0] + tokens(1, 3), choices[1][:1] + tokens(2, 2))]
+        found += [
+            Request(context, c) for c in (*choices, choices[0] + tokens(1, 3), choices[1][:1] + tokens(2, 2))
+        ]
     for _ in range(3):  # 0-shot, choices of one token
         context = tokens(9, 60)
         found += [Request(context, tokens(1, 1)) for _ in range(4)]
     found += [Request(tokens(1, 90), tokens(1, 30)) for _ in range(4)]  # unrelated
-    found += [Request(tokens(1, 1), tokens(longest - 1, longest - 1)), Request(tokens(1, 1), tokens(1, 1))]  # a whole window; next to nothing
+    found += [
+        Request(tokens(1, 1), tokens(longest - 1, longest - 1)),
+        Request(tokens(1, 1), tokens(1, 1)),
+    ]  # a whole window; next to nothing
     found += [Request(found[-1].context, tokens(3, 3)), found[0]]  # asked twice
     rnd.shuffle(found)
     return found
@@ -88,8 +100,13 @@ def requests(seed: int, longest: int = MAX_LENGTH) -> list[Request]:
 
 def likeliest(model: nn.Module, asked: Sequence[Request]) -> list[Request]:
     """The requests, and for some of their contexts the model's own greedy continuation, so that greedy flags are not all false."""
-    contexts = list(dict.fromkeys(r.context for r in asked if len(r.context) < MAX_LENGTH // 2 or len(r.continuation) > 3))[:6]
-    return [*asked, *(Request(c, tuple(out[:4])) for c, out in zip(contexts, decoded(model, contexts, 4), strict=True))]
+    contexts = list(
+        dict.fromkeys(r.context for r in asked if len(r.context) < MAX_LENGTH // 2 or len(r.continuation) > 3)
+    )[:6]
+    return [
+        *asked,
+        *(Request(c, tuple(out[:4])) for c, out in zip(contexts, decoded(model, contexts, 4), strict=True)),
+    ]
 
 
 @torch.inference_mode()
@@ -116,7 +133,11 @@ def _slow(model: nn.Module, asked: Sequence[Request]) -> tuple[Tensor, Tensor, T
             continue
         known[request] = len(sums)
         whole = request.context + request.continuation
-        logits = model(input_ids=torch.tensor([whole[:-1]]), use_cache=False).logits[0].double()[len(request.context) - 1 :]
+        logits = (
+            model(input_ids=torch.tensor([whole[:-1]]), use_cache=False)
+            .logits[0]
+            .double()[len(request.context) - 1 :]
+        )
         target = torch.tensor(request.continuation)
         own = logits.gather(1, target[:, None])[:, 0]
         others = logits.scatter(1, target[:, None], float("-inf")).amax(1)
@@ -136,7 +157,9 @@ def truth(model: nn.Module, technique: str, asked: Sequence[Request], wanted: Re
                 plan = engine.compile(asked, technique)  # type: ignore[arg-type]
                 scores, again = engine.run(plan), engine.run(plan)
             except Exception as error:  # a model may raise anything
-                return Truth(False, float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:70]}")
+                return Truth(
+                    False, float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
+                )
         if not torch.equal(scores.sums, again.sums):
             return Truth(False, float("nan"), "the second run of a plan differs from the first")
         apart = (scores.sums - wanted.sums).abs()
@@ -186,14 +209,23 @@ def regret(model: nn.Module, given: Sequence[Sequence[int]], outs: Sequence[Sequ
     for prompt, out in zip(given, outs, strict=True):
         if not out:
             return float("inf")
-        logits = model(input_ids=torch.tensor([[*prompt, *out]]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logits = (
+            model(input_ids=torch.tensor([[*prompt, *out]]), use_cache=False)
+            .logits[0, len(prompt) - 1 : -1]
+            .float()
+        )
         short = logits.amax(-1) - logits.gather(1, torch.tensor(out)[:, None])[:, 0]
         worst = max(worst, float((short / logits.std(-1)).max()))
     return worst
 
 
 def decoder_truth(
-    model: nn.Module, decoder: str, given: Sequence[tuple[int, ...]], wanted: Sequence[Sequence[int]], *, shares: bool = False
+    model: nn.Module,
+    decoder: str,
+    given: Sequence[tuple[int, ...]],
+    wanted: Sequence[Sequence[int]],
+    *,
+    shares: bool = False,
 ) -> Truth:
     """Whether a decoder's tokens are those wanted; in bf16 whether each is the likeliest but for rounding. shares: prefixes too."""
     limits = [LIMITS[i % len(LIMITS)] for i in range(len(given))]
@@ -211,14 +243,21 @@ def decoder_truth(
         return Truth(False, float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:70]}")
     if outs != again:
         return Truth(False, float("nan"), "the second run of a plan differs from the first")
-    if any(len(out) > most or EOS in out[:-1] or (len(out) < most and out[-1:] != [EOS]) for out, most in zip(outs, limits, strict=True)):
+    if any(
+        len(out) > most or EOS in out[:-1] or (len(out) < most and out[-1:] != [EOS])
+        for out, most in zip(outs, limits, strict=True)
+    ):
         return Truth(False, float("nan"), "ends elsewhere than at the EOS or the limit")
     short = regret(model, given, outs)
     different = sum(out != list(text)[:most] for out, text, most in zip(outs, wanted, limits, strict=True))
     single = next(model.parameters()).dtype == torch.float32
     right = different == 0 or short < 1e-4 if single else short <= BFLOAT16_REGRET
-    if not (single or right):  # where rounding moves a token to other experts, transformers' own generation falls as short
-        right = short <= max(regret(model, given, outs) for outs in (generated(model, given), generated_together(model, given)))
+    if not (
+        single or right
+    ):  # where rounding moves a token to other experts, transformers' own generation falls as short
+        right = short <= max(
+            regret(model, given, outs) for outs in (generated(model, given), generated_together(model, given))
+        )
     return Truth(right, short, f"{different} of {len(given)} texts differ, regret {short:.2g}")
 
 
@@ -227,7 +266,11 @@ def generated(model: Any, given: Sequence[Sequence[int]]) -> list[list[int]]:
     """What transformers' own greedy generation gives, a prompt at a time: what HFLM says, right or not."""
     return [
         model.generate(
-            input_ids=torch.tensor([list(prompt)]), max_length=len(prompt) + NEW_TOKENS, do_sample=False, use_cache=True, pad_token_id=PAD
+            input_ids=torch.tensor([list(prompt)]),
+            max_length=len(prompt) + NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=PAD,
         )[0, len(prompt) :].tolist()
         for prompt in given
     ]
@@ -239,9 +282,14 @@ def generated_together(model: Any, given: Sequence[Sequence[int]]) -> list[list[
     width = max(map(len, given))
     ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in given])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in given])
-    outs = model.generate(input_ids=ids, attention_mask=mask, max_length=width + NEW_TOKENS, do_sample=False, use_cache=True, pad_token_id=PAD)[
-        :, width:
-    ].tolist()
+    outs = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_length=width + NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=PAD,
+    )[:, width:].tolist()
     return [out[: out.index(EOS) + 1] if EOS in out else out for out in outs]
 
 
@@ -253,7 +301,16 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
     def note(key: str, dtype: torch.dtype, verdict: Verdict, true: Truth) -> None:
         if not true.right:
             wrong.add(key)
-        found.append(Outcome(key, dtype, verdict.allowed, key not in wrong, true.error, f"probe: {verdict.reason}; truth: {true.said or true.error}"))
+        found.append(
+            Outcome(
+                key,
+                dtype,
+                verdict.allowed,
+                key not in wrong,
+                true.error,
+                f"probe: {verdict.reason}; truth: {true.said or true.error}",
+            )
+        )
 
     for dtype in dtypes:
         model = build(name, dtype)

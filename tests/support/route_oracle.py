@@ -23,7 +23,9 @@ IN_PLACE = ((1, 0), (0, 1), (1, 2), (0, 3))
 SCALES = (1.0, 0.62, 1.35, 0.48, 1.21, 0.9, 1.4, 0.7)
 
 
-def hops(models: Sequence[nn.Module], route: Sequence[tuple[int, int]], gains: Sequence[float] | None = None) -> list[Hop]:
+def hops(
+    models: Sequence[nn.Module], route: Sequence[tuple[int, int]], gains: Sequence[float] | None = None
+) -> list[Hop]:
     return [Hop(models[m], layer, 1.0 if gains is None else gains[i]) for i, (m, layer) in enumerate(route)]
 
 
@@ -47,7 +49,9 @@ def scale(model: nn.Module, path: str, scales: Sequence[float]) -> list[Any]:
     """Hooks that multiply the hidden state as it enters each layer; handles to take them off."""
 
     def hook(by: float) -> Any:
-        def multiply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def multiply(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
                 return (args[0] * by, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * by}
@@ -55,7 +59,10 @@ def scale(model: nn.Module, path: str, scales: Sequence[float]) -> list[Any]:
         return multiply
 
     layers = model.get_submodule(path)
-    return [layer.register_forward_pre_hook(hook(by), with_kwargs=True) for layer, by in zip(layers, scales, strict=True)]
+    return [
+        layer.register_forward_pre_hook(hook(by), with_kwargs=True)
+        for layer, by in zip(layers, scales, strict=True)
+    ]
 
 
 def batch(rows: int = 2, length: int = 20, padding: int = 5) -> dict[str, Tensor]:
@@ -77,12 +84,19 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / expected.float().std())
 
 
-def generated(model: nn.Module, inputs: Mapping[str, Tensor], cached: bool, steps: int = 6) -> tuple[Tensor, list[Tensor]]:
+def generated(
+    model: nn.Module, inputs: Mapping[str, Tensor], cached: bool, steps: int = 6
+) -> tuple[Tensor, list[Tensor]]:
     """(tokens, logits of each step) of greedy generation."""
     from transformers import GenerationConfig
 
     asked = GenerationConfig(
-        max_new_tokens=steps, do_sample=False, use_cache=cached, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        max_new_tokens=steps,
+        do_sample=False,
+        use_cache=cached,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
     )
     found = model.generate(**inputs, generation_config=asked)
     return found.sequences, list(found.logits)

@@ -15,7 +15,14 @@ from evomerge.recipes import Mix, Recipe
 from tests.support import architectures, text_architectures
 
 SIX = ("llama", "qwen3", "gemma2", "phi3", "olmo2", "mixtral")
-ROUTE = (("base", 0), ("math", 1), ("math", 2), ("math", 1), ("base", 2), ("base", 3))  # repeats, out of order, two parents, deeper
+ROUTE = (
+    ("base", 0),
+    ("math", 1),
+    ("math", 2),
+    ("math", 1),
+    ("base", 2),
+    ("base", 3),
+)  # repeats, out of order, two parents, deeper
 SCALES = (1.0, 0.7, 1.3, 1.1, 0.6, 1.4)
 
 
@@ -55,7 +62,10 @@ def files(folder: Path, kind: str, dtype: str) -> dict[str, Checkpoint]:
 def case(opened: dict[str, Checkpoint], scaled: bool = True, dtype: str = "float32") -> Case:
     models = {name: model_loading.load(file, dtype) for name, file in opened.items()}
     asked = recipe(scaled, dtype)
-    hops = tuple(Hop(models[m], layer, gain) for (m, layer), gain in zip(ROUTE, gains(asked.scales, len(ROUTE)), strict=True))
+    hops = tuple(
+        Hop(models[m], layer, gain)
+        for (m, layer), gain in zip(ROUTE, gains(asked.scales, len(ROUTE)), strict=True)
+    )
     routed = Routed(models["base"])
     routed.install(hops)
     return Case(asked, routed, hops, opened, models)

@@ -27,16 +27,55 @@ _CHAT = (
 )
 _IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-_SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, **_IDS}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    **_IDS,
+}
 _DENSE = {**_SIZES, **_HEADS, "max_position_embeddings": MAX_LENGTH}
-_WHOLE = {k: v for k, v in _DENSE.items() if k not in ("num_key_value_heads", "head_dim")}  # as many key heads as heads
+_WHOLE = {
+    k: v for k, v in _DENSE.items() if k not in ("num_key_value_heads", "head_dim")
+}  # as many key heads as heads
 _EQUAL = {**_WHOLE, "num_key_value_heads": 4}
-_OLD = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": MAX_LENGTH, **_IDS}  # GPT-2's names
+_OLD = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": MAX_LENGTH,
+    **_IDS,
+}  # GPT-2's names
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1}
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-_SSD = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_expand": 2}
-_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_SSD = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -175,7 +214,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 else parameter + 0.3 * noise)
+            parameter.copy_(
+                noise * parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 else parameter + 0.3 * noise
+            )
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
     built: nn.Module = model.to(dtype).eval()
     return built
@@ -195,7 +236,14 @@ def tokenizer(*, bos: bool = False) -> Any:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     if bos:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=MAX_LENGTH, chat_template=_CHAT
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=MAX_LENGTH,
+        chat_template=_CHAT,
     )

@@ -13,7 +13,14 @@ SAME_AS_BASE = {  # tensors a fine-tune never touched
 }
 
 
-def build(folder: Path, dtype: torch.dtype, names: tuple[str, ...] = NAMES, *, layers: int = LAYERS, tied: bool = False) -> dict[str, Path]:
+def build(
+    folder: Path,
+    dtype: torch.dtype,
+    names: tuple[str, ...] = NAMES,
+    *,
+    layers: int = LAYERS,
+    tied: bool = False,
+) -> dict[str, Path]:
     """Saves the models under a folder; model name -> its folder. The same arguments give the same bits."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -33,12 +40,19 @@ def build(folder: Path, dtype: torch.dtype, names: tuple[str, ...] = NAMES, *, l
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).to(dtype)
-    weights = {name: _random(0, i, tensor.shape, 0.05) + tensor * name.endswith("norm.weight") for i, (name, tensor) in enumerate(_own(model))}
+    weights = {
+        name: _random(0, i, tensor.shape, 0.05) + tensor * name.endswith("norm.weight")
+        for i, (name, tensor) in enumerate(_own(model))
+    }
     paths = {}
     for number, name in enumerate(names):
         with torch.no_grad():
             for i, (key, tensor) in enumerate(_own(model)):
-                change = 0.0 if number == 0 or key in SAME_AS_BASE.get(name, ()) else _random(number, i, tensor.shape, 0.01)
+                change = (
+                    0.0
+                    if number == 0 or key in SAME_AS_BASE.get(name, ())
+                    else _random(number, i, tensor.shape, 0.01)
+                )
                 tensor.copy_(weights[key].to(dtype) + change)
         paths[name] = folder / name
         model.save_pretrained(paths[name])
@@ -64,4 +78,6 @@ def _tokenizer():
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -79,7 +79,11 @@ def llama(
 def zoo_folder() -> Path:
     """The trained zoo of the repository; fails the test where it has not been made."""
     folder = REPO / "results" / "zoo"
-    missing = [name for name in ("base", "math", "lang", "string") if not (folder / name / "model.safetensors").is_file()]
+    missing = [
+        name
+        for name in ("base", "math", "lang", "string")
+        if not (folder / name / "model.safetensors").is_file()
+    ]
     if missing:
         pytest.fail(f"{folder} lacks {', '.join(missing)}; run scripts/zoo/make_zoo.py")
     return folder
@@ -173,8 +177,15 @@ class ToyPool(InProcessPool):
         if self._fails(recipe):
             return Evaluation(recipe.id, (), {}, seconds, error=f"recipe {recipe.id} fails on purpose")
         p, key = height(recipe), recipe.id
-        scores = tuple(ItemScore(task, item, float(uniform(key, task, item) < p)) for task, ids in items.items() for item in ids)
-        metrics = {task: math.fsum(s.value for s in scores if s.task == task) / len(ids) for task, ids in items.items()}
+        scores = tuple(
+            ItemScore(task, item, float(uniform(key, task, item) < p))
+            for task, ids in items.items()
+            for item in ids
+        )
+        metrics = {
+            task: math.fsum(s.value for s in scores if s.task == task) / len(ids)
+            for task, ids in items.items()
+        }
         return Evaluation(recipe.id, scores, metrics, seconds)
 
 
@@ -188,13 +199,20 @@ def stored_rows(file: Path, without: Sequence[str] = TIMINGS) -> dict[str, list[
     """Table -> rows, the columns that hold times left out. Evaluations go by what they are of, for they are stored as they come."""
     connection = sqlite3.connect(file)
     try:
-        tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        tables = [
+            row[0]
+            for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        ]
         found = {}
         for table in tables:
             cursor = connection.execute(f"SELECT * FROM {table} ORDER BY rowid")
             names = [column[0] for column in cursor.description]
-            found[table] = [{k: v for k, v in zip(names, row, strict=True) if k not in without} for row in cursor]
-        names_of = {row["id"]: f"{row['role']} {row['recipe']} {row['item_set']}" for row in found["evaluations"]}
+            found[table] = [
+                {k: v for k, v in zip(names, row, strict=True) if k not in without} for row in cursor
+            ]
+        names_of = {
+            row["id"]: f"{row['role']} {row['recipe']} {row['item_set']}" for row in found["evaluations"]
+        }
         for row in found["evaluations"]:
             row["id"] = names_of[row["id"]]
         for row in [*found["trials"], *found.get("front", ())]:
@@ -223,8 +241,18 @@ def results(pool: Pool, jobs: Sequence[Job]) -> list[tuple[Job, Evaluation]]:
 
 def environment() -> dict[str, str]:
     """What subprocesses of the tests run under: one thread, no network, narrow output that does not wrap."""
-    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "EVOMERGE_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return {k: v for k, v in os.environ.items() if k != "EVOMERGE_ROOT"} | quiet | {"NO_COLOR": "1", "TERM": "dumb"}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "EVOMERGE_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "200",
+    }
+    return (
+        {k: v for k, v in os.environ.items() if k != "EVOMERGE_ROOT"}
+        | quiet
+        | {"NO_COLOR": "1", "TERM": "dumb"}
+    )
 
 
 def command(*words: object) -> list[str]:
@@ -234,7 +262,15 @@ def command(*words: object) -> list[str]:
 
 def evomerge(*words: object, cwd: Path = REPO, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs `evomerge` to its end."""
-    return subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command(*words),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def in_process(*words: object) -> tuple[int, str, str]:
@@ -287,7 +323,9 @@ class Prepared:
         """folder: for the output of what is started."""
         self.folder, self._count = folder, 0
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, "-c", _PREPARED], cwd=REPO, env=environment(), stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PREPARED], cwd=REPO, env=environment(), stdin=pipe, stdout=pipe, text=True
+        )
 
     def __enter__(self) -> Prepared:
         return self
@@ -347,7 +385,15 @@ def count_rows(store: Path, table: str) -> int:
         connection.close()
 
 
-def search_file(folder: Path, study: str, *, evaluations: int = 16, population: int = 8, batch: int = 64, **evaluation: Any) -> Path:
+def search_file(
+    folder: Path,
+    study: str,
+    *,
+    evaluations: int = 16,
+    population: int = 8,
+    batch: int = 64,
+    **evaluation: Any,
+) -> Path:
     """Writes a small search over the zoo and the shipped tasks."""
     zoo = zoo_folder()
     document = {
@@ -355,9 +401,20 @@ def search_file(folder: Path, study: str, *, evaluations: int = 16, population: 
         "models": {name: str(zoo / name) for name in ("base", "math", "lang", "string")},
         "base": "base",
         "method": "task_arithmetic",
-        "space": {"groups": 2, "components": ["attention", "mlp"], "parameters": {"weight": {"low": -0.5, "high": 2.5, "start": 0.8}}},
+        "space": {
+            "groups": 2,
+            "components": ["attention", "mlp"],
+            "parameters": {"weight": {"low": -0.5, "high": 2.5, "start": 0.8}},
+        },
         "tasks": [{"task": f"zoo_{name}"} for name in ("arithmetic", "lookup", "string", "cross")],
-        "evaluation": {"splits": "declared", "items": 8, "validation": 8, "test": 8, "batch_size": batch, **evaluation},
+        "evaluation": {
+            "splits": "declared",
+            "items": 8,
+            "validation": 8,
+            "test": 8,
+            "batch_size": batch,
+            **evaluation,
+        },
         "search": {"evaluations": evaluations, "population": population, "sigma": 0.1, "finalists": 3},
     }
     file = folder / f"{study}.yaml"

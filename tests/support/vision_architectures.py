@@ -16,7 +16,15 @@ _TOWER = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
 }  # fmt: skip
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-_QWEN = {"depth": 2, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": HIDDEN, "patch_size": 14}
+_QWEN = {
+    "depth": 2,
+    "hidden_size": 16,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "out_hidden_size": HIDDEN,
+    "patch_size": 14,
+}
 _LLAMA: dict[str, Any] = {**_DENSE, "model_type": "llama"}
 _IMAGE = {"image_token_id": 120, "image_token_index": 120}
 
@@ -88,7 +96,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 else parameter + 0.3 * noise)
+            parameter.copy_(
+                noise * parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 else parameter + 0.3 * noise
+            )
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
     built: nn.Module = model.to(dtype).eval()
     return built

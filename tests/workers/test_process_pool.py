@@ -60,7 +60,9 @@ def test_each_job_is_answered_once_by_several_processes(tmp_path: Path) -> None:
 
 
 def study(folder: Path, pool: Pool) -> dict[str, list[dict[str, Any]]]:
-    ids = {role: {"first": tuple(f"{role}{i}" for i in range(30))} for role in ("search", "validation", "test")}
+    ids = {
+        role: {"first": tuple(f"{role}{i}" for i in range(30))} for role in ("search", "validation", "test")
+    }
     plan = Plan(
         stages=one_stage(SPACE, lambda start: CmaEs(start, 0.2, population=6, seed=1), 18), baselines=[], objective=Objective((Term("first"),)),
         items=ids, per_generation=10, finalists=3, seed=1,
@@ -93,7 +95,13 @@ def test_a_candidate_that_kills_every_process_fails_and_the_others_do_not(tmp_pa
     with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,)), 1) as pool:
         found = [evaluation for _, evaluation in results(pool, work)]
     wanted = [evaluation for _, evaluation in results(ToyPool(), work)]
-    assert [e.error for e in found] == [None, None, "poison: 3 worker processes died while it was evaluated", None, None]
+    assert [e.error for e in found] == [
+        None,
+        None,
+        "poison: 3 worker processes died while it was evaluated",
+        None,
+        None,
+    ]
     assert [e for e in found if e.error is None] == [e for e in wanted if e.recipe_id != work[2].recipe.id]
 
 
@@ -121,7 +129,9 @@ def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
         results(pool, work)
         told = pool.attempts()
         assert pool.attempts() == []
-    ends = {job.recipe.id: [(a.number, a.cause) for a in told if a.recipe_id == job.recipe.id] for job in work}
+    ends = {
+        job.recipe.id: [(a.number, a.cause) for a in told if a.recipe_id == job.recipe.id] for job in work
+    }
     assert ends[work[2].recipe.id][-3:] == [(1, "died"), (2, "died"), (3, "died")]
     assert ends[work[4].recipe.id][-1][1] == "done"
     assert all(a.seconds >= 0 and a.pid and a.host for a in told if a.cause == "done")

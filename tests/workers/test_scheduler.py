@@ -66,7 +66,9 @@ class Night:
     def assign(self) -> dict[str, Try]:
         return {t.seat.name: t for t in self.slots.assign(self.now)}
 
-    def finish(self, done: Try, found: Evaluation | None = None, seconds: float = 10.0, memory: int = 0) -> None:
+    def finish(
+        self, done: Try, found: Evaluation | None = None, seconds: float = 10.0, memory: int = 0
+    ) -> None:
         self.slots.finished(done.number, found or good(done), self.now, seconds, memory)
 
     def die(self, done: Try, cause: str = "died") -> None:
@@ -90,7 +92,9 @@ class Night:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
-def test_each_job_is_answered_once_whatever_happens(seed: int, workers: int, rate: float, drain: bool) -> None:
+def test_each_job_is_answered_once_whatever_happens(
+    seed: int, workers: int, rate: float, drain: bool
+) -> None:
     rng = random.Random(seed)
     night = Night("abcde"[:workers], Limits(breaker=10**6, alone=1.0, tries=rng.choice((3, 20))))
     slots, asked, answers = night.slots, 0, Counter[int]()
@@ -117,7 +121,9 @@ def test_each_job_is_answered_once_whatever_happens(seed: int, workers: int, rat
             elif event < 0.8:
                 del flying[t.seat.number]
                 error = rng.choice((CUDA, "ValueError: no", None, None, None, None))
-                night.finish(t, bad(t, error) if error else None, rng.random() * 20, rng.choice((0, 1 << 20, 1 << 40)))
+                night.finish(
+                    t, bad(t, error) if error else None, rng.random() * 20, rng.choice((0, 1 << 20, 1 << 40))
+                )
         for seat, _ in slots.worn:
             night.seat(int(seat.name[1:]), seat.place)
         slots.worn.clear()
@@ -428,7 +434,10 @@ def test_what_workers_did_is_counted() -> None:
     night.slots.leave(begun["w1"].seat.number, "died", "x", night.now)
     night.now += 10
     found = night.slots.use(night.now)
-    assert {n: (u.busy, u.alive, u.jobs) for n, u in found.items()} == {"w0": (8.0, 20.0, 1), "w1": (10.0, 10.0, 0)}
+    assert {n: (u.busy, u.alive, u.jobs) for n, u in found.items()} == {
+        "w0": (8.0, 20.0, 1),
+        "w1": (10.0, 10.0, 0),
+    }
 
 
 def test_nothing_is_left_of_jobs_that_are_done() -> None:

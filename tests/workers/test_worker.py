@@ -52,7 +52,11 @@ class Logits:
             for item in ids:
                 with torch.no_grad():
                     logits = model(torch.tensor([[int(item), 5, 7]])).logits
-                scores.append(ItemScore(task, item, float(logits[0, -1].double() @ torch.arange(1, 17, dtype=torch.float64))))
+                scores.append(
+                    ItemScore(
+                        task, item, float(logits[0, -1].double() @ torch.arange(1, 17, dtype=torch.float64))
+                    )
+                )
         self.before()
         return tuple(scores), {task: math.fsum(s.value for s in scores if s.task == task) for task in items}
 
@@ -61,14 +65,20 @@ class Logits:
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     root = tmp_path_factory.mktemp("parents")
     base = llama(root / "base", 0, layers=3)
-    return {"base": Checkpoint(base)} | {m: Checkpoint(llama(root / m, i, layers=3, near=base)) for i, m in enumerate("ab", 1)}
+    return {"base": Checkpoint(base)} | {
+        m: Checkpoint(llama(root / m, i, layers=3, near=base)) for i, m in enumerate("ab", 1)
+    }
 
 
-def recipe(weight: float = 0.7, method: str = "task_arithmetic", at: Mapping[int, Mix] | None = None) -> Recipe:
+def recipe(
+    weight: float = 0.7, method: str = "task_arithmetic", at: Mapping[int, Mix] | None = None
+) -> Recipe:
     """One method with one weight everywhere; `at` replaces layers."""
 
     def mix(layer: int | None) -> Mix:
-        return Mix(method, (("a", layer), ("b", layer)), ("base", layer), params({"weight": (weight, weight / 2)}))
+        return Mix(
+            method, (("a", layer), ("b", layer)), ("base", layer), params({"weight": (weight, weight / 2)})
+        )
 
     layers = [(at or {}).get(i, mix(i)) for i in range(3)]
     return Recipe("base", tuple(layers), mix(None), mix(None))
@@ -89,7 +99,9 @@ def method() -> Iterator[Callable[[Callable[..., torch.Tensor]], str]]:
 
     def add(kernel: Callable[..., torch.Tensor]) -> str:
         name = f"poison{len(added)}"
-        METHODS[name] = Method(name, kernel, (Param("weight", 0, 1, 1),), needs_base=True, paper="", summary="")  # type: ignore[arg-type]
+        METHODS[name] = Method(
+            name, kernel, (Param("weight", 0, 1, 1),), needs_base=True, paper="", summary=""
+        )  # type: ignore[arg-type]
         added.append(name)
         return name
 
@@ -139,7 +151,9 @@ def test_the_parents_stay_as_they_are(parents: dict[str, Checkpoint]) -> None:
 # ---- poison ----------------------------------------------------------------------------------------------------------
 
 
-def nan_at_the_end(tensors: Sequence[torch.Tensor], base: torch.Tensor, values: Any, keys: Any) -> torch.Tensor:
+def nan_at_the_end(
+    tensors: Sequence[torch.Tensor], base: torch.Tensor, values: Any, keys: Any
+) -> torch.Tensor:
     out = base.clone()
     out.view(-1)[-1] = math.nan
     return out
@@ -149,7 +163,9 @@ def raises(tensors: Sequence[torch.Tensor], base: torch.Tensor, values: Any, key
     raise ZeroDivisionError("the kernel divided by nothing")
 
 
-def spoils_its_inputs(tensors: Sequence[torch.Tensor], base: torch.Tensor, values: Any, keys: Any) -> torch.Tensor:
+def spoils_its_inputs(
+    tensors: Sequence[torch.Tensor], base: torch.Tensor, values: Any, keys: Any
+) -> torch.Tensor:
     for tensor in (*tensors, base):
         tensor.fill_(math.inf)
     return base
@@ -182,20 +198,39 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
         case "a kernel of the wrong shape":
             return layer(method(wrong_shape)), ("model.layers.1.input_layernorm.weight", "[7]", "[8]")
         case "weights that overflow":
-            return layer("task_arithmetic", weight=(1e38, 1e38), **{"lambda": 1e30}), ("not finite", "model.layers.1", "task_arithmetic of a, b")
+            return layer("task_arithmetic", weight=(1e38, 1e38), **{"lambda": 1e30}), (
+                "not finite",
+                "model.layers.1",
+                "task_arithmetic of a, b",
+            )
         case "weights that cancel":
             given = params({"weight": (1.0, -1.0)})
-            return recipe(at={1: Mix("linear", (("a", 1), ("b", 1)), None, given)}), ("not finite", "model.layers.1", "linear of a, b")
+            return recipe(at={1: Mix("linear", (("a", 1), ("b", 1)), None, given)}), (
+                "not finite",
+                "model.layers.1",
+                "linear of a, b",
+            )
         case "activations that overflow":
             return huge(), ("NaN",)
         case "an unknown method":
             return layer("no_such_method"), ("unknown merge method 'no_such_method'",)
         case "an unknown parameter":
-            return layer("task_arithmetic", wieght=(1.0, 1.0)), ("no parameter 'wieght'", "layer 1", "'weight'")
+            return layer("task_arithmetic", wieght=(1.0, 1.0)), (
+                "no parameter 'wieght'",
+                "layer 1",
+                "'weight'",
+            )
         case "a parameter out of range":
-            return layer("ties", density=(1.5, 0.5)), ("density must be in [0, 1], got 1.5", "layer 1", "model a")
+            return layer("ties", density=(1.5, 0.5)), (
+                "density must be in [0, 1], got 1.5",
+                "layer 1",
+                "model a",
+            )
         case "a filter out of range":
-            return layer("ties", density=(0.5, Filtered((("mlp", -1.0), ("*", 0.5))))), ("density must be in [0, 1], got -1", "model b")
+            return layer("ties", density=(0.5, Filtered((("mlp", -1.0), ("*", 0.5))))), (
+                "density must be in [0, 1], got -1",
+                "model b",
+            )
         case "too many models":
             return layer("slerp", t=0.5), ("slerp takes 1 source", "layer 1")
         case "an unknown model":
@@ -203,7 +238,13 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
         case "a layer that is not there":
             return recipe(at={1: Mix("passthrough", (("a", 9),))}), ("9",)
         case "scales of a layer that is not there":
-            return Recipe("base", (*good.layers[:1], Mix("passthrough", (("a", 7),))), good.embeddings, good.head, scales=(1.0, 0.5)), ("7",)
+            return Recipe(
+                "base",
+                (*good.layers[:1], Mix("passthrough", (("a", 7),))),
+                good.embeddings,
+                good.head,
+                scales=(1.0, 0.5),
+            ), ("7",)
         case "an unknown dtype":
             return Recipe("base", good.layers, good.embeddings, good.head, out_dtype="int8"), ("int8",)
     raise AssertionError(name)
@@ -230,7 +271,9 @@ def test_a_poisonous_recipe_is_a_sentence_and_the_next_is_unharmed(
     assert "\n" not in evaluation.error
     assert (evaluation.recipe_id, evaluation.items, dict(evaluation.metrics)) == (bad.id, (), {})
     assert values(one.evaluate(recipe(), ITEMS)) == values(worker(parents).evaluate(recipe(), ITEMS))
-    assert {m: p.content_hash() for m, p in parents.items()} == {m: Checkpoint(p.path).content_hash() for m, p in parents.items()}
+    assert {m: p.content_hash() for m, p in parents.items()} == {
+        m: Checkpoint(p.path).content_hash() for m, p in parents.items()
+    }
 
 
 def test_a_nan_that_is_not_in_the_weights_is_found_in_the_logits(parents: dict[str, Checkpoint]) -> None:
@@ -240,8 +283,12 @@ def test_a_nan_that_is_not_in_the_weights_is_found_in_the_logits(parents: dict[s
         def score(self, model: Any, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
             """A greedy continuation; NaN logits have a first maximum too."""
             for ids in items.values():
-                model.generate(torch.tensor([[int(ids[0])]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
-            return tuple(ItemScore(t, i, 0.0) for t, ids in items.items() for i in ids), dict.fromkeys(items, 0.0)
+                model.generate(
+                    torch.tensor([[int(ids[0])]]), max_new_tokens=3, do_sample=False, pad_token_id=0
+                )
+            return tuple(ItemScore(t, i, 0.0) for t, ids in items.items() for i in ids), dict.fromkeys(
+                items, 0.0
+            )
 
     one = worker(parents, Text())
     assert "NaN" in str(one.evaluate(huge(), ITEMS).error)
@@ -261,11 +308,16 @@ def test_a_nan_that_is_not_in_the_weights_is_found_in_the_logits(parents: dict[s
         (MemoryError("no room"), "MemoryError: no room"),
         (AssertionError(), "AssertionError:"),
         (StopIteration("over"), "StopIteration: over"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: bad"),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+            "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: bad",
+        ),
     ],
     ids=lambda e: type(e).__name__ if isinstance(e, Exception) else "",
 )
-def test_an_evaluator_that_raises_is_a_sentence(error: Exception, sentence: str, parents: dict[str, Checkpoint]) -> None:
+def test_an_evaluator_that_raises_is_a_sentence(
+    error: Exception, sentence: str, parents: dict[str, Checkpoint]
+) -> None:
     def once() -> None:
         evaluator.before = lambda: None
         raise error
@@ -300,7 +352,11 @@ def test_a_request_to_stop_is_not_a_failure(parents: dict[str, Checkpoint]) -> N
 
 
 def test_a_pool_yields_every_job_once_in_order(parents: dict[str, Checkpoint]) -> None:
-    jobs = [Job(7, recipe(), ITEMS), Job(3, recipe(method="no_such_method"), ITEMS), Job(5, recipe(0.1), {"first": ("1",)})]
+    jobs = [
+        Job(7, recipe(), ITEMS),
+        Job(3, recipe(method="no_such_method"), ITEMS),
+        Job(5, recipe(0.1), {"first": ("1",)}),
+    ]
     out = results(InProcessPool(worker(parents)), jobs)
     assert [job for job, _ in out] == jobs
     assert [e.recipe_id for _, e in out] == [job.recipe.id for job in jobs]
@@ -323,11 +379,15 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 
 def test_text_of_nan_logits_is_not_a_wrong_answer() -> None:
     zoo = {name: Checkpoint(zoo_folder() / name) for name in ("base", "math")}
-    harness = LmHarness([TaskSpec("zoo_arithmetic", splits="declared")], load_tokenizer(zoo["base"]), limits={"test": 10})
+    harness = LmHarness(
+        [TaskSpec("zoo_arithmetic", splits="declared")], load_tokenizer(zoo["base"]), limits={"test": 10}
+    )
 
     def scaled(by: float) -> Recipe:
         def mix(layer: int | None) -> Mix:
-            return Mix("passthrough", (("math", layer),), None, params({"scale": (by if layer == 2 else 1.0,)}))
+            return Mix(
+                "passthrough", (("math", layer),), None, params({"scale": (by if layer == 2 else 1.0,)})
+            )
 
         return Recipe("base", tuple(mix(i) for i in range(6)), mix(None), mix(None))
 
@@ -369,7 +429,10 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
         data = reports.summary(store)
         assert data["state"] == "done"
         assert data["failed"] >= len({t.recipe_id for t in failed}) >= 3
-        assert {str(t.error) for t in failed} == {"RuntimeError: the evaluator broke", "task 'zoo_arithmetic' gave the metric nan"}
+        assert {str(t.error) for t in failed} == {
+            "RuntimeError: the evaluator broke",
+            "task 'zoo_arithmetic' gave the metric nan",
+        }
         text = reports.markdown(store)
         for t in failed:
             found = reports.candidate(store, t)
@@ -380,32 +443,51 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
     code, out, _ = in_process("show", f"poisoned/{failed[0].id}", "--root", tmp_path / "root")
     assert code == 0
     assert f"failed: {failed[0].error}" in out
-    code, _, err = in_process("export", f"poisoned/{failed[0].id}", tmp_path / "out", "--root", tmp_path / "root")
+    code, _, err = in_process(
+        "export", f"poisoned/{failed[0].id}", tmp_path / "out", "--root", tmp_path / "root"
+    )
     assert code == 4
     assert err.startswith("error[E310]")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_that_is_written_to_under_the_search_is_an_error_too(parents: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_an_adapter_that_is_written_to_under_the_search_is_an_error_too(
+    parents: dict[str, Checkpoint], tmp_path: Path
+) -> None:
     """Its file was not among those that are looked at."""
     base = parents["base"]
     suffix = next(s for s in base.layer_suffixes(0) if s.endswith("q_proj.weight"))
-    module, (rows, columns) = base.layer_name(0, suffix).removesuffix(".weight"), base.tensors[base.layer_name(0, suffix)].shape
+    module, (rows, columns) = (
+        base.layer_name(0, suffix).removesuffix(".weight"),
+        base.tensors[base.layer_name(0, suffix)].shape,
+    )
     names = (f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight")
-    save_file(dict(zip(names, (torch.ones(2, columns), torch.ones(rows, 2)), strict=True)), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}))
+    save_file(
+        dict(zip(names, (torch.ones(2, columns), torch.ones(rows, 2)), strict=True)),
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
+    )
     adapted = Adapted(base, tmp_path)
     assert {*adapted.files} == {*base.files, tmp_path / "adapter_model.safetensors"}
     scorer = Worker({**parents, "a": adapted}, "base", Logits(), dtype="bfloat16")
     assert scorer.evaluate(recipe(), ITEMS).error is None
     os.utime(tmp_path / "adapter_model.safetensors", ns=(1, 1))
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors was changed or deleted while the search reads it"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model.safetensors was changed or deleted while the search reads it"
+    ):
         scorer.evaluate(recipe(), ITEMS)
 
 
-def test_a_parent_that_is_written_to_under_the_search_is_an_error_and_no_candidates(parents: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_a_parent_that_is_written_to_under_the_search_is_an_error_and_no_candidates(
+    parents: dict[str, Checkpoint], tmp_path: Path
+) -> None:
     """A file that somebody changes while it is mapped would be another model, and one that is cut off ends the process."""
-    copies = {name: Checkpoint(Path(shutil.copytree(parent.path, tmp_path / name))) for name, parent in parents.items()}
+    copies = {
+        name: Checkpoint(Path(shutil.copytree(parent.path, tmp_path / name)))
+        for name, parent in parents.items()
+    }
     scorer = worker(copies)
     assert scorer.evaluate(recipe(), ITEMS).error is None
     os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))

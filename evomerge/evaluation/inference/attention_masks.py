@@ -34,10 +34,14 @@ def windows(model: nn.Module) -> Windows:
     config = root.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = getattr(config, "layer_types", None)
-    return Windows(window, getattr(config, "attention_chunk_size", None), tuple(sorted(set(types))) if types else None)
+    return Windows(
+        window, getattr(config, "attention_chunk_size", None), tuple(sorted(set(types))) if types else None
+    )
 
 
-def attention_mask(limits: Windows, seen: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def attention_mask(
+    limits: Windows, seen: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
     """The additive mask [B, 1, Q, K] that transformers takes, one for each kind of layer where there are several.
 
     seen [B, Q, K]: what a query sees but for windows; queries [B, Q], keys [B, K]: logical positions. In the model's type:
@@ -52,7 +56,11 @@ def attention_mask(limits: Windows, seen: Tensor, queries: Tensor, keys: Tensor,
         return seen & (queries[:, :, None] - keys[:, None, :] < limits.window) if limits.window else seen
 
     def chunked() -> Tensor:
-        return seen & (queries[:, :, None] // limits.chunk == keys[:, None, :] // limits.chunk) if limits.chunk else seen
+        return (
+            seen & (queries[:, :, None] // limits.chunk == keys[:, None, :] // limits.chunk)
+            if limits.chunk
+            else seen
+        )
 
     if limits.types and len(limits.types) > 1:
         kinds = {SLIDING: windowed, CHUNKED: chunked}

@@ -35,10 +35,14 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     def __init__(self, like: Any, slots: int, length: int, state: _State) -> None:
         super().__init__()
         self.lazy_initialization(like.keys, like.values)
-        self.keys, self.values = (t.new_empty(slots, t.shape[1], length, t.shape[3]) for t in (like.keys, like.values))
+        self.keys, self.values = (
+            t.new_empty(slots, t.shape[1], length, t.shape[3]) for t in (like.keys, like.values)
+        )
         self.state = state
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values [n, H, seen, D] with the new ones [n, H, 1, D] in their places."""
         state = self.state
         rows = state.rows.numel()
@@ -68,7 +72,10 @@ class _Slots:
     def admit(self, chunk: Chunk, past: Any, places: list[int], new: list[int]) -> None:
         """Gives rows to those prompts of a chunk, prefilled in `past`, whose first token did not end them."""
         if self.past is None:
-            layers = [_SlotLayer(x, self.plan.slots, self.plan.length, self.state) if x.is_initialized else x for x in past.layers]
+            layers = [
+                _SlotLayer(x, self.plan.slots, self.plan.length, self.state) if x.is_initialized else x
+                for x in past.layers
+            ]
             self.past = Cache(layers=layers)
         first, count = len(self.requests), len(places)
         every = count == len(chunk.requests)
@@ -132,7 +139,10 @@ def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
     number, prefix = None, None
     waiting = 0
     while waiting < len(plan.chunks) or slots.requests:
-        while waiting < len(plan.chunks) and len(slots.requests) + len(plan.chunks[waiting].requests) <= plan.slots:
+        while (
+            waiting < len(plan.chunks)
+            and len(slots.requests) + len(plan.chunks[waiting].requests) <= plan.slots
+        ):
             chunk = plan.chunks[waiting]
             waiting += 1
             if chunk.prefix != number:

@@ -25,7 +25,9 @@ class Forward:
         self.argument = kv_cache.cache_argument(model)
         self.takes_positions = kv_cache.takes_positions(model)
 
-    def __call__(self, rows: Tensor, ids: Tensor, past: Any, *, positions: Tensor | None = None, mask: Any = None) -> Tensor:
+    def __call__(
+        self, rows: Tensor, ids: Tensor, past: Any, *, positions: Tensor | None = None, mask: Any = None
+    ) -> Tensor:
         """Logits [N, V] of rows [N] of ids [B, S]; `past` grows by them. positions [B, S]; mask: as the model takes it."""
         inputs: dict[str, Any] = {"use_cache": False}
         if past is not None:

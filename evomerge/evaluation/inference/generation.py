@@ -61,7 +61,12 @@ class Generator:
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got '{decoder}'")
         self.model, self.tokenizer, self.max_length, self.eos_ids = model, tokenizer, max_length, eos_ids
-        self.decoder, self.rows, self.tokens, self.launch = decoder, 1 if decoder == "single" else rows, tokens, launch
+        self.decoder, self.rows, self.tokens, self.launch = (
+            decoder,
+            1 if decoder == "single" else rows,
+            tokens,
+            launch,
+        )
         self.forward = Forward(model, head, pad_id)
         if decoder == "whole":
             self.forward.argument = None
@@ -72,7 +77,11 @@ class Generator:
 
     @torch.inference_mode()
     def compile(
-        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new: int | Sequence[int], settings: Mapping[str, Any] | None = _GIVEN
+        self,
+        prompts: Sequence[Sequence[int]],
+        stops: Sequence[str],
+        max_new: int | Sequence[int],
+        settings: Mapping[str, Any] | None = _GIVEN,
     ) -> GenerationPlan:
         """The plan for prompts (token ids), stop strings and the most new tokens, of all or of each.
 
@@ -98,7 +107,18 @@ class Generator:
         if kept not in self._stops:
             self._stops[kept] = Stops(self.tokenizer, kept)
         rules = processors(self.model, unique, limits, settings) if settings is not None else None
-        return GenerationPlan(unique, limits, tuple(places), self._stops[kept], rules, self.decoder, prefixes, chunks, running, length)
+        return GenerationPlan(
+            unique,
+            limits,
+            tuple(places),
+            self._stops[kept],
+            rules,
+            self.decoder,
+            prefixes,
+            chunks,
+            running,
+            length,
+        )
 
     @torch.inference_mode()
     def run(self, plan: GenerationPlan) -> list[list[int]]:
@@ -110,7 +130,9 @@ class Generator:
     def texts(self, plan: GenerationPlan, *, trace: bool = False) -> Texts:
         """As `run`, but of the distinct prompts. trace: with the logits behind every token."""
         texts = Texts(plan, self.eos_ids, trace=trace)
-        (continuous_batching if plan.decoder == "slots" else static_batching).decode(plan, self.forward, texts)
+        (continuous_batching if plan.decoder == "slots" else static_batching).decode(
+            plan, self.forward, texts
+        )
         return texts
 
     # ---- compiling ---------------------------------------------------------------------------------------------------------
@@ -131,12 +153,16 @@ class Generator:
         ids = torch.full((1, tokens), self.forward.pad_id, device=self.forward.device)
         return self.forward.prefill(ids, windowed=self.decoder != "slots")
 
-    def _chunks(self, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], running: int) -> tuple[tuple[Tensor, ...], tuple[Chunk, ...]]:
+    def _chunks(
+        self, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], running: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Chunk, ...]]:
         """Prefixes, and chunks of the longest prompts first; those of one prefix follow each other."""
         groups: list[tuple[int, list[int]]] = []
         left = list(range(len(prompts)))
         if self.shares:
-            groups, left = shared_prefixes([p[:-1] for p in prompts], _SPLIT * self.launch)  # a token is left to be read from
+            groups, left = shared_prefixes(
+                [p[:-1] for p in prompts], _SPLIT * self.launch
+            )  # a token is left to be read from
         parts = [*groups, (0, left)]
         parts.sort(key=lambda part: -max((len(prompts[i]) for i in part[1]), default=0))
         prefixes: list[Tensor] = []
@@ -146,13 +172,21 @@ class Generator:
             if depth:
                 number = len(prefixes)
                 prefixes.append(torch.tensor([prompts[members[0]][:depth]], device=self.forward.device))
-            way = "equal" if self.decoder in ("single", "whole") or (self.decoder == "padded" and depth) else self.decoder
+            way = (
+                "equal"
+                if self.decoder in ("single", "whole") or (self.decoder == "padded" and depth)
+                else self.decoder
+            )
             ordered = sorted(members, key=lambda i: (-_size(prompts[i], way), prompts[i]))
-            for batch in self._batches([prompts[i][depth:] for i in ordered], [limits[i] for i in ordered], running, way):
+            for batch in self._batches(
+                [prompts[i][depth:] for i in ordered], [limits[i] for i in ordered], running, way
+            ):
                 chunks.append(self._chunk(prompts, [ordered[k] for k in batch], number, depth, way))
         return tuple(prefixes), tuple(chunks)
 
-    def _batches(self, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], running: int, way: str) -> Iterator[range]:
+    def _batches(
+        self, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], running: int, way: str
+    ) -> Iterator[range]:
         """Places of prompts (what follows their prefix), in the order to be prefilled, that make one chunk each."""
         most = running
         if way == "slots" and running < len(prompts):
@@ -162,20 +196,30 @@ class Generator:
         saved = self.launch * (1 if way == "slots" else 1 + longest)  # by one chunk less
         start = 0
         while start < len(prompts):
-            first = widest = new = total = len(prompts[start])  # new: tokens that no other row of the chunk begins with
+            first = widest = new = total = len(
+                prompts[start]
+            )  # new: tokens that no other row of the chunk begins with
             end = start + 1
             while end < len(prompts) and end - start < most and first - len(prompts[end]) <= spread:
                 size = len(prompts[end])
                 widest, total = max(widest, size), total + size
-                new += size - (common(prompts[end - 1], prompts[end]) if self.shares and way != "padded" else 0)
+                new += size - (
+                    common(prompts[end - 1], prompts[end]) if self.shares and way != "padded" else 0
+                )
                 every = (end - start + 1) * widest
-                if new > self.tokens or every > _SHARED * self.tokens or every - total > max(saved, _WASTE * total):
+                if (
+                    new > self.tokens
+                    or every > _SHARED * self.tokens
+                    or every - total > max(saved, _WASTE * total)
+                ):
                     break
                 end += 1
             yield range(start, end)
             start = end
 
-    def _chunk(self, prompts: Sequence[tuple[int, ...]], members: list[int], prefix: int | None, depth: int, way: str) -> Chunk:
+    def _chunk(
+        self, prompts: Sequence[tuple[int, ...]], members: list[int], prefix: int | None, depth: int, way: str
+    ) -> Chunk:
         """Tensors of prompts that are prefilled together."""
         device, pad = self.forward.device, self.forward.pad_id
         rests = [prompts[i][depth:] for i in members]
@@ -194,7 +238,9 @@ class Generator:
             start = depth
             for tokens, index in levels(rests, depths):
                 at = torch.arange(start, start + len(tokens[0]), device=device).expand(len(tokens), -1)
-                shared.append(Level(torch.tensor(tokens, device=device), at, torch.tensor(index, device=device)))
+                shared.append(
+                    Level(torch.tensor(tokens, device=device), at, torch.tensor(index, device=device))
+                )
                 start += len(tokens[0])
             rests = [r[start - depth :] for r in rests]
             width -= start - depth
@@ -202,7 +248,16 @@ class Generator:
             ids = [[*r[:width], *[pad] * (width - len(r))] for r in rests]
             positions = torch.arange(start, start + width, device=device).expand(len(rests), -1)
         rows = torch.tensor([k * width + end - 1 for k, end in enumerate(ends)], device=device)
-        return Chunk(tuple(members), prefix, tuple(shared), torch.tensor(ids, device=device), rows, positions, mask, lengths)
+        return Chunk(
+            tuple(members),
+            prefix,
+            tuple(shared),
+            torch.tensor(ids, device=device),
+            rows,
+            positions,
+            mask,
+            lengths,
+        )
 
 
 def _size(prompt: Sequence[int], way: str) -> int:

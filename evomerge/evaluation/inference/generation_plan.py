@@ -68,7 +68,11 @@ class GenerationPlan:
 def shared(forward: Forward, chunk: Chunk, prefix: Any, *, windowed: bool) -> Any:
     """The cache [b] of what the prompts of a chunk share; prefix: the cache of its prefix, or None."""
     first = chunk.levels[0].ids if chunk.levels else chunk.ids
-    past = kv_cache.new_cache(forward.model, windowed=windowed) if prefix is None else kv_cache.fork(prefix, rows=len(first))
+    past = (
+        kv_cache.new_cache(forward.model, windowed=windowed)
+        if prefix is None
+        else kv_cache.fork(prefix, rows=len(first))
+    )
     for level in chunk.levels:
         forward(forward.first, level.ids, past, positions=level.positions)
         past = kv_cache.fork(past, index=level.index)
@@ -93,7 +97,10 @@ class Texts:
             for request, row in zip(requests, logits.float().cpu(), strict=True):
                 self.trace[request].append(row)
         if plan.processors is not None:
-            rows = [process(plan.processors[r], plan.prompts[r], self.tokens[r], row) for r, row in zip(requests, logits, strict=True)]
+            rows = [
+                process(plan.processors[r], plan.prompts[r], self.tokens[r], row)
+                for r, row in zip(requests, logits, strict=True)
+            ]
             logits = torch.stack(rows)
         new: list[int] = logits.argmax(-1).tolist()
         hit, eos, limits, going = plan.stops.hit, self._eos, plan.limits, []

@@ -47,7 +47,11 @@ def _fork(layer: Any, rows: int, index: Tensor | None) -> Any:
     new = copy.copy(layer)
     for name, value in list(vars(new).items()):
         if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
-            setattr(new, name, value.index_select(0, index) if index is not None else value.expand(rows, *value.shape[1:]))
+            setattr(
+                new,
+                name,
+                value.index_select(0, index) if index is not None else value.expand(rows, *value.shape[1:]),
+            )
         elif isinstance(value, dict):
             setattr(new, name, {key: _own(item, rows, index) for key, item in value.items()})
     return new

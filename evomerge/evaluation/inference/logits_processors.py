@@ -62,10 +62,14 @@ def refusal(settings: Mapping[str, Any], model: nn.Module) -> str | None:
 
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that may change what is likeliest, such as a penalty."""
-    return {name: value for name, value in settings.items() if value is not None and name not in _INERT | _ONE}
+    return {
+        name: value for name, value in settings.items() if value is not None and name not in _INERT | _ONE
+    }
 
 
-def processors(model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], settings: Mapping[str, Any]) -> list[Any] | None:
+def processors(
+    model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], settings: Mapping[str, Any]
+) -> list[Any] | None:
     """Of each prompt, the logits processors that `generate` builds for it at batch size 1; None if there are none at all.
 
     limits: most new tokens of each prompt; settings: as for `refusal`, which has nothing against them.
@@ -73,9 +77,16 @@ def processors(model: nn.Module, prompts: Sequence[Sequence[int]], limits: Seque
     asked = effective(settings)
     from transformers import GenerationMixin
 
-    if not isinstance(model, GenerationMixin) or not prompts or not len(_prepared(model, prompts[0], limits[0], asked).processors):
+    if (
+        not isinstance(model, GenerationMixin)
+        or not prompts
+        or not len(_prepared(model, prompts[0], limits[0], asked).processors)
+    ):
         return None
-    return [_prepared(model, prompt, limit, asked).processors for prompt, limit in zip(prompts, limits, strict=True)]
+    return [
+        _prepared(model, prompt, limit, asked).processors
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
 
 
 def process(rules: Any, prompt: Sequence[int], tokens: Sequence[int], logits: Tensor) -> Tensor:
@@ -87,7 +98,11 @@ def process(rules: Any, prompt: Sequence[int], tokens: Sequence[int], logits: Te
 
 def _refused(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
     """What in the settings or in the model's own generation_config cannot be honoured; None if all can."""
-    whose = f"{', '.join(sorted(settings))} in the generation settings" if settings else "the model's generation_config"
+    whose = (
+        f"{', '.join(sorted(settings))} in the generation settings"
+        if settings
+        else "the model's generation_config"
+    )
     try:
         found = _prepared(model, [1, 1], 3, settings)
     except Exception as error:  # generate refuses it by itself: so it does behind lm-eval
@@ -107,7 +122,14 @@ def _prepared(model: Any, prompt: Sequence[int], limit: int, settings: Mapping[s
     """What `generate` hands its decoding method for one prompt and `limit` new tokens."""
     found: list[_Greedy] = []
 
-    def write_down(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **rest: Any) -> Tensor:
+    def write_down(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **rest: Any,
+    ) -> Tensor:
         names = tuple(type(c).__name__ for c in stopping_criteria)
         mode = str(generation_config.get_generation_mode().value)
         found.append(_Greedy(mode, generation_config, logits_processor, names))

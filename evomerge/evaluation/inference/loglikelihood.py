@@ -49,20 +49,26 @@ class Engine:
         self.forward = forward = Forward(model, self.head, pad_id)
         tokens = tokens or (1024 if forward.device.type == "cpu" else 16384)
         rows = max(64, LOGITS // forward.vocabulary)
-        self.facts = Facts(forward.dtype, forward.device, forward.limits, forward.takes_positions, pad_id, tokens, rows)
+        self.facts = Facts(
+            forward.dtype, forward.device, forward.limits, forward.takes_positions, pad_id, tokens, rows
+        )
         if launch is not None:
             self.facts = replace(self.facts, launch=launch)
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.head.close()
 
     @property
     def best(self) -> Technique:
         """The allowed technique that shares most."""
-        return next(t for t in TECHNIQUES if t == "plain" or (t in self.verdicts and self.verdicts[t].allowed))
+        return next(
+            t for t in TECHNIQUES if t == "plain" or (t in self.verdicts and self.verdicts[t].allowed)
+        )
 
     def compile(self, requests: Sequence[Request], technique: Technique | None = None) -> Plan:
         """The plan for requests: with None by the best technique that the verdicts allow."""
@@ -94,7 +100,9 @@ class Engine:
         places = todo.places.to(device)
         return Scores(sums[places].cpu(), (wrong == 0)[places].cpu())
 
-    def score(self, requests: Sequence[Request], technique: Technique | None = None, rounding: Rounding = "float32") -> Scores:
+    def score(
+        self, requests: Sequence[Request], technique: Technique | None = None, rounding: Rounding = "float32"
+    ) -> Scores:
         """Compiles and runs at once."""
         return self.run(self.compile(requests, technique), rounding)
 
@@ -116,6 +124,8 @@ def _chosen(logits: Tensor, reads: Reads, rounding: Rounding) -> tuple[Tensor, T
     """(log-probability of each target, likeliest token at its row), both [M]."""
     if rounding == "model":
         rounded = torch.cat([torch.log_softmax(piece, -1) for piece in torch.split(logits, _PIECE)])
-        return rounded[reads.row, reads.target], rounded.argmax(-1)[reads.row]  # rounding makes ties, and the first of them wins
+        return rounded[reads.row, reads.target], rounded.argmax(-1)[
+            reads.row
+        ]  # rounding makes ties, and the first of them wins
     whole = torch.cat([torch.logsumexp(piece.float(), -1) for piece in torch.split(logits, _PIECE)])
     return logits[reads.row, reads.target].float() - whole[reads.row], logits.argmax(-1)[reads.row]

@@ -102,8 +102,15 @@ def make(requests: Sequence[Request], technique: Technique, facts: Facts) -> Pla
 
 def _dropped(steps: Sequence[Step]) -> tuple[Step, ...]:
     """The steps, each with the caches that it is the last to use."""
-    last = {number: at for at, step in enumerate(steps) for number in (step.source, step.keep) if number is not None}
-    return tuple(replace(step, drop=tuple(n for n, end in last.items() if end == at)) for at, step in enumerate(steps))
+    last = {
+        number: at
+        for at, step in enumerate(steps)
+        for number in (step.source, step.keep)
+        if number is not None
+    }
+    return tuple(
+        replace(step, drop=tuple(n for n, end in last.items() if end == at)) for at, step in enumerate(steps)
+    )
 
 
 class _Planner:
@@ -134,7 +141,10 @@ class _Planner:
                 if len(context) < _LEAST or len(_merged([self.inputs[i] for i in choices])) < 2:
                     alone += choices  # nothing to fork for
                     continue
-                if batch and (len(context) - len(batch[0][0]) > _RAGGED or len(context) * (len(batch) + 1) > self.facts.tokens):
+                if batch and (
+                    len(context) - len(batch[0][0]) > _RAGGED
+                    or len(context) * (len(batch) + 1) > self.facts.tokens
+                ):
                     self._forks(batch, length, source)
                     batch = []
                 batch.append((context, choices))
@@ -151,8 +161,16 @@ class _Planner:
             grown: list[tuple[Tree, list[int]]] = []
             for context, choices in by_context.items():
                 rows = _merged([self.inputs[i][length:] for i in choices])
-                t = tree([self.inputs[i][length:] for i in choices]) if len(rows) > 1 and len(context) >= _LEAST else None
-                if t is None or len(t.tokens) > self.facts.tokens or len(t.tokens) > _WORTH * sum(len(row) for row, _ in rows):
+                t = (
+                    tree([self.inputs[i][length:] for i in choices])
+                    if len(rows) > 1 and len(context) >= _LEAST
+                    else None
+                )
+                if (
+                    t is None
+                    or len(t.tokens) > self.facts.tokens
+                    or len(t.tokens) > _WORTH * sum(len(row) for row, _ in rows)
+                ):
                     alone += choices  # a mask costs more than it saves
                 else:
                     grown.append((t, choices))
@@ -170,7 +188,9 @@ class _Planner:
             by_context.setdefault(self.inputs[i][: request.first], []).append(i)
         contexts = list(by_context)
         groups, left = shared_prefixes(contexts, self.facts.launch)
-        found = [(length, [i for c in members for i in by_context[contexts[c]]]) for length, members in groups]
+        found = [
+            (length, [i for c in members for i in by_context[contexts[c]]]) for length, members in groups
+        ]
         rest = [i for c in left for i in by_context[contexts[c]]]
         return [*found, (0, rest)] if rest else found
 
@@ -184,7 +204,9 @@ class _Planner:
     def _rows(self, numbers: Sequence[int], past: int = 0, source: int | None = None) -> None:
         """Right-padded rows, sorted by length; inputs that begin another input are read from its row."""
         rows = sorted(_merged([self.inputs[i] for i in numbers]), key=lambda row: -len(row[0]))
-        for batch in self._batches(rows, lambda row: len(row[0]) - past, lambda row: self._count(numbers[i] for i in row[1])):
+        for batch in self._batches(
+            rows, lambda row: len(row[0]) - past, lambda row: self._count(numbers[i] for i in row[1])
+        ):
             ids = self._padded([row[past:] for row, _ in batch])
             reads = [(numbers[i], b * ids.shape[1] - past) for b, (_, own) in enumerate(batch) for i in own]
             self._add(ids, past=past, source=source, spread=len(batch), reads=self._reads(reads))
@@ -194,9 +216,13 @@ class _Planner:
         cut = len(batch[0][0])
         ids = torch.tensor([context[:cut] for context, _ in batch])
         kept = self._add(ids, past=past, source=source, spread=len(batch), keep=True)
-        rows: list[tuple[int, tuple[int, ...], list[int]]] = []  # (row of the context, input, requests read from it)
+        rows: list[
+            tuple[int, tuple[int, ...], list[int]]
+        ] = []  # (row of the context, input, requests read from it)
         for b, (_, choices) in enumerate(batch):
-            rows += [(b, row, [choices[i] for i in own]) for row, own in _merged([self.inputs[i] for i in choices])]
+            rows += [
+                (b, row, [choices[i] for i in own]) for row, own in _merged([self.inputs[i] for i in choices])
+            ]
         rows.sort(key=lambda row: -len(row[1]))
         done = past + cut
         for part in self._batches(rows, lambda row: len(row[1]) - done, lambda row: self._count(row[2])):
@@ -214,10 +240,27 @@ class _Planner:
             for b, (t, own) in enumerate(batch):
                 for path, i in zip(t.paths, own, strict=True):
                     first = self.requests[i].first - past
-                    reads.append((i, [b * width + node for node in path[first : first + len(self.requests[i].continuation)]]))
+                    reads.append(
+                        (
+                            i,
+                            [
+                                b * width + node
+                                for node in path[first : first + len(self.requests[i].continuation)]
+                            ],
+                        )
+                    )
             seen, queries, keys = visible([t for t, _ in batch], past, width)
             mask = attention_mask(self.facts.windows, seen, queries, keys, self.facts.dtype)
-            self._add(ids, past=past, source=source, spread=len(batch), reads=self._read(reads), mask=mask, positions=queries, windowed=False)
+            self._add(
+                ids,
+                past=past,
+                source=source,
+                spread=len(batch),
+                reads=self._read(reads),
+                mask=mask,
+                positions=queries,
+                windowed=False,
+            )
 
     def _add(
         self,
@@ -249,7 +292,11 @@ class _Planner:
                 number,
                 windowed,
                 positions.to(device) if positions is not None and self.facts.positions else None,
-                {kind: m.to(device) for kind, m in mask.items()} if isinstance(mask, dict) else mask if mask is None else mask.to(device),
+                {kind: m.to(device) for kind, m in mask.items()}
+                if isinstance(mask, dict)
+                else mask
+                if mask is None
+                else mask.to(device),
             )
         )
         return number
@@ -272,7 +319,9 @@ class _Planner:
             [token for i, _ in found for token in self.requests[i].continuation],
             [i for i, own in found for _ in own],
         )
-        return Reads(*(torch.tensor(column, dtype=torch.long, device=self.facts.device) for column in columns))
+        return Reads(
+            *(torch.tensor(column, dtype=torch.long, device=self.facts.device) for column in columns)
+        )
 
     def _count(self, numbers: Iterable[int]) -> int:
         """Rows that requests read."""
@@ -285,7 +334,9 @@ class _Planner:
             ids[b, : len(row)] = torch.tensor(row)
         return ids
 
-    def _batches(self, items: Sequence[_Item], length: Callable[[_Item], int], reads: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    def _batches(
+        self, items: Sequence[_Item], length: Callable[[_Item], int], reads: Callable[[_Item], int]
+    ) -> Iterator[list[_Item]]:
         """Runs of items that one forward takes: bounded in padded tokens and in rows read; at least one item."""
         batch: list[_Item] = []
         longest = rows = 0

@@ -17,12 +17,18 @@ from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_plan import TECHNIQUES, Technique
 from evomerge.evaluation.inference.requests import Request, Verdict
 
-_FLOOR = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # nats a token that rounding alone may move
+_FLOOR = {
+    torch.float32: 2e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 6e-2,
+}  # nats a token that rounding alone may move
 _FACTOR = 8.0  # tolerance over the spread of plain scores between batch compositions
 _CONTEXT, _SHARED = 16, 24
 
 
-def probe(model: nn.Module, *, span: int = 0, max_length: int = 1 << 20, pad_id: int = 0, seed: int = 0) -> dict[str, Verdict]:
+def probe(
+    model: nn.Module, *, span: int = 0, max_length: int = 1 << 20, pad_id: int = 0, seed: int = 0
+) -> dict[str, Verdict]:
     """Technique -> verdict. span: length of the longest request that will come, so that windows show; the model's weights matter little."""
     rnd = random.Random(seed)
     shared = max(16, min(max(_SHARED, span - _CONTEXT), max_length - 2 * _CONTEXT - 8))
@@ -31,7 +37,9 @@ def probe(model: nn.Module, *, span: int = 0, max_length: int = 1 << 20, pad_id:
     own = [i for i, r in enumerate(requests) if r.context == requests[0].context]
     with Engine(model, pad_id=pad_id, launch=0) as engine:
         plain = engine.compile(requests, "plain")
-        rows = engine.compile(requests, "prefix").tokens  # forks and trees must save more than the prefix alone
+        rows = engine.compile(
+            requests, "prefix"
+        ).tokens  # forks and trees must save more than the prefix alone
         wanted = engine.run(plain).sums
         alone = torch.cat([engine.score([r], "plain").sums for r in requests])
         noise = float(((wanted - alone).abs() / lengths).max())
@@ -39,7 +47,15 @@ def probe(model: nn.Module, *, span: int = 0, max_length: int = 1 << 20, pad_id:
         found = {"plain": Verdict(True, f"differs by {noise:.1e} nats a token between batches")}
         for technique in TECHNIQUES[:-1]:
             found[technique] = _verdict(
-                engine, technique, requests, changed, wanted, lengths, own, plain.tokens if technique == "prefix" else rows, tolerance
+                engine,
+                technique,
+                requests,
+                changed,
+                wanted,
+                lengths,
+                own,
+                plain.tokens if technique == "prefix" else rows,
+                tolerance,
             )
     return found
 

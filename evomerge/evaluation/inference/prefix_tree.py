@@ -22,7 +22,9 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next(k for k in range(most) if a[k] != b[k])
 
 
-def shared_prefixes(contexts: Sequence[tuple[int, ...]], launch: int = LAUNCH) -> tuple[list[tuple[int, list[int]]], list[int]]:
+def shared_prefixes(
+    contexts: Sequence[tuple[int, ...]], launch: int = LAUNCH
+) -> tuple[list[tuple[int, list[int]]], list[int]]:
     """(groups, left over): prefixes that pay for a prefill of their own, as (length, indices of contexts), and the rest.
 
     Walks the radix tree of the sorted contexts: a node of depth k with n contexts saves (n - 1) k tokens and costs about

@@ -29,14 +29,20 @@ def cuts(prompts: Sequence[tuple[int, ...]], width: int, launch: int) -> list[in
     reached = [0]
     for depth in depths:
         rows = 1 + sum(d < depth for d in shared)  # distinct beginnings of this length
-        cost, path = min((cost + rows * (depth - a), path) for a, (cost, path) in zip(reached, best, strict=True))
+        cost, path = min(
+            (cost + rows * (depth - a), path) for a, (cost, path) in zip(reached, best, strict=True)
+        )
         best.append((cost + launch, (*path, depth)))
         reached.append(depth)
-    _, path = min((cost + len(prompts) * (width - a), path) for a, (cost, path) in zip(reached, best, strict=True))
+    _, path = min(
+        (cost + len(prompts) * (width - a), path) for a, (cost, path) in zip(reached, best, strict=True)
+    )
     return list(path)
 
 
-def levels(prompts: Sequence[tuple[int, ...]], depths: Sequence[int]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
+def levels(
+    prompts: Sequence[tuple[int, ...]], depths: Sequence[int]
+) -> list[tuple[list[tuple[int, ...]], list[int]]]:
     """Of each cut: (tokens of its distinct beginnings since the cut before, of each row that follows the row it goes on from).
 
     The rows that follow are the next cut's beginnings, and after the last cut the prompts.
@@ -45,7 +51,11 @@ def levels(prompts: Sequence[tuple[int, ...]], depths: Sequence[int]) -> list[tu
     before = 0
     for number, depth in enumerate(depths):
         rows = {begin: row for row, begin in enumerate(dict.fromkeys(p[:depth] for p in prompts))}
-        after = list(dict.fromkeys(p[: depths[number + 1]] for p in prompts)) if number + 1 < len(depths) else list(prompts)
+        after = (
+            list(dict.fromkeys(p[: depths[number + 1]] for p in prompts))
+            if number + 1 < len(depths)
+            else list(prompts)
+        )
         found.append(([begin[before:] for begin in rows], [rows[p[:depth]] for p in after]))
         before = depth
     return found

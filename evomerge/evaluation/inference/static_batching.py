@@ -40,7 +40,9 @@ def _padded(chunk: Chunk, forward: Forward, texts: Texts) -> None:
     mask = chunk.mask
     requests = list(chunk.requests)
     rows = torch.arange(len(requests), device=forward.device)
-    new, going = texts.add(requests, forward(chunk.rows, chunk.ids, past, positions=chunk.positions, mask=mask))
+    new, going = texts.add(
+        requests, forward(chunk.rows, chunk.ids, past, positions=chunk.positions, mask=mask)
+    )
     positions = mask.sum(1, keepdim=True)  # [n, 1]
     places = going  # rows of the batch that run; of each, `requests` holds the prompt
     while places:
@@ -52,7 +54,9 @@ def _padded(chunk: Chunk, forward: Forward, texts: Texts) -> None:
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         ids = torch.tensor(new, device=forward.device)[:, None]
         read = torch.tensor(places, device=forward.device)
-        seen = None if forward.argument == "cache_params" else mask  # purely recurrent: a generated token is no padding
+        seen = (
+            None if forward.argument == "cache_params" else mask
+        )  # purely recurrent: a generated token is no padding
         logits = forward(read, ids, past, positions=positions, mask=seen)
         positions = positions + 1
         places, new = _add(texts, requests, places, new, logits)
@@ -91,7 +95,9 @@ def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts
         seen += 1
 
 
-def _add(texts: Texts, requests: list[int], places: list[int], new: list[int], logits: Tensor) -> tuple[list[int], list[int]]:
+def _add(
+    texts: Texts, requests: list[int], places: list[int], new: list[int], logits: Tensor
+) -> tuple[list[int], list[int]]:
     """Adds a token to the requests at places from logits [len(places), V]: (places that go on, last token of every row)."""
     tokens, going = texts.add([requests[p] for p in places], logits)
     new = list(new)

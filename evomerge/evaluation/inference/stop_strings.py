@@ -22,9 +22,13 @@ class Stops:
         self.strings, self._tokenizer = tuple(strings), tokenizer
         self._looks: dict[int, list[str]] = {}  # how many tokens are looked at -> for which strings
         for string in self.strings:
-            self._looks.setdefault(len(tokenizer.encode(string, add_special_tokens=False)) + 2, []).append(string)
+            self._looks.setdefault(len(tokenizer.encode(string, add_special_tokens=False)) + 2, []).append(
+                string
+            )
         self._longest = max(self._looks, default=0)
-        rewrites = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))  # then later tokens change earlier text
+        rewrites = bool(
+            getattr(tokenizer, "clean_up_tokenization_spaces", False)
+        )  # then later tokens change earlier text
         self._any = rewrites or "" in self.strings
         self._last = {string[-1] for string in self.strings if string} | {_BROKEN}
         self._may: dict[int, bool] = {}
@@ -45,7 +49,9 @@ class Stops:
         if (known := self._known.get(ending)) is None:
             if len(self._known) >= _KNOWN:
                 self._known.clear()
-            known = self._known[ending] = any(self._in(ending[-look:], strings) for look, strings in self._looks.items())
+            known = self._known[ending] = any(
+                self._in(ending[-look:], strings) for look, strings in self._looks.items()
+            )
         return known
 
     def _in(self, tokens: tuple[int, ...], strings: Sequence[str]) -> bool:

@@ -69,7 +69,12 @@ def wish(name: str, group: Any | None, metric: str | None, filter_name: str | No
     listed = list(group.aggregate_metric_list or ()) if group is not None else []
     if not listed:
         return Wish(metric, filter_name, by_size=False, aggregated=False)
-    found = [a for a in listed if metric in (None, a.metric) and (filter_name is None or a.filter_list is None or filter_name in a.filter_list)]
+    found = [
+        a
+        for a in listed
+        if metric in (None, a.metric)
+        and (filter_name is None or a.filter_list is None or filter_name in a.filter_list)
+    ]
     if not found:
         known = [f"{a.metric}" for a in listed]
         wanted = metric or filter_name or ""

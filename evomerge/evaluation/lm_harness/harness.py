@@ -25,7 +25,15 @@ from evomerge.evaluation.lm_harness.backends.hflm import LmEvalBackend, hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_groups
 from evomerge.evaluation.lm_harness.items import Rules
 from evomerge.evaluation.lm_harness.prompts import Prompting
-from evomerge.evaluation.lm_harness.results import Outcomes, check, gold_requests, measures, number, remember_documents, soft
+from evomerge.evaluation.lm_harness.results import (
+    Outcomes,
+    check,
+    gold_requests,
+    measures,
+    number,
+    remember_documents,
+    soft,
+)
 from evomerge.evaluation.lm_harness.samples import Sample, passage, sample
 from evomerge.evaluation.lm_harness.task_loading import Loaded, TaskSpec, load
 from evomerge.evaluation.records import Items, ItemScore, Role
@@ -78,10 +86,18 @@ class LmHarness:
         metrics, for roles left without items, and for what the rules refuse.
         """
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        found = load(specs, Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction), include, rules, limits)
+        found = load(
+            specs,
+            Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction),
+            include,
+            rules,
+            limits,
+        )
         self._tasks, self.groups, self._found = found.leaves, found.groups, found
         self._outcomes = {name: Outcomes(loaded) for name, loaded in self._tasks.items()}
-        self._searched = {(name, item) for name, loaded in self._tasks.items() for item in loaded.items["search"]}
+        self._searched = {
+            (name, item) for name, loaded in self._tasks.items() for item in loaded.items["search"]
+        }
         for loaded in self._tasks.values():
             remember_documents(loaded.task)
         self._kind = backend
@@ -106,7 +122,11 @@ class LmHarness:
 
     def findings(self, model: nn.Module | None = None) -> tuple[str, ...]:
         """Sentences about the items that a user should read: what occurs twice or is given away, and what the model truncates."""
-        cut = truncation.findings(self._tasks, hflm(model, self.tokenizer, self.batch_size)) if model is not None else ()
+        cut = (
+            truncation.findings(self._tasks, hflm(model, self.tokenizer, self.batch_size))
+            if model is not None
+            else ()
+        )
         return (*self._found.findings, *cut)
 
     def _named(self, task: str) -> Loaded | Group:
@@ -120,7 +140,9 @@ class LmHarness:
     def is_mean(self, task: str) -> bool:
         """Whether the metric of a task, or of every task of a group, is the mean of its items' values."""
         own = [self._tasks[leaf] for leaf, _ in self.leaves(task)]
-        return all(getattr(loaded.task.aggregation()[loaded.metric], "__name__", "") == "mean" for loaded in own)
+        return all(
+            getattr(loaded.task.aggregation()[loaded.metric], "__name__", "") == "mean" for loaded in own
+        )
 
     def fingerprint(self) -> dict[str, str]:
         """Name of a task or group -> SHA-256 of its settings, every item of every role and every request: what resume compares."""
@@ -173,14 +195,23 @@ class LmHarness:
         for name, rows in self._answered(model, items).rows.items():
             values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
             mean = self._tasks[name].task.aggregation()[self._tasks[name].metric]
-            found += [sample(self._tasks[name], item, requests, number(value, mean)) for (item, requests, _), value in zip(rows, values, strict=True)]
+            found += [
+                sample(self._tasks[name], item, requests, number(value, mean))
+                for (item, requests, _), value in zip(rows, values, strict=True)
+            ]
         return found
 
     def _answered(self, model: nn.Module, items: Items) -> _Compiled:
         """Items whose requests hold the model's responses."""
         compiled = self._compile(model, items)
-        searched = all((name, item) in self._searched for name, rows in compiled.rows.items() for item, _, _ in rows)
-        for request, answers in zip(compiled.requests, self._backend.answer(compiled.prepared, "float32" if searched else "model"), strict=True):
+        searched = all(
+            (name, item) in self._searched for name, rows in compiled.rows.items() for item, _, _ in rows
+        )
+        for request, answers in zip(
+            compiled.requests,
+            self._backend.answer(compiled.prepared, "float32" if searched else "model"),
+            strict=True,
+        ):
             request.resps, request.filtered_resps = answers, {}
         for name, rows in compiled.rows.items():
             for item, requests, gold in rows:
@@ -193,7 +224,10 @@ class LmHarness:
 
     def passages(self, count: int) -> list[tuple[str, str]]:
         """(prompt, right answer) of items of the search, `count` at most, of one task after the other."""
-        rows = [[passage(loaded, loaded.requests[item]) for item in loaded.items["search"][:count]] for loaded in self._tasks.values()]
+        rows = [
+            [passage(loaded, loaded.requests[item]) for item in loaded.items["search"][:count]]
+            for loaded in self._tasks.values()
+        ]
         return [row for group in zip(*rows, strict=False) for row in group][:count]
 
     def _compile(self, model: nn.Module, items: Items) -> _Compiled:

@@ -14,7 +14,11 @@ from evomerge.evaluation.contamination import NGRAM
 from evomerge.evaluation.records import ROLES, Role, dealt
 
 Splits = Literal["declared", "hash", "hash-train"]
-_KEEPS: tuple[Role, ...] = ("test", "validation", "search")  # who keeps an item of several roles: what is tested was not searched
+_KEEPS: tuple[Role, ...] = (
+    "test",
+    "validation",
+    "search",
+)  # who keeps an item of several roles: what is tested was not searched
 _NAMED = 3  # items that a sentence names
 
 
@@ -67,7 +71,9 @@ def documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | l
         return list(task.eval_docs)
     if splits == "hash-train":
         if not task.has_training_docs():
-            raise TaskError(f"task '{name}' has no training documents to deal; use splits: hash or another task")
+            raise TaskError(
+                f"task '{name}' has no training documents to deal; use splits: hash or another task"
+            )
         return list(task.training_docs())
     found = {
         "search": task.has_training_docs() and task.training_docs(),
@@ -80,23 +86,39 @@ def documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | l
     return {role: list(found[role]) for role in ROLES}
 
 
-def deal(name: str, asked: Mapping[Role, Sequence[Asked]] | Sequence[Asked], chosen: Mapping[Role, Sequence[int | str]]) -> dict[Role, list[Asked]]:
+def deal(
+    name: str,
+    asked: Mapping[Role, Sequence[Asked]] | Sequence[Asked],
+    chosen: Mapping[Role, Sequence[int | str]],
+) -> dict[Role, list[Asked]]:
     """The documents of each role. chosen: role -> numbers or ids of exactly its documents, in place of the split's or the dealt ones.
 
     Raises TaskError for a choice that is empty, unknown, or in two roles.
     """
     if isinstance(asked, Mapping):
-        return {role: _choose(name, role, asked[role], chosen[role]) if role in chosen else list(asked[role]) for role in ROLES}
+        return {
+            role: _choose(name, role, asked[role], chosen[role]) if role in chosen else list(asked[role])
+            for role in ROLES
+        }
     own = {role: _choose(name, role, asked, chosen[role]) for role in ROLES if role in chosen}
     taken: dict[str, Role] = {}
     for role, rows in own.items():
         for row in rows:
             if taken.setdefault(row.item, role) != role:
-                raise TaskError(f"task '{name}': item {row.item} is listed for {taken[row.item]} and for {role}; list it once")
-    return {role: own[role] if role in own else [row for row in asked if row.item not in taken and dealt(row.item) == role] for role in ROLES}
+                raise TaskError(
+                    f"task '{name}': item {row.item} is listed for {taken[row.item]} and for {role}; list it once"
+                )
+    return {
+        role: own[role]
+        if role in own
+        else [row for row in asked if row.item not in taken and dealt(row.item) == role]
+        for role in ROLES
+    }
 
 
-def without_twins(name: str, roles: Mapping[Role, Sequence[Asked]], *, refuse: bool) -> tuple[dict[Role, list[Asked]], list[str]]:
+def without_twins(
+    name: str, roles: Mapping[Role, Sequence[Asked]], *, refuse: bool
+) -> tuple[dict[Role, list[Asked]], list[str]]:
     """(roles in which no item occurs twice, what was found). Twins are the same document, or ask the same and expect the same.
 
     Of twins in a role the first stays; of twins in several roles the one of the test, else of validation. refuse: raise
@@ -122,9 +144,15 @@ def without_twins(name: str, roles: Mapping[Role, Sequence[Asked]], *, refuse: b
             f"task '{name}' has {_count(across)} in more than one split: {_some(across)}; correct its data, "
             "or write evaluation.duplicates: drop to keep each in the later split only"
         )
-    findings = [f"task '{name}': {_count(found)} of {role} repeated, scored once: {_some(found)}" for role, found in within.items() if found]
+    findings = [
+        f"task '{name}': {_count(found)} of {role} repeated, scored once: {_some(found)}"
+        for role, found in within.items()
+        if found
+    ]
     if across:
-        findings.append(f"task '{name}': {_count(across)} in more than one role, kept in the later one only: {_some(across)}")
+        findings.append(
+            f"task '{name}': {_count(across)} in more than one role, kept in the later one only: {_some(across)}"
+        )
     return {role: kept[role] for role in ROLES}, findings
 
 
@@ -141,12 +169,16 @@ def named(rows: Sequence[Asked]) -> str:
 
 def _choose(name: str, role: Role, rows: Sequence[Asked], wanted: Sequence[int | str]) -> list[Asked]:
     if not wanted:
-        raise TaskError(f"task '{name}': the list of items for {role} is empty; list some, or leave it out to use all")
+        raise TaskError(
+            f"task '{name}': the list of items for {role} is empty; list some, or leave it out to use all"
+        )
     numbers = {row.number: row for row in rows}
     ids = {row.item: row for row in reversed(rows)}
     unknown = [str(w) for w in wanted if (w not in numbers if isinstance(w, int) else w not in ids)]
     if unknown:
-        some = ", ".join(unknown[:_NAMED]) + (f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else "")
+        some = ", ".join(unknown[:_NAMED]) + (
+            f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        )
         raise TaskError(
             f"task '{name}' has no item {some} for {role}; list document numbers (0 to {len(rows) - 1}) or item ids of 16 hexadecimal digits"
         )

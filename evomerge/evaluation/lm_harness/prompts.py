@@ -29,13 +29,19 @@ class Prompting:
     system_instruction: str | None = None
 
 
-def asked(task: Any, name: str, splits: Splits, prompting: Prompting) -> dict[Role, list[Asked]] | list[Asked]:
+def asked(
+    task: Any, name: str, splits: Splits, prompting: Prompting
+) -> dict[Role, list[Asked]] | list[Asked]:
     """Every document of a task with its requests: by role where splits are declared, else in one list, to be dealt."""
     docs = documents(task, name, splits)
     if isinstance(docs, list):
         with _never_its_own_example(task, "training_split" if splits == "hash-train" else None):
             return _asked(task, name, docs, prompting)
-    splits_of: dict[Role, str | None] = {"search": "training_split", "validation": "validation_split", "test": None}
+    splits_of: dict[Role, str | None] = {
+        "search": "training_split",
+        "validation": "validation_split",
+        "test": None,
+    }
     found = {}
     for role, own in docs.items():
         with _never_its_own_example(task, splits_of[role]):
@@ -80,7 +86,11 @@ def _never_its_own_example(task: Any, split: str | None) -> Iterator[None]:
     """
     few, shots = getattr(task, "fewshot_cfg", None), task.config.num_fewshot or 0
     scored = None if split is None else getattr(task.config, split, None)
-    drawn_from = few is not None and few.samples is None and (few.split == scored or (few.split is None and split == "training_split"))
+    drawn_from = (
+        few is not None
+        and few.samples is None
+        and (few.split == scored or (few.split is None and split == "training_split"))
+    )
     if few is None or scored is None or not shots or not drawn_from:
         yield
         return
@@ -98,7 +108,10 @@ def chat_template(tokenizer: Any, history: list[dict[str, str]], add_generation_
     def rendered(turns: list[dict[str, str]]) -> str:
         return str(
             tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
         )
 
@@ -127,6 +140,12 @@ def _content(task: Any, doc: Any) -> tuple[str, str]:
     right = target[0] if isinstance(target, list) and target else target
     if isinstance(right, int) and choices and 0 <= right < len(choices):
         right = choices[right]
-    if not isinstance(question, str):  # of several contexts and one continuation, it is the number of the right context
-        question = choices[question] if choices and isinstance(question, int) and 0 <= question < len(choices) else ""
+    if not isinstance(
+        question, str
+    ):  # of several contexts and one continuation, it is the number of the right context
+        question = (
+            choices[question]
+            if choices and isinstance(question, int) and 0 <= question < len(choices)
+            else ""
+        )
     return key, f"{question} {right}".strip()

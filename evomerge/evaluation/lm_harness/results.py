@@ -40,15 +40,24 @@ class Outcomes:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
         steps = [step for ensemble in loaded.task._filters for step in ensemble.filters]
-        modules = {getattr(step, "func", step).__module__ for step in steps}  # an ensemble holds partials of filter classes
-        own = all(module.startswith("lm_eval.filters") for module in modules)  # one of the user's may look across items
-        self._known: dict[tuple[str, tuple[Any, ...]], Any] | None = {} if loaded.task.OUTPUT_TYPE == "generate_until" and own else None
+        modules = {
+            getattr(step, "func", step).__module__ for step in steps
+        }  # an ensemble holds partials of filter classes
+        own = all(
+            module.startswith("lm_eval.filters") for module in modules
+        )  # one of the user's may look across items
+        self._known: dict[tuple[str, tuple[Any, ...]], Any] | None = (
+            {} if loaded.task.OUTPUT_TYPE == "generate_until" and own else None
+        )
 
     def values(self, rows: Rows) -> list[Any]:
         """The metric's value of each item, as lm-eval's aggregation takes it. Raises TaskError where the task reports none."""
         if self._known is None:
             return self._judge(rows)
-        keys = [(item, tuple(answer for request in requests for answer in request.resps)) for item, requests in rows]
+        keys = [
+            (item, tuple(answer for request in requests for answer in request.resps))
+            for item, requests in rows
+        ]
         new = [at for at, key in enumerate(keys) if key not in self._known]
         if new:
             for at, value in zip(new, self._judge([rows[at] for at in new]), strict=True):
@@ -62,7 +71,11 @@ class Outcomes:
         try:
             task.apply_filters()
             for _, requests in rows:
-                outcomes.append(task.process_results(requests[0].doc, [request.filtered_resps[loaded.filter] for request in requests]))
+                outcomes.append(
+                    task.process_results(
+                        requests[0].doc, [request.filtered_resps[loaded.filter] for request in requests]
+                    )
+                )
         except Exception as error:  # filters and metrics are a task's own code and can raise anything
             raise CandidateError(
                 f"task '{loaded.spec.task}' cannot judge an answer, after {len(outcomes)} of {len(rows)}: {type(error).__name__}: {error}"
@@ -70,7 +83,9 @@ class Outcomes:
         values = []
         for (item, _), outcome in zip(rows, outcomes, strict=True):
             if loaded.metric not in outcome:
-                raise TaskError(f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; it reports {sorted(outcome)}")
+                raise TaskError(
+                    f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; it reports {sorted(outcome)}"
+                )
             values.append(outcome[loaded.metric])
         return values
 
@@ -99,7 +114,9 @@ def check(loaded: Loaded, item: str, requests: Sequence[Any]) -> None:
         for answer in request.resps:
             found = answer[0] if isinstance(answer, tuple) else answer
             if isinstance(found, float) and math.isnan(found):
-                raise CandidateError(f"the model gives NaN log-likelihoods in task '{loaded.spec.task}', item {item}")
+                raise CandidateError(
+                    f"the model gives NaN log-likelihoods in task '{loaded.spec.task}', item {item}"
+                )
 
 
 # ---- soft scores ---------------------------------------------------------------------------------------------------------
@@ -115,7 +132,9 @@ def measures(loaded: Loaded) -> tuple[str, ...]:
         return ("logprob",)
     if kind == "generate_until" and not loaded.spec.soft:
         return ()
-    return ("probability", "logprob") if kind in ("multiple_choice", "loglikelihood", "generate_until") else ()
+    return (
+        ("probability", "logprob") if kind in ("multiple_choice", "loglikelihood", "generate_until") else ()
+    )
 
 
 def gold_requests(loaded: Loaded, requests: Sequence[Any]) -> list[Any]:
@@ -127,9 +146,18 @@ def gold_requests(loaded: Loaded, requests: Sequence[Any]) -> list[Any]:
     task, first = loaded.task, requests[0]
     target = task.doc_to_target(first.doc)
     delimiter = task.config.target_delimiter
-    texts = [f"{delimiter}{t}" if not str(t).startswith(delimiter) else str(t) for t in (target if isinstance(target, list) else [target])]
+    texts = [
+        f"{delimiter}{t}" if not str(t).startswith(delimiter) else str(t)
+        for t in (target if isinstance(target, list) else [target])
+    ]
     return [
-        Instance(request_type="loglikelihood", doc=first.doc, arguments=(first.args[0], text), idx=at, metadata=(loaded.spec.task, first.doc_id, 1))
+        Instance(
+            request_type="loglikelihood",
+            doc=first.doc,
+            arguments=(first.args[0], text),
+            idx=at,
+            metadata=(loaded.spec.task, first.doc_id, 1),
+        )
         for at, text in enumerate(texts)
     ]
 
@@ -156,7 +184,10 @@ def right_places(task: Any, doc: Any) -> list[int]:
     """Which choices of a document are right, by number."""
     options = task.doc_to_choice(doc)
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    places = [options.index(t) if isinstance(t, str) and t in options else t for t in (target if isinstance(target, list) else [target])]
+    places = [
+        options.index(t) if isinstance(t, str) and t in options else t
+        for t in (target if isinstance(target, list) else [target])
+    ]
     return [place for place in places if isinstance(place, int) and 0 <= place < len(options)]
 
 
@@ -170,4 +201,6 @@ def _of_choices(task: Any, requests: Sequence[Any], tokens: Callable[[Any], int]
     top = max(sums)
     weights = [math.exp(s - top) for s in sums]
     best = max(right, key=lambda place: sums[place])
-    return math.fsum(weights[place] for place in right) / math.fsum(weights), sums[best] / tokens(requests[best])
+    return math.fsum(weights[place] for place in right) / math.fsum(weights), sums[best] / tokens(
+        requests[best]
+    )

@@ -44,10 +44,19 @@ def sample(loaded: Loaded, item: str, requests: Sequence[Any], value: float) -> 
         options = _options(loaded, requests)
         if task.multiple_input:  # the contexts are the choices, and one continuation follows all
             prompt = str(first.args[1])
-        right, chosen = (" | ".join(o.text for o in options if getattr(o, mark)) for mark in ("right", "chosen"))
+        right, chosen = (
+            " | ".join(o.text for o in options if getattr(o, mark)) for mark in ("right", "chosen")
+        )
         return Sample(name, item, prompt, right, chosen, value, options)
     if kind == "generate_until":
-        return Sample(name, item, prompt, _text(task.doc_to_target(first.doc)), " | ".join(str(r) for r in first.resps), value)
+        return Sample(
+            name,
+            item,
+            prompt,
+            _text(task.doc_to_target(first.doc)),
+            " | ".join(str(r) for r in first.resps),
+            value,
+        )
     if kind == "loglikelihood":
         total, greedy = first.resps[0]
         output = f"log-likelihood {float(total):.3f}{', the likeliest text' if greedy else ''}"
@@ -59,13 +68,23 @@ def _options(loaded: Loaded, requests: Sequence[Any]) -> tuple[Option, ...]:
     task, doc = loaded.task, requests[0].doc
     texts = [str(choice) for choice in task.doc_to_choice(doc)]
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    right = [texts.index(t) if isinstance(t, str) and t in texts else t for t in (target if isinstance(target, list) else [target])]
-    sums = [float(request.resps[0][0]) for request in requests[: len(texts)]]  # what follows asks for choices without context
-    lengths = {"acc_norm": [len(t) for t in texts], "acc_bytes": [len(t.encode()) for t in texts]}.get(loaded.metric, [1] * len(texts))
+    right = [
+        texts.index(t) if isinstance(t, str) and t in texts else t
+        for t in (target if isinstance(target, list) else [target])
+    ]
+    sums = [
+        float(request.resps[0][0]) for request in requests[: len(texts)]
+    ]  # what follows asks for choices without context
+    lengths = {"acc_norm": [len(t) for t in texts], "acc_bytes": [len(t.encode()) for t in texts]}.get(
+        loaded.metric, [1] * len(texts)
+    )
     marks = [s / max(1, n) for s, n in zip(sums, lengths, strict=True)]
     weights = [math.exp(s - max(sums)) for s in sums]
     total, best = math.fsum(weights), marks.index(max(marks))
-    return tuple(Option(text, w / total, at in right, at == best) for at, (text, w) in enumerate(zip(texts, weights, strict=True)))
+    return tuple(
+        Option(text, w / total, at in right, at == best)
+        for at, (text, w) in enumerate(zip(texts, weights, strict=True))
+    )
 
 
 def _text(target: Any) -> str:
@@ -81,7 +100,11 @@ def passage(loaded: Loaded, requests: Sequence[Any]) -> tuple[str, str]:
         return str(first.args[0]), str(first.args[1])
     if task.OUTPUT_TYPE == "multiple_choice":
         right = right_places(task, first.doc)
-        return (str(requests[right[0]].args[0]), str(requests[right[0]].args[1])) if right else (str(first.args[0]), "")
+        return (
+            (str(requests[right[0]].args[0]), str(requests[right[0]].args[1]))
+            if right
+            else (str(first.args[0]), "")
+        )
     target = task.doc_to_target(first.doc)
     answer = str((target[0] if target else "") if isinstance(target, list) else target)
     delimiter = str(task.config.target_delimiter or "")

@@ -30,22 +30,33 @@ from evomerge.errors import TaskError
 
 log = logging.getLogger(__name__)
 TREE = Path(lm_tasks.__file__).resolve().parent  # lm-eval's own tasks: public benchmarks
-_RUNS = {"exec", "eval", "code_eval"}  # functions, and the metric of Hugging Face's evaluate that runs programs
+_RUNS = {
+    "exec",
+    "eval",
+    "code_eval",
+}  # functions, and the metric of Hugging Face's evaluate that runs programs
 _SHELLS = {("os", name) for name in ("system", "popen")} | {
-    ("subprocess", name) for name in ("run", "Popen", "call", "check_call", "check_output", "getoutput", "getstatusoutput")
+    ("subprocess", name)
+    for name in ("run", "Popen", "call", "check_call", "check_output", "getoutput", "getstatusoutput")
 }
 
 
 def harden() -> None:
     """Makes lm-eval of this process read YAML without Python objects, render templates in a sandbox, and fetch no metric's code."""
     if not isinstance(lm_utils.env, ImmutableSandboxedEnvironment):
-        plain = lm_utils.env  # as in transformers' chat templates: no underscored attributes, nothing given is changed
-        sandbox = ImmutableSandboxedEnvironment(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
+        plain = (
+            lm_utils.env
+        )  # as in transformers' chat templates: no underscored attributes, nothing given is changed
+        sandbox = ImmutableSandboxedEnvironment(
+            loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+        )
         sandbox.filters |= plain.filters
         # a task's templates are compiled anew for every document and every call; compiled once, they render the same text
         sandbox.from_string = functools.lru_cache(maxsize=4096)(sandbox.from_string)  # type: ignore[method-assign, assignment]
         lm_utils.env = sandbox
-    _yaml_loader._Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where libyaml is missing, lm-eval would take FullLoader
+    _yaml_loader._Base = getattr(
+        yaml, "CSafeLoader", yaml.SafeLoader
+    )  # where libyaml is missing, lm-eval would take FullLoader
     lm_eval.api.task.get_metric = _metric
 
 
@@ -64,7 +75,9 @@ class _Refused:
         self.__name__ = name
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        raise TaskError(f"metric '{self.__name__}' is a program that the evaluate library would fetch and run; use a metric of lm-eval's own")
+        raise TaskError(
+            f"metric '{self.__name__}' is a program that the evaluate library would fetch and run; use a metric of lm-eval's own"
+        )
 
 
 def check_task(name: str, task: Any) -> None:
@@ -96,14 +109,22 @@ def _executes(name: str) -> str:
     return f"task '{name}' executes code that models write; evomerge does not run it"
 
 
-def _leaves(name: str, index: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any], Path | None]]:
+def _leaves(
+    name: str, index: Mapping[str, Any], above: tuple[str, ...]
+) -> Iterator[tuple[str, Mapping[str, Any], Path | None]]:
     """(name, its YAML with functions unresolved, its folder) of every task that a name stands for. above: the groups it is in."""
     entry = index.get(name)
     if entry is None or name in above:
         return
     config = entry.cfg or {}
     folder = Path(entry.yaml_path).resolve().parent if entry.yaml_path is not None else None
-    members = sorted(entry.tags) if entry.kind.name == "TAG" else config.get("task") if isinstance(config.get("task"), list) else None
+    members = (
+        sorted(entry.tags)
+        if entry.kind.name == "TAG"
+        else config.get("task")
+        if isinstance(config.get("task"), list)
+        else None
+    )
     if members is None:
         yield name, config, folder
         return
@@ -115,10 +136,20 @@ def _members(
 ) -> Iterator[tuple[str, Mapping[str, Any], Path | None]]:
     for member in members:
         if isinstance(member, dict):
-            yield f"{group}::{member.get('task', member.get('group'))}", {k: v for k, v in member.items() if k != "task"}, folder
+            yield (
+                f"{group}::{member.get('task', member.get('group'))}",
+                {k: v for k, v in member.items() if k != "task"},
+                folder,
+            )
             if isinstance(member.get("task"), list):
                 yield from _members(group, member["task"], index, above, folder)
-        own = member if isinstance(member, str) else member.get("task", member.get("group")) if isinstance(member, dict) else None
+        own = (
+            member
+            if isinstance(member, str)
+            else member.get("task", member.get("group"))
+            if isinstance(member, dict)
+            else None
+        )
         if isinstance(own, str):
             yield from _leaves(own, index, above)
 
@@ -144,7 +175,11 @@ def _runs(folder: Path) -> str | None:
                 continue
             call = node.func
             named = isinstance(call, ast.Name) and call.id in _RUNS
-            shell = isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and (call.value.id, call.attr) in _SHELLS
+            shell = (
+                isinstance(call, ast.Attribute)
+                and isinstance(call.value, ast.Name)
+                and (call.value.id, call.attr) in _SHELLS
+            )
             if named or shell or any(isinstance(a, ast.Constant) and a.value in _RUNS for a in node.args):
                 return f"{file.relative_to(TREE)}, line {node.lineno}"
     return None
@@ -165,8 +200,15 @@ def code_hash(task: Any, include: Sequence[Path]) -> str | None:
         root = next((folder.resolve() for folder in include if file.is_relative_to(folder.resolve())), None)
         where = root or file.parent
         beside = where.rglob("*.py") if root else where.glob("*.py")
-        kept = {path for path in beside if not any(part.startswith((".", "__pycache__")) for part in path.relative_to(where).parts)}
-        found |= {(path.relative_to(where).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in kept | {file}}
+        kept = {
+            path
+            for path in beside
+            if not any(part.startswith((".", "__pycache__")) for part in path.relative_to(where).parts)
+        }
+        found |= {
+            (path.relative_to(where).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in kept | {file}
+        }
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest() if found else None
 
 
@@ -187,9 +229,17 @@ def _file(call: Callable[..., Any]) -> Path | None:
     """The source file of a function or class; None for what is built in or part of lm-eval's own machinery."""
     plain = inspect.unwrap(call.func if isinstance(call, functools.partial) else call)
     code = getattr(plain, "__code__", None)
-    name = code.co_filename if code is not None else getattr(sys.modules.get(getattr(plain, "__module__", "")), "__file__", None)
+    name = (
+        code.co_filename
+        if code is not None
+        else getattr(sys.modules.get(getattr(plain, "__module__", "")), "__file__", None)
+    )
     file = Path(name).resolve() if name else None
     machinery = TREE.parent
-    if file is None or not file.is_file() or (file.is_relative_to(machinery) and not file.is_relative_to(TREE)):
+    if (
+        file is None
+        or not file.is_file()
+        or (file.is_relative_to(machinery) and not file.is_relative_to(TREE))
+    ):
         return None
     return file

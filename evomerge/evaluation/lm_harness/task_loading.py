@@ -85,7 +85,10 @@ class Tasks:
         group = self.groups.get(name)
         if group is None:
             return fingerprint(self.leaves[name])
-        members = [(member, size, fingerprint(self.leaves[member])) for member, size in zip(group.members, group.sizes, strict=True)]
+        members = [
+            (member, size, fingerprint(self.leaves[member]))
+            for member, size in zip(group.members, group.sizes, strict=True)
+        ]
         return hashlib.sha256(repr(members).encode()).hexdigest()
 
 
@@ -111,13 +114,17 @@ def load(
             members, wished = _expand(spec, catalogue, findings)
             for name, (own, task) in members.items():
                 if name in leaves:
-                    raise TaskError(f"task '{name}' is part of '{spec.task}' and of an entry before it; list it once")
+                    raise TaskError(
+                        f"task '{name}' is part of '{spec.task}' and of an entry before it; list it once"
+                    )
                 leaves[name] = _load(own, task, prompting, rules, catalogue.is_benchmark(task, spec.task))
                 leaves[name][0].code = sandbox.code_hash(task, include)
         except TaskError:
             raise
         except Exception as error:  # a task's templates and data can raise anything
-            raise TaskError(f"task '{spec.task}' cannot be loaded: {type(error).__name__}: {error}") from error
+            raise TaskError(
+                f"task '{spec.task}' cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
         if wished is not None:
             wishes[spec.task] = wished
     if rules.training_texts:
@@ -199,30 +206,48 @@ def _expand(
     if group is None and not tag:
         return {spec.task: (spec, tasks[spec.task])}, None
     if spec.items:
-        raise TaskError(f"'{spec.task}' is a group of {len(tasks)} tasks; items are listed for a task, so name its tasks one by one")
+        raise TaskError(
+            f"'{spec.task}' is a group of {len(tasks)} tasks; items are listed for a task, so name its tasks one by one"
+        )
     wished = wish(spec.task, group, spec.metric, spec.filter)
     names = [task.task_name for task in group.get_all_tasks()] if group is not None else list(tasks)
-    reporting = {n for n in names if wished.metric in (None, *tasks[n].aggregation()) and wished.filter in (None, *_filters(tasks[n]))}
+    reporting = {
+        n
+        for n in names
+        if wished.metric in (None, *tasks[n].aggregation()) and wished.filter in (None, *_filters(tasks[n]))
+    }
     members = tuple(n for n in names if n in reporting)
     if not members:
-        raise TaskError(f"none of the {len(names)} tasks of '{spec.task}' reports '{wished.metric}'; name another metric")
+        raise TaskError(
+            f"none of the {len(names)} tasks of '{spec.task}' reports '{wished.metric}'; name another metric"
+        )
     if silent := [n for n in names if n not in reporting]:
-        findings.append(f"group '{spec.task}': {', '.join(silent)} report no '{wished.metric}' and count for nothing, as in lm-eval")
+        findings.append(
+            f"group '{spec.task}': {', '.join(silent)} report no '{wished.metric}' and count for nothing, as in lm-eval"
+        )
     if not wished.aggregated:
-        findings.append(f"lm-eval reports no number for '{spec.task}'; here it is the plain mean of its {len(members)} tasks")
-    leaves = {n: (replace(spec, task=n, metric=wished.metric, filter=wished.filter), tasks[n]) for n in members}
+        findings.append(
+            f"lm-eval reports no number for '{spec.task}'; here it is the plain mean of its {len(members)} tasks"
+        )
+    leaves = {
+        n: (replace(spec, task=n, metric=wished.metric, filter=wished.filter), tasks[n]) for n in members
+    }
     return leaves, (members, wished)
 
 
 def _group(name: str, members: tuple[str, ...], wished: Wish, tasks: Mapping[str, Loaded]) -> Group:
     directions = {tasks[member].higher_is_better for member in members}
     if len(directions) > 1:
-        raise TaskError(f"in some tasks of '{name}' a higher metric is better, in others a lower one; name a metric, or the tasks one by one")
+        raise TaskError(
+            f"in some tasks of '{name}' a higher metric is better, in others a lower one; name a metric, or the tasks one by one"
+        )
     sizes = tuple(tasks[member].size if wished.by_size else 1 for member in members)
     return Group(name, members, sizes, wished.metric or tasks[members[0]].metric, directions.pop())
 
 
-def _load(spec: TaskSpec, task: Any, prompting: Prompting, rules: Rules, benchmark: bool) -> tuple[Loaded, dict[Role, list[Asked]]]:
+def _load(
+    spec: TaskSpec, task: Any, prompting: Prompting, rules: Rules, benchmark: bool
+) -> tuple[Loaded, dict[Role, list[Asked]]]:
     """(a task without items yet, the documents of each role)."""
     sandbox.check_task(spec.task, task)
     if benchmark and spec.splits == "hash" and not rules.allow_benchmark_test:
@@ -272,14 +297,20 @@ def _compare(leaves: Mapping[str, tuple[Loaded, dict[Role, list[Asked]]]], rules
     drop = rules.overlap == "drop"
     for loaded, roles in leaves.values():
         for role in ROLES:
-            shared = [row for at in result.found for owner, r, row in [rows[at]] if owner is loaded and r == role]
+            shared = [
+                row for at in result.found for owner, r, row in [rows[at]] if owner is loaded and r == role
+            ]
             short = sum(1 for at in result.short if rows[at][0] is loaded and rows[at][1] == role)
             total = len(roles[role])
             if shared:
                 how = f"share {rules.overlap_ngram} words in a row with the training texts{' and are left out' if drop else ''}"
-                loaded.findings.append(f"task '{loaded.spec.task}': {len(shared)} of {total} items of {role} {how}: {item_sets.named(shared)}")
+                loaded.findings.append(
+                    f"task '{loaded.spec.task}': {len(shared)} of {total} items of {role} {how}: {item_sets.named(shared)}"
+                )
             if short:
-                loaded.findings.append(f"task '{loaded.spec.task}': {short} of {total} items of {role} are too short to compare with training texts")
+                loaded.findings.append(
+                    f"task '{loaded.spec.task}': {short} of {total} items of {role} are too short to compare with training texts"
+                )
             if drop:
                 gone = {row.item for row in shared}
                 roles[role] = [row for row in roles[role] if row.item not in gone]
@@ -292,15 +323,23 @@ def _settle(loaded: Loaded, roles: Mapping[Role, Sequence[Asked]], limits: Mappi
         most = None if loaded.spec.items and role in loaded.spec.items else limits.get(role)
         rows = item_sets.limited(roles[role], most)
         if not rows:
-            raise TaskError(f"task '{loaded.spec.task}' has no items left for {role}; give it more documents or other splits")
+            raise TaskError(
+                f"task '{loaded.spec.task}' has no items left for {role}; give it more documents or other splits"
+            )
         loaded.items[role] = tuple(row.item for row in rows)
         loaded.requests |= {row.item: row.requests for row in rows}
 
 
 def fingerprint(loaded: Loaded) -> str:
     """SHA-256 of a task's settings, its code, every item of every role and every request."""
-    settings = {k: v for k, v in loaded.task.dump_config().items() if k not in ("dataset_path", "dataset_kwargs", "metadata")}
-    text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__name__", type(value).__name__))
+    settings = {
+        k: v
+        for k, v in loaded.task.dump_config().items()
+        if k not in ("dataset_path", "dataset_kwargs", "metadata")
+    }
+    text = json.dumps(
+        settings, sort_keys=True, default=lambda value: getattr(value, "__name__", type(value).__name__)
+    )
     digest = hashlib.sha256(f"{loaded.metric}|{loaded.filter}|{text}".encode())
     digest.update((loaded.code or "").encode())
     for role in ROLES:

@@ -28,7 +28,9 @@ class Encoding:
                     raise ValueError("it has no tokens to score")
                 self._known[key] = [Request(tuple(c), tuple(k)).fitted(self._lm.max_length) for c, k in pairs]
             except (ValueError, IndexError) as error:
-                raise CandidateError(f"a request of task '{request.task_name}' cannot be scored: {error}") from None
+                raise CandidateError(
+                    f"a request of task '{request.task_name}' cannot be scored: {error}"
+                ) from None
         return self._known[key]
 
     def tokens(self, request: Any) -> int:
@@ -55,6 +57,9 @@ def token_pair(lm: Any, request: Any) -> tuple[list[int], list[int]]:
 def _windows(lm: Any, text: str) -> list[tuple[list[int], list[int]]]:
     """The windows of a rolling log-likelihood, as HFLM cuts them."""
     windows = lm_utils.get_rolling_token_windows(
-        token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
+        token_list=lm.tok_encode(text),
+        prefix_token=lm.prefix_token_id,
+        max_seq_len=lm.max_length,
+        context_len=1,
     )
     return [lm_utils.make_disjoint_window(window) for window in windows]

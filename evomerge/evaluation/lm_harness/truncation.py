@@ -37,7 +37,9 @@ def findings(tasks: Mapping[str, Loaded], lm: Any) -> tuple[str, ...]:
         for role in ROLES:
             own = [item for item in loaded.items[role] if item in cut]
             if own:
-                some = ", ".join(f"{item} by {cut[item]}" for item in own[:_NAMED]) + (", …" if len(own) > _NAMED else "")
+                some = ", ".join(f"{item} by {cut[item]}" for item in own[:_NAMED]) + (
+                    ", …" if len(own) > _NAMED else ""
+                )
                 sentences.append(
                     f"task '{name}': {len(own)} of {len(loaded.items[role])} items of {role} are truncated, longer than the "
                     f"model's {lm.max_length} tokens and cut from the left as lm-eval does: {some} tokens"
@@ -48,7 +50,9 @@ def findings(tasks: Mapping[str, Loaded], lm: Any) -> tuple[str, ...]:
 def _over(request: Any, lm: Any) -> int:
     """Tokens by which a request is too long."""
     if request.request_type == "generate_until":
-        room: int = lm.max_length - int(normalize_gen_kwargs(dict(request.args[1]), lm.max_gen_toks)["max_gen_toks"])
+        room: int = lm.max_length - int(
+            normalize_gen_kwargs(dict(request.args[1]), lm.max_gen_toks)["max_gen_toks"]
+        )
         if _surely_fits(request.args[0], room):
             return 0
         ids, _ = lm.tok_batch_encode([request.args[0]])

@@ -32,7 +32,9 @@ def check_routable(models: Mapping[str, nn.Module], base: str) -> None:
     for name, model in models.items():
         for what, own, expected in zip(_WHAT, _kind(source(model)), _kind(shell), strict=True):
             if own != expected:
-                raise RouteError(f"{what} of '{name}' is {own}, of '{base}' {expected}; their layers cannot be stacked, leave '{name}' out")
+                raise RouteError(
+                    f"{what} of '{name}' is {own}, of '{base}' {expected}; their layers cannot be stacked, leave '{name}' out"
+                )
     for name, model in models.items():
         _check_rotary(name, source(model), base, shell)
 
@@ -43,7 +45,9 @@ def routable_by_numbers(model: nn.Module) -> None:
     try:
         reason = _by_numbers(model)
     except REFUSALS as error:
-        reason = f"with repeated layers does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = (
+            f"with repeated layers does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
     if reason:
         raise RouteError(f"{type(model).__name__} {reason}; it cannot be routed")
 
@@ -55,7 +59,9 @@ def check_scalable(model: nn.Module) -> None:
     try:
         error = _scaled_error(model)
     except REFUSALS as raised:
-        raise FoldError(f"{type(model).__name__} with scaled hidden states does not run: {type(raised).__name__}: {raised}") from raised
+        raise FoldError(
+            f"{type(model).__name__} with scaled hidden states does not run: {type(raised).__name__}: {raised}"
+        ) from raised
     most = max(SCALED, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
     if not error <= most:
         raise FoldError(
@@ -105,7 +111,10 @@ def _broken(model: nn.Module, tokens: Tensor) -> int | None:
     entered = [call.hidden for call in calls(model, tokens)[1:]]
     for handle in handles:
         handle.remove()
-    return next((i for i, (out, read) in enumerate(zip(left, entered, strict=False)) if not torch.equal(out, read)), None)
+    return next(
+        (i for i, (out, read) in enumerate(zip(left, entered, strict=False)) if not torch.equal(out, read)),
+        None,
+    )
 
 
 def _scaled_error(model: nn.Module) -> float:
@@ -126,8 +135,13 @@ def _scaled_error(model: nn.Module) -> float:
         finally:
             for handle in handles:
                 handle.remove()
-        routed.install([Hop(model, i, gain) for i, gain in zip(layers, gains(scales, len(layers)), strict=True)])
-        error = float((_logits(routed.model, tokens, mask).float() - expected.float()).abs().max() / expected.float().std())
+        routed.install(
+            [Hop(model, i, gain) for i, gain in zip(layers, gains(scales, len(layers)), strict=True)]
+        )
+        error = float(
+            (_logits(routed.model, tokens, mask).float() - expected.float()).abs().max()
+            / expected.float().std()
+        )
         worst = max(worst, error if error == error else math.inf)
     return worst
 
@@ -135,7 +149,9 @@ def _scaled_error(model: nn.Module) -> float:
 def _multiplied(by: float) -> Callable[..., Any]:
     """A hook that multiplies the hidden state as it enters a layer."""
 
-    def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if given:
             return (given[0] * by, *given[1:]), named
         return given, {**named, "hidden_states": named["hidden_states"] * by}
@@ -157,7 +173,9 @@ def _check_rotary(name: str, own: Source, base: str, shell: Source) -> None:
     mine, expected = _rotary(own), _rotary(shell)
     keys = sorted(key for key in mine.keys() | expected.keys() if not _same(mine.get(key), expected.get(key)))
     if keys:
-        raise RouteError(f"the rotary embeddings of '{name}' and '{base}' differ in {', '.join(keys[:3])}; their layers cannot be stacked")
+        raise RouteError(
+            f"the rotary embeddings of '{name}' and '{base}' differ in {', '.join(keys[:3])}; their layers cannot be stacked"
+        )
 
 
 def _rotary(of: Source) -> dict[str, Any]:
@@ -167,7 +185,11 @@ def _rotary(of: Source) -> dict[str, Any]:
         if not path or f"{of.stack_name}." in f"{path}." or any(True for _ in module.parameters()):
             continue
         found |= {f"{path}.{k}": v for k, v in module._buffers.items() if v is not None}
-        found |= {f"{path}.{k}": v for k, v in vars(module).items() if isinstance(v, (float, str)) and not k.startswith("_")}
+        found |= {
+            f"{path}.{k}": v
+            for k, v in vars(module).items()
+            if isinstance(v, (float, str)) and not k.startswith("_")
+        }
     for key in ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"):
         if getattr(of.text, key, None) is not None:
             found[key] = getattr(of.text, key)
@@ -185,7 +207,12 @@ def _cache_error(model: nn.Module, tokens: Tensor, steps: int = 3) -> float:
     found = []
     for cached in (True, False):
         asked = GenerationConfig(
-            max_new_tokens=steps, do_sample=False, use_cache=cached, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+            max_new_tokens=steps,
+            do_sample=False,
+            use_cache=cached,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
         )
         found.append(model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=asked))  # type: ignore[operator]
     worst = 0.0

@@ -25,7 +25,9 @@ class Call:
     @property
     def hidden(self) -> Tensor:
         """The hidden state that enters the layer [..., tokens, width]."""
-        found: Tensor = self.arguments[self.stream] if isinstance(self.stream, int) else self.named[self.stream]
+        found: Tensor = (
+            self.arguments[self.stream] if isinstance(self.stream, int) else self.named[self.stream]
+        )
         return found
 
     def run(self, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
@@ -61,10 +63,18 @@ def stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     config = text_config(model)
     depth = config.num_hidden_layers
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    owned = [(path, m) for path, m in found if getattr(model.get_submodule(path.rpartition(".")[0]), "config", None) is config]
+    found = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth
+    ]
+    owned = [
+        (path, m)
+        for path, m in found
+        if getattr(model.get_submodule(path.rpartition(".")[0]), "config", None) is config
+    ]
     if not found:
-        raise RouteError(f"{type(model).__name__} has no list of {depth} layers, the depth that its config says; it cannot be routed")
+        raise RouteError(
+            f"{type(model).__name__} has no list of {depth} layers, the depth that its config says; it cannot be routed"
+        )
     return min(owned or found, key=lambda pair: pair[0].count("."))
 
 
@@ -79,13 +89,23 @@ def calls(model: nn.Module, tokens: Tensor, last: int | None = None) -> list[Cal
 
     def watch(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.setdefault(index, _call(arguments, {k: None if k in _CACHES else v for k, v in named.items()}, type(module).__name__))
+            found.setdefault(
+                index,
+                _call(
+                    arguments,
+                    {k: None if k in _CACHES else v for k, v in named.items()},
+                    type(module).__name__,
+                ),
+            )
             if index == last:
                 raise _Found
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers[: last + 1])]
+    handles = [
+        layer.register_forward_pre_hook(watch(i), with_kwargs=True)
+        for i, layer in enumerate(layers[: last + 1])
+    ]
     try:
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
@@ -95,7 +115,9 @@ def calls(model: nn.Module, tokens: Tensor, last: int | None = None) -> list[Cal
         for handle in handles:
             handle.remove()
     if len(found) != last + 1:
-        raise RouteError(f"{type(model).__name__} calls {len(found)} of its first {last + 1} layers in a forward; it cannot be routed")
+        raise RouteError(
+            f"{type(model).__name__} calls {len(found)} of its first {last + 1} layers in a forward; it cannot be routed"
+        )
     return [found[i] for i in range(last + 1)]
 
 
@@ -123,7 +145,11 @@ def _call(arguments: tuple[Any, ...], named: dict[str, Any], kind: str) -> Call:
         return Call(arguments, named, 0)
     if isinstance(named.get("hidden_states"), Tensor):
         return Call(arguments, named, "hidden_states")
-    floating = [name for name, value in named.items() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3]
+    floating = [
+        name
+        for name, value in named.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
+    ]
     if not floating:
         raise RouteError(f"no hidden state among the arguments of {kind}; it cannot be routed")
     return Call(arguments, named, floating[0])

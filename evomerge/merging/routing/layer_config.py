@@ -25,7 +25,16 @@ _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"
 _LAST = ("moe_layer_end_index",)
 """Numbers of the last layer of a kind."""
 _NUMBERS = (*_LEADING, *_LAST, "scale_depth")
-_REFUSALS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)
+_REFUSALS = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +50,22 @@ class LayerConfig:
 
     def lists(self) -> dict[str, list[Any]]:
         """What the config lists of each layer: name -> one value a layer."""
-        found = {k: list(v) for k, v in self.values.items() if isinstance(v, (list, tuple)) and len(v) == self.depth}
-        return {k: v for k, v in found.items() if _of_layers(k, v, self.depth)} | {k: list(v) for k, v in self.computed.items()}
+        found = {
+            k: list(v)
+            for k, v in self.values.items()
+            if isinstance(v, (list, tuple)) and len(v) == self.depth
+        }
+        return {k: v for k, v in found.items() if _of_layers(k, v, self.depth)} | {
+            k: list(v) for k, v in self.computed.items()
+        }
 
     def index_sets(self) -> dict[str, list[int]]:
         """Numbers of the layers that something holds for: name -> numbers, rising."""
-        return {k: list(v) for k, v in self.values.items() if isinstance(v, (list, tuple)) and _is_index_set(k, v, self.depth)}
+        return {
+            k: list(v)
+            for k, v in self.values.items()
+            if isinstance(v, (list, tuple)) and _is_index_set(k, v, self.depth)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +98,9 @@ class Source:
     def layer_config(self) -> LayerConfig:
         """What the model's config says of its layers."""
         computed = {k: list(getattr(self.text, k)) for k in self.properties}
-        return LayerConfig(type(self.model).__name__, _values(self.text), len(self.layers), self.depth_key, computed)
+        return LayerConfig(
+            type(self.model).__name__, _values(self.text), len(self.layers), self.depth_key, computed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +119,17 @@ def source(model: nn.Module) -> Source:
     owner = model.get_submodule(path.rpartition(".")[0])
     key = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     names = frozenset({key, "num_hidden_layers", "num_layers", "n_layer", "n_layers"})
-    return Source(model, path, layers, owner, text, index_names(list(layers)), key, names, _properties(text, len(layers)))
+    return Source(
+        model,
+        path,
+        layers,
+        owner,
+        text,
+        index_names(list(layers)),
+        key,
+        names,
+        _properties(text, len(layers)),
+    )
 
 
 def changes(shell: Source, hops: Sequence[tuple[Source, int]]) -> Changes:
@@ -114,7 +145,9 @@ def gathered(shell: LayerConfig, hops: Sequence[tuple[LayerConfig, int]]) -> Cha
     """
     for home, layer in hops:
         if not 0 <= layer < home.depth:
-            raise RouteError(f"layer {layer} of {home.name} was asked for; it has layers 0 to {home.depth - 1}")
+            raise RouteError(
+                f"layer {layer} of {home.name} was asked for; it has layers 0 to {home.depth - 1}"
+            )
     tables = {id(home): (home.lists(), home.index_sets()) for home, _ in hops}
     lists: dict[str, list[Any]] = {}
     for key, own in shell.lists().items():
@@ -132,10 +165,16 @@ def gathered(shell: LayerConfig, hops: Sequence[tuple[LayerConfig, int]]) -> Cha
             inside = [layer <= home.values.get(key, -1) for home, layer in hops]
             values[key] = len(hops) - 1 - next((i for i, is_in in enumerate(reversed(inside)) if is_in), 0)
     ratio = len(hops) / shell.depth
-    if isinstance(scale := shell.values.get("scale_depth"), (int, float)):  # MiniCPM divides it by the root of the depth
+    if isinstance(
+        scale := shell.values.get("scale_depth"), (int, float)
+    ):  # MiniCPM divides it by the root of the depth
         values["scale_depth"] = scale * ratio**0.5
     values[shell.depth_key] = len(hops)
-    kept = {k: v if isinstance(shell.values[k], list) else tuple(v) for k, v in lists.items() if k not in shell.computed}
+    kept = {
+        k: v if isinstance(shell.values[k], list) else tuple(v)
+        for k, v in lists.items()
+        if k not in shell.computed
+    }
     return Changes(values | kept, lists, {k: lists[k] for k in shell.computed})
 
 
@@ -158,11 +197,19 @@ def write_file(config: dict[str, Any], changed: Changes) -> None:
     text = config.get("text_config", config)
     for key, listed in changed.lists.items():
         if None in listed and None not in (text.get(key) or ()):
-            raise CheckpointError(f"the config says {key} of each layer and nothing of layer {listed.index(None)} of the stack; leave that layer out")
+            raise CheckpointError(
+                f"the config says {key} of each layer and nothing of layer {listed.index(None)} of the stack; leave that layer out"
+            )
     text.update({k: _json(v) for k, v in changed.values.items() if k in _stated(text)})
     silent = {k: v for k, v in changed.values.items() if k not in _stated(text)}
     built = _built(config) if silent else None
-    text.update({k: _json(v) for k, v in silent.items() if built is not None and _json(getattr(built, k, None)) != _json(v)})
+    text.update(
+        {
+            k: _json(v)
+            for k, v in silent.items()
+            if built is not None and _json(getattr(built, k, None)) != _json(v)
+        }
+    )
 
 
 def write(text: Any, changed: Changes, computed: bool) -> None:
@@ -176,7 +223,9 @@ def write(text: Any, changed: Changes, computed: bool) -> None:
     overruled = {k: v for k, v in changed.computed.items() if list(getattr(text, k)) != v}
     if computed and overruled:
         body: dict[str, Any] = {k: property(lambda self, v=v: list(v)) for k, v in overruled.items()}  # type: ignore[misc]
-        text.__class__ = type(kind.__name__, (kind,), {**body, "_evomerge_written": kind, "__module__": kind.__module__})
+        text.__class__ = type(
+            kind.__name__, (kind,), {**body, "_evomerge_written": kind, "__module__": kind.__module__}
+        )
 
 
 def signature(model: nn.Module, layer: int) -> str:
@@ -186,9 +235,16 @@ def signature(model: nn.Module, layer: int) -> str:
     """
     home = source(model)
     if not 0 <= layer < len(home.layers):
-        raise RouteError(f"layer {layer} of {type(model).__name__} was asked for; it has layers 0 to {len(home.layers) - 1}")
-    said = {key: str(values[layer]) for key, values in home.lists().items()} | {key: str(layer in own) for key, own in home.index_sets().items()}
-    parts = {f"{path}:{name}": str(value) for (path, name), value in fingerprint(home.layers[layer], home.index_names).items()}
+        raise RouteError(
+            f"layer {layer} of {type(model).__name__} was asked for; it has layers 0 to {len(home.layers) - 1}"
+        )
+    said = {key: str(values[layer]) for key, values in home.lists().items()} | {
+        key: str(layer in own) for key, own in home.index_sets().items()
+    }
+    parts = {
+        f"{path}:{name}": str(value)
+        for (path, name), value in fingerprint(home.layers[layer], home.index_names).items()
+    }
     return hashlib.sha256(json.dumps([said, parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -214,7 +270,9 @@ _STATE = frozenset({"training", "gradient_checkpointing", "name_or_path"})
 
 
 def _plain(value: Any) -> bool:
-    return all(map(_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, (int, float, str))
+    return (
+        all(map(_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, (int, float, str))
+    )
 
 
 def is_unchanged(shell: LayerConfig, changed: Changes) -> bool:
@@ -238,7 +296,14 @@ def _json(value: Any) -> Any:
 
 def _properties(text: Any, depth: int) -> tuple[str, ...]:
     """Names of the lists with one value a layer that a config's class computes itself."""
-    names = sorted({name for kind in type(text).__mro__ for name, value in vars(kind).items() if isinstance(value, property)})
+    names = sorted(
+        {
+            name
+            for kind in type(text).__mro__
+            for name, value in vars(kind).items()
+            if isinstance(value, property)
+        }
+    )
     found = ((name, getattr(text, name, None)) for name in names if "layer" in name)
     return tuple(name for name, value in found if isinstance(value, (list, tuple)) and len(value) == depth)
 
@@ -264,4 +329,8 @@ def _is_index_set(key: str, values: Sequence[Any], depth: int) -> bool:
     if not all(type(v) is int and 0 <= v < depth for v in values) or any(word in key for word in _NOT_LAYERS):
         return False
     rising = all(a < b for a, b in pairwise(values))
-    return rising and any(word in key for word in _INDEX_SETS) and (len(values) != depth or list(values) == list(range(depth)))
+    return (
+        rising
+        and any(word in key for word in _INDEX_SETS)
+        and (len(values) != depth or list(values) == list(range(depth)))
+    )

@@ -17,7 +17,16 @@ from evomerge.merging.routing.decoder_layers import stack, text_config
 from evomerge.merging.routing.layer_config import fingerprint, source
 from evomerge.merging.routing.routed_model import Routed
 
-_REFUSALS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)
+_REFUSALS = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
 _MANY = 4
 
 
@@ -32,7 +41,9 @@ def reasons(routed: Routed | nn.Module) -> tuple[str, ...]:
         built = _skeleton(model)
         _, theirs = stack(built)
     except (RouteError, *_REFUSALS) as error:
-        return (f"transformers cannot build a model from the route's config: {type(error).__name__}: {str(error).partition(chr(10))[0]}",)
+        return (
+            f"transformers cannot build a model from the route's config: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+        )
     found = _lists(model, built)
     _, own = stack(model)
     ignored = source(model).index_names | source(built).index_names
@@ -53,7 +64,9 @@ def _skeleton(model: nn.Module, device: str = "meta") -> nn.Module:
     reloaded = type(plain).from_dict(plain.to_dict())
     kind: Any = type(model)
     with torch.device(device):
-        built: nn.Module = kind._from_config(reloaded, attn_implementation=attention, dtype=next(model.parameters()).dtype).eval()
+        built: nn.Module = kind._from_config(
+            reloaded, attn_implementation=attention, dtype=next(model.parameters()).dtype
+        ).eval()
     return built
 
 
@@ -61,23 +74,38 @@ def _lists(model: nn.Module, built: nn.Module) -> list[str]:
     """Per-layer values of the config that do not survive the file."""
     own, other = source(model).lists(), text_config(built)
     wrong = [key for key, values in own.items() if list(getattr(other, key, None) or ()) != values]
-    return [f"its config cannot say {key} = {own[key]}; a checkpoint's would be {getattr(other, key, None)}" for key in wrong]
+    return [
+        f"its config cannot say {key} = {own[key]}; a checkpoint's would be {getattr(other, key, None)}"
+        for key in wrong
+    ]
 
 
 def _unsaved(model: nn.Module, layers: nn.ModuleList) -> list[str]:
     """Buffers that no checkpoint holds and that would be others in a model built anew; only of layers in which they differ at all."""
     own = [_buffers(layer) for layer in layers]
-    differing = sorted({key for found in own for key in found if not all(key not in o or torch.equal(o[key], found[key]) for o in own)})
+    differing = sorted(
+        {
+            key
+            for found in own
+            for key in found
+            if not all(key not in o or torch.equal(o[key], found[key]) for o in own)
+        }
+    )
     if not differing:
         return []
-    theirs = [_buffers(layer) for layer in stack(_skeleton(model, "cpu"))[1]]  # with values, which takes the memory of the model
+    theirs = [
+        _buffers(layer) for layer in stack(_skeleton(model, "cpu"))[1]
+    ]  # with values, which takes the memory of the model
     wrong = [
         (i, key)
         for i, (mine, other) in enumerate(zip(own, theirs, strict=True))
         for key in differing
         if key in mine and key in other and not torch.equal(mine[key].cpu(), other[key])
     ]
-    return [f"layer {i} computes with values of {key} that no checkpoint saves and that are others at its number" for i, key in wrong]
+    return [
+        f"layer {i} computes with values of {key} that no checkpoint saves and that are others at its number"
+        for i, key in wrong
+    ]
 
 
 def _buffers(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -95,12 +123,19 @@ def _outside(model: nn.Module, built: nn.Module) -> list[str]:
     path, _ = stack(model)
     mine, other = fingerprint(model), fingerprint(built)
     inside = f"{path}."
-    return _differences("the model", *({k: v for k, v in found.items() if not f"{k[0]}.".startswith(inside)} for found in (mine, other)))
+    return _differences(
+        "the model",
+        *({k: v for k, v in found.items() if not f"{k[0]}.".startswith(inside)} for found in (mine, other)),
+    )
 
 
 def _differences(what: str, mine: dict[tuple[str, str], Any], other: dict[tuple[str, str], Any]) -> list[str]:
     missing = object()
-    found = [key for key in sorted(mine.keys() | other.keys()) if not _equal(mine.get(key, missing), other.get(key, missing))]
+    found = [
+        key
+        for key in sorted(mine.keys() | other.keys())
+        if not _equal(mine.get(key, missing), other.get(key, missing))
+    ]
     said = [
         f"{what} computes with {'.'.join(part for part in key if part)} = {mine.get(key, 'none')}, a checkpoint's with {other.get(key, 'none')}"
         for key in found[:_MANY]

@@ -25,11 +25,26 @@ from evomerge.merging.routing.layer_config import Source, changes, source, write
 from evomerge.merging.routing.layer_config import signature as signature
 from evomerge.merging.routing.scale_folding import Fold
 
-REFUSALS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)
+REFUSALS = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
 SCALED = 5e-4
 """Largest difference that is accepted between gains in a model's weights and hidden states that are scaled, of the logits' deviation."""
 _KEPT = 4  # clones that are kept: this many times the longest route so far
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +79,11 @@ def routed_config(shell: nn.Module, hops: Sequence[Hop]) -> Any:
     config = copy.deepcopy(shell.config)
     text = config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     sources = {id(model): source(model) for model in (shell, *(hop.model for hop in hops))}
-    write(text, changes(sources[id(shell)], [(sources[id(hop.model)], hop.layer) for hop in hops]), computed=False)
+    write(
+        text,
+        changes(sources[id(shell)], [(sources[id(hop.model)], hop.layer) for hop in hops]),
+        computed=False,
+    )
     _keep_attention(shell.config, config)
     return config
 
@@ -132,7 +151,11 @@ class _Follower:
     key: str | None
 
     def follow(self, lists: Mapping[str, list[Any]], depth: int) -> None:
-        setattr(self.module, self.name, depth if self.key is None else list(lists[self.key]) if self.key in lists else None)
+        setattr(
+            self.module,
+            self.name,
+            depth if self.key is None else list(lists[self.key]) if self.key in lists else None,
+        )
 
 
 @dataclass(slots=True)
@@ -164,7 +187,9 @@ class _Scaled(nn.Module):
             return weight
         found = self.shared.kept.get(self.name)
         if found is None:
-            found = scale_folding.scaled(weight.detach(), *scale_folding.factor(self.fold, self.name, self.shared.gain))
+            found = scale_folding.scaled(
+                weight.detach(), *scale_folding.factor(self.fold, self.name, self.shared.gain)
+            )
             if self.shared.running:
                 self.shared.kept[self.name] = found
         return found
@@ -221,7 +246,9 @@ def _empty(shell: Source) -> nn.Module:
     """The shell's module tree with a config of its own and no layers."""
     config = copy.deepcopy(shell.model.config)
     _keep_attention(shell.model.config, config)
-    replaced: dict[int, Any] = {id(own): new for own, new in _pairs(shell.model.config, config)} | {id(shell.layers): nn.ModuleList()}
+    replaced: dict[int, Any] = {id(own): new for own, new in _pairs(shell.model.config, config)} | {
+        id(shell.layers): nn.ModuleList()
+    }
     model: nn.Module = _view(shell.model, replaced)
     return model
 
@@ -260,7 +287,11 @@ def _strip(model: nn.Module) -> None:
     """Takes off the hooks with which transformers captures outputs: they know the layers of an earlier route."""
     for module in model.modules():
         own = vars(module)
-        for key in [k for k, hook in own["_forward_hooks"].items() if getattr(hook, "__name__", "") == "output_capturing_hook"]:
+        for key in [
+            k
+            for k, hook in own["_forward_hooks"].items()
+            if getattr(hook, "__name__", "") == "output_capturing_hook"
+        ]:
             del own["_forward_hooks"][key]
         if own.get("_output_capturing_hooks_installed"):
             own["_output_capturing_hooks_installed"] = False

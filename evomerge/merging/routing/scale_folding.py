@@ -66,7 +66,9 @@ def observe(model: nn.Module, layer: int) -> Fold:
         if not unused:
             return fold
     some = ", ".join(sorted(unused)[:3])
-    raise FoldError(f"{name} does not use {some} in a forward of {_ROWS[-1][0] * _ROWS[-1][1]} tokens; what a gain multiplies cannot be told")
+    raise FoldError(
+        f"{name} does not use {some} in a forward of {_ROWS[-1][0] * _ROWS[-1][1]} tokens; what a gain multiplies cannot be told"
+    )
 
 
 def probe(model: nn.Module, layer: int, fold: Fold, tolerance: float = TOLERANCE) -> float:
@@ -74,7 +76,13 @@ def probe(model: nn.Module, layer: int, fold: Fold, tolerance: float = TOLERANCE
 
     Raises FoldError if it is above the tolerance.
     """
-    return _probed(_layers(model)[layer], _calls(model, *_ROWS[0], layer)[layer], fold, tolerance, f"layer {layer} of {type(model).__name__}")
+    return _probed(
+        _layers(model)[layer],
+        _calls(model, *_ROWS[0], layer)[layer],
+        fold,
+        tolerance,
+        f"layer {layer} of {type(model).__name__}",
+    )
 
 
 def fold_of(model: nn.Module, layer: int) -> Fold:
@@ -144,12 +152,18 @@ def _observed(layer: nn.Module, call: Call, name: str) -> tuple[Fold, set[str]]:
         output = call.run(layer, hidden)
     items = trace.items(output)
     if output.shape != hidden.shape or items is None:
-        raise FoldError(f"{name} does not return its input plus what it adds; scales are not possible, set `scales: none`")
+        raise FoldError(
+            f"{name} does not return its input plus what it adds; scales are not possible, set `scales: none`"
+        )
     if not items:
-        raise FoldError(f"{name} adds nothing that a parameter of it scales; scales are not possible, set `scales: none`")
+        raise FoldError(
+            f"{name} adds nothing that a parameter of it scales; scales are not possible, set `scales: none`"
+        )
     outputs = {item for item, form in items if not form}
     norms = {item for item in items if item[1] and item[0] not in outputs}
-    fold = Fold(tuple(sorted(outputs - trace.inputs)), tuple(sorted(norms)), tuple(sorted(trace.inputs - outputs)))
+    fold = Fold(
+        tuple(sorted(outputs - trace.inputs)), tuple(sorted(norms)), tuple(sorted(trace.inputs - outputs))
+    )
     return fold, set(parameters) - trace.used
 
 

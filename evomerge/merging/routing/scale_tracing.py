@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Item = tuple[str, str]  # parameter, form: 'w' for a factor w, '1+w' for a factor 1 + w, '' for what is multiplied or added as it is
+Item = tuple[
+    str, str
+]  # parameter, form: 'w' for a factor w, '1+w' for a factor 1 + w, '' for what is multiplied or added as it is
 
 _JOINED = frozenset(
     {
@@ -79,7 +81,9 @@ _LINEAR = _REARRANGED | {
     "embedding",
 }
 """Operations that are linear in what they read, so that what it is linear in, they are linear in."""
-_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "native_group_norm", "layer_norm", "rms_norm", "group_norm"})
+_NORMS = frozenset(
+    {"native_layer_norm", "_fused_rms_norm", "native_group_norm", "layer_norm", "rms_norm", "group_norm"}
+)
 _KEEP = frozenset({"abs", "linalg_vector_norm", "norm", "clamp", "clamp_min", "maximum", "amax", "max"})
 _POWERS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0, "square": 2.0}
 
@@ -174,7 +178,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _of_parameters(name: str, args: Any, own: list[_Value]) -> _Value:
     """A rearranged or cast parameter is still that parameter; one to which 1 was added has the form 1 + w."""
     first = own[0]
-    if name in ("add", "add_", "rsub") and len(own) == 1 and first.own and any(isinstance(a, (int, float)) and a == 1 for a in args):
+    if (
+        name in ("add", "add_", "rsub")
+        and len(own) == 1
+        and first.own
+        and any(isinstance(a, (int, float)) and a == 1 for a in args)
+    ):
         return _Value(own=(first.own[0], "1+w"), matrix=first.matrix)
     return first if name in _REARRANGED else _PLAIN
 
@@ -187,10 +196,19 @@ def _product(name: str, activations: list[_Value], own: list[_Value]) -> _Value:
         return activations[0]
     first, second = activations[0], activations[1]
     degree = first.degree - second.degree if name == "div" else first.degree + second.degree
-    carried = frozenset[Item]() if name in ("bmm", "mm", "matmul") else first.items if name == "div" else second.items or first.items
+    carried = (
+        frozenset[Item]()
+        if name in ("bmm", "mm", "matmul")
+        else first.items
+        if name == "div"
+        else second.items or first.items
+    )
     if first.degree == 1.0 or second.degree == 1.0:
         carried = first.items if first.degree == 1.0 else second.items
-    return _Value(degree, carried if degree in (0.0, 1.0) and (degree or not (first.degree or second.degree)) else frozenset())
+    return _Value(
+        degree,
+        carried if degree in (0.0, 1.0) and (degree or not (first.degree or second.degree)) else frozenset(),
+    )
 
 
 def _factors(values: list[_Value]) -> frozenset[Item]:

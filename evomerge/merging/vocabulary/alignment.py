@@ -39,10 +39,20 @@ def vocabulary_tensors(parent: Parent) -> tuple[str, ...]:
     """
     size = rows_of(parent)
     outside = {name: info.shape for name, info in parent.tensors.items() if parent.place(name).layer is None}
-    tables = {name for name, shape in outside.items() if len(shape) == 2 and shape[0] == size and "pos" not in name and "wpe" not in name}
-    biases = {name for name, shape in outside.items() if shape == (size,) and name.removesuffix("bias") + "weight" in tables}
+    tables = {
+        name
+        for name, shape in outside.items()
+        if len(shape) == 2 and shape[0] == size and "pos" not in name and "wpe" not in name
+    }
+    biases = {
+        name
+        for name, shape in outside.items()
+        if shape == (size,) and name.removesuffix("bias") + "weight" in tables
+    }
     if not tables:
-        raise CheckpointError(f"{parent.path} has no embedding of {size} rows, the vocab_size in its config.json; one of the two is wrong")
+        raise CheckpointError(
+            f"{parent.path} has no embedding of {size} rows, the vocab_size in its config.json; one of the two is wrong"
+        )
     return tuple(sorted(tables | biases))
 
 
@@ -108,11 +118,17 @@ class Vocabulary:
         """
         for name in (base, *spec.models):
             if name not in parents:
-                raise RecipeError(f"the tokenizer needs model '{name}', which is not among the models merged. {suggest(name, parents)}")
-        sources = {spec.source} & set(WHOLE) | {donor.source for _, donor in spec.tokens if donor.source == ZERO}
+                raise RecipeError(
+                    f"the tokenizer needs model '{name}', which is not among the models merged. {suggest(name, parents)}"
+                )
+        sources = {spec.source} & set(WHOLE) | {
+            donor.source for _, donor in spec.tokens if donor.source == ZERO
+        }
         for word in sorted(sources & set(parents)):
             if (word, base) != ("base", "base"):
-                raise RecipeError(f"the tokenizer's source '{word}' is also the name of a model that is not meant; give it another name")
+                raise RecipeError(
+                    f"the tokenizer's source '{word}' is also the name of a model that is not meant; give it another name"
+                )
         self.spec, self.base = spec, base
         self._sizes = {name: rows_of(parent) for name, parent in parents.items()}
         self._own = filled(read(parents), base, parents)
@@ -125,11 +141,15 @@ class Vocabulary:
         self._numbers = torch.tensor([self.tokens[token] for token in self._names])
         self._free = torch.ones(self.size, dtype=torch.bool)  # output rows that are no token's
         self._free[self._numbers] = False
-        self._rows = {m: torch.tensor([own.rows.get(t, -1) for t in self._names]) for m, own in self._own.items()}  # by place in _names
+        self._rows = {
+            m: torch.tensor([own.rows.get(t, -1) for t in self._names]) for m, own in self._own.items()
+        }  # by place in _names
         self._plans: dict[tuple[tuple[str, ...], str], _Plan] = {}
         self._check_donors()
 
-    def aligned(self, tensors: Mapping[str, Tensor], axis: int = 0, base: str | None = None) -> dict[str, Tensor]:
+    def aligned(
+        self, tensors: Mapping[str, Tensor], axis: int = 0, base: str | None = None
+    ) -> dict[str, Tensor]:
         """Every model's table with the output's rows along `axis`, all in the type that holds each of them; never written to.
 
         A token gets the model's own row. If the model lacks it, or it is listed with `force`: the row of its listed donor,
@@ -146,7 +166,10 @@ class Vocabulary:
         plan = self._plans[key]
         dtype = reduce(torch.promote_types, (t.dtype for t in tensors.values()))
         lent = _lent(plan, views, dtype)
-        return {model: self._table(plan, model, view, lent, dtype).movedim(0, axis) for model, view in views.items()}
+        return {
+            model: self._table(plan, model, view, lent, dtype).movedim(0, axis)
+            for model, view in views.items()
+        }
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Copy of the base's config.json or generation_config.json for the output: vocab_size and the numbers of special tokens.
@@ -157,15 +180,24 @@ class Vocabulary:
         tokens = {row: token for token, row in self._own[self.base].rows.items()}
         nested = out.get("text_config")
         for text in [out, nested] if isinstance(nested, dict) else [out]:
-            if "vocab_size" in text or (text is (nested or out) and "model_type" in out):  # a generation config has neither
+            if "vocab_size" in text or (
+                text is (nested or out) and "model_type" in out
+            ):  # a generation config has neither
                 text["vocab_size"] = self.size
             for key, value in text.items():
                 if not key.endswith("_token_id") or value is None:
                     continue
-                found = [self.tokens.get(tokens.get(number, "")) for number in (value if isinstance(value, list) else [value])]
+                found = [
+                    self.tokens.get(tokens.get(number, ""))
+                    for number in (value if isinstance(value, list) else [value])
+                ]
                 kept = [number for number in found if number is not None]
                 if not kept and key.removesuffix("_id") in _ROLES:
-                    kept = [number for number in [getattr(self.tokenizer, key)] if number is not None and number < self.size]
+                    kept = [
+                        number
+                        for number in [getattr(self.tokenizer, key)]
+                        if number is not None and number < self.size
+                    ]
                 text[key] = (kept if isinstance(value, list) else kept[0]) if kept else None
         return out
 
@@ -179,18 +211,26 @@ class Vocabulary:
                 raise RecipeError(f"token {token!r} cannot be added to the tokenizer of '{self.spec.source}'")
             match donor.source:
                 case (model, str(other)) if other not in self._own[model].rows:
-                    raise RecipeError(f"token '{token}' is to come from '{other}' of model '{model}', which has no such token")
+                    raise RecipeError(
+                        f"token '{token}' is to come from '{other}' of model '{model}', which has no such token"
+                    )
                 case (model, int(row)) if row >= self._sizes[model]:
-                    raise RecipeError(f"token '{token}' is to come from row {row} of model '{model}', which has {self._sizes[model]} rows")
+                    raise RecipeError(
+                        f"token '{token}' is to come from row {row} of model '{model}', which has {self._sizes[model]} rows"
+                    )
 
     def _views(self, tensors: Mapping[str, Tensor], axis: int) -> dict[str, Tensor]:
         """The tensors with their rows first, borrowed."""
         views: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if name not in self._rows:
-                raise RecipeError(f"model '{name}' is not among those the vocabulary was built from. {suggest(name, self._rows)}")
+                raise RecipeError(
+                    f"model '{name}' is not among those the vocabulary was built from. {suggest(name, self._rows)}"
+                )
             if not 0 <= axis < tensor.ndim or tensor.shape[axis] != self._sizes[name]:
-                raise CheckpointError(f"a table of '{name}' is {list(tensor.shape)}; {self._sizes[name]} rows were expected along axis {axis}")
+                raise CheckpointError(
+                    f"a table of '{name}' is {list(tensor.shape)}; {self._sizes[name]} rows were expected along axis {axis}"
+                )
             views[name] = tensor.movedim(axis, 0)
             first = next(iter(views))
             if views[name].shape[1:] != views[first].shape[1:]:
@@ -203,7 +243,9 @@ class Vocabulary:
         rows = torch.stack([self._rows[m] for m in models])  # [models, tokens]
         has = rows >= 0
         forced = torch.zeros(len(self._names), dtype=torch.bool)
-        giver = torch.where(has.sum(0) == 1, has.int().argmax(0), -1)  # index of the model whose row is lent; -1: average
+        giver = torch.where(
+            has.sum(0) == 1, has.int().argmax(0), -1
+        )  # index of the model whose row is lent; -1: average
         if base in models:
             giver[has[models.index(base)] & (giver < 0)] = models.index(base)
         given = rows.gather(0, giver.clamp(min=0)[None])[0]
@@ -229,7 +271,9 @@ class Vocabulary:
             )
         borrowed = (needed | forced).nonzero()[:, 0]  # places in _names
         giver, given, zero = giver[borrowed], given[borrowed], zero[borrowed]
-        position = torch.zeros(len(self._names), dtype=torch.long).index_copy_(0, borrowed, torch.arange(len(borrowed)))
+        position = torch.zeros(len(self._names), dtype=torch.long).index_copy_(
+            0, borrowed, torch.arange(len(borrowed))
+        )
         averaged = ((giver < 0) & ~zero).nonzero()[:, 0]
         own, lent, single, shared = {}, {}, {}, []
         for i, model in enumerate(models):
@@ -248,16 +292,22 @@ class Vocabulary:
         source = dict(self.spec.tokens)[token].source
         model, what = source if isinstance(source, tuple) else (str(source), token)
         if model not in models:
-            raise RecipeError(f"token '{token}' is to come from model '{model}', which is not mixed here (only {', '.join(models)}); mix it too")
+            raise RecipeError(
+                f"token '{token}' is to come from model '{model}', which is not mixed here (only {', '.join(models)}); mix it too"
+            )
         row = what if isinstance(what, int) else self._own[model].rows.get(what, -1)
         if row < 0:
-            raise RecipeError(f"token '{token}' is to come from model '{model}', which lacks it; name one of its tokens or another source")
+            raise RecipeError(
+                f"token '{token}' is to come from model '{model}', which lacks it; name one of its tokens or another source"
+            )
         return models.index(model), row
 
     def _table(self, plan: _Plan, model: str, view: Tensor, lent: Tensor, dtype: torch.dtype) -> Tensor:
         """One model's table [size, ...] in the output's rows."""
         (to, at), (lent_to, lent_at) = plan.own[model], plan.lent[model]
-        if len(at) == self.size and not self._free.any() and torch.equal(at, to):  # to is 0, 1, ...: the rows are in place already
+        if (
+            len(at) == self.size and not self._free.any() and torch.equal(at, to)
+        ):  # to is 0, 1, ...: the rows are in place already
             return view[: self.size].to(dtype)
         out = torch.zeros((self.size, *view.shape[1:]), dtype=dtype, device=view.device)
         out[to.to(view.device)] = view.index_select(0, at.to(view.device)).to(dtype)
@@ -265,7 +315,9 @@ class Vocabulary:
         if self._free.any():
             end = self.size - int(self._free.sum())
             tokens = out[:end] if not self._free[:end].any() else out[~self._free.to(view.device)]
-            out[self._free.to(view.device)] = tokens.mean(0)  # https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+            out[self._free.to(view.device)] = tokens.mean(
+                0
+            )  # https://nlp.stanford.edu/~johnhew/vocab-expansion.html
         return out
 
 
@@ -278,7 +330,9 @@ def _lent(plan: _Plan, views: Mapping[str, Tensor], dtype: torch.dtype) -> Tenso
     if len(plan.averaged):
         total = torch.zeros((len(plan.averaged), *first.shape[1:]), dtype=dtype, device=first.device)
         for model, index, rows in plan.shared:
-            total.index_add_(0, index.to(first.device), views[model].index_select(0, rows.to(first.device)).to(dtype))
+            total.index_add_(
+                0, index.to(first.device), views[model].index_select(0, rows.to(first.device)).to(dtype)
+            )
         counts = plan.counts.to(first.device, dtype).reshape(-1, *[1] * (first.ndim - 1))
         out[plan.averaged.to(first.device)] = total / counts
     return out

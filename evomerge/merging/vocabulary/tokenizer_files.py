@@ -16,7 +16,13 @@ from evomerge.checkpoints import Parent
 from evomerge.errors import CheckpointError
 from evomerge.recipes import WHOLE, TokenizerSpec
 
-_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")  # any of them holds a vocabulary
+_FILES = (
+    "tokenizer.json",
+    "*.model",
+    "vocab.*",
+    "tekken.json",
+    "*.tiktoken",
+)  # any of them holds a vocabulary
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _LOG = logging.getLogger(__name__)
 
@@ -38,12 +44,16 @@ def rows_of(parent: Parent) -> int:
 
     Some configs leave it to their class; then it is the rows of the tallest table outside the layer stack.
     """
-    size = (parent.config.get("text_config") or parent.config).get("vocab_size", parent.config.get("vocab_size"))
+    size = (parent.config.get("text_config") or parent.config).get(
+        "vocab_size", parent.config.get("vocab_size")
+    )
     if size is None:
         outside = [info.shape for name, info in parent.tensors.items() if parent.place(name).layer is None]
         size = max((shape[0] for shape in outside if len(shape) == 2), default=None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise CheckpointError(f"{parent.path / 'config.json'}: vocab_size must be a whole number of at least 1, got {size!r}")
+        raise CheckpointError(
+            f"{parent.path / 'config.json'}: vocab_size must be a whole number of at least 1, got {size!r}"
+        )
     return size
 
 
@@ -58,9 +68,18 @@ def output(spec: TokenizerSpec, base: str, parents: Mapping[str, Parent], own: M
         for tokens in others:
             for info in tokens.added:
                 if settings.setdefault(info.content, info) != info:
-                    _LOG.warning("token '%s' is added with several settings; those of the first model that has it are taken", info.content)
-        plain = [token for tokens in others for _, token in sorted((row, token) for token, row in tokens.rows.items())]
-        tokenizer.add_tokens([token for token in dict.fromkeys(plain) if token not in vocabulary and token not in settings])
+                    _LOG.warning(
+                        "token '%s' is added with several settings; those of the first model that has it are taken",
+                        info.content,
+                    )
+        plain = [
+            token
+            for tokens in others
+            for _, token in sorted((row, token) for token, row in tokens.rows.items())
+        ]
+        tokenizer.add_tokens(
+            [token for token in dict.fromkeys(plain) if token not in vocabulary and token not in settings]
+        )
         tokenizer.add_tokens(list(settings.values()))
     vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token, _ in spec.tokens if token not in vocabulary])
@@ -79,8 +98,14 @@ def _cut(tokenizer: Any, parent: Parent) -> tuple[Any, dict[str, str]]:
         return tokenizer, {}
     what = f"the tokenizer in {parent.path} has {len(gone)} tokens, such as '{min(gone)}', beyond the embedding's {size} rows"
     if not tokenizer.is_fast:
-        raise CheckpointError(f"{what} and no tokenizer.json from which they could be removed; remove them by hand")
-    lost = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str) and token in gone}
+        raise CheckpointError(
+            f"{what} and no tokenizer.json from which they could be removed; remove them by hand"
+        )
+    lost = {
+        role: token
+        for role, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and token in gone
+    }
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         _edit(Path(folder) / "tokenizer.json", partial(_without, gone=gone, size=size))
@@ -92,7 +117,9 @@ def _cut(tokenizer: Any, parent: Parent) -> tuple[Any, dict[str, str]]:
 
 
 def _edit(file: Path, change: Callable[[Any], Any]) -> None:
-    file.write_text(json.dumps(change(json.loads(file.read_text(encoding="utf-8"))), ensure_ascii=False), encoding="utf-8")
+    file.write_text(
+        json.dumps(change(json.loads(file.read_text(encoding="utf-8"))), ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def _without(data: Any, gone: set[str], size: int) -> Any:
@@ -139,11 +166,22 @@ def read(parents: Mapping[str, Parent]) -> dict[str, Tokens | None]:
             out[name] = None
             continue
         size = rows_of(parent)
-        key = (size, *((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in _files(parent, _FILES + _BESIDE)))
+        key = (
+            size,
+            *(
+                (file.name, hashlib.sha256(file.read_bytes()).digest())
+                for file in _files(parent, _FILES + _BESIDE)
+            ),
+        )
         if key not in seen:
             tokenizer = _load(parent)
-            added = sorted((number, token) for number, token in tokenizer.added_tokens_decoder.items() if number < size)
-            seen[key] = Tokens({t: i for t, i in tokenizer.get_vocab().items() if i < size}, tuple(token for _, token in added))
+            added = sorted(
+                (number, token) for number, token in tokenizer.added_tokens_decoder.items() if number < size
+            )
+            seen[key] = Tokens(
+                {t: i for t, i in tokenizer.get_vocab().items() if i < size},
+                tuple(token for _, token in added),
+            )
         out[name] = seen[key]
     return out
 
@@ -154,7 +192,9 @@ def filled(read: Mapping[str, Tokens | None], base: str, parents: Mapping[str, P
     for name, tokens in read.items():
         own = tokens or read[base]
         if own is None or (tokens is None and rows_of(parents[name]) != rows_of(parents[base])):
-            raise CheckpointError(f"{parents[name].path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there")
+            raise CheckpointError(
+                f"{parents[name].path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there"
+            )
         out[name] = own
     return out
 
@@ -165,7 +205,9 @@ def _files(parent: Parent, patterns: tuple[str, ...]) -> list[Path]:
 
 def _load(parent: Parent) -> Any:
     if not _files(parent, _FILES):
-        raise CheckpointError(f"{parent.path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there")
+        raise CheckpointError(
+            f"{parent.path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there"
+        )
     return _from_folder(parent.path, parent.path)
 
 

@@ -23,7 +23,15 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("one_pass.c")
-_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+)
 _PLAIN = ("-O3", "-ffp-contract=off", "-fno-math-errno")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -33,22 +41,37 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where there is no compiler or the user wants none."""
     if os.environ.get("EVOMERGE_NATIVE", "1") == "0":
         return None
-    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
+    compiler = next(
+        (
+            found
+            for name in (os.environ.get("CC"), "cc", "gcc", "clang")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
     if compiler is None:
-        log.info("no C compiler found: merging in torch, about five times slower; install gcc or clang, or set CC")
+        log.info(
+            "no C compiler found: merging in torch, about five times slower; install gcc or clang, or set CC"
+        )
         return None
     for flags in (_FLAGS, _PLAIN):
         try:
             return ctypes.CDLL(str(_compiled(compiler, flags)))
         except (OSError, subprocess.SubprocessError) as error:
             log.debug("%s %s: %s", compiler, " ".join(flags), error)
-    log.info("the C compiler %s could not build %s: merging in torch, about five times slower", compiler, _SOURCE.name)
+    log.info(
+        "the C compiler %s could not build %s: merging in torch, about five times slower",
+        compiler,
+        _SOURCE.name,
+    )
     return None
 
 
 def fits(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the library is there and takes these tensors: on the CPU, contiguous, in a 16- or 32-bit float type."""
-    return library() is not None and all(t is None or (t.device.type == "cpu" and t.dtype in _TYPES and t.is_contiguous()) for t in tensors)
+    return library() is not None and all(
+        t is None or (t.device.type == "cpu" and t.dtype in _TYPES and t.is_contiguous()) for t in tensors
+    )
 
 
 def pointer(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
@@ -80,7 +103,9 @@ def type_codes(tensors: Sequence[Tensor]) -> Any:
 
 def _compiled(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library for this source, compiler and processor; compiled beside and renamed."""
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), _version(compiler), *flags, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\0".join([_SOURCE.read_text(), _version(compiler), *flags, _processor()]).encode()
+    ).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -93,20 +118,29 @@ def _compiled(compiler: str, flags: Sequence[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
             subprocess.run(
-                [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE), "-lm"], check=True, capture_output=True, timeout=120
+                [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE), "-lm"],
+                check=True,
+                capture_output=True,
+                timeout=120,
             )
             built.replace(target)
     return target
 
 
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
+    return subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=20
+    ).stdout.splitlines()[0]
 
 
 def _processor() -> str:
     """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "cpu family"))}))
+        return "\n".join(
+            sorted(
+                {line for line in lines if line.startswith(("flags", "Features", "model name", "cpu family"))}
+            )
+        )
     except OSError:
         return f"{platform.machine()} {platform.processor()}"

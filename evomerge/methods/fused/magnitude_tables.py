@@ -39,7 +39,9 @@ class Tables:
 
     def unit(self, pair: Pair) -> float:
         """The unit of `sweep.norms`."""
-        return self._remember(pair, ("unit",), lambda: one_pass.unit_of(one_pass.largest(pair.base, pair.source), pair.n))
+        return self._remember(
+            pair, ("unit",), lambda: one_pass.unit_of(one_pass.largest(pair.base, pair.source), pair.n)
+        )
 
     def level(self, pair: Pair, k: int) -> Level:
         """The k elements of largest magnitude; of equal ones the first come first."""
@@ -51,7 +53,14 @@ class Tables:
 
     def prepare(self, pairs: Sequence[Pair]) -> None:
         """Makes the tables of magnitudes of several pairs side by side."""
-        wanted = [pair for pair in pairs if self.build and pair.id is not None and pair.n > _SMALL and (pair.id, "sorted") not in self._known]
+        wanted = [
+            pair
+            for pair in pairs
+            if self.build
+            and pair.id is not None
+            and pair.n > _SMALL
+            and (pair.id, "sorted") not in self._known
+        ]
         if len(wanted) > 1 and torch.get_num_threads() > 1:
             list(_builders(torch.get_num_threads()).map(self._sorted, wanted))
 
@@ -74,13 +83,28 @@ class Tables:
     def _norms(self, pair: Pair, share: Share, memo: Hashable, unit: float) -> tuple[float, float]:
         if self.build and pair.id is not None and pair.n > _SMALL:
             if share.kind is Kind.RANDOM:
-                table, bounds = self._remember(pair, ("hashes", share.key), lambda: _hash_table(pair, share, unit))
+                table, bounds = self._remember(
+                    pair, ("hashes", share.key), lambda: _hash_table(pair, share, unit)
+                )
                 at = int(np.searchsorted(bounds, share.bound))
                 if at < len(bounds) and bounds[at] == share.bound:
                     return float(table[-1]), float(table[at])
-            elif share.kind is Kind.BAND and share.outer is None and isinstance(memo, int) and (found := self._sorted(pair).get(memo)):
-                return self._remember(pair, ("norm",), lambda: one_pass.norms(pair.base, pair.source, Share(Kind.DENSE, 1.0), unit)[0]), found[1]
-        return self._remember(pair, ("norms", share.kind, share.key, memo), lambda: one_pass.norms(pair.base, pair.source, share, unit))
+            elif (
+                share.kind is Kind.BAND
+                and share.outer is None
+                and isinstance(memo, int)
+                and (found := self._sorted(pair).get(memo))
+            ):
+                return self._remember(
+                    pair,
+                    ("norm",),
+                    lambda: one_pass.norms(pair.base, pair.source, Share(Kind.DENSE, 1.0), unit)[0],
+                ), found[1]
+        return self._remember(
+            pair,
+            ("norms", share.kind, share.key, memo),
+            lambda: one_pass.norms(pair.base, pair.source, share, unit),
+        )
 
     def _sorted(self, pair: Pair) -> dict[int, tuple[Level, float]]:
         return self._remember(pair, ("sorted",), lambda: level_table(pair, self.unit(pair)))
@@ -127,7 +151,9 @@ def _from_top(counts: Array, k: int) -> tuple[int, int]:
 def level_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
     """k -> (level, sum of floor(unit * magnitude) over it) for the k of every density on the grid."""
     ends = sorted({count(j / GRID, pair.n) for j in range(1, GRID)})
-    return (_by_histogram(pair, unit, ends) if c_library.fits([pair.base, pair.source]) else None) or _by_sort(pair, unit, ends)
+    return (
+        _by_histogram(pair, unit, ends) if c_library.fits([pair.base, pair.source]) else None
+    ) or _by_sort(pair, unit, ends)
 
 
 def _by_histogram(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Level, float]] | None:
@@ -139,7 +165,10 @@ def _by_histogram(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tup
     tensors = (*c_library.pointer(pair.base), *c_library.pointer(pair.source))
     if lib.levels(ctypes.c_int64(pair.n), *tensors, ctypes.c_float(unit), len(ks), *arrays):
         return None
-    return {k: (Level(float(t), int(last)), float(s)) for k, t, last, s in zip(ends, thresholds, lasts, sums, strict=True)}
+    return {
+        k: (Level(float(t), int(last)), float(s))
+        for k, t, last, s in zip(ends, thresholds, lasts, sums, strict=True)
+    }
 
 
 def _by_sort(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Level, float]]:
@@ -149,12 +178,17 @@ def _by_sort(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Le
     for start in range(0, n, 1 << 20):
         stop = min(n, start + (1 << 20))
         bits = one_pass.difference(b, x, start, stop).abs().view(torch.int32).cpu().numpy().astype(np.uint64)
-        keys[start:stop] = ((np.uint64(0x7FFFFFFF) - bits) << np.uint64(32)) | np.arange(start, stop, dtype=np.uint64)
+        keys[start:stop] = ((np.uint64(0x7FFFFFFF) - bits) << np.uint64(32)) | np.arange(
+            start, stop, dtype=np.uint64
+        )
     keys.sort()  # largest magnitude first, of equal ones the first come first
     table, done, total = {}, 0, 0.0
     for k in ends:
         total += float(np.floor(_magnitudes(keys[done:k]) * np.float32(unit)).sum(dtype=np.float64))
-        table[k] = (Level(float(_magnitudes(keys[k - 1 : k])[0]), int(keys[k - 1] & np.uint64(0xFFFFFFFF))), total)
+        table[k] = (
+            Level(float(_magnitudes(keys[k - 1 : k])[0]), int(keys[k - 1] & np.uint64(0xFFFFFFFF))),
+            total,
+        )
         done = k
     return table
 
@@ -171,16 +205,28 @@ def _hash_table(pair: Pair, share: Share, unit: float) -> tuple[Array, Array]:
     return np.cumsum(np.sum(parts, axis=0)), bounds
 
 
-def _hash_sums_c(pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int) -> Array:
+def _hash_sums_c(
+    pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int
+) -> Array:
     lib, sums = c_library.library(), np.zeros(GRID)
     assert lib is not None
     tensors = (*c_library.pointer(pair.base), *c_library.pointer(pair.source))
     address = ctypes.c_void_p(sums.ctypes.data)
-    lib.hash_sums(ctypes.c_int64(start), ctypes.c_int64(stop), *tensors, *map(ctypes.c_int32, key), ctypes.c_float(unit), GRID, address)
+    lib.hash_sums(
+        ctypes.c_int64(start),
+        ctypes.c_int64(stop),
+        *tensors,
+        *map(ctypes.c_int32, key),
+        ctypes.c_float(unit),
+        GRID,
+        address,
+    )
     return sums
 
 
-def _hash_sums_torch(pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int) -> Array:
+def _hash_sums_torch(
+    pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int
+) -> Array:
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
     u = random_masks.hashed(random_masks.mixed(start, stop, b.device), key).cpu().numpy().astype(np.int64)
     q = (one_pass.difference(b, x, start, stop).abs() * unit).floor().cpu().numpy().astype(np.float64)
@@ -203,7 +249,9 @@ def _ranks_c(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> None
     lib = c_library.library()
     assert lib is not None
     span = (ctypes.c_int64(start), ctypes.c_int64(stop), ctypes.c_int64(width))
-    if lib.rank_rows(*span, *c_library.pointer(pair.base), *c_library.pointer(pair.source), ctypes.c_void_p(out.data_ptr())):
+    if lib.rank_rows(
+        *span, *c_library.pointer(pair.base), *c_library.pointer(pair.source), ctypes.c_void_p(out.data_ptr())
+    ):
         raise MemoryError("no memory to sort a row")
 
 
@@ -211,4 +259,6 @@ def _ranks_torch(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> 
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
     order = one_pass.difference(b, x, start, stop).abs().reshape(-1, width).argsort(dim=1, stable=True)
     place = torch.arange(width, dtype=torch.int32, device=order.device).expand_as(order)
-    out[start:stop] = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, place).reshape(-1).to(out.dtype)
+    out[start:stop] = (
+        torch.empty_like(order, dtype=torch.int32).scatter_(1, order, place).reshape(-1).to(out.dtype)
+    )

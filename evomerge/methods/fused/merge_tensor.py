@@ -42,7 +42,10 @@ def merge(
         rescale = bool(values["rescale"])
         if frame.sparsify == "largest":
             known.prepare(pairs)
-        shares = tuple(_share(frame, pair, values, i, key, rescale, known) for i, (pair, key) in enumerate(zip(pairs, keys, strict=True)))
+        shares = tuple(
+            _share(frame, pair, values, i, key, rescale, known)
+            for i, (pair, key) in enumerate(zip(pairs, keys, strict=True))
+        )
     divisor: float | None = 1.0
     if normalize:
         divisor = None if frame.elect_sign else math.fsum(weights)
@@ -51,7 +54,9 @@ def merge(
     return run(base, sources, Sum(shares, frame.elect_sign, divisor, factor), out)
 
 
-def by_angles(rule: Method, sources: Sequence[Tensor], base: Tensor | None, values: Values, out: Tensor) -> bool | None:
+def by_angles(
+    rule: Method, sources: Sequence[Tensor], base: Tensor | None, values: Values, out: Tensor
+) -> bool | None:
     """Like `merge`, for a method whose result is a combination of its vectors by coefficients that their dot products give.
 
     Returns None, and leaves `out`, where the method has no such coefficients for these values.
@@ -65,7 +70,9 @@ def by_angles(rule: Method, sources: Sequence[Tensor], base: Tensor | None, valu
     return run(base, sources, Sum(tuple(Share(Kind.DENSE, c) for c in found)), out)
 
 
-def _share(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, rescale: bool, known: Tables) -> Share:
+def _share(
+    frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, rescale: bool, known: Tables
+) -> Share:
     weight, d = _each(values, "weight")[i], _each(values, "density")[i]
     if d >= 1:
         return Share(Kind.DENSE, weight)
@@ -78,7 +85,9 @@ def _share(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, resc
     return replace(share, scale=scale)
 
 
-def _kept(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, known: Tables) -> tuple[Share, Hashable]:
+def _kept(
+    frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, known: Tables
+) -> tuple[Share, Hashable]:
     """The share before it is rescaled, and what its mask depends on besides the pair and the key."""
     weight, d, n = _each(values, "weight")[i], _each(values, "density")[i], pair.n
     if frame.sparsify == "largest":
@@ -87,13 +96,23 @@ def _kept(frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, known
     if frame.sparsify == "random":
         bound = random_masks.bound(d)
         return Share(
-            Kind.DENSE if bound == 1 << 31 else Kind.RANDOM, weight, key=random_masks.split(mask_key), bound=min(bound, (1 << 31) - 1)
+            Kind.DENSE if bound == 1 << 31 else Kind.RANDOM,
+            weight,
+            key=random_masks.split(mask_key),
+            bound=min(bound, (1 << 31) - 1),
         ), bound
     if frame.sparsify == "band":
         inner, outer = breadcrumbs.band(n, d, _each(values, "gamma")[i])
-        return Share(Kind.BAND, weight, inner=known.level(pair, inner), outer=known.level(pair, outer) if outer else None), (inner, outer)
+        return Share(
+            Kind.BAND,
+            weight,
+            inner=known.level(pair, inner),
+            outer=known.level(pair, outer) if outer else None,
+        ), (inner, outer)
     low, step = della.window(d, _each(values, "epsilon")[i], pair.base.shape[-1] if pair.base.dim() else 1)
-    return Share(Kind.RANKED, weight, key=random_masks.split(mask_key), ranks=known.ranks(pair), low=low, step=step), (low, step)
+    return Share(
+        Kind.RANKED, weight, key=random_masks.split(mask_key), ranks=known.ranks(pair), low=low, step=step
+    ), (low, step)
 
 
 def _each(values: Values, name: str) -> tuple[float, ...]:

@@ -25,7 +25,9 @@ from evomerge.methods.fused.weighted_sum import Kind, Level, Share, Sum
 
 T = TypeVar("T")
 _JOB = 1 << 18  # elements that are worth a thread of their own
-_PIECE = 1 << 20  # elements whose products are summed before the sums are: fixed, so that threads change nothing
+_PIECE = (
+    1 << 20
+)  # elements whose products are summed before the sums are: fixed, so that threads change nothing
 _CHUNK = 1 << 16  # elements the torch version holds at a time on a CPU
 _DEVICE_CHUNK = 1 << 24
 _FEW = 4  # sources of `sweep_few`
@@ -122,10 +124,14 @@ def difference(base: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
 
 def _compiled(tensors: Sequence[Tensor | None], shares: Sequence[Share]) -> bool:
     """Whether C takes these tensors and shares; its ranks have 16 bits."""
-    return c_library.fits(tensors) and all(share.ranks is None or share.ranks.dtype == torch.uint16 for share in shares)
+    return c_library.fits(tensors) and all(
+        share.ranks is None or share.ranks.dtype == torch.uint16 for share in shares
+    )
 
 
-def _sweep_torch(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int) -> Tensor:
+def _sweep_torch(
+    base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int
+) -> Tensor:
     zero = torch.zeros(stop - start, device=out.device)
     b = zero if base is None else base[start:stop].float()
     ys = [
@@ -138,7 +144,10 @@ def _sweep_torch(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out
         agreeing = [y * sign for y in ys]
         result = functools.reduce(torch.add, [torch.where(t <= 0, 0.0, t) for t in agreeing], zero) * sign
         if total.divisor is None:
-            weights = [torch.where(t > 0, _single(share.weight), 0.0) for t, share in zip(agreeing, total.shares, strict=True)]
+            weights = [
+                torch.where(t > 0, _single(share.weight), 0.0)
+                for t, share in zip(agreeing, total.shares, strict=True)
+            ]
             divisor = functools.reduce(torch.add, weights, zero)
             result = result / torch.where(divisor.abs() < 1e-6, 1.0, divisor)
     if total.divisor is not None and total.divisor != 1:
@@ -148,20 +157,41 @@ def _sweep_torch(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out
     return torch.isfinite(result).all()
 
 
-def _sweep_c(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int) -> bool:
+def _sweep_c(
+    base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int
+) -> bool:
     lib, count = c_library.library(), len(sources)
     assert lib is not None
     divide = 2 if total.elect and total.divisor is None else int(total.divisor not in (None, 1))
     how = (int(total.elect), divide, ctypes.c_float(total.divisor or 0.0), ctypes.c_float(total.factor))
     span = (ctypes.c_int64(start), ctypes.c_int64(stop))
-    kind, same = _one_kind(total.shares), len({t.dtype for t in [*sources, out, *([] if base is None else [base])]}) == 1
+    kind, same = (
+        _one_kind(total.shares),
+        len({t.dtype for t in [*sources, out, *([] if base is None else [base])]}) == 1,
+    )
     if kind is not None and same and out.dtype != torch.float16 and count <= _FEW:
         shares = [_of_kind(share, kind) for share in total.shares]
         _, numbers, keys, _ = _encoded(shares, start)
         address, code = c_library.pointer(out)
-        bad = lib.sweep_few(count, int(kind), code, *span, c_library.pointer(base)[0], c_library.addresses(sources), address, numbers, keys, *how)
+        bad = lib.sweep_few(
+            count,
+            int(kind),
+            code,
+            *span,
+            c_library.pointer(base)[0],
+            c_library.addresses(sources),
+            address,
+            numbers,
+            keys,
+            *how,
+        )
     else:
-        pointers = (*c_library.pointer(base), c_library.addresses(sources), c_library.type_codes(sources), *c_library.pointer(out))
+        pointers = (
+            *c_library.pointer(base),
+            c_library.addresses(sources),
+            c_library.type_codes(sources),
+            *c_library.pointer(out),
+        )
         bad = lib.sweep(count, *span, *pointers, *_encoded(total.shares, start), *how)
     if bad < 0:
         raise MemoryError("no memory for a block of elements")
@@ -179,7 +209,9 @@ def _one_kind(shares: Sequence[Share]) -> Kind | None:
 def _of_kind(share: Share, kind: Kind) -> Share:
     """The same share with another name for 'all of it', and the bound of a hash inclusive."""
     if share.kind is Kind.RANDOM:
-        return replace(share, bound=share.bound - 1) if share.bound > -(1 << 31) else replace(share, weight=0.0)
+        return (
+            replace(share, bound=share.bound - 1) if share.bound > -(1 << 31) else replace(share, weight=0.0)
+        )
     return replace(share, kind=kind, inner=_ALL, bound=(1 << 31) - 1) if share.kind is Kind.DENSE else share
 
 
@@ -191,7 +223,9 @@ def _encoded(shares: Sequence[Share], start: int) -> tuple[object, ...]:
     return kinds, numbers, keys, c_library.addresses([s.ranks for s in shares])
 
 
-def _norms_c(base: Tensor, source: Tensor, share: Share, unit: float, start: int, stop: int) -> tuple[float, float]:
+def _norms_c(
+    base: Tensor, source: Tensor, share: Share, unit: float, start: int, stop: int
+) -> tuple[float, float]:
     lib, totals = c_library.library(), (ctypes.c_double * 2)()
     assert lib is not None
     _, numbers, keys, _ = _encoded([share], start)
@@ -203,37 +237,58 @@ def _norms_c(base: Tensor, source: Tensor, share: Share, unit: float, start: int
     return totals[0], totals[1]
 
 
-def _norms_torch(base: Tensor, source: Tensor, share: Share, unit: float, start: int, stop: int) -> tuple[float, float]:
+def _norms_torch(
+    base: Tensor, source: Tensor, share: Share, unit: float, start: int, stop: int
+) -> tuple[float, float]:
     delta = difference(base, source, start, stop)
     kept = keep(delta, share, start)
     return tuple(float((t.abs() * unit).floor().sum(dtype=torch.float64)) for t in (delta, kept))  # type: ignore[return-value]
 
 
-def _gram_c(base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _gram_c(
+    base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     lib, count = c_library.library(), len(sources)
     out = np.zeros((count, count))
     assert lib is not None
     pointers = (*c_library.pointer(base), c_library.addresses(sources), c_library.type_codes(sources))
-    if lib.gram(count, ctypes.c_int64(start), ctypes.c_int64(stop), *pointers, ctypes.c_void_p(out.ctypes.data)):
+    if lib.gram(
+        count, ctypes.c_int64(start), ctypes.c_int64(stop), *pointers, ctypes.c_void_p(out.ctypes.data)
+    ):
         raise MemoryError("no memory for a block of elements")
     return out
 
 
-def _gram_torch(base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    rows = torch.stack([x[start:stop].float() - (0.0 if base is None else base[start:stop].float()) for x in sources]).double()
+def _gram_torch(
+    base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    rows = torch.stack(
+        [x[start:stop].float() - (0.0 if base is None else base[start:stop].float()) for x in sources]
+    ).double()
     out: np.ndarray[Any, np.dtype[np.float64]] = (rows @ rows.T).cpu().numpy()
     return out
 
 
-def _histogram_c(base: Tensor, source: Tensor, prefix: int, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _histogram_c(
+    base: Tensor, source: Tensor, prefix: int, start: int, stop: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     lib, counts = c_library.library(), np.zeros(65536, np.int64)
     assert lib is not None
     address = ctypes.c_void_p(counts.ctypes.data)
-    lib.histogram(ctypes.c_int64(start), ctypes.c_int64(stop), *c_library.pointer(base), *c_library.pointer(source), prefix, address)
+    lib.histogram(
+        ctypes.c_int64(start),
+        ctypes.c_int64(stop),
+        *c_library.pointer(base),
+        *c_library.pointer(source),
+        prefix,
+        address,
+    )
     return counts
 
 
-def _histogram_torch(base: Tensor, source: Tensor, prefix: int, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _histogram_torch(
+    base: Tensor, source: Tensor, prefix: int, start: int, stop: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     bits = difference(base, source, start, stop).abs().view(torch.int32)
     bits = bits[(bits >> 16) == prefix] & 0xFFFF if prefix >= 0 else bits >> 16
     counts: np.ndarray[tuple[int], np.dtype[np.int64]] = torch.bincount(bits, minlength=65536).cpu().numpy()
@@ -255,7 +310,9 @@ def _jobs(n: int, total: Sum, size: int) -> list[tuple[int, int]]:
     return [(a + start, a + stop) for a, b in itertools.pairwise(cuts) for start, stop in _spans(b - a, size)]
 
 
-def _each(spans: Iterator[tuple[int, int]] | Sequence[tuple[int, int]], work: Callable[[int, int], T]) -> list[T]:
+def _each(
+    spans: Iterator[tuple[int, int]] | Sequence[tuple[int, int]], work: Callable[[int, int], T]
+) -> list[T]:
     """Runs work(start, stop) on every span, on torch's number of threads."""
     spans, threads = list(spans), torch.get_num_threads()
     if threads == 1 or len(spans) < 2:

@@ -16,12 +16,33 @@ from evomerge.errors import RecipeError, suggest
 from evomerge.methods import Param, method
 from evomerge.recipes import chat_templates
 from evomerge.recipes.mergekit_yaml import references
-from evomerge.recipes.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
+from evomerge.recipes.recipe import (
+    STORED,
+    Filtered,
+    Mix,
+    ParamValue,
+    Recipe,
+    Setting,
+    Source,
+    params,
+    setting,
+)
 from evomerge.recipes.tokenizer_spec import WHOLE, TokenizerSpec
 
 T = TypeVar("T")
 _FORMS = ("models", "slices", "modules")
-_TOP = ("name", "merge_method", "base_model", *_FORMS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+_TOP = (
+    "name",
+    "merge_method",
+    "base_model",
+    *_FORMS,
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SHOWN = 500  # characters of an error that quotes the file
 _IGNORED = ("int8_mask",)  # memory-saving switches that do not change the result
@@ -31,7 +52,12 @@ _BLOCK = {
     "sources": ("model", "layer_range", "parameters"),
     "modules": ("models", "slices", "parameters"),
 }
-_LANGUAGE = ("default", "text_decoder", "decoder", "language_model")  # mergekit's names for the module that is the language model
+_LANGUAGE = (
+    "default",
+    "text_decoder",
+    "decoder",
+    "language_model",
+)  # mergekit's names for the module that is the language model
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +90,13 @@ def load(
 class _File:
     """All documents of a file: stages are read when another document names them."""
 
-    def __init__(self, documents: Sequence[Document], num_layers: Callable[[str], int], dtype: Callable[[str], str], policy: str) -> None:
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        num_layers: Callable[[str], int],
+        dtype: Callable[[str], str],
+        policy: str,
+    ) -> None:
         self._depth, self._dtype, self._policy = num_layers, dtype, policy
         self._named: dict[str, Document] = {}
         unnamed = []
@@ -73,11 +105,15 @@ class _File:
             if name is None:
                 unnamed.append(document)
             elif not isinstance(name, str) or not name or name in self._named:
-                raise RecipeError(f"{document.where(('name',))} name must be a text that no other document has, got {name!r:.80}")
+                raise RecipeError(
+                    f"{document.where(('name',))} name must be a text that no other document has, got {name!r:.80}"
+                )
             else:
                 self._named[name] = document
         if len(unnamed) > 1:
-            raise RecipeError(f"{unnamed[1].where()} is the second document without a name; name all stages but the last")
+            raise RecipeError(
+                f"{unnamed[1].where()} is the second document without a name; name all stages but the last"
+            )
         if not documents:
             raise RecipeError("the file holds no document; write a mergekit recipe")
         self._last = unnamed[0] if unnamed else documents[-1]
@@ -90,7 +126,9 @@ class _File:
         last = self._read(self._last)
         for name, document in self._named.items():
             if name not in self._stages:
-                raise RecipeError(f"{document.where(('name',))} stage '{name}' is read by none of the others; remove it or use it")
+                raise RecipeError(
+                    f"{document.where(('name',))} stage '{name}' is read by none of the others; remove it or use it"
+                )
         return replace(last, stages=tuple(self._stages.items()))
 
     def _read(self, document: Document) -> Recipe:
@@ -98,7 +136,9 @@ class _File:
 
     def _stage(self, name: str) -> Recipe:
         if name in self._open:
-            raise RecipeError(f"{self._named[name].where(('name',))} stage '{name}' needs itself, by way of {' and '.join(self._open)}")
+            raise RecipeError(
+                f"{self._named[name].where(('name',))} stage '{name}' needs itself, by way of {' and '.join(self._open)}"
+            )
         if name not in self._stages:
             self._open.append(name)
             found = self._read(self._named[name])
@@ -116,38 +156,56 @@ class _File:
 class _Reader:
     """Reads one document. Methods raise RecipeError that names the place."""
 
-    def __init__(self, document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str], policy: str) -> None:
+    def __init__(
+        self, document: Document, num_layers: Callable[[str], int], dtype: Callable[[str], str], policy: str
+    ) -> None:
         self.document, self.num_layers, self.dtype, self.policy = document, num_layers, dtype, policy
         if not isinstance(document.data, dict):
             raise self.fail((), "a recipe is a mapping with merge_method and models or slices")
         self.data: dict[str, Any] = document.data
         self._keys((), self.data, _TOP)
-        self.rule = self._placed(("merge_method",), lambda: method(self._text(("merge_method",), self.data.get("merge_method"), "merge_method")))
+        self.rule = self._placed(
+            ("merge_method",),
+            lambda: method(self._text(("merge_method",), self.data.get("merge_method"), "merge_method")),
+        )
         base = self.data.get("base_model")
         self.base = None if base is None else self._model(("base_model",), base)
 
     def fail(self, path: Key, message: str) -> RecipeError:
         said = " ".join(message.split())
-        return RecipeError(f"{self.document.where(path)} {said if len(said) <= _SHOWN else said[:_SHOWN] + ' …'}")
+        return RecipeError(
+            f"{self.document.where(path)} {said if len(said) <= _SHOWN else said[:_SHOWN] + ' …'}"
+        )
 
     def _placed(self, path: Key, read: Callable[[], T]) -> T:
         """What `read` gives; an error of its own that names no place gets that of `path`."""
         try:
             return read()
         except RecipeError as error:
-            raise error if str(error).startswith(self.document.name) else self.fail(path, str(error)) from None
+            raise (
+                error if str(error).startswith(self.document.name) else self.fail(path, str(error))
+            ) from None
 
     def recipe(self) -> Recipe:
         given = [form for form in _FORMS if form in self.data]
         if len(given) != 1:
-            raise self.fail((), f"give exactly one of models, slices and modules, got {' and '.join(given) or 'none'}")
+            raise self.fail(
+                (), f"give exactly one of models, slices and modules, got {' and '.join(given) or 'none'}"
+            )
         block, at, own = (self.data, (), None) if given != ["modules"] else self._module()
         parts = self._slices(block, at) if "slices" in block else [self._models(block, at)]
         first, last = parts[0], parts[-1]
         if len(last.sources) > len(first.sources):
-            raise self.fail(("slices", len(parts) - 1), "the last slice has more sources than the first; mergekit then reads the head from some only")
+            raise self.fail(
+                ("slices", len(parts) - 1),
+                "the last slice has more sources than the first; mergekit then reads the head from some only",
+            )
         self.shared = [*([own] if own else []), self._parameters((), self.data)]
-        layers = [self._mix(part, index, index / (part.length - 1) if part.length > 1 else 1.0) for part in parts for index in range(part.length)]
+        layers = [
+            self._mix(part, index, index / (part.length - 1) if part.length > 1 else 1.0)
+            for part in parts
+            for index in range(part.length)
+        ]
         for key in ("dtype", "out_dtype"):
             if self.data.get(key) not in (None, *_DTYPES):
                 raise self.fail((key,), f"unknown {key} {self.data[key]!r}. Known: {', '.join(_DTYPES)}")
@@ -170,19 +228,33 @@ class _Reader:
         """(block, its place, its parameters) of the language model's module; the others come from the base as they are."""
         modules = self.data["modules"]
         if not isinstance(modules, dict) or not all(isinstance(m, dict) for m in modules.values()):
-            raise self.fail(("modules",), "modules is a mapping from module names to mappings with models or slices")
-        name = next((n for n in _LANGUAGE if n in modules), None) or (next(iter(modules)) if len(modules) == 1 else None)
+            raise self.fail(
+                ("modules",), "modules is a mapping from module names to mappings with models or slices"
+            )
+        name = next((n for n in _LANGUAGE if n in modules), None) or (
+            next(iter(modules)) if len(modules) == 1 else None
+        )
         if name is None:
-            raise self.fail(("modules",), f"none of the modules {', '.join(modules) or '(none)'} is the language model, which is called text_decoder")
+            raise self.fail(
+                ("modules",),
+                f"none of the modules {', '.join(modules) or '(none)'} is the language model, which is called text_decoder",
+            )
         for other, block in modules.items():
             at: Key = ("modules", other)
             self._keys(at, block, _BLOCK["modules"])
             if ("models" in block) == ("slices" in block):
                 raise self.fail(at, "a module has exactly one of models and slices")
             if other != name:
-                sources = self._list((*at, "models"), block["models"]) if "models" in block else self._slice_sources(block, at)
+                sources = (
+                    self._list((*at, "models"), block["models"])
+                    if "models" in block
+                    else self._slice_sources(block, at)
+                )
                 if {self._model((*at, "model"), source.get("model")) for source in sources} != {self.base}:
-                    raise self.fail(at, f"module '{other}' is not the language model: it comes from the base unmerged; list the base alone here")
+                    raise self.fail(
+                        at,
+                        f"module '{other}' is not the language model: it comes from the base unmerged; list the base alone here",
+                    )
         return modules[name], ("modules", name), self._parameters(("modules", name), modules[name])
 
     def _slice_sources(self, block: Mapping[str, Any], at: Key) -> list[Any]:
@@ -199,7 +271,10 @@ class _Reader:
             return TokenizerSpec(source if source in WHOLE else self._model(("tokenizer_source",), source))
         if spec is None:
             return None
-        return self._placed(("tokenizer",), lambda: references.tokenizer(spec, lambda value: self._model(("tokenizer",), value)))
+        return self._placed(
+            ("tokenizer",),
+            lambda: references.tokenizer(spec, lambda value: self._model(("tokenizer",), value)),
+        )
 
     def _chat_template(self) -> str | None:
         if self.data.get("chat_template") is None:
@@ -213,13 +288,27 @@ class _Reader:
         for i, entry in enumerate(self._list((*place, "models"), block["models"])):
             path: Key = (*place, "models", i)
             self._keys(path, entry, _BLOCK["models"])
-            sources.append((self._model((*path, "model"), entry.get("model")), 0, self._parameters(path, entry)))
-        if self.base and not self.rule.needs_base and not self.rule.takes_base and self.base not in [name for name, _, _ in sources]:
+            sources.append(
+                (self._model((*path, "model"), entry.get("model")), 0, self._parameters(path, entry))
+            )
+        if (
+            self.base
+            and not self.rule.needs_base
+            and not self.rule.takes_base
+            and self.base not in [name for name, _, _ in sources]
+        ):
             sources.append((self.base, 0, {}))  # as mergekit does: a base_model is one of the models
         depths = {m: self.num_layers(m) for m in [s[0] for s in sources] + ([self.base] if self.base else [])}
         if len(set(depths.values())) > 1:
-            raise self.fail((*place, "models"), f"models differ in depth: {', '.join(f'{m} has {n}' for m, n in depths.items())} layers; use slices")
-        return self._checked((*place, "models"), _Part(tuple(sources), next(iter(depths.values())), self.base, {}), base_added=True)
+            raise self.fail(
+                (*place, "models"),
+                f"models differ in depth: {', '.join(f'{m} has {n}' for m, n in depths.items())} layers; use slices",
+            )
+        return self._checked(
+            (*place, "models"),
+            _Part(tuple(sources), next(iter(depths.values())), self.base, {}),
+            base_added=True,
+        )
 
     def _slices(self, block: Mapping[str, Any], place: Key) -> list[_Part]:
         parts = []
@@ -235,9 +324,21 @@ class _Reader:
                 lengths.add(end - first)
                 sources.append((model, first, self._parameters(at, source)))
             if len(lengths) != 1:
-                raise self.fail(path, f"all sources of a slice span the same number of layers, got {sorted(lengths)}")
-            base = self._model((*path, "base_model"), entry["base_model"]) if "base_model" in entry else self.base
-            parts.append(self._checked(path, _Part(tuple(sources), lengths.pop(), base, self._parameters(path, entry)), base_added=False))
+                raise self.fail(
+                    path, f"all sources of a slice span the same number of layers, got {sorted(lengths)}"
+                )
+            base = (
+                self._model((*path, "base_model"), entry["base_model"])
+                if "base_model" in entry
+                else self.base
+            )
+            parts.append(
+                self._checked(
+                    path,
+                    _Part(tuple(sources), lengths.pop(), base, self._parameters(path, entry)),
+                    base_added=False,
+                )
+            )
         return parts
 
     def _checked(self, path: Key, part: _Part, *, base_added: bool) -> _Part:
@@ -246,14 +347,20 @@ class _Reader:
         least, most = self.rule.models
         if not least <= mixed <= most:
             wanted = f"{least} source model{'s' * (most > 1)}" + (" or more" if most > least else "")
-            raise self.fail(path, f"{self.rule.name} takes {wanted}{' besides the base' * self.rule.needs_base}, got {mixed}")
+            raise self.fail(
+                path,
+                f"{self.rule.name} takes {wanted}{' besides the base' * self.rule.needs_base}, got {mixed}",
+            )
         for name in names:
             if names.count(name) > 1:
                 raise self.fail(path, f"model '{name}' is listed twice in one slice; give it one entry")
         if self.rule.needs_base and part.base is None:
             raise self.fail(path, f"{self.rule.name} needs base_model")
         if self._based(part) and part.base not in names and not base_added:
-            raise self.fail(path, f"{self.rule.name} needs the base '{part.base}' among the sources of every slice; add it with its layer_range")
+            raise self.fail(
+                path,
+                f"{self.rule.name} needs the base '{part.base}' among the sources of every slice; add it with its layer_range",
+            )
         return part
 
     def _based(self, part: _Part) -> bool:
@@ -277,8 +384,13 @@ class _Reader:
         base: Source | None = None
         if self._based(part):
             assert part.base is not None
-            base = (part.base, place(next((first for name, first, _ in part.sources if name == part.base), 0)))
-        return Mix(self.rule.name, tuple((name, place(first)) for name, first, _ in mixed), base, params(values))
+            base = (
+                part.base,
+                place(next((first for name, first, _ in part.sources if name == part.base), 0)),
+            )
+        return Mix(
+            self.rule.name, tuple((name, place(first)) for name, first, _ in mixed), base, params(values)
+        )
 
     def _setting(self, param: Param, levels: Sequence[Mapping[str, Any]], t: float) -> Setting:
         """Precedence: the first level that has a value; a filter list that may miss falls through to the next."""
@@ -299,7 +411,10 @@ class _Reader:
                 break
         else:
             if param.required:
-                raise self.fail((), f"{name} has no value for tensors that its filters miss; add an entry without filter at the end")
+                raise self.fail(
+                    (),
+                    f"{name} has no value for tensors that its filters miss; add an entry without filter at the end",
+                )
             cases.append(("*", default))
         stop = next(i for i, (text, _) in enumerate(cases) if text == "*")
         cases = cases[: stop + 1]
@@ -317,9 +432,15 @@ class _Reader:
                 continue
             param = self.rule.param(name)
             if param is None:
-                raise self.fail((*at, name), f"{self.rule.name} has no parameter '{name}'. {suggest(name, [p.name for p in self.rule.params])}")
+                raise self.fail(
+                    (*at, name),
+                    f"{self.rule.name} has no parameter '{name}'. {suggest(name, [p.name for p in self.rule.params])}",
+                )
             if inside_model and param.per == "merge":
-                raise self.fail((*at, name), f"{name} belongs to the whole merge; mergekit ignores it under a model, move it to the top parameters")
+                raise self.fail(
+                    (*at, name),
+                    f"{name} belongs to the whole merge; mergekit ignores it under a model, move it to the top parameters",
+                )
             self._check_value((*at, name), name, value, param.check)
             out[name] = value
         return out
@@ -347,10 +468,17 @@ class _Reader:
                     raise self.fail(at, str(error)) from None
 
     def _range(self, path: Key, value: Any, model: str) -> tuple[int, int]:
-        ok = isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        ok = (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        )
         depth = self.num_layers(model)
         if not ok or not 0 <= value[0] < value[1] <= depth:
-            raise self.fail(path, f"layer_range must be [first, end] with 0 <= first < end <= {depth} for {model}, got {value!r}")
+            raise self.fail(
+                path,
+                f"layer_range must be [first, end] with 0 <= first < end <= {depth} for {model}, got {value!r}",
+            )
         return value[0], value[1]
 
     def _model(self, path: Key, value: Any) -> str:
@@ -371,8 +499,15 @@ class _Reader:
     def _keys(self, path: Key, value: Mapping[str, Any], known: Sequence[str]) -> None:
         for key in value:
             if key not in known:
-                hint = " (numbers such as weight go under parameters)" if "parameters" in known and method_has(self.data, key) else ""
-                raise self.fail((*path, key), f"unknown key '{key}'{hint}; mergekit would ignore it. {suggest(str(key), known)}")
+                hint = (
+                    " (numbers such as weight go under parameters)"
+                    if "parameters" in known and method_has(self.data, key)
+                    else ""
+                )
+                raise self.fail(
+                    (*path, key),
+                    f"unknown key '{key}'{hint}; mergekit would ignore it. {suggest(str(key), known)}",
+                )
 
 
 def method_has(data: Mapping[str, Any], name: str) -> bool:

@@ -13,7 +13,9 @@ def text(value: Mapping[str, Any]) -> str:
     """'path[@revision][+adapter[@revision]]' of {model: …, lora: …}, each a text or {path: …, revision: …}."""
     _keys(value, ("model", "lora", "override_architecture"), "a model reference")
     if value.get("override_architecture") is not None:
-        raise RecipeError("override_architecture is not needed here: names are read without a table of architectures; remove it")
+        raise RecipeError(
+            "override_architecture is not needed here: names are read without a table of architectures; remove it"
+        )
     model, adapter = _path(value.get("model")), value.get("lora")
     return model if adapter is None else f"{model}+{_path(adapter)}"
 
@@ -28,7 +30,9 @@ def tokenizer(value: Any, model: Callable[[Any], str]) -> TokenizerSpec:
         entry = _mapping(entry, f"token {token!r}")
         _keys(entry, ("source", "force"), f"token {token!r}")
         tokens.append((token, TokenDonor(_donor(entry.get("source"), model), entry.get("force", False))))
-    return TokenizerSpec(source if source in WHOLE else model(source), tuple(tokens), value.get("pad_to_multiple_of"))
+    return TokenizerSpec(
+        source if source in WHOLE else model(source), tuple(tokens), value.get("pad_to_multiple_of")
+    )
 
 
 def _donor(source: Any, model: Callable[[Any], str]) -> str | tuple[str, str | int] | None:

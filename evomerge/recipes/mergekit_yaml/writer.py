@@ -21,8 +21,13 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
     cannot express.
     """
     named = {**references, **{name: name for name, _ in recipe.stages}}
-    documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages] + [_document(recipe, named)]
-    body = "---\n".join(yaml.dump(d, sort_keys=False, default_flow_style=False, width=120, Dumper=_Dumper, allow_unicode=True) for d in documents)
+    documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages] + [
+        _document(recipe, named)
+    ]
+    body = "---\n".join(
+        yaml.dump(d, sort_keys=False, default_flow_style=False, width=120, Dumper=_Dumper, allow_unicode=True)
+        for d in documents
+    )
     return "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""]) + body
 
 
@@ -33,8 +38,12 @@ def _document(recipe: Recipe, references: Mapping[str, str]) -> dict[str, Any]:
     parts = _parts(recipe)
     for end, mix in ((0, recipe.embeddings), (-1, recipe.head)):
         near = recipe.layers[end]
-        if [m for m, _ in mix.sources] != [m for m, _ in near.sources] or (mix.base or (None,))[0] != (near.base or (None,))[0]:
-            raise RecipeError("mergekit takes embeddings from the first slice's models and the head from the last slice's; this recipe does not")
+        if [m for m, _ in mix.sources] != [m for m, _ in near.sources] or (mix.base or (None,))[0] != (
+            near.base or (None,)
+        )[0]:
+            raise RecipeError(
+                "mergekit takes embeddings from the first slice's models and the head from the last slice's; this recipe does not"
+            )
     rule = method(methods[0])
     slices = []
     for number, (first, length) in enumerate(parts):
@@ -107,7 +116,9 @@ class _Dumper(yaml.SafeDumper):
             flow_style = True
         return super().represent_mapping(tag, mapping, flow_style)
 
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+    def represent_sequence(
+        self, tag: str, sequence: Any, flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
         if all(isinstance(e, int | float) for e in sequence):
             flow_style = True
         return super().represent_sequence(tag, sequence, flow_style)
@@ -133,20 +144,31 @@ def _shift(mix: Mix, by: int) -> Mix:
     def move(source: Source) -> Source:
         return (source[0], (source[1] or 0) + by)
 
-    return replace(mix, sources=tuple(move(s) for s in mix.sources), base=move(mix.base) if mix.base else None)
+    return replace(
+        mix, sources=tuple(move(s) for s in mix.sources), base=move(mix.base) if mix.base else None
+    )
 
 
-def _slice(rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references: Mapping[str, str], base: str) -> dict[str, Any]:
+def _slice(
+    rule: Method, mix: Mix, length: int, outer: Sequence[Mix], references: Mapping[str, str], base: str
+) -> dict[str, Any]:
     def written(param: Param, source: int | None) -> Any:
         return _write([_of(o, param, source) for o in outer], _of(mix, param, source), param)
 
     own = [{p.name: written(p, i) for p in rule.params if p.per == "model"} for i in range(len(mix.sources))]
-    sources = [_source(references[model], layer, length, values) for (model, layer), values in zip(mix.sources, own, strict=True)]
+    sources = [
+        _source(references[model], layer, length, values)
+        for (model, layer), values in zip(mix.sources, own, strict=True)
+    ]
     if mix.base is not None:
         sources.append(_source(references[mix.base[0]], mix.base[1], length, {}))
     shared = {p.name: _whole(p, written(p, None)) for p in rule.params if p.per == "merge"}
     for name in [p.name for p in rule.params if p.flag]:
-        shared[name] = [{**e, "value": bool(e["value"])} for e in shared[name]] if isinstance(shared[name], list) else bool(shared[name])
+        shared[name] = (
+            [{**e, "value": bool(e["value"])} for e in shared[name]]
+            if isinstance(shared[name], list)
+            else bool(shared[name])
+        )
     out: dict[str, Any] = {"sources": sources}
     if mix.base is not None and mix.base[0] != base:
         out["base_model"] = references[mix.base[0]]
@@ -157,7 +179,9 @@ def _whole(param: Param, value: Any) -> Any:
     """Whole numbers as such, for parameters that take no other."""
     if param.digits or param.flag:
         return value
-    return [{**case, "value": int(case["value"])} for case in value] if isinstance(value, list) else int(value)
+    return (
+        [{**case, "value": int(case["value"])} for case in value] if isinstance(value, list) else int(value)
+    )
 
 
 def _shared(slices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -192,7 +216,9 @@ def _write(outer: Sequence[Setting], inner: Setting, param: Param) -> Any:
         if setting_ == inner:
             continue
         if not isinstance(setting_, Filtered) or any(text in ("*", "") for text, _ in setting_.cases):
-            raise RecipeError(f"embeddings or head have a {param.name} of their own; write it with the names of their tensors")
+            raise RecipeError(
+                f"embeddings or head have a {param.name} of their own; write it with the names of their tensors"
+            )
         cases += [case for case in setting_.cases if not _says(inner, *case)]
     if not cases and not isinstance(inner, Filtered):
         return inner

@@ -25,4 +25,7 @@ def hand_routes(
     for (a, deep), (b, other) in permutations(models, 2):
         lower = [(a, i) for i in range(-(-deep // 2))]
         found.append((f"half {a}, half {b}", [*lower, *((b, i) for i in range(other // 2, other))]))
-    return [(label, Pool(tuple(models), hops[0][0], stage, out_dtype=out_dtype).recipe(hops, [1.0] * len(hops))) for label, hops in found]
+    return [
+        (label, Pool(tuple(models), hops[0][0], stage, out_dtype=out_dtype).recipe(hops, [1.0] * len(hops)))
+        for label, hops in found
+    ]

@@ -114,7 +114,11 @@ class IndicatorSpace:
 
     def _names(self) -> list[str]:
         layers = [f"layer {layer} of {model}" for model, layer in self._index]
-        names = [f"{layer}{f', round {r + 1}' if self.repeats > 1 else ''}" for r in range(self.repeats) for layer in layers]
+        names = [
+            f"{layer}{f', round {r + 1}' if self.repeats > 1 else ''}"
+            for r in range(self.repeats)
+            for layer in layers
+        ]
         if self.scales == "hop":
             return names + [f"scale before {name}" for name in names]
         if self.scales == "matrix":

@@ -21,7 +21,9 @@ STEP = 0.05
 MOST = 0.4
 """Largest share of the positions that a first sample changes, whatever was asked."""
 _DIGITS = 4
-_EDGE = 1e-6  # a scale on a bound is encoded this fraction of the range inside, near enough to be rounded back
+_EDGE = (
+    1e-6  # a scale on a bound is encoded this fraction of the range inside, near enough to be rounded back
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +50,25 @@ class Pool:
     def __post_init__(self) -> None:
         names = [name for name, _ in self.models]
         if len(set(names)) < len(names) or any(depth < 1 for _, depth in self.models):
-            raise ConfigError(f"a route's models have names of their own and at least one layer each, got {list(self.models)}")
+            raise ConfigError(
+                f"a route's models have names of their own and at least one layer each, got {list(self.models)}"
+            )
         for name in [self.begin] + ([self.stage[0]] if self.stage else []):
             if name not in names:
                 raise ConfigError(f"'{name}' is not among the models of the route: {', '.join(names)}")
         if self.stage is not None and len(self.stage[1].layers) != dict(self.models)[self.stage[0]]:
-            raise ConfigError(f"'{self.stage[0]}' has {len(self.stage[1].layers)} layers, not {dict(self.models)[self.stage[0]]}")
+            raise ConfigError(
+                f"'{self.stage[0]}' has {len(self.stage[1].layers)} layers, not {dict(self.models)[self.stage[0]]}"
+            )
         if not 1 <= self.bounds[0] <= self.bounds[1]:
-            raise ConfigError(f"the layers of a route are [least, most], both at least 1, got {list(self.bounds)}")
+            raise ConfigError(
+                f"the layers of a route are [least, most], both at least 1, got {list(self.bounds)}"
+            )
         low, high = self.scale_range
         if not 10.0**-_DIGITS <= low < 1 < high < math.inf:
-            raise ConfigError(f"scale_range must hold 1 and begin at 0.0001 or above, got {list(self.scale_range)}")
+            raise ConfigError(
+                f"scale_range must hold 1 and begin at 0.0001 or above, got {list(self.scale_range)}"
+            )
 
     @property
     def layers(self) -> tuple[Hop, ...]:
@@ -74,13 +84,19 @@ class Pool:
         """The recipe of a route. scales: of the hidden state that enters each hop; that of the first is taken as 1. outer: the
         model that gives embeddings and head, `begin` unless named."""
         outer = outer or self.begin
-        stages = (self.stage,) if self.stage and self.stage[0] in (outer, *(model for model, _ in hops)) else ()
+        stages = (
+            (self.stage,) if self.stage and self.stage[0] in (outer, *(model for model, _ in hops)) else ()
+        )
         base = self.stage[1].base if self.stage and self.stage[0] == outer else outer
         own = Mix("passthrough", ((outer, None),))
         layers = tuple(Mix("passthrough", (hop,)) for hop in hops)
-        return Recipe(base, layers, own, own, out_dtype=self.out_dtype, stages=stages, scales=(1.0, *scales[1:]))
+        return Recipe(
+            base, layers, own, own, out_dtype=self.out_dtype, stages=stages, scales=(1.0, *scales[1:])
+        )
 
-    def route(self, recipe: Recipe, outer: str | None = None) -> tuple[tuple[Hop, ...], tuple[float, ...]] | None:
+    def route(
+        self, recipe: Recipe, outer: str | None = None
+    ) -> tuple[tuple[Hop, ...], tuple[float, ...]] | None:
         """(hops, a scale for each) of a recipe that is a route over these layers within the bounds; None for any other.
 
         outer: as for `recipe`. A parent as a weight search writes it, with that search's base, is a route too.

@@ -54,23 +54,41 @@ class ConditionalSpace:
     def __post_init__(self) -> None:
         pool = Pool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
         if self.scales == "matrix":
-            raise ConfigError("scales between any two layers belong to an indicator genome; ask for scales of hops, or none")
+            raise ConfigError(
+                "scales between any two layers belong to an indicator genome; ask for scales of hops, or none"
+            )
         if any(w < 1 for w in self.spans):
             raise ConfigError(f"the length of an inserted span is at least 1, got {list(self.spans)}")
         least = self.bounds[0]
         if least > pool.depth and (1 not in self.spans or least > 2 * pool.depth):
             rule = f"at most twice the {pool.depth} layers of {self.begin}, and spans must hold 1"
-            raise ConfigError(f"a route of at least {least} layers by changes of single positions: the least must be {rule}")
+            raise ConfigError(
+                f"a route of at least {least} layers by changes of single positions: the least must be {rule}"
+            )
         object.__setattr__(self, "_pool", pool)
         named = [self._named(p) for p in range(pool.depth)]
         object.__setattr__(self, "_choices", tuple(tuple(own) for own in named))
-        outers = (self.begin, *(name for name, _ in self.models if name != self.begin)) if self.outer else (self.begin,)
+        outers = (
+            (self.begin, *(name for name, _ in self.models if name != self.begin))
+            if self.outer
+            else (self.begin,)
+        )
         object.__setattr__(self, "_outers", outers)
         lead = [len(outers)] if len(outers) > 1 else []
-        object.__setattr__(self, "categories", (*lead, *(len(own) for own in named)) if self.categorical else ())
+        object.__setattr__(
+            self, "categories", (*lead, *(len(own) for own in named)) if self.categorical else ()
+        )
         object.__setattr__(self, "stay", 1 - share(self.changes, pool.depth))
-        names = [f"choice at layer {p}" for p in range(pool.depth)] if self.categorical else [n for own in named for n in list(own.values())[1:]]
-        first = ["embeddings and head"] * len(lead) if self.categorical else [f"embeddings and head of {name}" for name in outers[1:]]
+        names = (
+            [f"choice at layer {p}" for p in range(pool.depth)]
+            if self.categorical
+            else [n for own in named for n in list(own.values())[1:]]
+        )
+        first = (
+            ["embeddings and head"] * len(lead)
+            if self.categorical
+            else [f"embeddings and head of {name}" for name in outers[1:]]
+        )
         names = first + names
         names += [f"scale before layer {p}" for p in range(pool.depth)] if self.scales == "hop" else []
         object.__setattr__(self, "axes", tuple(Gene(name) for name in names))
@@ -82,7 +100,9 @@ class ConditionalSpace:
         lead = [(1.0,) * len(self._outers)] if len(self._outers) > 1 else []
         found = []
         for own in self._choices:
-            kinds = [min(len(hops), 2) if c != 0 else 3 for c, hops in enumerate(own)]  # 3: keep, 0: skip, 1: take, 2: insert
+            kinds = [
+                min(len(hops), 2) if c != 0 else 3 for c, hops in enumerate(own)
+            ]  # 3: keep, 0: skip, 1: take, 2: insert
             found.append(tuple((3.0 if kind == 1 else 1.0) / kinds.count(kind) for kind in kinds))
         return (*lead, *found) if self.categorical else ()
 
@@ -144,7 +164,13 @@ class ConditionalSpace:
     def _layer(self, depth: int, position: int) -> int:
         """The layer of a model that a position stands for; halves are rounded up."""
         own = self._pool.depth
-        return position if depth == own else (2 * position * (depth - 1) + own - 1) // (2 * (own - 1)) if own > 1 else 0
+        return (
+            position
+            if depth == own
+            else (2 * position * (depth - 1) + own - 1) // (2 * (own - 1))
+            if own > 1
+            else 0
+        )
 
     def _outer(self, genes: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
         """(which model gives embeddings and head, the other genes)."""
@@ -155,7 +181,9 @@ class ConditionalSpace:
             own = [0.0, *genes[: count - 1]]
             return own.index(max(own)), genes[count - 1 :]
         if genes[0] not in range(count):
-            raise ValueError(f"a choice of embeddings and head is a whole number in [0, {count}), got {genes[0]:g}")
+            raise ValueError(
+                f"a choice of embeddings and head is a whole number in [0, {count}), got {genes[0]:g}"
+            )
         return int(genes[0]), genes[1:]
 
     def _utilities(self, genes: Sequence[float]) -> list[list[float]]:
@@ -168,7 +196,9 @@ class ConditionalSpace:
                 continue
             gene = genes[len(out)]
             if gene not in range(len(own)):
-                raise ValueError(f"a choice at layer {len(out)} is a whole number in [0, {len(own)}), got {gene:g}")
+                raise ValueError(
+                    f"a choice at layer {len(out)} is a whole number in [0, {len(own)}), got {gene:g}"
+                )
             out.append([_KEEP, *[0.0] * (len(own) - 1)])
             out[-1][int(gene)] = 1.0
         return out
@@ -180,7 +210,10 @@ class ConditionalSpace:
         """The choices within the bounds. First routes are shortened, then, if that went too far, lengthened within the most."""
         least, most = self.bounds
         while not least <= (length := sum(map(len, self._hops(chosen)))) <= most:
-            moves = [(utilities[p][chosen[p]] - utilities[p][c], p, c, after) for p, c, after in self._moves(chosen, length)]
+            moves = [
+                (utilities[p][chosen[p]] - utilities[p][c], p, c, after)
+                for p, c, after in self._moves(chosen, length)
+            ]
             if length > most:
                 moves = [m for m in moves if m[3] < length]
                 moves = [m for m in moves if m[3] >= least] or moves
@@ -200,7 +233,9 @@ class ConditionalSpace:
     def _parsed(self, hops: Sequence[Hop]) -> list[int] | None:
         """The choices, as few as possible not keep, that make a route; None if none do. Dynamic programming from the end."""
         total = len(hops)
-        best: dict[tuple[int, int], tuple[int, int]] = {(len(self._choices), total): (0, 0)}  # (position, hop) -> (changes, choice)
+        best: dict[tuple[int, int], tuple[int, int]] = {
+            (len(self._choices), total): (0, 0)
+        }  # (position, hop) -> (changes, choice)
         for p in reversed(range(len(self._choices))):
             for i in range(total + 1):
                 found = []
@@ -222,7 +257,10 @@ class ConditionalSpace:
     def _genome(self, outer: int, chosen: Sequence[int], scales: Sequence[float]) -> tuple[float, ...]:
         choices = [(len(self._outers), outer)] if len(self._outers) > 1 else []
         genes: list[float] = []
-        for count, choice in [*choices, *((len(own), c) for own, c in zip(self._choices, chosen, strict=True))]:
+        for count, choice in [
+            *choices,
+            *((len(own), c) for own, c in zip(self._choices, chosen, strict=True)),
+        ]:
             if self.categorical:
                 genes.append(float(choice))
             else:  # the probability that none of the other choices' genes is above 0 is `stay`

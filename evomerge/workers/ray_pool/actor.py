@@ -123,5 +123,9 @@ def tail(file: str, lines: int = _LINES) -> str:
             text = opened.read().decode(errors="replace")
     except OSError:
         return ""
-    found = [line for line in scrub(text).splitlines() if line.strip() and not line.startswith((":actor_name:", ":job_id:"))]
+    found = [
+        line
+        for line in scrub(text).splitlines()
+        if line.strip() and not line.startswith((":actor_name:", ":job_id:"))
+    ]
     return "\n".join(found[-lines:])

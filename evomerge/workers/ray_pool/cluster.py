@@ -28,7 +28,10 @@ from evomerge.errors import SetupError
 log = logging.getLogger(__name__)
 _STORE = 100 * 2**20  # bytes of Ray's object store: no weights go through it
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_PASSED = ("EVOMERGE_", "CUBLAS_")  # variables that decide what a worker computes, and those that keep it off the network:
+_PASSED = (
+    "EVOMERGE_",
+    "CUBLAS_",
+)  # variables that decide what a worker computes, and those that keep it off the network:
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -69,11 +72,20 @@ def join(address: str | None) -> bool:
             return False
         _token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray lets whatever else runs here go first
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # by default Ray lets whatever else runs here go first
         with _loopback():
-            _init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=_STORE)
+            _init(
+                address="local",
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=_STORE,
+            )
     if any(node.address != "127.0.0.1" for node in nodes()):
-        log.warning("this version of Ray does not keep to 127.0.0.1: its ports are open to the network, with a token from Ray 2.60 on")
+        log.warning(
+            "this version of Ray does not keep to 127.0.0.1: its ports are open to the network, with a token from Ray 2.60 on"
+        )
     return True
 
 
@@ -104,7 +116,9 @@ def nodes() -> list[Node]:
         if node["Alive"]:
             has = node["Resources"]
             place = (node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"])
-            found.append(Node(*place, has.get("CPU", 0.0), has.get("GPU", 0.0), int(node.get("NodeManagerPort") or 0)))
+            found.append(
+                Node(*place, has.get("CPU", 0.0), has.get("GPU", 0.0), int(node.get("NodeManagerPort") or 0))
+            )
     return sorted(found, key=lambda node: node.id)
 
 
@@ -119,7 +133,9 @@ def answers(node: Node) -> bool:
     return True
 
 
-def places(there: Sequence[Node], cpus: float, gpus: float, workers: int | None, taken: Mapping[str, int]) -> list[Node]:
+def places(
+    there: Sequence[Node], cpus: float, gpus: float, workers: int | None, taken: Mapping[str, int]
+) -> list[Node]:
     """The node of each worker to add: as many as fit, or up to `workers`, on the emptiest first. taken: node's id -> workers there."""
     counts = {node.id: taken.get(node.id, 0) for node in there}
     wanted = math.inf if workers is None else workers
@@ -138,7 +154,9 @@ def check(cpus: float, gpus: float, workers: int | None) -> None:
     if cpus < 0 or gpus < 0 or not cpus + gpus:
         raise SetupError(f"a worker needs a share of a CPU or a GPU, got cpus {cpus:g} and gpus {gpus:g}")
     if gpus > 1 and gpus != int(gpus):
-        raise SetupError(f"gpus must be a whole number or a share of one, got {gpus:g}; take {int(gpus)} or {int(gpus) + 1}")
+        raise SetupError(
+            f"gpus must be a whole number or a share of one, got {gpus:g}; take {int(gpus)} or {int(gpus) + 1}"
+        )
     there = nodes()
     room = sum(node.room(cpus, gpus) for node in there)
     if room < (workers or 1):
@@ -151,7 +169,11 @@ def check(cpus: float, gpus: float, workers: int | None) -> None:
 
 def environment() -> dict[str, str]:
     """The variables of this process that workers on other machines need too; never a secret."""
-    found = {k: v for k, v in os.environ.items() if (k.startswith(_PASSED) or k in _OFFLINE) and not any(word in k for word in _SECRET)}
+    found = {
+        k: v
+        for k, v in os.environ.items()
+        if (k.startswith(_PASSED) or k in _OFFLINE) and not any(word in k for word in _SECRET)
+    }
     return dict(sorted(found.items())) | {"TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -183,7 +205,9 @@ def _token() -> None:
         if stat.S_IMODE(file.stat().st_mode) & 0o077:
             file.chmod(0o600)
     except OSError as error:
-        raise SetupError(f"Ray's token cannot be kept in {file}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file of yours") from None
+        raise SetupError(
+            f"Ray's token cannot be kept in {file}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file of yours"
+        ) from None
 
 
 @contextlib.contextmanager

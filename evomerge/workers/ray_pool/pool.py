@@ -106,7 +106,9 @@ class RayPool:
     def __enter__(self) -> RayPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ---- the protocol ------------------------------------------------------------------------------------------------
@@ -168,11 +170,15 @@ class RayPool:
         """Where workers are placed, a line for each node."""
         cpus, gpus = self._size
         each = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        lines = [f"Ray {ray.__version__}, {'a cluster of its own on this machine' if self._own else 'joined'}; workers of {each} each"]
+        lines = [
+            f"Ray {ray.__version__}, {'a cluster of its own on this machine' if self._own else 'joined'}; workers of {each} each"
+        ]
         for node in cluster.nodes():
             names = [chair.name for chair in self._chairs if chair.node.id == node.id]
             shown = ", ".join(names if len(names) <= 8 else [names[0], "...", names[-1]])
-            lines.append(f"  {node.host} ({node.address}): {node.cpus:g} CPUs, {node.gpus:g} GPUs: {len(names)} workers {shown}".rstrip())
+            lines.append(
+                f"  {node.host} ({node.address}): {node.cpus:g} CPUs, {node.gpus:g} GPUs: {len(names)} workers {shown}".rstrip()
+            )
         return "\n".join(lines)
 
     def utilisation(self) -> dict[str, Use]:
@@ -222,14 +228,22 @@ class RayPool:
             if call.tried is None:
                 self._unopened(call, _said(error))
                 return
-            value = Report(Evaluation(call.tried.job.recipe.id, (), {}, {}, error=_said(error)), now - call.tried.started, 0)
+            value = Report(
+                Evaluation(call.tried.job.recipe.id, (), {}, {}, error=_said(error)),
+                now - call.tried.started,
+                0,
+            )
         except RayError as error:  # there is no one to answer
             self._lost(call, error, now)
             return
         if call.tried is not None:
-            self._slots.finished(call.tried.number, value.evaluation, now, value.seconds, value.memory, value.log)
+            self._slots.finished(
+                call.tried.number, value.evaluation, now, value.seconds, value.memory, value.log
+            )
         elif call.actor is call.chair.actor:
-            self._placed(call.chair, value, now) if call.chair.state == "placing" else self._opened(call.chair, now)
+            self._placed(call.chair, value, now) if call.chair.state == "placing" else self._opened(
+                call.chair, now
+            )
 
     def _tick(self, now: float) -> None:
         """Kills what takes too long."""
@@ -238,13 +252,22 @@ class RayPool:
             self._vacate(self._seated[seat.number], now, force=True)
         for chair in self._chairs:
             if chair.state == "opening" and now - chair.since > self._slots.limits.opening:
-                self._slots.unopened(chair.name, chair.place, f"a worker was not open after {self._slots.limits.opening:g} s")
+                self._slots.unopened(
+                    chair.name, chair.place, f"a worker was not open after {self._slots.limits.opening:g} s"
+                )
                 self._vacate(chair, now, force=True)
             elif chair.state == "held" and chair.place not in self._slots.aside:
                 self._placed(chair, chair.where, now)
-        if not self._seated and now > self._warned and all(c.state == "placing" and now - c.since > _PATIENCE for c in self._chairs):
+        if (
+            not self._seated
+            and now > self._warned
+            and all(c.state == "placing" and now - c.since > _PATIENCE for c in self._chairs)
+        ):
             self._warned = now + _PATIENCE
-            log.warning("no worker could be placed for %g s: what they need is in use, or the cluster has no node for them", _PATIENCE)
+            log.warning(
+                "no worker could be placed for %g s: what they need is in use, or the cluster has no node for them",
+                _PATIENCE,
+            )
 
     # ---- workers come and go -----------------------------------------------------------------------------------------
 
@@ -272,7 +295,13 @@ class RayPool:
         for chair in self._chairs:
             if chair.state == "empty" and chair.due <= now:
                 at = NodeAffinitySchedulingStrategy(chair.node.id, soft=False)
-                options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": at}
+                options = {
+                    "num_cpus": cpus,
+                    "num_gpus": gpus,
+                    "max_restarts": 0,
+                    "max_task_retries": 0,
+                    "scheduling_strategy": at,
+                }
                 chair.actor = ray.remote(Actor).options(**options).remote()
                 chair.state, chair.since = "placing", now
                 self._calls[chair.actor.where.remote()] = _Call(chair, chair.actor)
@@ -281,11 +310,20 @@ class RayPool:
         chair.where, chair.since = where, now
         chair.state = "held" if chair.place in self._slots.aside else "opening"
         if chair.state == "opening":
-            self._calls[chair.actor.open.remote(self._make, sys.path, cluster.environment())] = _Call(chair, chair.actor)
+            self._calls[chair.actor.open.remote(self._make, sys.path, cluster.environment())] = _Call(
+                chair, chair.actor
+            )
 
     def _opened(self, chair: _Chair, now: float) -> None:
         assert chair.where is not None
-        chair.seat = Seat(next(self._numbers), chair.name, chair.place, chair.where.host, chair.where.pid, chair.where.device)
+        chair.seat = Seat(
+            next(self._numbers),
+            chair.name,
+            chair.place,
+            chair.where.host,
+            chair.where.pid,
+            chair.where.device,
+        )
         chair.state = "ready"
         self._seated[chair.seat.number] = chair
         self._slots.join(chair.seat, now)
@@ -304,7 +342,9 @@ class RayPool:
             cause, said = self._cause(chair, error), _said(error)
             if chair.seat is not None:
                 text = tail(chair.where.errors) if chair.where and chair.node.id == self._here else ""
-                log.warning("worker %s (pid %d on %s) is gone: %s", chair.name, chair.seat.pid, chair.seat.host, said)
+                log.warning(
+                    "worker %s (pid %d on %s) is gone: %s", chair.name, chair.seat.pid, chair.seat.host, said
+                )
                 self._slots.leave(chair.seat.number, cause, said, now, text)
                 self._vacate(chair, now)
             else:
@@ -318,8 +358,16 @@ class RayPool:
         if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
             return "memory"
         said = str(error).lower()
-        gone = chair.node.id not in {node.id for node in cluster.nodes()} or "node died" in said or "node was terminated" in said
-        return "lost" if gone or getattr(error, "preempted", False) or not cluster.answers(chair.node) else "died"
+        gone = (
+            chair.node.id not in {node.id for node in cluster.nodes()}
+            or "node died" in said
+            or "node was terminated" in said
+        )
+        return (
+            "lost"
+            if gone or getattr(error, "preempted", False) or not cluster.answers(chair.node)
+            else "died"
+        )
 
     def _replace_worn(self) -> None:
         while self._slots.worn:
@@ -334,7 +382,9 @@ class RayPool:
                 end(chair.where.pid)
             else:
                 at = NodeAffinitySchedulingStrategy(chair.node.id, soft=False)
-                ray.remote(end).options(num_cpus=0, max_retries=0, scheduling_strategy=at).remote(chair.where.pid)
+                ray.remote(end).options(num_cpus=0, max_retries=0, scheduling_strategy=at).remote(
+                    chair.where.pid
+                )
         if chair.seat is not None:
             del self._seated[chair.seat.number]
         chair.state, chair.actor, chair.where, chair.seat = "empty", None, None, None

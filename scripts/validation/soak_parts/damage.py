@@ -89,7 +89,14 @@ def _flip(rng: random.Random, raw: bytearray) -> str:
 
 
 def _truncate(rng: random.Random, raw: bytearray) -> str:
-    size = rng.choice([0, rng.randrange(len(raw)), 4096 * rng.randrange(1 + len(raw) // 4096), len(raw) - rng.randrange(1, 100)])
+    size = rng.choice(
+        [
+            0,
+            rng.randrange(len(raw)),
+            4096 * rng.randrange(1 + len(raw) // 4096),
+            len(raw) - rng.randrange(1, 100),
+        ]
+    )
     del raw[max(0, size) :]
     return f"truncated to {size}"
 
@@ -133,7 +140,16 @@ def _append(rng: random.Random, raw: bytearray) -> str:
     return f"{len(more)} bytes appended"
 
 
-BYTES: tuple[Callable[[random.Random, bytearray], str], ...] = (_flip, _flip, _truncate, _zero, _swap, _random, _digit, _append)
+BYTES: tuple[Callable[[random.Random, bytearray], str], ...] = (
+    _flip,
+    _flip,
+    _truncate,
+    _zero,
+    _swap,
+    _random,
+    _digit,
+    _append,
+)
 
 
 def _whole(rng: random.Random, file: Path, older: Path) -> str:
@@ -148,7 +164,11 @@ def _whole(rng: random.Random, file: Path, older: Path) -> str:
         shutil.copy(older / "study.db", file)
         return "an older file in its place"
     if action == 2:
-        file.write_bytes(rng.choice([b"", b"study: x\n", rng.randbytes(5000), b"SQLite format 3\0" + bytes(84), bytes(8192)]))
+        file.write_bytes(
+            rng.choice(
+                [b"", b"study: x\n", rng.randbytes(5000), b"SQLite format 3\0" + bytes(84), bytes(8192)]
+            )
+        )
         return "another file in its place"
     if action == 3:
         file.unlink()
@@ -165,7 +185,9 @@ def _whole(rng: random.Random, file: Path, older: Path) -> str:
         raw[first : first + 4096] = old[first : first + 4096]
         file.write_bytes(raw)
         return f"an older page at {first}"
-    file.with_name(file.name + "-journal").write_bytes(rng.choice([b"", rng.randbytes(2000), bytes.fromhex("d9d505f920a163d7") + bytes(600)]))
+    file.with_name(file.name + "-journal").write_bytes(
+        rng.choice([b"", rng.randbytes(2000), bytes.fromhex("d9d505f920a163d7") + bytes(600)])
+    )
     return "a foreign -journal beside it"
 
 
@@ -210,7 +232,9 @@ def verdict(file: Path, before: dict[str, Any], write: bool) -> tuple[str, str]:
             checked = store.check()
             if checked != "ok":
                 return "found", checked
-            if store.study() is None and alone:  # an empty file: so does a driver leave it that is killed at its first step
+            if (
+                store.study() is None and alone
+            ):  # an empty file: so does a driver leave it that is killed at its first step
                 return "refused", "it holds no study"
             now = snapshot(store)
         differ = [name for name in before if before[name] != now[name]]
@@ -219,7 +243,9 @@ def verdict(file: Path, before: dict[str, Any], write: bool) -> tuple[str, str]:
     return pieces.judged(read, SECONDS)
 
 
-def case(name: str, sources: dict[str, Path], before: dict[str, dict[str, Any]], scratch: Path) -> list[tuple[str, str, str, str]]:
+def case(
+    name: str, sources: dict[str, Path], before: dict[str, dict[str, Any]], scratch: Path
+) -> list[tuple[str, str, str, str]]:
     """(state, damage, verdict, what was said) of a damage, opened to read and opened to write."""
     out = []
     for write in (False, True):
@@ -227,7 +253,13 @@ def case(name: str, sources: dict[str, Path], before: dict[str, dict[str, Any]],
         state = rng.choice(["killed", *STATES])
         folder = _copied(sources[state], scratch / "case")
         said = damaged(rng, folder, sources["killed"].with_name("older"))
-        out.append((f"{state}, {'written' if write else 'read'}", said, *verdict(folder / "study.db", before[state], write)))
+        out.append(
+            (
+                f"{state}, {'written' if write else 'read'}",
+                said,
+                *verdict(folder / "study.db", before[state], write),
+            )
+        )
     return out
 
 

@@ -14,7 +14,9 @@ from scripts.validation.soak_parts import drivers, kills, pieces, toy_study
 from scripts.validation.soak_parts.toy_study import Work
 
 
-def run(folder: Path, *, rates: Sequence[float], evaluations: int, seed: int, references: int = 100) -> dict[str, Any]:
+def run(
+    folder: Path, *, rates: Sequence[float], evaluations: int, seed: int, references: int = 100
+) -> dict[str, Any]:
     """A study with two Ray workers for each rate, compared with one in a single process; those done before are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     of = drivers.context()
@@ -25,10 +27,22 @@ def run(folder: Path, *, rates: Sequence[float], evaluations: int, seed: int, re
     for rate in rates:
         file = folder / f"rate-{100 * rate:g}-{evaluations}-{seed}.json"
         if not file.is_file():
-            work = Work(file.with_suffix(""), evaluations, islands=2, ray=2, rate=rate, seed=seed, references=references)
+            work = Work(
+                file.with_suffix(""),
+                evaluations,
+                islands=2,
+                ray=2,
+                rate=rate,
+                seed=seed,
+                references=references,
+            )
             started = time.monotonic()
             _lived(of, work)
-            pieces.write(file, _judged(work, expected) | {"rate": rate, "seconds": time.monotonic() - started, "code": pieces.code()})
+            pieces.write(
+                file,
+                _judged(work, expected)
+                | {"rate": rate, "seconds": time.monotonic() - started, "code": pieces.code()},
+            )
         data["rates"].append(pieces.read(file))
     return data
 
@@ -52,7 +66,9 @@ def _judged(work: Work, expected: dict[str, Any]) -> dict[str, Any]:
     counts = Counter(line.split()[0] for line in work.diary.read_text().splitlines())
     account = toy_study.account(work)
     return {
-        "differ": [table for table in sorted(ours.keys() | expected.keys()) if ours.get(table) != expected.get(table)],
+        "differ": [
+            table for table in sorted(ours.keys() | expected.keys()) if ours.get(table) != expected.get(table)
+        ],
         "best": best == theirs,
         "begun": counts["begin"],
         "died": counts["dies"],
@@ -74,5 +90,10 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
 
 def failures(data: dict[str, Any]) -> list[str]:
     """What must not be."""
-    found = [f"rate {r['rate']:g}: {k} {str(r[k])[:200]}" for r in data["rates"] for k in ("differ", "lost", "repeated") if r[k]]
+    found = [
+        f"rate {r['rate']:g}: {k} {str(r[k])[:200]}"
+        for r in data["rates"]
+        for k in ("differ", "lost", "repeated")
+        if r[k]
+    ]
     return found + [f"rate {r['rate']:g}: another best" for r in data["rates"] if not r["best"]]

@@ -58,8 +58,20 @@ def _bases() -> dict[str, list[Any]]:
     }  # fmt: skip
     space = weight_space("dare_ties")
     recipes = [json.loads(b.recipe.canonical()) for b in baselines(space)][::3]
-    recipes.append(recipes[1] | {"scales": [1.0, 0.9, 1.1], "stages": [["one", recipes[2]]], "chat_template": "chatml", "seed": 7})
-    recipes.append(recipes[0] | {"tokenizer": {"source": "union", "pad_to_multiple_of": 8, "tokens": [["<x>", {"source": ["a", 3], "force": True}]]}})
+    recipes.append(
+        recipes[1]
+        | {"scales": [1.0, 0.9, 1.1], "stages": [["one", recipes[2]]], "chat_template": "chatml", "seed": 7}
+    )
+    recipes.append(
+        recipes[0]
+        | {
+            "tokenizer": {
+                "source": "union",
+                "pad_to_multiple_of": 8,
+                "tokens": [["<x>", {"source": ["a", 3], "force": True}]],
+            }
+        }
+    )
     return {"search": [*shipped, full], "recipe": recipes, "mergekit": [], "header": _headers()}
 
 
@@ -81,24 +93,54 @@ def _headers() -> list[Any]:
 
 def _nested(rng: random.Random) -> bytes:
     depth = rng.choice([8, 31, 33, 200, 3000, 100_000])
-    one, other = rng.choice([("[", "]"), ("{a: ", "}"), ("- ", ""), ('{"a":', "}"), ("? ", ""), ("!!map {", "}")])
+    one, other = rng.choice(
+        [("[", "]"), ("{a: ", "}"), ("- ", ""), ('{"a":', "}"), ("? ", ""), ("!!map {", "}")]
+    )
     return (one * depth + "1" + other * depth * (rng.random() < 0.7)).encode()
 
 
 def _aliases(rng: random.Random) -> bytes:
-    lines = ["a: &a [x, x, x, x]"] + [f"{c}: &{c} [{', '.join(['*' + p] * 9)}]" for p, c in zip("abcdefgh", "bcdefghi", strict=True)]
-    return rng.choice(["\n".join(lines), "a: &a {x: *a}", "a: &a [*a]", "<<: {x: 1}\n<<: [{y: 1}]", "a: &a 1\n<<: *a"]).encode()
+    lines = ["a: &a [x, x, x, x]"] + [
+        f"{c}: &{c} [{', '.join(['*' + p] * 9)}]" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    return rng.choice(
+        ["\n".join(lines), "a: &a {x: *a}", "a: &a [*a]", "<<: {x: 1}\n<<: [{y: 1}]", "a: &a 1\n<<: *a"]
+    ).encode()
 
 
 def _huge(rng: random.Random) -> bytes:
     digits = rng.choice([20, 400, 4300, 4301, 100_000])
-    return rng.choice(["9" * digits, "-" + "9" * digits, "1e" + "9" * min(digits, 4300), "0." + "0" * digits + "1", "9" * digits + ".5"]).encode()
+    return rng.choice(
+        [
+            "9" * digits,
+            "-" + "9" * digits,
+            "1e" + "9" * min(digits, 4300),
+            "0." + "0" * digits + "1",
+            "9" * digits + ".5",
+        ]
+    ).encode()
 
 
 def _large(rng: random.Random, text: bytes) -> bytes:
     """A stretch of the text, or of a separator, over and over."""
     at = rng.randrange(len(text))
-    part = rng.choice([text[at : at + rng.choice([1, 5, 60])], b"- 1\n", b"1,", b"\n", b"#", b"---\n", b" ", b'"', b"?", b":"]) or b"x"
+    part = (
+        rng.choice(
+            [
+                text[at : at + rng.choice([1, 5, 60])],
+                b"- 1\n",
+                b"1,",
+                b"\n",
+                b"#",
+                b"---\n",
+                b" ",
+                b'"',
+                b"?",
+                b":",
+            ]
+        )
+        or b"x"
+    )
     return text[:at] + part * (rng.choice([3_000, 30_000, 300_000]) // len(part)) + text[at:]
 
 
@@ -141,7 +183,9 @@ def _header(rng: random.Random, base: tuple[dict[str, Any], int, int]) -> tuple[
         data = twisted(rng, data)
     if rng.random() < 0.15 and isinstance(data, dict) and data:
         name = rng.choice(list(data))
-        new = rng.choice(["../x", "/etc/x", "a\0b", "", "\u202e", "x" * 2000, "model.layers.99.x", "model.layers.0.", "²"])
+        new = rng.choice(
+            ["../x", "/etc/x", "a\0b", "", "\u202e", "x" * 2000, "model.layers.99.x", "model.layers.0.", "²"]
+        )
         data = {new if key == name else key: value for key, value in data.items()}
     try:
         text = json.dumps(data).encode()
@@ -151,10 +195,26 @@ def _header(rng: random.Random, base: tuple[dict[str, Any], int, int]) -> tuple[
     if action < 0.35:
         text = scrambled(rng, text)
     elif action < 0.42:
-        text = rng.choice([_nested(rng), b'{"a":' + _huge(rng) + b"}", text[:-1] + b"," + text[1:], text + b" " * rng.choice([1, 8, 5000])])
+        text = rng.choice(
+            [
+                _nested(rng),
+                b'{"a":' + _huge(rng) + b"}",
+                text[:-1] + b"," + text[1:],
+                text + b" " * rng.choice([1, 8, 5000]),
+            ]
+        )
     elif action < 0.425:
-        text = json.dumps({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(rng.choice([1_000, 30_000]))}).encode()
-    length = len(text) if rng.random() < 0.9 else rng.choice([0, 1, 7, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1])
+        text = json.dumps(
+            {
+                f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+                for i in range(rng.choice([1_000, 30_000]))
+            }
+        ).encode()
+    length = (
+        len(text)
+        if rng.random() < 0.9
+        else rng.choice([0, 1, 7, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1])
+    )
     stored = size if rng.random() < 0.9 else rng.choice([0, 1, size - 1, size + 1, size + 4096])
     return struct.pack("<Q", length) + text + bytes(stored), layers
 
@@ -181,7 +241,9 @@ def _search(text: bytes, parents: tuple[Any, Any]) -> bool:
     loading.override(settings, {"evaluations": 5, "seed": 1})
     if "\nstudy:" in "\n" + document.text:
         loading.rename(document.text, "other")
-    weight_space_module.make_space(settings, {name: parents[name != settings.base] for name in settings.models})
+    weight_space_module.make_space(
+        settings, {name: parents[name != settings.base] for name in settings.models}
+    )
     return True
 
 
@@ -250,7 +312,11 @@ def case(name: str, bases: dict[str, list[Any]], folder: Path, parent: Any) -> C
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers}))
         (folder / "model.safetensors").write_bytes(content)
         return lambda: _folder(folder)
-    drawn = [recipe(rng, ["base", "a", "b", "c"]) for _ in range(2)] if kind == "mergekit" else [rng.choice(bases[kind]) for _ in range(2)]
+    drawn = (
+        [recipe(rng, ["base", "a", "b", "c"]) for _ in range(2)]
+        if kind == "mergekit"
+        else [rng.choice(bases[kind]) for _ in range(2)]
+    )
     text = _text(rng, drawn[0], written(rng, drawn[1]))
     return lambda: READS[kind](text, parent)
 
@@ -317,8 +383,19 @@ def _process(file: Path, kind: str, first: int, count: int, seed: int) -> dict[s
         with tempfile.NamedTemporaryFile() as place:
             place.write(bytes(8))
             place.flush()
-            words = [sys.executable, "-m", "soak_parts.inputs", kind, str(first), str(end - first), str(seed), place.name]
-            process = subprocess.Popen(words, env=pieces.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            words = [
+                sys.executable,
+                "-m",
+                "soak_parts.inputs",
+                kind,
+                str(first),
+                str(end - first),
+                str(seed),
+                place.name,
+            ]
+            process = subprocess.Popen(
+                words, env=pieces.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
             said, error, ended = _watched(process, Path(place.name))
             at = struct.unpack("<Q", Path(place.name).read_bytes()[:8])[0] - 1
         if process.returncode == 0:
@@ -327,7 +404,16 @@ def _process(file: Path, kind: str, first: int, count: int, seed: int) -> dict[s
         if at < first:
             raise SystemExit(f"the process for {kind} cases does not start:\n{error}")
         why = ended or f"the process ended with {process.returncode}: {error.strip().splitlines()[-1:]}"
-        total.append({"kind": kind, "first": first, "cases": at + 1 - first, "wrong": 1, "found": [[f"{seed}/{kind}/{at}", why]], "slowest": [0, ""]})
+        total.append(
+            {
+                "kind": kind,
+                "first": first,
+                "cases": at + 1 - first,
+                "wrong": 1,
+                "found": [[f"{seed}/{kind}/{at}", why]],
+                "slowest": [0, ""],
+            }
+        )
         first = at + 1
     return summed(total) | {"kind": kind, "code": pieces.code()}
 
@@ -356,7 +442,16 @@ def summed(parts: list[dict[str, Any]]) -> dict[str, Any]:
         inner = part["kinds"].values() if "kinds" in part else [part]
         for one in inner:
             own = kinds.setdefault(
-                one["kind"], {"kind": one["kind"], "cases": 0, "read": 0, "refused": 0, "wrong": 0, "found": [], "slowest": [0.0, ""]}
+                one["kind"],
+                {
+                    "kind": one["kind"],
+                    "cases": 0,
+                    "read": 0,
+                    "refused": 0,
+                    "wrong": 0,
+                    "found": [],
+                    "slowest": [0.0, ""],
+                },
             )
             for key in ("cases", "read", "refused", "wrong"):
                 own[key] += one.get(key, 0)
@@ -369,7 +464,12 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
     """A table by kind."""
     yield "| input | cases | read | refused | wrong | slowest, CPU s |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    names = {"search": "search YAML", "mergekit": "mergekit YAML", "recipe": "recipe JSON", "header": "safetensors header"}
+    names = {
+        "search": "search YAML",
+        "mergekit": "mergekit YAML",
+        "recipe": "recipe JSON",
+        "header": "safetensors header",
+    }
     for kind in KINDS:
         if own := data["kinds"].get(kind):
             yield f"| {names[kind]} | {own['cases']:,} | {own['read']:,} | {own['refused']:,} | {own['wrong']} | {own['slowest'][0]:.2f} |"

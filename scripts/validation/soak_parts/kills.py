@@ -19,7 +19,9 @@ _LINES = 3  # of an evaluation
 _PATIENCE = 180.0  # seconds until a driver has begun to evaluate
 
 
-def run(folder: Path, *, evaluations: int, kills: int, ray: int, seed: int, ray_evaluations: int = 0) -> dict[str, Any]:
+def run(
+    folder: Path, *, evaluations: int, kills: int, ray: int, seed: int, ray_evaluations: int = 0
+) -> dict[str, Any]:
     """Kills drivers of one study until the kills are used up, lets it end, and compares it with an unbroken run.
 
     ray: how many of the kills are of a driver with two Ray workers, on a study of its own with `ray_evaluations` and two islands.
@@ -45,7 +47,9 @@ def _part(work: Work, kills: int, rng: random.Random) -> dict[str, Any]:
         "code": pieces.code(),
     }
     if data["work"] != [kills, work.evaluations]:
-        raise SystemExit(f"{work.folder} was begun with other sizes: {data['work']}; give those, or another --work folder")
+        raise SystemExit(
+            f"{work.folder} was begun with other sizes: {data['work']}; give those, or another --work folder"
+        )
     context = drivers.context()
     while data["kills"] < kills and not is_over(work):
         rng.seed(f"{rng.random()}/{data['starts']}")
@@ -143,4 +147,9 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
 
 def failures(data: dict[str, Any]) -> list[str]:
     """What must not be."""
-    return [f"{p['pool']}: {k} {str(p[k])[:200]}" for p in data["parts"] for k in ("lost", "repeated", "interleaved", "differ") if p[k]]
+    return [
+        f"{p['pool']}: {k} {str(p[k])[:200]}"
+        for p in data["parts"]
+        for k in ("lost", "repeated", "interleaved", "differ")
+        if p[k]
+    ]

@@ -37,9 +37,16 @@ def code() -> str:
 
 def environment() -> dict[str, str]:
     """What the soak's processes run under: one thread, no network, and these parts importable."""
-    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     own = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests"), str(REPOSITORY)]
-    path = os.pathsep.join([*own, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in own)])
+    path = os.pathsep.join(
+        [*own, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in own)]
+    )
     return os.environ | quiet | {"PYTHONPATH": path}
 
 
@@ -52,7 +59,9 @@ def watch() -> None:
     signal.signal(signal.SIGPROF, _hang)
 
 
-def judged(work: Callable[[], tuple[str, str]], seconds: float, longest: int | None = None) -> tuple[str, str]:
+def judged(
+    work: Callable[[], tuple[str, str]], seconds: float, longest: int | None = None
+) -> tuple[str, str]:
     """What `work` says of a case; ('refused', error) for one error of ours in a line, ('wrong', what happened) for anything else.
 
     seconds: of processor time, after which the case hangs; longest: characters of an error, None for any number.
@@ -65,14 +74,20 @@ def judged(work: Callable[[], tuple[str, str]], seconds: float, longest: int | N
     except EvomergeError as error:
         said = str(error)
         if not said or "\n" in said or "\r" in said or (longest is not None and len(said) > longest):
-            return "wrong", f"an error of {len(said.splitlines())} lines and {len(said)} characters: {said[:200]!r}"
+            return (
+                "wrong",
+                f"an error of {len(said.splitlines())} lines and {len(said)} characters: {said[:200]!r}",
+            )
         return "refused", said
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # anything else is what the soak looks for
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if "evomerge" in Path(frame.filename).parts] or list(frames)
-        return "wrong", f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]!r}"
+        return (
+            "wrong",
+            f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]!r}",
+        )
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

@@ -32,7 +32,14 @@ def run(folder: Path, *, races: int, evaluations: int, seed: int) -> dict[str, A
     """Races until there are as many as asked; at the end of each the winner is killed, and what both did is read."""
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / f"races-{seed}.json"
-    data = pieces.read(state) or {"races": 0, "one": 0, "wrong": [], "slowest": 0.0, "fresh": 0, "code": pieces.code()}
+    data = pieces.read(state) or {
+        "races": 0,
+        "one": 0,
+        "wrong": [],
+        "slowest": 0.0,
+        "fresh": 0,
+        "code": pieces.code(),
+    }
     of = drivers.context()
     while data["races"] < races:
         for number in range(data["races"], min(races, data["races"] + PIECE)):
@@ -97,7 +104,11 @@ def _judged(work: Work, both: list[Any], before: int, refused: Path) -> tuple[li
         wrong.append(f"refused without host and pid of the one that runs: {error}")
     account = toy_study.account(work)
     wrong += [f"interleaved: {account.interleaved[:3]}"] if account.interleaved else []
-    wrong += [f"{len(account.repeated)} evaluations repeated, {len(account.lost)} lost"] if account.repeated or account.lost else []
+    wrong += (
+        [f"{len(account.repeated)} evaluations repeated, {len(account.lost)} lost"]
+        if account.repeated or account.lost
+        else []
+    )
     return wrong, float(seconds)
 
 

@@ -43,9 +43,18 @@ log. Not counted as damage: an older backup in place of a backup.""",
 
 def text(results: Mapping[str, tuple[Any, Sequence[str]]], sizes: Mapping[str, Any]) -> str:
     """The report of parts: name -> (data, lines)."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("evomerge", "ray", "torch", "cma", "PyYAML", "pydantic", "safetensors"))
+    packages = ", ".join(
+        f"{name} {version(name)}"
+        for name in ("evomerge", "ray", "torch", "cma", "PyYAML", "pydantic", "safetensors")
+    )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=pieces.REPOSITORY, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=pieces.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     out = [
         "# The soak",
         "",
@@ -58,7 +67,14 @@ def text(results: Mapping[str, tuple[Any, Sequence[str]]], sizes: Mapping[str, A
     ]
     for name, (data, lines) in results.items():
         codes = sorted(set(_codes(data)))
-        out += ["", f"## {TITLES[name]}", "", f"{_SAID[name]}\nBegun on the sources {', '.join(codes)}.", "", *lines]
+        out += [
+            "",
+            f"## {TITLES[name]}",
+            "",
+            f"{_SAID[name]}\nBegun on the sources {', '.join(codes)}.",
+            "",
+            *lines,
+        ]
     return "\n".join(out) + "\n"
 
 

@@ -165,7 +165,9 @@ class Acknowledging:
         """Notes the evaluations that are new in the store, as another connection reads them."""
         db = sqlite3.connect(f"{self._work.store.absolute().as_uri()}?mode=ro", uri=True)
         try:
-            rows = db.execute("SELECT id, recipe, item_set FROM evaluations WHERE id > ? ORDER BY id", (self._last,)).fetchall()
+            rows = db.execute(
+                "SELECT id, recipe, item_set FROM evaluations WHERE id > ? ORDER BY id", (self._last,)
+            ).fetchall()
         finally:
             db.close()
         for number, recipe, items in rows:
@@ -209,7 +211,9 @@ def _ray_pool(work: Work) -> Pool:
     from evomerge.workers.ray_pool.pool import RayPool
 
     # workers die by chance here: no candidate is poison, no machine is broken, and none is waited for
-    limits = Limits(poison=1000, tries=1000, strikes=1000, breaker=1000, backoff=0.0) if work.rate else Limits()
+    limits = (
+        Limits(poison=1000, tries=1000, strikes=1000, breaker=1000, backoff=0.0) if work.rate else Limits()
+    )
     return RayPool(functools.partial(Scorer, work), address="local", workers=work.ray, cpus=1, limits=limits)
 
 
@@ -248,8 +252,14 @@ def rows(file: Path) -> dict[str, list[dict[str, Any]]]:
     db = sqlite3.connect(file)
     db.row_factory = sqlite3.Row
     try:
-        names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        found = {n: [dict(row) for row in db.execute(f"SELECT * FROM {n} ORDER BY rowid")] for n in names if n not in NOT_SEARCHED}
+        names = [
+            row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        ]
+        found = {
+            n: [dict(row) for row in db.execute(f"SELECT * FROM {n} ORDER BY rowid")]
+            for n in names
+            if n not in NOT_SEARCHED
+        }
     finally:
         db.close()
     known = {row["id"]: (row["recipe"], row["role"], row["item_set"]) for row in found["evaluations"]}
@@ -258,7 +268,9 @@ def rows(file: Path) -> dict[str, list[dict[str, Any]]]:
             row["evaluation"] = known[row["evaluation"]]
     for row in found["evaluations"]:
         del row["id"]
-    plain = {t: [{k: v for k, v in row.items() if k not in TIMES} for row in part] for t, part in found.items()}
+    plain = {
+        t: [{k: v for k, v in row.items() if k not in TIMES} for row in part] for t, part in found.items()
+    }
     for row in plain["study"]:
         row["state"] = "" if row["state"] == "running" else row["state"]
     return {table: part if table == "trials" else sorted(part, key=repr) for table, part in plain.items()}
@@ -305,4 +317,11 @@ def account(work: Work) -> Account:
             if pid in over or kind != "open":
                 interleaved.append(line)
             driver = pid
-    return Account(len(acked), sum(begun.values()), repeated, sorted(acked - stored), interleaved, sum(n > 1 for n in begun.values()))
+    return Account(
+        len(acked),
+        sum(begun.values()),
+        repeated,
+        sorted(acked - stored),
+        interleaved,
+        sum(n > 1 for n in begun.values()),
+    )

@@ -31,7 +31,13 @@ ALLOWED = {  # of decoders and of shared prefixes, in float32
     "mamba2": {"padded", "equal", "single", "whole", "prefix"},
     "qwen3_next": {"padded", "equal", "single", "whole", "prefix"},
     "mamba": {"padded", "equal", "single", "whole"},  # several tokens on top of a state are wrong
-    "gpt_neo": {"padded", "equal", "single", "whole", "prefix"},  # its local layers do not take the slots' mask
+    "gpt_neo": {
+        "padded",
+        "equal",
+        "single",
+        "whole",
+        "prefix",
+    },  # its local layers do not take the slots' mask
     "recurrent_gemma": {"single", "whole"},  # its state lies in its modules, not in the cache
     "minimax": {"whole"},  # it takes a cache of its own alone
     "rwkv": {"equal", "single", "whole"},  # no cache that can be forked
@@ -50,13 +56,28 @@ def prompts(seed: int = 5) -> list[list[int]]:
 def generated(model: Any, prompt: Sequence[int], new: int = NEW, **settings: Any) -> list[int]:
     """New tokens of transformers' own `generate` at batch size 1."""
     ids = torch.tensor([list(prompt)])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=PAD, **settings)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=PAD,
+        **settings,
+    )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 
 
 def make(model: Any, head: RowHead, decoder: str, **more: Any) -> Generator:
-    settings = {"tokenizer": tokenizer(), "max_length": 256, "pad_id": PAD, "eos_ids": frozenset([EOS]), "rows": 4, "launch": 4, **more}
+    settings = {
+        "tokenizer": tokenizer(),
+        "max_length": 256,
+        "pad_id": PAD,
+        "eos_ids": frozenset([EOS]),
+        "rows": 4,
+        "launch": 4,
+        **more,
+    }
     return Generator(model, head, decoder=decoder, **settings)
 
 
@@ -70,17 +91,24 @@ def texts_of_hflm(lm: Any, contexts: Sequence[str], until: Sequence[str], new: i
     from lm_eval.api.instance import Instance
 
     asked = {"until": list(until), "max_gen_toks": new, "do_sample": False}
-    rows = [Instance(request_type="generate_until", doc={}, arguments=(c, dict(asked)), idx=0) for c in contexts]
+    rows = [
+        Instance(request_type="generate_until", doc={}, arguments=(c, dict(asked)), idx=0) for c in contexts
+    ]
     found: list[str] = lm.generate_until(rows, disable_tqdm=True)
     return found
 
 
-def our_texts(lm: Any, generator: Generator, contexts: Sequence[str], until: Sequence[str], new: int) -> list[str]:
+def our_texts(
+    lm: Any, generator: Generator, contexts: Sequence[str], until: Sequence[str], new: int
+) -> list[str]:
     from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 
     stops = handle_stop_sequences(list(until), eos=lm.tok_decode(lm.eot_token_id, skip_special_tokens=False))
     ids = [lm.tok_batch_encode([c], left_truncate_len=lm.max_length - new)[0][0].tolist() for c in contexts]
-    return [postprocess_generated_text(lm.tok_decode(t), stops, None) for t in generator.run(generator.compile(ids, stops, new))]
+    return [
+        postprocess_generated_text(lm.tok_decode(t), stops, None)
+        for t in generator.run(generator.compile(ids, stops, new))
+    ]
 
 
 @pytest.mark.parametrize("name", ALLOWED)
@@ -89,13 +117,17 @@ def test_the_probe_allows_what_is_right_and_what_it_allows_gives_the_tokens_of_g
     with RowHead(model) as head:
         verdicts = probe_decoders(model, head, span=SPAN, pad_id=PAD)
         assert {key for key, verdict in verdicts.items() if verdict.allowed} == ALLOWED[name], verdicts
-        asked = prompts()[1:] if name == "recurrent_gemma" else prompts()  # a prompt of one token goes on from its last text
+        asked = (
+            prompts()[1:] if name == "recurrent_gemma" else prompts()
+        )  # a prompt of one token goes on from its last text
         wanted = [generated(model, p) for p in asked]
         for decoder in DECODERS:
             if verdicts[decoder].allowed:
                 generator = make(model, head, decoder, shares=verdicts["prefix"].allowed)
                 plan = generator.compile(asked, (), NEW)
-                assert sum(len(c.levels) for c in plan.chunks) + len(plan.prefixes) > 0 or not generator.shares
+                assert (
+                    sum(len(c.levels) for c in plan.chunks) + len(plan.prefixes) > 0 or not generator.shares
+                )
                 assert generator.run(plan) == wanted, decoder
         apart = make(model, head, choose_decoder(verdicts))
         assert apart.run(apart.compile(asked, (), NEW)) == wanted
@@ -117,7 +149,13 @@ def test_a_window_shows_only_to_prompts_that_exceed_it() -> None:
 
     torch.manual_seed(0)
     config = GPTNeoConfig(
-        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=64, attention_types=[[["global", "local"], 1]], initializer_range=0.3
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        window_size=64,
+        attention_types=[[["global", "local"], 1]],
+        initializer_range=0.3,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with RowHead(model) as head:
@@ -195,7 +233,12 @@ def test_a_requests_own_penalty_is_honoured_over_the_models() -> None:
     model.generation_config.repetition_penalty = 1.1
     with RowHead(model) as head:
         generator = make(model, head, "slots", shares=True)
-        assert generator.run(generator.compile(prompts(), (), NEW, {"repetition_penalty": 1.7, "do_sample": False})) == wanted
+        assert (
+            generator.run(
+                generator.compile(prompts(), (), NEW, {"repetition_penalty": 1.7, "do_sample": False})
+            )
+            == wanted
+        )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +248,11 @@ def test_a_requests_own_penalty_is_honoured_over_the_models() -> None:
         ({"temperature": 0.7}, {}, "sampling"),
         ({"num_beams": 4}, {}, "num_beams"),
         ({"repetition_penalty": 1.2, "do_sample": False}, {}, None),
-        ({"guidance_scale": 1.5}, {}, "guidance_scale in the generation settings asks for UnbatchedClassifierFreeGuidance"),
+        (
+            {"guidance_scale": 1.5},
+            {},
+            "guidance_scale in the generation settings asks for UnbatchedClassifierFreeGuidance",
+        ),
         ({"no_such_setting": 1}, {}, "no_such_setting"),
         ({"penalty_alpha": 0.6, "top_k": 4}, {}, "contrastive"),
         ({}, {"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
@@ -217,7 +264,9 @@ def test_a_requests_own_penalty_is_honoured_over_the_models() -> None:
         ({"do_sample": False, "top_p": 0.9, "temperature": 0.0}, {}, None),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_with_its_name(asked: dict[str, Any], config: dict[str, Any], said: str | None) -> None:
+def test_what_cannot_be_honoured_is_refused_with_its_name(
+    asked: dict[str, Any], config: dict[str, Any], said: str | None
+) -> None:
     model = build("llama")
     for name, value in config.items():
         setattr(model.generation_config, name, value)
@@ -230,7 +279,9 @@ def test_texts_are_those_of_hflm_at_batch_size_1(name: str) -> None:
     model, words = build(name), tokenizer()
     model.generation_config.eos_token_id = None
     rnd = random.Random(3)
-    contexts = [words.decode([rnd.randrange(3, VOCABULARY) for _ in range(rnd.randrange(1, 40))]) for _ in range(12)]
+    contexts = [
+        words.decode([rnd.randrange(3, VOCABULARY) for _ in range(rnd.randrange(1, 40))]) for _ in range(12)
+    ]
     lm = hflm(model, words)
     free = texts_of_hflm(lm, contexts, ["never in it"], 12)
     letters = sorted({c for text in free for c in text[1:] if c.isalpha()})
@@ -255,17 +306,44 @@ def test_texts_of_the_zoo_are_those_of_hflm() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lm = hflm(model, words, 32)
     with RowHead(model) as head:
-        generator = Generator(model, head, tokenizer=words, max_length=128, pad_id=0, eos_ids=frozenset([2]), decoder="slots", shares=True)
+        generator = Generator(
+            model,
+            head,
+            tokenizer=words,
+            max_length=128,
+            pad_id=0,
+            eos_ids=frozenset([2]),
+            decoder="slots",
+            shares=True,
+        )
         assert our_texts(lm, generator, contexts, ["\n"], 4) == texts_of_hflm(lm, contexts, ["\n"], 4)
 
 
-@pytest.mark.parametrize("stops", [["b"], ["abX", "b"], ["b", "abX"], ["A:", "\n\n"], ["é"], ["€", " the"], ["</s>"], ["", "q"], ["The answer"], []])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        ["b"],
+        ["abX", "b"],
+        ["b", "abX"],
+        ["A:", "\n\n"],
+        ["é"],
+        ["€", " the"],
+        ["</s>"],
+        ["", "q"],
+        ["The answer"],
+        [],
+    ],
+)
 def test_stops_fire_at_the_token_at_which_hflms_criteria_do(stops: list[str]) -> None:
     """Random texts rich in what the strings are made of, letters cut in the middle included."""
     from lm_eval.models.utils_hf import stop_sequences_criteria
 
     words, rnd = tokenizer(), random.Random(1)
-    rich = [t for s in [*stops, "abX", "The answer", "é€\n\n", " A:"] for t in words.encode(s, add_special_tokens=False)]
+    rich = [
+        t
+        for s in [*stops, "abX", "The answer", "é€\n\n", " A:"]
+        for t in words.encode(s, add_special_tokens=False)
+    ]
     found = Stops(words, stops)
     fired = 0
     for _ in range(150):
@@ -273,7 +351,14 @@ def test_stops_fire_at_the_token_at_which_hflms_criteria_do(stops: list[str]) ->
         if rnd.random() < 0.5:
             text[3:3] = words.encode(rnd.choice([*stops, "b"]), add_special_tokens=False)
         criteria = stop_sequences_criteria(words, list(stops), 2, 1)
-        wanted = next((n for n in range(1, len(text) + 1) if stops and bool(criteria(torch.tensor([[0, 0, *text[:n]]]), None))), None)
+        wanted = next(
+            (
+                n
+                for n in range(1, len(text) + 1)
+                if stops and bool(criteria(torch.tensor([[0, 0, *text[:n]]]), None))
+            ),
+            None,
+        )
         ours = next((n for n in range(1, len(text) + 1) if found.hit(text[:n])), None)
         assert ours == wanted, (text, words.decode(text))
         fired += wanted is not None
@@ -297,7 +382,9 @@ def test_tokens_and_prompts_that_do_not_fit_are_refused_or_cut_as_in_hflm() -> N
 def test_levels_spell_every_prompt_and_cost_no_more_than_one_forward_over_all(launch: int) -> None:
     rnd = random.Random(2)
     for _ in range(30):
-        asked = sorted({tuple(rnd.randrange(3) for _ in range(rnd.randrange(4, 9))) for _ in range(rnd.randrange(1, 20))})
+        asked = sorted(
+            {tuple(rnd.randrange(3) for _ in range(rnd.randrange(4, 9))) for _ in range(rnd.randrange(1, 20))}
+        )
         width = max(map(len, asked))
         depths = cuts(asked, width, launch)
         assert all(0 < d < min(map(len, asked)) for d in depths)

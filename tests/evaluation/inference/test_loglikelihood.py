@@ -25,7 +25,9 @@ Tokens = tuple[int, ...]
 SHORT = st.lists(st.integers(0, 3), min_size=0, max_size=7).map(tuple)
 
 
-def requests(seed: int, *, shared: int = 40, items: int = 8, choices: int = 4, size: int = 4) -> list[Request]:
+def requests(
+    seed: int, *, shared: int = 40, items: int = 8, choices: int = 4, size: int = 4
+) -> list[Request]:
     """Items with a common prefix and several continuations each, some alike at the start, one twice."""
     rnd = random.Random(seed)
 
@@ -46,7 +48,11 @@ def looped(model: Any, asked: Sequence[Request]) -> tuple[torch.Tensor, list[boo
     sums, greedy = [], []
     for request in asked:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([request.context + request.continuation]), use_cache=False).logits[0].double()
+            logits = (
+                model(input_ids=torch.tensor([request.context + request.continuation]), use_cache=False)
+                .logits[0]
+                .double()
+            )
         rows = logits[len(request.context) - 1 : -1]
         target = torch.tensor(request.continuation)
         sums.append(rows.log_softmax(-1)[torch.arange(len(target)), target].sum())
@@ -89,10 +95,19 @@ def saved(contexts: Sequence[Tokens], groups: Sequence[tuple[int, list[int]]], l
     return sum((len(members) - 1) * length - launch for length, members in groups)
 
 
-@given(st.lists(st.lists(st.integers(0, 1), min_size=0, max_size=4).map(tuple), min_size=1, max_size=7, unique=True), st.integers(0, 40))
+@given(
+    st.lists(
+        st.lists(st.integers(0, 1), min_size=0, max_size=4).map(tuple), min_size=1, max_size=7, unique=True
+    ),
+    st.integers(0, 40),
+)
 @settings(max_examples=60)
-def test_the_groups_save_as_many_tokens_as_any_choice_of_prefixes_can(heads: list[Tokens], launch: int) -> None:
-    contexts = [(*tuple(t for h in head for t in [h] * 8), 9 + i) for i, head in enumerate(heads)]  # prefixes of 8, 16, ... tokens
+def test_the_groups_save_as_many_tokens_as_any_choice_of_prefixes_can(
+    heads: list[Tokens], launch: int
+) -> None:
+    contexts = [
+        (*tuple(t for h in head for t in [h] * 8), 9 + i) for i, head in enumerate(heads)
+    ]  # prefixes of 8, 16, ... tokens
     groups, left = shared_prefixes(contexts, launch)
     assert sorted([i for _, members in groups for i in members] + left) == list(range(len(contexts)))
     for length, members in groups:
@@ -196,7 +211,11 @@ def test_without_verdicts_only_plain_rows_are_used() -> None:
     model = build("llama")
     with Engine(model) as engine:
         assert engine.best == "plain"
-        engine.verdicts = {"tree": Verdict(False, "no"), "fork": Verdict(True, "yes"), "prefix": Verdict(True, "yes")}
+        engine.verdicts = {
+            "tree": Verdict(False, "no"),
+            "fork": Verdict(True, "yes"),
+            "prefix": Verdict(True, "yes"),
+        }
         assert engine.best == "fork"
         engine.verdicts = probe(model, span=60)
         assert engine.best == "tree"
@@ -211,8 +230,12 @@ def test_model_rounding_is_hflms(dtype: torch.dtype) -> None:
     with Engine(model, tokens=1) as engine:  # one row a forward, as HFLM at batch size 1: the same bits
         found = engine.run(engine.compile(asked, "plain"), "model")
     lm = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=1)
-    theirs = lm._loglikelihood_tokens([(None, list(r.context), list(r.continuation)) for r in asked], disable_tqdm=True)
-    assert found.sums.tolist() == pytest.approx([s for s, _ in theirs], rel=1e-6 if dtype == torch.float32 else 0.0)
+    theirs = lm._loglikelihood_tokens(
+        [(None, list(r.context), list(r.continuation)) for r in asked], disable_tqdm=True
+    )
+    assert found.sums.tolist() == pytest.approx(
+        [s for s, _ in theirs], rel=1e-6 if dtype == torch.float32 else 0.0
+    )
     assert found.greedy.tolist() == [g for _, g in theirs]
 
 
@@ -244,7 +267,9 @@ def test_the_row_head_makes_only_the_rows_asked_for_and_leaves_the_model_as_it_w
     ids = torch.randint(3, VOCABULARY, (2, 5))
     whole = model(input_ids=ids, use_cache=False).logits
     seen: list[tuple[int, ...]] = []
-    watch = model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape)))
+    watch = model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, out: seen.append(tuple(out.shape))
+    )
     with RowHead(model) as head, torch.no_grad():
         rows = head(torch.tensor([7, 0]), ids, use_cache=False)
         assert head.works
@@ -284,7 +309,11 @@ def test_forks_do_not_touch_the_original_or_each_other(kind: str) -> None:
     prefix, a, b = (torch.randint(3, VOCABULARY, (1, n), generator=rnd) for n in (20, 6, 6))
 
     def on(past: Any, ids: torch.Tensor) -> torch.Tensor:
-        positions = {"position_ids": torch.arange(20, 26)[None].expand(ids.shape[0], -1)} if kv_cache.takes_positions(model) else {}
+        positions = (
+            {"position_ids": torch.arange(20, 26)[None].expand(ids.shape[0], -1)}
+            if kv_cache.takes_positions(model)
+            else {}
+        )
         return model(input_ids=ids, use_cache=True, **{name: past}, **positions).logits
 
     with torch.no_grad():
@@ -292,8 +321,12 @@ def test_forks_do_not_touch_the_original_or_each_other(kind: str) -> None:
         model(input_ids=prefix, use_cache=True, **{name: past})
         both = on(kv_cache.fork(past, rows=2), torch.cat([a, b]))
         alone = [on(kv_cache.fork(past), ids) for ids in (a, b)]
-        swapped = on(kv_cache.fork(kv_cache.fork(past, rows=2), index=torch.tensor([1, 0])), torch.cat([b, a]))
-        whole = [model(input_ids=torch.cat([prefix, ids], 1), use_cache=False).logits[:, 20:] for ids in (a, b)]
+        swapped = on(
+            kv_cache.fork(kv_cache.fork(past, rows=2), index=torch.tensor([1, 0])), torch.cat([b, a])
+        )
+        whole = [
+            model(input_ids=torch.cat([prefix, ids], 1), use_cache=False).logits[:, 20:] for ids in (a, b)
+        ]
     for found in (both, torch.cat(alone), swapped.flip(0)):
         assert torch.allclose(found, torch.cat(whole), atol=1e-4)
 
@@ -301,7 +334,13 @@ def test_forks_do_not_touch_the_original_or_each_other(kind: str) -> None:
 def test_masks_say_what_windows_and_chunks_say() -> None:
     seen = torch.ones(1, 6, 6, dtype=torch.bool).tril()
     at = torch.arange(6)[None]
-    found = attention_mask(Windows(3, 2, ("chunked_attention", "full_attention", "sliding_attention")), seen, at, at, torch.float32)
+    found = attention_mask(
+        Windows(3, 2, ("chunked_attention", "full_attention", "sliding_attention")),
+        seen,
+        at,
+        at,
+        torch.float32,
+    )
     assert isinstance(found, dict)
     for kind, rule in (
         ("full_attention", lambda q, k: k <= q),

@@ -43,7 +43,12 @@ def test_half_precision_hides_no_wrong_decoder() -> None:
     """Slots are wrong for this model; on few tokens the regret alone looks like rounding."""
     found = probe_truth.outcomes("recurrent_gemma", (torch.float32, torch.bfloat16))
     assert [o for o in found if o.allowed and not o.right] == []
-    assert {o.name for o in found if o.dtype == torch.bfloat16 and not o.right} >= {"slots", "padded", "prefix", "tree"}
+    assert {o.name for o in found if o.dtype == torch.bfloat16 and not o.right} >= {
+        "slots",
+        "padded",
+        "prefix",
+        "tree",
+    }
 
 
 @pytest.mark.parametrize("name", SILENT)

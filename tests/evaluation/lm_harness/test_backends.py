@@ -13,11 +13,26 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import model_loading
-from tests.evaluation.lm_harness.test_harness import CHOOSE, GENERATE, LIKELIHOOD, ROLLING, lm_eval_itself, load, write_task
+from tests.evaluation.lm_harness.test_harness import (
+    CHOOSE,
+    GENERATE,
+    LIKELIHOOD,
+    ROLLING,
+    lm_eval_itself,
+    load,
+    write_task,
+)
 from tests.support.toy import zoo_folder
 
-KINDS = {"trial_generate": GENERATE, "trial_choose": CHOOSE, "trial_likelihood": LIKELIHOOD, "trial_rolling": ROLLING}
-SAMPLE = GENERATE | {"generation_kwargs": {"until": ["\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 4}}
+KINDS = {
+    "trial_generate": GENERATE,
+    "trial_choose": CHOOSE,
+    "trial_likelihood": LIKELIHOOD,
+    "trial_rolling": ROLLING,
+}
+SAMPLE = GENERATE | {
+    "generation_kwargs": {"until": ["\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 4}
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +65,12 @@ def compiled(folder: Path, tokenizer: Any) -> LmHarness:
 
 
 @pytest.mark.parametrize("role", ["search", "test"])
-def test_both_backends_give_the_same_scores(role: Any, compiled: LmHarness, folder: Path, tokenizer: Any, exact: Any) -> None:
-    theirs = load(folder, tokenizer, *[TaskSpec(t, splits="declared", soft=True) for t in KINDS], backend="lm-eval")
+def test_both_backends_give_the_same_scores(
+    role: Any, compiled: LmHarness, folder: Path, tokenizer: Any, exact: Any
+) -> None:
+    theirs = load(
+        folder, tokenizer, *[TaskSpec(t, splits="declared", soft=True) for t in KINDS], backend="lm-eval"
+    )
     items = compiled.items(role)
     ours, metrics = compiled.score(exact, items)
     wanted, numbers = theirs.score(exact, items)
@@ -64,9 +83,19 @@ def test_both_backends_give_the_same_scores(role: Any, compiled: LmHarness, fold
     assert theirs.techniques(exact, items) == {}
 
 
-def test_sampling_goes_to_lm_eval_and_is_said_and_is_the_same_every_time(folder: Path, tokenizer: Any, model: Any) -> None:
-    harness = load(folder, tokenizer, TaskSpec("trial_sample", splits="declared"), TaskSpec("trial_generate", splits="declared"))
-    assert harness.backends(model) == {"trial_sample": "lm-eval: do_sample asks for sampling", "trial_generate": "compiled"}
+def test_sampling_goes_to_lm_eval_and_is_said_and_is_the_same_every_time(
+    folder: Path, tokenizer: Any, model: Any
+) -> None:
+    harness = load(
+        folder,
+        tokenizer,
+        TaskSpec("trial_sample", splits="declared"),
+        TaskSpec("trial_generate", splits="declared"),
+    )
+    assert harness.backends(model) == {
+        "trial_sample": "lm-eval: do_sample asks for sampling",
+        "trial_generate": "compiled",
+    }
     state = torch.random.get_rng_state()
     first = harness.samples(model, harness.items("test"))
     assert torch.equal(torch.random.get_rng_state(), state), "torch's generator is left as it was"
@@ -78,7 +107,9 @@ def test_sampling_goes_to_lm_eval_and_is_said_and_is_the_same_every_time(folder:
 
 def test_sampled_answers_are_lm_evals(folder: Path, tokenizer: Any, model: Any) -> None:
     torch.manual_seed(1234)
-    values, _, metric = lm_eval_itself(model, tokenizer, ["trial_sample"], folder, {"trial_sample": "exact_match"})["trial_sample"]
+    values, _, metric = lm_eval_itself(
+        model, tokenizer, ["trial_sample"], folder, {"trial_sample": "exact_match"}
+    )["trial_sample"]
     harness = load(folder, tokenizer, TaskSpec("trial_sample", splits="declared"))
     scores, metrics = harness.score(model, harness.items("test"))
     assert {s.item: s.value for s in scores} == values
@@ -108,14 +139,18 @@ def test_soft_scores_are_those_of_a_loop(task: str, compiled: LmHarness, tokeniz
             total, tokens = looped(exact, tokenizer, doc["prompt"], f" {doc['answer']}")
             probability = math.exp(total)
         assert score.probability == pytest.approx(probability, rel=1e-4)
-        assert score.logprob == pytest.approx(total / tokens, rel=1e-4, abs=1e-5), "float32 of numbers of about ten"
+        assert score.logprob == pytest.approx(total / tokens, rel=1e-4, abs=1e-5), (
+            "float32 of numbers of about ten"
+        )
     for measure in ("probability", "logprob"):
         values = [getattr(s, measure) for s in scores]
         assert metrics[f"{task}:{measure}"] == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
     assert len({s.probability for s in scores}) > 3
 
 
-def test_generated_tasks_have_soft_scores_only_where_asked(folder: Path, tokenizer: Any, compiled: LmHarness) -> None:
+def test_generated_tasks_have_soft_scores_only_where_asked(
+    folder: Path, tokenizer: Any, compiled: LmHarness
+) -> None:
     plain = load(folder, tokenizer, TaskSpec("trial_generate", splits="declared"))
     assert plain.measures("trial_generate") == ()
     assert compiled.measures("trial_generate") == ("probability", "logprob")
@@ -124,16 +159,25 @@ def test_generated_tasks_have_soft_scores_only_where_asked(folder: Path, tokeniz
 
 def test_search_items_are_scored_finer_than_lm_eval_rounds(compiled: LmHarness, model: Any) -> None:
     task = "trial_likelihood"
-    found = {role: [s.logprob for s in compiled.score(model, {task: compiled.items(role)[task]})[0]] for role in ("search", "test")}
+    found = {
+        role: [s.logprob for s in compiled.score(model, {task: compiled.items(role)[task]})[0]]
+        for role in ("search", "test")
+    }
 
     def on_the_grid(value: float | None) -> bool:
-        return value is not None and float(torch.tensor(value).to(torch.bfloat16)) == pytest.approx(value, rel=1e-9)
+        return value is not None and float(torch.tensor(value).to(torch.bfloat16)) == pytest.approx(
+            value, rel=1e-9
+        )
 
-    assert all(on_the_grid(v) for v in found["test"]), "one token each: its log-probability is rounded to the model's type"
+    assert all(on_the_grid(v) for v in found["test"]), (
+        "one token each: its log-probability is rounded to the model's type"
+    )
     assert not all(on_the_grid(v) for v in found["search"])
 
 
-def test_a_text_seen_before_is_not_judged_again(compiled: LmHarness, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_seen_before_is_not_judged_again(
+    compiled: LmHarness, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = compiled._tasks["trial_generate"].task
     items = {"trial_generate": compiled.items("validation")["trial_generate"]}
     calls: list[Any] = []

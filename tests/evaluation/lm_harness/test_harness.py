@@ -42,10 +42,15 @@ def own_id(doc: Mapping[str, Any]) -> str:
 
 
 def documents(task: str, role: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (REPO / "evaluators" / "zoo" / f"{task}.{role}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (REPO / "evaluators" / "zoo" / f"{task}.{role}.jsonl").read_text().splitlines()
+    ]
 
 
-def lm_eval_itself(model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path, metrics: Mapping[str, str], **more: Any) -> dict[str, Any]:
+def lm_eval_itself(
+    model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path, metrics: Mapping[str, str], **more: Any
+) -> dict[str, Any]:
     """(item id -> value, prompts by item, metric) per task, as `lm_eval.simple_evaluate` gives them."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -78,11 +83,16 @@ def scored(zoo_harness: LmHarness, model: Any) -> Any:
     return zoo_harness.score(model, zoo_harness.items("test"))
 
 
-def test_scores_are_lm_evals_item_by_item(zoo_harness: LmHarness, scored: Any, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_lm_evals_item_by_item(
+    zoo_harness: LmHarness, scored: Any, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPO)  # the tasks name their data from there
     items, metrics = scored
     wanted = zoo_harness.items("test")
-    samples = {task: [i for i, d in enumerate(documents(task, "test")) if own_id(d) in set(wanted[task])] for task in ZOO_TASKS}
+    samples = {
+        task: [i for i, d in enumerate(documents(task, "test")) if own_id(d) in set(wanted[task])]
+        for task in ZOO_TASKS
+    }
     assert {len(s) for s in samples.values()} == {100}
     names = {task: zoo_harness.metric(task) for task in ZOO_TASKS}
     theirs = lm_eval_itself(model, tokenizer, ZOO_TASKS, REPO / "evaluators", names, samples=samples)
@@ -97,7 +107,10 @@ def test_scores_are_lm_evals_item_by_item(zoo_harness: LmHarness, scored: Any, m
 
 
 def test_a_part_of_the_items_can_be_scored(zoo_harness: LmHarness, model: Any) -> None:
-    part = {"zoo_lookup": zoo_harness.items("search")["zoo_lookup"][5:15], "zoo_cross": zoo_harness.items("validation")["zoo_cross"][:3]}
+    part = {
+        "zoo_lookup": zoo_harness.items("search")["zoo_lookup"][5:15],
+        "zoo_cross": zoo_harness.items("validation")["zoo_cross"][:3],
+    }
     items, metrics = zoo_harness.score(model, part)
     assert [(s.task, s.item) for s in items] == [(task, item) for task, ids in part.items() for item in ids]
     for task in part:
@@ -130,10 +143,24 @@ def test_ids_and_fingerprints_are_the_same_in_every_process(zoo_harness: LmHarne
         "batch_size=7, limits={'test': 100, 'validation': 40});"
         "print(json.dumps([{r: h.items(r) for r in ROLES}, h.fingerprint()]))"
     )
-    env = environment() | {"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    env = environment() | {
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    ours = [{role: {t: list(ids) for t, ids in zoo_harness.items(role).items()} for role in ROLES}, zoo_harness.fingerprint()]
+    ours = [
+        {role: {t: list(ids) for t, ids in zoo_harness.items(role).items()} for role in ROLES},
+        zoo_harness.fingerprint(),
+    ]
     assert json.loads(done.stdout.splitlines()[-1]) == ours
 
 
@@ -148,7 +175,15 @@ def sums(n: int, first: int = 0) -> list[dict[str, Any]]:
     for i in range(first, first + n):
         a, b = divmod(i, 10)
         choices = [str(a + b + d) for d in (0, 1, 2, 3)]
-        docs.append({"prompt": f"Q: {WORDS[a % 10]} plus {WORDS[b]} A:", "answer": str(a + b), "choices": choices, "label": 0, "n": i})
+        docs.append(
+            {
+                "prompt": f"Q: {WORDS[a % 10]} plus {WORDS[b]} A:",
+                "answer": str(a + b),
+                "choices": choices,
+                "label": 0,
+                "n": i,
+            }
+        )
     return docs
 
 
@@ -158,7 +193,10 @@ GENERATE: dict[str, Any] = {
     "doc_to_target": "{{answer}}",
     "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4},
     "filter_list": [
-        {"name": "number", "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}]},
+        {
+            "name": "number",
+            "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}],
+        },
         {"name": "plain", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
     ],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -168,13 +206,18 @@ CHOOSE: dict[str, Any] = {
     "doc_to_text": "{{prompt}}",
     "doc_to_choice": "choices",
     "doc_to_target": "label",
-    "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    "metric_list": [
+        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+    ],
 }
 LIKELIHOOD: dict[str, Any] = {
     "output_type": "loglikelihood",
     "doc_to_text": "{{prompt}}",
     "doc_to_target": " {{answer}}",
-    "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}, {"metric": "acc"}],
+    "metric_list": [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "acc"},
+    ],
 }
 ROLLING: dict[str, Any] = {
     "output_type": "loglikelihood_rolling",
@@ -185,17 +228,30 @@ ROLLING: dict[str, Any] = {
 SPLITS: dict[Role, str] = {"search": "training_split", "validation": "validation_split", "test": "test_split"}
 
 
-def write_task(folder: Path, name: str, settings: Mapping[str, Any], docs: Mapping[str, Sequence[Any]] | None = None) -> Path:
+def write_task(
+    folder: Path, name: str, settings: Mapping[str, Any], docs: Mapping[str, Sequence[Any]] | None = None
+) -> Path:
     """Writes a task: YAML and a JSON-lines file for each role."""
     folder.mkdir(parents=True, exist_ok=True)
-    docs = docs if docs is not None else {"search": sums(30), "validation": sums(20, 30), "test": sums(40, 50)}
+    docs = (
+        docs if docs is not None else {"search": sums(30), "validation": sums(20, 30), "test": sums(40, 50)}
+    )
     files = {}
     for role, rows in docs.items():
         file = folder / f"{name}-{role}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files[role] = str(file)
-    given = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, **{SPLITS[r]: r for r in docs if r in SPLITS}, **settings}
-    lines = [f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}\n" for key, value in given.items()]
+    given = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        **{SPLITS[r]: r for r in docs if r in SPLITS},
+        **settings,
+    }
+    lines = [
+        f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}\n"
+        for key, value in given.items()
+    ]
     (folder / f"{name}.yaml").write_text("".join(lines))
     return folder
 
@@ -205,33 +261,54 @@ def load(folder: Path, tokenizer: Any, *specs: TaskSpec, **more: Any) -> LmHarne
 
 
 def test_every_kind_of_request_and_metric_is_lm_evals(tmp_path: Path, tokenizer: Any, model: Any) -> None:
-    kinds = {"trial_generate": GENERATE, "trial_choose": CHOOSE, "trial_likelihood": LIKELIHOOD, "trial_rolling": ROLLING}
+    kinds = {
+        "trial_generate": GENERATE,
+        "trial_choose": CHOOSE,
+        "trial_likelihood": LIKELIHOOD,
+        "trial_rolling": ROLLING,
+    }
     for name, settings in kinds.items():
         write_task(tmp_path, name, settings)
-    metrics = {"trial_generate": "exact_match", "trial_choose": "acc_norm", "trial_likelihood": "perplexity", "trial_rolling": "word_perplexity"}
+    metrics = {
+        "trial_generate": "exact_match",
+        "trial_choose": "acc_norm",
+        "trial_likelihood": "perplexity",
+        "trial_rolling": "word_perplexity",
+    }
     theirs = lm_eval_itself(model, tokenizer, list(kinds), tmp_path, metrics)
     harness = load(tmp_path, tokenizer, *[TaskSpec(t, m, splits="declared") for t, m in metrics.items()])
     items, ours = harness.score(model, harness.items("test"))
     for task in kinds:
         values, _, metric = theirs[task]
-        assert ours[task] == pytest.approx(metric, rel=1e-5), task  # CPUs differ in what a batch does to a sum's last bits
+        assert ours[task] == pytest.approx(metric, rel=1e-5), (
+            task
+        )  # CPUs differ in what a batch does to a sum's last bits
         own = {s.item: s.value for s in items if s.task == task}
         assert set(own) == set(values)
         if task != "trial_rolling":  # whose item values are pairs
             assert own == pytest.approx(values, rel=1e-5), task
         assert all(math.isfinite(v) for v in own.values())
-    assert {t: harness.sign(t) for t in kinds} == {"trial_generate": 1, "trial_choose": 1, "trial_likelihood": -1, "trial_rolling": -1}
+    assert {t: harness.sign(t) for t in kinds} == {
+        "trial_generate": 1,
+        "trial_choose": 1,
+        "trial_likelihood": -1,
+        "trial_rolling": -1,
+    }
     assert 0 < ours["trial_generate"] <= 1
 
 
 @pytest.mark.parametrize("kind", ["generate", "choose"])
 @pytest.mark.parametrize("splits", ["declared", "hash"])
-def test_few_shot_prompts_are_lm_evals(kind: str, splits: Any, tmp_path: Path, tokenizer: Any, model: Any) -> None:
+def test_few_shot_prompts_are_lm_evals(
+    kind: str, splits: Any, tmp_path: Path, tokenizer: Any, model: Any
+) -> None:
     name, settings = f"trial_{kind}", {"generate": GENERATE, "choose": CHOOSE}[kind]
     docs = None if splits == "declared" else {"test": sums(90)}
     write_task(tmp_path, name, settings, docs)
     metric = settings["metric_list"][0]["metric"]
-    values, prompts, score = lm_eval_itself(model, tokenizer, [name], tmp_path, {name: metric}, num_fewshot=2)[name]
+    values, prompts, score = lm_eval_itself(
+        model, tokenizer, [name], tmp_path, {name: metric}, num_fewshot=2
+    )[name]
     harness = load(tmp_path, tokenizer, TaskSpec(name, metric, num_fewshot=2, splits=splits))
     roles: tuple[Role, ...] = ("test",) if splits == "declared" else ROLES
     for role in roles:
@@ -245,7 +322,9 @@ def test_few_shot_prompts_are_lm_evals(kind: str, splits: Any, tmp_path: Path, t
         assert ours_[name] == score
 
 
-def test_few_shot_examples_of_declared_splits_come_from_the_search_items(tmp_path: Path, tokenizer: Any) -> None:
+def test_few_shot_examples_of_declared_splits_come_from_the_search_items(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     write_task(tmp_path, "trial_generate", GENERATE)
     harness = load(tmp_path, tokenizer, TaskSpec("trial_generate", num_fewshot=2, splits="declared"))
     known = {d["prompt"] for d in sums(30)}
@@ -281,7 +360,12 @@ def test_a_document_keeps_its_role_whatever_its_neighbours(tmp_path: Path, token
 
 
 def test_a_repeated_document_is_one_item(tmp_path: Path, tokenizer: Any, model: Any) -> None:
-    write_task(tmp_path, "trial", GENERATE, {"search": sums(10) + sums(10), "validation": sums(5, 10), "test": sums(5, 20)})
+    write_task(
+        tmp_path,
+        "trial",
+        GENERATE,
+        {"search": sums(10) + sums(10), "validation": sums(5, 10), "test": sums(5, 20)},
+    )
     harness = load(tmp_path, tokenizer, TaskSpec("trial", splits="declared"))
     assert harness.items("search")["trial"] == tuple(own_id(d) for d in sums(10))
     assert len(harness.score(model, harness.items("search"))[0]) == 10
@@ -290,7 +374,12 @@ def test_a_repeated_document_is_one_item(tmp_path: Path, tokenizer: Any, model: 
 def test_a_smaller_limit_takes_a_part_of_a_larger_one(tmp_path: Path, tokenizer: Any) -> None:
     write_task(tmp_path, "trial", GENERATE)
     few, more, most = (
-        set(load(tmp_path, tokenizer, TaskSpec("trial", splits="declared"), limits={"test": n}).items("test")["trial"]) for n in (5, 20, 99)
+        set(
+            load(tmp_path, tokenizer, TaskSpec("trial", splits="declared"), limits={"test": n}).items("test")[
+                "trial"
+            ]
+        )
+        for n in (5, 20, 99)
     )
     assert (len(few), len(more), len(most)) == (5, 20, 40)
     assert few < more < most
@@ -302,9 +391,19 @@ CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "prompt": lambda s: s | {"doc_to_text": "{{prompt}} "},
     "target": lambda s: s | {"doc_to_target": "{{answer}}0"},
     "filter": lambda s: (
-        s | {"filter_list": [{"name": "number", "filter": [{"function": "regex", "regex_pattern": r"(\d)"}, {"function": "take_first"}]}]}
+        s
+        | {
+            "filter_list": [
+                {
+                    "name": "number",
+                    "filter": [{"function": "regex", "regex_pattern": r"(\d)"}, {"function": "take_first"}],
+                }
+            ]
+        }
     ),
-    "generation": lambda s: s | {"generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 3}},
+    "generation": lambda s: (
+        s | {"generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 3}}
+    ),
     "metric's options": lambda s: s | {"metric_list": [s["metric_list"][0] | {"ignore_case": True}]},
     "repeats": lambda s: s | {"repeats": 2},
 }
@@ -315,13 +414,19 @@ def test_a_changed_task_has_another_fingerprint(change: str, tmp_path: Path, tok
     write_task(tmp_path / "before", "trial", GENERATE)
     write_task(tmp_path / "after", "trial", CHANGES[change](GENERATE))
     spec = TaskSpec("trial", splits="declared")
-    assert load(tmp_path / "before", tokenizer, spec).fingerprint() != load(tmp_path / "after", tokenizer, spec).fingerprint()
+    assert (
+        load(tmp_path / "before", tokenizer, spec).fingerprint()
+        != load(tmp_path / "after", tokenizer, spec).fingerprint()
+    )
 
 
 def test_changed_code_has_another_fingerprint(tmp_path: Path, tokenizer: Any) -> None:
     found = []
     for name, value in (("before", 1.0), ("same", 1.0), ("after", 0.5)):
-        settings = GENERATE | {"process_results": "!function own.score", "metric_list": [{"metric": "own", "aggregation": "mean"}]}
+        settings = GENERATE | {
+            "process_results": "!function own.score",
+            "metric_list": [{"metric": "own", "aggregation": "mean"}],
+        }
         write_task(tmp_path / name, "trial", settings)
         (tmp_path / name / "own.py").write_text(f"def score(doc, results):\n    return {{'own': {value}}}\n")
         found.append(load(tmp_path / name, tokenizer, TaskSpec("trial", splits="declared")).fingerprint())
@@ -332,13 +437,23 @@ def test_changed_documents_and_choices_have_another_fingerprint(tmp_path: Path, 
     docs = {"search": sums(30), "validation": sums(20, 30), "test": sums(40, 50)}
     write_task(tmp_path / "same", "trial", GENERATE, docs)
     write_task(tmp_path / "moved", "trial", GENERATE, docs)
-    write_task(tmp_path / "answer", "trial", GENERATE, docs | {"test": [*sums(39, 50), sums(1, 89)[0] | {"answer": "0"}]})
+    write_task(
+        tmp_path / "answer",
+        "trial",
+        GENERATE,
+        docs | {"test": [*sums(39, 50), sums(1, 89)[0] | {"answer": "0"}]},
+    )
     write_task(tmp_path / "fewer", "trial", GENERATE, docs | {"search": sums(29)})
     spec = TaskSpec("trial", splits="declared")
     first = load(tmp_path / "same", tokenizer, spec).fingerprint()
-    assert load(tmp_path / "moved", tokenizer, spec).fingerprint() == first, "the same task elsewhere is the same task"
+    assert load(tmp_path / "moved", tokenizer, spec).fingerprint() == first, (
+        "the same task elsewhere is the same task"
+    )
     others = [load(tmp_path / name, tokenizer, spec).fingerprint()["trial"] for name in ("answer", "fewer")]
-    for other in (TaskSpec("trial", filter="plain", splits="declared"), TaskSpec("trial", num_fewshot=1, splits="declared")):
+    for other in (
+        TaskSpec("trial", filter="plain", splits="declared"),
+        TaskSpec("trial", num_fewshot=1, splits="declared"),
+    ):
         others.append(load(tmp_path / "same", tokenizer, other).fingerprint()["trial"])
     others.append(load(tmp_path / "same", tokenizer, spec, limits={"test": 10}).fingerprint()["trial"])
     assert len({first["trial"], *others}) == 6
@@ -418,9 +533,17 @@ def gives_none(doc, results):
 
 
 @pytest.mark.parametrize("function", ["raises", "gives_nan", "gives_text", "gives_nothing", "gives_none"])
-def test_a_broken_metric_is_an_error_not_a_score(function: str, tmp_path: Path, tokenizer: Any, model: Any) -> None:
+def test_a_broken_metric_is_an_error_not_a_score(
+    function: str, tmp_path: Path, tokenizer: Any, model: Any
+) -> None:
     write_task(
-        tmp_path, "trial", GENERATE | {"process_results": f"!function code.{function}", "metric_list": [{"metric": "own", "aggregation": "mean"}]}
+        tmp_path,
+        "trial",
+        GENERATE
+        | {
+            "process_results": f"!function code.{function}",
+            "metric_list": [{"metric": "own", "aggregation": "mean"}],
+        },
     )
     (tmp_path / "code.py").write_text(CODE)
     harness = load(tmp_path, tokenizer, TaskSpec("trial", splits="declared"))
@@ -429,7 +552,9 @@ def test_a_broken_metric_is_an_error_not_a_score(function: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("task", ["zoo_lookup", "zoo_string"])
-def test_nan_weights_are_an_error_not_a_score(task: str, tokenizer: Any, zoo_harness: LmHarness, model: Any) -> None:
+def test_nan_weights_are_an_error_not_a_score(
+    task: str, tokenizer: Any, zoo_harness: LmHarness, model: Any
+) -> None:
     import torch
 
     part = {task: zoo_harness.items("test")[task]}

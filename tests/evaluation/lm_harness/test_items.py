@@ -25,7 +25,17 @@ from evomerge.evaluation.task_set import digest
 from evomerge.launch import opening
 from evomerge.launch.tasks import _listed
 from evomerge.merging import model_loading
-from tests.evaluation.lm_harness.test_harness import BATCH, CHOOSE, GENERATE, LIKELIHOOD, ROLLING, SPLITS, own_id, sums, write_task
+from tests.evaluation.lm_harness.test_harness import (
+    BATCH,
+    CHOOSE,
+    GENERATE,
+    LIKELIHOOD,
+    ROLLING,
+    SPLITS,
+    own_id,
+    sums,
+    write_task,
+)
 from tests.support.toy import REPO, search_file, zoo_folder
 
 PLAIN = GENERATE | {"doc_to_text": "{{prompt}}"}
@@ -59,7 +69,16 @@ def prompts(harness: LmHarness, role: Role, name: str = "trial") -> list[str]:
 
 def test_twins_within_a_role_are_scored_once_and_named(tmp_path: Path, tokenizer: Any) -> None:
     docs = sums(30)
-    write_task(tmp_path, "trial", PLAIN, {"search": [*docs, docs[3], docs[5] | {"n": "another id"}], "validation": sums(5, 30), "test": sums(5, 40)})
+    write_task(
+        tmp_path,
+        "trial",
+        PLAIN,
+        {
+            "search": [*docs, docs[3], docs[5] | {"n": "another id"}],
+            "validation": sums(5, 30),
+            "test": sums(5, 40),
+        },
+    )
     harness = load(tmp_path, tokenizer, declared())
     assert harness.items("search")["trial"] == tuple(own_id(d) for d in docs)
     (finding,) = harness.findings()
@@ -69,20 +88,30 @@ def test_twins_within_a_role_are_scored_once_and_named(tmp_path: Path, tokenizer
 
 
 def test_another_answer_to_the_same_question_is_no_twin(tmp_path: Path, tokenizer: Any) -> None:
-    write_task(tmp_path, "trial", PLAIN, {"search": [*sums(5), sums(1)[0] | {"answer": "9"}], "validation": sums(5, 30), "test": sums(5, 40)})
+    write_task(
+        tmp_path,
+        "trial",
+        PLAIN,
+        {"search": [*sums(5), sums(1)[0] | {"answer": "9"}], "validation": sums(5, 30), "test": sums(5, 40)},
+    )
     harness = load(tmp_path, tokenizer, declared())
     assert len(harness.items("search")["trial"]) == 6
     assert harness.findings() == ()
 
 
-def test_twins_across_declared_splits_are_refused_by_name_or_kept_in_the_later(tmp_path: Path, tokenizer: Any) -> None:
+def test_twins_across_declared_splits_are_refused_by_name_or_kept_in_the_later(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     docs: dict[str, list[Any]] = {
         "search": sums(30),
         "validation": [*sums(5, 30), *sums(2)],
         "test": [*sums(5, 40), *[d | {"n": -1} for d in sums(4, 1)]],
     }
     write_task(tmp_path, "trial", PLAIN, docs)
-    with pytest.raises(TaskError, match=r"'trial' has 6 items in more than one split: .*\(validation 6 and test 5\).*and 3 more.*duplicates: drop"):
+    with pytest.raises(
+        TaskError,
+        match=r"'trial' has 6 items in more than one split: .*\(validation 6 and test 5\).*and 3 more.*duplicates: drop",
+    ):
         load(tmp_path, tokenizer, declared())
     harness = load(tmp_path, tokenizer, declared(), rules=DROP)
     wanted = {"search": docs["search"][5:], "validation": docs["validation"][:6], "test": docs["test"]}
@@ -109,7 +138,9 @@ def test_twins_of_one_split_end_in_one_role(tmp_path: Path, tokenizer: Any) -> N
 # ---- which items -----------------------------------------------------------------------------------------------------
 
 
-def test_training_documents_are_dealt_and_no_document_is_its_own_example(tmp_path: Path, tokenizer: Any) -> None:
+def test_training_documents_are_dealt_and_no_document_is_its_own_example(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     write_task(tmp_path, "trial", PLAIN)
     harness = load(tmp_path, tokenizer, TaskSpec("trial", splits="hash-train", num_fewshot=4))
     asked = [p for role in ROLES for p in prompts(harness, role)]
@@ -128,17 +159,23 @@ def test_declared_search_items_are_not_their_own_examples(tmp_path: Path, tokeni
     harness = load(tmp_path, tokenizer, declared(num_fewshot=5))
     for prompt in prompts(harness, "search"):
         *shots, question = prompt.split("\n\n")
-        assert {question, *(s.rpartition("A:")[0] + "A:" for s in shots)} == {d["prompt"] for d in docs["search"]}
+        assert {question, *(s.rpartition("A:")[0] + "A:" for s in shots)} == {
+            d["prompt"] for d in docs["search"]
+        }
 
 
 def test_listed_items_are_exactly_those(tmp_path: Path, tokenizer: Any) -> None:
     docs = sums(60)
     write_task(tmp_path, "trial", PLAIN, {"test": docs})
     chosen = {"search": [9, 2, own_id(docs[4])], "test": [0]}
-    harness = load(tmp_path, tokenizer, TaskSpec("trial", items=chosen), limits={"search": 1, "validation": 3})  # type: ignore[arg-type]
+    harness = load(
+        tmp_path, tokenizer, TaskSpec("trial", items=chosen), limits={"search": 1, "validation": 3}
+    )  # type: ignore[arg-type]
     assert harness.items("search")["trial"] == tuple(own_id(docs[i]) for i in (2, 4, 9))
     assert harness.items("test")["trial"] == (own_id(docs[0]),)
-    rest = [own_id(d) for i, d in enumerate(docs) if i not in (0, 2, 4, 9) and dealt(own_id(d)) == "validation"]
+    rest = [
+        own_id(d) for i, d in enumerate(docs) if i not in (0, 2, 4, 9) and dealt(own_id(d)) == "validation"
+    ]
     assert harness.items("validation")["trial"] == tuple(i for i in rest if i in sorted(rest)[:3])
 
 
@@ -152,7 +189,9 @@ def test_listed_items_are_exactly_those(tmp_path: Path, tokenizer: Any) -> None:
     ],
     ids=["empty", "number", "id", "two roles"],
 )
-def test_a_list_that_cannot_be_honoured_is_refused(chosen: Any, words: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_list_that_cannot_be_honoured_is_refused(
+    chosen: Any, words: str, tmp_path: Path, tokenizer: Any
+) -> None:
     write_task(tmp_path, "trial", PLAIN, {"test": sums(60)})
     with pytest.raises(TaskError, match=f"'trial'.*{words}"):
         load(tmp_path, tokenizer, TaskSpec("trial", items=chosen))
@@ -162,7 +201,10 @@ def test_items_are_listed_in_the_search_file_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("3\n0123456789012345\nffff456789abcdef 12\n")
     (tmp_path / "none").write_text("\n")
     given = TaskConfig(task="x", items={"search": str(tmp_path / "ids"), "test": (4, "ffff456789abcdef")})
-    assert _listed(given) == {"search": [3, "0123456789012345", "ffff456789abcdef", 12], "test": (4, "ffff456789abcdef")}
+    assert _listed(given) == {
+        "search": [3, "0123456789012345", "ffff456789abcdef", 12],
+        "test": (4, "ffff456789abcdef"),
+    }
     for name, words in (("none", "lists no item"), ("missing", "no file")):
         with pytest.raises(ConfigError, match=words):
             _listed(TaskConfig(task="x", items={"search": str(tmp_path / name)}))
@@ -175,11 +217,18 @@ def test_the_digest_of_a_set_knows_every_item_and_their_order() -> None:
 
 
 @pytest.mark.parametrize("drop", [False, True])
-def test_items_of_a_training_text_are_named_and_may_be_dropped(drop: bool, tmp_path: Path, tokenizer: Any) -> None:
+def test_items_of_a_training_text_are_named_and_may_be_dropped(
+    drop: bool, tmp_path: Path, tokenizer: Any
+) -> None:
     write_task(tmp_path, "trial", PLAIN | {"doc_to_text": "{{prompt}} and the long way round gives"})
     corpus = tmp_path / "corpus.jsonl"
     told = sums(30)[7]
-    corpus.write_text(json.dumps({"text": f"He said: {told['prompt'].upper()} And the long way, round; gives {told['answer']}."}) + "\n")
+    corpus.write_text(
+        json.dumps(
+            {"text": f"He said: {told['prompt'].upper()} And the long way, round; gives {told['answer']}."}
+        )
+        + "\n"
+    )
     rules = Rules(training_texts=(corpus,), overlap="drop" if drop else "warn", overlap_ngram=10)
     harness = load(tmp_path, tokenizer, declared(), rules=rules)
     (finding,) = harness.findings()
@@ -201,24 +250,35 @@ BENCHMARKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("docs", BENCHMARKS)
-def test_a_benchmark_is_not_searched_on_unasked(docs: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_is_not_searched_on_unasked(
+    docs: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(task_loading, "TREE", tmp_path / "tree")
     write_task(tmp_path / "tree", "bench", PLAIN, docs)
-    write_group(tmp_path / "tree", "benches", task=["bench"], aggregate_metric_list=[{"metric": "exact_match"}])
+    write_group(
+        tmp_path / "tree", "benches", task=["bench"], aggregate_metric_list=[{"metric": "exact_match"}]
+    )
     (tmp_path / "own").mkdir()
     write_group(tmp_path / "own", "mine", task=["bench"])
     which = "test" if "test" in docs else "validation"
     instead = "hash-train" if "search" in docs else "no training items"
     for name in ("bench", "benches", "mine"):
         with pytest.raises(
-            TaskError, match=f"'bench' is lm-eval's: .*optimise on the benchmark's own {which} items.*{instead}.*allow_benchmark_test"
+            TaskError,
+            match=f"'bench' is lm-eval's: .*optimise on the benchmark's own {which} items.*{instead}.*allow_benchmark_test",
         ):
             load(tmp_path / "own", tokenizer, TaskSpec(name))
-    assert load(tmp_path / "own", tokenizer, TaskSpec("bench"), rules=Rules(allow_benchmark_test=True)).items("test")["bench"]
-    assert load(tmp_path / "tree", tokenizer, TaskSpec("bench")).items("test")["bench"], "a folder of the user's own"
+    assert load(tmp_path / "own", tokenizer, TaskSpec("bench"), rules=Rules(allow_benchmark_test=True)).items(
+        "test"
+    )["bench"]
+    assert load(tmp_path / "tree", tokenizer, TaskSpec("bench")).items("test")["bench"], (
+        "a folder of the user's own"
+    )
     if "search" in docs:
         assert load(tmp_path / "own", tokenizer, declared("bench")).items("search")["bench"]
-        assert load(tmp_path / "own", tokenizer, TaskSpec("bench", splits="hash-train")).items("search")["bench"]
+        assert load(tmp_path / "own", tokenizer, TaskSpec("bench", splits="hash-train")).items("search")[
+            "bench"
+        ]
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -246,11 +306,33 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("groups")
     sizes = {"one": 40, "two": 7, "three": 13}
     for i, (name, n) in enumerate(sizes.items()):
-        write_task(folder, name, CHOOSE, {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(n, 2 * i)})
-    write_task(folder, "other", GENERATE | {"tag": "tagged"}, {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(30)})
-    write_task(folder, "worse", LIKELIHOOD | {"tag": "mixed"}, {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(30)})
-    write_task(folder, "better", GENERATE | {"tag": ["tagged", "mixed"]}, {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(9)})
-    write_group(folder, "inner", task=["one", "two"], aggregate_metric_list=[{"metric": "acc_norm", "weight_by_size": False}])
+        write_task(
+            folder, name, CHOOSE, {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(n, 2 * i)}
+        )
+    write_task(
+        folder,
+        "other",
+        GENERATE | {"tag": "tagged"},
+        {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(30)},
+    )
+    write_task(
+        folder,
+        "worse",
+        LIKELIHOOD | {"tag": "mixed"},
+        {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(30)},
+    )
+    write_task(
+        folder,
+        "better",
+        GENERATE | {"tag": ["tagged", "mixed"]},
+        {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(9)},
+    )
+    write_group(
+        folder,
+        "inner",
+        task=["one", "two"],
+        aggregate_metric_list=[{"metric": "acc_norm", "weight_by_size": False}],
+    )
     write_group(
         folder, "outer", task=["inner", "three", "other"],
         aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}],
@@ -259,7 +341,9 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "metric"), [("outer", None), ("outer", "acc_norm"), ("inner", None)])
-def test_a_groups_metric_is_lm_evals(name: str, metric: str | None, grouped: Path, tokenizer: Any, model: Any) -> None:
+def test_a_groups_metric_is_lm_evals(
+    name: str, metric: str | None, grouped: Path, tokenizer: Any, model: Any
+) -> None:
     harness = load(grouped, tokenizer, declared(name, metric=metric), backend="lm-eval")
     scores, metrics = harness.score(model, harness.items("test"))
     theirs = lm_eval_says(model, tokenizer, [name], grouped)
@@ -269,19 +353,25 @@ def test_a_groups_metric_is_lm_evals(name: str, metric: str | None, grouped: Pat
     leaves = dict(harness.leaves(name))
     assert set(leaves) == ({"one", "two", "three"} if name == "outer" else {"one", "two"})
     assert math.fsum(leaves.values()) == pytest.approx(1)
-    assert math.fsum(share * metrics[leaf] for leaf, share in leaves.items()) == pytest.approx(metrics[name], rel=1e-12)
+    assert math.fsum(share * metrics[leaf] for leaf, share in leaves.items()) == pytest.approx(
+        metrics[name], rel=1e-12
+    )
     if (name, metric) == ("outer", None):
         assert leaves["one"] == 40 / 60
         assert any("other report no 'acc'" in f for f in harness.findings())
     term = Term(name, leaves=harness.leaves(name))
     assert Objective((term,))(metrics) == metrics[name]
     assert set(harness.fingerprint()) == {name}
-    assert metrics[f"{name}:probability"] == pytest.approx(math.fsum(share * metrics[f"{leaf}:probability"] for leaf, share in leaves.items()))
+    assert metrics[f"{name}:probability"] == pytest.approx(
+        math.fsum(share * metrics[f"{leaf}:probability"] for leaf, share in leaves.items())
+    )
     assert {s.task for s in scores} == set(leaves)
 
 
 def test_a_limit_changes_no_share(grouped: Path, tokenizer: Any) -> None:
-    whole, few = (load(grouped, tokenizer, declared("outer"), limits=limits) for limits in (None, {"test": 3}))
+    whole, few = (
+        load(grouped, tokenizer, declared("outer"), limits=limits) for limits in (None, {"test": 3})
+    )
     assert few.leaves("outer") == whole.leaves("outer")
     assert few.fingerprint() != whole.fingerprint()
 
@@ -308,23 +398,38 @@ def test_a_tag_is_the_plain_mean_of_its_tasks_and_says_so(grouped: Path, tokeniz
         ([declared("innr")], "Did you mean 'inner'"),
     ],
 )
-def test_a_group_that_is_no_one_number_is_refused(specs: list[TaskSpec], words: str, grouped: Path, tokenizer: Any, monkeypatch: Any) -> None:
+def test_a_group_that_is_no_one_number_is_refused(
+    specs: list[TaskSpec], words: str, grouped: Path, tokenizer: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(task_loading, "TREE", grouped)
     with pytest.raises(TaskError, match=words):
         load(grouped, tokenizer, *specs)
 
 
-def test_shipped_tasks_can_be_members_from_any_folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_tasks_can_be_members_from_any_folder(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    write_group(tmp_path, "skills", task=["zoo_arithmetic", "zoo_cross"], aggregate_metric_list=[{"metric": "exact_match"}])
+    write_group(
+        tmp_path,
+        "skills",
+        task=["zoo_arithmetic", "zoo_cross"],
+        aggregate_metric_list=[{"metric": "exact_match"}],
+    )
     harness = load(tmp_path, tokenizer, declared("skills"))
     assert {t: len(ids) for t, ids in harness.items("test").items()} == {
-        t: len((REPO / "evaluators" / "zoo" / f"{t}.test.jsonl").read_text().splitlines()) for t in ("zoo_arithmetic", "zoo_cross")
+        t: len((REPO / "evaluators" / "zoo" / f"{t}.test.jsonl").read_text().splitlines())
+        for t in ("zoo_arithmetic", "zoo_cross")
     }
 
 
 def test_a_group_is_one_term_of_a_search(tmp_path: Path) -> None:
-    write_group(tmp_path, "skills", task=["zoo_arithmetic", "zoo_cross"], aggregate_metric_list=[{"metric": "exact_match"}])
+    write_group(
+        tmp_path,
+        "skills",
+        task=["zoo_arithmetic", "zoo_cross"],
+        aggregate_metric_list=[{"metric": "exact_match"}],
+    )
     file = search_file(tmp_path, "trial", include=[str(tmp_path)])
     document = json.loads(file.read_text())
     document["tasks"] = [{"task": "skills", "weight": 3.0}, {"task": "zoo_lookup"}]
@@ -336,8 +441,12 @@ def test_a_group_is_one_term_of_a_search(tmp_path: Path) -> None:
     assert evaluation.error is None
     shares = dict(opened.harness.leaves("skills"))
     skills = math.fsum(share * evaluation.metrics[leaf] for leaf, share in shares.items())
-    assert opened.objective.reported(evaluation) == pytest.approx((3 * skills + evaluation.metrics["zoo_lookup"]) / 4)
-    assert opened.objective.shares() == pytest.approx({**{leaf: 0.75 * share for leaf, share in shares.items()}, "zoo_lookup": 0.25})
+    assert opened.objective.reported(evaluation) == pytest.approx(
+        (3 * skills + evaluation.metrics["zoo_lookup"]) / 4
+    )
+    assert opened.objective.shares() == pytest.approx(
+        {**{leaf: 0.75 * share for leaf, share in shares.items()}, "zoo_lookup": 0.25}
+    )
 
 
 def test_the_groups_mean_is_weighted_by_hand() -> None:
@@ -352,7 +461,9 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}\n<assistant>{% endif %}"
 )
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+)
 KINDS: dict[str, Mapping[str, Any]] = {
     "plain": CHOOSE,
     "description": CHOOSE | {"description": "Add numbers.\n"},
@@ -364,16 +475,22 @@ KINDS: dict[str, Mapping[str, Any]] = {
 
 @pytest.mark.parametrize("chat", [None, TEMPLATE, NO_SYSTEM], ids=["text", "chat", "chat without system"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_are_lm_evals(kind: str, chat: str | None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_lm_evals(
+    kind: str, chat: str | None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", chat)
-    write_task(tmp_path, "trial", KINDS[kind], {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(8)})
+    write_task(
+        tmp_path, "trial", KINDS[kind], {"search": sums(12, 60), "validation": sums(6, 80), "test": sums(8)}
+    )
     from lm_eval.tasks import TaskManager
 
     shots = (0,) if kind == "rolling" else (0, 5)
     for few in shots:
         for multiturn in (False, True) if chat else (False,):
             for said in (None, "Be brief."):
-                task = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["trial"])["tasks"]["trial"]
+                task = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["trial"])[
+                    "tasks"
+                ]["trial"]
                 task.set_config(key="num_fewshot", value=few)
                 task.set_fewshot_seed(seed=1234)
                 task.build_all_requests(
@@ -402,7 +519,9 @@ def hflm(tokenizer: Any) -> Any:
 
 def test_examples_that_lm_eval_would_not_change_are_said(tmp_path: Path, tokenizer: Any) -> None:
     write_task(tmp_path, "trial", PLAIN | {"num_fewshot": 0})
-    assert "--num_fewshot would not change" in load(tmp_path, tokenizer, declared(num_fewshot=2)).findings()[0]
+    assert (
+        "--num_fewshot would not change" in load(tmp_path, tokenizer, declared(num_fewshot=2)).findings()[0]
+    )
     assert load(tmp_path, tokenizer, declared(num_fewshot=0)).findings() == ()
 
 

@@ -16,7 +16,9 @@ from tests.support import route_oracle as oracle
 from tests.support import text_architectures
 
 
-def routed_of(models: list[nn.Module], route: tuple[tuple[int, int], ...], gains: tuple[float, ...] | None = None) -> Routed:
+def routed_of(
+    models: list[nn.Module], route: tuple[tuple[int, int], ...], gains: tuple[float, ...] | None = None
+) -> Routed:
     routed = Routed(models[0], models)
     routed.install(oracle.hops(models, route, gains))
     return routed
@@ -26,8 +28,12 @@ def pair(name: str) -> list[nn.Module]:
     return [text_architectures.build(name, seed=seed) for seed in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_neo", "qwen3_next", "minicpm3", "mamba2", "deepseek_v3"])
-def test_a_route_without_reasons_is_what_transformers_loads_from_its_folder(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", "gpt_neo", "qwen3_next", "minicpm3", "mamba2", "deepseek_v3"]
+)
+def test_a_route_without_reasons_is_what_transformers_loads_from_its_folder(
+    name: str, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     models = pair(name)
@@ -36,7 +42,9 @@ def test_a_route_without_reasons_is_what_transformers_loads_from_its_folder(name
         routed.install(oracle.hops(models, ((1, 0), (0, 1), (1, 3), (0, 1))))
     assert reasons(routed) == ()
     oracle.copied(models[0], decoder_layers.stack(models[0])[0], routed.hops).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=models[0].config._attn_implementation).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=models[0].config._attn_implementation
+    ).eval()
     assert torch.equal(oracle.logits(loaded, oracle.batch()), oracle.logits(routed.model, oracle.batch()))
 
 
@@ -47,7 +55,9 @@ def test_gains_are_no_reason() -> None:
 def _gpt2(**changed: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    return AutoModelForCausalLM.from_config(GPT2Config(**text_architectures.CONFIGS["gpt2"], **changed)).eval()
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(**text_architectures.CONFIGS["gpt2"], **changed)
+    ).eval()
 
 
 def test_attention_scaled_by_the_layers_number_is_a_reason_at_another_number_only() -> None:
@@ -71,7 +81,12 @@ def test_a_constant_that_depends_on_the_depth_is_kept_and_said_in_the_config() -
 def test_a_norm_of_another_epsilon_is_a_reason() -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    models = [AutoModelForCausalLM.from_config(LlamaConfig(**text_architectures.CONFIGS["llama"], rms_norm_eps=eps)).eval() for eps in (1e-6, 1e-5)]
+    models = [
+        AutoModelForCausalLM.from_config(
+            LlamaConfig(**text_architectures.CONFIGS["llama"], rms_norm_eps=eps)
+        ).eval()
+        for eps in (1e-6, 1e-5)
+    ]
     assert reasons(routed_of(models, ((0, 0), (0, 1)))) == ()
     found = reasons(routed_of(models, ((0, 0), (1, 1))))
     assert found
@@ -80,12 +95,20 @@ def test_a_norm_of_another_epsilon_is_a_reason() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("jamba", "layers_block_type"), ("recurrent_gemma", "layers_block_type"), ("lfm2_moe", "feed_forward.class"), ("diffllama", "lambda_init")],
+    [
+        ("jamba", "layers_block_type"),
+        ("recurrent_gemma", "layers_block_type"),
+        ("lfm2_moe", "feed_forward.class"),
+        ("diffllama", "lambda_init"),
+    ],
 )
 def test_patterns_that_a_config_cannot_say_are_reasons_with_their_names(name: str, words: str) -> None:
     assert any(words in reason for reason in reasons(routed_of(pair(name), oracle.MIXED)))
 
 
-@pytest.mark.parametrize(("name", "route"), [("jamba", oracle.PERIODIC), ("lfm2_moe", oracle.LEADING), ("diffllama", oracle.IN_PLACE)])
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [("jamba", oracle.PERIODIC), ("lfm2_moe", oracle.LEADING), ("diffllama", oracle.IN_PLACE)],
+)
 def test_routes_that_keep_the_pattern_have_no_reasons(name: str, route: tuple[tuple[int, int], ...]) -> None:
     assert reasons(routed_of(pair(name), route)) == ()

@@ -16,7 +16,20 @@ from evomerge.merging.routing.routed_model import Hop, Routed
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures, vision_architectures
 
-TEXT = ("llama", "gemma3_text", "olmo2", "gpt2", "bloom", "mixtral", "qwen3_next", "opt", "minicpm3", "gpt_oss", "deepseek_v3", "falcon_h1")
+TEXT = (
+    "llama",
+    "gemma3_text",
+    "olmo2",
+    "gpt2",
+    "bloom",
+    "mixtral",
+    "qwen3_next",
+    "opt",
+    "minicpm3",
+    "gpt_oss",
+    "deepseek_v3",
+    "falcon_h1",
+)
 VISION = ("gemma3", "qwen2_vl")
 ALL = (*TEXT, *VISION)
 GAINS = routed_model.gains(oracle.SCALES[:7], 7)
@@ -55,7 +68,9 @@ def test_repeated_layers_generate_with_a_cache_what_they_do_without(name: str) -
     models = parents(name)
     routed = Routed(models[0])
     routed.install(oracle.hops(models, oracle.MIXED))
-    (tokens, steps), (expected, others) = (oracle.generated(routed.model, oracle.batch(), cached) for cached in (True, False))
+    (tokens, steps), (expected, others) = (
+        oracle.generated(routed.model, oracle.batch(), cached) for cached in (True, False)
+    )
     assert torch.equal(tokens, expected)
     assert max(oracle.deviation(a, b) for a, b in zip(steps, others, strict=True)) < 1e-4
 
@@ -84,13 +99,23 @@ def test_gains_are_evaluated_with_the_very_tensors_that_are_exported(name: str, 
     routed.install(hops)
     copied = oracle.copied(models[0], path_of(models[0]), hops)
     assert torch.equal(oracle.logits(routed.model, oracle.batch()), oracle.logits(copied, oracle.batch()))
-    assert torch.equal(oracle.generated(routed.model, oracle.batch(), True)[0], oracle.generated(copied, oracle.batch(), True)[0])
+    assert torch.equal(
+        oracle.generated(routed.model, oracle.batch(), True)[0],
+        oracle.generated(copied, oracle.batch(), True)[0],
+    )
 
 
 HAND = {
-    "gemma3_text": {"layer_types": [["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"][i] for _, i in oracle.MIXED]},
+    "gemma3_text": {
+        "layer_types": [
+            ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"][i]
+            for _, i in oracle.MIXED
+        ]
+    },
     "qwen3_next": {"layer_types": [["linear_attention", "full_attention"][i % 2] for _, i in oracle.MIXED]},
-    "bamba": {"attn_layer_indices": [position for position, (_, i) in enumerate(oracle.MIXED) if i in (1, 3)]},
+    "bamba": {
+        "attn_layer_indices": [position for position, (_, i) in enumerate(oracle.MIXED) if i in (1, 3)]
+    },
     "gpt2": {},
     "llama4_text": {
         "layer_types": ["chunked_attention" if i < 3 else "full_attention" for _, i in oracle.MIXED],
@@ -110,7 +135,9 @@ def test_the_config_of_a_route_is_one_written_by_hand(name: str) -> None:
     config = CONFIG_MAPPING[name](**{**settings, depth: 7})
     hops = oracle.hops(models, oracle.MIXED)
     found = routed_model.routed_config(models[0], hops)
-    assert {key: getattr(found, key) for key in (*HAND[name], depth)} == {key: getattr(config, key) for key in (*HAND[name], depth)}
+    assert {key: getattr(found, key) for key in (*HAND[name], depth)} == {
+        key: getattr(config, key) for key in (*HAND[name], depth)
+    }
     routed = Routed(models[0])
     routed.install(hops)
     copied = oracle.copied(models[0], path_of(models[0]), hops, config)
@@ -143,7 +170,11 @@ def test_index_sets_are_renumbered() -> None:
 
     config = Qwen3MoeConfig(**text_architectures.CONFIGS["qwen3_moe"], mlp_only_layers=[1])
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert routed_model.routed_config(model, [Hop(model, i) for i in (0, 1, 1, 2, 3, 1)]).mlp_only_layers == [1, 2, 5]
+    assert routed_model.routed_config(model, [Hop(model, i) for i in (0, 1, 1, 2, 3, 1)]).mlp_only_layers == [
+        1,
+        2,
+        5,
+    ]
 
 
 # ---- a module that stays ---------------------------------------------------------------------------------------------------
@@ -174,7 +205,9 @@ def test_routes_leave_the_models_as_they_were(name: str) -> None:
     routed.install(oracle.hops(models, oracle.MIXED, GAINS))
     oracle.generated(routed.model, oracle.batch(), cached=True)
     assert [str(model.config) for model in models] == said
-    assert all(torch.equal(oracle.logits(model, oracle.batch()), b) for model, b in zip(models, before, strict=True))
+    assert all(
+        torch.equal(oracle.logits(model, oracle.batch()), b) for model, b in zip(models, before, strict=True)
+    )
 
 
 def test_a_route_comes_back_to_its_bits_after_others() -> None:
@@ -201,18 +234,27 @@ def test_weights_written_in_place_are_seen_scaled_or_not() -> None:
                 own.copy_(own + 0.5 * new)
         after = oracle.logits(routed.model, oracle.batch())
         assert not torch.equal(before, after)
-        assert torch.equal(after, oracle.logits(oracle.copied(models[0], "model.layers", hops), oracle.batch()))
+        assert torch.equal(
+            after, oracle.logits(oracle.copied(models[0], "model.layers", hops), oracle.batch())
+        )
 
 
 def test_a_view_holds_no_tensor_of_its_own_scaled_or_not() -> None:
     models = parents("mixtral")
-    own = {t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())}
+    own = {
+        t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())
+    }
     routed = Routed(models[0])
     for gains in (None, GAINS):
         routed.install(oracle.hops(models, oracle.MIXED, gains))
         oracle.generated(routed.model, oracle.batch(), cached=True)
         gc.collect()
-        found = {id(t): t for part in routed.model.modules() for t in gc.get_referents(*_values(part)) if isinstance(t, torch.Tensor)}
+        found = {
+            id(t): t
+            for part in routed.model.modules()
+            for t in gc.get_referents(*_values(part))
+            if isinstance(t, torch.Tensor)
+        }
         assert len(found) > 20
         assert {t.untyped_storage().data_ptr() for t in found.values()} <= own
 
@@ -220,7 +262,12 @@ def test_a_view_holds_no_tensor_of_its_own_scaled_or_not() -> None:
 def _values(module: nn.Module) -> list[Any]:
     """What a module's attributes hold, two containers deep."""
     own = list(vars(module).values())
-    return own + [v for value in own for v in ([*value.values()] if isinstance(value, dict) else [value]) if not isinstance(v, (nn.Module, type))]
+    return own + [
+        v
+        for value in own
+        for v in ([*value.values()] if isinstance(value, dict) else [value])
+        if not isinstance(v, (nn.Module, type))
+    ]
 
 
 def test_clones_of_old_routes_are_let_go() -> None:
@@ -230,7 +277,11 @@ def test_clones_of_old_routes_are_let_go() -> None:
     for start in range(40):
         routed.install([Hop(models[(start + i) % 2], (start * i) % 4) for i in range(3 + start % 5)])
     gc.collect()
-    own = [o for o in gc.get_objects() if type(o) is kind and getattr(o.self_attn, "config", None) is routed.model.config]
+    own = [
+        o
+        for o in gc.get_objects()
+        if type(o) is kind and getattr(o.self_attn, "config", None) is routed.model.config
+    ]
     assert len(own) <= 4 * 7
 
 
@@ -275,7 +326,9 @@ def _llama(**changed: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     attention = changed.pop("attention", "sdpa")
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**text_architectures.CONFIGS["llama"], **changed}), attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**text_architectures.CONFIGS["llama"], **changed}), attn_implementation=attention
+    ).eval()
 
 
 @pytest.mark.parametrize(
@@ -287,7 +340,9 @@ def _llama(**changed: Any) -> nn.Module:
         ({"hidden_size": 64}, "width"),
     ],
 )
-def test_parents_that_differ_outside_their_layers_are_refused_by_name(changed: dict[str, Any], what: str) -> None:
+def test_parents_that_differ_outside_their_layers_are_refused_by_name(
+    changed: dict[str, Any], what: str
+) -> None:
     with pytest.raises(RouteError, match=f"{what}.*'math'"):
         checks.check_routable({"base": _llama(), "math": _llama(**changed)}, "base")
 
@@ -295,7 +350,9 @@ def test_parents_that_differ_outside_their_layers_are_refused_by_name(changed: d
 def test_parents_of_other_depth_or_weights_are_routable_other_classes_are_not() -> None:
     base = _llama()
     checks.check_routable({"base": base, "deep": _llama(num_hidden_layers=6)}, "base")
-    with pytest.raises(RouteError, match="class of the stack of 'other' is MistralModel, of 'base' LlamaModel"):
+    with pytest.raises(
+        RouteError, match="class of the stack of 'other' is MistralModel, of 'base' LlamaModel"
+    ):
         checks.check_routable({"base": base, "other": text_architectures.build("mistral")}, "base")
 
 
@@ -316,7 +373,10 @@ def test_scales_are_refused_where_the_epsilon_of_norms_is_not_small(name: str) -
     """Each layer's fold is exact, but the logits of scaled hidden states differ: with a smaller epsilon the same model passes."""
     model = text_architectures.build(name)
     scale_folding.check_scalable(model)
-    with pytest.raises(FoldError, match=r"differ by \d\.\de-0[1-3] of the logits' deviation, at most 5e-04 is exact.*scales: none"):
+    with pytest.raises(
+        FoldError,
+        match=r"differ by \d\.\de-0[1-3] of the logits' deviation, at most 5e-04 is exact.*scales: none",
+    ):
         checks.check_scalable(model)
     for part in model.modules():
         if hasattr(part, "variance_epsilon"):
@@ -339,7 +399,9 @@ def test_gains_are_the_inverse_of_the_product_of_the_scales_so_far() -> None:
     assert routed_model.gains((1.0, 0.5, 0.8), 3) == pytest.approx((1.0, 2.0, 2.5))
 
 
-@pytest.mark.parametrize("scales", [(0.5, 1.0), (1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))])
+@pytest.mark.parametrize(
+    "scales", [(0.5, 1.0), (1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))]
+)
 def test_scales_that_are_not_exact_are_refused(scales: tuple[float, ...]) -> None:
     with pytest.raises(RouteError, match="scales"):
         routed_model.gains(scales, 2)
@@ -351,4 +413,8 @@ def test_signatures_tell_kinds_of_layers_apart_and_not_places_or_weights() -> No
     assert sliding != full
     assert [layer_config.signature(models[1], i) for i in range(4)] == [sliding, sliding, full, sliding]
     mixture = parents("deepseek_v3")[0]
-    assert layer_config.signature(mixture, 0) != layer_config.signature(mixture, 1) == layer_config.signature(mixture, 3)
+    assert (
+        layer_config.signature(mixture, 0)
+        != layer_config.signature(mixture, 1)
+        == layer_config.signature(mixture, 3)
+    )

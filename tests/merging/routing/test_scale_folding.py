@@ -16,7 +16,10 @@ from evomerge.merging.routing.scale_folding import Fold
 from tests.support import text_architectures
 
 PRE_NORM = Fold(("mlp.down_proj.weight", "self_attn.o_proj.weight"))
-READS = tuple(f"{part}.weight" for part in ("mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"))
+READS = tuple(
+    f"{part}.weight"
+    for part in ("mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
+)
 KINDS = (
     "llama",
     "gemma3_text",
@@ -44,13 +47,32 @@ def layers(name: str) -> tuple[nn.Module, nn.ModuleList]:
     ("name", "expected"),
     [
         ("llama", PRE_NORM),
-        ("gemma2", Fold((), (("post_attention_layernorm.weight", "1+w"), ("post_feedforward_layernorm.weight", "1+w")))),
-        ("olmo2", Fold((), (("post_attention_layernorm.weight", "w"), ("post_feedforward_layernorm.weight", "w")), READS)),
+        (
+            "gemma2",
+            Fold(
+                (), (("post_attention_layernorm.weight", "1+w"), ("post_feedforward_layernorm.weight", "1+w"))
+            ),
+        ),
+        (
+            "olmo2",
+            Fold(
+                (),
+                (("post_attention_layernorm.weight", "w"), ("post_feedforward_layernorm.weight", "w")),
+                READS,
+            ),
+        ),
         ("gpt2", Fold(("attn.c_proj.bias", "attn.c_proj.weight", "mlp.c_proj.bias", "mlp.c_proj.weight"))),
         ("mixtral", Fold(("mlp.experts.down_proj", "self_attn.o_proj.weight"))),
         (
             "gpt_oss",
-            Fold(("mlp.experts.down_proj", "mlp.experts.down_proj_bias", "self_attn.o_proj.bias", "self_attn.o_proj.weight")),
+            Fold(
+                (
+                    "mlp.experts.down_proj",
+                    "mlp.experts.down_proj_bias",
+                    "self_attn.o_proj.bias",
+                    "self_attn.o_proj.weight",
+                )
+            ),
         ),
     ],
 )
@@ -71,7 +93,13 @@ def test_a_gain_in_the_weights_multiplies_what_a_layer_adds(name: str) -> None:
             added = call.run(own[i], hidden) - hidden
             for gain in (0.3, 2.5):
                 new = scale_folding.folded(own[i], fold, gain)
-                got = call.run(lambda *a, layer=own[i], new=new, **k: functional_call(layer, new, a, k), gain * hidden) - gain * hidden
+                got = (
+                    call.run(
+                        lambda *a, layer=own[i], new=new, **k: functional_call(layer, new, a, k),
+                        gain * hidden,
+                    )
+                    - gain * hidden
+                )
                 torch.testing.assert_close(got / gain, added, rtol=1e-4, atol=2e-4 * float(added.abs().max()))
 
 
@@ -83,10 +111,18 @@ def test_every_plan_that_leaves_out_what_writes_is_refused(name: str) -> None:
         assert scale_folding.probe(model, layer, fold) < 1e-4
         wrong = [replace(fold, outputs=tuple(n for n in fold.outputs if n != name)) for name in fold.outputs]
         wrong += [replace(fold, norms=tuple(n for n in fold.norms if n != norm)) for norm in fold.norms]
-        wrong += [replace(fold, norms=tuple((n, "w" if f == "1+w" else "1+w") for n, f in fold.norms))] if fold.norms else []
+        wrong += (
+            [replace(fold, norms=tuple((n, "w" if f == "1+w" else "1+w") for n, f in fold.norms))]
+            if fold.norms
+            else []
+        )
         wrong += [replace(fold, inputs=())] if fold.inputs else []
-        earlier = [n for n, _ in own[layer].named_parameters() if n.endswith(("v_proj.weight", "up_proj.weight"))]
-        wrong += [replace(fold, outputs=(*fold.outputs, n)) for n in earlier if fold.outputs]  # a post-norm would not see them
+        earlier = [
+            n for n, _ in own[layer].named_parameters() if n.endswith(("v_proj.weight", "up_proj.weight"))
+        ]
+        wrong += [
+            replace(fold, outputs=(*fold.outputs, n)) for n in earlier if fold.outputs
+        ]  # a post-norm would not see them
         for plan in wrong:
             with pytest.raises(FoldError, match="of what it adds"):
                 scale_folding.probe(model, layer, plan)
@@ -116,7 +152,9 @@ def test_folded_tensors_are_the_products_rounded_once(gain: float) -> None:
         for key, tensor in new.items():
             old = own[0].get_parameter(key).detach().double()
             form = dict(fold.norms).get(key)
-            expected = (1 + old) * gain - 1 if form == "1+w" else old / gain if key in fold.inputs else old * gain
+            expected = (
+                (1 + old) * gain - 1 if form == "1+w" else old / gain if key in fold.inputs else old * gain
+            )
             torch.testing.assert_close(tensor.double(), expected, rtol=2**-23, atol=2**-24)
 
 

@@ -59,10 +59,18 @@ class Kind:
 SPECIAL = {"special": True}
 KINDS = {
     "root": Kind("abcdefgh", ("ab", "abc", "de"), (("<call>", SPECIAL),), spare=3, dtype=torch.bfloat16),
-    "math": Kind("hgfedcba", ("ab", "fg", "fgh"), (("<think>", SPECIAL | {"lstrip": True}), ("<call>", {"rstrip": True}), ("<sum>", {}))),
-    "code": Kind("abcdefgh", ("de", "fg", "gh", "ghab"), (("<tool>", {"single_word": True}), ("ab", {})), spare=5),
+    "math": Kind(
+        "hgfedcba",
+        ("ab", "fg", "fgh"),
+        (("<think>", SPECIAL | {"lstrip": True}), ("<call>", {"rstrip": True}), ("<sum>", {})),
+    ),
+    "code": Kind(
+        "abcdefgh", ("de", "fg", "gh", "ghab"), (("<tool>", {"single_word": True}), ("ab", {})), spare=5
+    ),
     "chat": Kind("bahgfedc", ("ab", "gh", "ghab", "fg"), spare=1),
-    "few": Kind("abcdefgh", ("ab", "abc", "de"), (("<call>", SPECIAL), ("<x>", {}), ("<y>", SPECIAL)), spare=1),
+    "few": Kind(
+        "abcdefgh", ("ab", "abc", "de"), (("<call>", SPECIAL), ("<x>", {}), ("<y>", SPECIAL)), spare=1
+    ),
     "same": Kind("abcdefgh", ("ab", "abc", "de"), (("<call>", SPECIAL),), spare=3),
     "swapped": Kind("abcdefgh", ("ab", "abc", "fg"), (("<call>", SPECIAL),), spare=3),
     "wide": Kind("abcdefgh", ("ab", "abc", "de"), (("<call>", SPECIAL), ("<x>", {})), spare=-2),
@@ -78,11 +86,20 @@ def bpe(kind: Kind) -> Any:
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *kind.letters, *kind.words])}
-    merges = [(word[:n], word[n:]) for word in kind.words for n in range(len(word)) if word[:n] in vocabulary and word[n:] in vocabulary]
+    vocabulary = {
+        token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *kind.letters, *kind.words])
+    }
+    merges = [
+        (word[:n], word[n:])
+        for word in kind.words
+        for n in range(len(word))
+        if word[:n] in vocabulary and word[n:] in vocabulary
+    ]
     inner = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>"))
     roles = {"pad_token": kind.pad} if kind.pad in vocabulary else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **roles)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **roles
+    )
     tokenizer.add_tokens([AddedToken(text, **settings) for text, settings in kind.added])
     tokenizer.pad_token = kind.pad
     return tokenizer
@@ -113,7 +130,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 
     logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("vocabularies")
-    return {name: Checkpoint(make(folder / name, kind, seed)) for seed, (name, kind) in enumerate(KINDS.items())}
+    return {
+        name: Checkpoint(make(folder / name, kind, seed)) for seed, (name, kind) in enumerate(KINDS.items())
+    }
 
 
 # ---- against mergekit
@@ -155,19 +174,30 @@ CASES = {
     "model-padded": Case(TokenizerSpec("math", (), 7), THREE),
     "union": Case(TokenizerSpec("union"), THREE, exact=False),
     "union-for-one": Case(TokenizerSpec("union"), {"math": 1.0, "root": 0.0}, exact=False),
-    "union-averages": Case(TokenizerSpec("union", (("<call>", TokenDonor("zero")),)), THREE | {"chat": 0.7}, exact=False),
+    "union-averages": Case(
+        TokenizerSpec("union", (("<call>", TokenDonor("zero")),)), THREE | {"chat": 0.7}, exact=False
+    ),
     "union-padded": Case(TokenizerSpec("union", (), 16), {"root": 0.25, "few": 0.6}),
     "union-no-padding-needed": Case(TokenizerSpec("union", (), 1), {"few": 0.25, "root": 0.6}),
     "union-base-not-mixed": Case(
-        TokenizerSpec("union", (("abc", TokenDonor("zero")), ("<call>", TokenDonor("math")))), {"code": 0.5, "math": 0.3}, exact=False
+        TokenizerSpec("union", (("abc", TokenDonor("zero")), ("<call>", TokenDonor("math")))),
+        {"code": 0.5, "math": 0.3},
+        exact=False,
     ),
     "tokens-union": Case(TokenizerSpec("union", TOKENS), THREE, exact=False),
     "tokens-model": Case(TokenizerSpec("math", TOKENS, 4), THREE),
     "tokens-base": Case(TokenizerSpec("base", TOKENS, 4), THREE, source="root"),
-    "tokens-few": Case(TokenizerSpec("base", (("<new>", TokenDonor(("few", "<x>"))),)), {"few": 0.5, "root": 0.5}, base="few", source="few"),
+    "tokens-few": Case(
+        TokenizerSpec("base", (("<new>", TokenDonor(("few", "<x>"))),)),
+        {"few": 0.5, "root": 0.5},
+        base="few",
+        source="few",
+    ),
     "cut": Case(TokenizerSpec("base"), {"wide": 0.5, "code": 0.5}, base="wide"),
     "cut-union": Case(TokenizerSpec("union", (), 4), {"wide": 0.5, "few": 0.5}, base="wide", exact=False),
-    "tied": Case(TokenizerSpec("union", (), 8), {"tied-root": 0.5, "tied-math": 0.5}, base="tied-root", exact=False),
+    "tied": Case(
+        TokenizerSpec("union", (), 8), {"tied-root": 0.5, "tied-math": 0.5}, base="tied-root", exact=False
+    ),
 }
 
 
@@ -181,7 +211,11 @@ def as_file(case: Case, zoo: dict[str, Checkpoint]) -> dict[str, Any]:
             case "zero":
                 source: Any = {"kind": "zero"}
             case (model, what):
-                source = {"kind": "model_token", "model": str(zoo[model].path), "token" if isinstance(what, str) else "token_id": what}
+                source = {
+                    "kind": "model_token",
+                    "model": str(zoo[model].path),
+                    "token" if isinstance(what, str) else "token_id": what,
+                }
             case model:
                 source = str(zoo[model].path)
         return {"source": source, "force": given.force}
@@ -191,9 +225,16 @@ def as_file(case: Case, zoo: dict[str, Checkpoint]) -> dict[str, Any]:
     rest: dict[str, Any] = {"tokenizer_source": source}
     if case.spec.tokens or case.spec.pad_to_multiple_of:
         rest = {
-            "tokenizer": {"source": source, "tokens": {t: donor(d) for t, d in case.spec.tokens}, "pad_to_multiple_of": case.spec.pad_to_multiple_of}
+            "tokenizer": {
+                "source": source,
+                "tokens": {t: donor(d) for t, d in case.spec.tokens},
+                "pad_to_multiple_of": case.spec.pad_to_multiple_of,
+            }
         }
-    sources = [{"model": str(zoo[m].path), "layer_range": [0, 1], "parameters": {"weight": w}} for m, w in case.weights.items()]
+    sources = [
+        {"model": str(zoo[m].path), "layer_range": [0, 1], "parameters": {"weight": w}}
+        for m, w in case.weights.items()
+    ]
     return {
         "merge_method": "linear",
         "base_model": str(zoo[case.base].path),
@@ -208,13 +249,27 @@ def as_file(case: Case, zoo: dict[str, Checkpoint]) -> dict[str, Any]:
 def theirs(zoo: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to where it made one)")
+        pytest.skip(
+            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to where it made one)"
+        )
     folder = tmp_path_factory.mktemp("mergekit")
     for name, case in CASES.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(as_file(case, zoo), sort_keys=False))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     jobs = json.dumps([(str(folder / f"{name}.yaml"), str(folder / name)) for name in CASES])
-    done = subprocess.run([python, "-c", DRIVER], input=jobs, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = subprocess.run(
+        [python, "-c", DRIVER],
+        input=jobs,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+        check=False,
+    )
     found = [line.removeprefix("ERRORS") for line in done.stdout.splitlines() if line.startswith("ERRORS")]
     assert found, done.stderr[-2000:]
     assert json.loads(found[0]) == {}
@@ -235,7 +290,9 @@ def tokenizer_in(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_tokenizer_and_config_are_mergekits(zoo: dict[str, Checkpoint], theirs: dict[str, Path], name: str, tmp_path: Path):
+def test_rows_tokenizer_and_config_are_mergekits(
+    zoo: dict[str, Checkpoint], theirs: dict[str, Path], name: str, tmp_path: Path
+):
     case = CASES[name]
     vocabulary = Vocabulary(case.spec, case.base, {m: zoo[m] for m in case.models})
     other, merged = tokenizer_in(theirs[name]), load_file(theirs[name] / "model.safetensors")
@@ -244,35 +301,52 @@ def test_rows_tokenizer_and_config_are_mergekits(zoo: dict[str, Checkpoint], the
     assert saved.get_vocab() == vocabulary.tokens
     if case.exact:
         assert saved.get_vocab() == other.get_vocab()
-    first = set(bpe(KINDS[case.base if case.spec.source in ("base", "union") else case.spec.source]).get_vocab())
+    first = set(
+        bpe(KINDS[case.base if case.spec.source in ("base", "union") else case.spec.source]).get_vocab()
+    )
     assert sorted(saved.get_vocab()) == sorted(other.get_vocab())
-    assert {t: i for t, i in saved.get_vocab().items() if t in first} == {t: i for t, i in other.get_vocab().items() if t in first}
-    assert {str(t): repr(t) for t in saved.added_tokens_decoder.values()} == {str(t): repr(t) for t in other.added_tokens_decoder.values()}
+    assert {t: i for t, i in saved.get_vocab().items() if t in first} == {
+        t: i for t, i in other.get_vocab().items() if t in first
+    }
+    assert {str(t): repr(t) for t in saved.added_tokens_decoder.values()} == {
+        str(t): repr(t) for t in other.added_tokens_decoder.values()
+    }
     assert saved.special_tokens_map == other.special_tokens_map
     number = [other.get_vocab()[token] for token in vocabulary.tokens]
     own = list(vocabulary.tokens.values())
     for tensor in (EMBED,) if zoo[case.base].config["tie_word_embeddings"] else (EMBED, HEAD):
-        ours = linear(vocabulary.aligned({m: zoo[m].tensor(tensor).float() for m in case.weights}), case.weights)
+        ours = linear(
+            vocabulary.aligned({m: zoo[m].tensor(tensor).float() for m in case.weights}), case.weights
+        )
         assert ours.shape == merged[tensor].shape
         assert torch.equal(ours[own], merged[tensor][number])
         if case.exact:
             assert torch.equal(ours, merged[tensor])
-        torch.testing.assert_close(ours[len(own) :], merged[tensor][len(own) :])  # the padding: a mean over rows in some order
+        torch.testing.assert_close(
+            ours[len(own) :], merged[tensor][len(own) :]
+        )  # the padding: a mean over rows in some order
     written = json.loads((theirs[name] / "config.json").read_text())
     mine = vocabulary.config(zoo[case.base].config)
     assert mine["vocab_size"] == vocabulary.size == written["vocab_size"]
     if case.spec.source in ("base", "union") and case.base != "wide":
-        assert {k: v for k, v in mine.items() if k.endswith("_id")} == {k: v for k, v in written.items() if k.endswith("_id")}
+        assert {k: v for k, v in mine.items() if k.endswith("_id")} == {
+            k: v for k, v in written.items() if k.endswith("_id")
+        }
 
 
 # ---- against a loop
 
 
-def by_loop(vocabulary: Vocabulary, zoo: dict[str, Checkpoint], tables: dict[str, torch.Tensor], base: str) -> dict[str, torch.Tensor]:
+def by_loop(
+    vocabulary: Vocabulary, zoo: dict[str, Checkpoint], tables: dict[str, torch.Tensor], base: str
+) -> dict[str, torch.Tensor]:
     """The rules of `aligned`, a row at a time."""
     listed = dict(vocabulary.spec.tokens)
     dtype = torch.stack([t.reshape(-1)[0].double() for t in tables.values()]).dtype
-    vocabs = {m: {t: i for t, i in tokenizer_in(zoo[m].path).get_vocab().items() if i < zoo[m].config["vocab_size"]} for m in tables}
+    vocabs = {
+        m: {t: i for t, i in tokenizer_in(zoo[m].path).get_vocab().items() if i < zoo[m].config["vocab_size"]}
+        for m in tables
+    }
     out = {}
     for model in tables:
         rows: dict[int, torch.Tensor] = {}
@@ -310,7 +384,12 @@ def test_aligned_is_the_rules_a_row_at_a_time(zoo: dict[str, Checkpoint], name: 
         assert list(found) == list(tables)
         for model in tables:
             assert found[model].dtype == wide
-            torch.testing.assert_close(found[model].double(), expected[model], rtol=1e-6 if wide == torch.float32 else 1e-2, atol=1e-6)
+            torch.testing.assert_close(
+                found[model].double(),
+                expected[model],
+                rtol=1e-6 if wide == torch.float32 else 1e-2,
+                atol=1e-6,
+            )
 
 
 def test_rows_along_another_axis_and_a_bias(zoo: dict[str, Checkpoint]):
@@ -334,7 +413,9 @@ def test_equal_vocabularies_keep_their_rows_unchanged(zoo: dict[str, Checkpoint]
     tokens = len(bpe(KINDS["root"]).get_vocab())
     for model, table in vocabulary.aligned(tables).items():
         assert torch.equal(table, tables[model][:tokens].float())
-    exact = Vocabulary(TokenizerSpec("base"), "math", {"math": zoo["math"]})  # a row for each token: nothing is even copied
+    exact = Vocabulary(
+        TokenizerSpec("base"), "math", {"math": zoo["math"]}
+    )  # a row for each token: nothing is even copied
     table = zoo["math"].tensor(EMBED)
     assert exact.aligned({"math": table})["math"].data_ptr() == table.data_ptr()
 
@@ -348,13 +429,17 @@ def test_every_token_of_a_parent_has_the_parents_own_row(zoo: dict[str, Checkpoi
         own = bpe(KINDS[model]).get_vocab()
         shared = [token for token in own if token in vocabulary.tokens]
         assert len(shared) >= 12
-        assert torch.equal(table[[vocabulary.tokens[t] for t in shared]], tables[model][[own[t] for t in shared]].float())
+        assert torch.equal(
+            table[[vocabulary.tokens[t] for t in shared]], tables[model][[own[t] for t in shared]].float()
+        )
     assert vocabulary.size % 32 == 0
 
 
 def test_a_union_is_numbered_alike_every_time_with_the_parents_in_order(zoo: dict[str, Checkpoint]):
     vocabulary = Vocabulary(TokenizerSpec("union"), "root", {m: zoo[m] for m in ("math", "code", "root")})
-    new = sorted(set(vocabulary.tokens) - set(bpe(KINDS["root"]).get_vocab()), key=vocabulary.tokens.__getitem__)
+    new = sorted(
+        set(vocabulary.tokens) - set(bpe(KINDS["root"]).get_vocab()), key=vocabulary.tokens.__getitem__
+    )
     assert new == ["fg", "fgh", "gh", "ghab", "<think>", "<sum>", "<tool>"]
 
 
@@ -379,7 +464,10 @@ def test_a_token_without_a_row_counts_as_lacking(zoo: dict[str, Checkpoint]):
     for token in ("de", "<call>"):
         row = vocabulary.tokens[token]
         assert torch.equal(found["wider"][row], found["root"][row])
-    for of_wider in (Vocabulary(TokenizerSpec("wider"), "root", parents), Vocabulary(TokenizerSpec("base"), "wider", parents)):
+    for of_wider in (
+        Vocabulary(TokenizerSpec("wider"), "root", parents),
+        Vocabulary(TokenizerSpec("base"), "wider", parents),
+    ):
         assert {"<call>", "<x>", "de"}.isdisjoint(of_wider.tokens)
         assert of_wider.size == zoo["wider"].config["vocab_size"]
         assert of_wider.tokenizer.tokenize("abcde") == ["abc", "d", "e"]
@@ -404,10 +492,16 @@ def test_other_tokenizers_than_bpe_are_cut_too(zoo: dict[str, Checkpoint], tmp_p
 
     rows = zoo["math"].config["vocab_size"]
     words = ["<unk>", *(f"w{i}" for i in range(rows))]
-    inner = models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>") if model == "WordLevel" else models.Unigram([(w, -1.0) for w in words], 0)
+    inner = (
+        models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
+        if model == "WordLevel"
+        else models.Unigram([(w, -1.0) for w in words], 0)
+    )
     copied(zoo["math"], tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(inner), unk_token="<unk>").save_pretrained(tmp_path)
-    assert sorted(Vocabulary(TokenizerSpec("base"), "m", {"m": Checkpoint(tmp_path)}).tokens) == sorted(words[:rows])
+    assert sorted(Vocabulary(TokenizerSpec("base"), "m", {"m": Checkpoint(tmp_path)}).tokens) == sorted(
+        words[:rows]
+    )
 
 
 def test_numbers_without_a_token_get_the_mean_row(zoo: dict[str, Checkpoint], tmp_path: Path):
@@ -431,7 +525,11 @@ def test_special_numbers_follow_their_tokens(zoo: dict[str, Checkpoint]):
     base, code = dict(zoo["root"].config), zoo["math"]
     vocabulary = Vocabulary(TokenizerSpec("math"), "root", {"root": zoo["root"], "math": code})
     call = bpe(KINDS["root"]).get_vocab()["<call>"]
-    base |= {"eos_token_id": [2, call, 5000], "pad_token_id": call - 2, "text_config": {"vocab_size": 3, "bos_token_id": 1}}
+    base |= {
+        "eos_token_id": [2, call, 5000],
+        "pad_token_id": call - 2,
+        "text_config": {"vocab_size": 3, "bos_token_id": 1},
+    }
     found = vocabulary.config(base)
     assert found["eos_token_id"] == [2, vocabulary.tokens["<call>"]]
     assert found["pad_token_id"] == 0, "math lacks 'abc': its own padding token"
@@ -467,17 +565,36 @@ def copied(parent: Checkpoint, folder: Path, tokenizer: bool = True) -> None:
     [
         (TokenizerSpec("mth"), "needs model 'mth'.*Did you mean 'math'"),
         (TokenizerSpec("union", (("<n>", TokenDonor("chat")),)), "needs model 'chat'"),
-        (TokenizerSpec("union", (("<n>", TokenDonor(("math", "<tool>"))),)), "'<n>' is to come from '<tool>' of model 'math', which has no such"),
-        (TokenizerSpec("union", (("<n>", TokenDonor(("math", 18))),)), "row 18 of model 'math', which has 18 rows"),
-        (TokenizerSpec("union", (("<n>", TokenDonor("math")),)), "'<n>' is to come from model 'math', which lacks it"),
-        (TokenizerSpec("union", (("<n>", TokenDonor(None)),)), "no row for token '<n>' .*none of root, math, code has it; list it"),
-        (TokenizerSpec("union", (("a", TokenDonor("few", force=True)),)), "from model 'few', which is not mixed here"),
+        (
+            TokenizerSpec("union", (("<n>", TokenDonor(("math", "<tool>"))),)),
+            "'<n>' is to come from '<tool>' of model 'math', which has no such",
+        ),
+        (
+            TokenizerSpec("union", (("<n>", TokenDonor(("math", 18))),)),
+            "row 18 of model 'math', which has 18 rows",
+        ),
+        (
+            TokenizerSpec("union", (("<n>", TokenDonor("math")),)),
+            "'<n>' is to come from model 'math', which lacks it",
+        ),
+        (
+            TokenizerSpec("union", (("<n>", TokenDonor(None)),)),
+            "no row for token '<n>' .*none of root, math, code has it; list it",
+        ),
+        (
+            TokenizerSpec("union", (("a", TokenDonor("few", force=True)),)),
+            "from model 'few', which is not mixed here",
+        ),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_one_sentence(zoo: dict[str, Checkpoint], spec: TokenizerSpec, message: str):
+def test_a_wish_that_cannot_be_met_is_one_sentence(
+    zoo: dict[str, Checkpoint], spec: TokenizerSpec, message: str
+):
     extra = ("few",) if "few" in spec.models else ()
     with pytest.raises(RecipeError, match=message):
-        Vocabulary(spec, "root", {m: zoo[m] for m in (*THREE, *extra)}).aligned({m: zoo[m].tensor(EMBED) for m in THREE})
+        Vocabulary(spec, "root", {m: zoo[m] for m in (*THREE, *extra)}).aligned(
+            {m: zoo[m].tensor(EMBED) for m in THREE}
+        )
 
 
 def test_tokens_that_none_of_the_mixed_models_has_are_refused(zoo: dict[str, Checkpoint]):
@@ -491,7 +608,9 @@ def test_a_table_that_does_not_fit_is_named(zoo: dict[str, Checkpoint]):
     vocabulary = Vocabulary(TokenizerSpec("base"), "root", {m: zoo[m] for m in THREE})
     with pytest.raises(CheckpointError, match=r"of 'math' is \[8, 18\]; 18 rows were expected along axis 0"):
         vocabulary.aligned({"math": zoo["math"].tensor(EMBED).T})
-    with pytest.raises(CheckpointError, match=r"\[18, 4\] in 'math' and \[19, 8\] in 'root'; only the rows may differ"):
+    with pytest.raises(
+        CheckpointError, match=r"\[18, 4\] in 'math' and \[19, 8\] in 'root'; only the rows may differ"
+    ):
         vocabulary.aligned({"root": zoo["root"].tensor(EMBED), "math": zoo["math"].tensor(EMBED)[:, :4]})
     with pytest.raises(RecipeError, match="'chat' is not among"):
         vocabulary.aligned({"chat": zoo["chat"].tensor(EMBED)})
@@ -518,7 +637,10 @@ def test_vocabularies_that_differ_in_equal_shapes_are_told(zoo: dict[str, Checkp
     extra = check_rows({m: zoo[m] for m in ("root", "few")}, "root")
     assert extra is not None
     assert "row 16 is no token in 'root' and '<x>' in 'few'" in extra
-    with pytest.raises(CheckpointError, match="model 'math' has 18 embedding rows and base 'root' 19; add 'tokenizer_source: union'"):
+    with pytest.raises(
+        CheckpointError,
+        match="model 'math' has 18 embedding rows and base 'root' 19; add 'tokenizer_source: union'",
+    ):
         check_rows({m: zoo[m] for m in ("root", "math")}, "root")
 
 
@@ -531,17 +653,25 @@ def test_vocabulary_tensors_are_embedding_and_head(zoo: dict[str, Checkpoint], t
 def test_a_table_of_positions_is_none_and_a_heads_bias_is_one(tmp_path: Path):
     from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path / "gpt2")
     assert vocabulary_tensors(Checkpoint(tmp_path / "gpt2")) == ("transformer.wte.weight",)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    PhiForCausalLM(PhiConfig(vocab_size=16, bos_token_id=1, eos_token_id=1, **sizes)).save_pretrained(tmp_path / "phi")
+    PhiForCausalLM(PhiConfig(vocab_size=16, bos_token_id=1, eos_token_id=1, **sizes)).save_pretrained(
+        tmp_path / "phi"
+    )
     assert vocabulary_tensors(Checkpoint(tmp_path / "phi")) == ("lm_head.bias", HEAD, EMBED)
 
 
 @pytest.mark.parametrize(("size", "rows"), [(20, None), (-1, None), ("x", None), (None, 19)])
-def test_rows_that_the_config_denies_or_leaves_out(zoo: dict[str, Checkpoint], tmp_path: Path, size: Any, rows: int | None):
+def test_rows_that_the_config_denies_or_leaves_out(
+    zoo: dict[str, Checkpoint], tmp_path: Path, size: Any, rows: int | None
+):
     copied(zoo["root"], tmp_path)
-    config = {k: v for k, v in zoo["root"].config.items() if k != "vocab_size"} | ({} if size is None else {"vocab_size": size})
+    config = {k: v for k, v in zoo["root"].config.items() if k != "vocab_size"} | (
+        {} if size is None else {"vocab_size": size}
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     parent = Checkpoint(tmp_path)
     if rows is None:

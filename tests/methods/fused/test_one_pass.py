@@ -37,7 +37,9 @@ def numbers(rule, n, density=(0.5, 0.123, 0.777), **given):
 def run(rule, sources, base, values, *, known=None, out_dtype=torch.float32, keys=None, ids=True):
     keys = keys or [mask_key(7, "t", f"m{i}") for i in range(len(sources))]
     base = None if rule.frame.without_base else base
-    pairs = [Pair(base, x, ("t", i) if ids else None) for i, x in enumerate(sources)] if base is not None else []
+    pairs = (
+        [Pair(base, x, ("t", i) if ids else None) for i, x in enumerate(sources)] if base is not None else []
+    )
     out = torch.full_like(sources[0], math.nan, dtype=out_dtype)
     finite = merge_tensor.merge(rule.frame, pairs, sources, base, values, keys, out, known or Tables())
     assert finite == bool(torch.isfinite(out).all())
@@ -52,12 +54,21 @@ def in_float64(rule, sources, base, values, keys=None):
 
 @every_frame
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("flags", [{}, {"normalize": 1.0}, {"normalize": 0.0, "rescale": 0.0}, {"rescale": 1.0, "lambda": 1.3}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"normalize": 1.0}, {"normalize": 0.0, "rescale": 0.0}, {"rescale": 1.0, "lambda": 1.3}],
+    ids=str,
+)
 def test_it_is_the_kernel_in_float64(rule, shape, flags):
     for n, dtype in itertools.product((1, 2, 3), (torch.float32, torch.bfloat16)):
         sources, base = models(shape, n, dtype, seed=n)
         values = numbers(rule, n, **flags)
-        torch.testing.assert_close(run(rule, sources, base, values).double(), in_float64(rule, sources, base, values), rtol=3e-5, atol=1e-7)
+        torch.testing.assert_close(
+            run(rule, sources, base, values).double(),
+            in_float64(rule, sources, base, values),
+            rtol=3e-5,
+            atol=1e-7,
+        )
 
 
 @every_frame
@@ -71,14 +82,21 @@ def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monk
     before = torch.get_num_threads()
     try:
         for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for compiled, threads, chunk in [(True, 1, 1 << 18), (True, 3, 10_000), (False, 1, 1 << 16), (False, 2, 9_999)]:
+            for compiled, threads, chunk in [
+                (True, 1, 1 << 18),
+                (True, 3, 10_000),
+                (False, 1, 1 << 16),
+                (False, 2, 9_999),
+            ]:
                 torch.set_num_threads(threads)
                 with monkeypatch.context() as m:
                     m.setattr(one_pass, "_JOB", chunk)
                     m.setattr(one_pass, "_CHUNK", chunk)
                     if not compiled:
                         m.setattr(c_library, "fits", lambda tensors: False)
-                    results.setdefault(out_dtype, []).append(run(rule, sources, base, values, out_dtype=out_dtype))
+                    results.setdefault(out_dtype, []).append(
+                        run(rule, sources, base, values, out_dtype=out_dtype)
+                    )
     finally:
         torch.set_num_threads(before)
     for same in results.values():
@@ -113,7 +131,9 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
         size = (source.float() - base.float()).abs()
         order = size.argsort(descending=True, stable=True)
         known = Tables(build=True)
-        for k in sorted({1, n, max(1, n // 3), max(1, n - 1), *(ties.count(j / 1000, n) for j in (1, 37, 500, 999))}):
+        for k in sorted(
+            {1, n, max(1, n // 3), max(1, n - 1), *(ties.count(j / 1000, n) for j in (1, 37, 500, 999))}
+        ):
             want = torch.zeros(n, dtype=torch.bool)
             want[order[:k]] = True
             for level in (Tables().level(Pair(base, source), k), known.level(Pair(base, source, "id"), k)):
@@ -124,7 +144,12 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
 
 def test_norms_are_the_same_in_any_order_and_right():
     (source,), base = models((100_000,), 1, torch.float32)
-    share = weighted_sum.Share(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(1, "a", "b")), bound=random_masks.bound(0.3))
+    share = weighted_sum.Share(
+        weighted_sum.Kind.RANDOM,
+        1.0,
+        key=random_masks.split(mask_key(1, "a", "b")),
+        bound=random_masks.bound(0.3),
+    )
     unit = one_pass.unit_of(one_pass.largest(base, source), 100_000)
     total, kept = one_pass.norms(base, source, share, unit)
     permuted = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))
@@ -161,7 +186,9 @@ def test_masks_are_independent_of_position_and_of_each_other():
     n, d = 200_000, 0.3
     masks = []
     for i in range(12):
-        u = random_masks.hashed(random_masks.mixed(0, n), random_masks.split(mask_key(3, "tensor", f"m{i}"))).long()
+        u = random_masks.hashed(
+            random_masks.mixed(0, n), random_masks.split(mask_key(3, "tensor", f"m{i}"))
+        ).long()
         masks.append((u < random_masks.bound(d)).double())
     sigma = math.sqrt(d * (1 - d) / n)
     for a in masks:
@@ -200,7 +227,10 @@ def test_a_histogram_counts_bit_patterns():
     bits = (source.float() - base.float()).abs().numpy().view(np.uint32)
     assert np.array_equal(one_pass.histogram(base, source), np.bincount(bits >> 16, minlength=65536))
     prefix = int(bits[0] >> 16)
-    assert np.array_equal(one_pass.histogram(base, source, prefix), np.bincount(bits[bits >> 16 == prefix] & 0xFFFF, minlength=65536))
+    assert np.array_equal(
+        one_pass.histogram(base, source, prefix),
+        np.bincount(bits[bits >> 16 == prefix] & 0xFFFF, minlength=65536),
+    )
 
 
 # ---- what C does for the tables, against torch
@@ -233,7 +263,10 @@ def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
 
 def test_hash_tables_in_c_are_those_of_torch(monkeypatch):
     (source,), base = models((90_001,), 1)
-    pair, share = Pair(base, source), weighted_sum.Share(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b")))
+    pair, share = (
+        Pair(base, source),
+        weighted_sum.Share(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b"))),
+    )
     unit = Tables().unit(pair)
     sums, bounds = magnitude_tables._hash_table(pair, share, unit)
     monkeypatch.setattr(c_library, "fits", lambda tensors: False)
@@ -247,7 +280,12 @@ def test_rows_longer_than_a_short_number_counts_are_ranked_right():
     rule = METHODS["della_linear"]
     sources, base = models((2, 70_000), 1, torch.float32)
     values = numbers(rule, 1, (0.5,), rescale=0.0)
-    torch.testing.assert_close(run(rule, sources, base, values).double(), in_float64(rule, sources, base, values), rtol=3e-5, atol=1e-7)
+    torch.testing.assert_close(
+        run(rule, sources, base, values).double(),
+        in_float64(rule, sources, base, values),
+        rtol=3e-5,
+        atol=1e-7,
+    )
 
 
 # ---- methods by angles
@@ -261,10 +299,15 @@ def test_a_combination_by_dot_products_is_the_kernel_in_float64(rule, based, mon
     for n in range(rule.models[0], min(rule.models[1], 3) + 1):
         for shape in [(300, 257), (7,), ()]:
             sources, base = models(shape, n, torch.float32, seed=n)
-            sources = [x + 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(sources)]
+            sources = [
+                x + 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                for i, x in enumerate(sources)
+            ]
             base = base if based else None
             values = numbers(rule, n) if rule.param("weight") else {p.name: p.default for p in rule.params}
-            want = rule.kernel([x.double() for x in sources], None if base is None else base.double(), values, [0] * n)
+            want = rule.kernel(
+                [x.double() for x in sources], None if base is None else base.double(), values, [0] * n
+            )
             results = []
             for compiled in (True, False):
                 with monkeypatch.context() as m:

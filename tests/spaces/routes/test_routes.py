@@ -41,14 +41,18 @@ EVERY = {
     "continuous": lambda **more: ConditionalSpace(MODELS, "a", spans=(1, 2, 3), **more),
     "continuous, no scales": lambda **more: ConditionalSpace(MODELS, "c", scales="none", **more),
     "categorical": lambda **more: ConditionalSpace(MODELS, "a", spans=(1, 2, 3), categorical=True, **more),
-    "categorical, no scales": lambda **more: ConditionalSpace(MODELS, "c", scales="none", categorical=True, **more),
+    "categorical, no scales": lambda **more: ConditionalSpace(
+        MODELS, "c", scales="none", categorical=True, **more
+    ),
 }
 each = pytest.mark.parametrize("kind", EVERY)
 
 
 def route(recipe: Recipe) -> Hops:
     """The layers on the way, from a recipe that passes each of them through."""
-    assert all(mix.method == "passthrough" and len(mix.sources) == 1 and mix.base is None for mix in recipe.mixes)
+    assert all(
+        mix.method == "passthrough" and len(mix.sources) == 1 and mix.base is None for mix in recipe.mixes
+    )
     assert all(mix.params in ((), (("scale", (1.0,)),)) for mix in recipe.mixes)
     return [(model, layer) for mix in recipe.layers for model, layer in mix.sources if layer is not None]
 
@@ -70,7 +74,18 @@ def genomes(space: RouteSpace) -> st.SearchStrategy[list[float]]:
 def first_sample(space: RouteSpace, size: int, seed: int = 0) -> list[list[float]]:
     """What the optimizer of a space asks first."""
     if space.categories:
-        return CatCma(space.start, space.sigma, categories=space.categories, stay=space.stay, population=size, seed=seed).ask().tolist()  # type: ignore[no-any-return]
+        return (
+            CatCma(
+                space.start,
+                space.sigma,
+                categories=space.categories,
+                stay=space.stay,
+                population=size,
+                seed=seed,
+            )
+            .ask()
+            .tolist()
+        )  # type: ignore[no-any-return]
     return CmaEs(space.start, space.sigma, population=size, diagonal=True, seed=seed).ask().tolist()  # type: ignore[no-any-return]
 
 
@@ -110,20 +125,30 @@ def test_routes_that_a_space_cannot_hold_have_no_genome(kind: str) -> None:
     space = EVERY[kind](bounds=(2, own + 1))
     path = [(space.begin, i) for i in range(own)]
     whole = stack(path, space.begin)
-    merged = weight_space("linear", ("b", "c"), (own,), ("attention",), {"weight": Range(0.0, 1.0, 0.5)}).uniform({})
+    merged = weight_space(
+        "linear", ("b", "c"), (own,), ("attention",), {"weight": Range(0.0, 1.0, 0.5)}
+    ).uniform({})
     others = {
         "layer that there is not": stack([*path, (space.begin, own)], space.begin),
         "model that there is not": stack([*path, ("d", 0)], space.begin),
         "too short": stack(path[:1], space.begin),
         "too long": stack(path * 2, space.begin),
-        "other embeddings": replace(whole, embeddings=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))),
+        "other embeddings": replace(
+            whole, embeddings=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))
+        ),
         "other head": replace(whole, head=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))),
         "other type": replace(whole, out_dtype="float32"),
         "backwards": stack(path[::-1], space.begin),
         "scale beyond the range": replace(whole, scales=(1.0, 1.6, *[1.0] * (own - 2))),
         "scale between the snapped ones": replace(whole, scales=(1.0, 0.98765, *[1.0] * (own - 2))),
         "weights": merged,
-        "a layer times 2": replace(whole, layers=(Mix("passthrough", whole.layers[0].sources, None, (("scale", (2.0,)),)), *whole.layers[1:])),
+        "a layer times 2": replace(
+            whole,
+            layers=(
+                Mix("passthrough", whole.layers[0].sources, None, (("scale", (2.0,)),)),
+                *whole.layers[1:],
+            ),
+        ),
         "one layer merged": replace(whole, layers=(*whole.layers[:-1], merged.layers[-1])),
     }
     if space.scales == "none":
@@ -131,7 +156,9 @@ def test_routes_that_a_space_cannot_hold_have_no_genome(kind: str) -> None:
     for what, recipe in others.items():
         assert space.encode(recipe) is None, what
     assert space.encode(whole) == space.start
-    assert space.encode(replace(whole, base="other")) == space.encode(whole), "a parent as a weight search writes it has that search's base"
+    assert space.encode(replace(whole, base="other")) == space.encode(whole), (
+        "a parent as a weight search writes it has that search's base"
+    )
 
 
 @each
@@ -160,7 +187,9 @@ def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, chan
         else:
             widths = [len(space.choices(p)) - 1 for p in range(positions)]
             cuts = np.cumsum([0, *widths])
-            changed = np.array([[max(g[a:b]) > 0 for a, b in itertools.pairwise(cuts)] for g in sample.tolist()])
+            changed = np.array(
+                [[max(g[a:b]) > 0 for a, b in itertools.pairwise(cuts)] for g in sample.tolist()]
+            )
         own = [(space.begin, i) for i in range(positions)]
         assert [not row.any() for row in changed] == [k == [own] for k in kept]
     assert positions * MOST > changes
@@ -175,7 +204,9 @@ def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, chan
 def test_more_changes_than_positions_are_capped(kind: str) -> None:
     space = EVERY[kind](changes=1000.0)
     assert space.stay == pytest.approx(1 - MOST)
-    assert route(space.decode(space.start)) == [(space.begin, i) for i in range(dict(space.models)[space.begin])]
+    assert route(space.decode(space.start)) == [
+        (space.begin, i) for i in range(dict(space.models)[space.begin])
+    ]
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------------
@@ -237,7 +268,9 @@ def test_the_scale_of_a_position_is_that_before_its_first_layer() -> None:
 # ---- indicators ------------------------------------------------------------------------------------------------------
 
 
-def indicated(genome: Sequence[float], repeats: int, least: int, most: int, hop: bool) -> tuple[Hops, list[float]]:
+def indicated(
+    genome: Sequence[float], repeats: int, least: int, most: int, hop: bool
+) -> tuple[Hops, list[float]]:
     """arXiv 2403.13187, section 3.2, in loops: a layer for each position that is on, one position after another until it fits."""
     positions = [(m, i) for _ in range(repeats) for m, d in MODELS for i in range(d)]
     on = [g > 0 for g in genome[: len(positions)]]
@@ -247,12 +280,24 @@ def indicated(genome: Sequence[float], repeats: int, least: int, most: int, hop:
         on[max((t for t in range(len(positions)) if not on[t]), key=lambda t: (genome[t], -t))] = True
     used = [t for t in range(len(positions)) if on[t]]
     scale = Pool(MODELS, "a").scale
-    return [positions[t] for t in used], [1.0] + [scale(genome[len(positions) + t]) if hop else 1.0 for t in used[1:]]
+    return [positions[t] for t in used], [1.0] + [
+        scale(genome[len(positions) + t]) if hop else 1.0 for t in used[1:]
+    ]
 
 
-@given(data=st.data(), repeats=st.integers(1, 3), least=st.integers(1, 12), more=st.integers(0, 20), hop=st.booleans())
-def test_indicators_mean_what_the_paper_says(data: st.DataObject, repeats: int, least: int, more: int, hop: bool) -> None:
-    space = IndicatorSpace(MODELS, "a", bounds=(least, least + more), repeats=repeats, scales="hop" if hop else "none")
+@given(
+    data=st.data(),
+    repeats=st.integers(1, 3),
+    least=st.integers(1, 12),
+    more=st.integers(0, 20),
+    hop=st.booleans(),
+)
+def test_indicators_mean_what_the_paper_says(
+    data: st.DataObject, repeats: int, least: int, more: int, hop: bool
+) -> None:
+    space = IndicatorSpace(
+        MODELS, "a", bounds=(least, least + more), repeats=repeats, scales="hop" if hop else "none"
+    )
     genome = data.draw(genomes(space))
     hops, scales = indicated(genome, repeats, least, least + more, hop)
     assert space.decode(genome) == stack(hops, scales=tuple(scales))
@@ -260,7 +305,9 @@ def test_indicators_mean_what_the_paper_says(data: st.DataObject, repeats: int, 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 @given(data=st.data())
-def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(repeats: int, data: st.DataObject) -> None:
+def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(
+    repeats: int, data: st.DataObject
+) -> None:
     space = IndicatorSpace(MODELS, "a", repeats=repeats)
     layers = [(m, i) for m, d in MODELS for i in range(d)]
     hops = data.draw(st.lists(st.sampled_from(layers), min_size=1, max_size=8))
@@ -280,16 +327,24 @@ def test_the_choices_at_a_position(own: int, other: int) -> None:
         q = math.floor(exact + Fraction(1, 2))
         wanted: list[Hops] = [[("a", p)], [], [("z", q)]]
         for model, last in (("z", q), ("a", p)):
-            wanted += [[("a", p), *((model, i) for i in range(last - w + 1, last + 1))] for w in (1, 3) if last - w >= -1]
+            wanted += [
+                [("a", p), *((model, i) for i in range(last - w + 1, last + 1))]
+                for w in (1, 3)
+                if last - w >= -1
+            ]
         assert [list(c) for c in space.choices(p)] == wanted
 
 
 @pytest.mark.parametrize("categorical", [False, True])
 def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bool) -> None:
-    space = ConditionalSpace(MODELS, "a", spans=(1, 2), categorical=categorical, bounds=(1, 40), scales="none")
+    space = ConditionalSpace(
+        MODELS, "a", spans=(1, 2), categorical=categorical, bounds=(1, 40), scales="none"
+    )
     made = set()
     for genome in first_sample(space, 3000):
-        encoded = ConditionalSpace(MODELS, "a", spans=(1, 2), categorical=True, bounds=(1, 40), scales="none").encode(space.decode(genome))
+        encoded = ConditionalSpace(
+            MODELS, "a", spans=(1, 2), categorical=True, bounds=(1, 40), scales="none"
+        ).encode(space.decode(genome))
         assert encoded is not None
         made |= {(p, int(c)) for p, c in enumerate(encoded)}
     assert made == {(p, c) for p in range(6) for c in range(len(space.choices(p)))}
@@ -303,7 +358,9 @@ def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bo
 @given(data=st.data(), width=st.integers(0, 4))
 def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
     """The continuous genome with one positive gene a position is the categorical one, where nothing has to be repaired."""
-    kinds = [ConditionalSpace(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99)) for c in (False, True)]
+    kinds = [
+        ConditionalSpace(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99)) for c in (False, True)
+    ]
     chosen = [data.draw(st.integers(0, len(kinds[0].choices(p)) - 1)) for p in range(4)]
     if all(c == 1 for c in chosen):
         chosen[width % 4] = 0
@@ -321,7 +378,11 @@ def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
 @given(data=st.data())
 def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
     space = ConditionalSpace(MODELS, "b", bounds=(1, 99), scales="none")
-    genome = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(space.axes), max_size=len(space.axes), unique=True))
+    genome = data.draw(
+        st.lists(
+            st.integers(-50, 50).map(float), min_size=len(space.axes), max_size=len(space.axes), unique=True
+        )
+    )
     hops: Hops = []
     rest = list(genome)
     for p in range(4):
@@ -332,32 +393,49 @@ def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("categorical", [False, True])
-@given(hops=st.lists(st.sampled_from([("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]), min_size=1, max_size=6))
+@given(
+    hops=st.lists(st.sampled_from([("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]), min_size=1, max_size=6)
+)
 def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hops) -> None:
     """Against all combinations of choices, tried one after another."""
     space = ConditionalSpace((("a", 3), ("b", 2)), "a", spans=(1, 2), categorical=categorical, bounds=(1, 9))
     numbers = [range(len(space.choices(p))) for p in range(3)]
-    making = [c for c in itertools.product(*numbers) if [h for p, k in enumerate(c) for h in space.choices(p)[k]] == hops]
+    making = [
+        c
+        for c in itertools.product(*numbers)
+        if [h for p, k in enumerate(c) for h in space.choices(p)[k]] == hops
+    ]
     assert (space.encode(stack(hops)) is not None) == bool(making)
 
 
 def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() -> None:
     """All routes of a small space that more than one combination of choices makes, plain and with a scale before one hop."""
-    space = ConditionalSpace((("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12))
+    space = ConditionalSpace(
+        (("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12)
+    )
     ways: dict[tuple[tuple[str, int], ...], list[tuple[int, ...]]] = {}
     for choices in itertools.product(*(range(len(space.choices(p))) for p in range(4))):
-        ways.setdefault(tuple(h for p, c in enumerate(choices) for h in space.choices(p)[c]), []).append(choices)
+        ways.setdefault(tuple(h for p, c in enumerate(choices) for h in space.choices(p)[c]), []).append(
+            choices
+        )
     several = [hops for hops in ways if len(ways[hops]) > 1 and hops]
     assert len(several) > 300
     for number, hops in enumerate(several):
         at = 1 + number % (len(hops) - 1) if len(hops) > 1 else 0
-        for scales, places in (((), []), (tuple(0.9 if at and i == at else 1.0 for i in range(len(hops))), [at])):
-            firsts = {c: np.cumsum([0] + [len(space.choices(p)[k]) for p, k in enumerate(c)]) for c in ways[hops]}
+        for scales, places in (
+            ((), []),
+            (tuple(0.9 if at and i == at else 1.0 for i in range(len(hops))), [at]),
+        ):
+            firsts = {
+                c: np.cumsum([0] + [len(space.choices(p)[k]) for p, k in enumerate(c)]) for c in ways[hops]
+            }
             fitting = [c for c in ways[hops] if at == 0 or all(i in firsts[c] for i in places)]
             genome = space.encode(stack(hops, scales=scales))
             assert (genome is not None) == bool(fitting)
             if genome:
-                assert sum(g != 0 for g in genome[:4]) == min(sum(c != 0 for c in choices) for choices in fitting)
+                assert sum(g != 0 for g in genome[:4]) == min(
+                    sum(c != 0 for c in choices) for choices in fitting
+                )
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.5, 99.0])
@@ -373,9 +451,14 @@ def test_a_choice_that_there_is_not_is_refused(bad: float) -> None:
 def test_what_loses_least_is_given_up_first() -> None:
     space = ConditionalSpace((("a", 4),), "a", spans=(1,), bounds=(3, 5), scales="none")
     assert [axis.name for axis in space.axes[:2]] == ["skip layer 0", "layer 0 of a after layer 0"]
-    skip, insert = [(0.9, -1.0), (0.5, -1.0), (0.7, -1.0), (-1.0, -1.0)], [(-1.0, 0.9), (-1.0, 0.5), (-1.0, 0.7), (-1.0, -1.0)]
+    skip, insert = (
+        [(0.9, -1.0), (0.5, -1.0), (0.7, -1.0), (-1.0, -1.0)],
+        [(-1.0, 0.9), (-1.0, 0.5), (-1.0, 0.7), (-1.0, -1.0)],
+    )
     a = [("a", i) for i in range(4)]
-    assert route(space.decode([*itertools.chain(*skip)])) == [a[1], a[2], a[3]], "two of three skips kept less than one that is wanted more"
+    assert route(space.decode([*itertools.chain(*skip)])) == [a[1], a[2], a[3]], (
+        "two of three skips kept less than one that is wanted more"
+    )
     assert route(space.decode([*itertools.chain(*insert)])) == [a[0], a[0], a[1], a[2], a[3]]
 
 
@@ -388,11 +471,15 @@ def test_a_route_that_every_change_makes_too_short_is_lengthened_again() -> None
 @pytest.mark.parametrize("bounds", [(2, 2), (6, 7)])
 def test_a_path_outside_the_bounds_is_itself_repaired(bounds: tuple[int, int]) -> None:
     for categorical in (False, True):
-        space = ConditionalSpace((("a", 4), ("b", 4)), "a", spans=(1, 2), bounds=bounds, categorical=categorical)
+        space = ConditionalSpace(
+            (("a", 4), ("b", 4)), "a", spans=(1, 2), bounds=bounds, categorical=categorical
+        )
         assert len(space.decode(space.start).layers) == bounds[0 if bounds[0] > 4 else 1]
 
 
-def mended(choices: list[list[Hops]], chosen: list[int], worth: list[list[float]], least: int, most: int) -> Hops:
+def mended(
+    choices: list[list[Hops]], chosen: list[int], worth: list[list[float]], least: int, most: int
+) -> Hops:
     """The rule of the docstring in loops: one change after another, each the one that loses least of those that help."""
     while True:
         length = sum(len(own[c]) for own, c in zip(choices, chosen, strict=True))
@@ -413,8 +500,12 @@ def mended(choices: list[list[Hops]], chosen: list[int], worth: list[list[float]
 
 @pytest.mark.parametrize("bounds", [(5, 7), (6, 6), (2, 3), (9, 11)])
 @given(data=st.data(), categorical=st.booleans())
-def test_a_route_is_repaired_by_the_changes_that_lose_least(bounds: tuple[int, int], data: st.DataObject, categorical: bool) -> None:
-    space = ConditionalSpace((("a", 6), ("b", 3)), "a", spans=(1, 4), bounds=bounds, scales="none", categorical=categorical)
+def test_a_route_is_repaired_by_the_changes_that_lose_least(
+    bounds: tuple[int, int], data: st.DataObject, categorical: bool
+) -> None:
+    space = ConditionalSpace(
+        (("a", 6), ("b", 3)), "a", spans=(1, 4), bounds=bounds, scales="none", categorical=categorical
+    )
     genome = data.draw(genomes(space))
     choices = [[list(c) for c in space.choices(p)] for p in range(6)]
     rest, worth = list(genome), []
@@ -512,7 +603,10 @@ HOLDING = {
 @pytest.mark.parametrize("kind", HOLDING)
 @pytest.mark.parametrize(
     ("text", "hops"),
-    [(SOLAR, [("a", i) for i in (*range(24), *range(8, 32))]), (FRANKEN, [("a" if i < 16 or i == 31 else "b", i) for i in range(32)])],
+    [
+        (SOLAR, [("a", i) for i in (*range(24), *range(8, 32))]),
+        (FRANKEN, [("a" if i < 16 or i == 31 else "b", i) for i in range(32)]),
+    ],
     ids=["SOLAR", "frankenmerge"],
 )
 def test_mergekit_stacks_are_points_of_the_spaces(kind: str, text: str, hops: Hops) -> None:
@@ -521,7 +615,9 @@ def test_mergekit_stacks_are_points_of_the_spaces(kind: str, text: str, hops: Ho
     space = HOLDING[kind]
     genome = space.encode(recipe)
     assert genome is not None
-    assert space.decode(genome) == stack(hops), "which is the same but for factors of 1 that mergekit writes out"
+    assert space.decode(genome) == stack(hops), (
+        "which is the same but for factors of 1 that mergekit writes out"
+    )
     short = replace(space, spans=(1, 2)) if isinstance(space, ConditionalSpace) else replace(space, repeats=1)
     assert (short.encode(recipe) is None) == (text == SOLAR or kind == "indicator")
 
@@ -530,9 +626,18 @@ def test_hand_routes_are_upscaled_models_and_halves_of_pairs() -> None:
     found = dict(hand_routes((("a", 32), ("b", 24), ("c", 5))))
     assert route(found["a up-scaled"]) == [("a", i) for i in (*range(24), *range(8, 32))]
     assert route(found["b up-scaled"]) == [("b", i) for i in (*range(18), *range(6, 24))]
-    assert route(found["half a, half b"]) == [*(("a", i) for i in range(16)), *(("b", i) for i in range(12, 24))]
-    assert route(found["half b, half c"]) == [*(("b", i) for i in range(12)), *(("c", i) for i in range(2, 5))]
-    assert route(found["half c, half a"]) == [*(("c", i) for i in range(3)), *(("a", i) for i in range(16, 32))]
+    assert route(found["half a, half b"]) == [
+        *(("a", i) for i in range(16)),
+        *(("b", i) for i in range(12, 24)),
+    ]
+    assert route(found["half b, half c"]) == [
+        *(("b", i) for i in range(12)),
+        *(("c", i) for i in range(2, 5)),
+    ]
+    assert route(found["half c, half a"]) == [
+        *(("c", i) for i in range(3)),
+        *(("a", i) for i in range(16, 32)),
+    ]
     assert len(found) == 9
     for label, recipe in found.items():
         own = label.split()[0 if "up-scaled" in label else 1].strip(",")
@@ -552,5 +657,10 @@ def test_an_upscaled_model_has_every_layer_and_about_half_as_many_again(depth: i
 def test_a_hand_route_of_a_merge_carries_it() -> None:
     stage = ("merged", merged())
     [(label, recipe)] = hand_routes((("merged", 4),), stage=stage, out_dtype="float32")
-    assert (label, recipe.stages, recipe.base, recipe.out_dtype) == ("merged up-scaled", (stage,), stage[1].base, "float32")
+    assert (label, recipe.stages, recipe.base, recipe.out_dtype) == (
+        "merged up-scaled",
+        (stage,),
+        stage[1].base,
+        "float32",
+    )
     assert route(recipe) == [("merged", i) for i in (0, 1, 2, 1, 2, 3)]

@@ -46,7 +46,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayPool, 
     """Two workers, and the folder of their marks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="error")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            logging_level="error",
+        )
         folder = tmp_path_factory.mktemp("marks")
         with RayPool(functools.partial(Coded, folder), limits=LIMITS) as pool:
             yield pool, folder
@@ -123,7 +130,9 @@ def test_a_frozen_process_is_killed_and_its_job_done_elsewhere(pool: RayPool) ->
 
 def test_a_second_time_out_is_a_result(pool: RayPool) -> None:
     found, ended = run(pool, FINE, HANGS, FINE)
-    assert str(found[1].error).startswith("timed out twice; the limit is 4 times the median, and at least 6 s")
+    assert str(found[1].error).startswith(
+        "timed out twice; the limit is 4 times the median, and at least 6 s"
+    )
     assert Counter(a.cause for a in ended) == {"hung": 2, "done": 2}
 
 
@@ -167,12 +176,16 @@ def test_a_whole_generation_that_fails_is_given_back_as_values(pool: RayPool) ->
     assert {e.error for e in found.values()} == {"the model's logits are NaN"}
 
 
-def test_of_two_results_the_first_wins(shared: tuple[RayPool, Path], pool: RayPool, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_two_results_the_first_wins(
+    shared: tuple[RayPool, Path], pool: RayPool, caplog: pytest.LogCaptureFixture
+) -> None:
     _, folder = shared
     work = jobs(WAITS)
     pool.submit(work)
     until(lambda: pool.result(0.02) is None and len(begun(folder, WAITS, 0)) == 1, "the first try")
-    (seat,) = pool._slots.overdue(pool._now() + 3600)  # as if an hour had passed and the kill did not reach it
+    (seat,) = pool._slots.overdue(
+        pool._now() + 3600
+    )  # as if an hour had passed and the kill did not reach it
     until(lambda: pool.result(0.02) is None and len(begun(folder, WAITS, 0)) == 2, "the second try")
     with caplog.at_level(logging.WARNING):
         (folder / "go").touch()

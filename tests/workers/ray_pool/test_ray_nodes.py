@@ -21,7 +21,12 @@ from tests.support.coded_workers import FINE, WAITS, Coded, begun, every, jobs, 
 pytestmark = pytest.mark.cluster
 
 STORE = 80 << 20
-QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 4}
+QUICK = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,12 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, R
         patch.setenv("RAY_worker_niceness", "0")
         cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "_system_config": QUICK},
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "object_store_memory": STORE,
+                "_system_config": QUICK,
+            },
         )
         try:
             for _ in range(2):
@@ -69,7 +79,9 @@ def host_of(cluster: Cluster, pool: RayPool, name: str) -> Any:
     return node
 
 
-def test_a_lost_node_loses_no_candidate(two: tuple[Cluster, RayPool, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_node_loses_no_candidate(
+    two: tuple[Cluster, RayPool, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     cluster, pool, folder = two
     work = jobs(WAITS, WAITS, *[FINE] * 6)
     pool.submit(work)

@@ -23,7 +23,21 @@ from evomerge.workers import InProcessPool, Job
 from evomerge.workers.ray_pool import cluster
 from evomerge.workers.ray_pool.pool import RayPool
 from evomerge.workers.worker import Worker
-from tests.support.coded_workers import FINE, ITEMS, LOGS, SECRET, WAITS, Coded, alive, begun, every, jobs, opened, recipe, until
+from tests.support.coded_workers import (
+    FINE,
+    ITEMS,
+    LOGS,
+    SECRET,
+    WAITS,
+    Coded,
+    alive,
+    begun,
+    every,
+    jobs,
+    opened,
+    recipe,
+    until,
+)
 from tests.support.coded_workers import toy as scored
 from tests.support.toy import REPO, environment, llama
 
@@ -34,7 +48,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("ray")
         patch.setenv("RAY_worker_niceness", "0")
-        ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="error")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            logging_level="error",
+        )
         yield folder
         ray.shutdown()
 
@@ -54,18 +75,25 @@ def test_results_are_those_of_one_process_and_come_from_several(shared: tuple[Ra
     (folder / "go").unlink(missing_ok=True)
     pool.submit(work[:20])
     pool.submit(work[20:])  # others are out already
-    until(lambda: pool.result(0.05) is None and len(begun(folder, WAITS, 0) + begun(folder, WAITS, 1)) == 2, "both workers at work")
+    until(
+        lambda: pool.result(0.05) is None and len(begun(folder, WAITS, 0) + begun(folder, WAITS, 1)) == 2,
+        "both workers at work",
+    )
     assert pool.out == 32
     (folder / "go").touch()
     assert every(pool) == {job.slot: scored(job) for job in work}
     ended = pool.attempts()
     assert pool.attempts() == []
     assert sorted(a.recipe_id for a in ended) == sorted(job.recipe.id for job in work)
-    assert {(a.cause, a.number, a.device, a.host, a.error) for a in ended} == {("done", 1, "cpu", socket.gethostname(), None)}
+    assert {(a.cause, a.number, a.device, a.host, a.error) for a in ended} == {
+        ("done", 1, "cpu", socket.gethostname(), None)
+    }
     assert {a.worker for a in ended} == {"w0", "w1"}
     assert len({a.pid for a in ended} - {os.getpid()}) == 2
     used = pool.utilisation()
-    assert {name: use.jobs for name, use in used.items()} == {name: sum(a.worker == name for a in ended) for name in ("w0", "w1")}
+    assert {name: use.jobs for name, use in used.items()} == {
+        name: sum(a.worker == name for a in ended) for name in ("w0", "w1")
+    }
     assert all(0 < use.busy < use.alive for use in used.values())
     assert not pool._calls, "finished jobs leave nothing behind"
 
@@ -74,18 +102,28 @@ def test_the_longest_begin_first(shared: tuple[RayPool, Path]) -> None:
     pool, folder = shared
     (folder / "go").unlink(missing_ok=True)
     pool.submit([Job(i, recipe(WAITS, 100 + i), ITEMS) for i in range(2)])
-    until(lambda: pool.result(0.05) is None and len(begun(folder, WAITS, 100) + begun(folder, WAITS, 101)) == 2, "both workers at work")
-    pool.submit([Job(10 + i, recipe(FINE, 100 + i), ITEMS, cost) for i, cost in enumerate((1.0, 4.0, 3.0, 2.0))])
+    until(
+        lambda: pool.result(0.05) is None and len(begun(folder, WAITS, 100) + begun(folder, WAITS, 101)) == 2,
+        "both workers at work",
+    )
+    pool.submit(
+        [Job(10 + i, recipe(FINE, 100 + i), ITEMS, cost) for i, cost in enumerate((1.0, 4.0, 3.0, 2.0))]
+    )
     (folder / "go").touch()
     assert len(every(pool)) == 6
-    order = sorted((a for a in pool.attempts() if a.recipe_id in {recipe(FINE, 100 + i).id for i in range(4)}), key=lambda a: a.started)
+    order = sorted(
+        (a for a in pool.attempts() if a.recipe_id in {recipe(FINE, 100 + i).id for i in range(4)}),
+        key=lambda a: a.started,
+    )
     cost = {recipe(FINE, 100 + i).id: cost for i, cost in enumerate((1.0, 4.0, 3.0, 2.0))}
     first, *_, last = (cost[a.recipe_id] for a in order)
     assert first in {4.0, 3.0}, "two workers begin at once, and either may be the first by the clock"
     assert last == 1.0
 
 
-def test_draining_drops_what_is_not_begun_and_what_is_in_flight_still_comes(shared: tuple[RayPool, Path]) -> None:
+def test_draining_drops_what_is_not_begun_and_what_is_in_flight_still_comes(
+    shared: tuple[RayPool, Path],
+) -> None:
     pool, folder = shared
     (folder / "go").unlink(missing_ok=True)
     pool.submit([Job(i, recipe(WAITS, 200 + i), ITEMS) for i in range(8)])
@@ -112,7 +150,9 @@ def test_signals_are_the_drivers_to_answer(shared: tuple[RayPool, Path]) -> None
     assert [(a.cause, a.pid) for a in pool.attempts()] == [("done", pid)]
 
 
-def test_a_failure_comes_with_the_workers_last_lines_and_without_secrets(shared: tuple[RayPool, Path]) -> None:
+def test_a_failure_comes_with_the_workers_last_lines_and_without_secrets(
+    shared: tuple[RayPool, Path],
+) -> None:
     pool, _ = shared
     pool.submit(jobs(LOGS, FINE))
     assert every(pool)[0].error == "ValueError: no"
@@ -132,7 +172,10 @@ def test_it_says_where_workers_are(shared: tuple[RayPool, Path]) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"workers": 4000}, r"has room for \d+ workers of 1 CPUs and 0 GPUs each, 4000 asked; it has .*: \d+ CPUs, 0 GPUs"),
+        (
+            {"workers": 4000},
+            r"has room for \d+ workers of 1 CPUs and 0 GPUs each, 4000 asked; it has .*: \d+ CPUs, 0 GPUs",
+        ),
         ({"gpus": 1.0}, r"has room for 0 workers of 1 CPUs and 1 GPUs each, at least 1 asked"),
         ({"gpus": 0.25}, r"has room for 0 workers"),
         ({"cpus": 1e6}, r"has room for 0 workers"),
@@ -140,13 +183,24 @@ def test_it_says_where_workers_are(shared: tuple[RayPool, Path]) -> None:
         ({"cpus": 0.0}, r"needs a share of a CPU or a GPU"),
     ],
 )
-def test_what_the_cluster_cannot_give_is_refused_at_once(here: Path, asked: dict[str, float], said: str) -> None:
+def test_what_the_cluster_cannot_give_is_refused_at_once(
+    here: Path, asked: dict[str, float], said: str
+) -> None:
     with pytest.raises(SetupError, match=said):
         RayPool(functools.partial(Coded, here.parent), **asked)  # type: ignore[arg-type]
 
 
-def test_workers_on_other_machines_get_what_decides_scores_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("EVOMERGE_THREADS", "EVOMERGE_API_KEY", "HF_TOKEN", "HF_HUB_OFFLINE", "WANDB_API_KEY", "HOME"):
+def test_workers_on_other_machines_get_what_decides_scores_and_no_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (
+        "EVOMERGE_THREADS",
+        "EVOMERGE_API_KEY",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "WANDB_API_KEY",
+        "HOME",
+    ):
         monkeypatch.setenv(name, "1")
     found = cluster.environment()
     assert (found["EVOMERGE_THREADS"], found["HF_HUB_OFFLINE"]) == ("1", "1")
@@ -167,7 +221,10 @@ def test_no_cluster_at_an_address_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 def test_workers_that_cannot_be_opened_end_it_with_the_cause(here: Path) -> None:
     with RayPool(broken, workers=1) as pool:
         pool.submit(jobs(FINE))
-        with pytest.raises(SetupError, match="no worker could be started, 3 tries; the first failed because: model 'x' is not here"):
+        with pytest.raises(
+            SetupError,
+            match="no worker could be started, 3 tries; the first failed because: model 'x' is not here",
+        ):
             every(pool)
 
 
@@ -262,7 +319,11 @@ def listening(pids: set[int]) -> list[str]:
                 inodes.add(os.readlink(file).removeprefix("socket:[").removesuffix("]"))
             except OSError:
                 continue
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
@@ -270,9 +331,17 @@ def test_a_cluster_of_its_own_is_shut_to_others_and_ends_with_a_driver_that_is_k
     (tmp_path / "marks").mkdir()
     token = tmp_path / "secret" / "token"
     plain = {k: v for k, v in environment().items() if not k.startswith("RAY_")}
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], cwd=REPO, env=plain | {"RAY_AUTH_TOKEN_PATH": str(token)})
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path)],
+        cwd=REPO,
+        env=plain | {"RAY_AUTH_TOKEN_PATH": str(token)},
+    )
     try:
-        until(lambda: (tmp_path / "facts").is_file() and begun(tmp_path / "marks", WAITS, 0) != [], "the driver at work", 240)
+        until(
+            lambda: (tmp_path / "facts").is_file() and begun(tmp_path / "marks", WAITS, 0) != [],
+            "the driver at work",
+            240,
+        )
         facts = json.loads((tmp_path / "facts").read_text())
         assert facts["own"], "signal handlers are what they were"
         assert "a cluster of its own on this machine" in facts["said"]
@@ -286,13 +355,22 @@ def test_a_cluster_of_its_own_is_shut_to_others_and_ends_with_a_driver_that_is_k
         asked = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
         for word, welcome in ((token.read_text(), True), ("0" * 64, False)):
             own = plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": word}
-            done = subprocess.run([sys.executable, "-c", asked, facts["at"]], env=own, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", asked, facts["at"]],
+                env=own,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
             assert (done.returncode == 0) is welcome, done.stderr
             assert ("AuthenticationError" in done.stderr) is not welcome
     finally:
         driver.kill()
         driver.wait()
-    agents = {pid for pid in there if b"Agent" in command(pid)}  # two of Ray's own, which hold nothing, end a minute later
+    agents = {
+        pid for pid in there if b"Agent" in command(pid)
+    }  # two of Ray's own, which hold nothing, end a minute later
     until(lambda: not any(alive(pid) for pid in there - agents), "the end of the workers and the cluster")
     for pid in agents:
         with contextlib.suppress(ProcessLookupError):
@@ -308,5 +386,13 @@ def command(pid: int) -> bytes:
 
 def test_the_engine_is_imported_without_ray() -> None:
     code = "import sys; sys.modules['ray'] = None; import evomerge.launch.prepare, evomerge.search.study, evomerge.workers.scheduler, evomerge.cli; print('ok')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.stdout == "ok\n", done.stderr

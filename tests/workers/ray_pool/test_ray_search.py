@@ -25,7 +25,16 @@ from evomerge.workers import Limits
 from evomerge.workers.ray_pool.pool import RayPool
 from tests.search.test_islands import islands, run
 from tests.search.test_pipelined import pipelined
-from tests.support.toy import ToyPool, command, count_rows, environment, evomerge, search_file, stored_rows, uniform
+from tests.support.toy import (
+    ToyPool,
+    command,
+    count_rows,
+    environment,
+    evomerge,
+    search_file,
+    stored_rows,
+    uniform,
+)
 
 
 class Dying:
@@ -44,7 +53,9 @@ class Dying:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("of", [islands(2, evaluations=12), pipelined(evaluations=12)], ids=["islands", "pipelined"])
+@pytest.mark.parametrize(
+    "of", [islands(2, evaluations=12), pipelined(evaluations=12)], ids=["islands", "pipelined"]
+)
 def test_workers_that_die_change_no_row_and_are_all_told_of(of: Plan, tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -58,7 +69,9 @@ def test_workers_that_die_change_no_row_and_are_all_told_of(of: Plan, tmp_path: 
         died = [a for a in told if a.cause == "died"]
         assert died, "at this rate some do"
         assert len(told) == len(list(marks.iterdir())), "every attempt is stored, and none is made up"
-        assert sum(a.cause == "done" for a in told) == sum(v for role, v in store.count_evaluations().items() if role != "failed")
+        assert sum(a.cause == "done" for a in told) == sum(
+            v for role, v in store.count_evaluations().items() if role != "failed"
+        )
         assert {a.worker for a in told} >= {"w0", "w1"}
         assert all(a.seconds >= 0 and a.host and a.pid for a in told)
 
@@ -83,7 +96,13 @@ def test_what_ray_says_of_a_dead_worker_is_not_printed_among_the_results(tmp_pat
     """Ray printed '(raylet) A worker died or was killed' on stdout; the pool says it on stderr, with the cause."""
     own = environment() | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
-        [sys.executable, "-c", LOSES, str(tmp_path)], cwd=tmp_path, env=own, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", LOSES, str(tmp_path)],
+        cwd=tmp_path,
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "3 died\n"), done.stderr
     assert done.stderr.count("is gone: ") == 3
@@ -99,7 +118,10 @@ def test_a_search_that_is_preempted_on_ray_goes_on_in_one_process(tmp_path: Path
     root, store = tmp_path / "studies", tmp_path / "studies" / "ray" / "study.db"
     with (tmp_path / "err").open("w") as err:
         driver = subprocess.Popen(
-            command("run", files["ray"], "--root", root, "--ray", "local", "--workers", 2), env=environment(), stdout=subprocess.DEVNULL, stderr=err
+            command("run", files["ray"], "--root", root, "--ray", "local", "--workers", 2),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=err,
         )
         while count_rows(store, "evaluations") < 5:
             assert driver.poll() is None, (tmp_path / "err").read_text()
@@ -130,20 +152,32 @@ def test_without_ray_installed_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp
         pool_module.open_pool(asked, ToyPool(), functools.partial(Dying, tmp_path, 0.0), 1, {}, (), print)
 
 
-@pytest.mark.parametrize(("crew", "islands", "population"), [(1, 1, 12), (2, 2, 12), (8, 2, 16), (64, 4, 64), (1024, 8, 512)])
-def test_auto_keeps_the_workers_busy_that_a_study_begins_with(crew: int, islands: int, population: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("crew", "islands", "population"), [(1, 1, 12), (2, 2, 12), (8, 2, 16), (64, 4, 64), (1024, 8, 512)]
+)
+def test_auto_keeps_the_workers_busy_that_a_study_begins_with(
+    crew: int, islands: int, population: int, tmp_path: Path
+) -> None:
     document = json.loads(search_file(tmp_path, "auto").read_text())
     document["search"] |= {"population": "auto", "islands": "auto"}
     (tmp_path / "auto.yaml").write_text(json.dumps(document))
     settings, _ = loading.load(str(tmp_path / "auto.yaml"))
     assert pool_module.islands(settings, crew) == islands
-    assert pool_module.population(settings, crew, 20) == population == max(4 + int(3 * 2.9957), -(-4 * crew // islands))
+    assert (
+        pool_module.population(settings, crew, 20)
+        == population
+        == max(4 + int(3 * 2.9957), -(-4 * crew // islands))
+    )
 
 
 def test_where_it_runs_and_what_it_may_use_can_change_and_what_it_is_cannot(tmp_path: Path) -> None:
     document = json.loads(search_file(tmp_path, "same").read_text())
     before = facts._comparable(loading.load(str(tmp_path / "same.yaml"))[0])
-    document |= {"cluster": {"ray": "auto", "workers": 3, "gpus": 0.5, "grace": 5}, "budget": {"hours": 2}, "reuse": ["other"]}
+    document |= {
+        "cluster": {"ray": "auto", "workers": 3, "gpus": 0.5, "grace": 5},
+        "budget": {"hours": 2},
+        "reuse": ["other"],
+    }
     (tmp_path / "same.yaml").write_text(json.dumps(document))
     assert facts._comparable(loading.load(str(tmp_path / "same.yaml"))[0]) == before
     document["search"]["islands"] = 2

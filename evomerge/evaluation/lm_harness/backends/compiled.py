@@ -77,7 +77,10 @@ class ResidentBackend:
 
     def techniques(self) -> Mapping[str, Verdict]:
         """What the probe found of this model, for requests as long as those prepared so far."""
-        return {**self._verdicts, **{f"decoding: {name}": verdict for name, verdict in self._decoders.items()}}
+        return {
+            **self._verdicts,
+            **{f"decoding: {name}": verdict for name, verdict in self._decoders.items()},
+        }
 
     def handed(self, task: str) -> str | None:
         """Why some of a task's requests go through HFLM; None if none do."""
@@ -104,7 +107,10 @@ class ResidentBackend:
                 self._reasons[request.task_name] = reason or f"requests of type {request.request_type}"
                 prepared.handed.append(number)
         asked = [self._asked(prepared.requests[numbers[0]].args[1]) for numbers in prompts.values()]
-        encoded = [[self._prompt(prepared.requests[n], most) for n in numbers] for (_, most), numbers in zip(asked, prompts.values(), strict=True)]
+        encoded = [
+            [self._prompt(prepared.requests[n], most) for n in numbers]
+            for (_, most), numbers in zip(asked, prompts.values(), strict=True)
+        ]
         longest = [len(r.context) + len(r.continuation) for r in scored]
         longest += [len(p) + most for (_, most), group in zip(asked, encoded, strict=True) for p in group]
         if scored or encoded:
@@ -113,7 +119,9 @@ class ResidentBackend:
                 prepared.plan = engine.compile(scored)
             for (until, most), group, numbers in zip(asked, encoded, prompts.values(), strict=True):
                 assert self._generator is not None
-                plan = self._generator.compile(group, until, most, self._settings(prepared.requests[numbers[0]]))
+                plan = self._generator.compile(
+                    group, until, most, self._settings(prepared.requests[numbers[0]])
+                )
                 prepared.generations.append(_Generation(plan, tuple(numbers), until))
         return prepared
 
@@ -126,7 +134,11 @@ class ResidentBackend:
             sums, greedy = scores.sums.tolist(), scores.greedy.tolist()
             for number, (start, end) in prepared.spans.items():
                 request = prepared.requests[number]
-                found = (sums[start], greedy[start]) if request.request_type == "loglikelihood" else sum(sums[start:end])
+                found = (
+                    (sums[start], greedy[start])
+                    if request.request_type == "loglikelihood"
+                    else sum(sums[start:end])
+                )
                 answers[number] = [found] * (request.repeats or 1)
         for generation in prepared.generations:
             assert self._generator is not None
@@ -134,7 +146,11 @@ class ResidentBackend:
                 text = self._text(tuple(tokens), generation.until)
                 answers[number] = [text] * (prepared.requests[number].repeats or 1)
         if prepared.handed:
-            for number, own in zip(prepared.handed, ask(self.lm, [prepared.requests[n] for n in prepared.handed], rounding), strict=True):
+            for number, own in zip(
+                prepared.handed,
+                ask(self.lm, [prepared.requests[n] for n in prepared.handed], rounding),
+                strict=True,
+            ):
                 answers[number] = own
         return answers
 
@@ -147,13 +163,21 @@ class ResidentBackend:
             self._span = min(most, max(span, 2 * self._span))
             self._verdicts = probe(self.model, span=self._span, max_length=most, pad_id=self.pad_id)
             self._decoders = {}
-            log.info("techniques: %s", "; ".join(f"{name}: {v.allowed}, {v.reason}" for name, v in self._verdicts.items()))
+            log.info(
+                "techniques: %s",
+                "; ".join(f"{name}: {v.allowed}, {v.reason}" for name, v in self._verdicts.items()),
+            )
         if self._engine is None:
             self._engine = Engine(self.model, pad_id=self.pad_id)
         self._engine.verdicts = self._verdicts
         if generates and not self._decoders:
-            self._decoders = probe_decoders(self.model, self._engine.head, span=self._span, pad_id=self.pad_id)
-            log.info("decoders: %s", "; ".join(f"{name}: {v.allowed}, {v.reason}" for name, v in self._decoders.items()))
+            self._decoders = probe_decoders(
+                self.model, self._engine.head, span=self._span, pad_id=self.pad_id
+            )
+            log.info(
+                "decoders: %s",
+                "; ".join(f"{name}: {v.allowed}, {v.reason}" for name, v in self._decoders.items()),
+            )
             self._generator = Generator(
                 self.model,
                 self._engine.head,
@@ -171,7 +195,12 @@ class ResidentBackend:
         given: Any = getattr(self.model, "generation_config", None)
         ids = getattr(given, "eos_token_id", None)
         own = self.lm.eot_token_id
-        return frozenset([*([] if ids is None else [ids] if isinstance(ids, int) else ids), *([] if own is None else [own])])
+        return frozenset(
+            [
+                *([] if ids is None else [ids] if isinstance(ids, int) else ids),
+                *([] if own is None else [own]),
+            ]
+        )
 
     # ---- HFLM's own rules --------------------------------------------------------------------------------------------------
 
@@ -184,7 +213,9 @@ class ResidentBackend:
                 raise CandidateError(
                     f"task '{request.task_name}' asks for {most} new tokens of a model with {self.lm.max_length} positions; lower max_gen_toks"
                 )
-            ids, _ = self.lm.tok_batch_encode([request.args[0]], left_truncate_len=room, truncation=self.lm.truncation)
+            ids, _ = self.lm.tok_batch_encode(
+                [request.args[0]], left_truncate_len=room, truncation=self.lm.truncation
+            )
             self._prompts[key] = ids[0].tolist()
         return self._prompts[key]
 
