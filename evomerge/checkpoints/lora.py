@@ -66,7 +66,7 @@ class _Change:
     transposed: bool
 
 
-class Adapted:
+class AdaptedCheckpoint:
     """A checkpoint with a LoRA adapter folded in as its tensors are read. The same interface as a Checkpoint."""
 
     def __init__(self, base: Checkpoint, adapter_dir: Path) -> None:

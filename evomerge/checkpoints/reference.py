@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.hub import locate
-from evomerge.checkpoints.lora import Adapted
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import ConfigError
 
 
@@ -34,11 +34,11 @@ def split_reference(reference: str) -> tuple[str, str | None, str | None, str | 
     return halves[0]
 
 
-def open_parent(reference: str) -> Checkpoint | Adapted:
+def open_parent(reference: str) -> Checkpoint | AdaptedCheckpoint:
     """The parent that a reference names, folders or repositories. Raises CheckpointError, or ConfigError for the reference."""
     model, revision, adapter, adapter_revision = split_reference(reference)
     base = Checkpoint(locate(model, revision))
-    return base if adapter is None else Adapted(base, locate(adapter, adapter_revision))
+    return base if adapter is None else AdaptedCheckpoint(base, locate(adapter, adapter_revision))
 
 
 def _revision(reference: str) -> tuple[str, str | None]:

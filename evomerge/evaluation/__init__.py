@@ -8,11 +8,12 @@ from __future__ import annotations
 from evomerge.evaluation.evaluator import Evaluator, Preparing
 from evomerge.evaluation.objective import Objective, Standing, Term, missing, ranks
 from evomerge.evaluation.records import ROLES, Attempt, Evaluation, Items, ItemScore, Role
-from evomerge.evaluation.task_set import Several, TaskSet
+from evomerge.evaluation.task_set import CombinedTasks, TaskSet
 
 __all__ = [
     "ROLES",
     "Attempt",
+    "CombinedTasks",
     "Evaluation",
     "Evaluator",
     "ItemScore",
@@ -20,7 +21,6 @@ __all__ = [
     "Objective",
     "Preparing",
     "Role",
-    "Several",
     "Standing",
     "TaskSet",
     "Term",

@@ -26,7 +26,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class PerplexityScreen:
     """rows: what a candidate is looked at on; limit: nats a token above which it is not scored."""
 
     rows: tuple[Row, ...]

@@ -67,7 +67,7 @@ class TaskSet(Evaluator, Protocol):
         ...
 
 
-class Several:
+class CombinedTasks:
     """Several sets of tasks as one: each is asked for its own. Satisfies `TaskSet`."""
 
     def __init__(self, sets: Sequence[TaskSet]) -> None:

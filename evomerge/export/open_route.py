@@ -13,10 +13,10 @@ from evomerge.errors import NothingToExport, RecipeError
 from evomerge.export import route_checkpoint, route_mergekit
 from evomerge.export.route_checkpoint import Agreement
 from evomerge.merging import atomic_folder
-from evomerge.merging.live_model import Live, View
+from evomerge.merging.live_model import CandidateModel, ModelBuilder
 from evomerge.merging.model_loading import load
 from evomerge.merging.routing.routed_model import Routed
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 from evomerge.recipes.mergekit_yaml import writer
 
@@ -27,7 +27,7 @@ class OpenRoute:
 
     recipe: Recipe
     parents: Mapping[str, Parent]
-    view: View
+    view: CandidateModel
 
     @property
     def routed(self) -> Routed:
@@ -91,7 +91,7 @@ def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
         )
     base = recipe.stages[0][1].base if recipe.stages else recipe.base
     skeleton = load(parents[base], recipe.out_dtype)
-    live = Live(parents, parents, base, skeleton, recipe.out_dtype, "cpu", Tables())
+    live = ModelBuilder(parents, parents, base, skeleton, recipe.out_dtype, "cpu", MagnitudeTables())
     with torch.no_grad():
         return OpenRoute(recipe, parents, live.view(recipe))
 

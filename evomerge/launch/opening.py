@@ -19,7 +19,7 @@ from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.tasks import open_tasks
 from evomerge.launch.weight_space import make_space
 from evomerge.merging.vocabulary.alignment import check_rows
-from evomerge.spaces import Space
+from evomerge.spaces import WeightSpace
 from evomerge.store import Store
 from evomerge.workers import worker
 
@@ -92,7 +92,7 @@ class Opened:
 
     settings: Config
     parents: Mapping[str, Parent]
-    space: Space
+    space: WeightSpace
     harness: TaskSet
     objective: Objective
     warnings: tuple[str, ...] = ()

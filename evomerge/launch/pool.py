@@ -19,23 +19,36 @@ log = logging.getLogger(__name__)
 _PER_WORKER = 4  # candidates of all islands together, for each worker, that keep it busy
 
 
-def crew(settings: Config, workers: int) -> int:
+def num_workers(settings: Config, workers: int) -> int:
     """How many workers a search begins with, as far as its settings say: what 'auto' is chosen by, and a fact of the study."""
     return settings.cluster.workers or (1 if settings.cluster.ray else workers)
 
 
-def islands(settings: Config, crew: int) -> int:
+def islands(settings: Config, num_workers: int) -> int:
     """How many searches share the workers. 'auto': one for a worker alone, two up to eight, four up to 64, else eight."""
     asked = settings.search.islands
-    return asked if asked != "auto" else 1 if crew == 1 else 2 if crew <= 8 else 4 if crew <= 64 else 8
+    return (
+        asked
+        if asked != "auto"
+        else 1
+        if num_workers == 1
+        else 2
+        if num_workers <= 8
+        else 4
+        if num_workers <= 64
+        else 8
+    )
 
 
-def population(settings: Config, crew: int, genes: int) -> int | None:
+def population(settings: Config, num_workers: int, genes: int) -> int | None:
     """Candidates of a generation; None for the optimizer's own choice, which 'auto' never goes below."""
     asked = settings.search.population
     if asked != "auto":
         return asked
-    return max(4 + int(3 * math.log(max(2, genes))), math.ceil(_PER_WORKER * crew / islands(settings, crew)))
+    return max(
+        4 + int(3 * math.log(max(2, genes))),
+        math.ceil(_PER_WORKER * num_workers / islands(settings, num_workers)),
+    )
 
 
 def open_pool(

@@ -121,7 +121,7 @@ def _prepare(
         else list(settings.budgets),
         "scoring": scoring(settings, parents[settings.base], device_name()),
         "gate": routed,
-        "crew": stored.facts["crew"] if stored else pool_module.crew(settings, workers),
+        "num_workers": stored.facts["num_workers"] if stored else pool_module.num_workers(settings, workers),
         "depth": parents[settings.base].num_layers,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -132,7 +132,9 @@ def _prepare(
     }
     check_agreement(store, settings, text, overrides, facts)
     plan = Plan(
-        stages=stages.stages(settings, space, parents, facts["diagonal"], facts["budgets"], facts["crew"]),
+        stages=stages.stages(
+            settings, space, parents, facts["diagonal"], facts["budgets"], facts["num_workers"]
+        ),
         baselines=stages.references(settings, space, parents),
         soup=functools.partial(soup, space) if "weights" in settings.kinds else None,
         objective=opened.objective,
@@ -141,7 +143,7 @@ def _prepare(
         finalists=search.finalists,
         seed=search.seed,
         race=race_settings(settings),
-        islands=pool_module.islands(settings, facts["crew"]),
+        islands=pool_module.islands(settings, facts["num_workers"]),
         pipelined=search.pipelined,
     )
 

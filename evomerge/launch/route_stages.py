@@ -14,7 +14,7 @@ from evomerge.config.schema import StageConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluation import TaskSet
 from evomerge.evaluation import perplexity_screen as gating
-from evomerge.evaluation.perplexity_screen import Gate
+from evomerge.evaluation.perplexity_screen import PerplexityScreen
 from evomerge.launch import pool
 from evomerge.merging.model_loading import load_tokenizer
 from evomerge.optimizers import Optimizer
@@ -28,8 +28,8 @@ from evomerge.search import Opening, Start
 from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP
 from evomerge.spaces import Baseline
 from evomerge.spaces.routes.hand_routes import hand_routes
-from evomerge.spaces.routes.layer_indicators import IndicatorSpace
-from evomerge.spaces.routes.position_choices import ConditionalSpace
+from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
+from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 from evomerge.workers.worker import Worker
 
 MERGED = "merged"
@@ -40,7 +40,7 @@ _TOKENS_A_PROMPT = 8  # prompts are at least about so long: how many are asked f
 
 def route_space(
     settings: Config, parents: Mapping[str, Parent], start: Start
-) -> ConditionalSpace | IndicatorSpace:
+) -> PositionChoiceSpace | LayerIndicatorSpace:
     """The space of routes that begins at the identity path of what the stages before came to."""
     routes = settings.routes
     own = _outer(start.recipe)
@@ -59,8 +59,8 @@ def route_space(
         "changes": routes.changes, "out_dtype": settings.out_dtype,
     }  # fmt: skip
     if routes.genome == "indicator":
-        return IndicatorSpace(**common, repeats=routes.repeats)
-    return ConditionalSpace(
+        return LayerIndicatorSpace(**common, repeats=routes.repeats)
+    return PositionChoiceSpace(
         **common,
         spans=routes.spans,
         categorical=routes.genome == "categorical",
@@ -83,7 +83,7 @@ def check_routes(
     return scorer.gate.limit if scorer.gate else None
 
 
-def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> Gate | None:
+def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> PerplexityScreen | None:
     """What a route has to pass before it is scored in full; limit: nats a token, found from the parents where it is None."""
     asked = settings.routes.gate
     if asked is None or "routes" not in settings.kinds:
@@ -116,16 +116,21 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
         limit = round(min(found) + math.log(asked.factor), 4)
         if not math.isfinite(limit):
             raise ConfigError("no parent gives finite logits on the prompts of the search; check the models")
-    return Gate(rows, limit)
+    return PerplexityScreen(rows, limit)
 
 
 def open_route_stage(
-    settings: Config, stage: StageConfig, parents: Mapping[str, Parent], begun: int, number: int, crew: int
+    settings: Config,
+    stage: StageConfig,
+    parents: Mapping[str, Parent],
+    begun: int,
+    number: int,
+    num_workers: int,
 ) -> Callable[[Start], Opening]:
     def opened(start: Start) -> Opening:
         space = route_space(settings, parents, start)
         sigma = stage.sigma or space.sigma
-        population = stage.population or pool.population(settings, crew, len(space.axes))
+        population = stage.population or pool.population(settings, num_workers, len(space.axes))
 
         def optimizer(genome: Sequence[float], island: int) -> Optimizer:
             seed = settings.search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island
@@ -139,7 +144,7 @@ def open_route_stage(
                     stay=space.stay,
                 )
             if space.categories and settings.routes.optimizer != "cma":
-                likely = space.likely if isinstance(space, ConditionalSpace) else None
+                likely = space.likely if isinstance(space, PositionChoiceSpace) else None
                 return Elitist(
                     genome,
                     sigma,

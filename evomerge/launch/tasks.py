@@ -12,7 +12,7 @@ from evomerge.checkpoints import Parent
 from evomerge.config import Config
 from evomerge.config.schema import TaskConfig
 from evomerge.errors import ConfigError
-from evomerge.evaluation import Role, Several, TaskSet
+from evomerge.evaluation import CombinedTasks, Role, TaskSet
 from evomerge.merging import model_loading
 from evomerge.merging.companion_files import TOKENIZER
 
@@ -83,7 +83,7 @@ def open_tasks(
         model = model_loading.load(base, settings.out_dtype).to(device)
         specs = [PythonSpec(t.task, str(t.python), t.higher_is_better) for t in python]
         sets.append(PythonTasks(specs, tokenizer, model, limits=limits))
-    return sets[0] if len(sets) == 1 else Several(sets)
+    return sets[0] if len(sets) == 1 else CombinedTasks(sets)
 
 
 def scoring(settings: Config, base: Parent, device: str) -> dict[str, Any]:

@@ -9,19 +9,19 @@ from evomerge.checkpoints import COMPONENTS, Parent
 from evomerge.config import Config
 from evomerge.errors import ConfigError
 from evomerge.methods import method
-from evomerge.spaces import Range, Space
+from evomerge.spaces import Range, WeightSpace
 from evomerge.spaces.weights import EMBEDDINGS, HEAD
 
 log = logging.getLogger(__name__)
 
 
-def is_diagonal(settings: Config, space: Space) -> bool:
+def is_diagonal(settings: Config, space: WeightSpace) -> bool:
     """Whether CMA-ES learns a diagonal covariance: as asked, else where the budget is too small for a full one."""
     search = settings.search
     return search.diagonal if search.diagonal is not None else settings.budgets[0] < 20 * len(space.axes)
 
 
-def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
+def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
     """The search space of a configuration over open parents."""
     base = parents[settings.base]
     sizes = settings.space.groups
@@ -42,7 +42,7 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
             ranges[param.name] = Range(
                 param.low, param.high, 0.5 if param.name == "t" else 1.0 / len(settings.parents)
             )
-    space = Space(
+    space = WeightSpace(
         method=rule,
         base=settings.base,
         models=settings.parents,
@@ -57,7 +57,7 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> Space:
         searchable=False,
     )
     dead = _dead(space, parents) if rule.needs_base else frozenset()
-    return Space(
+    return WeightSpace(
         **{
             f: getattr(space, f)
             for f in space.__dataclass_fields__
@@ -85,7 +85,7 @@ def _segments(base: Parent) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found.items(), key=lambda pair: (COMPONENTS.index(pair[1]), pair[0])))
 
 
-def _dead(space: Space, parents: Mapping[str, Parent]) -> frozenset[tuple[str, str | None, str]]:
+def _dead(space: WeightSpace, parents: Mapping[str, Parent]) -> frozenset[tuple[str, str | None, str]]:
     """Cells of the space where a parent equals the base in every tensor: its parameters there change nothing."""
     base = parents[space.base]
     spans = space.spans()

@@ -21,14 +21,14 @@ from evomerge.merging import merge, tensor_plan
 from evomerge.merging.model_loading import load_parent
 from evomerge.merging.routing import checks, decoder_layers, layer_config, plain_checkpoint, routed_model
 from evomerge.merging.routing.routed_model import Hop, Routed
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Filtered, Mix, Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class CandidateModel:
     """A candidate's module. routed: None for the skeleton itself; hops: its route; usual: a route of the same kinds of layers
     that is the same for every candidate, on which techniques are probed."""
 
@@ -53,11 +53,11 @@ class _Skeleton:
     """A model that merges are written into. holds: id of the recipe whose weights it has, if it is one recipe's."""
 
     model: nn.Module
-    resident: Resident
+    resident: WeightMap
     holds: str | None = None
 
 
-class Live:
+class ModelBuilder:
     """The models of one worker: recipe -> module."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Live:
         skeleton: nn.Module,
         dtype: str,
         device: str,
-        known: Tables,
+        known: MagnitudeTables,
     ) -> None:
         """files: the parents as they are on disk; parents: where merges read them, see `evomerge.merging.parent_placement`. skeleton: the
         base, loaded on the device; it is written to. dtype: of the tensors that are scored and shipped."""
@@ -80,13 +80,13 @@ class Live:
             device,
             known,
         )
-        self._skeletons = [_Skeleton(skeleton, Resident(skeleton, parents[base].tensors))]
+        self._skeletons = [_Skeleton(skeleton, WeightMap(skeleton, parents[base].tensors))]
         self._models: dict[str, nn.Module] = {}
         self._shells: dict[tuple[int, frozenset[str]], Routed] = {}
         self._kinds: dict[tuple[int, int], str] = {}
         self._reasons: dict[tuple[int, tuple[str, ...]], tuple[str, ...]] = {}
 
-    def view(self, recipe: Recipe) -> View:
+    def view(self, recipe: Recipe) -> CandidateModel:
         """The module of a recipe, merged as far as it has to be; `install` makes it ready.
 
         Raises what a merge raises, RouteError for layers that do not fit together.
@@ -95,7 +95,7 @@ class Live:
             self._skeletons[
                 0
             ].holds = None  # each candidate is merged anew, whatever the one before it left behind
-            return View(self._filled(0, recipe).model)
+            return CandidateModel(self._filled(0, recipe).model)
         stages = {
             name: self._filled(number, stage).model for number, (name, stage) in enumerate(recipe.stages)
         }
@@ -108,9 +108,9 @@ class Live:
             routed = self._shells[id(outer), kinds] = Routed(
                 outer, list(dict.fromkeys(h.model for h in hops))
             )
-        return View(routed.model, routed, tuple(hops), self._usual(outer, hops, kinds))
+        return CandidateModel(routed.model, routed, tuple(hops), self._usual(outer, hops, kinds))
 
-    def reasons(self, view: View) -> tuple[str, ...]:
+    def reasons(self, view: CandidateModel) -> tuple[str, ...]:
         """Why an installed route is not a plain checkpoint; none for one that is."""
         if view.routed is None:
             return ()
@@ -119,7 +119,7 @@ class Live:
             self._reasons[key] = plain_checkpoint.reasons(view.routed)
         return self._reasons[key]
 
-    def costs(self, view: View) -> dict[str, float]:
+    def costs(self, view: CandidateModel) -> dict[str, float]:
         """'layers' and 'parameters' of a candidate as it is shipped: a layer taken twice counts twice."""
         _, layers = decoder_layers.stack(view.module)
         return {
@@ -260,7 +260,7 @@ class Live:
             len(self._skeletons) <= number
         ):  # the exception: stages and mixes in one recipe, or two mixes of one layer
             model = load_parent(self._files[self._base], self._dtype).to(self._device)
-            self._skeletons.append(_Skeleton(model, Resident(model, self._parents[self._base].tensors)))
+            self._skeletons.append(_Skeleton(model, WeightMap(model, self._parents[self._base].tensors)))
         return self._skeletons[number]
 
 

@@ -24,10 +24,10 @@ from evomerge.merging.routing import layer_config
 from evomerge.merging.routing.layer_config import Changes
 from evomerge.merging.tensor_plan import DTYPE_CODES, DTYPES, Step, check
 from evomerge.merging.vocabulary.alignment import Vocabulary, vocabulary_tensors
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import Method, Values, method
 from evomerge.methods.fused import merge_tensor
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.methods.fused.weighted_sum import Pair
 from evomerge.recipes import STORED, Filtered, Mix, Recipe, Setting
 
@@ -36,7 +36,11 @@ class Merge:
     """A recipe that has been checked and planned from headers alone; `tensor` then merges one output at a time."""
 
     def __init__(
-        self, recipe: Recipe, parents: Mapping[str, Parent], known: Tables | None = None, device: str = "cpu"
+        self,
+        recipe: Recipe,
+        parents: Mapping[str, Parent],
+        known: MagnitudeTables | None = None,
+        device: str = "cpu",
     ) -> None:
         """known: tables of a search, which make merges faster and never different.
 
@@ -47,10 +51,10 @@ class Merge:
             raise RecipeError(
                 "a recipe with scales is written by the export of routes, which folds them into the weights; a merge has none"
             )
-        self.recipe, self.known, self.device = recipe, known or Tables(), device
+        self.recipe, self.known, self.device = recipe, known or MagnitudeTables(), device
         self.parents: dict[str, Parent] = dict(parents)
         for name, stage in recipe.stages:
-            self.parents[name] = Stage(name, replace(stage, stages=()), dict(self.parents))
+            self.parents[name] = MergedParent(name, replace(stage, stages=()), dict(self.parents))
         for name in recipe.reads:
             if name not in self.parents:
                 raise RecipeError(
@@ -206,7 +210,7 @@ class Merge:
         return pairs
 
 
-class Stage:
+class MergedParent:
     """A merged model as a parent of another merge: its tensors are merged when they are read."""
 
     def __init__(self, name: str, recipe: Recipe, parents: Mapping[str, Parent]) -> None:
@@ -284,8 +288,8 @@ def merged(recipe: Recipe, parents: Mapping[str, Parent]) -> Iterator[tuple[str,
 def into(
     recipe: Recipe,
     parents: Mapping[str, Parent],
-    resident: Resident,
-    known: Tables | None = None,
+    resident: WeightMap,
+    known: MagnitudeTables | None = None,
     device: str = "cpu",
 ) -> None:
     """Merges into a live model of the base's architecture, in place where a tensor has a place of its own."""

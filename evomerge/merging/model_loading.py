@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent
-from evomerge.checkpoints.lora import Adapted
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import SetupError
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 
 
 def load(checkpoint: Parent, dtype: str) -> nn.Module:
@@ -39,8 +39,8 @@ def load(checkpoint: Parent, dtype: str) -> nn.Module:
 def load_parent(parent: Parent, dtype: str) -> nn.Module:
     """A parent as a live model, its adapter folded in where it has one."""
     model = load(parent, dtype)
-    if isinstance(parent, Adapted):
-        resident = Resident(model, parent.tensors)
+    if isinstance(parent, AdaptedCheckpoint):
+        resident = WeightMap(model, parent.tensors)
         for name in parent.tensors:
             if name not in resident.ignored:
                 resident.put(name, parent.tensor(name).to(getattr(torch, dtype)))

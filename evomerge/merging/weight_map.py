@@ -48,7 +48,7 @@ class _Converted:
     rearrange: Rearrange
 
 
-class Resident:
+class WeightMap:
     """A live model that takes tensors by their names on disk; parameter objects stay the same.
 
     ignored: disk tensors that transformers ignores too when it loads the model, such as rotary buffers.

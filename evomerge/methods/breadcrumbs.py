@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import task_vectors
-from evomerge.methods.declaration import Frame, Param
+from evomerge.methods.declaration import Param, TaskVectorSum
 
 
 def band(n: int, density: float, gamma: float) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def middle(delta: Tensor, density: float, key: int, own: Mapping[str, float], pa
 _GAMMA = Param("gamma", 0.0, 0.1, 0.01, hard_low=0.0, hard_high=1.0)
 BREADCRUMBS = task_vectors.method(
     "breadcrumbs",
-    Frame(sparsify="band"),
+    TaskVectorSum(sparsify="band"),
     middle,
     (_GAMMA,),
     normalize=False,
@@ -50,7 +50,7 @@ BREADCRUMBS = task_vectors.method(
 )
 BREADCRUMBS_TIES = task_vectors.method(
     "breadcrumbs_ties",
-    Frame(sparsify="band", elect_sign=True),
+    TaskVectorSum(sparsify="band", elect_sign=True),
     middle,
     (_GAMMA,),
     normalize=False,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from evomerge.methods import random_masks, task_vectors
-from evomerge.methods.declaration import Frame
+from evomerge.methods.declaration import TaskVectorSum
 
 
 def keep(
@@ -25,7 +25,7 @@ def keep(
 
 DARE_LINEAR = task_vectors.method(
     "dare_linear",
-    Frame(sparsify="random"),
+    TaskVectorSum(sparsify="random"),
     keep,
     normalize=False,
     rescale=True,
@@ -34,7 +34,7 @@ DARE_LINEAR = task_vectors.method(
 )
 DARE_TIES = task_vectors.method(
     "dare_ties",
-    Frame(sparsify="random", elect_sign=True),
+    TaskVectorSum(sparsify="random", elect_sign=True),
     keep,
     normalize=False,
     rescale=True,

@@ -40,7 +40,7 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class TaskVectorSum:
     """A method that is a sum of (sparsified) task vectors: `evomerge.methods.fused.merge_tensor` merges those in one pass.
 
     sparsify: which entries of x - base stay: the largest, a random part, a band of magnitudes, or at random by rank.
@@ -105,7 +105,7 @@ class Method:
     summary: str
     randomized: bool = False
     takes_base: bool = False
-    frame: Frame | None = None
+    frame: TaskVectorSum | None = None
     coefficients: Coefficients | None = None
     base_is_origin: bool = True
     models: tuple[int, int] = (1, 1_000)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import random_masks, task_vectors
-from evomerge.methods.declaration import Frame, Param
+from evomerge.methods.declaration import Param, TaskVectorSum
 
 
 def window(density: float, epsilon: float, width: int) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float], pari
 _EPSILON = Param("epsilon", 0.0, 0.2, 0.15, hard_low=0.0, hard_high=0.5)
 DELLA = task_vectors.method(
     "della",
-    Frame(sparsify="rank", elect_sign=True),
+    TaskVectorSum(sparsify="rank", elect_sign=True),
     keep,
     (_EPSILON,),
     normalize=True,
@@ -47,7 +47,7 @@ DELLA = task_vectors.method(
 )
 DELLA_LINEAR = task_vectors.method(
     "della_linear",
-    Frame(sparsify="rank"),
+    TaskVectorSum(sparsify="rank"),
     keep,
     (_EPSILON,),
     normalize=False,

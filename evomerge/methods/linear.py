@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.declaration import Frame, Method, Param, Values, switch
+from evomerge.methods.declaration import Method, Param, TaskVectorSum, Values, switch
 
 
 def linear(
@@ -34,7 +34,7 @@ def linear(
 LINEAR = Method(
     name="linear",
     kernel=linear,
-    frame=Frame(without_base=True),
+    frame=TaskVectorSum(without_base=True),
     params=(Param("weight", 0.0, 1.0, 1.0, required=True), switch("normalize", True)),
     needs_base=False,
     paper="arXiv 2203.05482",

@@ -6,11 +6,11 @@ A negative weight subtracts a skill (unlearning); a task analogy C + (B - A) is 
 from __future__ import annotations
 
 from evomerge.methods import task_vectors
-from evomerge.methods.declaration import Frame
+from evomerge.methods.declaration import TaskVectorSum
 
 TASK_ARITHMETIC = task_vectors.method(
     "task_arithmetic",
-    Frame(),
+    TaskVectorSum(),
     normalize=False,
     paper="arXiv 2212.04089",
     summary="base + weighted sum of task vectors",

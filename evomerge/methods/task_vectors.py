@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from evomerge.methods.declaration import Frame, Method, Param, Values, switch
+from evomerge.methods.declaration import Method, Param, TaskVectorSum, Values, switch
 
 Sparsify = Callable[[Tensor, float, int, Mapping[str, float], bool], Tensor]
 """(delta, density in (0, 1), mask key, the source's own numbers, parity) -> 0/1 mask of delta's shape and dtype."""
@@ -25,7 +25,7 @@ LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
 
 def method(
     name: str,
-    frame: Frame,
+    frame: TaskVectorSum,
     mask: Sparsify | None = None,
     own: tuple[Param, ...] = (),
     *,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import task_vectors
-from evomerge.methods.declaration import Frame
+from evomerge.methods.declaration import TaskVectorSum
 
 
 def count(density: float, n: int) -> int:
@@ -36,7 +36,7 @@ def largest(
 
 TIES = task_vectors.method(
     "ties",
-    Frame(sparsify="largest", elect_sign=True),
+    TaskVectorSum(sparsify="largest", elect_sign=True),
     largest,
     normalize=True,
     paper="arXiv 2306.01708",

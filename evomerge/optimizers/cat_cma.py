@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.optimizers.base import Array
-from evomerge.optimizers.pending import GRID, Asked, ordered
+from evomerge.optimizers.pending import GRID, PendingGenerations, ordered
 
 _FREE = 2  # cmaes needs as many numbers: where there are fewer, genes that no one reads are added
 _DEVIATIONS = (2 * GRID, 1e4)
@@ -68,8 +68,8 @@ class CatCma:
             seed=seed,
         )
         self._injected: list[Sequence[float]] = []
-        self._asked: Asked[tuple[Array, Array]] = (
-            Asked()
+        self._asked: PendingGenerations[tuple[Array, Array]] = (
+            PendingGenerations()
         )  # each with its numbers, those that no one reads among them, and their mean
 
     def ask(self) -> Array:

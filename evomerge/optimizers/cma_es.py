@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from evomerge.optimizers.base import Array
-from evomerge.optimizers.pending import GRID, Asked, ordered
+from evomerge.optimizers.pending import GRID, PendingGenerations, ordered
 
 
 class CmaEs:
@@ -57,8 +57,8 @@ class CmaEs:
         x0[: self._n] = start
         with self._own_generator():
             self._es = cma.CMAEvolutionStrategy(x0, sigma, options)
-        self._asked: Asked[tuple[Array, Array]] = (
-            Asked()
+        self._asked: PendingGenerations[tuple[Array, Array]] = (
+            PendingGenerations()
         )  # each with the second gene that no one reads, and the mean it was drawn around
 
     def ask(self) -> Array:

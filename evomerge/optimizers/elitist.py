@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evomerge.optimizers.base import Array
-from evomerge.optimizers.pending import GRID, Asked, ordered
+from evomerge.optimizers.pending import GRID, PendingGenerations, ordered
 
 _CROSSED = 0.3  # of the children have two parents
 _SHIFTED = 0.2  # of a child's numbers are moved
@@ -55,7 +55,7 @@ class Elitist:
         self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
         self._rng = np.random.RandomState(seed)
         self._survivors: list[Array] = [np.round(np.asarray(start, dtype=np.float64) / GRID) * GRID]
-        self._asked: Asked[None] = Asked()
+        self._asked: PendingGenerations[None] = PendingGenerations()
 
     def ask(self) -> Array:
         """[population, n]: the survivors as they are, best first, then children; numbers on a grid of 2**-14."""

@@ -17,7 +17,7 @@ GRID = (
 )  # asked genomes are rounded to it, so that a replay is exact across BLAS kernels and thread counts
 
 
-class Asked(Generic[T]):
+class PendingGenerations(Generic[T]):
     """Generations in the order they were asked, each with what its optimizer needs to learn from it."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evomerge.optimizers.base import Array
-from evomerge.optimizers.pending import GRID, Asked
+from evomerge.optimizers.pending import GRID, PendingGenerations
 
 
 class RandomSearch:
@@ -32,7 +32,7 @@ class RandomSearch:
         self._popsize = population or 4 + int(3 * math.log(max(2, len(start))))
         self._rng = np.random.RandomState(seed)
         self._injected: list[Sequence[float]] = []
-        self._asked: Asked[None] = Asked()
+        self._asked: PendingGenerations[None] = PendingGenerations()
 
     def ask(self) -> Array:
         """[population, n] genomes on a grid of 2**-14."""

@@ -20,7 +20,7 @@ from evomerge.recipes import Recipe
 from evomerge.store import Scored, Store
 
 if TYPE_CHECKING:
-    from evomerge.spaces import Axis, Space
+    from evomerge.spaces import Axis, WeightSpace
 
 
 CENTRE = ""  # the name that the candidate itself is stored under, where a point has its axis
@@ -63,7 +63,7 @@ class Curve:
     steep: bool
 
 
-def genome_of(space: Space, recipe: Recipe, genome: Sequence[float] | None) -> tuple[float, ...]:
+def genome_of(space: WeightSpace, recipe: Recipe, genome: Sequence[float] | None) -> tuple[float, ...]:
     """The candidate's genome, or that of the space's nearest recipe. Raises StudyError where the space holds none."""
     if genome is not None:
         return tuple(genome)
@@ -90,7 +90,7 @@ def matching(axes: Sequence[Axis], pattern: str | None) -> list[int]:
 
 
 def points(
-    space: Space, genome: Sequence[float], places: Sequence[int], step: float, span: float
+    space: WeightSpace, genome: Sequence[float], places: Sequence[int], step: float, span: float
 ) -> list[Point]:
     """The candidate's neighbours on the axes at `places`: value ± step, ± 2 step, … up to span, inside the axis' bounds.
 
@@ -166,7 +166,7 @@ def scan(
 
 
 def curves(
-    space: Space,
+    space: WeightSpace,
     genome: Sequence[float],
     neighbours: Sequence[Point],
     known: Mapping[tuple[str, float], Scored],

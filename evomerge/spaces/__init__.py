@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evomerge.spaces.base import Axis, SearchSpace
 from evomerge.spaces.baselines import Baseline, baselines, soup
-from evomerge.spaces.route_weights import HopSpace
-from evomerge.spaces.weights import Range, Space
+from evomerge.spaces.route_weights import RouteWeightSpace
+from evomerge.spaces.weights import Range, WeightSpace
 
-__all__ = ["Axis", "Baseline", "HopSpace", "Range", "SearchSpace", "Space", "baselines", "soup"]
+__all__ = ["Axis", "Baseline", "Range", "RouteWeightSpace", "SearchSpace", "WeightSpace", "baselines", "soup"]

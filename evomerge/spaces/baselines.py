@@ -9,7 +9,7 @@ from typing import Literal
 
 from evomerge.methods import method
 from evomerge.recipes import Recipe
-from evomerge.spaces.weights import Space
+from evomerge.spaces.weights import WeightSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +21,24 @@ class Baseline:
     recipe: Recipe
 
 
-def baselines(space: Space) -> list[Baseline]:
+def baselines(space: WeightSpace) -> list[Baseline]:
     """Parents first, then hand recipes over all models of a space: the same for every search method."""
     return [*_parents(space), *_hand(space)]
 
 
-def soup(space: Space, names: Sequence[str]) -> Baseline:
+def soup(space: WeightSpace, names: Sequence[str]) -> Baseline:
     """The plain average of some of a space's models, the base among them or not."""
     return Baseline(
         f"soup of {' + '.join(names)}", "hand", _with(space, "linear", tuple(names)).uniform({"weight": 1.0})
     )
 
 
-def _parents(space: Space) -> Iterator[Baseline]:
+def _parents(space: WeightSpace) -> Iterator[Baseline]:
     for name in (space.base, *space.models):
         yield Baseline(name, "parent", _with(space, "passthrough", (name,)).uniform({}))
 
 
-def _hand(space: Space) -> Iterator[Baseline]:
+def _hand(space: WeightSpace) -> Iterator[Baseline]:
     models = space.models
     average = _with(space, "linear", (space.base, *models)).uniform({"weight": 1.0})
     yield Baseline("uniform average", "hand", average)
@@ -65,6 +65,6 @@ def _hand(space: Space) -> Iterator[Baseline]:
             yield Baseline(f"{' + '.join(pair)} at 1", "hand", sums.uniform({"weight": both}))
 
 
-def _with(space: Space, name: str, models: tuple[str, ...]) -> Space:
+def _with(space: WeightSpace, name: str, models: tuple[str, ...]) -> WeightSpace:
     """The space's layers under another method and other models, nothing fixed."""
     return replace(space, method=method(name), models=models, ranges={}, dead=frozenset(), searchable=False)

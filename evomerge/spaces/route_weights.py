@@ -19,7 +19,7 @@ WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class HopSpace:
+class RouteWeightSpace:
     """Weight search around a recipe: in each group of output layers, what is added to each model's weight.
 
     recipe: what is searched around; models: those whose weights move; groups: how many groups of output layers; reach: most

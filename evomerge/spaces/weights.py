@@ -30,7 +30,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Space:
+class WeightSpace:
     """Weight search: layer groups x components x parents x parameters of one method.
 
     groups: sizes of the layer groups from the bottom, ragged allowed. segments: (text in a tensor's name, component)

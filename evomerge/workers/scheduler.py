@@ -25,7 +25,7 @@ _RECENT = 255  # finished jobs that the running median is taken over
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerSlot:
     """A worker process that can take jobs. number: its own, never used again; name: of its place in the pool, kept when the process
     is replaced; place: what it shares with others that fail by the same cause, such as a GPU or a CPU-only node."""
 
@@ -67,7 +67,7 @@ class Try:
     """A job at a worker. started: unix seconds; nth: of its job, from 1."""
 
     number: int
-    seat: Seat
+    seat: WorkerSlot
     task: _Task
     started: float
     nth: int
@@ -78,7 +78,7 @@ class Try:
         return self.task.job
 
 
-class Slots:
+class Scheduler:
     """The queue, the workers, and who does what. Every `now` is in unix seconds and never less than the one before."""
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -87,12 +87,12 @@ class Slots:
         self.results: deque[tuple[Job, Evaluation]] = deque()
         self.ended: list[Attempt] = []
         self.aside: set[str] = set()  # places that get no jobs any more
-        self.worn: list[tuple[Seat, str]] = []  # workers to be replaced, and why; no longer seated here
+        self.worn: list[tuple[WorkerSlot, str]] = []  # workers to be replaced, and why; no longer seated here
         self._fresh: list[tuple[int, float, int, _Task]] = []  # heap, by turn, the longest first
         self._again: list[_Task] = []  # tried before, and first in line
         self._unsettled: dict[int, _Task] = {}  # by the job's slot
-        self._seats: dict[int, Seat] = {}
-        self._idle: dict[int, Seat] = {}
+        self._seats: dict[int, WorkerSlot] = {}
+        self._idle: dict[int, WorkerSlot] = {}
         self._running: dict[int, Try] = {}  # by worker
         self._tries: dict[int, Try] = {}  # of which an answer may still come
         self._places: Counter[str] = Counter()  # workers that may be given jobs
@@ -152,13 +152,13 @@ class Slots:
                 break
         return given
 
-    def _next(self, seat: Seat) -> _Task | None:
+    def _next(self, seat: WorkerSlot) -> _Task | None:
         for i, task in enumerate(self._again):
             if self._may(task, seat):
                 return self._again.pop(i)
         return heapq.heappop(self._fresh)[3] if self._fresh else None
 
-    def _may(self, task: _Task, seat: Seat) -> bool:
+    def _may(self, task: _Task, seat: WorkerSlot) -> bool:
         """Whether no better worker is there for a job tried before: on another device, else another worker."""
         places, numbers = {place for _, place, _ in task.away}, {number for number, _, _ in task.away}
         if seat.place not in places or _other(self._places, places):
@@ -168,7 +168,7 @@ class Slots:
 
     # ---- workers -----------------------------------------------------------------------------------------------------
 
-    def join(self, seat: Seat, now: float) -> None:
+    def join(self, seat: WorkerSlot, now: float) -> None:
         """A worker is ready."""
         self._seats[seat.number], self._joined[seat.number] = seat, now
         self._use.setdefault(seat.name, Use())
@@ -216,7 +216,7 @@ class Slots:
             return f"{self._row} failures of workers in a row and no candidate scored between them; the first because: {self._first_cause}"
         return None
 
-    def overdue(self, now: float) -> list[Seat]:
+    def overdue(self, now: float) -> list[WorkerSlot]:
         """Workers whose job takes too long, which count as gone from now on: kill them. To be asked about once a second."""
         late = [t for t in self._running.values() if now - t.started > self.limit(t.job.cost)]
         for found in late:
@@ -368,7 +368,7 @@ class Slots:
 
     # ---- failures of workers and devices -----------------------------------------------------------------------------
 
-    def _free(self, seat: Seat, found: Evaluation, now: float, memory: int) -> None:
+    def _free(self, seat: WorkerSlot, found: Evaluation, now: float, memory: int) -> None:
         """A worker has done its job: it is idle, or it is to be replaced."""
         first = self._memory.setdefault(seat.number, memory) or memory
         if found.error is not None and breaks_device(found.error):
@@ -378,12 +378,12 @@ class Slots:
         elif seat.place not in self.aside:
             self._idle[seat.number] = seat
 
-    def _wear(self, seat: Seat, why: str, now: float) -> None:
+    def _wear(self, seat: WorkerSlot, why: str, now: float) -> None:
         log.warning("worker %s is replaced: %s", seat.name, why)
         self._unseat(seat.number, now)
         self.worn.append((seat, why))
 
-    def _unseat(self, number: int, now: float) -> Seat | None:
+    def _unseat(self, number: int, now: float) -> WorkerSlot | None:
         seat = self._seats.pop(number, None)
         if seat is None:
             return None
@@ -394,7 +394,7 @@ class Slots:
             self._unplace(seat)
         return seat
 
-    def _unplace(self, seat: Seat) -> None:
+    def _unplace(self, seat: WorkerSlot) -> None:
         self._places[seat.place] -= 1
         if not self._places[seat.place]:
             del self._places[seat.place]

@@ -18,11 +18,11 @@ from evomerge.checkpoints.checkpoint import stamps
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError
 from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
 from evomerge.evaluation import perplexity_screen as gating
-from evomerge.evaluation.perplexity_screen import Gate
+from evomerge.evaluation.perplexity_screen import PerplexityScreen
 from evomerge.merging import parent_placement
-from evomerge.merging.live_model import Live
+from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ class Worker:
         *,
         dtype: str,
         device: str = "cpu",
-        gate: Gate | None = None,
+        gate: PerplexityScreen | None = None,
     ) -> None:
         """dtype: the type of the tensors that are scored and shipped. gate: what a route has to pass before it is scored.
 
         Loads the base once as the resident model.
         """
         self.evaluator, self.device, self.gate = evaluator, device, gate
-        self.known = Tables(build=True, ranks_bytes=_spare() // 4)
+        self.known = MagnitudeTables(build=True, ranks_bytes=_spare() // 4)
         self.model = load(parents[base], dtype).to(device)
         host = (
             0 if device == "cpu" else _spare()
@@ -58,7 +58,7 @@ class Worker:
         self.parents = {
             name: parent_placement.held(parent, self.places[name], device) for name, parent in parents.items()
         }
-        self.live = Live(parents, self.parents, base, self.model, dtype, device, self.known)
+        self.live = ModelBuilder(parents, self.parents, base, self.model, dtype, device, self.known)
         self._stamps = stamps({file for parent in parents.values() for file in parent.files})
         self._finite = True
         self._watched: set[int] = set()

@@ -35,7 +35,7 @@ from evomerge.optimizers import Array
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Mix, Recipe
 from evomerge.workers import Job, Limits, Pool
-from evomerge.workers.scheduler import Seat, Slots, Try
+from evomerge.workers.scheduler import Scheduler, Try, WorkerSlot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PASS = Mix("passthrough", (("base", None),), ())
@@ -123,12 +123,14 @@ def simulate(
 ) -> Night:
     """A search from its first generation to its end; shares are of the time from when all islands are at their second generation
     until one is at its end. shares: keep what they are made of; without it the memory is the scheduler's and the simulation's alone."""
-    slots, crowd, now = Slots(limits), Islands(islands, population, generations, pipelined), 1.0
+    slots, crowd, now = Scheduler(limits), Islands(islands, population, generations, pipelined), 1.0
     slots.expected = workers
     numbers = count(1)
     for i in range(workers):
-        slots.join(Seat(next(numbers), f"w{i}", f"host{i // 8} cuda:{i % 8}"), now)
-    events: list[tuple[float, int, Try | Seat]] = []  # what ends when: a try, or the opening of a worker
+        slots.join(WorkerSlot(next(numbers), f"w{i}", f"host{i // 8} cuda:{i % 8}"), now)
+    events: list[
+        tuple[float, int, Try | WorkerSlot]
+    ] = []  # what ends when: a try, or the opening of a worker
     order, next_look = count(), now
     total, results, failed = islands * population * generations, 0, 0
     spans: list[tuple[float, float, bool]] = []
@@ -146,7 +148,7 @@ def simulate(
                 heapq.heappush(events, (now + OPENING, next(order), replace(seat, number=next(numbers))))
         else:
             now, _, what = heapq.heappop(events)
-            if isinstance(what, Seat):
+            if isinstance(what, WorkerSlot):
                 slots.join(what, now)
             elif slots._running.get(what.seat.number) is what:
                 slots.finished(what.number, evaluation(), now, now - what.started)

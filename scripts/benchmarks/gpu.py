@@ -30,8 +30,8 @@ from evomerge.merging import merge
 from evomerge.merging.parent_placement import held
 from evomerge.merging.routing import routed_model
 from evomerge.merging.routing.routed_model import Hop, Routed
-from evomerge.merging.weight_map import Resident
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.merging.weight_map import WeightMap
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes.mergekit_yaml import reader
 from scripts.benchmarks import merge as bench_merge
 from scripts.benchmarks import search as bench_search
@@ -110,8 +110,8 @@ def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Itera
     for place in places:
         parents: Any = {name: held(parent, place, args.device) for name, parent in files.items()}
         skeleton = bench_merge.skeleton(models[0]).to(args.device)
-        resident = Resident(skeleton, files[str(models[0])].tensors)
-        known = Tables(build=True, ranks_bytes=8 << 30)
+        resident = WeightMap(skeleton, files[str(models[0])].tensors)
+        known = MagnitudeTables(build=True, ranks_bytes=8 << 30)
         for method in args.methods if place == "device" else ("task_arithmetic", "ties"):
             file = bench_merge.recipe(method, models, scratch)
             recipe = reader.load(

@@ -33,9 +33,9 @@ import yaml
 from evomerge import _yaml
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging import checkpoint_writer, merge
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused import c_library
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes.mergekit_yaml import reader
 
 REPO = Path(__file__).resolve().parents[2]
@@ -148,8 +148,8 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     recipes = {method: recipe(method, models, scratch) for method in args.methods}
     kept = json.loads(args.rows.read_text()) if args.rows and args.rows.is_file() else {}
     rows: dict[str, Any] = {"bytes": nbytes, "parameters": nbytes // 2, "methods": kept}
-    resident = Resident(skeleton(models[0]), parents[str(models[0])].tensors)
-    known = Tables(build=True, ranks_bytes=8 << 30)
+    resident = WeightMap(skeleton(models[0]), parents[str(models[0])].tensors)
+    known = MagnitudeTables(build=True, ranks_bytes=8 << 30)
     for method, file in recipes.items():
         if method in kept:
             continue

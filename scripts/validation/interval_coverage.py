@@ -33,7 +33,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Mix, Recipe, Setting
 from evomerge.search import Plan, Study, one_stage
 from evomerge.search.racing import Race
-from evomerge.spaces import Range, Space, baselines
+from evomerge.spaces import Range, WeightSpace, baselines
 from evomerge.store import Store
 from evomerge.workers import InProcessPool
 
@@ -137,7 +137,7 @@ def items(seed: int) -> dict[str, Items]:
 
 def plan(seed: int, race: Race | None = None) -> Plan:
     """A search of the landscape, the optimizer and the items of its own."""
-    space = Space(
+    space = WeightSpace(
         method=method("task_arithmetic"), base="base", models=tuple(GOALS), groups=(2, 1), components=("attention", "mlp"),
         segments=((".self_attn.", "attention"), (".mlp.", "mlp")), ranges={"weight": Range(-0.5, 2.0, 0.3)},
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint, check_compatible, open_parent
-from evomerge.checkpoints.lora import Adapted
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.checkpoints.reference import split_reference
 from evomerge.errors import CheckpointError, ConfigError
 from evomerge.merging import merge
@@ -115,7 +115,7 @@ def test_a_tensor_is_the_base_plus_the_product(
     settings: dict[str, Any], scales: tuple[float, ...], base: Checkpoint, tmp_path: Path
 ) -> None:
     tensors = pair(Q) | pair(V, seed=2)
-    parent = Adapted(base, adapter(tmp_path / "lora", tensors, **settings))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors, **settings))
     for module, scale in zip((Q, V), scales, strict=True):
         expected = looped(base.tensor(f"{module}.weight"), *tensors_of(tensors, module), scale)
         near(parent.tensor(f"{module}.weight"), expected)
@@ -126,14 +126,14 @@ def test_a_tensor_is_the_base_plus_the_product(
 
 def test_a_rank_of_its_own_is_read_from_the_pattern(base: Checkpoint, tmp_path: Path) -> None:
     tensors = pair(Q, 2) | pair(V, 4, seed=2)
-    parent = Adapted(base, adapter(tmp_path / "lora", tensors, rank_pattern={"q_proj": 2}))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors, rank_pattern={"q_proj": 2}))
     expected = looped(base.tensor(f"{Q}.weight"), *tensors_of(tensors, Q), 8 / 2)
     near(parent.tensor(f"{Q}.weight"), expected)
 
 
 def test_embeddings_are_folded_transposed(base: Checkpoint, tmp_path: Path) -> None:
     tensors = embedding()
-    parent = Adapted(base, adapter(tmp_path / "lora", tensors))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors))
     expected = looped(base.tensor(f"{EMBEDDING}.weight"), *tensors.values(), 2.0, transposed=True)
     near(parent.tensor(f"{EMBEDDING}.weight"), expected)
 
@@ -143,14 +143,14 @@ def test_a_module_saved_whole_replaces_the_bases(base: Checkpoint, tmp_path: Pat
     folder = adapter(
         tmp_path / "lora", pair(Q) | {f"{PREFIX}{HEAD}.weight": head}, modules_to_save=["lm_head"]
     )
-    assert torch.equal(Adapted(base, folder).tensor("lm_head.weight"), head)
+    assert torch.equal(AdaptedCheckpoint(base, folder).tensor("lm_head.weight"), head)
 
 
 def test_an_embedding_saved_with_its_adapter_is_replaced_and_then_changed(
     base: Checkpoint, tmp_path: Path
 ) -> None:
     tensors, start = embedding(), noise(*SHAPES[EMBEDDING], seed=4)
-    parent = Adapted(
+    parent = AdaptedCheckpoint(
         base, adapter(tmp_path / "lora", tensors | {f"{PREFIX}{EMBEDDING}.base_layer.weight": start})
     )
     expected = looped(start, *tensors.values(), 2.0, transposed=True)
@@ -164,7 +164,7 @@ def test_the_sum_is_rounded_once_to_the_bases_type(
     """Rounded from float32: never further from the exact sum than half a step of bfloat16, and a little."""
     base = Checkpoint(tiny["base"])
     tensors = {name: tensor.to(given) for name, tensor in pair(Q).items()}
-    found = Adapted(base, adapter(tmp_path / "lora", tensors)).tensor(f"{Q}.weight")
+    found = AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors)).tensor(f"{Q}.weight")
     exact = looped(base.tensor(f"{Q}.weight"), *tensors_of(tensors, Q), 2.0)
     step = torch.exp2(torch.floor(torch.log2(exact.abs())) - 7)
     assert found.dtype == torch.bfloat16
@@ -210,7 +210,7 @@ def test_weights_that_keep_inputs_first_are_changed_transposed(
     module = f"transformer.h.1.{name}"
     columns, rows = base.tensors[f"{prefix}h.1.{name}.weight"].shape
     tensors = pair(module, shape=(rows, columns))
-    parent = Adapted(base, adapter(tmp_path / "lora", tensors, fan_in_fan_out=flag))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors, fan_in_fan_out=flag))
     expected = looped(
         base.tensor(f"{prefix}h.1.{name}.weight"), *tensors_of(tensors, module), 2.0, transposed=True
     )
@@ -223,7 +223,7 @@ def test_biases_saved_with_the_adapter_replace_the_bases(tmp_path: Path) -> None
     tensors = pair("transformer.h.0.attn.c_attn", shape=(24, 8)) | {
         f"{PREFIX}transformer.h.0.attn.c_attn.bias": bias
     }
-    parent = Adapted(base, adapter(tmp_path / "lora", tensors, bias="lora_only"))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors, bias="lora_only"))
     assert torch.equal(parent.tensor("transformer.h.0.attn.c_attn.bias"), bias)
     assert len(parent.changed) == 2
 
@@ -232,7 +232,7 @@ def test_biases_saved_with_the_adapter_replace_the_bases(tmp_path: Path) -> None
 
 
 def test_an_adapted_parent_names_its_tensors_as_its_base_does(base: Checkpoint, tmp_path: Path) -> None:
-    parent = Adapted(base, adapter(tmp_path / "lora", pair(Q)))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", pair(Q)))
     for field in ("path", "config", "tensors", "num_layers", "stack", "dtype", "nbytes", "largest"):
         assert getattr(parent, field) == getattr(base, field)
     assert parent.place(f"{Q}.weight") == base.place(f"{Q}.weight")
@@ -251,7 +251,7 @@ def test_an_adapted_parent_names_its_tensors_as_its_base_does(base: Checkpoint, 
 
 def test_reading_leaves_the_base_as_it_is(base: Checkpoint, tmp_path: Path) -> None:
     before = base.content_hash()
-    parent = Adapted(base, adapter(tmp_path / "lora", pair(Q) | embedding()))
+    parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", pair(Q) | embedding()))
     first = {name: parent.tensor(name) for name in parent.tensors}
     for name, tensor in first.items():
         assert torch.equal(tensor, parent.tensor(name))
@@ -265,7 +265,7 @@ def test_reading_leaves_the_base_as_it_is(base: Checkpoint, tmp_path: Path) -> N
 def test_the_hash_follows_what_changes_the_weights_and_nothing_else(
     base: Checkpoint, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
-    plain = Adapted(base, adapter(tmp_path / "plain", pair(Q))).content_hash()
+    plain = AdaptedCheckpoint(base, adapter(tmp_path / "plain", pair(Q))).content_hash()
     same = adapter(
         tmp_path / "same",
         pair(Q),
@@ -273,12 +273,12 @@ def test_the_hash_follows_what_changes_the_weights_and_nothing_else(
         lora_dropout=0.1,
         alpha_pattern={"k_proj": 3},
     )
-    assert Adapted(base, same).content_hash() == plain
+    assert AdaptedCheckpoint(base, same).content_hash() == plain
     others = [
-        Adapted(base, adapter(tmp_path / "alpha", pair(Q), lora_alpha=9)),
-        Adapted(base, adapter(tmp_path / "stable", pair(Q), use_rslora=True)),
-        Adapted(base, adapter(tmp_path / "values", pair(Q, seed=5))),
-        Adapted(Checkpoint(tiny["base"]), tmp_path / "plain"),
+        AdaptedCheckpoint(base, adapter(tmp_path / "alpha", pair(Q), lora_alpha=9)),
+        AdaptedCheckpoint(base, adapter(tmp_path / "stable", pair(Q), use_rslora=True)),
+        AdaptedCheckpoint(base, adapter(tmp_path / "values", pair(Q, seed=5))),
+        AdaptedCheckpoint(Checkpoint(tiny["base"]), tmp_path / "plain"),
     ]
     assert len({plain, base.content_hash(), *(other.content_hash() for other in others)}) == 6
 
@@ -286,7 +286,7 @@ def test_the_hash_follows_what_changes_the_weights_and_nothing_else(
 def test_a_merge_reads_it_as_the_model_it_stands_for(
     base: Checkpoint, tiny32: dict[str, Path], tmp_path: Path
 ) -> None:
-    lora = Adapted(base, adapter(tmp_path / "lora", pair(Q) | pair(DOWN) | embedding()))
+    lora = AdaptedCheckpoint(base, adapter(tmp_path / "lora", pair(Q) | pair(DOWN) | embedding()))
     whole = tmp_path / "whole"
     shutil.copytree(base.path, whole)
     save_file(
@@ -310,14 +310,16 @@ def test_a_merge_reads_it_as_the_model_it_stands_for(
 
 def test_a_tied_embedding_that_was_trained_apart_is_refused_and_one_with_lora_is_not(tmp_path: Path) -> None:
     base = Checkpoint(build(tmp_path / "tied", torch.float32, ("base",), tied=True)["base"])
-    assert Adapted(base, adapter(tmp_path / "lora", embedding())).changed == (f"{EMBEDDING}.weight",)
+    assert AdaptedCheckpoint(base, adapter(tmp_path / "lora", embedding())).changed == (
+        f"{EMBEDDING}.weight",
+    )
     whole = {f"{PREFIX}{EMBEDDING}.weight": noise(*SHAPES[EMBEDDING])}
     with pytest.raises(CheckpointError, match="shares with its head"):
-        Adapted(base, adapter(tmp_path / "saved", whole, modules_to_save=["embed_tokens"]))
+        AdaptedCheckpoint(base, adapter(tmp_path / "saved", whole, modules_to_save=["embed_tokens"]))
     with pytest.raises(
         CheckpointError, match=r"'base_model\.model\.lm_head\.lora_A\.weight' .* matches no tensor"
     ):
-        Adapted(base, adapter(tmp_path / "head", pair(HEAD)))
+        AdaptedCheckpoint(base, adapter(tmp_path / "head", pair(HEAD)))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -352,7 +354,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused(name: str, base: Checkpoin
     settings, said = REFUSED[name]
     folder = adapter(tmp_path / "lora", pair(Q), **settings)
     with pytest.raises(CheckpointError, match=said) as error:
-        Adapted(base, folder)
+        AdaptedCheckpoint(base, folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -383,7 +385,7 @@ def test_a_tensor_that_does_not_fit_the_base_is_refused(name: str, base: Checkpo
     tensors, said = STRAY[name]
     folder = adapter(tmp_path / "lora", tensors)
     with pytest.raises(CheckpointError, match=said) as error:
-        Adapted(base, folder)
+        AdaptedCheckpoint(base, folder)
     assert str(folder) in str(error.value)
 
 
@@ -391,14 +393,14 @@ def test_files_that_are_missing_or_pickled_are_said(base: Checkpoint, tmp_path: 
     folder = adapter(tmp_path / "lora", pair(Q))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="a pickle; load it with peft"):
-        Adapted(base, folder)
+        AdaptedCheckpoint(base, folder)
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be opened"):
-        Adapted(base, folder)
+        AdaptedCheckpoint(base, folder)
     with pytest.raises(
         CheckpointError, match=r"adapter_config\.json is missing; give the folder of a LoRA adapter"
     ):
-        Adapted(base, tmp_path)
+        AdaptedCheckpoint(base, tmp_path)
     with pytest.raises(
         CheckpointError, match=r"lora is a LoRA adapter: name it with its base, as base\+lora"
     ):
@@ -471,7 +473,7 @@ def test_a_parent_is_opened_by_its_reference(tiny32: dict[str, Path], tmp_path: 
     folder = adapter(tmp_path / "lora", pair(Q))
     assert isinstance(open_parent(str(tiny32["base"])), Checkpoint)
     parent = open_parent(f"{tiny32['base']}+{folder}")
-    assert isinstance(parent, Adapted)
+    assert isinstance(parent, AdaptedCheckpoint)
     assert parent.changed == (f"{Q}.weight",)
     with pytest.raises(CheckpointError, match="there is no folder"):
         open_parent(f"{tiny32['base']}+{tmp_path}/nowhere")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evomerge.checkpoints import Checkpoint, open_parent
-from evomerge.checkpoints.lora import Adapted
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.merging import merge
 from evomerge.recipes import Mix, Recipe, params
 
@@ -111,7 +111,7 @@ def theirs(tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("name", [*LLAMA, *GPT2])
 def test_peft_merges_the_same_weights(name: str, theirs: Path, base: Checkpoint) -> None:
     start = Checkpoint(theirs / "gpt2") if name in GPT2 else base
-    ours, merged = Adapted(start, theirs / f"{name}-adapter"), Checkpoint(theirs / f"{name}-merged")
+    ours, merged = AdaptedCheckpoint(start, theirs / f"{name}-adapter"), Checkpoint(theirs / f"{name}-merged")
     assert set(ours.tensors) == set(merged.tensors)
     for tensor in merged.tensors:
         torch.testing.assert_close(

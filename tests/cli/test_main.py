@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from evomerge.checkpoints import Checkpoint
 from evomerge.cli.main import app
 from evomerge.merging import merge, model_loading
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from evomerge.store import Store
 from tests.support.toy import (
     REPO,
@@ -482,7 +482,7 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     with Store.open(small.root / "small" / "study.db") as store:
         recipe = store.recipe(store.study().outcome["best"]["recipe"])  # type: ignore[union-attr,index]
     model = model_loading.load(parents["base"], "bfloat16")
-    merge.into(recipe, parents, Resident(model, parents["base"].tensors))
+    merge.into(recipe, parents, WeightMap(model, parents["base"].tensors))
     shipped = load_file(small.weights / "model.safetensors")
     inside = dict(model.named_parameters())
     assert set(shipped) == set(inside)

@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, Method, Param, Values
 from evomerge.methods.fused import merge_tensor
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.methods.fused.weighted_sum import Pair
 from tests.support.merge_references import corners, is_empty_average
 
@@ -92,7 +92,7 @@ def merge(
         values,
         keys,
         out,
-        Tables(),
+        MagnitudeTables(),
     )
     assert finite == bool(torch.isfinite(out).all())
     return out

@@ -15,7 +15,7 @@ from torch import nn
 from evomerge import config
 from evomerge.config import loading, schema
 from evomerge.errors import CandidateError, ConfigError, TaskError
-from evomerge.evaluation import ROLES, Several
+from evomerge.evaluation import ROLES, CombinedTasks
 from evomerge.evaluation.python_tasks import PythonSpec, PythonTasks
 from evomerge.launch import opening, prepare
 from tests.support.toy import in_process, search_file
@@ -192,7 +192,7 @@ def test_changed_source_or_items_have_another_fingerprint(module: str, tmp_path:
 def test_several_sets_are_asked_for_their_own(module: str) -> None:
     one = PythonTasks([PythonSpec("one", f"{module}:weigh")], None, model())
     two = PythonTasks([PythonSpec("two", f"{module}:some", higher_is_better=False)], None, model())
-    both = Several([one, two])
+    both = CombinedTasks([one, two])
     for role in ROLES:
         assert both.items(role) == {**one.items(role), **two.items(role)}
     asked = {"two": both.items("test")["two"][:2], "one": both.items("search")["one"][:3]}
@@ -201,7 +201,7 @@ def test_several_sets_are_asked_for_their_own(module: str) -> None:
     assert (both.sign("one"), both.sign("two")) == (1, -1)
     assert both.fingerprint() == one.fingerprint() | two.fingerprint()
     with pytest.raises(TaskError, match="called 'one'"):
-        Several([one, one])
+        CombinedTasks([one, one])
 
 
 # ---- in a search -----------------------------------------------------------------------------------------------------

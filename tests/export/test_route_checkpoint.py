@@ -22,7 +22,7 @@ from evomerge.merging import atomic_folder, checkpoint_writer, merge
 from evomerge.merging.model_loading import load
 from evomerge.merging.routing.decoder_layers import stack
 from evomerge.merging.routing.routed_model import Hop, Routed
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.store import Store
 from tests.support import shipped_routes
@@ -372,6 +372,6 @@ def test_layers_in_place_of_a_model_with_other_types_compute_with_their_own(tmp_
     assert merged["layer_types"][0] == F
     own = files["base"].config["layer_types"]
     assert merged["layer_types"] == [F, *own[1:3], F]
-    skeleton = Resident(load(files["base"], "float32"), files["base"].tensors)
+    skeleton = WeightMap(load(files["base"], "float32"), files["base"].tensors)
     with pytest.raises(CandidateError, match="say other things of its layers than the base's"):
         merge.into(recipe, files, skeleton)

@@ -17,12 +17,12 @@ import torch
 from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.evaluation import Items, ItemScore
 from evomerge.merging import checkpoint_writer, model_loading
-from evomerge.merging.live_model import Live
+from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load
 from evomerge.merging.parent_placement import Place, held
 from evomerge.merging.routing import decoder_layers, routed_model
 from evomerge.merging.routing.routed_model import Routed
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.store import Store
 from evomerge.workers.worker import Worker
@@ -55,16 +55,16 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parent]:
     }
 
 
-def on_gpu(parents: dict[str, Parent], place: Place) -> Live:
+def on_gpu(parents: dict[str, Parent], place: Place) -> ModelBuilder:
     kept = {name: held(parent, place, "cuda") for name, parent in parents.items()}
-    return Live(
+    return ModelBuilder(
         parents,
         kept,
         "base",
         load(parents["base"], "bfloat16").cuda(),
         "bfloat16",
         "cuda",
-        Tables(build=True),
+        MagnitudeTables(build=True),
     )
 
 

@@ -27,7 +27,7 @@ from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods import METHODS
 from evomerge.recipes import Recipe
 from evomerge.recipes.mergekit_yaml import reader, writer
-from evomerge.spaces import Range, Space
+from evomerge.spaces import Range, WeightSpace
 from tests.support.parity_cases import finish, start, ulps
 
 # ---- recipes that both must read alike; $base, $math, $code, $chat are folders
@@ -415,12 +415,12 @@ DARE_ONE = {
 # ---- the way back: points of a search space, written as YAML
 
 
-def space(method: str, out_dtype: str) -> Space:
+def space(method: str, out_dtype: str) -> WeightSpace:
     rule = METHODS[method]
     ranges = {p.name: Range(p.low, p.high, 0.4 * p.low + 0.6 * p.high) for p in rule.params if not p.flag}
     models = ("math", "code", "chat")[: rule.models[1]]
     segments = (("self_attn.", "attention"), (".mlp.", "mlp"))
-    return Space(
+    return WeightSpace(
         rule,
         "base",
         models,

@@ -19,12 +19,12 @@ from evomerge.errors import ConfigError
 from evomerge.launch import route_stages
 from evomerge.launch import stages as stages_module
 from evomerge.merging import checkpoint_writer
-from evomerge.merging.live_model import Live
+from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.search import Start
-from evomerge.spaces import HopSpace
+from evomerge.spaces import RouteWeightSpace
 from evomerge.store import Store
 from tests.integration.test_kill import check, kill_after
 from tests.support.toy import Prepared, count_rows, in_process, llama, search_file, stored_rows
@@ -256,7 +256,7 @@ ROUTE = Recipe(
 
 
 def test_a_genome_of_zeros_is_the_route_and_the_axes_are_groups_by_models() -> None:
-    space = HopSpace(ROUTE, "base", ("a", "b"), groups=3)
+    space = RouteWeightSpace(ROUTE, "base", ("a", "b"), groups=3)
     assert space.decode(space.start) is ROUTE
     assert space.encode(ROUTE) == space.start
     assert space.encode(MERGED) is None
@@ -266,7 +266,7 @@ def test_a_genome_of_zeros_is_the_route_and_the_axes_are_groups_by_models() -> N
 
 def test_a_small_step_from_a_route_is_a_small_change_of_its_weights(parents: dict[str, Parent]) -> None:
     """Every layer moves by the step times the task vector, whether it was merged, passed through, or the base's."""
-    space = HopSpace(ROUTE, "base", ("a", "b"), groups=3)
+    space = RouteWeightSpace(ROUTE, "base", ("a", "b"), groups=3)
     genome = list(space.start)
     genome[2] = space.axes[2].gene(0.125)  # the weight of `a` in the second group: hops 2 and 3
     recipe = space.decode(genome)
@@ -292,7 +292,9 @@ def test_a_small_step_from_a_route_is_a_small_change_of_its_weights(parents: dic
         merged[4],
         at["b"][4],
     ]
-    live = Live(parents, parents, "base", load(parents["base"], "float32"), "float32", "cpu", Tables())
+    live = ModelBuilder(
+        parents, parents, "base", load(parents["base"], "float32"), "float32", "cpu", MagnitudeTables()
+    )
     unscaled = Recipe(recipe.base, recipe.layers, recipe.embeddings, recipe.head, out_dtype="float32")
     view = live.view(unscaled)
     view.install()
@@ -315,7 +317,7 @@ def test_methods_without_a_weight_for_each_model_stay_as_they_are(
 ) -> None:
     arc = Mix("slerp", (("a", 1),), ("base", 1), params({"t": 0.5}))
     recipe = Recipe("base", (passed("a", 0), arc), passed("a", None), passed("a", None), out_dtype="float32")
-    space = HopSpace(recipe, "base", ("a", "b"), groups=1)
+    space = RouteWeightSpace(recipe, "base", ("a", "b"), groups=1)
     found = space.decode([0.3, -0.2])
     assert found.layers[1] == arc
     assert found.layers[0].method == "task_arithmetic"

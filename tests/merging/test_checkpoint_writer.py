@@ -26,7 +26,7 @@ from evomerge.methods import METHODS
 from evomerge.recipes import chat_templates
 from evomerge.workers.worker import Worker
 from tests.checkpoints.test_lora import Q, adapter, looped, pair, tensors_of
-from tests.merging.test_merge import Resident, assert_equal, candidate, files, live, load_model
+from tests.merging.test_merge import WeightMap, assert_equal, candidate, files, live, load_model
 from tests.support import architectures
 
 Parents = dict[str, Checkpoint]
@@ -323,7 +323,7 @@ def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -
             weights = {"base": 1.0, "math": 0.5, "code": 0.5}
             mean = sum(w * own[m].tensor(name).double() for m, w in weights.items()) / sum(weights.values())
             torch.testing.assert_close(out.tensor(name).double(), mean, rtol=2**-7, atol=1e-6)
-    resident = Resident(architectures.load(paths["base"], kind, torch.bfloat16), own["base"].tensors)
+    resident = WeightMap(architectures.load(paths["base"], kind, torch.bfloat16), own["base"].tensors)
     four = own | {"chat": own["code"]}
     listed = dict(merge.merged(candidate("linear"), four))
     merge.into(candidate("linear"), four, resident)

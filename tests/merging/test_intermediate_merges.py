@@ -19,7 +19,7 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import EvomergeError, RecipeError
 from evomerge.export.recipe_file import merge_file
 from evomerge.merging import checkpoint_writer, merge
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, TokenizerSpec, params
 from evomerge.recipes.mergekit_yaml.reader import load
 from evomerge.recipes.mergekit_yaml.writer import dump, with_outer_filters
@@ -234,7 +234,7 @@ def parents(tiny: dict[str, Path]) -> dict[str, Checkpoint]:
 def test_tables_of_a_search_remember_no_stage_of_another_recipe(
     method: str, parents: dict[str, Checkpoint], tiny: Any, tmp_path: Path
 ) -> None:
-    known, resident = Tables(build=True), live(tiny["base"])
+    known, resident = MagnitudeTables(build=True), live(tiny["base"])
     for i, weight in enumerate((0.2, 0.9, -0.4, 0.2)):
         recipe = staged(method, weight, i)
         merge.into(recipe, parents, resident, known)

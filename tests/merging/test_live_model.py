@@ -13,13 +13,13 @@ from torch import nn
 from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.errors import RecipeError
 from evomerge.evaluation import Items, ItemScore, perplexity_screen
-from evomerge.evaluation.perplexity_screen import NATS, Gate, Row
+from evomerge.evaluation.perplexity_screen import NATS, PerplexityScreen, Row
 from evomerge.merging import checkpoint_writer
-from evomerge.merging.live_model import Live
+from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.merge import Merge
 from evomerge.merging.model_loading import load
 from evomerge.merging.routing.decoder_layers import stack
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Filtered, Mix, Recipe, params
 from evomerge.workers.worker import Worker
 from tests.support.toy import llama
@@ -38,9 +38,15 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parent]:
 
 
 @pytest.fixture(scope="module")
-def live(parents: dict[str, Parent]) -> Live:
-    return Live(
-        parents, parents, "base", load(parents["base"], "bfloat16"), "bfloat16", "cpu", Tables(build=True)
+def live(parents: dict[str, Parent]) -> ModelBuilder:
+    return ModelBuilder(
+        parents,
+        parents,
+        "base",
+        load(parents["base"], "bfloat16"),
+        "bfloat16",
+        "cpu",
+        MagnitudeTables(build=True),
     )
 
 
@@ -115,7 +121,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_live_recipe_is_the_model_on_disk(
-    name: str, parents: dict[str, Parent], live: Live, tmp_path: Path
+    name: str, parents: dict[str, Parent], live: ModelBuilder, tmp_path: Path
 ) -> None:
     checkpoint_writer.write(RECIPES[name], parents, tmp_path / "written")
     wanted = logits(load(Checkpoint(tmp_path / "written"), "bfloat16"))
@@ -126,7 +132,7 @@ def test_a_live_recipe_is_the_model_on_disk(
         live.view(merged())  # what the skeleton holds in between is another model
 
 
-def test_layers_that_are_passed_through_are_the_parents_own(live: Live) -> None:
+def test_layers_that_are_passed_through_are_the_parents_own(live: ModelBuilder) -> None:
     view = live.view(RECIPES["repeats, skips, two parents"])
     view.install()
     sources = {p.data_ptr() for name in ("a", "b") for p in live.model(name).parameters()}
@@ -138,7 +144,7 @@ def test_layers_that_are_passed_through_are_the_parents_own(live: Live) -> None:
     assert live.costs(view)["parameters"] == whole + layer
 
 
-def test_routes_of_one_kind_share_a_module_and_weight_merges_the_skeleton(live: Live) -> None:
+def test_routes_of_one_kind_share_a_module_and_weight_merges_the_skeleton(live: ModelBuilder) -> None:
     one, other = live.view(RECIPES["shorter"]), live.view(RECIPES["repeats, skips, two parents"])
     assert one.module is other.module
     assert live.view(merged()).module is not one.module
@@ -146,7 +152,7 @@ def test_routes_of_one_kind_share_a_module_and_weight_merges_the_skeleton(live: 
     assert one.usual == other.usual
 
 
-def test_scales_change_a_route_and_ones_do_not(live: Live) -> None:
+def test_scales_change_a_route_and_ones_do_not(live: ModelBuilder) -> None:
     hops = (("a", 0), ("b", 1), ("a", 2))
     found = []
     for scales in ((), (1.0, 1.0, 1.0), (1.0, 0.5, 1.2)):
@@ -217,11 +223,11 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
     watching = Watching()
     worker = Worker(parents, "base", watching, dtype="bfloat16")
     found = perplexity_screen.nats(worker.live.model("a"), rows())
-    worker.gate = Gate(rows(), found + 1e-6)
+    worker.gate = PerplexityScreen(rows(), found + 1e-6)
     own = worker.evaluate(route(*(("a", i) for i in range(5)), scales=(1, 1, 1, 1.0, 1)), {"toy": ("i",)})
     assert own.error is None, "the path itself passes, as a weight merge would without being asked"
     broken = worker.evaluate(route(("b", 4), ("b", 4), ("b", 4), ("a", 0)), {"toy": ("i",)})
-    worker.gate = Gate(rows(), 0.0)
+    worker.gate = PerplexityScreen(rows(), 0.0)
     refused = worker.evaluate(route(("a", 0), ("a", 1)), {"toy": ("i",)})
     assert refused.error is not None
     assert "gate" in refused.error
@@ -270,4 +276,4 @@ def test_logits_that_are_not_finite_do_not_pass(parents: dict[str, Parent]) -> N
     with torch.no_grad():
         stack(model)[1][2].get_parameter("mlp.down_proj.weight")[0, 0] = float("nan")
     assert perplexity_screen.nats(model, rows()) == float("inf")
-    assert Gate(rows(), 1e9).refusal(float("inf")) is not None
+    assert PerplexityScreen(rows(), 1e9).refusal(float("inf")) is not None

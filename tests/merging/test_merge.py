@@ -15,9 +15,9 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError, RecipeError, SetupError
 from evomerge.export.recipe_file import merge_file
 from evomerge.merging import checkpoint_writer, merge, tensor_plan
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import METHODS
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import STORED, Filtered, Mix, Recipe, params
 from tests.integration.test_mergekit_parity import space
 from tests.support.tiny_models import build
@@ -53,12 +53,12 @@ def parents(tiny: dict[str, Path]) -> dict[str, Checkpoint]:
 
 
 @pytest.fixture
-def resident(tiny: dict[str, Path]) -> Resident:
+def resident(tiny: dict[str, Path]) -> WeightMap:
     return live(tiny["base"])
 
 
-def live(path: Path) -> Resident:
-    return Resident(load_model(path), Checkpoint(path).tensors)
+def live(path: Path) -> WeightMap:
+    return WeightMap(load_model(path), Checkpoint(path).tensors)
 
 
 def load_model(folder: Path) -> torch.nn.Module:
@@ -111,7 +111,7 @@ def test_what_is_scored_is_what_is_shipped(method, arithmetic, parents, resident
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_search_scores_with_tables_is_what_is_shipped_without(method, parents, resident, tmp_path):
-    known = Tables(build=True)
+    known = MagnitudeTables(build=True)
     for seed in range(4):  # the first candidates build what the later ones use
         recipe = candidate(method, seed)
         merge.into(recipe, parents, resident, known)
@@ -471,7 +471,7 @@ def small_gpt2() -> torch.nn.Module:
 
 def test_a_live_model_with_other_names_is_refused(parents):
     with pytest.raises(CheckpointError, match=r"has no place for 'model\.embed_tokens\.weight'"):
-        Resident(small_gpt2(), parents["base"].tensors)
+        WeightMap(small_gpt2(), parents["base"].tensors)
 
 
 BAD = {

@@ -16,7 +16,7 @@ from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.checkpoints.tensor_names import towers
 from evomerge.errors import CheckpointError
 from evomerge.merging import weight_map as room
-from evomerge.merging.weight_map import Resident
+from evomerge.merging.weight_map import WeightMap
 from tests.support import architectures
 
 DTYPE = torch.bfloat16
@@ -94,7 +94,7 @@ def check_law(kind: str, own: Folder, other: Folder) -> None:
     model, wanted = loaded(own, kind), bits(loaded(other, kind))
     objects = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     assert not all(torch.equal(tensor, wanted[name]) for name, tensor in bits(model).items())
-    resident = Resident(model, own.tensors)
+    resident = WeightMap(model, own.tensors)
     resident.verify(own.values.__getitem__)
     for name, tensor in other:
         resident.put(name, tensor)
@@ -131,7 +131,7 @@ def test_one_expert_alone_changes_nothing_else(zoo: Any, kind: str) -> None:
     name, fused = FUSED[kind]
     model = loaded(zoo(kind), kind)
     before = {key: tensor.clone() for key, tensor in bits(model).items()}
-    Resident(model, zoo(kind).tensors).put(name, torch.full(zoo(kind).shapes[name], 3.0))
+    WeightMap(model, zoo(kind).tensors).put(name, torch.full(zoo(kind).shapes[name], 3.0))
     assert [key for key, tensor in bits(model).items() if not torch.equal(tensor, before[key])] == [fused]
     threes = (bits(model)[fused] == 3).nonzero()
     assert set(threes[:, 0].tolist()) == {2}
@@ -141,7 +141,7 @@ def test_one_expert_alone_changes_nothing_else(zoo: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gemma3"])
 def test_tied_stays_tied(zoo: Any, kind: str) -> None:
     model = loaded(zoo(kind), kind)
-    resident = Resident(model, zoo(kind).tensors)
+    resident = WeightMap(model, zoo(kind).tensors)
     for name, tensor in zoo(kind, 1):
         resident.put(name, tensor)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -154,7 +154,7 @@ def test_a_tied_head_that_is_on_disk_too(zoo: Any, tmp_path: Path, same: bool) -
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     head = zoo("qwen3", 1).values["model.embed_tokens.weight"] * (1 if same else 2)
     other = with_tensors(zoo("qwen3", 1), tmp_path / "other", {"lm_head.weight": head})
-    resident = Resident(model, other.tensors)
+    resident = WeightMap(model, other.tensors)
     for name, tensor in other:
         resident.put(name, tensor)
     wanted = bits(loaded(other, "qwen3"))
@@ -172,7 +172,7 @@ def test_a_tied_head_that_is_on_disk_too(zoo: Any, tmp_path: Path, same: bool) -
 )
 def test_what_transformers_ignores_is_ignored(zoo: Any, kind: str, ending: str) -> None:
     model, folder = loaded(zoo(kind), kind), zoo(kind)
-    resident = Resident(model, folder.tensors)
+    resident = WeightMap(model, folder.tensors)
     found = [name for name in resident.ignored if name.endswith(ending)]
     assert len(found) == architectures.LAYERS
     before = {key: tensor.clone() for key, tensor in bits(model).items()}
@@ -187,8 +187,8 @@ def test_a_tensor_with_no_place(zoo: Any, kind: str) -> None:
     with pytest.raises(
         CheckpointError, match=r"ForC\w+ has no place for 'model.layers.0.mlp.experts.0.extra.weight'"
     ):
-        Resident(model, tensors | extra)
-    resident = Resident(model, tensors)
+        WeightMap(model, tensors | extra)
+    resident = WeightMap(model, tensors)
     with pytest.raises(CheckpointError, match="has no place for 'extra'"):
         resident.put("extra", torch.zeros(2))
 
@@ -229,7 +229,7 @@ def test_a_tensor_that_is_missing(zoo: Any, kind: str, name: str, message: str) 
     tensors = {key: info for key, info in zoo(kind).tensors.items() if key != name}
     assert len(tensors) < len(zoo(kind).tensors)
     with pytest.raises(CheckpointError, match=message):
-        Resident(loaded(zoo(kind), kind), tensors)
+        WeightMap(loaded(zoo(kind), kind), tensors)
 
 
 def test_shapes_must_agree(zoo: Any) -> None:
@@ -238,8 +238,8 @@ def test_shapes_must_agree(zoo: Any) -> None:
         CheckpointError,
         match=r"'model.norm.weight' is \[32\] in memory, 'model.norm.weight' on disk give \[1\]",
     ):
-        Resident(model, tensors | {"model.norm.weight": TensorInfo((1,), "BF16", "")})
-    resident = Resident(model, tensors)
+        WeightMap(model, tensors | {"model.norm.weight": TensorInfo((1,), "BF16", "")})
+    resident = WeightMap(model, tensors)
     with pytest.raises(
         CheckpointError, match=r"'model.norm.weight' is \[1\], its place in memory takes \[32\]"
     ):
@@ -252,13 +252,13 @@ def test_two_names_for_one_parameter(zoo: Any) -> None:
         CheckpointError,
         match=r"'model.norm.weight' and 'norm.weight' on disk both become 'model.norm.weight'",
     ):
-        Resident(loaded(zoo("llama"), "llama"), tensors | {"norm.weight": tensors["model.norm.weight"]})
+        WeightMap(loaded(zoo("llama"), "llama"), tensors | {"norm.weight": tensors["model.norm.weight"]})
 
 
 def test_verify_names_what_is_elsewhere(zoo: Any) -> None:
     folder = zoo("qwen3_moe")
     name = "model.layers.3.mlp.experts.1.down_proj.weight"
-    resident = Resident(loaded(folder, "qwen3_moe"), folder.tensors)
+    resident = WeightMap(loaded(folder, "qwen3_moe"), folder.tensors)
     with pytest.raises(CheckpointError, match=f"'{name}' on disk is not what"):
         resident.verify(lambda key: folder.values[key] + (key == name))
 
@@ -267,7 +267,7 @@ def test_on_another_type_than_disk(zoo: Any) -> None:
     """A resident of float32 takes tensors of bfloat16, as transformers' loader does."""
     folder = zoo("mixtral", 1)
     model = architectures.load(zoo("mixtral").path, "mixtral", torch.float32)
-    resident = Resident(model, folder.tensors)
+    resident = WeightMap(model, folder.tensors)
     for name, tensor in folder:
         resident.put(name, tensor)
     wanted = bits(architectures.load(folder.path, "mixtral", torch.float32))
@@ -325,7 +325,7 @@ def test_an_architecture_that_mixes_tensors_is_refused(zoo: Any, monkeypatch: py
     with pytest.raises(
         CheckpointError, match=r"' of Qwen3MoeForCausalLM is not a plain rearrangement of 'model.layers.0"
     ):
-        Resident(loaded(zoo("qwen3_moe"), "qwen3_moe"), zoo("qwen3_moe").tensors)
+        WeightMap(loaded(zoo("qwen3_moe"), "qwen3_moe"), zoo("qwen3_moe").tensors)
 
 
 def test_one_tensor_that_becomes_several(zoo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_towers(zoo: Any, kind: str) -> None:
         id(p)
         for p in (*decoder.state_dict(keep_vars=True).values(), *model.get_output_embeddings().parameters())
     }
-    resident = Resident(model, folder.tensors)
+    resident = WeightMap(model, folder.tensors)
     in_stack = {id(p) for p in layers.state_dict(keep_vars=True).values()}
     for name in folder.tensors:
         if name not in resident.ignored:

@@ -487,7 +487,7 @@ def test_agreeing_weights_that_cancel_up_to_rounding_do_not_blow_up(name):
             given,
             [0] * 3,
             out,
-            magnitude_tables.Tables(),
+            magnitude_tables.MagnitudeTables(),
         )
         for found in (out, rule.kernel(tensors, base, given, [0] * 3)):
             torch.testing.assert_close(found, 0.6 * delta, rtol=1e-5, atol=1e-6)

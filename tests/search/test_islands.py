@@ -116,9 +116,9 @@ def test_whoever_finishes_first_the_rows_are_those_of_one_worker(
 ) -> None:
     of = islands(count)
     run(tmp_path / "one" / "study.db", of, ToyPool(sometimes))
-    crew = Crew(5, shuffled(seed), sometimes)
-    run(tmp_path / "many" / "study.db", of, crew)
-    assert crew.ended != crew.begun, "they overtook one another"
+    num_workers = Crew(5, shuffled(seed), sometimes)
+    run(tmp_path / "many" / "study.db", of, num_workers)
+    assert num_workers.ended != num_workers.begun, "they overtook one another"
     assert stored_rows(tmp_path / "many" / "study.db") == stored_rows(tmp_path / "one" / "study.db")
 
 
@@ -157,12 +157,12 @@ def test_an_island_goes_on_while_another_waits_for_its_last_candidate(tmp_path: 
         return next((i for i, job in enumerate(flying) if job.slot != held[0]), 0) if searching else 0
 
     searching = True
-    crew = Crew(3, last)
+    num_workers = Crew(3, last)
     of = islands(2)
     seen: list[tuple[int, int]] = []
     with Store.open(tmp_path / "study.db", write=True) as store:
         store.begin("trial", 5, "", {}, {})
-        study = Study(of, store, crew)
+        study = Study(of, store, num_workers)
         searching = False
         references = study._references()
         searching = True
@@ -232,14 +232,14 @@ def test_a_stop_stores_what_is_in_flight_and_begins_nothing(tmp_path: Path) -> N
 
 def test_a_grace_that_is_over_drops_what_is_in_flight(tmp_path: Path) -> None:
     made: list[Dispatch] = []
-    crew = Crew(4, shuffled(0), after=lambda ended: setattr(made[0], "stop", 1))
+    num_workers = Crew(4, shuffled(0), after=lambda ended: setattr(made[0], "stop", 1))
     with Store.open(tmp_path / "study.db", write=True) as store:
         store.begin("trial", 5, "", {}, {})
-        made.append(Dispatch(crew, store, grace=0.0))
+        made.append(Dispatch(num_workers, store, grace=0.0))
         with pytest.raises(Paused):
-            Study(islands(1), store, crew, dispatch=made[0]).run()
-        assert store.count_evaluations()["search"] == len(crew.ended) == 1
-    assert len(crew.flying) == 4
+            Study(islands(1), store, num_workers, dispatch=made[0]).run()
+        assert store.count_evaluations()["search"] == len(num_workers.ended) == 1
+    assert len(num_workers.flying) == 4
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_whoever_finishes_first_the_rows_are_those_of_one_worker(
 ) -> None:
     of = pipelined(islands)
     run(tmp_path / "one" / "study.db", of, ToyPool(sometimes))
-    crew = Crew(5, shuffled(seed), sometimes)
-    run(tmp_path / "many" / "study.db", of, crew)
-    assert crew.ended != crew.begun, "they overtook one another"
+    num_workers = Crew(5, shuffled(seed), sometimes)
+    run(tmp_path / "many" / "study.db", of, num_workers)
+    assert num_workers.ended != num_workers.begun, "they overtook one another"
     assert stored_rows(tmp_path / "many" / "study.db") == stored_rows(tmp_path / "one" / "study.db")
 
 
@@ -106,14 +106,14 @@ def test_no_worker_waits_for_a_straggler_and_the_generation_after_next_does(tmp_
             ended.append([flying[0].turn])
         return open_to[0] if open_to else 0
 
-    crew = Crew(3, last)
-    run(tmp_path / "study.db", of, crew)
+    num_workers = Crew(3, last)
+    run(tmp_path / "study.db", of, num_workers)
     assert ended == [[1]], "it was waited for, alone"
     with Store.open(tmp_path / "study.db") as store:
         trials = [t for t in store.trials() if t.generation and t.origin != "mean"]
     of_recipe = {t.recipe_id: t.generation for t in trials}
-    order = [of_recipe.get(recipe, 0) for recipe, items in crew.ended if "'s" in items]
-    place = crew.ended.index((late[0].recipe.id, str(late[0].items)))
+    order = [of_recipe.get(recipe, 0) for recipe, items in num_workers.ended if "'s" in items]
+    place = num_workers.ended.index((late[0].recipe.id, str(late[0].items)))
     before = [g for g in order[: place + 1] if g]
     assert sorted(before) == [1] * 6 + [2] * 6 + [3] * 6, (
         "all of two generations, and none of the one that needs its rank"
@@ -170,9 +170,9 @@ def test_what_two_generations_in_flight_ask_for_is_evaluated_once(seed: int, tmp
     of = pipelined(
         evaluations=18, make=lambda start, island: Stuck(), per_generation=30
     )  # all items, each time the same
-    crew = Crew(5, shuffled(seed))
-    run(tmp_path / "many" / "study.db", of, crew)
-    assert len(crew.begun) == len(set(crew.begun))
+    num_workers = Crew(5, shuffled(seed))
+    run(tmp_path / "many" / "study.db", of, num_workers)
+    assert len(num_workers.begun) == len(set(num_workers.begun))
     run(tmp_path / "one" / "study.db", of, ToyPool())
     rows = stored_rows(tmp_path / "many" / "study.db")
     assert rows == stored_rows(tmp_path / "one" / "study.db")

@@ -19,7 +19,7 @@ from evomerge.launch import weight_space as weight_space_module
 from evomerge.merging import merge, tensor_plan
 from evomerge.methods import METHODS, method
 from evomerge.recipes import Filtered, Mix, Recipe, params
-from evomerge.spaces import Axis, Range, Space, baselines
+from evomerge.spaces import Axis, Range, WeightSpace, baselines
 from tests.support.toy import SEGMENTS, llama, llama_shapes, weight_space
 
 settings.register_profile("unhurried", deadline=None)
@@ -31,7 +31,7 @@ CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(("attention", "m
 
 def full_space(
     name: str, components: tuple[str, ...] = ("attention", "mlp"), groups: tuple[int, ...] = (3, 2)
-) -> Space:
+) -> WeightSpace:
     """A space that searches every parameter of a method."""
     ranges = {
         p.name: Range(p.low, p.high, round(p.low + 0.4 * (p.high - p.low), 4))
@@ -55,7 +55,7 @@ def curve(low: float, high: float, start: float, gene: float) -> float:
     return low + (high - low) * (1 / (1 + math.exp(-z)) if z > -700 else 0.0)
 
 
-def values_of(recipe: Recipe, space: Space, axis: Axis) -> list[float]:
+def values_of(recipe: Recipe, space: WeightSpace, axis: Axis) -> list[float]:
     """What the recipe holds for an axis: one number per layer of its group, read by full tensor names."""
     if axis.component is None:
         mixes = (
@@ -367,7 +367,7 @@ def made(
     name: str = "task_arithmetic",
     components: str = "[attention, mlp]",
     parameters: str = "{}",
-) -> Space:
+) -> WeightSpace:
     text = FILE.format(method=name, components=components, parameters=parameters)
     return weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), parents)
 
@@ -407,7 +407,9 @@ def test_an_axis_is_there_if_and_only_if_it_changes_the_merge(
         ("head", None),
         *((g, c) for g, _ in space.spans() for c in components),
     ]
-    free = Space(**{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead")})
+    free = WeightSpace(
+        **{f: getattr(space, f) for f in space.__dataclass_fields__ if f not in ("axes", "dead")}
+    )
     assert {(a.group, a.component, a.source) for a in free.axes} == {
         (g, c, m) for g, c in everywhere for m in "abc"
     }

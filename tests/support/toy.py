@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
 from evomerge.methods import method
 from evomerge.recipes import Filtered, Mix, Recipe, Setting
-from evomerge.spaces import Range, Space
+from evomerge.spaces import Range, WeightSpace
 from evomerge.workers import InProcessPool, Job, Pool
 
 REPO = Path(__file__).resolve().parents[2]
@@ -96,9 +96,9 @@ def weight_space(
     components: tuple[str, ...] = ("attention", "mlp"),
     ranges: Mapping[str, Range] | None = None,
     **more: Any,
-) -> Space:
+) -> WeightSpace:
     """A space over `models` and a base called 'base'."""
-    return Space(
+    return WeightSpace(
         method=method(name), base="base", models=models, groups=groups, components=components, segments=SEGMENTS,
         ranges=ranges if ranges is not None else {"weight": Range(-0.5, 2.0, 0.5)}, **more,
     )  # fmt: skip

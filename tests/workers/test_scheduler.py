@@ -19,7 +19,7 @@ from evomerge.evaluation import Attempt, Evaluation, ItemScore
 from evomerge.recipes import Recipe
 from evomerge.workers import Job, Limits
 from evomerge.workers.failure_policy import is_machines
-from evomerge.workers.scheduler import Seat, Slots, Try
+from evomerge.workers.scheduler import Scheduler, Try, WorkerSlot
 from tests.support.toy import weight_space
 
 SPACE = weight_space()
@@ -48,13 +48,13 @@ class Night:
     """Slots with workers at places that are named by letters, and a clock that is set by hand."""
 
     def __init__(self, places: str = "ab", limits: Limits | None = None) -> None:
-        self.slots, self.now, self.count = Slots(limits), 1000.0, 0
+        self.slots, self.now, self.count = Scheduler(limits), 1000.0, 0
         self.slots.expected = len(places)
         self.seats = [self.seat(i, place) for i, place in enumerate(places)]
 
-    def seat(self, name: int, place: str) -> Seat:
+    def seat(self, name: int, place: str) -> WorkerSlot:
         self.count += 1
-        found = Seat(self.count, f"w{name}", place, place)
+        found = WorkerSlot(self.count, f"w{name}", place, place)
         self.slots.join(found, self.now)
         return found
 
@@ -346,7 +346,7 @@ def test_a_worker_whose_memory_grew_is_replaced() -> None:
 
 
 def test_workers_that_never_start_end_the_search_with_the_first_cause() -> None:
-    slots = Slots()
+    slots = Scheduler()
     slots.expected = 4
     for i in range(3):
         slots.unopened(f"w{i}", "a", "the disk is gone" if i == 0 else "other")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from evomerge import reports
 from evomerge.checkpoints import Checkpoint
-from evomerge.checkpoints.lora import Adapted
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.config import loading
 from evomerge.errors import CandidateError, CheckpointError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Role
@@ -469,7 +469,7 @@ def test_an_adapter_that_is_written_to_under_the_search_is_an_error_too(
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
     )
-    adapted = Adapted(base, tmp_path)
+    adapted = AdaptedCheckpoint(base, tmp_path)
     assert {*adapted.files} == {*base.files, tmp_path / "adapter_model.safetensors"}
     scorer = Worker({**parents, "a": adapted}, "base", Logits(), dtype="bfloat16")
     assert scorer.evaluate(recipe(), ITEMS).error is None

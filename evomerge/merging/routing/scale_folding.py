@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from evomerge.errors import FoldError, RouteError
 from evomerge.merging.routing.decoder_layers import Call, calls, sample, stack
-from evomerge.merging.routing.scale_tracing import Trace, stream_of
+from evomerge.merging.routing.scale_tracing import ScaleTracer, stream_of
 
 TOLERANCE = 2e-4
 """Largest error of a fold that is accepted, relative to what the layer adds to the stream; a wrong plan errs by 0.1 or more."""
@@ -148,7 +148,7 @@ def _observed(layer: nn.Module, call: Call, name: str) -> tuple[Fold, set[str]]:
     """(fold, parameters that were not used)."""
     parameters = dict(layer.named_parameters())
     hidden = stream_of(call.hidden.shape, call.hidden)
-    with torch.no_grad(), Trace(hidden, parameters) as trace:
+    with torch.no_grad(), ScaleTracer(hidden, parameters) as trace:
         output = call.run(layer, hidden)
     items = trace.items(output)
     if output.shape != hidden.shape or items is None:

@@ -101,7 +101,7 @@ class _Value:
 _PLAIN = _Value()
 
 
-class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ScaleTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the operations inside its `with` block.
 
     inputs: parameters that multiply the stream itself, with no norm before them. used: every parameter that was read.

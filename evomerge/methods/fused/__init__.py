@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.methods.fused.merge_tensor import by_angles, merge
-from evomerge.methods.fused.weighted_sum import Kind, Level, Pair, Share, Sum
+from evomerge.methods.fused.weighted_sum import Kind, Level, Pair, Summand, WeightedSum
 
-__all__ = ["Kind", "Level", "Pair", "Share", "Sum", "Tables", "by_angles", "merge"]
+__all__ = ["Kind", "Level", "MagnitudeTables", "Pair", "Summand", "WeightedSum", "by_angles", "merge"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.fused import c_library, one_pass
-from evomerge.methods.fused.weighted_sum import NOTHING, Kind, Level, Pair, Share
+from evomerge.methods.fused.weighted_sum import NOTHING, Kind, Level, Pair, Summand
 from evomerge.methods.ties import count
 
 GRID = 1000  # a table answers the densities 1/GRID, 2/GRID, ...: those a search proposes
@@ -28,7 +28,7 @@ T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Tables:
+class MagnitudeTables:
     """Answers about pairs. `build`: make tables, for a search; without it every answer is found directly."""
 
     def __init__(self, *, build: bool = False, ranks_bytes: int = 0) -> None:
@@ -64,7 +64,7 @@ class Tables:
         if len(wanted) > 1 and torch.get_num_threads() > 1:
             list(_builders(torch.get_num_threads()).map(self._sorted, wanted))
 
-    def scale(self, pair: Pair, share: Share, memo: Hashable) -> float:
+    def scale(self, pair: Pair, share: Summand, memo: Hashable) -> float:
         """||x - base||_1 / ||what the share keeps||_1; 1 where either is below 1e-7. memo: what the mask depends on."""
         unit = self.unit(pair)
         total, kept = self._norms(pair, share, memo, unit)
@@ -80,7 +80,7 @@ class Tables:
             self._ranks[pair.id] = found
         return found
 
-    def _norms(self, pair: Pair, share: Share, memo: Hashable, unit: float) -> tuple[float, float]:
+    def _norms(self, pair: Pair, share: Summand, memo: Hashable, unit: float) -> tuple[float, float]:
         if self.build and pair.id is not None and pair.n > _SMALL:
             if share.kind is Kind.RANDOM:
                 table, bounds = self._remember(
@@ -98,7 +98,7 @@ class Tables:
                 return self._remember(
                     pair,
                     ("norm",),
-                    lambda: one_pass.norms(pair.base, pair.source, Share(Kind.DENSE, 1.0), unit)[0],
+                    lambda: one_pass.norms(pair.base, pair.source, Summand(Kind.DENSE, 1.0), unit)[0],
                 ), found[1]
         return self._remember(
             pair,
@@ -197,7 +197,7 @@ def _magnitudes(keys: Array) -> Array:
     return (np.uint64(0x7FFFFFFF) - (keys >> np.uint64(32))).astype(np.uint32).view(np.float32)
 
 
-def _hash_table(pair: Pair, share: Share, unit: float) -> tuple[Array, Array]:
+def _hash_table(pair: Pair, share: Summand, unit: float) -> tuple[Array, Array]:
     """(sums of floor(unit * magnitude) over what each bound keeps, those bounds), for every density on the grid."""
     bounds = np.array([*(random_masks.bound(j / GRID) for j in range(1, GRID)), 1 << 31], np.int64)
     work = _hash_sums_c if c_library.fits([pair.base, pair.source]) else _hash_sums_torch

@@ -1,7 +1,7 @@
 """Merging by sums of task vectors in one pass over the parents: linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA.
 
-What these methods have in common is said by `methods.method.Frame`; this room turns a method's values for one tensor
-into a `Sum` and runs it.
+What these methods have in common is said by `methods.method.TaskVectorSum`; this room turns a method's values for one tensor
+into a `WeightedSum` and runs it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import replace
 from torch import Tensor
 
 from evomerge.methods import breadcrumbs, della, random_masks, ties
-from evomerge.methods.declaration import Frame, Method, Values
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.declaration import Method, TaskVectorSum, Values
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.methods.fused.one_pass import gram, run
-from evomerge.methods.fused.weighted_sum import Kind, Pair, Share, Sum
+from evomerge.methods.fused.weighted_sum import Kind, Pair, Summand, WeightedSum
 
 
 def merge(
-    frame: Frame,
+    frame: TaskVectorSum,
     pairs: Sequence[Pair],
     sources: Sequence[Tensor],
     base: Tensor | None,
     values: Values,
     keys: Sequence[int],
     out: Tensor,
-    known: Tables,
+    known: MagnitudeTables,
 ) -> bool:
     """Merges one tensor into `out` (shape of the sources, any float type); returns whether the result is finite.
 
@@ -37,7 +37,7 @@ def merge(
     normalize, factor = bool(values["normalize"]), values.get("lambda", 1.0)
     assert isinstance(factor, float)
     if frame.sparsify is None:
-        shares = tuple(Share(Kind.DENSE, w) for w in weights)
+        shares = tuple(Summand(Kind.DENSE, w) for w in weights)
     else:
         rescale = bool(values["rescale"])
         if frame.sparsify == "largest":
@@ -51,7 +51,7 @@ def merge(
         divisor = None if frame.elect_sign else math.fsum(weights)
         if divisor is not None and base is not None and abs(divisor) < 1e-8:
             divisor = 1.0
-    return run(base, sources, Sum(shares, frame.elect_sign, divisor, factor), out)
+    return run(base, sources, WeightedSum(shares, frame.elect_sign, divisor, factor), out)
 
 
 def by_angles(
@@ -67,17 +67,23 @@ def by_angles(
     found = rule.coefficients(gram(base, sources), values) if out.numel() else None
     if found is None:
         return None
-    return run(base, sources, Sum(tuple(Share(Kind.DENSE, c) for c in found)), out)
+    return run(base, sources, WeightedSum(tuple(Summand(Kind.DENSE, c) for c in found)), out)
 
 
 def _share(
-    frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, rescale: bool, known: Tables
-) -> Share:
+    frame: TaskVectorSum,
+    pair: Pair,
+    values: Values,
+    i: int,
+    mask_key: int,
+    rescale: bool,
+    known: MagnitudeTables,
+) -> Summand:
     weight, d = _each(values, "weight")[i], _each(values, "density")[i]
     if d >= 1:
-        return Share(Kind.DENSE, weight)
+        return Summand(Kind.DENSE, weight)
     if d <= 0 or pair.n == 0:
-        return Share(Kind.BAND, weight)  # keeps nothing
+        return Summand(Kind.BAND, weight)  # keeps nothing
     share, memo = _kept(frame, pair, values, i, mask_key, known)
     if not rescale:
         return share
@@ -86,16 +92,16 @@ def _share(
 
 
 def _kept(
-    frame: Frame, pair: Pair, values: Values, i: int, mask_key: int, known: Tables
-) -> tuple[Share, Hashable]:
+    frame: TaskVectorSum, pair: Pair, values: Values, i: int, mask_key: int, known: MagnitudeTables
+) -> tuple[Summand, Hashable]:
     """The share before it is rescaled, and what its mask depends on besides the pair and the key."""
     weight, d, n = _each(values, "weight")[i], _each(values, "density")[i], pair.n
     if frame.sparsify == "largest":
         k = ties.count(d, n)
-        return Share(Kind.BAND, weight, inner=known.level(pair, k)), k
+        return Summand(Kind.BAND, weight, inner=known.level(pair, k)), k
     if frame.sparsify == "random":
         bound = random_masks.bound(d)
-        return Share(
+        return Summand(
             Kind.DENSE if bound == 1 << 31 else Kind.RANDOM,
             weight,
             key=random_masks.split(mask_key),
@@ -103,14 +109,14 @@ def _kept(
         ), bound
     if frame.sparsify == "band":
         inner, outer = breadcrumbs.band(n, d, _each(values, "gamma")[i])
-        return Share(
+        return Summand(
             Kind.BAND,
             weight,
             inner=known.level(pair, inner),
             outer=known.level(pair, outer) if outer else None,
         ), (inner, outer)
     low, step = della.window(d, _each(values, "epsilon")[i], pair.base.shape[-1] if pair.base.dim() else 1)
-    return Share(
+    return Summand(
         Kind.RANKED, weight, key=random_masks.split(mask_key), ranks=known.ranks(pair), low=low, step=step
     ), (low, step)
 

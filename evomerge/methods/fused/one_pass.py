@@ -21,7 +21,7 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.fused import c_library
-from evomerge.methods.fused.weighted_sum import Kind, Level, Share, Sum
+from evomerge.methods.fused.weighted_sum import Kind, Level, Summand, WeightedSum
 
 T = TypeVar("T")
 _JOB = 1 << 18  # elements that are worth a thread of their own
@@ -34,7 +34,7 @@ _FEW = 4  # sources of `sweep_few`
 _ALL = Level(-1.0, 1 << 62)
 
 
-def run(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor) -> bool:
+def run(base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out: Tensor) -> bool:
     """Writes base + factor * sum / divisor into `out`; returns whether all of it is finite.
 
     base: None for a sum of the sources themselves; all of one shape, contiguous, on one device, of any float type.
@@ -50,7 +50,7 @@ def run(base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor)
     return bool(torch.stack(finite).all()) if finite else True
 
 
-def keep(delta: Tensor, share: Share, start: int) -> Tensor:
+def keep(delta: Tensor, share: Summand, start: int) -> Tensor:
     """The elements of delta [n] (indices from `start` to the share's next cut) that a share keeps; zero elsewhere."""
     if share.kind is Kind.BAND:
         _, _, low, high, _, _ = share.numbers(start)
@@ -66,11 +66,11 @@ def keep(delta: Tensor, share: Share, start: int) -> Tensor:
     return torch.where(u.to(torch.float32) < p * 2.0**32 - 2.0**31, delta, 0.0)
 
 
-def norms(base: Tensor, source: Tensor, share: Share, unit: float) -> tuple[float, float]:
+def norms(base: Tensor, source: Tensor, share: Summand, unit: float) -> tuple[float, float]:
     """Sums of floor(unit * |x - base|): over all elements, and over those a share keeps. Exact for a unit of `unit_of`."""
     b, x = base.reshape(-1), source.reshape(-1)
     compiled = _compiled([base, source], [share])
-    spans = _jobs(b.numel(), Sum((share,)), _share_of(b.numel()) if compiled else _CHUNK)
+    spans = _jobs(b.numel(), WeightedSum((share,)), _share_of(b.numel()) if compiled else _CHUNK)
     parts = _each(spans, functools.partial(_norms_c if compiled else _norms_torch, b, x, share, unit))
     return math.fsum(p[0] for p in parts), math.fsum(p[1] for p in parts)
 
@@ -122,7 +122,7 @@ def difference(base: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
     return source[start:stop].float() - base[start:stop].float()
 
 
-def _compiled(tensors: Sequence[Tensor | None], shares: Sequence[Share]) -> bool:
+def _compiled(tensors: Sequence[Tensor | None], shares: Sequence[Summand]) -> bool:
     """Whether C takes these tensors and shares; its ranks have 16 bits."""
     return c_library.fits(tensors) and all(
         share.ranks is None or share.ranks.dtype == torch.uint16 for share in shares
@@ -130,7 +130,7 @@ def _compiled(tensors: Sequence[Tensor | None], shares: Sequence[Share]) -> bool
 
 
 def _sweep_torch(
-    base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int
+    base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out: Tensor, start: int, stop: int
 ) -> Tensor:
     zero = torch.zeros(stop - start, device=out.device)
     b = zero if base is None else base[start:stop].float()
@@ -158,7 +158,7 @@ def _sweep_torch(
 
 
 def _sweep_c(
-    base: Tensor | None, sources: Sequence[Tensor], total: Sum, out: Tensor, start: int, stop: int
+    base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out: Tensor, start: int, stop: int
 ) -> bool:
     lib, count = c_library.library(), len(sources)
     assert lib is not None
@@ -198,7 +198,7 @@ def _sweep_c(
     return not bad
 
 
-def _one_kind(shares: Sequence[Share]) -> Kind | None:
+def _one_kind(shares: Sequence[Summand]) -> Kind | None:
     """The kind that all shares can be written as, if there is one that `sweep_few` knows."""
     kinds = {share.kind for share in shares} - {Kind.DENSE}
     if len(kinds) > 1 or Kind.RANKED in kinds or any(share.outer is not None for share in shares):
@@ -206,7 +206,7 @@ def _one_kind(shares: Sequence[Share]) -> Kind | None:
     return kinds.pop() if kinds else Kind.DENSE
 
 
-def _of_kind(share: Share, kind: Kind) -> Share:
+def _of_kind(share: Summand, kind: Kind) -> Summand:
     """The same share with another name for 'all of it', and the bound of a hash inclusive."""
     if share.kind is Kind.RANDOM:
         return (
@@ -215,7 +215,7 @@ def _of_kind(share: Share, kind: Kind) -> Share:
     return replace(share, kind=kind, inner=_ALL, bound=(1 << 31) - 1) if share.kind is Kind.DENSE else share
 
 
-def _encoded(shares: Sequence[Share], start: int) -> tuple[object, ...]:
+def _encoded(shares: Sequence[Summand], start: int) -> tuple[object, ...]:
     """kinds, numbers, keys and ranks of the shares, as `one_pass.c` takes them."""
     kinds = c_library.integers([s.kind for s in shares])
     numbers = c_library.floats([v for s in shares for v in s.numbers(start)])
@@ -224,7 +224,7 @@ def _encoded(shares: Sequence[Share], start: int) -> tuple[object, ...]:
 
 
 def _norms_c(
-    base: Tensor, source: Tensor, share: Share, unit: float, start: int, stop: int
+    base: Tensor, source: Tensor, share: Summand, unit: float, start: int, stop: int
 ) -> tuple[float, float]:
     lib, totals = c_library.library(), (ctypes.c_double * 2)()
     assert lib is not None
@@ -238,7 +238,7 @@ def _norms_c(
 
 
 def _norms_torch(
-    base: Tensor, source: Tensor, share: Share, unit: float, start: int, stop: int
+    base: Tensor, source: Tensor, share: Summand, unit: float, start: int, stop: int
 ) -> tuple[float, float]:
     delta = difference(base, source, start, stop)
     kept = keep(delta, share, start)
@@ -304,7 +304,7 @@ def _share_of(n: int) -> int:
     return max(_JOB, -(-n // torch.get_num_threads()))
 
 
-def _jobs(n: int, total: Sum, size: int) -> list[tuple[int, int]]:
+def _jobs(n: int, total: WeightedSum, size: int) -> list[tuple[int, int]]:
     """[start, stop) pieces of n elements, of at most `size`, none of them across a cut."""
     cuts = sorted({0, n, *(cut for share in total.shares for cut in share.cuts() if 0 < cut < n)})
     return [(a + start, a + stop) for a, b in itertools.pairwise(cuts) for start, stop in _spans(b - a, size)]

@@ -1,4 +1,4 @@
-"""What one pass over a tensor does: one `Share` per source, and how the shares are summed. Knows nothing of how it is run."""
+"""What one pass over a tensor does: one `Summand` per source, and how the shares are summed. Knows nothing of how it is run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOTHING = Level(math.inf, -1)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Summand:
     """A source's part in the sum: weight * scale * (what is kept of x - base).
 
     inner: BAND keeps these largest elements, less those of `outer`. key: (bits to mix in, odd factor) of RANDOM and
@@ -67,14 +67,14 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class WeightedSum:
     """How shares become a tensor: base + factor * sum / divisor.
 
     elect: only what has the sign of the sum counts. divisor: a number, or None for the sum of the weights that
     agree (with `elect`; 0 but for rounding counts as 1).
     """
 
-    shares: tuple[Share, ...]
+    shares: tuple[Summand, ...]
     elect: bool = False
     divisor: float | None = 1.0
     factor: float = 1.0

@@ -7,7 +7,7 @@ tensors or files.
 from __future__ import annotations
 
 from evomerge.spaces.routes.hand_routes import hand_routes
-from evomerge.spaces.routes.layer_indicators import IndicatorSpace
-from evomerge.spaces.routes.position_choices import ConditionalSpace
+from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
+from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 
-__all__ = ["ConditionalSpace", "IndicatorSpace", "hand_routes"]
+__all__ = ["LayerIndicatorSpace", "PositionChoiceSpace", "hand_routes"]

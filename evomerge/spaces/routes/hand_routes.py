@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import permutations
 
 from evomerge.recipes import Recipe
-from evomerge.spaces.routes.layer_pool import Hop, Pool
+from evomerge.spaces.routes.layer_pool import Hop, LayerPool
 
 
 def hand_routes(
@@ -16,7 +16,7 @@ def hand_routes(
 
     Depth up-scaling of each model: its first three quarters, then its last three quarters (SOLAR, arXiv 2312.15166, section 2:
     layers 0-23 then 8-31 of 32). Two frankenmerges of each pair: the first half of one, then the second half of the other; the
-    rest is the first one's. stage: see `Pool`.
+    rest is the first one's. stage: see `LayerPool`.
     """
     found: list[tuple[str, Sequence[Hop]]] = []
     for name, depth in models:
@@ -26,6 +26,9 @@ def hand_routes(
         lower = [(a, i) for i in range(-(-deep // 2))]
         found.append((f"half {a}, half {b}", [*lower, *((b, i) for i in range(other // 2, other))]))
     return [
-        (label, Pool(tuple(models), hops[0][0], stage, out_dtype=out_dtype).recipe(hops, [1.0] * len(hops)))
+        (
+            label,
+            LayerPool(tuple(models), hops[0][0], stage, out_dtype=out_dtype).recipe(hops, [1.0] * len(hops)),
+        )
         for label, hops in found
     ]

@@ -9,14 +9,14 @@ from statistics import NormalDist
 
 from evomerge.errors import ConfigError
 from evomerge.recipes import Recipe
-from evomerge.spaces.routes.layer_pool import SIGMA, Gene, Hop, Pool, Scales, finite, share
+from evomerge.spaces.routes.layer_pool import SIGMA, Gene, Hop, LayerPool, Scales, finite, share
 
 
 @dataclass(frozen=True)
-class IndicatorSpace:
+class LayerIndicatorSpace:
     """All layers of all models in order, `repeats` times over; a position is on the route where its gene is above 0.
 
-    models, begin, stage, bounds, scale_range, out_dtype: see `Pool`. Too long a route loses the positions of the smallest
+    models, begin, stage, bounds, scale_range, out_dtype: see `LayerPool`. Too long a route loses the positions of the smallest
     genes, too short a one gains those of the largest; of equal genes the earlier position counts as larger.
     scales: 'hop' has a log scale for each position, 'matrix' one for each (layer before, layer), where layers of all rounds
     are the same; the first hop's is 1. changes: how many positions differ from the path of `begin` in a first sample with
@@ -36,12 +36,12 @@ class IndicatorSpace:
     axes: tuple[Gene, ...] = field(init=False, repr=False)
     categories: tuple[int, ...] = field(init=False, default=())
     stay: float = field(init=False)
-    _pool: Pool = field(init=False, repr=False)
+    _pool: LayerPool = field(init=False, repr=False)
     _positions: tuple[Hop, ...] = field(init=False, repr=False)
     _index: dict[Hop, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        pool = Pool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
+        pool = LayerPool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
         if self.repeats < 1:
             raise ConfigError(f"repeats must be at least 1, got {self.repeats}")
         positions = pool.layers * self.repeats

@@ -34,7 +34,7 @@ class Gene:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class LayerPool:
     """models: (name, depth) in order; begin: the model that gives base, embeddings and head and whose path a search starts at;
     stage: (name, recipe) of a model among them that is a merge itself; bounds: [least, most] layers of a route;
     scale_range: bounds of a scale, 1 between them. Raises ConfigError.

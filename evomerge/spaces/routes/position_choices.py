@@ -8,17 +8,17 @@ from statistics import NormalDist
 
 from evomerge.errors import ConfigError
 from evomerge.recipes import Recipe
-from evomerge.spaces.routes.layer_pool import SIGMA, Gene, Hop, Pool, Scales, finite, share
+from evomerge.spaces.routes.layer_pool import SIGMA, Gene, Hop, LayerPool, Scales, finite, share
 
 _KEEP = 0.75  # categorical genes: what is chosen is worth 1, keeping this, the rest 0; what a repair gives up first
 
 
 @dataclass(frozen=True)
-class ConditionalSpace:
+class PositionChoiceSpace:
     """At each position p of the path of `begin`, one of: keep the layer, skip it, take another model's layer in its place, or
     keep it and insert a span of layers of any model after it.
 
-    models, begin, stage, bounds, scale_range, out_dtype: see `Pool`. In a model of another depth d, p stands for layer
+    models, begin, stage, bounds, scale_range, out_dtype: see `LayerPool`. In a model of another depth d, p stands for layer
     p (d - 1) / (D - 1), rounded. spans: lengths of the inserted spans, each of which ends at p; spans that begin below
     layer 0 are left out. scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the
     position's layers, not those inserted after it; of a skipped position it does nothing, and before a route's first layer
@@ -47,12 +47,12 @@ class ConditionalSpace:
     axes: tuple[Gene, ...] = field(init=False, repr=False)
     categories: tuple[int, ...] = field(init=False)
     stay: float = field(init=False)
-    _pool: Pool = field(init=False, repr=False)
+    _pool: LayerPool = field(init=False, repr=False)
     _choices: tuple[tuple[tuple[Hop, ...], ...], ...] = field(init=False, repr=False)
     _outers: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        pool = Pool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
+        pool = LayerPool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
         if self.scales == "matrix":
             raise ConfigError(
                 "scales between any two layers belong to an indicator genome; ask for scales of hops, or none"

@@ -28,7 +28,7 @@ from evomerge.workers.pool import Job, Scorer
 from evomerge.workers.ray_pool import cluster
 from evomerge.workers.ray_pool.actor import Actor, Report, Where, end, tail
 from evomerge.workers.ray_pool.cluster import Node
-from evomerge.workers.scheduler import Seat, Slots, Try, Use
+from evomerge.workers.scheduler import Scheduler, Try, Use, WorkerSlot
 
 log = logging.getLogger(__name__)
 _TICK = 1.0  # seconds between two looks at what takes too long
@@ -47,7 +47,7 @@ class _Chair:
     due: float = 0.0
     actor: Any = None
     where: Where | None = None
-    seat: Seat | None = None
+    seat: WorkerSlot | None = None
     since: float = 0.0
 
     @property
@@ -84,7 +84,7 @@ class RayPool:
         GPUs. replan: seconds between two looks at the nodes. Raises SetupError where the cluster cannot be had or has too little."""
         self._make: bytes = cloudpickle.dumps(make)  # type: ignore[no-untyped-call]
         self._workers, self._replan = workers, replan
-        self._slots = Slots(limits)
+        self._slots = Scheduler(limits)
         self._chairs: list[_Chair] = []
         self._seated: dict[int, _Chair] = {}
         self._calls: dict[Any, _Call] = {}
@@ -316,7 +316,7 @@ class RayPool:
 
     def _opened(self, chair: _Chair, now: float) -> None:
         assert chair.where is not None
-        chair.seat = Seat(
+        chair.seat = WorkerSlot(
             next(self._numbers),
             chair.name,
             chair.place,

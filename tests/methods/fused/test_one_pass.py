@@ -10,7 +10,7 @@ import torch
 from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, random_masks, ties
 from evomerge.methods.fused import c_library, magnitude_tables, merge_tensor, one_pass, weighted_sum
-from evomerge.methods.fused.magnitude_tables import Tables
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.methods.fused.weighted_sum import Pair
 
 FRAMES = [m for m in METHODS.values() if m.frame]
@@ -41,7 +41,9 @@ def run(rule, sources, base, values, *, known=None, out_dtype=torch.float32, key
         [Pair(base, x, ("t", i) if ids else None) for i, x in enumerate(sources)] if base is not None else []
     )
     out = torch.full_like(sources[0], math.nan, dtype=out_dtype)
-    finite = merge_tensor.merge(rule.frame, pairs, sources, base, values, keys, out, known or Tables())
+    finite = merge_tensor.merge(
+        rule.frame, pairs, sources, base, values, keys, out, known or MagnitudeTables()
+    )
     assert finite == bool(torch.isfinite(out).all())
     return out
 
@@ -108,7 +110,7 @@ def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monk
 @pytest.mark.parametrize("rescale", [0.0, 1.0])
 def test_tables_change_no_bit(rule, rescale):
     sources, base = models((300, 1111))
-    known = Tables(build=True, ranks_bytes=1 << 30)
+    known = MagnitudeTables(build=True, ranks_bytes=1 << 30)
     for density in [(0.5, 0.123, 0.777), (0.1234567, 0.9999, 0.001), (0.0, 1.0, 1e-7), (0.5, 0.5, 0.5)]:
         values = numbers(rule, 3, density, rescale=rescale)
         plain = run(rule, sources, base, values)
@@ -130,13 +132,16 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
         (source,), base = models((n,), 1, dtype, seed)
         size = (source.float() - base.float()).abs()
         order = size.argsort(descending=True, stable=True)
-        known = Tables(build=True)
+        known = MagnitudeTables(build=True)
         for k in sorted(
             {1, n, max(1, n // 3), max(1, n - 1), *(ties.count(j / 1000, n) for j in (1, 37, 500, 999))}
         ):
             want = torch.zeros(n, dtype=torch.bool)
             want[order[:k]] = True
-            for level in (Tables().level(Pair(base, source), k), known.level(Pair(base, source, "id"), k)):
+            for level in (
+                MagnitudeTables().level(Pair(base, source), k),
+                known.level(Pair(base, source, "id"), k),
+            ):
                 index = torch.arange(n)
                 got = (size > level.threshold) | ((size == level.threshold) & (index <= level.last))
                 assert torch.equal(got, want)
@@ -144,7 +149,7 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
 
 def test_norms_are_the_same_in_any_order_and_right():
     (source,), base = models((100_000,), 1, torch.float32)
-    share = weighted_sum.Share(
+    share = weighted_sum.Summand(
         weighted_sum.Kind.RANDOM,
         1.0,
         key=random_masks.split(mask_key(1, "a", "b")),
@@ -153,7 +158,7 @@ def test_norms_are_the_same_in_any_order_and_right():
     unit = one_pass.unit_of(one_pass.largest(base, source), 100_000)
     total, kept = one_pass.norms(base, source, share, unit)
     permuted = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))
-    dense = weighted_sum.Share(weighted_sum.Kind.DENSE, 1.0)
+    dense = weighted_sum.Summand(weighted_sum.Kind.DENSE, 1.0)
     assert one_pass.norms(base[permuted].contiguous(), source[permuted].contiguous(), dense, unit)[0] == total
     exact = (source.double() - base.double()).abs()
     mask = one_pass.keep(torch.ones(100_000), share, 0).bool()
@@ -245,7 +250,7 @@ def test_tables_by_histograms_are_tables_by_sorting(dtype):
         if seed == 2:
             source[: n // 2] = base[: n // 2]  # half of the differences are zero
         pair = Pair(base, source, "t")
-        unit = Tables().unit(pair)
+        unit = MagnitudeTables().unit(pair)
         ends = sorted({ties.count(j / magnitude_tables.GRID, n) for j in range(1, magnitude_tables.GRID)})
         assert magnitude_tables._by_histogram(pair, unit, ends) == magnitude_tables._by_sort(pair, unit, ends)
 
@@ -253,9 +258,9 @@ def test_tables_by_histograms_are_tables_by_sorting(dtype):
 @pytest.mark.parametrize("shape", [(5,), (7, 33), (3, 4, 50), (2, 70_000)], ids=str)
 def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
     (source,), base = models(shape, 1)
-    found = magnitude_tables.Tables().ranks(Pair(base, source))
+    found = magnitude_tables.MagnitudeTables().ranks(Pair(base, source))
     monkeypatch.setattr(c_library, "fits", lambda tensors: False)
-    assert torch.equal(found.int(), magnitude_tables.Tables().ranks(Pair(base, source)).int())
+    assert torch.equal(found.int(), magnitude_tables.MagnitudeTables().ranks(Pair(base, source)).int())
     size = (source.float() - base.float()).abs().reshape(-1, shape[-1])
     for row, ranks in zip(size, found.int().reshape(-1, shape[-1]), strict=True):
         assert ranks[row.argsort(stable=True)].tolist() == list(range(shape[-1]))
@@ -265,9 +270,9 @@ def test_hash_tables_in_c_are_those_of_torch(monkeypatch):
     (source,), base = models((90_001,), 1)
     pair, share = (
         Pair(base, source),
-        weighted_sum.Share(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b"))),
+        weighted_sum.Summand(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b"))),
     )
-    unit = Tables().unit(pair)
+    unit = MagnitudeTables().unit(pair)
     sums, bounds = magnitude_tables._hash_table(pair, share, unit)
     monkeypatch.setattr(c_library, "fits", lambda tensors: False)
     again, same = magnitude_tables._hash_table(pair, share, unit)

@@ -23,25 +23,27 @@ from evomerge.recipes import Mix, Recipe
 from evomerge.recipes.mergekit_yaml import reader
 from evomerge.spaces import Range
 from evomerge.spaces.routes.hand_routes import hand_routes
-from evomerge.spaces.routes.layer_indicators import IndicatorSpace
-from evomerge.spaces.routes.layer_pool import MOST, STEP, Pool
-from evomerge.spaces.routes.position_choices import ConditionalSpace
+from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
+from evomerge.spaces.routes.layer_pool import MOST, STEP, LayerPool
+from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 from tests.support.toy import weight_space
 
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")  # a busy machine is no failure
 
-RouteSpace = IndicatorSpace | ConditionalSpace
+RouteSpace = LayerIndicatorSpace | PositionChoiceSpace
 Hops = list[tuple[str, int]]
 MODELS = (("a", 6), ("b", 4), ("c", 9))
 EVERY = {
-    "indicator": lambda **more: IndicatorSpace(MODELS, "a", scales="none", **more),
-    "indicator, hop": lambda **more: IndicatorSpace(MODELS, "a", **more),
-    "indicator, matrix": lambda **more: IndicatorSpace((("b", 2), ("a", 3)), "a", scales="matrix", **more),
-    "continuous": lambda **more: ConditionalSpace(MODELS, "a", spans=(1, 2, 3), **more),
-    "continuous, no scales": lambda **more: ConditionalSpace(MODELS, "c", scales="none", **more),
-    "categorical": lambda **more: ConditionalSpace(MODELS, "a", spans=(1, 2, 3), categorical=True, **more),
-    "categorical, no scales": lambda **more: ConditionalSpace(
+    "indicator": lambda **more: LayerIndicatorSpace(MODELS, "a", scales="none", **more),
+    "indicator, hop": lambda **more: LayerIndicatorSpace(MODELS, "a", **more),
+    "indicator, matrix": lambda **more: LayerIndicatorSpace(
+        (("b", 2), ("a", 3)), "a", scales="matrix", **more
+    ),
+    "continuous": lambda **more: PositionChoiceSpace(MODELS, "a", spans=(1, 2, 3), **more),
+    "continuous, no scales": lambda **more: PositionChoiceSpace(MODELS, "c", scales="none", **more),
+    "categorical": lambda **more: PositionChoiceSpace(MODELS, "a", spans=(1, 2, 3), categorical=True, **more),
+    "categorical, no scales": lambda **more: PositionChoiceSpace(
         MODELS, "c", scales="none", categorical=True, **more
     ),
 }
@@ -176,7 +178,7 @@ def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, chan
     """Exactly binomial: each position changes with probability changes / positions, on its own."""
     space, size = EVERY[kind](changes=changes), 600
     sample = np.array(first_sample(space, size))
-    if isinstance(space, IndicatorSpace):
+    if isinstance(space, LayerIndicatorSpace):
         positions = sum(d for _, d in space.models) * space.repeats
         changed = (sample[:, :positions] > 0) != (np.array(space.start[:positions]) > 0)
     else:
@@ -214,7 +216,7 @@ def test_more_changes_than_positions_are_capped(kind: str) -> None:
 
 @pytest.mark.parametrize("scale_range", [(0.4, 1.5), (0.9, 1.1), (0.01, 20.0)])
 def test_scales_are_a_monotone_map_onto_their_range_and_back(scale_range: tuple[float, float]) -> None:
-    pool = Pool(MODELS, "a", scale_range=scale_range)
+    pool = LayerPool(MODELS, "a", scale_range=scale_range)
     genes = np.linspace(-4000, 4000, 8001)
     found = [pool.scale(float(g)) for g in genes]
     assert all(a <= b for a, b in itertools.pairwise(found))
@@ -229,14 +231,14 @@ def test_scales_are_a_monotone_map_onto_their_range_and_back(scale_range: tuple[
 
 
 def test_a_first_samples_log_scales_have_the_deviation_step() -> None:
-    space = IndicatorSpace(MODELS, "a", bounds=(6, 6), changes=1e-9)
+    space = LayerIndicatorSpace(MODELS, "a", bounds=(6, 6), changes=1e-9)
     logs = np.log([space.decode(g).scales[1:] for g in first_sample(space, 800)])
     assert logs.std() == pytest.approx(STEP, rel=0.05)
     assert abs(logs.mean()) < STEP / 10
 
 
 def test_a_scale_of_the_matrix_belongs_to_a_pair_of_layers() -> None:
-    space = IndicatorSpace(MODELS, "a", scales="matrix", repeats=2)
+    space = LayerIndicatorSpace(MODELS, "a", scales="matrix", repeats=2)
     layers = [(m, i) for m, d in MODELS for i in range(d)]
     hops = [("a", 0), ("a", 1), ("b", 0), ("a", 0), ("a", 1), ("a", 2)]
     genome = [-1.0] * 38 + [0.0] * 19 * 19
@@ -246,17 +248,17 @@ def test_a_scale_of_the_matrix_belongs_to_a_pair_of_layers() -> None:
     genome[38 + 19 * layers.index(("b", 0)) + layers.index(("a", 0))] = 3.0
     recipe = space.decode(genome)
     assert route(recipe) == hops
-    s, t = Pool(MODELS, "a").scale(-4.0), Pool(MODELS, "a").scale(3.0)
+    s, t = LayerPool(MODELS, "a").scale(-4.0), LayerPool(MODELS, "a").scale(3.0)
     assert recipe.scales == (1.0, s, 1.0, t, s, 1.0)
     assert space.encode(recipe) is not None
     assert space.encode(replace(recipe, scales=(1.0, s, 1.0, t, t, 1.0))) is None, "one pair, two scales"
 
 
 def test_the_scale_of_a_position_is_that_before_its_first_layer() -> None:
-    space = ConditionalSpace((("a", 3), ("b", 3)), "a", spans=(2,), categorical=True)
+    space = PositionChoiceSpace((("a", 3), ("b", 3)), "a", spans=(2,), categorical=True)
     choices = [space.choices(p) for p in range(3)]
     insert = choices[1].index((("a", 1), ("b", 0), ("b", 1)))
-    scales = [Pool(MODELS, "a").scale(g) for g in (2.0, -5.0, 3.0)]
+    scales = [LayerPool(MODELS, "a").scale(g) for g in (2.0, -5.0, 3.0)]
     assert space.decode([0, insert, 0, 2.0, -5.0, 3.0]) == stack(
         [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2)], scales=(1.0, scales[1], 1.0, 1.0, scales[2])
     )
@@ -279,7 +281,7 @@ def indicated(
     while sum(on) < least:
         on[max((t for t in range(len(positions)) if not on[t]), key=lambda t: (genome[t], -t))] = True
     used = [t for t in range(len(positions)) if on[t]]
-    scale = Pool(MODELS, "a").scale
+    scale = LayerPool(MODELS, "a").scale
     return [positions[t] for t in used], [1.0] + [
         scale(genome[len(positions) + t]) if hop else 1.0 for t in used[1:]
     ]
@@ -295,7 +297,7 @@ def indicated(
 def test_indicators_mean_what_the_paper_says(
     data: st.DataObject, repeats: int, least: int, more: int, hop: bool
 ) -> None:
-    space = IndicatorSpace(
+    space = LayerIndicatorSpace(
         MODELS, "a", bounds=(least, least + more), repeats=repeats, scales="hop" if hop else "none"
     )
     genome = data.draw(genomes(space))
@@ -308,7 +310,7 @@ def test_indicators_mean_what_the_paper_says(
 def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(
     repeats: int, data: st.DataObject
 ) -> None:
-    space = IndicatorSpace(MODELS, "a", repeats=repeats)
+    space = LayerIndicatorSpace(MODELS, "a", repeats=repeats)
     layers = [(m, i) for m, d in MODELS for i in range(d)]
     hops = data.draw(st.lists(st.sampled_from(layers), min_size=1, max_size=8))
     rounds = 1 + sum(layers.index(b) <= layers.index(a) for a, b in itertools.pairwise(hops))
@@ -321,7 +323,7 @@ def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(
 @pytest.mark.parametrize("own", [1, 2, 5, 6, 9])
 @pytest.mark.parametrize("other", [1, 3, 4, 12])
 def test_the_choices_at_a_position(own: int, other: int) -> None:
-    space = ConditionalSpace((("z", other), ("a", own)), "a", spans=(1, 3))
+    space = PositionChoiceSpace((("z", other), ("a", own)), "a", spans=(1, 3))
     for p in range(own):
         exact = Fraction(p * (other - 1), own - 1) if own > 1 else Fraction(0)
         q = math.floor(exact + Fraction(1, 2))
@@ -337,12 +339,12 @@ def test_the_choices_at_a_position(own: int, other: int) -> None:
 
 @pytest.mark.parametrize("categorical", [False, True])
 def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bool) -> None:
-    space = ConditionalSpace(
+    space = PositionChoiceSpace(
         MODELS, "a", spans=(1, 2), categorical=categorical, bounds=(1, 40), scales="none"
     )
     made = set()
     for genome in first_sample(space, 3000):
-        encoded = ConditionalSpace(
+        encoded = PositionChoiceSpace(
             MODELS, "a", spans=(1, 2), categorical=True, bounds=(1, 40), scales="none"
         ).encode(space.decode(genome))
         assert encoded is not None
@@ -359,7 +361,8 @@ def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bo
 def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
     """The continuous genome with one positive gene a position is the categorical one, where nothing has to be repaired."""
     kinds = [
-        ConditionalSpace(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99)) for c in (False, True)
+        PositionChoiceSpace(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99))
+        for c in (False, True)
     ]
     chosen = [data.draw(st.integers(0, len(kinds[0].choices(p)) - 1)) for p in range(4)]
     if all(c == 1 for c in chosen):
@@ -377,7 +380,7 @@ def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
 
 @given(data=st.data())
 def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
-    space = ConditionalSpace(MODELS, "b", bounds=(1, 99), scales="none")
+    space = PositionChoiceSpace(MODELS, "b", bounds=(1, 99), scales="none")
     genome = data.draw(
         st.lists(
             st.integers(-50, 50).map(float), min_size=len(space.axes), max_size=len(space.axes), unique=True
@@ -398,7 +401,9 @@ def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
 )
 def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hops) -> None:
     """Against all combinations of choices, tried one after another."""
-    space = ConditionalSpace((("a", 3), ("b", 2)), "a", spans=(1, 2), categorical=categorical, bounds=(1, 9))
+    space = PositionChoiceSpace(
+        (("a", 3), ("b", 2)), "a", spans=(1, 2), categorical=categorical, bounds=(1, 9)
+    )
     numbers = [range(len(space.choices(p))) for p in range(3)]
     making = [
         c
@@ -410,7 +415,7 @@ def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hop
 
 def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() -> None:
     """All routes of a small space that more than one combination of choices makes, plain and with a scale before one hop."""
-    space = ConditionalSpace(
+    space = PositionChoiceSpace(
         (("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12)
     )
     ways: dict[tuple[tuple[str, int], ...], list[tuple[int, ...]]] = {}
@@ -440,7 +445,7 @@ def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.5, 99.0])
 def test_a_choice_that_there_is_not_is_refused(bad: float) -> None:
-    space = ConditionalSpace(MODELS, "a", categorical=True)
+    space = PositionChoiceSpace(MODELS, "a", categorical=True)
     with pytest.raises(ValueError, match="choice at layer 2"):
         space.decode([0.0, 0.0, bad, *space.start[3:]])
 
@@ -449,7 +454,7 @@ def test_a_choice_that_there_is_not_is_refused(bad: float) -> None:
 
 
 def test_what_loses_least_is_given_up_first() -> None:
-    space = ConditionalSpace((("a", 4),), "a", spans=(1,), bounds=(3, 5), scales="none")
+    space = PositionChoiceSpace((("a", 4),), "a", spans=(1,), bounds=(3, 5), scales="none")
     assert [axis.name for axis in space.axes[:2]] == ["skip layer 0", "layer 0 of a after layer 0"]
     skip, insert = (
         [(0.9, -1.0), (0.5, -1.0), (0.7, -1.0), (-1.0, -1.0)],
@@ -463,7 +468,7 @@ def test_what_loses_least_is_given_up_first() -> None:
 
 
 def test_a_route_that_every_change_makes_too_short_is_lengthened_again() -> None:
-    space = ConditionalSpace((("a", 4),), "a", spans=(3,), bounds=(3, 3), scales="none", categorical=True)
+    space = PositionChoiceSpace((("a", 4),), "a", spans=(3,), bounds=(3, 3), scales="none", categorical=True)
     insert = space.choices(3).index((("a", 3), ("a", 1), ("a", 2), ("a", 3)))
     assert route(space.decode([1, 1, 1, insert])) == [("a", 0), ("a", 1), ("a", 3)]
 
@@ -471,7 +476,7 @@ def test_a_route_that_every_change_makes_too_short_is_lengthened_again() -> None
 @pytest.mark.parametrize("bounds", [(2, 2), (6, 7)])
 def test_a_path_outside_the_bounds_is_itself_repaired(bounds: tuple[int, int]) -> None:
     for categorical in (False, True):
-        space = ConditionalSpace(
+        space = PositionChoiceSpace(
             (("a", 4), ("b", 4)), "a", spans=(1, 2), bounds=bounds, categorical=categorical
         )
         assert len(space.decode(space.start).layers) == bounds[0 if bounds[0] > 4 else 1]
@@ -503,7 +508,7 @@ def mended(
 def test_a_route_is_repaired_by_the_changes_that_lose_least(
     bounds: tuple[int, int], data: st.DataObject, categorical: bool
 ) -> None:
-    space = ConditionalSpace(
+    space = PositionChoiceSpace(
         (("a", 6), ("b", 3)), "a", spans=(1, 4), bounds=bounds, scales="none", categorical=categorical
     )
     genome = data.draw(genomes(space))
@@ -531,14 +536,14 @@ def merged() -> Recipe:
 def test_a_stage_is_carried_by_the_routes_that_use_it_and_by_no_other() -> None:
     models = (("merged", 4), ("a", 4))
     stage = ("merged", merged())
-    ours = IndicatorSpace(models, "merged", stage)
+    ours = LayerIndicatorSpace(models, "merged", stage)
     hybrid = ours.decode(ours.start)
     assert hybrid.stages == (stage,)
     assert hybrid.base == stage[1].base
     assert "merged" not in hybrid.models
     rest = [-1.0] * 4 + [1.0] * 4 + [-1.0] * 8 + [0.0] * 16
     assert ours.decode(rest).stages == (stage,), "its embeddings are used"
-    theirs = IndicatorSpace(models, "a", stage)
+    theirs = LayerIndicatorSpace(models, "a", stage)
     plain = theirs.decode(theirs.start)
     assert (plain.stages, plain.base, plain.models) == ((), "a", ("a",))
     both = theirs.decode([1.0] * 2 + [-1.0] * 4 + [1.0] * 2 + [-1.0] * 8 + [0.0] * 16)
@@ -554,22 +559,22 @@ def test_a_stage_is_carried_by_the_routes_that_use_it_and_by_no_other() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: IndicatorSpace((("a", 2), ("a", 3)), "a"), "names of their own"),
-        (lambda: IndicatorSpace((("a", 0),), "a"), "at least one layer"),
-        (lambda: IndicatorSpace(MODELS, "d"), "'d' is not among"),
-        (lambda: IndicatorSpace(MODELS, "a", ("m", merged())), "'m' is not among"),
-        (lambda: IndicatorSpace(MODELS, "a", ("a", merged())), "4 layers, not 6"),
-        (lambda: IndicatorSpace(MODELS, "a", bounds=(0, 4)), "at least 1"),
-        (lambda: IndicatorSpace(MODELS, "a", bounds=(5, 4)), "least, most"),
-        (lambda: IndicatorSpace(MODELS, "a", bounds=(39, 50)), "38"),
-        (lambda: IndicatorSpace(MODELS, "a", scale_range=(1.0, 1.5)), "hold 1"),
-        (lambda: IndicatorSpace(MODELS, "a", scale_range=(0.0, 1.5)), "0.0001"),
-        (lambda: IndicatorSpace(MODELS, "a", changes=0.0), "above 0"),
-        (lambda: IndicatorSpace(MODELS, "a", repeats=0), "repeats"),
-        (lambda: ConditionalSpace(MODELS, "a", scales="matrix"), "indicator"),
-        (lambda: ConditionalSpace(MODELS, "a", spans=(0,)), "at least 1"),
-        (lambda: ConditionalSpace(MODELS, "a", bounds=(13, 20)), "twice the 6 layers"),
-        (lambda: ConditionalSpace(MODELS, "a", spans=(2,), bounds=(7, 20)), "spans must hold 1"),
+        (lambda: LayerIndicatorSpace((("a", 2), ("a", 3)), "a"), "names of their own"),
+        (lambda: LayerIndicatorSpace((("a", 0),), "a"), "at least one layer"),
+        (lambda: LayerIndicatorSpace(MODELS, "d"), "'d' is not among"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", ("m", merged())), "'m' is not among"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", ("a", merged())), "4 layers, not 6"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", bounds=(0, 4)), "at least 1"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", bounds=(5, 4)), "least, most"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", bounds=(39, 50)), "38"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", scale_range=(1.0, 1.5)), "hold 1"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", scale_range=(0.0, 1.5)), "0.0001"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", changes=0.0), "above 0"),
+        (lambda: LayerIndicatorSpace(MODELS, "a", repeats=0), "repeats"),
+        (lambda: PositionChoiceSpace(MODELS, "a", scales="matrix"), "indicator"),
+        (lambda: PositionChoiceSpace(MODELS, "a", spans=(0,)), "at least 1"),
+        (lambda: PositionChoiceSpace(MODELS, "a", bounds=(13, 20)), "twice the 6 layers"),
+        (lambda: PositionChoiceSpace(MODELS, "a", spans=(2,), bounds=(7, 20)), "spans must hold 1"),
     ],
 )  # fmt: skip
 def test_settings_that_give_no_routes_are_refused(make: object, message: str) -> None:
@@ -594,9 +599,9 @@ slices:
 """
 PAIR = (("a", 32), ("b", 32))
 HOLDING = {
-    "indicator": IndicatorSpace(PAIR, "a"),
-    "continuous": ConditionalSpace(PAIR, "a", spans=(1, 16)),
-    "categorical": ConditionalSpace(PAIR, "a", spans=(1, 16), categorical=True),
+    "indicator": LayerIndicatorSpace(PAIR, "a"),
+    "continuous": PositionChoiceSpace(PAIR, "a", spans=(1, 16)),
+    "categorical": PositionChoiceSpace(PAIR, "a", spans=(1, 16), categorical=True),
 }
 
 
@@ -618,7 +623,9 @@ def test_mergekit_stacks_are_points_of_the_spaces(kind: str, text: str, hops: Ho
     assert space.decode(genome) == stack(hops), (
         "which is the same but for factors of 1 that mergekit writes out"
     )
-    short = replace(space, spans=(1, 2)) if isinstance(space, ConditionalSpace) else replace(space, repeats=1)
+    short = (
+        replace(space, spans=(1, 2)) if isinstance(space, PositionChoiceSpace) else replace(space, repeats=1)
+    )
     assert (short.encode(recipe) is None) == (text == SOLAR or kind == "indicator")
 
 

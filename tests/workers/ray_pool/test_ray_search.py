@@ -153,20 +153,21 @@ def test_without_ray_installed_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize(
-    ("crew", "islands", "population"), [(1, 1, 12), (2, 2, 12), (8, 2, 16), (64, 4, 64), (1024, 8, 512)]
+    ("num_workers", "islands", "population"),
+    [(1, 1, 12), (2, 2, 12), (8, 2, 16), (64, 4, 64), (1024, 8, 512)],
 )
 def test_auto_keeps_the_workers_busy_that_a_study_begins_with(
-    crew: int, islands: int, population: int, tmp_path: Path
+    num_workers: int, islands: int, population: int, tmp_path: Path
 ) -> None:
     document = json.loads(search_file(tmp_path, "auto").read_text())
     document["search"] |= {"population": "auto", "islands": "auto"}
     (tmp_path / "auto.yaml").write_text(json.dumps(document))
     settings, _ = loading.load(str(tmp_path / "auto.yaml"))
-    assert pool_module.islands(settings, crew) == islands
+    assert pool_module.islands(settings, num_workers) == islands
     assert (
-        pool_module.population(settings, crew, 20)
+        pool_module.population(settings, num_workers, 20)
         == population
-        == max(4 + int(3 * 2.9957), -(-4 * crew // islands))
+        == max(4 + int(3 * 2.9957), -(-4 * num_workers // islands))
     )
 
 
