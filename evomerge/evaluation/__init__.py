@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from evomerge.evaluation.evaluator import Evaluator, Preparing
-from evomerge.evaluation.objective import Objective, Standing, Term, missing, ranks
+from evomerge.evaluation.objective import Objective, Standing, Term, missing_metric_message, ranks
 from evomerge.evaluation.records import ROLES, Attempt, Evaluation, Items, ItemScore, Role
 from evomerge.evaluation.task_set import CombinedTasks, TaskSet
 
@@ -24,6 +24,6 @@ __all__ = [
     "Standing",
     "TaskSet",
     "Term",
-    "missing",
+    "missing_metric_message",
     "ranks",
 ]

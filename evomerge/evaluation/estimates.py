@@ -82,7 +82,7 @@ def paired(a: Sequence[ItemScore], b: Sequence[ItemScore], weights: Mapping[str,
     return stratified(common, weights)
 
 
-def luck(search: Estimate, test: Estimate) -> Estimate:
+def selection_bias(search: Estimate, test: Estimate) -> Estimate:
     """search - test, of estimates on different items: what the search score owes to having been selected."""
     return _sum([(1.0, search), (-1.0, test)])
 
@@ -132,7 +132,7 @@ class ItemMeans:
         return {key: total / self._count[key] for key, total in self._value.items()}
 
     @property
-    def ease(self) -> dict[tuple[str, str], float]:
+    def easiness(self) -> dict[tuple[str, str], float]:
         """Mean of the value less the candidate's own mean, of every item that was scored; about 0 on average."""
         return {key: total / self._count[key] for key, total in self._ease.items()}
 
@@ -146,13 +146,15 @@ def control_variate(
     the error is that of a sample of |S| from the |pool| items without replacement, 0 where it was scored on all. Candidates
     scored on different items become comparable, whatever the ease is good for: it is averaged, not fitted.
     """
-    ease = means.ease
+    easiness = means.easiness
     parts = []
     for task, w in weights.items():
         ids = set(pool[task])
-        rest = [s.value - ease.get((task, s.item), 0.0) for s in items if s.task == task and s.item in ids]
+        rest = [
+            s.value - easiness.get((task, s.item), 0.0) for s in items if s.task == task and s.item in ids
+        ]
         found = _moments(rest)
-        shift = math.fsum(ease.get((task, item), 0.0) for item in pool[task]) / len(pool[task])
+        shift = math.fsum(easiness.get((task, item), 0.0) for item in pool[task]) / len(pool[task])
         left = 1.0 - len(rest) / len(ids)  # finite population
         error = found.error * math.sqrt(left) if left > 0 else 0.0
         parts.append((w, Estimate(found.mean + shift, error, found.n)))

@@ -21,7 +21,7 @@ Measure = Literal["metric", "probability", "logprob"]
 class Term:
     """A task's share in the objective. sign: -1 for metrics where lower is better, such as perplexity.
 
-    search: (measure, share) pairs that the search sees instead of the metric, shares above 0. leaves: (task, share) pairs
+    search: (measure, share) pairs that the search sees instead of the metric, shares above 0. subtasks: (task, share) pairs
     of a group whose items are those of other tasks, shares summing to one. mean: whether the task's metric is the mean
     of its items' values; only then has it an error, and only then can it be raced.
     """
@@ -30,13 +30,13 @@ class Term:
     weight: float = 1.0
     sign: int = 1
     search: tuple[tuple[Measure, float], ...] = (("metric", 1.0),)
-    leaves: tuple[tuple[str, float], ...] = ()
+    subtasks: tuple[tuple[str, float], ...] = ()
     mean: bool = True
 
     @property
     def strata(self) -> tuple[tuple[str, float], ...]:
         """(task, share) pairs of the tasks whose items are scored."""
-        return self.leaves or ((self.task, 1.0),)
+        return self.subtasks or ((self.task, 1.0),)
 
     def value(self, metrics: Mapping[str, float], measure: Measure = "metric") -> float:
         """The task's value by a measure, higher is better. Raises ConfigError where the task has no such measure."""
@@ -44,18 +44,18 @@ class Term:
             return self.sign * metrics[self.task]
         names = [(task if measure == "metric" else f"{task}:{measure}", share) for task, share in self.strata]
         if any(name not in metrics for name, _ in names):
-            raise ConfigError(missing(self.task, measure))
+            raise ConfigError(missing_metric_message(self.task, measure))
         return (self.sign if measure == "metric" else 1) * math.fsum(
             share * metrics[name] for name, share in names
         )
 
-    def seen(self, metrics: Mapping[str, float]) -> float:
+    def search_value(self, metrics: Mapping[str, float]) -> float:
         """The task's value as the search sees it."""
         return math.fsum(share * self.value(metrics, m) for m, share in self.search) / math.fsum(
             share for _, share in self.search
         )
 
-    def item(self, score: ItemScore) -> float | None:
+    def item_search_value(self, score: ItemScore) -> float | None:
         """One item's value as the search sees it; None for an item without the soft score that this needs."""
         values = {
             "metric": self.sign * score.value,
@@ -71,7 +71,7 @@ class Term:
         )
 
 
-def missing(task: str, measure: str) -> str:
+def missing_metric_message(task: str, measure: str) -> str:
     """The sentence for a task that has no such measure."""
     return f"task '{task}' gives no {measure} of a right answer, which the search was asked to use; let it search by the metric"
 
@@ -117,20 +117,20 @@ class Objective:
         """The objective by the tasks' metrics; NaN if one is not finite."""
         return self._combined([t.value(metrics) for t in self.terms])
 
-    def reported(self, evaluation: Evaluation) -> float | None:
+    def reported_score(self, evaluation: Evaluation) -> float | None:
         """The objective of an evaluation; None for one that failed, or whose objective is not finite."""
         score = math.nan if evaluation.error is not None else self(evaluation.metrics)
         return score if math.isfinite(score) else None
 
-    def search(self, metrics: Mapping[str, float]) -> float:
+    def search_score(self, metrics: Mapping[str, float]) -> float:
         """The objective as the search sees it; NaN if a value is not finite. Raises ConfigError without the soft scores it needs."""
-        return self._combined([t.seen(metrics) for t in self.terms])
+        return self._combined([t.search_value(metrics) for t in self.terms])
 
-    def price(self, costs: Mapping[str, float]) -> float:
+    def size_penalty(self, costs: Mapping[str, float]) -> float:
         """What a candidate's layers beyond `depth` cost."""
         return self.layer_price * max(0.0, costs.get("layers", self.depth) - self.depth)
 
-    def tie(self, metrics: Mapping[str, float]) -> float:
+    def tie_break_score(self, metrics: Mapping[str, float]) -> float:
         """What decides between equal scores: the weighted mean of the soft scores of the tasks that have one, 0 without any."""
         if self.tie_break == "none":
             return 0.0
@@ -173,17 +173,17 @@ class Objective:
                 out[task] = out.get(task, 0.0) + slope * term.sign * share
         return out
 
-    def seen(self, items: Sequence[ItemScore]) -> tuple[ItemScore, ...]:
-        """The items with their value as the search sees it, higher is better: to be averaged by `seen_shares`.
+    def search_items(self, items: Sequence[ItemScore]) -> tuple[ItemScore, ...]:
+        """The items with their value as the search sees it, higher is better: to be averaged by `search_shares`.
 
         Left out is an item without the soft score that its task is searched by, such as one without a right answer.
         """
         terms = {task: t for t in self.terms for task, _ in t.strata}
-        values = [(s, terms[s.task].item(s)) for s in items if s.task in terms]
+        values = [(s, terms[s.task].item_search_value(s)) for s in items if s.task in terms]
         return tuple(replace(s, value=v) for s, v in values if v is not None)
 
     @property
-    def seen_shares(self) -> dict[str, float]:
+    def search_shares(self) -> dict[str, float]:
         """Task with items -> its share in a mean objective as the search sees it; they sum to one."""
         return {task: abs(share) for task, share in Objective(self.terms).shares().items()}
 
@@ -192,7 +192,7 @@ class Objective:
         """Whether the objective is a weighted mean of item values, so that it has paired errors and can be raced."""
         return self.kind == "mean" and all(t.mean for t in self.terms)
 
-    def point(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+    def task_values(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """The tasks' values, higher is better: what a Pareto front compares."""
         return tuple(t.value(metrics) for t in self.terms)
 

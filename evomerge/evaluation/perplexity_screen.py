@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-NATS = "gate:nats"
+NATS_PER_TOKEN = "gate:nats"
 """The metric that a candidate kept out by the gate has: its nats a token."""
 _BATCH = 1024  # tokens of one forward
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScreenText:
     """ids: token ids of a text; first: the first of them that counts, at least 1."""
 
     ids: tuple[int, ...]
@@ -27,46 +27,46 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityScreen:
-    """rows: what a candidate is looked at on; limit: nats a token above which it is not scored."""
+    """texts: what a candidate is looked at on; max_nats_per_token: nats a token above which it is not scored."""
 
-    rows: tuple[Row, ...]
-    limit: float
+    texts: tuple[ScreenText, ...]
+    max_nats_per_token: float
 
-    def refusal(self, nats: float) -> str | None:
+    def rejection(self, nats: float) -> str | None:
         """Why a candidate is not scored; None if it is."""
-        if nats <= self.limit:
+        if nats <= self.max_nats_per_token:
             return None
-        tokens = sum(len(row.ids) for row in self.rows)
-        return f"gate: {nats:.2f} nats a token of the right answers in {tokens} tokens, more than {self.limit:.2f}; not scored"
+        tokens = sum(len(row.ids) for row in self.texts)
+        return f"gate: {nats:.2f} nats a token of the right answers in {tokens} tokens, more than {self.max_nats_per_token:.2f}; not scored"
 
 
-def rows(
+def screen_texts(
     passages: Iterable[tuple[Sequence[int], Sequence[int]]], tokens: int, longest: int = 256
-) -> tuple[Row, ...]:
+) -> tuple[ScreenText, ...]:
     """Rows of about `tokens` tokens in all. passages: token ids of a prompt, and of the prompt with its answer.
 
     Of a long text the last `longest` tokens are kept. The answer's tokens count, all where there is no answer.
     """
-    found: list[Row] = []
+    found: list[ScreenText] = []
     for prompt, whole in passages:
         if tokens <= 0:
             break
         first = len(prompt) if len(prompt) < len(whole) else 1
         dropped = max(0, len(whole) - longest)
         if len(whole) > 1:
-            found.append(Row(tuple(whole[dropped:]), max(1, first - dropped)))
+            found.append(ScreenText(tuple(whole[dropped:]), max(1, first - dropped)))
             tokens -= len(found[-1].ids)
     return tuple(found)
 
 
 @torch.inference_mode()
-def nats(model: nn.Module, rows: Sequence[Row]) -> float:
+def nats_per_token(model: nn.Module, rows: Sequence[ScreenText]) -> float:
     """Mean negative log-likelihood of the tokens that count, in nats; infinite where a logit is not finite.
 
     Rows of one length share a forward, so that nothing is padded.
     """
     device = next(model.parameters()).device
-    groups: dict[int, list[Row]] = {}
+    groups: dict[int, list[ScreenText]] = {}
     for row in rows:
         groups.setdefault(len(row.ids), []).append(row)
     total, count = 0.0, 0

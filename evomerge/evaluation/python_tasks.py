@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.records import ROLES, Items, ItemScore, Role, dealt
+from evomerge.evaluation.records import ROLES, Items, ItemScore, Role, role_of_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class PythonTasks:
         """What the task's number is: the mean of the function's scores."""
         return f"mean of {self._functions[task].spec.function}"
 
-    def measures(self, task: str) -> tuple[str, ...]:
+    def soft_metrics(self, task: str) -> tuple[str, ...]:
         """None: a function gives one score."""
         return ()
 
@@ -113,11 +113,11 @@ class PythonTasks:
         """True: the metric is the mean of the items' scores."""
         return True
 
-    def leaves(self, task: str) -> tuple[tuple[str, float], ...]:
+    def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
         """The task itself, with the whole share."""
         return ((task, 1.0),)
 
-    def findings(self, model: nn.Module | None = None) -> tuple[str, ...]:
+    def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
         """None."""
         return ()
 
@@ -137,7 +137,7 @@ class PythonTasks:
             for name, function in self._functions.items()
         }
 
-    def techniques(self, model: nn.Module, items: Items) -> dict[str, Any]:
+    def optimizations(self, model: nn.Module, items: Items) -> dict[str, Any]:
         """None: a function asks the model as it likes."""
         return {}
 
@@ -145,7 +145,7 @@ class PythonTasks:
         """None: a function shows no prompts."""
         return []
 
-    def passages(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[tuple[str, str]]:
         """None: a function shows no prompts."""
         return []
 
@@ -174,7 +174,7 @@ def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Ro
         own = sorted(
             (digest, item)
             for item in found
-            if dealt(digest := hashlib.sha256(item.encode()).hexdigest()) == role
+            if role_of_hash(digest := hashlib.sha256(item.encode()).hexdigest()) == role
         )
         items[role] = tuple(sorted(item for _, item in own[: limits.get(role)]))
         if not items[role]:

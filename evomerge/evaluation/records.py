@@ -17,7 +17,7 @@ Items = Mapping[str, Sequence[str]]
 """Task name -> ids of the items to score, in order."""
 
 
-def dealt(digest: str) -> Role:
+def role_of_hash(digest: str) -> Role:
     """The role of an item that no one declared one for: 6, 2 and 2 tenths, by the first 8 hexadecimal digits of its hash."""
     tenth = int(digest[:8], 16) % 10
     return next(role for role, end in TENTHS if tenth < end)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def digest(ids: Sequence[str]) -> str:
+def items_digest(ids: Sequence[str]) -> str:
     """SHA-256 of item ids, in order."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
@@ -30,7 +30,7 @@ class TaskSet(Evaluator, Protocol):
         """Name of the task's metric."""
         ...
 
-    def measures(self, task: str) -> tuple[str, ...]:
+    def soft_metrics(self, task: str) -> tuple[str, ...]:
         """Soft scores that the task has beside its metric: of 'probability' and 'logprob'."""
         ...
 
@@ -38,11 +38,11 @@ class TaskSet(Evaluator, Protocol):
         """Whether the task's metric is the mean of its items' values."""
         ...
 
-    def leaves(self, task: str) -> tuple[tuple[str, float], ...]:
+    def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
         """(task with items, its share) of a group, shares summing to one; a task is its own leaf."""
         ...
 
-    def findings(self, model: nn.Module | None = None) -> tuple[str, ...]:
+    def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
         """Sentences about the items that a user should read; given a model, also which it truncates."""
         ...
 
@@ -54,7 +54,7 @@ class TaskSet(Evaluator, Protocol):
         """Task with items -> what answers it with this model."""
         ...
 
-    def techniques(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
+    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
         """Technique -> verdict on its use with this model."""
         ...
 
@@ -62,7 +62,7 @@ class TaskSet(Evaluator, Protocol):
         """Prompt, right answer and output of each item, where the task can show them."""
         ...
 
-    def passages(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[tuple[str, str]]:
         """(prompt, right answer) of up to `count` items of the search, where the task has prompts."""
         ...
 
@@ -110,21 +110,21 @@ class CombinedTasks:
         """Its own set's answer."""
         return self._owner[task].metric(task)
 
-    def measures(self, task: str) -> tuple[str, ...]:
+    def soft_metrics(self, task: str) -> tuple[str, ...]:
         """Its own set's answer."""
-        return self._owner[task].measures(task)
+        return self._owner[task].soft_metrics(task)
 
     def is_mean(self, task: str) -> bool:
         """Its own set's answer."""
         return self._owner[task].is_mean(task)
 
-    def leaves(self, task: str) -> tuple[tuple[str, float], ...]:
+    def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
         """Its own set's answer."""
-        return self._owner[task].leaves(task)
+        return self._owner[task].subtasks(task)
 
-    def findings(self, model: nn.Module | None = None) -> tuple[str, ...]:
+    def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
         """Those of all sets."""
-        return tuple(finding for one in self._sets for finding in one.findings(model))
+        return tuple(finding for one in self._sets for finding in one.warnings(model))
 
     def fingerprint(self) -> dict[str, str]:
         """Those of all sets."""
@@ -134,21 +134,21 @@ class CombinedTasks:
         """Those of all sets."""
         return {name: answer for one in self._sets for name, answer in one.backends(model).items()}
 
-    def techniques(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
+    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
         """Those of all sets."""
         return {
             name: verdict
             for one in self._sets
-            for name, verdict in one.techniques(model, self._own(one, items)).items()
+            for name, verdict in one.optimizations(model, self._own(one, items)).items()
         }
 
     def samples(self, model: nn.Module, items: Items) -> list[Any]:
         """Those of all sets."""
         return [sample for one in self._sets for sample in one.samples(model, self._own(one, items))]
 
-    def passages(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[tuple[str, str]]:
         """Those of the first set that has any."""
-        return next((found for one in self._sets if (found := one.passages(count))), [])
+        return next((found for one in self._sets if (found := one.examples(count))), [])
 
     def _own(self, one: TaskSet, items: Items) -> dict[str, Sequence[str]]:
         return {name: ids for name, ids in items.items() if self._owner[name] is one}

@@ -44,7 +44,7 @@ def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = Non
             "dead": len(space.dead),
         },
         "tasks": [_task(t.task, t.weight, opened, items, generation) for t in settings.tasks],
-        "findings": list(harness.findings()),
+        "findings": list(harness.warnings()),
         "optimizer": {
             "name": "CMA-ES",
             "population": stages[0]["population"],
@@ -58,7 +58,7 @@ def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = Non
     }
     if probe:
         worker = opened.load()
-        data["findings"] = list(harness.findings(worker.model))
+        data["findings"] = list(harness.warnings(worker.model))
         data["probe"] = _probe(opened, worker, generation, data["work"])
     return data
 
@@ -87,14 +87,14 @@ def _task(
     task: str, weight: float, opened: Opened, items: dict[Any, Items], generation: Items
 ) -> dict[str, Any]:
     harness = opened.harness
-    leaves = [leaf for leaf, _ in harness.leaves(task)]
+    leaves = [leaf for leaf, _ in harness.subtasks(task)]
     return {
         "task": task,
         "tasks": leaves if leaves != [task] else [],
         "metric": harness.metric(task),
         "higher_is_better": harness.sign(task) > 0,
         "mean_of_items": harness.is_mean(task),
-        "soft": list(harness.measures(task)),
+        "soft": list(harness.soft_metrics(task)),
         "weight": weight,
         "items": {role: sum(len(items[role][leaf]) for leaf in leaves) for role in ROLES},
         "items_of_a_generation": sum(len(generation[leaf]) for leaf in leaves),
@@ -169,7 +169,7 @@ def _probe(opened: Opened, worker: Worker, items: Items, work: dict[str, Any]) -
     axes = len(opened.space.axes)
     recipes = [opened.space.decode([0.05 * k * (-1) ** i for i in range(axes)]) for k in range(_TIMED + 1)]
     first, *timed = [_evaluated(worker.evaluate(recipe, items)) for recipe in recipes]
-    verdicts = opened.harness.techniques(worker.model, items)
+    verdicts = opened.harness.optimizations(worker.model, items)
     merge, score = (statistics.median(e.seconds[stage] for e in timed) for stage in ("merge", "score"))
     count = sum(map(len, items.values()))
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.config import Config, loading
 from evomerge.errors import ConfigError, StudyError
-from evomerge.evaluation import Items, Objective, Term, missing
+from evomerge.evaluation import Items, Objective, Term, missing_metric_message
 from evomerge.search import racing
 from evomerge.store import StudyRow
 
@@ -32,8 +32,8 @@ def task_terms(settings: Config, harness: Any) -> dict[str, dict[str, Any]]:
         t.task: {
             "sign": harness.sign(t.task),
             "mean": harness.is_mean(t.task),
-            "measures": list(harness.measures(t.task)),
-            "leaves": [[leaf, share] for leaf, share in harness.leaves(t.task)],
+            "measures": list(harness.soft_metrics(t.task)),
+            "leaves": [[leaf, share] for leaf, share in harness.subtasks(t.task)],
         }
         for t in settings.tasks
     }
@@ -49,7 +49,7 @@ def make_objective(settings: Config, said: Mapping[str, Mapping[str, Any]], dept
         search = tuple(t.search.items())
         asked = [*(m for m, _ in search if m != "metric"), *((tie,) if tie not in (None, "none") else ())]
         if lacking := [m for m in asked if m not in own["measures"]]:
-            raise ConfigError(missing(t.task, str(lacking[0])))
+            raise ConfigError(missing_metric_message(t.task, str(lacking[0])))
         terms.append(
             Term(
                 t.task,

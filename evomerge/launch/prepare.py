@@ -16,7 +16,7 @@ from evomerge import __version__
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES, Evaluator
-from evomerge.evaluation.task_set import digest
+from evomerge.evaluation.task_set import items_digest
 from evomerge.launch import pool as pool_module
 from evomerge.launch import route_stages, stages
 from evomerge.launch.facts import check_agreement
@@ -94,7 +94,7 @@ def _prepare(
         log.warning(warning)
     evaluator = wrap(harness)
     scorer = opened.load(evaluator)
-    for finding in harness.findings(scorer.model):
+    for finding in harness.warnings(scorer.model):
         log.warning(finding)
     search, stored = settings.search, store.study()
     routed = route_stages.check_routes(
@@ -111,7 +111,7 @@ def _prepare(
         "backends": backends(harness, scorer.model) if evaluator is harness else {},
         "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
         "item_sets": {
-            role: {task: digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES
+            role: {task: items_digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES
         },
         "axes": [axis.name for axis in space.axes] if settings.kinds[0] == "weights" else [],
         # a larger budget must not change the optimizer, nor when a stage ends

@@ -121,7 +121,7 @@ def sensitivity(
         return worker[0].evaluate(wanted, on)
 
     evaluated = scanning.scan(
-        store, centre, neighbours, role, items, evaluate, opened.objective.reported, show
+        store, centre, neighbours, role, items, evaluate, opened.objective.reported_score, show
     )
     known = store.sensitivity(centre.id, role, items)
     found = scanning.curves(space, genome, neighbours, known, Objective(opened.objective.terms).shares())

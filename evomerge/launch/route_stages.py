@@ -80,7 +80,7 @@ def check_routes(
     names = settings.routes.models or tuple(settings.models)
     scorer.live.check_routable(names, settings.routes.scales != "none")
     scorer.gate = gate(settings, tasks, scorer, limit)
-    return scorer.gate.limit if scorer.gate else None
+    return scorer.gate.max_nats_per_token if scorer.gate else None
 
 
 def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> PerplexityScreen | None:
@@ -95,7 +95,7 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
 
     tokens = asked.tokens or _MOST_TOKENS
     texts = [
-        (ids(prompt), ids(prompt + answer)) for prompt, answer in tasks.passages(tokens // _TOKENS_A_PROMPT)
+        (ids(prompt), ids(prompt + answer)) for prompt, answer in tasks.examples(tokens // _TOKENS_A_PROMPT)
     ]
     if (
         asked.tokens is None and texts
@@ -103,16 +103,16 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
         items = {
             leaf: settings.evaluation.items_of(t.task)
             for t in settings.tasks
-            for leaf, _ in tasks.leaves(t.task)
+            for leaf, _ in tasks.subtasks(t.task)
         }
         count = sum(min(len(own), items.get(leaf, 0)) for leaf, own in tasks.items("search").items())
         mean = sum(len(whole) for _, whole in texts) / len(texts)
         tokens = max(_LEAST_TOKENS, min(_MOST_TOKENS, int(_SHARE * count * mean)))
-    rows = gating.rows(texts, tokens)
+    rows = gating.screen_texts(texts, tokens)
     if not rows:
         return None
     if limit is None:
-        found = [gating.nats(scorer.live.model(name), rows) for name in settings.models]
+        found = [gating.nats_per_token(scorer.live.model(name), rows) for name in settings.models]
         limit = round(min(found) + math.log(asked.factor), 4)
         if not math.isfinite(limit):
             raise ConfigError("no parent gives finite logits on the prompts of the search; check the models")

@@ -48,7 +48,7 @@ def open_tasks(
     sets: list[TaskSet] = []
     if len(python) < len(settings.tasks):
         from evomerge.evaluation.lm_harness.harness import LmHarness
-        from evomerge.evaluation.lm_harness.items import Rules
+        from evomerge.evaluation.lm_harness.items import ItemRules
         from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 
         sets.append(
@@ -68,7 +68,7 @@ def open_tasks(
                 fewshot_as_multiturn=e.fewshot_as_multiturn,
                 system_instruction=e.system_instruction,
                 limits=limits,
-                rules=Rules(
+                rules=ItemRules(
                     e.duplicates,
                     e.allow_benchmark_test,
                     tuple(Path(p) for p in e.training_texts),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from evomerge.errors import FailureBudget, StudyError
 from evomerge.evaluation import Evaluation, Items, Role, Standing
-from evomerge.evaluation.perplexity_screen import NATS
+from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN
 from evomerge.recipes import Recipe
 from evomerge.search import racing, selection
 from evomerge.search.dispatch import Dispatch, Result
@@ -82,9 +82,15 @@ class Generations:
     def standing(self, trial: Trial) -> Standing | None:
         """What ranks a trial within its generation."""
         if trial.score is None:  # of those that the gate kept out, the less broken are learnt from
-            return Standing(-1.0, 0.0, -trial.metrics[NATS], 0.0) if NATS in trial.metrics else None
+            return (
+                Standing(-1.0, 0.0, -trial.metrics[NATS_PER_TOKEN], 0.0)
+                if NATS_PER_TOKEN in trial.metrics
+                else None
+            )
         reached = math.inf if trial.dropped is None else float(trial.dropped)
-        return Standing(reached, -trial.violation, trial.score, self.plan.objective.tie(trial.metrics))
+        return Standing(
+            reached, -trial.violation, trial.score, self.plan.objective.tie_break_score(trial.metrics)
+        )
 
     def guard(self, parents: Sequence[Baseline]) -> None:
         """Scores the parents on all search items, and finds the best of each task that `keep` names.
@@ -126,10 +132,12 @@ class Generations:
         missing = [r for r in distinct if self.store.evaluation(r.id, role, items) is None]
         done = len(distinct) - len(missing)
         for job, evaluation in self.dispatch.each([_job(i, r, items) for i, r in enumerate(missing)]):
-            reported = objective.reported(evaluation)
-            score = None if reported is None else reported - objective.price(evaluation.costs)
+            reported = objective.reported_score(evaluation)
+            score = None if reported is None else reported - objective.size_penalty(evaluation.costs)
             point = (
-                objective.point(evaluation.metrics) if role == "validation" and score is not None else None
+                objective.task_values(evaluation.metrics)
+                if role == "validation" and score is not None
+                else None
             )
             self.store.add_evaluation(job.recipe, role, items, evaluation, score, reported, point)
             done += 1
@@ -224,14 +232,14 @@ class Generations:
     def _scores(self, evaluation: Evaluation) -> tuple[float | None, float | None, tuple[float, ...] | None]:
         """(what ranks it, the objective by the tasks' metrics, its point on the front) of an evaluation on all items of a generation."""
         objective = self.plan.objective
-        reported = objective.reported(evaluation)
+        reported = objective.reported_score(evaluation)
         score = (
             math.nan
             if reported is None
-            else objective.search(evaluation.metrics) - objective.price(evaluation.costs)
+            else objective.search_score(evaluation.metrics) - objective.size_penalty(evaluation.costs)
         )
         return (
-            (score, reported, objective.point(evaluation.metrics))
+            (score, reported, objective.task_values(evaluation.metrics))
             if math.isfinite(score)
             else (None, None, None)
         )
@@ -289,7 +297,7 @@ class Generations:
         score, reported, point = self._scores(evaluation)
         whole = None
         if fate is not None and fate.predicted is not None and score is not None:
-            score, point = fate.predicted - objective.price(evaluation.costs), None
+            score, point = fate.predicted - objective.size_penalty(evaluation.costs), None
             whole = sum(map(len, self.subset(number).values()))
         return self.store.add_trial(
             generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,

@@ -96,7 +96,7 @@ def run(
         scored = score([candidates[slot] for slot in alive], part)
         for slot in alive:
             own[slot].append(scored[candidates[slot].id])
-            seen[slot] |= {(s.task, s.item): s.value for s in objective.seen(own[slot][-1].items)}
+            seen[slot] |= {(s.task, s.item): s.value for s in objective.search_items(own[slot][-1].items)}
         failed += [
             slot
             for slot in alive
@@ -119,7 +119,7 @@ def run(
         out[slot] = Raced(
             union(evaluations, done, objective), done, dropped.get(slot), None if whole else predicted[slot]
         )
-    finished = sorted((objective.search(out[slot].evaluation.metrics) for slot in alive), reverse=True)
+    finished = sorted((objective.search_score(out[slot].evaluation.metrics) for slot in alive), reverse=True)
     if (
         len(chosen) + len(finished) > mu >= len(chosen)
     ):  # who is among the best scores more than who is left over
@@ -149,7 +149,7 @@ def increment(
         ends = {task: min(n, max(2, math.ceil(share * n - 1e-9))) for task, n in sizes.items()}
     else:
         values, _, weights = _tables(items, parts, objective, alive)
-        tasks = [task for task in items if task in objective.seen_shares]
+        tasks = [task for task in items if task in objective.search_shares]
         goal = math.ceil(share * sum(sizes.values()) - 1e-9)
         counts = allocate(
             deviations(values, weights), weights, [taken[t] for t in tasks], [sizes[t] for t in tasks], goal
@@ -202,7 +202,9 @@ def means(scores: Sequence[ItemScore], objective: Objective) -> dict[str, float]
             if values:
                 metrics[name] = math.fsum(values) / len(values)
     groups = {
-        t.task: t.leaves for t in objective.terms if t.leaves and all(leaf in by_task for leaf, _ in t.leaves)
+        t.task: t.subtasks
+        for t in objective.terms
+        if t.subtasks and all(leaf in by_task for leaf, _ in t.subtasks)
     }
     return metrics | {
         group: math.fsum(share * metrics[leaf] for leaf, share in leaves) for group, leaves in groups.items()
@@ -216,7 +218,7 @@ def _tables(
 
     Items without the soft score that is searched by are not counted. All rows hold the same items.
     """
-    shares = objective.seen_shares
+    shares = objective.search_shares
     tasks = [task for task in items if task in shares]
     ids = {task: [item for part in parts for item in part.get(task, ())] for task in tasks}
     used = {task: [(task, item) for item in ids[task] if (task, item) in rows[0]] for task in tasks}
@@ -234,7 +236,7 @@ def _predicted(items: Items, objective: Objective, rows: Mapping[int, Seen]) -> 
     """Slot -> the objective as the search sees it, made comparable between candidates that were scored on more and fewer items."""
     if not rows:
         return {}
-    shares = objective.seen_shares
+    shares = objective.search_shares
     tasks = [task for task in items if task in shares]
     values = [
         np.array([[row.get((task, item), math.nan) for item in items[task]] for row in rows.values()])

@@ -11,7 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from evomerge.evaluation import Items, ItemScore, Objective
-from evomerge.evaluation.estimates import Estimate, ItemMeans, control_variate, holm, luck, paired, stratified
+from evomerge.evaluation.estimates import (
+    Estimate,
+    ItemMeans,
+    control_variate,
+    holm,
+    paired,
+    selection_bias,
+    stratified,
+)
 from evomerge.store import Scored, Store, Trial
 
 _Turns = tuple[int, ...]  # by task of the pool, how often its items had been gone through
@@ -47,7 +55,7 @@ def estimates(
         if trial.score is None or trial.generation > last:
             continue
         items, turns = (
-            objective.seen(store.scored(trial).evaluation.items),
+            objective.search_items(store.scored(trial).evaluation.items),
             tuple(epochs(trial)[task] for task in tasks),
         )
         if trial.id in wanted:
@@ -68,7 +76,7 @@ def estimates(
         for turns in dict.fromkeys(turns for turns, _ in own.values())
     }
     known = {
-        i: control_variate(items, ease[turns], pool, objective.seen_shares)
+        i: control_variate(items, ease[turns], pool, objective.search_shares)
         for i, (turns, items) in own.items()
     }
     return {i: e for i, e in known.items() if math.isfinite(e.mean)}
@@ -234,7 +242,7 @@ def selection_luck(search: Estimate | None, test: Estimate | None) -> dict[str, 
     """Search less test score, and its error, as keys of a row: what a score owes to having been selected by it."""
     if search is None or test is None:
         return {}
-    found = luck(search, test)
+    found = selection_bias(search, test)
     return {"luck": found.mean, "luck_error": found.error}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from evomerge.errors import ConfigError, FailureBudget, NoRoom, NothingToExport, Paused
 from evomerge.evaluation import ranks
-from evomerge.evaluation.perplexity_screen import NATS
+from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN
 from evomerge.optimizers import Array, Optimizer
 from evomerge.search import selection
 from evomerge.search.dispatch import Dispatch, Line, Result
@@ -227,7 +227,7 @@ class Study:
             told, genomes = begun.popleft()
             trials = yield from line.first()
             failed, dropped = (
-                [t for t in trials if t.score is None and NATS not in t.metrics],
+                [t for t in trials if t.score is None and NATS_PER_TOKEN not in t.metrics],
                 [t for t in trials if t.dropped],
             )
             if 2 * len(failed) > len(trials):
@@ -292,7 +292,7 @@ class Study:
         means = list(found.values())
         late = [t for t in everything if after < t.generation <= last]
         known = self._estimates([*late, *means, *references], last)
-        leaders = selection.leaders(late, known, after, last, lambda t: plan.objective.price(t.costs))
+        leaders = selection.leaders(late, known, after, last, lambda t: plan.objective.size_penalty(t.costs))
         return tuple(t for t in (*means, *leaders[: plan.finalists - 1]) if t.score is not None)
 
     def _estimates(self, trials: Sequence[Trial], last: int) -> dict[int, Any]:
@@ -382,7 +382,7 @@ def _summary(
     """(best score of a generation, a line about it)."""
     scored = [_score(t) for t in trials if t.score is not None]
     best = max((_score(t) for t in trials if t.score is not None and not t.dropped), default=None)
-    gated = [t for t in trials if NATS in t.metrics]
+    gated = [t for t in trials if NATS_PER_TOKEN in t.metrics]
     counts = [
         f"{len(own)} {what}"
         for own, what in (

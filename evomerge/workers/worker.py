@@ -82,10 +82,10 @@ class Worker:
             seconds["merge"] = time.perf_counter() - started
             if self.gate is not None and module is not self.model:
                 started = time.perf_counter()
-                found = gating.nats(module, self.gate.rows)
+                found = gating.nats_per_token(module, self.gate.texts)
                 seconds["gate"] = time.perf_counter() - started
-                if refusal := self.gate.refusal(found):
-                    metrics = {gating.NATS: min(found, 1e9)}
+                if refusal := self.gate.rejection(found):
+                    metrics = {gating.NATS_PER_TOKEN: min(found, 1e9)}
                     raise CandidateError(refusal)
             started = time.perf_counter()
             self._finite = True
@@ -102,7 +102,11 @@ class Worker:
             cause = scrub(
                 str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
             )
-            kept = {gating.NATS: metrics[gating.NATS]} if gating.NATS in metrics else {}
+            kept = (
+                {gating.NATS_PER_TOKEN: metrics[gating.NATS_PER_TOKEN]}
+                if gating.NATS_PER_TOKEN in metrics
+                else {}
+            )
             return Evaluation(recipe.id, (), kept, seconds, error=" ".join(cause.split()), costs=costs)
 
     def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:

@@ -43,7 +43,7 @@ from lm_eval.tasks import TaskManager
 
 from evomerge.evaluation.inference.generation_probe import regrets
 from evomerge.evaluation.inference.selected_logits import RowHead
-from evomerge.evaluation.lm_harness.backends.compiled import ResidentBackend
+from evomerge.evaluation.lm_harness.backends.compiled import CompiledBackend
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 
@@ -424,7 +424,7 @@ def likelihood_row(
     name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident
 ) -> Row:
     backend, cached = (
-        ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH),
+        CompiledBackend(resident.model, resident.tokenizer, HFLM_BATCH),
         CachedHflm(resident, requests),
     )
     once, prepared = timed(lambda: backend.prepare(requests))
@@ -448,7 +448,9 @@ def likelihood_row(
         ways, range(1, args.repeats + 1), resident, partial(renew_head, resident.model), compare
     )
     techniques = [
-        t for t, verdict in backend.techniques().items() if verdict.allowed and not t.startswith("decoding")
+        t
+        for t, verdict in backend.optimizations().items()
+        if verdict.allowed and not t.startswith("decoding")
     ]
     backend.close()
     plan = prepared.plan
@@ -467,7 +469,7 @@ def generation_row(
     name: str, requests: list[Instance], goal: float, args: argparse.Namespace, resident: Resident
 ) -> Row:
     backend, cached = (
-        ResidentBackend(resident.model, resident.tokenizer, HFLM_BATCH),
+        CompiledBackend(resident.model, resident.tokenizer, HFLM_BATCH),
         CachedHflm(resident, requests),
     )
     once, prepared = timed(lambda: backend.prepare(requests))

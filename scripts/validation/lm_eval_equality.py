@@ -156,7 +156,7 @@ class Sweep:
 
 def used(harness: LmHarness, model: Any) -> str:
     """The technique and the decoder that the verdicts allow."""
-    verdicts = harness.techniques(model, harness.items("test"))
+    verdicts = harness.optimizations(model, harness.items("test"))
     scoring = next(
         (n for n in ("tree", "fork", "prefix", "plain") if n in verdicts and verdicts[n].allowed), "none"
     )

@@ -25,7 +25,7 @@ import transformers
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 from tests.support import probe_truth
-from tests.support.probe_truth import DECODERS, TECHNIQUES, Outcome
+from tests.support.probe_truth import DECODERS, OPTIMIZATIONS, Outcome
 from tests.support.text_architectures import CONFIGS
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -46,7 +46,7 @@ def counts(outcomes: Sequence[Outcome]) -> Counter[tuple[bool, bool]]:
 def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: float) -> list[str]:
     """The lines of results/probe.md."""
     everything = [o for own in found.values() for o in own]
-    columns = [*TECHNIQUES, *DECODERS]
+    columns = [*OPTIMIZATIONS, *DECODERS]
     lines = [
         "# The probe against the truth",
         "",
@@ -68,7 +68,7 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for dtype in TYPES:
-        for kind, names in (("techniques", TECHNIQUES), ("decoders", DECODERS)):
+        for kind, names in (("techniques", OPTIMIZATIONS), ("decoders", DECODERS)):
             own = counts([o for o in everything if o.dtype == dtype and o.name in names])
             if own:
                 lines.append(
@@ -98,7 +98,7 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
         errors = [
             o.error
             for o in own
-            if o.allowed and o.dtype == torch.float32 and o.name in TECHNIQUES and o.error == o.error
+            if o.allowed and o.dtype == torch.float32 and o.name in OPTIMIZATIONS and o.error == o.error
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {max(errors, default=float('nan')):.1e} |")
     odd = [(name, o) for name, own in found.items() for o in own if o.allowed != o.right]

@@ -95,10 +95,11 @@ def race(scores: Table, items: Items, objective: Objective, rules: Race, mu: int
 def seen(items: Iterable[ItemScore], objective: Objective) -> float:
     """The objective as the search sees it."""
     by_task: dict[str, list[float]] = {}
-    for s in objective.seen(tuple(items)):
+    for s in objective.search_items(tuple(items)):
         by_task.setdefault(s.task, []).append(s.value)
     return math.fsum(
-        share * math.fsum(by_task[task]) / len(by_task[task]) for task, share in objective.seen_shares.items()
+        share * math.fsum(by_task[task]) / len(by_task[task])
+        for task, share in objective.search_shares.items()
     )
 
 

@@ -15,8 +15,8 @@ from evomerge.evaluation.estimates import (
     ItemMeans,
     control_variate,
     holm,
-    luck,
     paired,
+    selection_bias,
     stratified,
     t_cdf,
     t_quantile,
@@ -140,7 +140,7 @@ def test_pairing_is_sharper_where_items_are_shared() -> None:
     ease = generator.normal(0.0, 1.0, 300)
     a, b = ease + generator.normal(0.1, 0.2, 300), ease + generator.normal(0.0, 0.2, 300)
     both = paired(scores("a", a), scores("a", b), {"a": 1.0})
-    alone = luck(stratified(scores("a", a), {"a": 1.0}), stratified(scores("a", b), {"a": 1.0}))
+    alone = selection_bias(stratified(scores("a", a), {"a": 1.0}), stratified(scores("a", b), {"a": 1.0}))
     assert both.mean == pytest.approx(alone.mean)
     assert both.error < 0.25 * alone.error
 
@@ -150,7 +150,7 @@ def test_luck_is_the_difference_of_independent_estimates() -> None:
 
     generator = np.random.default_rng(5)
     a, b = generator.normal(0.6, 0.5, 20), generator.normal(0.4, 0.2, 50)
-    found = luck(stratified(scores("a", a), {"a": 1.0}), stratified(scores("a", b), {"a": 1.0}))
+    found = selection_bias(stratified(scores("a", a), {"a": 1.0}), stratified(scores("a", b), {"a": 1.0}))
     oracle = stats.ttest_ind(a, b, equal_var=False)
     assert found.p_value() == pytest.approx(oracle.pvalue, rel=1e-9)
     assert found.interval() == pytest.approx(tuple(oracle.confidence_interval()), rel=1e-9)

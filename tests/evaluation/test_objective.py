@@ -27,7 +27,7 @@ def drawn(seed: int, kind: Any, signs: bool = True) -> tuple[Objective, dict[str
     sign = -1 if signs and rng.random() < 0.5 else 1
     terms = (
         Term("a", rng.uniform(0.1, 3)),
-        Term("group", rng.uniform(0.1, 3), leaves=(("b", 0.25), ("c", 0.75))),
+        Term("group", rng.uniform(0.1, 3), subtasks=(("b", 0.25), ("c", 0.75))),
         Term("d", rng.uniform(0.1, 3), sign),
     )
     return Objective(terms, kind), {task: rng.uniform(0.05, 0.95) for task in "abcd"}
@@ -50,12 +50,12 @@ def test_a_kind_is_numpys(kind: Any, seed: int) -> None:
         "worst": lambda: values.min(),
     }[kind]()
     assert objective(metrics) == pytest.approx(wanted, abs=1e-14)
-    assert objective.search(metrics) == objective(metrics), (
+    assert objective.search_score(metrics) == objective(metrics), (
         "the search sees the metrics unless told otherwise"
     )
-    assert objective.point(metrics) == pytest.approx(tuple(values), abs=1e-15)
+    assert objective.task_values(metrics) == pytest.approx(tuple(values), abs=1e-15)
     given = metrics | {"group": 0.123}
-    assert objective.point(given)[1] == 0.123, "a group's own metric comes before its leaves'"
+    assert objective.task_values(given)[1] == 0.123, "a group's own metric comes before its leaves'"
 
 
 @pytest.mark.parametrize("value", [0.0, -0.2])
@@ -106,20 +106,20 @@ def test_the_search_sees_shares_and_the_report_the_metric() -> None:
         (Term("a", 2.0, search=(("metric", 7.0), ("probability", 3.0))), Term("b"), Term("c", 1.0, -1))
     )
     assert objective(METRICS) == pytest.approx((2 * 0.4 + 0.7 - 3.0) / 4, abs=1e-15)
-    assert objective.search(METRICS) == pytest.approx(
+    assert objective.search_score(METRICS) == pytest.approx(
         (2 * (0.7 * 0.4 + 0.3 * 0.3) + 0.7 - 3.0) / 4, abs=1e-15
     )
     likely = Objective((Term("a", search=(("logprob", 1.0),)),))
-    assert (likely(METRICS), likely.search(METRICS)) == (0.4, -1.5)
+    assert (likely(METRICS), likely.search_score(METRICS)) == (0.4, -1.5)
     lower = Objective((Term("a", sign=-1, search=(("probability", 1.0),)),))
-    assert lower.search(METRICS) == 0.3, "a probability is better higher, whatever the metric is"
+    assert lower.search_score(METRICS) == 0.3, "a probability is better higher, whatever the metric is"
 
 
 @pytest.mark.parametrize("task", ["b", "c"])
 def test_a_soft_score_that_is_not_there_is_said(task: str) -> None:
     objective = Objective((Term(task, search=(("logprob", 1.0),)),))
     with pytest.raises(ConfigError, match=f"task '{task}' gives no logprob"):
-        objective.search(METRICS)
+        objective.search_score(METRICS)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -127,7 +127,7 @@ def test_the_items_as_seen_average_to_the_search_score(seed: int) -> None:
     rng = random.Random(seed)
     terms = (
         Term("a", 2.0, search=(("metric", 0.6), ("probability", 0.4))),
-        Term("g", 1.5, leaves=(("b", 0.3), ("c", 0.7)), search=(("probability", 1.0),)),
+        Term("g", 1.5, subtasks=(("b", 0.3), ("c", 0.7)), search=(("probability", 1.0),)),
         Term("d", 1.0, -1),
     )
     items = [
@@ -139,14 +139,16 @@ def test_the_items_as_seen_average_to_the_search_score(seed: int) -> None:
         f"{t}:probability": np.mean([s.probability for s in items if s.task == t]) for t in "abcd"
     }
     objective = Objective(terms)
-    seen = objective.seen(items)
+    seen = objective.search_items(items)
     assert [(s.task, s.item) for s in seen] == [(s.task, s.item) for s in items]
-    shares = objective.seen_shares
+    shares = objective.search_shares
     assert math.fsum(shares.values()) == pytest.approx(1, abs=1e-14)
     by_task = {t: np.mean([s.value for s in seen if s.task == t]) for t in "abcd"}
-    assert sum(shares[t] * by_task[t] for t in shares) == pytest.approx(objective.search(mean), abs=1e-13)
+    assert sum(shares[t] * by_task[t] for t in shares) == pytest.approx(
+        objective.search_score(mean), abs=1e-13
+    )
     bare = [ItemScore(s.task, s.item, s.value) for s in items]
-    assert {s.task for s in objective.seen(bare)} == {"d"}, (
+    assert {s.task for s in objective.search_items(bare)} == {"d"}, (
         "an item without the soft score is no item of the search"
     )
 
@@ -200,12 +202,12 @@ def test_floors_and_violations() -> None:
 
 def test_a_tie_is_broken_by_the_soft_scores_that_there_are() -> None:
     terms = (Term("a", 3.0), Term("b", 1.0), Term("c", 5.0, -1))
-    assert Objective(terms, tie_break="probability").tie(METRICS) == pytest.approx(
+    assert Objective(terms, tie_break="probability").tie_break_score(METRICS) == pytest.approx(
         (3 * 0.3 + 0.6) / 4, abs=1e-15
     )
-    assert Objective(terms, tie_break="logprob").tie(METRICS) == -1.5
-    assert Objective(terms).tie(METRICS) == 0.0
-    assert Objective((Term("c"),), tie_break="probability").tie(METRICS) == 0.0
+    assert Objective(terms, tie_break="logprob").tie_break_score(METRICS) == -1.5
+    assert Objective(terms).tie_break_score(METRICS) == 0.0
+    assert Objective((Term("c"),), tie_break="probability").tie_break_score(METRICS) == 0.0
 
 
 # ---- the search file -------------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def test_the_search_file_says_the_objective() -> None:
         keep={"a": 0.02},
         search={"tie_break": "none"},
     )
-    objective = objective_module._objective(settings, SAID)
+    objective = objective_module.make_objective(settings, SAID)
     assert objective == Objective(
         (
             Term("a", 2.0, 1, (("metric", 0.7), ("probability", 0.3)), (("a", 1.0),), True),
@@ -242,7 +244,7 @@ def test_the_search_file_says_the_objective() -> None:
         ),
         "mean", (("a", 0.02),), "none",
     )  # fmt: skip
-    assert objective_module._objective(parsed(), SAID).tie_break == "probability", (
+    assert objective_module.make_objective(parsed(), SAID).tie_break == "probability", (
         "where it is there, it is used"
     )
     assert objective_module.per_generation(settings, objective) == {"a": 100, "b1": 100, "b2": 100}
@@ -301,7 +303,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_the_tasks_cannot_give_is_refused_at_the_start(case: str) -> None:
     changes, sentence = REFUSED[case]
     with pytest.raises(ConfigError, match=sentence):
-        objective_module._objective(parsed(**changes), SAID)
+        objective_module.make_objective(parsed(**changes), SAID)
 
 
 def test_rungs_that_do_not_rise_to_one_are_refused() -> None:

@@ -258,8 +258,8 @@ def test_contexts_longer_than_the_model_are_cut_as_by_lm_eval(task: str, scorer:
 def test_truncated_items_are_counted_and_named(scorer: Worker, tokenizer: Any) -> None:
     own: Any = scorer.evaluator
     length = scorer.model.config.max_position_embeddings
-    assert own.findings() == ()
-    found = [f for f in own.findings(scorer.model) if " of test " in f]
+    assert own.warnings() == ()
+    found = [f for f in own.warnings(scorer.model) if " of test " in f]
     cut = {f.split("'")[1]: f for f in found}
     assert set(cut) == {*LONG, *IMPOSSIBLE}
     for task in LONG:

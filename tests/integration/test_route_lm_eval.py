@@ -99,7 +99,7 @@ def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_score
     for task, ids in items.items():
         for item in ids:
             mine = [
-                answer(found) for request in harness._tasks[task].requests[item] for found in request.resps
+                answer(found) for request in harness.tasks[task].requests[item] for found in request.resps
             ]  # they are shown nowhere else
             for a, b in zip(mine, responses[task, item], strict=True):
                 if isinstance(a, str) or isinstance(b, str):

@@ -248,7 +248,7 @@ def test_prompts_are_those_of_a_plain_environment(tokenizer: Any, tmp_path: Path
     ours = [
         request.args[0]
         for item in harness.items("test")["trial"]
-        for request in harness._tasks["trial"].requests[item]
+        for request in harness.tasks["trial"].requests[item]
     ]
     assert ours == [plain.render(**doc) for doc in FEW["test"]]
 

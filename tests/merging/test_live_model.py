@@ -13,7 +13,7 @@ from torch import nn
 from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.errors import RecipeError
 from evomerge.evaluation import Items, ItemScore, perplexity_screen
-from evomerge.evaluation.perplexity_screen import NATS, PerplexityScreen, Row
+from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, ScreenText
 from evomerge.merging import checkpoint_writer
 from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.merge import Merge
@@ -194,10 +194,11 @@ def pointers(model: nn.Module) -> list[int]:
     return [next(layer.parameters()).data_ptr() for layer in stack(model)[1]]
 
 
-def rows(count: int = 6) -> tuple[Row, ...]:
+def rows(count: int = 6) -> tuple[ScreenText, ...]:
     generator = torch.Generator().manual_seed(0)
     return tuple(
-        Row(tuple(torch.randint(3, 16, (9 + i % 2,), generator=generator).tolist()), 5) for i in range(count)
+        ScreenText(tuple(torch.randint(3, 16, (9 + i % 2,), generator=generator).tolist()), 5)
+        for i in range(count)
     )
 
 
@@ -222,7 +223,7 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
 ) -> None:
     watching = Watching()
     worker = Worker(parents, "base", watching, dtype="bfloat16")
-    found = perplexity_screen.nats(worker.live.model("a"), rows())
+    found = perplexity_screen.nats_per_token(worker.live.model("a"), rows())
     worker.gate = PerplexityScreen(rows(), found + 1e-6)
     own = worker.evaluate(route(*(("a", i) for i in range(5)), scales=(1, 1, 1, 1.0, 1)), {"toy": ("i",)})
     assert own.error is None, "the path itself passes, as a weight merge would without being asked"
@@ -231,8 +232,8 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
     refused = worker.evaluate(route(("a", 0), ("a", 1)), {"toy": ("i",)})
     assert refused.error is not None
     assert "gate" in refused.error
-    assert refused.metrics.keys() == {NATS}
-    assert refused.metrics[NATS] == perplexity_screen.nats(
+    assert refused.metrics.keys() == {NATS_PER_TOKEN}
+    assert refused.metrics[NATS_PER_TOKEN] == perplexity_screen.nats_per_token(
         installed(worker, route(("a", 0), ("a", 1))), rows()
     )
     assert len(watching.scored) == 1 + (broken.error is None)
@@ -248,7 +249,7 @@ def installed(worker: Worker, recipe: Recipe) -> nn.Module:
 
 def test_nats_are_those_of_the_tokens_that_count(parents: dict[str, Parent]) -> None:
     model = load(parents["a"], "float32")
-    some: Sequence[Row] = (*rows(), Row((3, 4), 1))
+    some: Sequence[ScreenText] = (*rows(), ScreenText((3, 4), 1))
     total, count = 0.0, 0
     for row in some:  # token by token
         with torch.no_grad():
@@ -256,24 +257,24 @@ def test_nats_are_those_of_the_tokens_that_count(parents: dict[str, Parent]) -> 
         for at in range(row.first, len(row.ids)):
             total -= float(scores[at - 1, row.ids[at]])
             count += 1
-    assert perplexity_screen.nats(model, some) == pytest.approx(total / count, rel=1e-5)
+    assert perplexity_screen.nats_per_token(model, some) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_rows_hold_the_answers_and_as_many_tokens_as_asked() -> None:
     passages = [((1, 2, 3), (1, 2, 3, 4, 5)), ((), (6, 7, 8)), ((9, 9), (9, 9)), ((1,) * 40, (*(1,) * 40, 5))]
-    assert perplexity_screen.rows(passages, 100, longest=10) == (
-        Row((1, 2, 3, 4, 5), 3),
-        Row((6, 7, 8), 1),
-        Row((9, 9), 1),
-        Row((*(1,) * 9, 5), 9),
+    assert perplexity_screen.screen_texts(passages, 100, longest=10) == (
+        ScreenText((1, 2, 3, 4, 5), 3),
+        ScreenText((6, 7, 8), 1),
+        ScreenText((9, 9), 1),
+        ScreenText((*(1,) * 9, 5), 9),
     )
-    assert len(perplexity_screen.rows(passages, 5)) == 1
-    assert len(perplexity_screen.rows(passages, 6)) == 2
+    assert len(perplexity_screen.screen_texts(passages, 5)) == 1
+    assert len(perplexity_screen.screen_texts(passages, 6)) == 2
 
 
 def test_logits_that_are_not_finite_do_not_pass(parents: dict[str, Parent]) -> None:
     model = load(parents["a"], "float32")
     with torch.no_grad():
         stack(model)[1][2].get_parameter("mlp.down_proj.weight")[0, 0] = float("nan")
-    assert perplexity_screen.nats(model, rows()) == float("inf")
-    assert PerplexityScreen(rows(), 1e9).refusal(float("inf")) is not None
+    assert perplexity_screen.nats_per_token(model, rows()) == float("inf")
+    assert PerplexityScreen(rows(), 1e9).rejection(float("inf")) is not None

@@ -35,7 +35,9 @@ def standing(trial: Any) -> Standing | None:
     return (
         None
         if trial.score is None
-        else Standing(math.inf, -trial.violation, trial.score, plan().objective.tie(trial.metrics))
+        else Standing(
+            math.inf, -trial.violation, trial.score, plan().objective.tie_break_score(trial.metrics)
+        )
     )
 
 

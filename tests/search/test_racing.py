@@ -307,7 +307,7 @@ def test_a_race_keeps_the_best_as_often_as_it_says() -> None:
 
 
 def _seen(fate: racing.Raced, objective: Objective) -> float:
-    return objective.search(fate.evaluation.metrics) if fate.predicted is None else fate.predicted
+    return objective.search_score(fate.evaluation.metrics) if fate.predicted is None else fate.predicted
 
 
 def test_rungs_add_up_to_all_items_and_seconds_to_their_sum() -> None:
@@ -341,7 +341,7 @@ def test_groups_have_their_metric_of_the_leaves_means() -> None:
         ItemScore("c", "1", 1.0, 0.25, -1.0),
         ItemScore("c", "2", 1.0, 0.75, None),
     ]
-    found = racing.means(scores, Objective((Term("g", leaves=(("b", 0.25), ("c", 0.75))),)))
+    found = racing.means(scores, Objective((Term("g", subtasks=(("b", 0.25), ("c", 0.75))),)))
     assert found == {"b": 0.5, "c": 1.0, "c:probability": 0.5, "c:logprob": -1.0, "g": 0.25 * 0.5 + 0.75}
 
 

@@ -230,7 +230,7 @@ def test_retention_is_paired_by_task_and_alarms_beyond_its_error() -> None:
     objective = Objective(
         (
             Term("first"),
-            Term("group", leaves=(("second", 0.25), ("third", 0.75))),
+            Term("group", subtasks=(("second", 0.25), ("third", 0.75))),
             Term("loss", 1.0, -1),
             Term("f1", mean=False),
         )
@@ -377,7 +377,9 @@ def test_ties_change_ranks_and_never_a_score(tmp_path: Path) -> None:
                 assert a.score == a.reported == broken_ties(a.metrics)
                 if a.score == b.score and a.recipe_id != b.recipe_id and x is not None and y is not None:
                     ties += 1
-                    assert (x > y) == (broken_ties.tie(a.metrics) > broken_ties.tie(b.metrics))
+                    assert (x > y) == (
+                        broken_ties.tie_break_score(a.metrics) > broken_ties.tie_break_score(b.metrics)
+                    )
                 elif (
                     a.score is not None
                     and b.score is not None

@@ -174,7 +174,7 @@ def ours(
     out = Results({}, {}, {})
     for score in scores:
         for item in items[score.twin]:
-            requests = harness._tasks[score.twin].requests[
+            requests = harness.tasks[score.twin].requests[
                 item
             ]  # the harness shows no responses but in the requests
             out.answers[score.task, item] = [[_answer(a) for a in request.resps] for request in requests]

@@ -19,11 +19,11 @@ from evomerge.evaluation.inference.generation import Generator
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
 from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_probe import probe
-from evomerge.evaluation.inference.requests import Request, Verdict
+from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
 from tests.support.text_architectures import EOS, MAX_LENGTH, PAD, VOCABULARY, build, tokenizer
 
-TECHNIQUES = ("plain", "prefix", "fork", "tree")
+OPTIMIZATIONS = ("plain", "prefix", "fork", "tree")
 DECODERS = ("slots", "padded", "equal", "single", "whole", "shared")
 """Of evomerge.evaluation.inference, and 'shared': the fastest allowed one with shared prefixes."""
 BFLOAT16_REGRET = 0.25  # standard deviations of the logits
@@ -298,7 +298,7 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
     found: list[Outcome] = []
     wrong: set[str] = set()
 
-    def note(key: str, dtype: torch.dtype, verdict: Verdict, true: Truth) -> None:
+    def note(key: str, dtype: torch.dtype, verdict: Verification, true: Truth) -> None:
         if not true.right:
             wrong.add(key)
         found.append(
@@ -318,7 +318,7 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
         longest = max(len(r.inputs) for r in asked)
         verdicts = probe(model, span=longest, max_length=MAX_LENGTH, pad_id=PAD)
         wanted = reference(model, asked)
-        for technique in TECHNIQUES:
+        for technique in OPTIMIZATIONS:
             note(technique, dtype, verdicts[technique], truth(model, technique, asked, wanted))
         given = prompts(seed)
         with RowHead(model) as head:

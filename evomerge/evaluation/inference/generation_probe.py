@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evomerge.evaluation.inference.forward import vocabulary
 from evomerge.evaluation.inference.generation import DECODERS, Generator
-from evomerge.evaluation.inference.requests import Verdict
+from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.selected_logits import RowHead, device_of, dtype_of
 
 _REGRET = 0.06  # logits
@@ -32,7 +32,7 @@ _NEW = (3, 8, 5, 2, 7, 6, 4)  # new tokens of each prompt: rows end one after an
 _SLOTS = 3  # fewer than prompts: rows are filled again
 
 
-def choose_decoder(verdicts: Mapping[str, Verdict]) -> str:
+def choose_decoder(verdicts: Mapping[str, Verification]) -> str:
     """The allowed decoder that is fastest; 'whole' if none is, which computes every token from the whole text by plain rows."""
     return next((name for name in DECODERS if name in verdicts and verdicts[name].allowed), "whole")
 
@@ -40,7 +40,7 @@ def choose_decoder(verdicts: Mapping[str, Verdict]) -> str:
 @torch.inference_mode()
 def probe_decoders(
     model: nn.Module, head: RowHead, *, span: int, pad_id: int = 0, seed: int = 0
-) -> dict[str, Verdict]:
+) -> dict[str, Verification]:
     """Verdicts of every decoder, and of 'prefix': whether the allowed ones may share prefixes.
 
     span: tokens of the longest prompt and its answer that will come, so that a window or chunk which they exceed shows.
@@ -51,11 +51,11 @@ def probe_decoders(
     if isinstance(alone, tuple) and noise > _apart(
         dtype_of(model), alone[2]
     ):  # `generate` is then what lm-eval reports, one row at a time
-        refused = Verdict(
+        refused = Verification(
             False,
             f"one row with its own cache differs from a plain forward by {noise:.1e}, and no other decoder can be told right",
         )
-        single = Verdict(True, f"as `generate` does; {refused.reason}")
+        single = Verification(True, f"as `generate` does; {refused.reason}")
         return {**dict.fromkeys(DECODERS, refused), "single": single, "prefix": refused}
     tolerance = max(_SAME, _FACTOR * noise)
     verdicts = {
@@ -73,7 +73,7 @@ def probe_decoders(
         if wrong
         else next((v.reason for v in sharing.values()), "no decoder with a cache is allowed")
     )
-    return {**verdicts, "prefix": Verdict(bool(allowed) and not wrong, said)}
+    return {**verdicts, "prefix": Verification(bool(allowed) and not wrong, said)}
 
 
 @torch.inference_mode()
@@ -132,16 +132,16 @@ def _found(
     )
 
 
-def _verdict(found: tuple[float, float, float] | str, dtype: torch.dtype, tolerance: float) -> Verdict:
+def _verdict(found: tuple[float, float, float] | str, dtype: torch.dtype, tolerance: float) -> Verification:
     if isinstance(found, str):
-        return Verdict(False, found)
+        return Verification(False, found)
     regret, difference, largest = found
     said = f"regret {regret:.1e}, logits differ by {difference:.1e}"
     if dtype in (torch.float32, torch.float64):
-        return Verdict(
+        return Verification(
             difference <= tolerance * max(1.0, largest) and regret <= _REGRET, said
         )  # NaN compares as wrong
-    return Verdict(
+    return Verification(
         regret <= max(_REGRET, _STEPS * torch.finfo(dtype).eps * largest)
         and difference <= _apart(dtype, largest),
         said,

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from evomerge.evaluation.inference import kv_cache, loglikelihood_plan
 from evomerge.evaluation.inference.forward import LOGITS, Forward
-from evomerge.evaluation.inference.loglikelihood_plan import TECHNIQUES, Facts, Plan, Reads, Step, Technique
-from evomerge.evaluation.inference.requests import Request, Verdict
+from evomerge.evaluation.inference.loglikelihood_plan import (
+    OPTIMIZATIONS,
+    Facts,
+    Optimization,
+    Plan,
+    Reads,
+    Step,
+)
+from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
 
 Rounding = Literal["float32", "model"]
@@ -38,7 +45,7 @@ class Engine:
         pad_id: int = 0,
         tokens: int | None = None,
         launch: int | None = None,
-        verdicts: Mapping[str, Verdict] | None = None,
+        verdicts: Mapping[str, Verification] | None = None,
     ) -> None:
         """tokens: most inputs of one forward (None: 1,024 on a CPU, where more is no faster, else 16,384); launch: what a
         forward costs, in tokens (None: the default); verdicts: of the probe.
@@ -64,13 +71,13 @@ class Engine:
         self.head.close()
 
     @property
-    def best(self) -> Technique:
+    def best(self) -> Optimization:
         """The allowed technique that shares most."""
         return next(
-            t for t in TECHNIQUES if t == "plain" or (t in self.verdicts and self.verdicts[t].allowed)
+            t for t in OPTIMIZATIONS if t == "plain" or (t in self.verdicts and self.verdicts[t].allowed)
         )
 
-    def compile(self, requests: Sequence[Request], technique: Technique | None = None) -> Plan:
+    def compile(self, requests: Sequence[Request], technique: Optimization | None = None) -> Plan:
         """The plan for requests: with None by the best technique that the verdicts allow."""
         return loglikelihood_plan.make(requests, technique or self.best, self.facts)
 
@@ -101,7 +108,10 @@ class Engine:
         return Scores(sums[places].cpu(), (wrong == 0)[places].cpu())
 
     def score(
-        self, requests: Sequence[Request], technique: Technique | None = None, rounding: Rounding = "float32"
+        self,
+        requests: Sequence[Request],
+        technique: Optimization | None = None,
+        rounding: Rounding = "float32",
     ) -> Scores:
         """Compiles and runs at once."""
         return self.run(self.compile(requests, technique), rounding)

@@ -17,8 +17,8 @@ from evomerge.evaluation.inference.attention_masks import Windows, attention_mas
 from evomerge.evaluation.inference.prefix_tree import LAUNCH, Tree, shared_prefixes, tree, visible
 from evomerge.evaluation.inference.requests import Request, distinct
 
-Technique = Literal["plain", "prefix", "fork", "tree"]
-TECHNIQUES: tuple[Technique, ...] = ("tree", "fork", "prefix", "plain")
+Optimization = Literal["plain", "prefix", "fork", "tree"]
+OPTIMIZATIONS: tuple[Optimization, ...] = ("tree", "fork", "prefix", "plain")
 """From the one that shares most down."""
 _Item = TypeVar("_Item")
 _LEAST = 8  # tokens below which a context is not worth a cache of its own
@@ -78,14 +78,14 @@ class Step:
 class Plan:
     """Steps that score `size` distinct requests. places: of every request asked, its number among them; tokens: inputs in all."""
 
-    technique: Technique
+    technique: Optimization
     steps: tuple[Step, ...]
     size: int
     places: Tensor
     tokens: int
 
 
-def make(requests: Sequence[Request], technique: Technique, facts: Facts) -> Plan:
+def make(requests: Sequence[Request], technique: Optimization, facts: Facts) -> Plan:
     """The plan of one technique; a technique shares where that saves tokens, and falls back to plain rows elsewhere."""
     asked, places = distinct(requests)
     planner = _Planner(asked, facts)

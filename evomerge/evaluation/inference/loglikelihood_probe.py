@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from evomerge.evaluation.inference.forward import vocabulary
 from evomerge.evaluation.inference.loglikelihood import Engine
-from evomerge.evaluation.inference.loglikelihood_plan import TECHNIQUES, Technique
-from evomerge.evaluation.inference.requests import Request, Verdict
+from evomerge.evaluation.inference.loglikelihood_plan import OPTIMIZATIONS, Optimization
+from evomerge.evaluation.inference.requests import Request, Verification
 
 _FLOOR = {
     torch.float32: 2e-4,
@@ -28,7 +28,7 @@ _CONTEXT, _SHARED = 16, 24
 
 def probe(
     model: nn.Module, *, span: int = 0, max_length: int = 1 << 20, pad_id: int = 0, seed: int = 0
-) -> dict[str, Verdict]:
+) -> dict[str, Verification]:
     """Technique -> verdict. span: length of the longest request that will come, so that windows show; the model's weights matter little."""
     rnd = random.Random(seed)
     shared = max(16, min(max(_SHARED, span - _CONTEXT), max_length - 2 * _CONTEXT - 8))
@@ -44,8 +44,8 @@ def probe(
         alone = torch.cat([engine.score([r], "plain").sums for r in requests])
         noise = float(((wanted - alone).abs() / lengths).max())
         tolerance = max(_FACTOR * noise, _FLOOR.get(engine.facts.dtype, 1e-2))
-        found = {"plain": Verdict(True, f"differs by {noise:.1e} nats a token between batches")}
-        for technique in TECHNIQUES[:-1]:
+        found = {"plain": Verification(True, f"differs by {noise:.1e} nats a token between batches")}
+        for technique in OPTIMIZATIONS[:-1]:
             found[technique] = _verdict(
                 engine,
                 technique,
@@ -62,7 +62,7 @@ def probe(
 
 def _verdict(
     engine: Engine,
-    technique: Technique,
+    technique: Optimization,
     requests: Sequence[Request],
     changed: Sequence[Request],
     wanted: Tensor,
@@ -70,18 +70,18 @@ def _verdict(
     own: Sequence[int],
     most: int,
     tolerance: float,
-) -> Verdict:
+) -> Verification:
     """One technique: own are the requests whose tokens are the same in `changed`; most: tokens that it has to stay under."""
     try:
         plan = engine.compile(requests, technique)
         scores = engine.run(plan).sums
         moved = engine.score(changed, technique).sums
     except Exception as error:  # a model may raise anything at inputs it was not made for
-        return Verdict(False, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}")
+        return Verification(False, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}")
     difference = float(((scores - wanted).abs() / lengths).max())
     leak = float(((moved - scores).abs() / lengths)[own].max())
     said = f"differs by {difference:.1e}, leaks {leak:.1e} nats a token, {plan.tokens} of {most} tokens"
-    return Verdict(difference <= tolerance and leak <= tolerance and plan.tokens < most, said)
+    return Verification(difference <= tolerance and leak <= tolerance and plan.tokens < most, said)
 
 
 def _requests(model: nn.Module, rnd: random.Random, shared: int) -> tuple[list[Request], list[Request]]:

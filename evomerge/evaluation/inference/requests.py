@@ -42,7 +42,7 @@ def distinct(requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verification:
     """allowed: whether the technique gives this model's own numbers; reason: what was measured, or why it cannot run."""
 
     allowed: bool

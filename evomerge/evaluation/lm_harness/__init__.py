@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evomerge.evaluation.lm_harness.harness import LmHarness
-from evomerge.evaluation.lm_harness.items import Rules
+from evomerge.evaluation.lm_harness.items import ItemRules
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 
-__all__ = ["LmHarness", "Rules", "TaskSpec"]
+__all__ = ["ItemRules", "LmHarness", "TaskSpec"]

@@ -17,13 +17,13 @@ from typing import Any, Literal
 from torch import nn
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.inference.requests import Verdict
+from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.lm_harness import truncation
 from evomerge.evaluation.lm_harness.backends.base import Backend
-from evomerge.evaluation.lm_harness.backends.compiled import ResidentBackend
-from evomerge.evaluation.lm_harness.backends.hflm import LmEvalBackend, hflm
+from evomerge.evaluation.lm_harness.backends.compiled import CompiledBackend
+from evomerge.evaluation.lm_harness.backends.hflm import HFLMBackend, hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_groups
-from evomerge.evaluation.lm_harness.items import Rules
+from evomerge.evaluation.lm_harness.items import ItemRules
 from evomerge.evaluation.lm_harness.prompts import Prompting
 from evomerge.evaluation.lm_harness.results import (
     Outcomes,
@@ -75,7 +75,7 @@ class LmHarness:
         fewshot_as_multiturn: bool = False,
         system_instruction: str | None = None,
         limits: Mapping[Role, int] | None = None,
-        rules: Rules | None = None,
+        rules: ItemRules | None = None,
         backend: Literal["resident", "lm-eval"] = "resident",
     ) -> None:
         """Loads tasks and builds every request.
@@ -93,12 +93,12 @@ class LmHarness:
             rules,
             limits,
         )
-        self._tasks, self.groups, self._found = found.leaves, found.groups, found
-        self._outcomes = {name: Outcomes(loaded) for name, loaded in self._tasks.items()}
+        self.tasks, self.groups, self._found = found.leaves, found.groups, found
+        self._outcomes = {name: Outcomes(loaded) for name, loaded in self.tasks.items()}
         self._searched = {
-            (name, item) for name, loaded in self._tasks.items() for item in loaded.items["search"]
+            (name, item) for name, loaded in self.tasks.items() for item in loaded.items["search"]
         }
-        for loaded in self._tasks.values():
+        for loaded in self.tasks.values():
             remember_documents(loaded.task)
         self._kind = backend
         self._models: OrderedDict[int, _Model] = OrderedDict()
@@ -106,7 +106,7 @@ class LmHarness:
 
     def items(self, role: Role) -> Items:
         """Task name -> item ids of a role, in the order of the task's documents."""
-        return {name: loaded.items[role] for name, loaded in self._tasks.items()}
+        return {name: loaded.items[role] for name, loaded in self.tasks.items()}
 
     def sign(self, task: str) -> int:
         """+1 if higher values of the metric of a task or group are better, else -1."""
@@ -116,30 +116,30 @@ class LmHarness:
         """Name of the metric of a task or group that is scored."""
         return self._named(task).metric
 
-    def leaves(self, task: str) -> tuple[tuple[str, float], ...]:
+    def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
         """(task with items, its share) of a group, shares summing to one; a task is its own leaf."""
         return self.groups[task].shares() if task in self.groups else ((task, 1.0),)
 
-    def findings(self, model: nn.Module | None = None) -> tuple[str, ...]:
+    def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
         """Sentences about the items that a user should read: what occurs twice or is given away, and what the model truncates."""
         cut = (
-            truncation.findings(self._tasks, hflm(model, self.tokenizer, self.batch_size))
+            truncation.findings(self.tasks, hflm(model, self.tokenizer, self.batch_size))
             if model is not None
             else ()
         )
         return (*self._found.findings, *cut)
 
     def _named(self, task: str) -> Loaded | Group:
-        return self.groups[task] if task in self.groups else self._tasks[task]
+        return self.groups[task] if task in self.groups else self.tasks[task]
 
-    def measures(self, task: str) -> tuple[str, ...]:
+    def soft_metrics(self, task: str) -> tuple[str, ...]:
         """Soft scores that a task, or every task of a group, has beside its metric: of 'probability' and 'logprob'."""
-        own = [measures(self._tasks[leaf]) for leaf, _ in self.leaves(task)]
+        own = [measures(self.tasks[leaf]) for leaf, _ in self.subtasks(task)]
         return tuple(m for m in own[0] if all(m in others for others in own))
 
     def is_mean(self, task: str) -> bool:
         """Whether the metric of a task, or of every task of a group, is the mean of its items' values."""
-        own = [self._tasks[leaf] for leaf, _ in self.leaves(task)]
+        own = [self.tasks[leaf] for leaf, _ in self.subtasks(task)]
         return all(
             getattr(loaded.task.aggregation()[loaded.metric], "__name__", "") == "mean" for loaded in own
         )
@@ -151,16 +151,16 @@ class LmHarness:
     def backends(self, model: nn.Module) -> dict[str, str]:
         """Task name -> what answers it: 'compiled', or 'lm-eval: ' and why, in so far as its search items say."""
         found = {}
-        for name, loaded in self._tasks.items():
+        for name, loaded in self.tasks.items():
             self._compile(model, {name: loaded.items["search"][:1]})
-            reason = self._backend.handed(name)
+            reason = self._backend.fallback_reason(name)
             found[name] = "compiled" if reason is None else f"lm-eval: {reason}"
         return found
 
-    def techniques(self, model: nn.Module, items: Items) -> Mapping[str, Verdict]:
+    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Verification]:
         """Technique -> the numeric probe's verdict on this model, at the lengths of these items; none where lm-eval answers all."""
         self._compile(model, items)
-        return self._backend.techniques()
+        return self._backend.optimizations()
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
         """Per-item values and each task's metric as lm-eval computes them, and means of the soft scores as 'TASK:probability', 'TASK:logprob'.
@@ -172,7 +172,7 @@ class LmHarness:
         scores: list[ItemScore] = []
         metrics: dict[str, float] = {}
         for name, rows in compiled.rows.items():
-            loaded = self._tasks[name]
+            loaded = self.tasks[name]
             values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
             metrics[name] = float(loaded.task.aggregation()[loaded.metric](list(values)))
             own = []
@@ -194,9 +194,9 @@ class LmHarness:
         found: list[Sample] = []
         for name, rows in self._answered(model, items).rows.items():
             values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
-            mean = self._tasks[name].task.aggregation()[self._tasks[name].metric]
+            mean = self.tasks[name].task.aggregation()[self.tasks[name].metric]
             found += [
-                sample(self._tasks[name], item, requests, number(value, mean))
+                sample(self.tasks[name], item, requests, number(value, mean))
                 for (item, requests, _), value in zip(rows, values, strict=True)
             ]
         return found
@@ -215,18 +215,18 @@ class LmHarness:
             request.resps, request.filtered_resps = answers, {}
         for name, rows in compiled.rows.items():
             for item, requests, gold in rows:
-                check(self._tasks[name], item, [*requests, *gold])
+                check(self.tasks[name], item, [*requests, *gold])
         return compiled
 
     def prepare(self, model: nn.Module, items: Items) -> None:
         """Compiles the items' requests for a model, and probes it where it is new."""
         self._compile(model, items)
 
-    def passages(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[tuple[str, str]]:
         """(prompt, right answer) of items of the search, `count` at most, of one task after the other."""
         rows = [
             [passage(loaded, loaded.requests[item]) for item in loaded.items["search"][:count]]
-            for loaded in self._tasks.values()
+            for loaded in self.tasks.values()
         ]
         return [row for group in zip(*rows, strict=False) for row in group][:count]
 
@@ -234,7 +234,7 @@ class LmHarness:
         """The items' requests prepared for the model; the latest models and sets are kept."""
         own = self._models.get(id(model))
         if own is None or own.model is not model:
-            kind = ResidentBackend if self._kind == "resident" else LmEvalBackend
+            kind = CompiledBackend if self._kind == "resident" else HFLMBackend
             own = self._models[id(model)] = _Model(model, kind(model, self.tokenizer, self.batch_size))
             if len(self._models) > _MODELS:
                 self._models.popitem(last=False)[1].backend.close()
@@ -251,5 +251,5 @@ class LmHarness:
         return own.compiled[key]
 
     def _row(self, name: str, item: str) -> tuple[str, list[Any], list[Any]]:
-        requests = self._tasks[name].requests[item]
-        return item, requests, gold_requests(self._tasks[name], requests)
+        requests = self.tasks[name].requests[item]
+        return item, requests, gold_requests(self.tasks[name], requests)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.contamination import NGRAM
-from evomerge.evaluation.records import ROLES, Role, dealt
+from evomerge.evaluation.records import ROLES, Role, role_of_hash
 
 Splits = Literal["declared", "hash", "hash-train"]
 _KEEPS: tuple[Role, ...] = (
@@ -23,7 +23,7 @@ _NAMED = 3  # items that a sentence names
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class ItemRules:
     """Which documents may become items.
 
     duplicates: 'refuse' raises for an item in two declared splits, 'drop' keeps it in the later role only (test, then
@@ -111,7 +111,7 @@ def deal(
     return {
         role: own[role]
         if role in own
-        else [row for row in asked if row.item not in taken and dealt(row.item) == role]
+        else [row for row in asked if row.item not in taken and role_of_hash(row.item) == role]
         for role in ROLES
     }
 

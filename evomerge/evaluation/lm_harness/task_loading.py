@@ -20,7 +20,7 @@ from evomerge.evaluation.contamination import overlaps, read
 from evomerge.evaluation.lm_harness import items as item_sets
 from evomerge.evaluation.lm_harness import sandbox
 from evomerge.evaluation.lm_harness.groups import Group, Wish, wish
-from evomerge.evaluation.lm_harness.items import Asked, Rules, Splits
+from evomerge.evaluation.lm_harness.items import Asked, ItemRules, Splits
 from evomerge.evaluation.lm_harness.prompts import Prompting, asked
 from evomerge.evaluation.lm_harness.sandbox import TREE
 from evomerge.evaluation.records import ROLES, Role
@@ -96,7 +96,7 @@ def load(
     specs: Sequence[TaskSpec],
     prompting: Prompting,
     include: Sequence[Path] = (),
-    rules: Rules | None = None,
+    rules: ItemRules | None = None,
     limits: Mapping[Role, int] | None = None,
 ) -> Tasks:
     """The tasks, in the order given. limits: role -> most items of each leaf, chosen by their hash.
@@ -104,7 +104,7 @@ def load(
     Raises TaskError for unknown tasks or metrics, for roles left without items, and for what the rules refuse. What
     they allow but a user should know is in the findings.
     """
-    rules = rules or Rules()
+    rules = rules or ItemRules()
     catalogue = _Catalogue(include)
     leaves: dict[str, tuple[Loaded, dict[Role, list[Asked]]]] = {}
     wishes: dict[str, tuple[tuple[str, ...], Wish]] = {}
@@ -246,7 +246,7 @@ def _group(name: str, members: tuple[str, ...], wished: Wish, tasks: Mapping[str
 
 
 def _load(
-    spec: TaskSpec, task: Any, prompting: Prompting, rules: Rules, benchmark: bool
+    spec: TaskSpec, task: Any, prompting: Prompting, rules: ItemRules, benchmark: bool
 ) -> tuple[Loaded, dict[Role, list[Asked]]]:
     """(a task without items yet, the documents of each role)."""
     sandbox.check_task(spec.task, task)
@@ -290,7 +290,7 @@ def _refusal(name: str, task: Any) -> str:
     )
 
 
-def _compare(leaves: Mapping[str, tuple[Loaded, dict[Role, list[Asked]]]], rules: Rules) -> None:
+def _compare(leaves: Mapping[str, tuple[Loaded, dict[Role, list[Asked]]]], rules: ItemRules) -> None:
     """Finds, and perhaps drops, items that the training texts hold; the texts are read once for all tasks."""
     rows = [(loaded, role, row) for loaded, roles in leaves.values() for role in ROLES for row in roles[role]]
     result = overlaps([row.text for _, _, row in rows], read(rules.training_texts), rules.overlap_ngram)

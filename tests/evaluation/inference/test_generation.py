@@ -13,7 +13,7 @@ import torch
 from evomerge.evaluation.inference.generation import Generator
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders, regrets
 from evomerge.evaluation.inference.logits_processors import refusal
-from evomerge.evaluation.inference.requests import Verdict
+from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
 from evomerge.evaluation.inference.shared_prefill import cuts, levels
 from evomerge.evaluation.inference.stop_strings import Stops
@@ -400,7 +400,7 @@ def test_levels_spell_every_prompt_and_cost_no_more_than_one_forward_over_all(la
 
 
 def test_the_decoder_is_the_first_that_is_allowed() -> None:
-    yes, no = Verdict(True, ""), Verdict(False, "")
+    yes, no = Verification(True, ""), Verification(False, "")
     assert choose_decoder({"equal": yes, "padded": yes, "slots": yes}) == "slots"
     assert choose_decoder({"slots": no, "padded": yes, "equal": yes}) == "padded"
     assert choose_decoder({"slots": no, "padded": no, "equal": no, "single": no}) == "whole"

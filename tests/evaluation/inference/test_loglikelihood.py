@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.attention_masks import Windows, attention_mask, windows
 from evomerge.evaluation.inference.loglikelihood import Engine
-from evomerge.evaluation.inference.loglikelihood_plan import TECHNIQUES, Plan
+from evomerge.evaluation.inference.loglikelihood_plan import OPTIMIZATIONS, Plan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
 from evomerge.evaluation.inference.prefix_tree import LAUNCH, common, shared_prefixes, tree, visible
-from evomerge.evaluation.inference.requests import Request, Verdict, distinct
+from evomerge.evaluation.inference.requests import Request, Verification, distinct
 from evomerge.evaluation.inference.selected_logits import RowHead
 from tests.support.text_architectures import VOCABULARY, build, tokenizer
 
@@ -158,7 +158,7 @@ def test_equal_requests_are_one() -> None:
 # ---- plans and engine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", OPTIMIZATIONS)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "llama4_text", "gemma3_text"])
 def test_every_technique_gives_the_sums_of_a_loop(kind: str, technique: Any) -> None:
     model = build(kind)
@@ -190,10 +190,10 @@ def shape(plan: Plan) -> tuple[int, int]:
 def test_sharing_saves_tokens_and_batches_keep_their_bounds() -> None:
     model, asked = build("llama"), requests(3, shared=60, items=12)
     with Engine(model, tokens=256) as engine:
-        tokens = {t: engine.compile(asked, t).tokens for t in TECHNIQUES}
+        tokens = {t: engine.compile(asked, t).tokens for t in OPTIMIZATIONS}
         assert tokens["tree"] < tokens["fork"] < tokens["prefix"] < tokens["plain"]
         assert tokens["plain"] <= sum(len(r.inputs) for r in asked) * 2, "padding included"
-        for technique in TECHNIQUES:
+        for technique in OPTIMIZATIONS:
             assert shape(engine.compile(asked, technique))[1] <= 256
     distinct_tokens = {(r.inputs[: k + 1]) for r in asked for k in range(len(r.inputs))}
     assert tokens["tree"] >= len(distinct_tokens)
@@ -212,9 +212,9 @@ def test_without_verdicts_only_plain_rows_are_used() -> None:
     with Engine(model) as engine:
         assert engine.best == "plain"
         engine.verdicts = {
-            "tree": Verdict(False, "no"),
-            "fork": Verdict(True, "yes"),
-            "prefix": Verdict(True, "yes"),
+            "tree": Verification(False, "no"),
+            "fork": Verification(True, "yes"),
+            "prefix": Verification(True, "yes"),
         }
         assert engine.best == "fork"
         engine.verdicts = probe(model, span=60)

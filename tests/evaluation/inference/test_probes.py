@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import probe_truth
-from tests.support.probe_truth import DECODERS, TECHNIQUES, Truth, truth
+from tests.support.probe_truth import DECODERS, OPTIMIZATIONS, Truth, truth
 from tests.support.text_architectures import build
 
 NAMES = (
@@ -35,7 +35,7 @@ def test_nothing_is_allowed_that_is_wrong_and_little_refused_that_is_right(name:
     assert [o for o in found if o.allowed and not o.right] == []
     assert {o.name for o in found if o.allowed} >= {"plain"}
     assert any(o.allowed for o in found if o.name in DECODERS)
-    refused = [o for o in found if o.name in TECHNIQUES and o.right and not o.allowed]
+    refused = [o for o in found if o.name in OPTIMIZATIONS and o.right and not o.allowed]
     assert refused == [], "sharing that this model could have had"
 
 

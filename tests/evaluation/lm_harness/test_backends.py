@@ -80,7 +80,7 @@ def test_both_backends_give_the_same_scores(
     assert metrics == pytest.approx(numbers, rel=1e-5)
     assert set(compiled.backends(exact).values()) == {"compiled"}
     assert set(theirs.backends(exact).values()) == {"lm-eval: asked for by the configuration"}
-    assert theirs.techniques(exact, items) == {}
+    assert theirs.optimizations(exact, items) == {}
 
 
 def test_sampling_goes_to_lm_eval_and_is_said_and_is_the_same_every_time(
@@ -130,7 +130,7 @@ def test_soft_scores_are_those_of_a_loop(task: str, compiled: LmHarness, tokeniz
     items = {task: compiled.items("search")[task][:12]}
     scores, metrics = compiled.score(exact, items)
     for score in scores:
-        doc = compiled._tasks[task].requests[score.item][0].doc
+        doc = compiled.tasks[task].requests[score.item][0].doc
         if task == "trial_choose":
             sums = [looped(exact, tokenizer, doc["prompt"], f" {c}") for c in doc["choices"]]
             probability = math.exp(sums[0][0]) / math.fsum(math.exp(s) for s, _ in sums)
@@ -152,9 +152,9 @@ def test_generated_tasks_have_soft_scores_only_where_asked(
     folder: Path, tokenizer: Any, compiled: LmHarness
 ) -> None:
     plain = load(folder, tokenizer, TaskSpec("trial_generate", splits="declared"))
-    assert plain.measures("trial_generate") == ()
-    assert compiled.measures("trial_generate") == ("probability", "logprob")
-    assert compiled.measures("trial_rolling") == ("logprob",)
+    assert plain.soft_metrics("trial_generate") == ()
+    assert compiled.soft_metrics("trial_generate") == ("probability", "logprob")
+    assert compiled.soft_metrics("trial_rolling") == ("logprob",)
 
 
 def test_search_items_are_scored_finer_than_lm_eval_rounds(compiled: LmHarness, model: Any) -> None:
@@ -178,7 +178,7 @@ def test_search_items_are_scored_finer_than_lm_eval_rounds(compiled: LmHarness, 
 def test_a_text_seen_before_is_not_judged_again(
     compiled: LmHarness, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = compiled._tasks["trial_generate"].task
+    task = compiled.tasks["trial_generate"].task
     items = {"trial_generate": compiled.items("validation")["trial_generate"]}
     calls: list[Any] = []
     own = task.process_results

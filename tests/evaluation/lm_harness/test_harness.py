@@ -313,7 +313,7 @@ def test_few_shot_prompts_are_lm_evals(
     roles: tuple[Role, ...] = ("test",) if splits == "declared" else ROLES
     for role in roles:
         for item in harness.items(role)[name]:
-            ours = [request.args[0] for request in harness._tasks[name].requests[item]]
+            ours = [request.args[0] for request in harness.tasks[name].requests[item]]
             assert ours[0].count("A:") == 3, "two examples and the question"
             assert ours == prompts[item]
     if splits == "declared":
@@ -329,7 +329,7 @@ def test_few_shot_examples_of_declared_splits_come_from_the_search_items(
     harness = load(tmp_path, tokenizer, TaskSpec("trial_generate", num_fewshot=2, splits="declared"))
     known = {d["prompt"] for d in sums(30)}
     for item in harness.items("test")["trial_generate"]:
-        first, second, question = harness._tasks["trial_generate"].requests[item][0].args[0].split("\n\n")
+        first, second, question = harness.tasks["trial_generate"].requests[item][0].args[0].split("\n\n")
         assert first.rpartition("A:")[0] + "A:" in known
         assert second.rpartition("A:")[0] + "A:" in known
         assert question not in known
@@ -347,7 +347,7 @@ def test_one_split_is_dealt_to_the_roles(only: Any, tmp_path: Path, tokenizer: A
     assert sorted(i for role in ROLES for i in ids[role]) == sorted(own_id(d) for d in docs)
     for role, share in (("search", 0.6), ("validation", 0.2), ("test", 0.2)):
         assert abs(len(ids[role]) / 300 - share) < 0.1, "6, 2 and 2 tenths"
-        assert all(len(harness._tasks["trial"].requests[i]) == 1 for i in ids[role])
+        assert all(len(harness.tasks["trial"].requests[i]) == 1 for i in ids[role])
 
 
 def test_a_document_keeps_its_role_whatever_its_neighbours(tmp_path: Path, tokenizer: Any) -> None:

@@ -18,10 +18,10 @@ from evomerge.evaluation import ROLES, Objective, Role, Term
 from evomerge.evaluation.lm_harness import task_loading
 from evomerge.evaluation.lm_harness.groups import Group, group_metric
 from evomerge.evaluation.lm_harness.harness import LmHarness
-from evomerge.evaluation.lm_harness.items import Rules
+from evomerge.evaluation.lm_harness.items import ItemRules
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
-from evomerge.evaluation.records import dealt
-from evomerge.evaluation.task_set import digest
+from evomerge.evaluation.records import role_of_hash
+from evomerge.evaluation.task_set import items_digest
 from evomerge.launch import opening
 from evomerge.launch.tasks import _listed
 from evomerge.merging import model_loading
@@ -39,7 +39,7 @@ from tests.evaluation.lm_harness.test_harness import (
 from tests.support.toy import REPO, search_file, zoo_folder
 
 PLAIN = GENERATE | {"doc_to_text": "{{prompt}}"}
-DROP = Rules(duplicates="drop")
+DROP = ItemRules(duplicates="drop")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def declared(name: str = "trial", **more: Any) -> TaskSpec:
 
 
 def prompts(harness: LmHarness, role: Role, name: str = "trial") -> list[str]:
-    return [harness._tasks[name].requests[item][0].args[0] for item in harness.items(role)[name]]
+    return [harness.tasks[name].requests[item][0].args[0] for item in harness.items(role)[name]]
 
 
 # ---- twins -----------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_twins_within_a_role_are_scored_once_and_named(tmp_path: Path, tokenizer
     )
     harness = load(tmp_path, tokenizer, declared())
     assert harness.items("search")["trial"] == tuple(own_id(d) for d in docs)
-    (finding,) = harness.findings()
+    (finding,) = harness.warnings()
     assert "2 items of search" in finding
     assert "'Q: zero plus three A: 3' (documents 3 and 30)" in finding
     assert "(documents 5 and 31)" in finding, "the same question under another id"
@@ -96,7 +96,7 @@ def test_another_answer_to_the_same_question_is_no_twin(tmp_path: Path, tokenize
     )
     harness = load(tmp_path, tokenizer, declared())
     assert len(harness.items("search")["trial"]) == 6
-    assert harness.findings() == ()
+    assert harness.warnings() == ()
 
 
 def test_twins_across_declared_splits_are_refused_by_name_or_kept_in_the_later(
@@ -119,7 +119,7 @@ def test_twins_across_declared_splits_are_refused_by_name_or_kept_in_the_later(
         assert harness.items(role)["trial"] == tuple(own_id(d) for d in wanted[role]), role
     asked = [text for role in ROLES for text in prompts(harness, role)]
     assert len(set(asked)) == len(asked)
-    assert "6 items in more than one role" in harness.findings()[0]
+    assert "6 items in more than one role" in harness.warnings()[0]
 
 
 def test_twins_of_one_split_end_in_one_role(tmp_path: Path, tokenizer: Any) -> None:
@@ -131,7 +131,7 @@ def test_twins_of_one_split_end_in_one_role(tmp_path: Path, tokenizer: Any) -> N
     assert sorted(asked) == sorted(d["prompt"] for d in docs)
     rank = {"test": 2, "validation": 1, "search": 0}
     for doc, copy in zip(docs, copies, strict=True):
-        best = max((dealt(own_id(d)) for d in (doc, copy)), key=rank.__getitem__)
+        best = max((role_of_hash(own_id(d)) for d in (doc, copy)), key=rank.__getitem__)
         assert doc["prompt"] in prompts(harness, best), "the later role keeps it"
 
 
@@ -150,7 +150,9 @@ def test_training_documents_are_dealt_and_no_document_is_its_own_example(
         assert len(shots) == 4
         assert all(not shot.startswith(question) for shot in shots)
     for role in ROLES:
-        assert set(harness.items(role)["trial"]) == {own_id(d) for d in sums(30) if dealt(own_id(d)) == role}
+        assert set(harness.items(role)["trial"]) == {
+            own_id(d) for d in sums(30) if role_of_hash(own_id(d)) == role
+        }
 
 
 def test_declared_search_items_are_not_their_own_examples(tmp_path: Path, tokenizer: Any) -> None:
@@ -174,7 +176,9 @@ def test_listed_items_are_exactly_those(tmp_path: Path, tokenizer: Any) -> None:
     assert harness.items("search")["trial"] == tuple(own_id(docs[i]) for i in (2, 4, 9))
     assert harness.items("test")["trial"] == (own_id(docs[0]),)
     rest = [
-        own_id(d) for i, d in enumerate(docs) if i not in (0, 2, 4, 9) and dealt(own_id(d)) == "validation"
+        own_id(d)
+        for i, d in enumerate(docs)
+        if i not in (0, 2, 4, 9) and role_of_hash(own_id(d)) == "validation"
     ]
     assert harness.items("validation")["trial"] == tuple(i for i in rest if i in sorted(rest)[:3])
 
@@ -213,7 +217,7 @@ def test_items_are_listed_in_the_search_file_or_a_file(tmp_path: Path) -> None:
 
 
 def test_the_digest_of_a_set_knows_every_item_and_their_order() -> None:
-    assert len({digest(ids) for ids in ([], ["a"], ["a", "b"], ["b", "a"], ["ab"])}) == 5
+    assert len({items_digest(ids) for ids in ([], ["a"], ["a", "b"], ["b", "a"], ["ab"])}) == 5
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -229,15 +233,15 @@ def test_items_of_a_training_text_are_named_and_may_be_dropped(
         )
         + "\n"
     )
-    rules = Rules(training_texts=(corpus,), overlap="drop" if drop else "warn", overlap_ngram=10)
+    rules = ItemRules(training_texts=(corpus,), overlap="drop" if drop else "warn", overlap_ngram=10)
     harness = load(tmp_path, tokenizer, declared(), rules=rules)
-    (finding,) = harness.findings()
+    (finding,) = harness.warnings()
     assert "1 of 30 items of search share 10 words" in finding
     assert "(document 7)" in finding
     assert (own_id(told) in harness.items("search")["trial"]) == (not drop)
     assert len(harness.items("search")["trial"]) == 30 - drop
     short = load(tmp_path, tokenizer, declared("zoo_lookup"), rules=rules, limits={"test": 3})
-    assert any("too short to compare" in f for f in short.findings())
+    assert any("too short to compare" in f for f in short.warnings())
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
@@ -268,9 +272,9 @@ def test_a_benchmark_is_not_searched_on_unasked(
             match=f"'bench' is lm-eval's: .*optimise on the benchmark's own {which} items.*{instead}.*allow_benchmark_test",
         ):
             load(tmp_path / "own", tokenizer, TaskSpec(name))
-    assert load(tmp_path / "own", tokenizer, TaskSpec("bench"), rules=Rules(allow_benchmark_test=True)).items(
-        "test"
-    )["bench"]
+    assert load(
+        tmp_path / "own", tokenizer, TaskSpec("bench"), rules=ItemRules(allow_benchmark_test=True)
+    ).items("test")["bench"]
     assert load(tmp_path / "tree", tokenizer, TaskSpec("bench")).items("test")["bench"], (
         "a folder of the user's own"
     )
@@ -350,7 +354,7 @@ def test_a_groups_metric_is_lm_evals(
     key = f"{harness.metric(name)},none"
     assert metrics[name] == theirs["results"][name][key]
     assert 0 < metrics[name] < 1
-    leaves = dict(harness.leaves(name))
+    leaves = dict(harness.subtasks(name))
     assert set(leaves) == ({"one", "two", "three"} if name == "outer" else {"one", "two"})
     assert math.fsum(leaves.values()) == pytest.approx(1)
     assert math.fsum(share * metrics[leaf] for leaf, share in leaves.items()) == pytest.approx(
@@ -358,8 +362,8 @@ def test_a_groups_metric_is_lm_evals(
     )
     if (name, metric) == ("outer", None):
         assert leaves["one"] == 40 / 60
-        assert any("other report no 'acc'" in f for f in harness.findings())
-    term = Term(name, leaves=harness.leaves(name))
+        assert any("other report no 'acc'" in f for f in harness.warnings())
+    term = Term(name, subtasks=harness.subtasks(name))
     assert Objective((term,))(metrics) == metrics[name]
     assert set(harness.fingerprint()) == {name}
     assert metrics[f"{name}:probability"] == pytest.approx(
@@ -372,7 +376,7 @@ def test_a_limit_changes_no_share(grouped: Path, tokenizer: Any) -> None:
     whole, few = (
         load(grouped, tokenizer, declared("outer"), limits=limits) for limits in (None, {"test": 3})
     )
-    assert few.leaves("outer") == whole.leaves("outer")
+    assert few.subtasks("outer") == whole.subtasks("outer")
     assert few.fingerprint() != whole.fingerprint()
 
 
@@ -381,7 +385,7 @@ def test_a_tag_is_the_plain_mean_of_its_tasks_and_says_so(grouped: Path, tokeniz
     _, metrics = harness.score(model, harness.items("test"))
     assert metrics["tagged"] == pytest.approx((metrics["other"] + metrics["better"]) / 2)
     assert metrics["other"] != metrics["better"]
-    assert any("no number for 'tagged'" in f for f in harness.findings())
+    assert any("no number for 'tagged'" in f for f in harness.warnings())
     part = {"other": harness.items("test")["other"]}
     assert "tagged" not in harness.score(model, part)[1], "a part of a group has no group's metric"
 
@@ -439,9 +443,9 @@ def test_a_group_is_one_term_of_a_search(tmp_path: Path) -> None:
     assert set(items) == {"zoo_arithmetic", "zoo_cross", "zoo_lookup"}
     evaluation = opened.load().evaluate(opened.space.decode([0.0] * len(opened.space.axes)), items)
     assert evaluation.error is None
-    shares = dict(opened.harness.leaves("skills"))
+    shares = dict(opened.harness.subtasks("skills"))
     skills = math.fsum(share * evaluation.metrics[leaf] for leaf, share in shares.items())
-    assert opened.objective.reported(evaluation) == pytest.approx(
+    assert opened.objective.reported_score(evaluation) == pytest.approx(
         (3 * skills + evaluation.metrics["zoo_lookup"]) / 4
     )
     assert opened.objective.shares() == pytest.approx(
@@ -501,7 +505,7 @@ def test_prompts_are_lm_evals(
                     tmp_path, tokenizer, declared(num_fewshot=few), apply_chat_template=chat is not None, fewshot_as_multiturn=multiturn,
                     system_instruction=said,
                 )  # fmt: skip
-                own = harness._tasks["trial"].requests
+                own = harness.tasks["trial"].requests
                 ours = [request.args for item in harness.items("test")["trial"] for request in own[item]]
                 assert ours == [request.args for request in task.instances]
                 if said and chat != NO_SYSTEM and kind != "rolling":
@@ -520,9 +524,9 @@ def hflm(tokenizer: Any) -> Any:
 def test_examples_that_lm_eval_would_not_change_are_said(tmp_path: Path, tokenizer: Any) -> None:
     write_task(tmp_path, "trial", PLAIN | {"num_fewshot": 0})
     assert (
-        "--num_fewshot would not change" in load(tmp_path, tokenizer, declared(num_fewshot=2)).findings()[0]
+        "--num_fewshot would not change" in load(tmp_path, tokenizer, declared(num_fewshot=2)).warnings()[0]
     )
-    assert load(tmp_path, tokenizer, declared(num_fewshot=0)).findings() == ()
+    assert load(tmp_path, tokenizer, declared(num_fewshot=0)).warnings() == ()
 
 
 def test_splits_are_named_as_in_the_other_tests() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from evomerge.evaluation.inference.loglikelihood import Rounding
-from evomerge.evaluation.inference.requests import Verdict
+from evomerge.evaluation.inference.requests import Verification
 
 log = logging.getLogger(__name__)
 Answers = list[list[Any]]
@@ -36,7 +36,7 @@ class Backend(Protocol):
         """How many tokens of a log-likelihood request are scored."""
         ...
 
-    def techniques(self) -> Mapping[str, Verdict]:
+    def optimizations(self) -> Mapping[str, Verification]:
         """Technique -> whether it is used with this model, and why; none where there are none to choose from."""
         ...
 
@@ -44,6 +44,6 @@ class Backend(Protocol):
         """Lets go of the model."""
         ...
 
-    def handed(self, task: str) -> str | None:
+    def fallback_reason(self, task: str) -> str | None:
         """Why a task's requests went through lm-eval's own path; None if none did."""
         ...

@@ -22,7 +22,7 @@ from evomerge.evaluation.inference.logits_processors import refusal
 from evomerge.evaluation.inference.loglikelihood import Engine, Rounding
 from evomerge.evaluation.inference.loglikelihood_plan import Plan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
-from evomerge.evaluation.inference.requests import Request, Verdict
+from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.lm_harness.backends.base import Answers
 from evomerge.evaluation.lm_harness.backends.hflm import ask, hflm
 from evomerge.evaluation.lm_harness.tokenization import Encoding
@@ -51,7 +51,7 @@ class Prepared:
     handed: list[int] = field(default_factory=list)
 
 
-class ResidentBackend:
+class CompiledBackend:
     """Answers requests on one live transformers model. Satisfies `evomerge.evaluation.lm_harness.backends.base.Backend`."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
@@ -61,8 +61,8 @@ class ResidentBackend:
         self.pad_id = tokenizer.pad_token_id or 0
         self._engine: Engine | None = None
         self._generator: Generator | None = None
-        self._verdicts: dict[str, Verdict] = {}
-        self._decoders: dict[str, Verdict] = {}
+        self._verdicts: dict[str, Verification] = {}
+        self._decoders: dict[str, Verification] = {}
         self._span = -1
         self._reasons: dict[str, str] = {}
         self._refusals: dict[str, str | None] = {}
@@ -75,14 +75,14 @@ class ResidentBackend:
         if self._engine is not None:
             self._engine.head.close()
 
-    def techniques(self) -> Mapping[str, Verdict]:
+    def optimizations(self) -> Mapping[str, Verification]:
         """What the probe found of this model, for requests as long as those prepared so far."""
         return {
             **self._verdicts,
             **{f"decoding: {name}": verdict for name, verdict in self._decoders.items()},
         }
 
-    def handed(self, task: str) -> str | None:
+    def fallback_reason(self, task: str) -> str | None:
         """Why some of a task's requests go through HFLM; None if none do."""
         return self._reasons.get(task)
 

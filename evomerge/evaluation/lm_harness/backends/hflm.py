@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from evomerge.evaluation.inference.loglikelihood import Rounding
-from evomerge.evaluation.inference.requests import Verdict
+from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.lm_harness.backends.base import Answers
 from evomerge.evaluation.lm_harness.tokenization import Encoding
 
@@ -42,7 +42,7 @@ def ask(lm: Any, requests: Sequence[Any], rounding: Rounding) -> Answers:
     return answers
 
 
-class LmEvalBackend:
+class HFLMBackend:
     """lm-eval's own path for everything. Satisfies `Backend`."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
@@ -61,13 +61,13 @@ class LmEvalBackend:
         """HFLM's answers."""
         return ask(self.lm, prepared, rounding)
 
-    def techniques(self) -> Mapping[str, Verdict]:
+    def optimizations(self) -> Mapping[str, Verification]:
         """None."""
         return {}
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def handed(self, task: str) -> str | None:
+    def fallback_reason(self, task: str) -> str | None:
         """It was asked for."""
         return "asked for by the configuration"
