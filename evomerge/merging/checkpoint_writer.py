@@ -79,12 +79,12 @@ def need(merge: Merge, step: Step) -> int:
     stages = {name for name, _ in merge.recipe.stages}
     staged = sum(4 * elements for model in step.mix.models if model in stages)
     if (
-        merge.recipe.policy == "float32" and rule.frame is not None
+        merge.recipe.policy == "float32" and rule.task_vector_sum is not None
     ):  # one pass; DELLA holds the ranks of every element
         return (
             2 * step.info.nbytes
             + staged
-            + (2 * elements * len(step.inputs) if rule.frame.sparsify == "rank" else 0)
+            + (2 * elements * len(step.inputs) if rule.task_vector_sum.sparsify == "rank" else 0)
         )
     if merge.recipe.policy == "float32" and merge.combines(step):
         return 2 * step.info.nbytes + staged

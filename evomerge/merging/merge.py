@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,7 @@ from evomerge.merging.tensor_plan import DTYPE_CODES, DTYPES, Step, check
 from evomerge.merging.vocabulary.alignment import Vocabulary, vocabulary_tensors
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import Method, Values, method
-from evomerge.methods.fused import merge_tensor
-from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.weighted_sum import Pair
+from evomerge.methods.fused import MagnitudeTables, MergeInputs, combine_by_dot_products, merge_tensor
 from evomerge.recipes import STORED, Filtered, Mix, Recipe, Setting
 
 
@@ -105,11 +103,10 @@ class Merge:
         if self.recipe.policy == "mergekit":
             merged = self._as_mergekit(rule, tensors, base, values, keys).to(dtype)
             finite = bool(torch.isfinite(merged).all())
-        elif rule.frame is not None:
+        elif rule.task_vector_sum is not None:
             merged = torch.empty(step.info.shape, dtype=dtype, device=self.device) if out is None else out
-            finite = merge_tensor.merge(
-                rule.frame, self._pairs(step, tensors, base), tensors, base, values, keys, merged, self.known
-            )
+            inputs = MergeInputs(tensors, base, keys, self._cache_ids(step))
+            finite = merge_tensor(rule.task_vector_sum, inputs, values, merged, self.known)
         elif (
             rule.coefficients is not None
             and (done := self._by_angles(step, rule, tensors, base, values, out)) is not None
@@ -163,7 +160,7 @@ class Merge:
             None if base is None else base.to(dtype),
             values,
             keys,
-            parity=True,
+            mergekit_compatible=True,
         )
 
     def _by_angles(
@@ -180,7 +177,7 @@ class Merge:
             if out is None
             else out
         )
-        finite = merge_tensor.by_angles(rule, tensors, base, values, merged)
+        finite = combine_by_dot_products(rule, MergeInputs(tensors, base), values, merged)
         return None if finite is None else (merged, finite)
 
     def _aligned(
@@ -199,15 +196,19 @@ class Merge:
             mix.base[0]
         ].contiguous() if mix.base else None
 
-    def _pairs(self, step: Step, tensors: Sequence[Tensor], base: Tensor | None) -> list[Pair]:
-        """Each source with its base, and what the tables remember the two by: nothing where a stage makes one, which is the recipe's own."""
-        if base is None or step.mix is None or step.mix.base is None:
+    def _cache_ids(self, step: Step) -> list[Hashable]:
+        """For each source, what `MagnitudeTables` caches its difference from the base under.
+
+        None where a stage makes one of the two tensors, or the vocabulary's rows are aligned: those are the recipe's own.
+        """
+        if step.mix is None or step.mix.base is None:
             return []
-        made, pairs = {name for name, _ in self.recipe.stages}, []
-        for (model, _), name, tensor in zip(step.mix.sources, step.inputs, tensors, strict=True):
-            lasting = step.name not in self._tables and not made & {model, step.mix.base[0]}
-            pairs.append(Pair(base, tensor, (model, name, step.mix.base[0], step.base) if lasting else None))
-        return pairs
+        stages, base = {name for name, _ in self.recipe.stages}, step.mix.base[0]
+        ids: list[Hashable] = []
+        for (model, _), name in zip(step.mix.sources, step.inputs, strict=True):
+            lasting = step.name not in self._tables and not stages & {model, base}
+            ids.append((model, name, base, step.base) if lasting else None)
+        return ids
 
 
 class MergedParent:

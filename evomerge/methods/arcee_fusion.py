@@ -7,7 +7,7 @@ mergekit finds the quantiles of tensors above a million entries from a random sa
 those of all entries, also when asked for mergekit's behaviour. mergekit adds 1e-8 to probabilities and computes in the
 dtype of the merge, where the divergence of near models is rounding and may be negative; here it is exact. Its result is
 in float32 even where the merge is in bfloat16, and without an `out_dtype` its file too; so is the result here with
-`parity`, but the file has the type that the recipe says.
+`mergekit_compatible`, but the file has the type that the recipe says.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def arcee_fusion(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """The model's entries where its change matters, the base's elsewhere."""
     assert base is not None
     [x] = tensors
     if not base.numel():
         return base.clone()
-    divergence = _divergence_as_mergekit(x, base) if parity else _divergence(x, base)
+    divergence = _divergence_as_mergekit(x, base) if mergekit_compatible else _divergence(x, base)
     importance = (x - base).abs() * divergence
     q1, median, q3 = _quartiles(importance)
     threshold = median + 1.5 * (q3 - q1)
-    if parity:
+    if mergekit_compatible:
         return base + (x - base) * (importance >= threshold).float()
     return torch.where(importance < threshold, base, x)  # NaN is taken over, so that it is seen
 

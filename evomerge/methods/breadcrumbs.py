@@ -24,14 +24,16 @@ def band(n: int, density: float, gamma: float) -> tuple[int, int]:
     return inner, inner - target
 
 
-def middle(delta: Tensor, density: float, key: int, own: Mapping[str, float], parity: bool = False) -> Tensor:
+def middle(
+    delta: Tensor, density: float, key: int, own: Mapping[str, float], mergekit_compatible: bool = False
+) -> Tensor:
     """0/1 mask of the entries in the `band` of magnitudes; own: gamma. Same shape and dtype as delta."""
     n = delta.numel()
     inner, outer = band(n, density, own["gamma"])
     size = delta.abs().flatten()
     size = size if size.dtype == torch.float64 else size.float()
     mask = torch.zeros_like(delta).flatten()
-    if parity:
+    if mergekit_compatible:
         mask[torch.sort(size).indices[n - inner : n - outer]] = 1
     else:
         mask[torch.argsort(size, descending=True, stable=True)[outer:inner]] = 1

@@ -16,7 +16,11 @@ from evomerge.methods.declaration import TaskVectorSum
 
 
 def keep(
-    delta: Tensor, density: float, key: int, own: Mapping[str, float] | None = None, parity: bool = False
+    delta: Tensor,
+    density: float,
+    key: int,
+    own: Mapping[str, float] | None = None,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """0/1 mask that keeps each entry with probability density in [0, 1]; same shape and dtype as delta."""
     u = random_masks.hashed(random_masks.mixed(0, delta.numel(), delta.device), random_masks.split(key))

@@ -29,7 +29,7 @@ class Kernel(Protocol):
         values: Values,
         keys: Sequence[int],
         *,
-        parity: bool = False,
+        mergekit_compatible: bool = False,
     ) -> Tensor:
         """tensors: one per source, all of one shape and floating dtype; base: same shape or None; keys: one
         signed 64-bit mask key per source. parity: do as mergekit 0.1.5 does, in its order of operations and with its
@@ -105,7 +105,7 @@ class Method:
     summary: str
     randomized: bool = False
     takes_base: bool = False
-    frame: TaskVectorSum | None = None
+    task_vector_sum: TaskVectorSum | None = None
     coefficients: Coefficients | None = None
     base_is_origin: bool = True
     models: tuple[int, int] = (1, 1_000)

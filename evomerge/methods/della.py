@@ -23,7 +23,9 @@ def window(density: float, epsilon: float, width: int) -> tuple[float, float]:
     return density - epsilon, 2 * epsilon / max(1, width - 1)
 
 
-def keep(delta: Tensor, density: float, key: int, own: Mapping[str, float], parity: bool = False) -> Tensor:
+def keep(
+    delta: Tensor, density: float, key: int, own: Mapping[str, float], mergekit_compatible: bool = False
+) -> Tensor:
     """0/1 mask, each entry kept with its own probability; own: epsilon. Same shape and dtype as delta."""
     width = delta.shape[-1] if delta.dim() else 1
     low, step = window(density, own["epsilon"], width)

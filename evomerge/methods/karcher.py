@@ -27,7 +27,7 @@ def karcher(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """Mean length times the Riemannian mean of the directions, found by steps in the tangent space at the last guess."""
     steps, tol = values["max_iter"], values["tol"]
@@ -37,7 +37,7 @@ def karcher(
         return tensors[0].clone()
     return (
         _mean_as_mergekit(tensors, int(steps), tol)
-        if parity
+        if mergekit_compatible
         else combine(coefficients(gram(tensors), values), tensors)
     )
 

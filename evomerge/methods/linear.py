@@ -16,7 +16,7 @@ def linear(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """sum_i w_i x_i, divided by sum_i w_i if `normalize`. A zero sum of weights gives inf or NaN, as in mergekit."""
     weight = values["weight"]
@@ -34,7 +34,7 @@ def linear(
 LINEAR = Method(
     name="linear",
     kernel=linear,
-    frame=TaskVectorSum(without_base=True),
+    task_vector_sum=TaskVectorSum(without_base=True),
     params=(Param("weight", 0.0, 1.0, 1.0, required=True), switch("normalize", True)),
     needs_base=False,
     paper="arXiv 2203.05482",

@@ -27,14 +27,14 @@ def model_stock(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """t · average + (1-t) · base."""
     assert base is not None
     if not base.numel():
         return base.clone()
     b, *xs = [_rows(x, by_filter=bool(values["filter_wise"])) for x in (base, *tensors)]
-    return (_mix_as_mergekit if parity else _mix)(b, xs).reshape(base.shape)
+    return (_mix_as_mergekit if mergekit_compatible else _mix)(b, xs).reshape(base.shape)
 
 
 def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float] | None:

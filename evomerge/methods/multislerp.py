@@ -26,7 +26,7 @@ def multislerp(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """Weighted mean direction times weighted mean length; one model is left as it is, whatever its weight."""
     weight, eps = values["weight"], values["eps"]
@@ -37,7 +37,7 @@ def multislerp(
     vectors = differences(tensors, base)
     out = (
         _mean_as_mergekit(vectors, weight, bool(values["normalize_weights"]), eps)
-        if parity
+        if mergekit_compatible
         else combine(coefficients(gram(vectors), values), vectors)
     )
     return out if base is None else out + base

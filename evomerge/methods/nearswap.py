@@ -20,13 +20,13 @@ def nearswap(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """x where |x - b| <= t, elsewhere b with a step of t towards x."""
     assert base is not None
     [x], t = tensors, values["t"]
     assert isinstance(t, float)
-    if parity:
+    if mergekit_compatible:
         share = (t / (base - x).abs().clamp(min=1e-6)).clamp(0, 1)
         return share * x + (1 - share) * base
     delta = x - base

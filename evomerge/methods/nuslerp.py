@@ -26,7 +26,7 @@ def nuslerp(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """Point at t = w_2 / (w_1 + w_2) of the arc from x_1 to x_2; at 1/2 if the weights sum to 0."""
     weight = values["weight"]
@@ -42,7 +42,7 @@ def nuslerp(
         x, y = x.reshape(-1), y.reshape(-1)
     elif turned:
         x, y = x.transpose(0, -1), y.transpose(0, -1)
-    out = _arc_as_mergekit(x, y, t) if parity else _arc(x, y, t)
+    out = _arc_as_mergekit(x, y, t) if mergekit_compatible else _arc(x, y, t)
     out = (out.transpose(0, -1) if turned else out).reshape(first.shape)
     return out if base is None else base + out
 

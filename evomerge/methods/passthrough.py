@@ -15,7 +15,7 @@ def passthrough(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """scale * x."""
     scale = values["scale"]

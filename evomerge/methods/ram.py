@@ -4,7 +4,7 @@ A model changed an entry if |x - b| > `epsilon`; other entries count as the base
 changed alone by 1 + r · min(shared / alone, alpha), from the counts of its changed entries in this tensor. mergekit
 divides the counts in 32-bit floats, and by `epsilon` for a model that changed nothing alone, which has no effect. Its
 result for RAM+ is in float32 even where the merge is in bfloat16, and without an `out_dtype` its file too; so is the
-result here with `parity`, but the file has the type that the recipe says.
+result here with `mergekit_compatible`, but the file has the type that the recipe says.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def ram(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """b + at each entry the mean of the differences of the models that changed it. The same with and without parity."""
-    return _reinforced(tensors, base, values, parity=parity)
+    return _reinforced(tensors, base, values, mergekit_compatible=mergekit_compatible)
 
 
 def ramplus_tl(
@@ -37,13 +37,13 @@ def ramplus_tl(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """As `ram`, with what a model changed alone made larger the more of its changes are shared."""
     r, alpha = values["r"], values["alpha"]
     assert isinstance(r, float)
     assert isinstance(alpha, float)
-    return _reinforced(tensors, base, values, (r, alpha), parity=parity)
+    return _reinforced(tensors, base, values, (r, alpha), mergekit_compatible=mergekit_compatible)
 
 
 def _reinforced(
@@ -52,7 +52,7 @@ def _reinforced(
     values: Values,
     plus: tuple[float, float] | None = None,
     *,
-    parity: bool,
+    mergekit_compatible: bool,
 ) -> Tensor:
     """plus: r and alpha of RAM+."""
     assert base is not None
@@ -73,20 +73,27 @@ def _reinforced(
             *plus,
             epsilon,
             deltas.dtype,
-            parity=parity,
+            mergekit_compatible=mergekit_compatible,
         )
     mixed = (own + deltas * shared / count.clamp(min=1)).sum(dim=0)
     out = base + mixed.reshape(base.shape)
-    return out if parity else out.to(base.dtype)
+    return out if mergekit_compatible else out.to(base.dtype)
 
 
 def _enlarge(
-    shared: Tensor, alone: Tensor, r: float, alpha: float, epsilon: float, dtype: torch.dtype, *, parity: bool
+    shared: Tensor,
+    alone: Tensor,
+    r: float,
+    alpha: float,
+    epsilon: float,
+    dtype: torch.dtype,
+    *,
+    mergekit_compatible: bool,
 ) -> Tensor:
     """[sources, 1]: 1 + r · min(shared / alone, alpha). With parity in float32, to which half precision is then promoted."""
-    ratio = shared / alone.clamp(min=epsilon) if parity else shared.double() / alone.clamp(min=1)
+    ratio = shared / alone.clamp(min=epsilon) if mergekit_compatible else shared.double() / alone.clamp(min=1)
     factor = 1 + r * ratio.clamp(0, alpha)
-    return (factor if parity else factor.to(dtype))[:, None]
+    return (factor if mergekit_compatible else factor.to(dtype))[:, None]
 
 
 RAM = Method(

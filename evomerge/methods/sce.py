@@ -27,7 +27,7 @@ def sce(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """b + sum_i w_i m_i delta_i / sum_i w_i m_i, m_i the 0/1 mask of entries that agree; the base at select_topk 0."""
     assert base is not None
@@ -36,7 +36,7 @@ def sce(
     if not base.numel():
         return base.clone()
     deltas = torch.stack([x.reshape(-1) - base.reshape(-1) for x in tensors])  # [sources, numel]
-    mixed = _mix_as_mergekit(deltas, share) if parity else _mix(deltas, share)
+    mixed = _mix_as_mergekit(deltas, share) if mergekit_compatible else _mix(deltas, share)
     return base + mixed.reshape(base.shape)
 
 

@@ -21,7 +21,7 @@ def slerp(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base. In float32 at least, as in mergekit."""
     assert base is not None

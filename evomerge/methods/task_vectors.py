@@ -1,7 +1,7 @@
 """Sums of task vectors, the frame that task arithmetic, TIES, DARE, breadcrumbs and DELLA share.
 
 delta_i = x_i - b; s_i = sparsify(delta_i); y_i = w_i s_i; out = b + lambda * combine(y). The kernel here holds whole
-tensors and works in any float type: operations and their order are those of mergekit 0.1.5, so that with `parity`
+tensors and works in any float type: operations and their order are those of mergekit 0.1.5, so that with `mergekit_compatible`
 both give the same bits. In float32 a merge runs `evomerge.methods.fused.merge_tensor` instead, by the same formulas in one pass.
 """
 
@@ -25,7 +25,7 @@ LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
 
 def method(
     name: str,
-    frame: TaskVectorSum,
+    task_vector_sum: TaskVectorSum,
     mask: Sparsify | None = None,
     own: tuple[Param, ...] = (),
     *,
@@ -34,15 +34,15 @@ def method(
     paper: str,
     summary: str,
 ) -> Method:
-    """A task-vector method. mask: what `frame.sparsify` names; own: parameters that it alone has; normalize, rescale: defaults."""
+    """A task-vector method. mask: what `task_vector_sum.sparsify` names; own: parameters that it alone has; normalize, rescale: defaults."""
     sparse = (DENSITY, switch("rescale", rescale)) if mask else ()
     return Method(
         name=name,
-        kernel=partial(merge, sparsify=mask, elect_sign=frame.elect_sign),
-        frame=frame,
+        kernel=partial(merge, sparsify=mask, elect_sign=task_vector_sum.elect_sign),
+        task_vector_sum=task_vector_sum,
         params=(WEIGHT, LAMBDA, switch("normalize", normalize), *sparse, *own),
         needs_base=True,
-        randomized=frame.sparsify in ("random", "rank"),
+        randomized=task_vector_sum.sparsify in ("random", "rank"),
         paper=paper,
         summary=summary,
     )
@@ -54,7 +54,7 @@ def merge(
     values: Values,
     keys: Sequence[int],
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
     sparsify: Sparsify | None = None,
     elect_sign: bool = False,
 ) -> Tensor:
@@ -69,7 +69,7 @@ def merge(
             if d < 1:
                 own = {name: value[i] for name, value in values.items() if isinstance(value, tuple)}
                 mask = (
-                    sparsify(deltas[i], d, key, own, parity)
+                    sparsify(deltas[i], d, key, own, mergekit_compatible)
                     if d > 0 and deltas[i].numel()
                     else torch.zeros_like(deltas[i])
                 )
@@ -83,7 +83,7 @@ def merge(
         mixed = (deltas * agree).sum(dim=0)
         divisor = (w * agree).sum(dim=0)
         none = (
-            divisor == 0 if parity else divisor.abs() < 1e-6
+            divisor == 0 if mergekit_compatible else divisor.abs() < 1e-6
         )  # weights that cancel up to rounding are no divisor
         divisor = torch.where(none, 1.0, divisor)
     else:

@@ -20,7 +20,11 @@ def count(density: float, n: int) -> int:
 
 
 def largest(
-    delta: Tensor, density: float, key: int = 0, own: Mapping[str, float] | None = None, parity: bool = False
+    delta: Tensor,
+    density: float,
+    key: int = 0,
+    own: Mapping[str, float] | None = None,
+    mergekit_compatible: bool = False,
 ) -> Tensor:
     """0/1 mask of the max(1, int(density * numel)) entries of largest magnitude.
 
@@ -28,7 +32,7 @@ def largest(
     """
     size = delta.abs().flatten()
     size = size if size.dtype == torch.float64 else size.float()
-    order = torch.argsort(size, descending=True, stable=not parity)
+    order = torch.argsort(size, descending=True, stable=not mergekit_compatible)
     mask = torch.zeros_like(delta).flatten()
     mask[order[: count(density, delta.numel())]] = 1
     return mask.reshape(delta.shape)

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, Method, Param, Values
-from evomerge.methods.fused import merge_tensor
-from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.weighted_sum import Pair
+from evomerge.methods.fused import MagnitudeTables, MergeInputs, merge_tensor
 from tests.support.merge_references import corners, is_empty_average
 
 Numbers = dict[str, float | tuple[float, ...]]
@@ -69,7 +67,7 @@ few = settings(max_examples=3, deadline=None, derandomize=True)
 
 
 def ways(rule: Method) -> list[Way]:
-    return KERNELS + PASSES if rule.frame else KERNELS
+    return KERNELS + PASSES if rule.task_vector_sum else KERNELS
 
 
 def merge(
@@ -82,18 +80,10 @@ def merge(
 ) -> Tensor:
     if not way.fused:
         return rule.kernel(tensors, base, values, keys)
-    assert rule.frame is not None
+    assert rule.task_vector_sum is not None
     out = torch.full_like(tensors[0], math.nan, dtype=way.out)
-    finite = merge_tensor.merge(
-        rule.frame,
-        [Pair(base, x) for x in tensors] if base is not None else [],
-        tensors,
-        base,
-        values,
-        keys,
-        out,
-        MagnitudeTables(),
-    )
+    inputs = MergeInputs(tensors, base, keys)
+    finite = merge_tensor(rule.task_vector_sum, inputs, values, out, MagnitudeTables())
     assert finite == bool(torch.isfinite(out).all())
     return out
 
@@ -153,7 +143,7 @@ def test_shape_dtype_and_device_are_kept_inputs_left_alone_and_small_shapes_merg
 ):
     values, keys = data.draw(numbers(case.rule, case.n)), keys_of(case.n)
     for shape in SHAPES:
-        for way in ways(case.rule) + MIXED * bool(case.rule.frame):
+        for way in ways(case.rule) + MIXED * bool(case.rule.task_vector_sum):
             tensors, base = models(case, way.dtype, shape)
             inputs = [*tensors, *([] if base is None else [base])]
             before = [bits(x) for x in inputs]
@@ -226,7 +216,7 @@ def test_finite_at_every_corner_of_the_declared_bounds(case: Case, data: st.Data
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n <= 2], ids=lambda c: c.name)
 def test_finite_at_all_corners_with_up_to_two_models(case: Case):
-    for way in KERNELS[:1] + (PASSES[:1] if case.rule.frame else []):
+    for way in KERNELS[:1] + (PASSES[:1] if case.rule.task_vector_sum else []):
         for tensors, base in degenerate(case, way.dtype)[::3]:
             for values in corners(case.rule, case.n):
                 assert torch.isfinite(merge(way, case.rule, tensors, base, values, keys_of(case.n))).all(), (
@@ -243,7 +233,7 @@ def test_parents_equal_to_the_base_give_the_base(case: Case, data: st.DataObject
         for way in ways(case.rule):
             base = normal(shape, seed).to(way.dtype)
             out = merge(way, case.rule, [base.clone() for _ in range(case.n)], base, values, keys_of(case.n))
-            if case.rule.frame:
+            if case.rule.task_vector_sum:
                 assert torch.equal(out, base.to(out.dtype)), values
             else:
                 torch.testing.assert_close(out, base, rtol=4 * way.precision, atol=0)
@@ -320,7 +310,7 @@ def changes(way: Way, case: Case, param: Param, which: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.rule.frame], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.rule.task_vector_sum], ids=lambda c: c.name)
 @few
 @given(data=st.data())
 def test_one_pass_gives_what_the_kernel_gives_in_float64(case: Case, data: st.DataObject):
@@ -340,7 +330,7 @@ def test_one_pass_gives_what_the_kernel_gives_in_float64(case: Case, data: st.Da
             )
 
 
-@pytest.mark.parametrize("rule", [pytest.param(m, id=m.name) for m in METHODS.values() if m.frame])
+@pytest.mark.parametrize("rule", [pytest.param(m, id=m.name) for m in METHODS.values() if m.task_vector_sum])
 def test_rows_of_more_than_65536_entries(rule: Method):
     case = Case(rule, 2, rule.needs_base)
     values, keys = complete(rule, 2, density=(0.5, 0.3)), keys_of(2)

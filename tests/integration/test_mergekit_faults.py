@@ -13,14 +13,16 @@ def test_nuslerp_mixes_a_vector_of_no_length_linearly():
     x, zero = torch.tensor([3.0, 4.0]), torch.zeros(2)
     torch.testing.assert_close(merge("nuslerp", [x, zero], weight=(0.75, 0.25)), 0.75 * x)
     torch.testing.assert_close(
-        merge("nuslerp", [x, zero], weight=(0.75, 0.25), parity=True), math.sin(0.75 * math.pi / 2) * x
+        merge("nuslerp", [x, zero], weight=(0.75, 0.25), mergekit_compatible=True),
+        math.sin(0.75 * math.pi / 2) * x,
     )
     short = x * 1e-9  # mergekit takes its length for 1e-7
     torch.testing.assert_close(
         merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0)).norm(), short.norm()
     )
     assert (
-        merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0), parity=True).norm() > 1.3 * short.norm()
+        merge("nuslerp", [short, short.flip(0)], weight=(1.0, 1.0), mergekit_compatible=True).norm()
+        > 1.3 * short.norm()
     )
 
 
@@ -36,11 +38,11 @@ def test_multislerp_of_directions_that_cancel_is_the_weighted_sum():
     given = {"weight": (0.5, 0.5, 0.0)}
     torch.testing.assert_close(merge("multislerp", [x, -2 * x, y], **given), -0.5 * x)
     with pytest.raises(CandidateError):
-        merge("multislerp", [x, -2 * x, y], parity=True, **given)
+        merge("multislerp", [x, -2 * x, y], mergekit_compatible=True, **given)
     equal = merge("multislerp", [x, y], weight=(1.0, 1.0))
     for weight in ((0.0, 0.0), (1.0, -1.0)):
         assert torch.equal(merge("multislerp", [x, y], weight=weight), equal)
-        assert not merge("multislerp", [x, y], weight=weight, parity=True).isfinite().any()
+        assert not merge("multislerp", [x, y], weight=weight, mergekit_compatible=True).isfinite().any()
 
 
 def test_multislerp_keeps_the_mean_length_at_a_large_eps():
@@ -51,7 +53,7 @@ def test_multislerp_keeps_the_mean_length_at_a_large_eps():
             length.item()
         )
     assert (
-        merge("multislerp", [x, y], weight=(1.0, 1.0), eps=0.5, parity=True).norm().item()
+        merge("multislerp", [x, y], weight=(1.0, 1.0), eps=0.5, mergekit_compatible=True).norm().item()
         < 0.9 * length.item()
     )
 
@@ -59,7 +61,7 @@ def test_multislerp_keeps_the_mean_length_at_a_large_eps():
 def test_karcher_knows_no_tensor_too_short():
     x = random((5, 5), 0, 1e-8).float()
     torch.testing.assert_close(merge("karcher", [x, x, x]), x, rtol=1e-5, atol=0)
-    assert not merge("karcher", [x, x, x], parity=True).any()
+    assert not merge("karcher", [x, x, x], mergekit_compatible=True).any()
 
 
 def test_karcher_of_opposite_models_does_not_depend_on_their_order():
@@ -88,7 +90,7 @@ def test_model_stock_measures_angles_of_small_changes():
             moved, 2 * cos / (1 + cos) * (deltas[0] + deltas[1]) / 2, rtol=1e-6, atol=1e-15
         )
     assert (
-        merge("model_stock", [base + d for d in deltas], base, parity=True) - base
+        merge("model_stock", [base + d for d in deltas], base, mergekit_compatible=True) - base
     ).norm() < 0.01 * moved.norm()
 
 
@@ -96,7 +98,7 @@ def test_model_stock_is_the_base_beyond_a_right_angle():
     x = torch.tensor([1.0, 0.1])
     tensors, base = [x, torch.tensor([-1.0, 0.1])], torch.zeros(2)
     assert torch.equal(merge("model_stock", tensors, base), base)
-    assert merge("model_stock", tensors, base, parity=True)[1] < -4, (
+    assert merge("model_stock", tensors, base, mergekit_compatible=True)[1] < -4, (
         "mergekit goes the other way, further than any model"
     )
 
@@ -104,10 +106,10 @@ def test_model_stock_is_the_base_beyond_a_right_angle():
 def test_sce_selects_one_entry_at_least_and_all_where_none_varies():
     tensors, base = models("far", (6, 5), 3, torch.float32)
     assert (merge("sce", tensors, base, select_topk=1e-6) != base).sum() == 1
-    assert torch.equal(merge("sce", tensors, base, select_topk=1e-6, parity=True), base)
+    assert torch.equal(merge("sce", tensors, base, select_topk=1e-6, mergekit_compatible=True), base)
     one = [tensors[0]]
     torch.testing.assert_close(merge("sce", one, base, select_topk=0.5), one[0])
-    assert torch.equal(merge("sce", one, base, select_topk=0.5, parity=True), base)
+    assert torch.equal(merge("sce", one, base, select_topk=0.5, mergekit_compatible=True), base)
     for shape in ((), (1,), (4, 4)):
         tensors, base = models("far", shape, 3, torch.float32)
         assert torch.equal(merge("sce", tensors, base, select_topk=0.0), base)
@@ -119,7 +121,7 @@ def test_sce_weighs_small_changes_as_it_does_large_ones():
     large = merge("sce", [big, small], base)
     torch.testing.assert_close(merge("sce", [big * 1e-4, small * 1e-4], base), large * 1e-4)
     torch.testing.assert_close(
-        merge("sce", [big * 1e-4, small * 1e-4], base, parity=True), (big + small) / 2 * 1e-4
+        merge("sce", [big * 1e-4, small * 1e-4], base, mergekit_compatible=True), (big + small) / 2 * 1e-4
     )
 
 
@@ -132,17 +134,20 @@ def test_nearswap_takes_what_is_nearer_than_any_threshold():
         rtol=1e-9,
         atol=0,
     )
-    assert merge("nearswap", [x], base, t=2e-8, parity=True)[0] == pytest.approx(0.02 * 1e-8)
+    assert merge("nearswap", [x], base, t=2e-8, mergekit_compatible=True)[0] == pytest.approx(0.02 * 1e-8)
 
 
 def test_arcee_fusion_reads_every_entry_of_a_large_tensor():
     """A sample would miss the one entry that decides, and differ from one call to the next."""
     [x], base = models("far", (1100, 1000), 1, torch.float32)
-    for parity in (False, True):
+    for mergekit_compatible in (False, True):
         torch.manual_seed(1)
-        first, state = merge("arcee_fusion", [x], base, parity=parity), torch.get_rng_state()
+        first, state = (
+            merge("arcee_fusion", [x], base, mergekit_compatible=mergekit_compatible),
+            torch.get_rng_state(),
+        )
         torch.manual_seed(2)
-        assert torch.equal(merge("arcee_fusion", [x], base, parity=parity), first)
+        assert torch.equal(merge("arcee_fusion", [x], base, mergekit_compatible=mergekit_compatible), first)
         torch.manual_seed(1)
         assert torch.equal(torch.get_rng_state(), state)
     p, q = (v.double().log_softmax(-1) for v in (x, base))
@@ -157,7 +162,10 @@ def test_arcee_fusion_sees_the_divergence_of_models_that_hardly_differ():
     base = random((64, 500), 0).float()
     x = base + random((64, 500), 1, 2e-5).float()
     wide = merge("arcee_fusion", [x.double()], base.double()) == x.double()
-    narrow, theirs = merge("arcee_fusion", [x], base) == x, merge("arcee_fusion", [x], base, parity=True) == x
+    narrow, theirs = (
+        merge("arcee_fusion", [x], base) == x,
+        merge("arcee_fusion", [x], base, mergekit_compatible=True) == x,
+    )
     assert (wide != narrow).double().mean() < 0.001
     assert (wide != theirs).double().mean() > 0.05, "in mergekit rounding decides"
 

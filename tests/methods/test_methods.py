@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from evomerge.errors import RecipeError
 from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, Method, Param, dare, method, random_masks
-from evomerge.methods.fused import magnitude_tables, merge_tensor, weighted_sum
+from evomerge.methods.fused import MagnitudeTables, MergeInputs, merge_tensor
 from tests.support.merge_references import (
     OF_TASK_VECTORS,
     REFERENCES,
@@ -479,15 +479,7 @@ def test_agreeing_weights_that_cancel_up_to_rounding_do_not_blow_up(name):
         given = values | {"weight": tuple((0.1, 0.2, -0.3)[i] for i in order)}
         out = torch.empty(4)
         base = torch.zeros(4)
-        assert merge_tensor.merge(
-            rule.frame,
-            [weighted_sum.Pair(base, t) for t in tensors],
-            tensors,
-            base,
-            given,
-            [0] * 3,
-            out,
-            magnitude_tables.MagnitudeTables(),
-        )
+        inputs = MergeInputs(tensors, base, [0] * 3)
+        assert merge_tensor(rule.task_vector_sum, inputs, given, out, MagnitudeTables())
         for found in (out, rule.kernel(tensors, base, given, [0] * 3)):
             torch.testing.assert_close(found, 0.6 * delta, rtol=1e-5, atol=1e-6)

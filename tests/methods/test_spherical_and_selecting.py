@@ -92,14 +92,14 @@ class Job:
         tensors, base = models(self.kind, self.shape, self.n, DTYPES[self.dtype])
         return tensors, base if self.based else None
 
-    def merge(self, *, parity: bool) -> Tensor:
+    def merge(self, *, mergekit_compatible: bool) -> Tensor:
         tensors, base = self.inputs()
         return METHODS[self.method].kernel(
             tensors,
             base,
             complete(self.method, len(tensors), dict(self.values)),
             [0] * len(tensors),
-            parity=parity,
+            mergekit_compatible=mergekit_compatible,
         )
 
 
@@ -253,9 +253,9 @@ def assert_same_bits(job: Job, theirs: dict[str, Tensor | str]) -> None:
     if isinstance(want, str):
         assert "weighted sum of the input tensors is zero" in want, f"{job.name}: mergekit said {want}"
         with pytest.raises(CandidateError, match="cancel"):
-            job.merge(parity=True)
+            job.merge(mergekit_compatible=True)
         return
-    got = job.merge(parity=True).to(want.dtype)
+    got = job.merge(mergekit_compatible=True).to(want.dtype)
     assert (got.shape, got.dtype) == (want.shape, want.dtype), job.name
     differ = ~((got == want) | (got.isnan() & want.isnan()))
     assert not differ.any(), (
@@ -304,7 +304,7 @@ def test_without_parity_odd_inputs_give_the_reference(method: str):
             values = complete(method, len(rows), dict(job.values))
             want = REFERENCES[method](rows, None if base is None else base.tolist(), values, (4,))
             torch.testing.assert_close(
-                job.merge(parity=False),
+                job.merge(mergekit_compatible=False),
                 torch.tensor(want),
                 rtol=1e-5,
                 atol=1e-6,

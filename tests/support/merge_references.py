@@ -344,7 +344,12 @@ def corners(rule: Method, n: int) -> Iterator[dict[str, float | tuple[float, ...
 
 def is_empty_average(rule: Method, values) -> bool:
     """Whether models, not differences from a base, are to be averaged with weights that sum to zero."""
-    return bool(rule.frame and rule.frame.without_base and values["normalize"] and not sum(values["weight"]))
+    return bool(
+        rule.task_vector_sum
+        and rule.task_vector_sum.without_base
+        and values["normalize"]
+        and not sum(values["weight"])
+    )
 
 
 def complete(
@@ -361,11 +366,15 @@ def merge(
     tensors: list[Tensor],
     base: Tensor | None = None,
     *,
-    parity: bool = False,
+    mergekit_compatible: bool = False,
     **given: float | tuple[float, ...],
 ) -> Tensor:
     return METHODS[method].kernel(
-        tensors, base, complete(method, len(tensors), given), [0] * len(tensors), parity=parity
+        tensors,
+        base,
+        complete(method, len(tensors), given),
+        [0] * len(tensors),
+        mergekit_compatible=mergekit_compatible,
     )
 
 

@@ -6,7 +6,17 @@
 from __future__ import annotations
 
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.merge_tensor import by_angles, merge
-from evomerge.methods.fused.weighted_sum import Kind, Level, Pair, Summand, WeightedSum
+from evomerge.methods.fused.merge_tensor import MergeInputs, combine_by_dot_products, merge_tensor
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair, TopK, WeightedSum
 
-__all__ = ["Kind", "Level", "MagnitudeTables", "Pair", "Summand", "WeightedSum", "by_angles", "merge"]
+__all__ = [
+    "MagnitudeTables",
+    "MaskKind",
+    "MergeInputs",
+    "Summand",
+    "TensorPair",
+    "TopK",
+    "WeightedSum",
+    "combine_by_dot_products",
+    "merge_tensor",
+]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.fused import c_library, one_pass
-from evomerge.methods.fused.weighted_sum import NOTHING, Kind, Level, Pair, Summand
+from evomerge.methods.fused.weighted_sum import NOTHING, MaskKind, Summand, TensorPair, TopK
 from evomerge.methods.ties import count
 
 GRID = 1000  # a table answers the densities 1/GRID, 2/GRID, ...: those a search proposes
@@ -37,13 +37,13 @@ class MagnitudeTables:
         self._known: dict[Hashable, object] = {}
         self._ranks: dict[Hashable, Tensor] = {}
 
-    def unit(self, pair: Pair) -> float:
+    def unit(self, pair: TensorPair) -> float:
         """The unit of `sweep.norms`."""
         return self._remember(
             pair, ("unit",), lambda: one_pass.unit_of(one_pass.largest(pair.base, pair.source), pair.n)
         )
 
-    def level(self, pair: Pair, k: int) -> Level:
+    def level(self, pair: TensorPair, k: int) -> TopK:
         """The k elements of largest magnitude; of equal ones the first come first."""
         if k <= 0 or pair.n == 0:
             return NOTHING
@@ -51,7 +51,7 @@ class MagnitudeTables:
             return found[0]
         return self._remember(pair, ("level", k), lambda: _level(pair, k))
 
-    def prepare(self, pairs: Sequence[Pair]) -> None:
+    def prepare(self, pairs: Sequence[TensorPair]) -> None:
         """Makes the tables of magnitudes of several pairs side by side."""
         wanted = [
             pair
@@ -64,13 +64,13 @@ class MagnitudeTables:
         if len(wanted) > 1 and torch.get_num_threads() > 1:
             list(_builders(torch.get_num_threads()).map(self._sorted, wanted))
 
-    def scale(self, pair: Pair, share: Summand, memo: Hashable) -> float:
+    def scale(self, pair: TensorPair, share: Summand, memo: Hashable) -> float:
         """||x - base||_1 / ||what the share keeps||_1; 1 where either is below 1e-7. memo: what the mask depends on."""
         unit = self.unit(pair)
         total, kept = self._norms(pair, share, memo, unit)
         return 1.0 if total < 1e-7 * unit or kept < 1e-7 * unit else total / kept
 
-    def ranks(self, pair: Pair) -> Tensor:
+    def ranks(self, pair: TensorPair) -> Tensor:
         """[n] uint16 (int32 for rows beyond 65536): rank of each magnitude in its row (last axis), ascending."""
         if pair.id in self._ranks:
             return self._ranks[pair.id]
@@ -80,9 +80,9 @@ class MagnitudeTables:
             self._ranks[pair.id] = found
         return found
 
-    def _norms(self, pair: Pair, share: Summand, memo: Hashable, unit: float) -> tuple[float, float]:
+    def _norms(self, pair: TensorPair, share: Summand, memo: Hashable, unit: float) -> tuple[float, float]:
         if self.build and pair.id is not None and pair.n > _SMALL:
-            if share.kind is Kind.RANDOM:
+            if share.kind is MaskKind.RANDOM:
                 table, bounds = self._remember(
                     pair, ("hashes", share.key), lambda: _hash_table(pair, share, unit)
                 )
@@ -90,7 +90,7 @@ class MagnitudeTables:
                 if at < len(bounds) and bounds[at] == share.bound:
                     return float(table[-1]), float(table[at])
             elif (
-                share.kind is Kind.BAND
+                share.kind is MaskKind.BAND
                 and share.outer is None
                 and isinstance(memo, int)
                 and (found := self._sorted(pair).get(memo))
@@ -98,7 +98,7 @@ class MagnitudeTables:
                 return self._remember(
                     pair,
                     ("norm",),
-                    lambda: one_pass.norms(pair.base, pair.source, Summand(Kind.DENSE, 1.0), unit)[0],
+                    lambda: one_pass.norms(pair.base, pair.source, Summand(MaskKind.DENSE, 1.0), unit)[0],
                 ), found[1]
         return self._remember(
             pair,
@@ -106,10 +106,10 @@ class MagnitudeTables:
             lambda: one_pass.norms(pair.base, pair.source, share, unit),
         )
 
-    def _sorted(self, pair: Pair) -> dict[int, tuple[Level, float]]:
+    def _sorted(self, pair: TensorPair) -> dict[int, tuple[TopK, float]]:
         return self._remember(pair, ("sorted",), lambda: level_table(pair, self.unit(pair)))
 
-    def _remember(self, pair: Pair, what: tuple[Hashable, ...], find: Callable[[], T]) -> T:
+    def _remember(self, pair: TensorPair, what: tuple[Hashable, ...], find: Callable[[], T]) -> T:
         if pair.id is None:
             return find()
         key = (pair.id, *what)
@@ -125,7 +125,7 @@ def _builders(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="tables")
 
 
-def _level(pair: Pair, k: int) -> Level:
+def _level(pair: TensorPair, k: int) -> TopK:
     """By two histograms of the bit patterns of |x - base|, no sort; then a scan for the last of the equal ones."""
     prefix, above = _from_top(one_pass.histogram(pair.base, pair.source), k)
     low, above_low = _from_top(one_pass.histogram(pair.base, pair.source, prefix), k - above)
@@ -136,9 +136,9 @@ def _level(pair: Pair, k: int) -> Level:
         stop = min(pair.n, start + (1 << 20))
         equal = (one_pass.difference(b, x, start, stop).abs() == threshold).nonzero().reshape(-1)
         if len(equal) >= room:
-            return Level(threshold, start + int(equal[room - 1]))
+            return TopK(threshold, start + int(equal[room - 1]))
         room -= len(equal)
-    return Level(threshold, pair.n)  # only with NaN among the magnitudes; the merge refuses those
+    return TopK(threshold, pair.n)  # only with NaN among the magnitudes; the merge refuses those
 
 
 def _from_top(counts: Array, k: int) -> tuple[int, int]:
@@ -148,7 +148,7 @@ def _from_top(counts: Array, k: int) -> tuple[int, int]:
     return len(counts) - 1 - position, int(above[position - 1]) if position else 0
 
 
-def level_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
+def level_table(pair: TensorPair, unit: float) -> dict[int, tuple[TopK, float]]:
     """k -> (level, sum of floor(unit * magnitude) over it) for the k of every density on the grid."""
     ends = sorted({count(j / GRID, pair.n) for j in range(1, GRID)})
     return (
@@ -156,7 +156,7 @@ def level_table(pair: Pair, unit: float) -> dict[int, tuple[Level, float]]:
     ) or _by_sort(pair, unit, ends)
 
 
-def _by_histogram(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Level, float]] | None:
+def _by_histogram(pair: TensorPair, unit: float, ends: Sequence[int]) -> dict[int, tuple[TopK, float]] | None:
     """In C, by histograms; None if the magnitudes hold NaN or memory is short."""
     lib, ks = c_library.library(), np.array(ends, np.int64)
     thresholds, lasts, sums = np.zeros(len(ks), np.float32), np.zeros(len(ks), np.int64), np.zeros(len(ks))
@@ -166,12 +166,12 @@ def _by_histogram(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tup
     if lib.levels(ctypes.c_int64(pair.n), *tensors, ctypes.c_float(unit), len(ks), *arrays):
         return None
     return {
-        k: (Level(float(t), int(last)), float(s))
+        k: (TopK(float(t), int(last)), float(s))
         for k, t, last, s in zip(ends, thresholds, lasts, sums, strict=True)
     }
 
 
-def _by_sort(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Level, float]]:
+def _by_sort(pair: TensorPair, unit: float, ends: Sequence[int]) -> dict[int, tuple[TopK, float]]:
     n = pair.n
     keys = np.empty(n, np.uint64)
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
@@ -186,7 +186,7 @@ def _by_sort(pair: Pair, unit: float, ends: Sequence[int]) -> dict[int, tuple[Le
     for k in ends:
         total += float(np.floor(_magnitudes(keys[done:k]) * np.float32(unit)).sum(dtype=np.float64))
         table[k] = (
-            Level(float(_magnitudes(keys[k - 1 : k])[0]), int(keys[k - 1] & np.uint64(0xFFFFFFFF))),
+            TopK(float(_magnitudes(keys[k - 1 : k])[0]), int(keys[k - 1] & np.uint64(0xFFFFFFFF))),
             total,
         )
         done = k
@@ -197,7 +197,7 @@ def _magnitudes(keys: Array) -> Array:
     return (np.uint64(0x7FFFFFFF) - (keys >> np.uint64(32))).astype(np.uint32).view(np.float32)
 
 
-def _hash_table(pair: Pair, share: Summand, unit: float) -> tuple[Array, Array]:
+def _hash_table(pair: TensorPair, share: Summand, unit: float) -> tuple[Array, Array]:
     """(sums of floor(unit * magnitude) over what each bound keeps, those bounds), for every density on the grid."""
     bounds = np.array([*(random_masks.bound(j / GRID) for j in range(1, GRID)), 1 << 31], np.int64)
     work = _hash_sums_c if c_library.fits([pair.base, pair.source]) else _hash_sums_torch
@@ -206,7 +206,7 @@ def _hash_table(pair: Pair, share: Summand, unit: float) -> tuple[Array, Array]:
 
 
 def _hash_sums_c(
-    pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int
+    pair: TensorPair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int
 ) -> Array:
     lib, sums = c_library.library(), np.zeros(GRID)
     assert lib is not None
@@ -225,7 +225,7 @@ def _hash_sums_c(
 
 
 def _hash_sums_torch(
-    pair: Pair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int
+    pair: TensorPair, key: tuple[int, int], unit: float, bounds: Array, start: int, stop: int
 ) -> Array:
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
     u = random_masks.hashed(random_masks.mixed(start, stop, b.device), key).cpu().numpy().astype(np.int64)
@@ -234,7 +234,7 @@ def _hash_sums_torch(
     return sums
 
 
-def _ranks(pair: Pair) -> Tensor:
+def _ranks(pair: TensorPair) -> Tensor:
     """Row by row: the inverse of a stable sort of the magnitudes."""
     width = pair.base.shape[-1] if pair.base.dim() else 1
     kind = torch.uint16 if width <= 65536 else torch.int32
@@ -245,7 +245,7 @@ def _ranks(pair: Pair) -> Tensor:
     return out
 
 
-def _ranks_c(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> None:
+def _ranks_c(pair: TensorPair, width: int, out: Tensor, start: int, stop: int) -> None:
     lib = c_library.library()
     assert lib is not None
     span = (ctypes.c_int64(start), ctypes.c_int64(stop), ctypes.c_int64(width))
@@ -255,7 +255,7 @@ def _ranks_c(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> None
         raise MemoryError("no memory to sort a row")
 
 
-def _ranks_torch(pair: Pair, width: int, out: Tensor, start: int, stop: int) -> None:
+def _ranks_torch(pair: TensorPair, width: int, out: Tensor, start: int, stop: int) -> None:
     b, x = pair.base.reshape(-1), pair.source.reshape(-1)
     order = one_pass.difference(b, x, start, stop).abs().reshape(-1, width).argsort(dim=1, stable=True)
     place = torch.arange(width, dtype=torch.int32, device=order.device).expand_as(order)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.fused import c_library
-from evomerge.methods.fused.weighted_sum import Kind, Level, Summand, WeightedSum
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
 
 T = TypeVar("T")
 _JOB = 1 << 18  # elements that are worth a thread of their own
@@ -31,7 +31,7 @@ _PIECE = (
 _CHUNK = 1 << 16  # elements the torch version holds at a time on a CPU
 _DEVICE_CHUNK = 1 << 24
 _FEW = 4  # sources of `sweep_few`
-_ALL = Level(-1.0, 1 << 62)
+_ALL = TopK(-1.0, 1 << 62)
 
 
 def run(base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out: Tensor) -> bool:
@@ -52,14 +52,14 @@ def run(base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out:
 
 def keep(delta: Tensor, share: Summand, start: int) -> Tensor:
     """The elements of delta [n] (indices from `start` to the share's next cut) that a share keeps; zero elsewhere."""
-    if share.kind is Kind.BAND:
+    if share.kind is MaskKind.BAND:
         _, _, low, high, _, _ = share.numbers(start)
         size = delta.abs()
         return torch.where((size < low) | (size >= high), 0.0, delta)
-    if share.kind is Kind.DENSE:
+    if share.kind is MaskKind.DENSE:
         return delta
     u = random_masks.hashed(random_masks.mixed(start, start + len(delta), delta.device), share.key)
-    if share.kind is Kind.RANDOM:
+    if share.kind is MaskKind.RANDOM:
         return torch.where(u < share.bound, delta, 0.0)
     assert share.ranks is not None
     p = share.ranks[start : start + len(delta)].to(torch.float32) * _single(share.step) + _single(share.low)
@@ -198,21 +198,23 @@ def _sweep_c(
     return not bad
 
 
-def _one_kind(shares: Sequence[Summand]) -> Kind | None:
+def _one_kind(shares: Sequence[Summand]) -> MaskKind | None:
     """The kind that all shares can be written as, if there is one that `sweep_few` knows."""
-    kinds = {share.kind for share in shares} - {Kind.DENSE}
-    if len(kinds) > 1 or Kind.RANKED in kinds or any(share.outer is not None for share in shares):
+    kinds = {share.kind for share in shares} - {MaskKind.DENSE}
+    if len(kinds) > 1 or MaskKind.RANKED in kinds or any(share.outer is not None for share in shares):
         return None
-    return kinds.pop() if kinds else Kind.DENSE
+    return kinds.pop() if kinds else MaskKind.DENSE
 
 
-def _of_kind(share: Summand, kind: Kind) -> Summand:
+def _of_kind(share: Summand, kind: MaskKind) -> Summand:
     """The same share with another name for 'all of it', and the bound of a hash inclusive."""
-    if share.kind is Kind.RANDOM:
+    if share.kind is MaskKind.RANDOM:
         return (
             replace(share, bound=share.bound - 1) if share.bound > -(1 << 31) else replace(share, weight=0.0)
         )
-    return replace(share, kind=kind, inner=_ALL, bound=(1 << 31) - 1) if share.kind is Kind.DENSE else share
+    return (
+        replace(share, kind=kind, inner=_ALL, bound=(1 << 31) - 1) if share.kind is MaskKind.DENSE else share
+    )
 
 
 def _encoded(shares: Sequence[Summand], start: int) -> tuple[object, ...]:

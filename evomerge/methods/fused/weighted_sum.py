@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 
-class Kind(IntEnum):
+class MaskKind(IntEnum):
     """Which elements of a difference x - base are kept; the numbers are those of `one_pass.c`."""
 
     DENSE = 0
@@ -21,7 +21,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class TopK:
     """The k elements of largest magnitude: those above `threshold`, and those equal to it up to index `last`."""
 
     threshold: float
@@ -32,7 +32,7 @@ class Level:
         return self.threshold if index <= self.last else _next(self.threshold)
 
 
-NOTHING = Level(math.inf, -1)
+NOTHING = TopK(math.inf, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Summand:
     of each element by magnitude in its row; RANKED keeps with probability low + rank * step.
     """
 
-    kind: Kind
+    kind: MaskKind
     weight: float
     scale: float = 1.0
-    inner: Level = NOTHING
-    outer: Level | None = None
+    inner: TopK = NOTHING
+    outer: TopK | None = None
     key: tuple[int, int] = (0, 1)
     bound: int = 0
     ranks: Tensor | None = None
@@ -57,7 +57,7 @@ class Summand:
 
     def cuts(self) -> tuple[int, ...]:
         """Indices at which a threshold changes."""
-        levels = (self.inner, self.outer) if self.kind is Kind.BAND else ()
+        levels = (self.inner, self.outer) if self.kind is MaskKind.BAND else ()
         return tuple(level.last + 1 for level in levels if level is not None)
 
     def numbers(self, start: int) -> tuple[float, ...]:
@@ -86,7 +86,7 @@ def _next(x: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TensorPair:
     """A parent's tensor and its base's. id: what it is remembered by; None is never remembered."""
 
     base: Tensor

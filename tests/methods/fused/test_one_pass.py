@@ -9,11 +9,19 @@ import torch
 
 from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, random_masks, ties
-from evomerge.methods.fused import c_library, magnitude_tables, merge_tensor, one_pass, weighted_sum
+from evomerge.methods.fused import (
+    MergeInputs,
+    c_library,
+    combine_by_dot_products,
+    magnitude_tables,
+    merge_tensor,
+    one_pass,
+    weighted_sum,
+)
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.weighted_sum import Pair
+from evomerge.methods.fused.weighted_sum import TensorPair
 
-FRAMES = [m for m in METHODS.values() if m.frame]
+FRAMES = [m for m in METHODS.values() if m.task_vector_sum]
 SPARSE = [m for m in FRAMES if m.param("density")]
 SHAPES = [(), (1,), (1, 7), (5, 1), (0,), (3, 0), (4, 3, 5), (257, 130)]
 every_frame = pytest.mark.parametrize("rule", FRAMES, ids=lambda m: m.name)
@@ -36,21 +44,18 @@ def numbers(rule, n, density=(0.5, 0.123, 0.777), **given):
 
 def run(rule, sources, base, values, *, known=None, out_dtype=torch.float32, keys=None, ids=True):
     keys = keys or [mask_key(7, "t", f"m{i}") for i in range(len(sources))]
-    base = None if rule.frame.without_base else base
-    pairs = (
-        [Pair(base, x, ("t", i) if ids else None) for i, x in enumerate(sources)] if base is not None else []
-    )
+    base = None if rule.task_vector_sum.without_base else base
+    ids = [("t", i) for i in range(len(sources))] if ids else []
     out = torch.full_like(sources[0], math.nan, dtype=out_dtype)
-    finite = merge_tensor.merge(
-        rule.frame, pairs, sources, base, values, keys, out, known or MagnitudeTables()
-    )
+    inputs = MergeInputs(sources, base, keys, ids)
+    finite = merge_tensor(rule.task_vector_sum, inputs, values, out, known or MagnitudeTables())
     assert finite == bool(torch.isfinite(out).all())
     return out
 
 
 def in_float64(rule, sources, base, values, keys=None):
     keys = keys or [mask_key(7, "t", f"m{i}") for i in range(len(sources))]
-    base = None if rule.frame.without_base else base.double()
+    base = None if rule.task_vector_sum.without_base else base.double()
     return rule.kernel([x.double() for x in sources], base, values, keys)
 
 
@@ -139,8 +144,8 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
             want = torch.zeros(n, dtype=torch.bool)
             want[order[:k]] = True
             for level in (
-                MagnitudeTables().level(Pair(base, source), k),
-                known.level(Pair(base, source, "id"), k),
+                MagnitudeTables().level(TensorPair(base, source), k),
+                known.level(TensorPair(base, source, "id"), k),
             ):
                 index = torch.arange(n)
                 got = (size > level.threshold) | ((size == level.threshold) & (index <= level.last))
@@ -150,7 +155,7 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
 def test_norms_are_the_same_in_any_order_and_right():
     (source,), base = models((100_000,), 1, torch.float32)
     share = weighted_sum.Summand(
-        weighted_sum.Kind.RANDOM,
+        weighted_sum.MaskKind.RANDOM,
         1.0,
         key=random_masks.split(mask_key(1, "a", "b")),
         bound=random_masks.bound(0.3),
@@ -158,7 +163,7 @@ def test_norms_are_the_same_in_any_order_and_right():
     unit = one_pass.unit_of(one_pass.largest(base, source), 100_000)
     total, kept = one_pass.norms(base, source, share, unit)
     permuted = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))
-    dense = weighted_sum.Summand(weighted_sum.Kind.DENSE, 1.0)
+    dense = weighted_sum.Summand(weighted_sum.MaskKind.DENSE, 1.0)
     assert one_pass.norms(base[permuted].contiguous(), source[permuted].contiguous(), dense, unit)[0] == total
     exact = (source.double() - base.double()).abs()
     mask = one_pass.keep(torch.ones(100_000), share, 0).bool()
@@ -249,7 +254,7 @@ def test_tables_by_histograms_are_tables_by_sorting(dtype):
         (source,), base = models((n,), 1, dtype, seed)
         if seed == 2:
             source[: n // 2] = base[: n // 2]  # half of the differences are zero
-        pair = Pair(base, source, "t")
+        pair = TensorPair(base, source, "t")
         unit = MagnitudeTables().unit(pair)
         ends = sorted({ties.count(j / magnitude_tables.GRID, n) for j in range(1, magnitude_tables.GRID)})
         assert magnitude_tables._by_histogram(pair, unit, ends) == magnitude_tables._by_sort(pair, unit, ends)
@@ -258,9 +263,9 @@ def test_tables_by_histograms_are_tables_by_sorting(dtype):
 @pytest.mark.parametrize("shape", [(5,), (7, 33), (3, 4, 50), (2, 70_000)], ids=str)
 def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
     (source,), base = models(shape, 1)
-    found = magnitude_tables.MagnitudeTables().ranks(Pair(base, source))
+    found = magnitude_tables.MagnitudeTables().ranks(TensorPair(base, source))
     monkeypatch.setattr(c_library, "fits", lambda tensors: False)
-    assert torch.equal(found.int(), magnitude_tables.MagnitudeTables().ranks(Pair(base, source)).int())
+    assert torch.equal(found.int(), magnitude_tables.MagnitudeTables().ranks(TensorPair(base, source)).int())
     size = (source.float() - base.float()).abs().reshape(-1, shape[-1])
     for row, ranks in zip(size, found.int().reshape(-1, shape[-1]), strict=True):
         assert ranks[row.argsort(stable=True)].tolist() == list(range(shape[-1]))
@@ -269,8 +274,10 @@ def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
 def test_hash_tables_in_c_are_those_of_torch(monkeypatch):
     (source,), base = models((90_001,), 1)
     pair, share = (
-        Pair(base, source),
-        weighted_sum.Summand(weighted_sum.Kind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b"))),
+        TensorPair(base, source),
+        weighted_sum.Summand(
+            weighted_sum.MaskKind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b"))
+        ),
     )
     unit = MagnitudeTables().unit(pair)
     sums, bounds = magnitude_tables._hash_table(pair, share, unit)
@@ -319,7 +326,7 @@ def test_a_combination_by_dot_products_is_the_kernel_in_float64(rule, based, mon
                     if not compiled:
                         m.setattr(c_library, "fits", lambda tensors: False)
                     out = torch.empty(shape)
-                    assert merge_tensor.by_angles(rule, sources, base, values, out)
+                    assert combine_by_dot_products(rule, MergeInputs(sources, base), values, out)
                     results.append(out)
             torch.testing.assert_close(results[0].double(), want, rtol=2e-5, atol=1e-6)
             torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
