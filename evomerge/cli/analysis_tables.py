@@ -37,10 +37,9 @@ def plan(data: Mapping[str, Any]) -> str:
         )
     lines += [f"warning: {w}" for w in data["warnings"]] + [f"note: {f}" for f in data["findings"]]
     start = f"start {optimizer['start']}, seed {optimizer['seed']}"
-    lines += [
-        "",
-        f"{optimizer['name']}: population {optimizer['population']}, sigma {optimizer['sigma']:g}, {optimizer['covariance']} covariance, {start}",
-    ]
+    covariance = f", {optimizer['covariance']} covariance" if optimizer["covariance"] else ""
+    sizes = f"population {optimizer['population']}, sigma {optimizer['sigma']:g}"
+    lines += ["", f"{optimizer['name']}: {sizes}{covariance}, {start}"]
     for number, stage in enumerate(data["stages"], 1):
         if len(data["stages"]) > 1 or stage["stage"] == "routes":
             what = f"{stage['axes']} genes, population {stage['population']}, {stage['evaluations']} evaluations, {stage['hand']} hand-written routes"

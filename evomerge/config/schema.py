@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from evomerge.optimizers import OPTIMIZERS, optimizer_for
 
 
 def _no_truth(value: Any) -> Any:
@@ -24,6 +34,13 @@ def _counts(value: Any) -> Any:
     return value
 
 
+def _optimizer_name(value: str) -> str:
+    if value not in OPTIMIZERS:
+        raise ValueError(f"should be one of {', '.join(OPTIMIZERS)}")
+    return value
+
+
+OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
 _ITEMS = 100
 Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
 Share = Annotated[Number, Field(gt=0)]
@@ -181,7 +198,8 @@ class SearchConfig(Strict):
     candidates on few items; None scores each on all items of its generation. islands: searches side by side that share the
     budget and the workers. 'auto', of islands and population: as many as keep the workers busy that the study begins with.
     pipelined: ask each generation before the last results of the one before it, so that no worker waits for a straggler; each
-    learns from those before the last, which takes more evaluations for the same score.
+    learns from those before the last, which takes more evaluations for the same score. optimizer: of searches of weights, a
+    name of `evomerge.optimizers.OPTIMIZERS` that takes numbers alone; routes have their own.
     """
 
     evaluations: Whole = Field(default=500, ge=1)
@@ -195,6 +213,13 @@ class SearchConfig(Strict):
     race: RaceConfig | None = None
     islands: Annotated[Whole, Field(ge=1, le=64)] | Literal["auto"] = 1
     pipelined: bool = False
+    optimizer: OptimizerName = "cma"
+
+    @field_validator("optimizer")
+    @classmethod
+    def _takes_numbers(cls, name: str) -> str:
+        optimizer_for(name, categorical=False)
+        return name
 
 
 class StageConfig(Strict):
@@ -224,8 +249,8 @@ class RoutesConfig(Strict):
     all unless named. layers: [least, most], from half to twice the start's unless given. changes: how many positions a
     first candidate changes. spans: lengths of inserted spans. scales: a factor of the hidden state for each hop, between
     any two layers, or none; in scale_range. penalty: what a layer more than the base has costs of the score. stacks:
-    mergekit passthrough files to begin with. gate: None scores every route in full. optimizer: 'elitist' for choices and
-    'cma' for numbers unless named; 'random' samples without learning.
+    mergekit passthrough files to begin with. gate: None scores every route in full. optimizer: a name of
+    `evomerge.optimizers.OPTIMIZERS` that takes the genome; 'elitist' for choices and 'cma' for numbers unless named.
     """
 
     genome: Literal["categorical", "conditional", "indicator"] = "categorical"
@@ -241,7 +266,7 @@ class RoutesConfig(Strict):
     penalty: Number = Field(default=0.0, ge=0)
     stacks: tuple[str, ...] = ()
     gate: GateConfig | None = Field(default_factory=GateConfig)
-    optimizer: Literal["elitist", "cma", "random"] | None = None
+    optimizer: OptimizerName | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> RoutesConfig:
@@ -249,10 +274,8 @@ class RoutesConfig(Strict):
             raise ValueError(f"layers are [least, most], both at least 1, got {list(self.layers)}")
         if not 0 < self.scale_range[0] < 1 < self.scale_range[1]:
             raise ValueError(f"scale_range must hold 1 and lie above 0, got {list(self.scale_range)}")
-        if self.optimizer == "elitist" and self.genome != "categorical":
-            raise ValueError(
-                "optimizer: elitist changes choices, which only genome: categorical has; use cma"
-            )
+        if self.optimizer is not None:
+            optimizer_for(self.optimizer, categorical=self.genome == "categorical")
         if self.scales == "matrix" and self.genome != "indicator":
             raise ValueError(
                 "scales: matrix belongs to genome: indicator; a conditional genome has scales: hop or none"

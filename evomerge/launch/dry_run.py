@@ -13,7 +13,9 @@ from evomerge.evaluation import ROLES, Evaluation, Items
 from evomerge.launch import stages as stages_module
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
+from evomerge.launch.route_stages import route_optimizer
 from evomerge.launch.weight_space import is_diagonal
+from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
 from evomerge.search import Opening, Start
 from evomerge.workers.worker import Worker
 
@@ -29,6 +31,7 @@ def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = Non
     opened = open_search(settings, allowed)
     search, space, harness = settings.search, opened.space, opened.harness
     diagonal = is_diagonal(settings, space)
+    optimizer = OPTIMIZERS[search.optimizer] if settings.kinds[0] == "weights" else route_optimizer(settings)
     stages = _stages(opened, diagonal)
     items = {role: harness.items(role) for role in ROLES}
     generation = first_items(items["search"], settings, opened.objective)
@@ -46,10 +49,10 @@ def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = Non
         "tasks": [_task(t.task, t.weight, opened, items, generation) for t in settings.tasks],
         "findings": list(harness.warnings()),
         "optimizer": {
-            "name": "CMA-ES",
+            "name": optimizer.title,
             "population": stages[0]["population"],
             "sigma": search.sigma,
-            "covariance": "diagonal" if diagonal else "full",
+            "covariance": _covariance(optimizer, diagonal),
             "start": search.start,
             "seed": search.seed,
         },
@@ -66,6 +69,13 @@ def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = Non
 def seconds_of(work: dict[str, Any], merge: float, item: float) -> float:
     """Seconds of a whole search from those of a merge and of an item, without what is done once."""
     return float(sum(stage["candidates"] * (merge + stage["items"] * item) for stage in work["stages"]))
+
+
+def _covariance(optimizer: OptimizerEntry, diagonal: bool) -> str | None:
+    """The kind of covariance matrix that the optimizer learns; None where it learns none."""
+    if not optimizer.learns_covariance:
+        return None
+    return "diagonal" if diagonal else "full"
 
 
 def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:

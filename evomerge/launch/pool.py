@@ -10,6 +10,7 @@ from typing import Any
 
 from evomerge.config import Config
 from evomerge.errors import SetupError
+from evomerge.optimizers import default_population
 from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.search.reuse import Earlier, KnownPool
 from evomerge.store import Store, paths
@@ -46,7 +47,7 @@ def population(settings: Config, num_workers: int, genes: int) -> int | None:
     if asked != "auto":
         return asked
     return max(
-        4 + int(3 * math.log(max(2, genes))),
+        default_population(genes),
         math.ceil(_PER_WORKER * num_workers / islands(settings, num_workers)),
     )
 

@@ -17,11 +17,13 @@ from evomerge.evaluation import perplexity_screen as gating
 from evomerge.evaluation.perplexity_screen import PerplexityScreen
 from evomerge.launch import pool
 from evomerge.merging.model_loading import load_tokenizer
-from evomerge.optimizers import Optimizer
-from evomerge.optimizers.cat_cma import CatCma
-from evomerge.optimizers.cma_es import CmaEs
-from evomerge.optimizers.elitist import Elitist
-from evomerge.optimizers.random_search import RandomSearch
+from evomerge.optimizers import (
+    Optimizer,
+    OptimizerEntry,
+    OptimizerSettings,
+    is_diagonal,
+    optimizer_for,
+)
 from evomerge.recipes import Mix, Recipe
 from evomerge.recipes.mergekit_yaml import reader
 from evomerge.search import Opening, Start
@@ -132,43 +134,22 @@ def open_route_stage(
         sigma = stage.sigma or space.sigma
         population = stage.population or pool.population(settings, num_workers, len(space.axes))
 
+        entry = route_optimizer(settings)
+        category_weights = (
+            space.likely if isinstance(space, PositionChoiceSpace) and space.categories else None
+        )
+
         def optimizer(genome: Sequence[float], island: int) -> Optimizer:
-            seed = settings.search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island
-            if settings.routes.optimizer == "random":
-                return RandomSearch(
-                    genome,
-                    sigma,
-                    population=population,
-                    seed=seed,
-                    categories=space.categories,
-                    stay=space.stay,
-                )
-            if space.categories and settings.routes.optimizer != "cma":
-                likely = space.likely if isinstance(space, PositionChoiceSpace) else None
-                return Elitist(
-                    genome,
-                    sigma,
-                    population=population,
-                    seed=seed,
-                    categories=space.categories,
-                    stay=space.stay,
-                    likely=likely,
-                )
-            if space.categories:
-                return CatCma(
-                    genome,
-                    sigma,
-                    population=population,
-                    seed=seed,
-                    categories=space.categories,
-                    stay=space.stay,
-                )
-            diagonal = (
-                settings.search.diagonal
-                if settings.search.diagonal is not None
-                else begun < 20 * len(space.axes)
+            optimizer_settings = OptimizerSettings(
+                sigma=sigma,
+                population=population,
+                seed=settings.search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island,
+                diagonal=is_diagonal(settings.search.diagonal, begun, len(space.axes)),
+                categories=space.categories,
+                keep_probability=space.stay,
+                category_weights=category_weights,
             )
-            return CmaEs(genome, sigma, population=population, diagonal=diagonal, seed=seed)
+            return entry.make(genome, optimizer_settings)
 
         return Opening(
             space,
@@ -179,6 +160,13 @@ def open_route_stage(
         )
 
     return opened
+
+
+def route_optimizer(settings: Config) -> OptimizerEntry:
+    """The optimizer of the stages that search routes: elitist for choices and CMA-ES for numbers, unless named."""
+    categorical = settings.routes.genome == "categorical"
+    name = settings.routes.optimizer or ("elitist" if categorical else "cma")
+    return optimizer_for(name, categorical=categorical)
 
 
 def hand_baselines(settings: Config, parents: Mapping[str, Parent], start: Start | None) -> list[Baseline]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from evomerge import optimizers
 from evomerge.checkpoints import COMPONENTS, Parent
 from evomerge.config import Config
 from evomerge.errors import ConfigError
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 def is_diagonal(settings: Config, space: WeightSpace) -> bool:
     """Whether CMA-ES learns a diagonal covariance: as asked, else where the budget is too small for a full one."""
     search = settings.search
-    return search.diagonal if search.diagonal is not None else settings.budgets[0] < 20 * len(space.axes)
+    return optimizers.is_diagonal(search.diagonal, settings.budgets[0], len(space.axes))
 
 
 def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:

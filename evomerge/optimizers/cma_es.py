@@ -1,7 +1,7 @@
-"""CMA-ES (Hansen 2016, arXiv 1604.00772) through pycma: the only room that imports cma. Resumes by replay.
+"""CMA-ES (Hansen 2016, arXiv 1604.00772) through pycma; no other module imports cma. Resumes by replay.
 
-pycma minimizes and uses numpy's global generator; both stay in here: scores are negated once, and the global
-generator's state is swapped in and out around every call.
+pycma minimizes and uses numpy's global generator; neither shows outside this module: scores become ranks, 0 for the best,
+and the global generator's state is swapped in and out around every call.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from evomerge.optimizers.base import Array
-from evomerge.optimizers.pending import GRID, PendingGenerations, ordered
+from evomerge.optimizers.base import Array, OptimizerSettings, default_population
+from evomerge.optimizers.pending import GRID, PendingGenerations, rank_order
 
 
 class CmaEs:
-    """CMA-ES in R^n. Satisfies `evomerge.optimizers.base.Optimizer`."""
+    """CMA-ES in R^n. Satisfies `evomerge.optimizers.base.Optimizer`.
+
+        optimizer = CmaEs([0.0] * 6, sigma=0.1, population=12, seed=0)
+        for _ in range(20):
+            genomes = optimizer.ask()
+            optimizer.tell(genomes, [score(genome) for genome in genomes])
+        best = optimizer.mean
+
+    References:
+        Hansen 2016, "The CMA Evolution Strategy: A Tutorial", arXiv 1604.00772.
+    """
 
     def __init__(
         self,
@@ -29,15 +39,23 @@ class CmaEs:
         diagonal: bool = False,
         seed: int = 0,
     ) -> None:
-        """start: [n] initial mean, n >= 1; sigma: initial standard deviation > 0; population: None for 4 + 3 ln n."""
+        """Begins with a normal distribution around a genome.
+
+        Args:
+            start: [n] initial mean, n at least 1.
+            sigma: initial standard deviation of every gene, above 0.
+            population: genomes of a generation; None for `default_population`.
+            diagonal: learn a diagonal covariance matrix instead of a full one.
+            seed: of the random generator.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import cma
         self._n = len(start)
-        self._state = np.random.RandomState(seed).get_state()
+        self._generator_state = np.random.RandomState(seed).get_state()
         options = {
             "seed": math.nan,  # leave the generator alone: `_own_generator` holds it
-            "popsize": population or 4 + int(3 * math.log(max(2, self._n))),
+            "popsize": population or default_population(self._n),
             "CMA_diagonal": diagonal,
             "verbose": -9,
             "signals_filename": "",
@@ -49,75 +67,100 @@ class CmaEs:
             "tolfacupx": math.inf,
             "tolconditioncov": math.inf,
             "maxiter": math.inf,
-            "minstd": 2
-            * GRID,  # steps below the grid would be rounded to nothing and then taken for huge ones
+            # steps below the grid would be rounded to nothing and then taken for huge ones
+            "minstd": 2 * GRID,
         }
         # pycma refuses n = 1: a second gene that no one reads makes it a plane
-        x0 = np.zeros(max(2, self._n))
-        x0[: self._n] = start
+        mean = np.zeros(max(2, self._n))
+        mean[: self._n] = start
         with self._own_generator():
-            self._es = cma.CMAEvolutionStrategy(x0, sigma, options)
-        self._asked: PendingGenerations[tuple[Array, Array]] = (
-            PendingGenerations()
-        )  # each with the second gene that no one reads, and the mean it was drawn around
+            self._es = cma.CMAEvolutionStrategy(mean, sigma, options)
+        # with each generation: its points, the second gene that no one reads included, and the mean they were drawn around
+        self._pending: PendingGenerations[tuple[Array, Array]] = PendingGenerations()
+
+    @classmethod
+    def from_settings(cls, start: Sequence[float], settings: OptimizerSettings) -> CmaEs:
+        """CMA-ES from the settings that all optimizers share.
+
+        Args:
+            start: [n] initial mean.
+            settings: what concerns categories is not used.
+
+        Returns:
+            The optimizer.
+        """
+        return cls(
+            start,
+            settings.sigma,
+            population=settings.population,
+            diagonal=settings.diagonal,
+            seed=settings.seed,
+        )
 
     def ask(self) -> Array:
-        """[population, n] genomes on a grid of 2**-14."""
+        """[population, n] genomes on a grid of 2**-14. See `Optimizer.ask`."""
         with self._own_generator():
-            x = np.asarray(self._es.ask(), dtype=np.float64)
-        x = np.round(x / GRID) * GRID
-        return self._asked.add(x[:, : self._n].copy(), (x, np.array(self._es.mean, dtype=np.float64)))
+            points = np.asarray(self._es.ask(), dtype=np.float64)
+        points = np.round(points / GRID) * GRID
+        mean = np.array(self._es.mean, dtype=np.float64)
+        return self._pending.add(points[:, : self._n].copy(), (points, mean))
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
-        """Puts genomes into the next `ask`; steps longer than the distribution would take are shortened."""
+        """Puts genomes into the next `ask`; steps longer than the distribution would take are shortened.
+
+        See `Optimizer.inject`.
+        """
         padded = np.zeros((len(genomes), self._es.N))
         padded[:, : self._n] = genomes
         with self._own_generator():
             self._es.inject(list(padded))
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
-        """Learns from a generation; of equal scores the earlier slot ranks first.
+        """Learns from a generation; of equal scores the earlier slot ranks first. See `Optimizer.tell`.
 
-        Where the mean moved since the generation was asked its points move along: what is learnt is the steps that were
-        taken. As they stand they would hold the last move too, which is then made again and again, and longer each time.
+        Where the mean moved since the generation was asked, its points move along: what is learnt are the steps that were
+        taken. Unmoved, the points would hold the last move of the mean too, which would then be made again and again, and
+        longer each time.
         """
-        asked, around = self._asked.told(genomes, scores)
-        if not np.array_equal(around, self._es.mean):
-            asked = asked + (self._es.mean - around)
-        order = ordered(scores)
+        points, mean = self._pending.pop(genomes, scores)
+        if not np.array_equal(mean, self._es.mean):
+            points = points + (self._es.mean - mean)
+        order = rank_order(scores)
         ranks = [0.0] * len(order)
         for rank, slot in enumerate(order):
             ranks[slot] = float(rank)
         with self._own_generator(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # the points differ from those asked by the grid alone; unchecked, or pycma would shorten the longer ones
-            self._es._flgtelldone = False  # it wants an ask before each tell: of two asked generations the second is told right after the first
-            self._es.tell(list(asked), ranks, check_points=False)
+            # pycma expects an ask before each tell: of two pending generations the second is told right after the first
+            self._es._flgtelldone = False
+            # the points differ from pycma's by the grid alone; with checks it would shorten the longer ones
+            self._es.tell(list(points), ranks, check_points=False)
         return order[: self.mu]
 
     @property
     def mu(self) -> int:
-        """How many of a generation's best are recombined; of the others the active update learns where not to go."""
+        """How many of a generation's best are recombined; from the others the active update learns where not to go."""
         return int(self._es.sp.weights.mu)
 
     @property
     def mean(self) -> Array:
         """[n] centre of the distribution, on the grid."""
-        x: Array = np.asarray(self._es.mean, dtype=np.float64)[: self._n]
-        return np.round(x / GRID) * GRID
+        mean: Array = np.asarray(self._es.mean, dtype=np.float64)[: self._n]
+        return np.round(mean / GRID) * GRID
 
     @property
     def deviations(self) -> Array:
         """[n] standard deviation of each gene under the distribution."""
-        s: Array = np.asarray(self._es.stds, dtype=np.float64)[: self._n]
-        return s
+        deviations: Array = np.asarray(self._es.stds, dtype=np.float64)[: self._n]
+        return deviations
 
     @contextmanager
     def _own_generator(self) -> Iterator[None]:
+        """Runs a call of pycma with this optimizer's state in numpy's global generator."""
         outer = np.random.get_state()
-        np.random.set_state(self._state)
+        np.random.set_state(self._generator_state)
         try:
             yield
         finally:
-            self._state = np.random.get_state()
+            self._generator_state = np.random.get_state()
             np.random.set_state(outer)

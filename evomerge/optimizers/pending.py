@@ -1,4 +1,7 @@
-"""What an optimizer was asked and not yet told of: usually one generation, two where the next is asked before the last straggler."""
+"""Generations that were asked and not yet told, and the order of scores.
+
+Usually one generation is pending; two where the next one is asked before the last result of the one before it.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,65 @@ import numpy as np
 from evomerge.optimizers.base import Array
 
 T = TypeVar("T")
-GRID = (
-    2.0**-14
-)  # asked genomes are rounded to it, so that a replay is exact across BLAS kernels and thread counts
+GRID = 2.0**-14
+"""Genomes are rounded to multiples of it, so that a replay is exact across BLAS kernels and thread counts."""
 
 
 class PendingGenerations(Generic[T]):
     """Generations in the order they were asked, each with what its optimizer needs to learn from it."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Array, T]] = deque()
+        self._pending: deque[tuple[Array, T]] = deque()
 
-    def add(self, genomes: Array, more: T) -> Array:
-        """Keeps a generation of [population, n] genomes, and returns them for the caller to do as it likes with."""
-        self._waiting.append((genomes.copy(), more))
+    def add(self, genomes: Array, context: T) -> Array:
+        """Adds a generation as the newest one.
+
+        Args:
+            genomes: [population, n]; a copy is kept.
+            context: what `pop` returns for this generation.
+
+        Returns:
+            The genomes themselves, for the caller to change as it likes.
+        """
+        self._pending.append((genomes.copy(), context))
         return genomes
 
-    def told(self, genomes: Array, scores: Sequence[float | None]) -> T:
-        """What was kept with the oldest generation, which is done with. Raises ValueError unless the genomes are its own, with a
-        finite score or None for each; then nothing is done with."""
-        if (
-            not self._waiting
-            or not np.array_equal(self._waiting[0][0], genomes)
-            or len(scores) != len(genomes)
-        ):
+    def pop(self, genomes: Array, scores: Sequence[float | None]) -> T:
+        """Removes the oldest generation.
+
+        Args:
+            genomes: [population, n], equal to those of the oldest generation.
+            scores: of each genome, finite or None.
+
+        Returns:
+            The context that the generation was added with.
+
+        Raises:
+            ValueError: where genomes or scores are not that; then nothing is removed.
+        """
+        is_oldest = bool(self._pending) and np.array_equal(self._pending[0][0], genomes)
+        if not is_oldest or len(scores) != len(genomes):
             raise ValueError(
-                "tell takes the genomes of the oldest ask that it was not told of, with a score for each"
+                "tell takes the genomes of the oldest ask that was not told yet, with a score for each"
             )
-        if any(s is not None and not math.isfinite(s) for s in scores):
+        if any(score is not None and not math.isfinite(score) for score in scores):
             raise ValueError("a score must be finite; tell None for a failed candidate")
-        return self._waiting.popleft()[1]
+        _, context = self._pending.popleft()
+        return context
 
 
-def ordered(scores: Sequence[float | None]) -> list[int]:
-    """Slots, best first; of equal scores the earlier, failed ones last."""
-    return sorted(range(len(scores)), key=lambda i: (math.inf if (s := scores[i]) is None else -s, i))
+def rank_order(scores: Sequence[float | None]) -> list[int]:
+    """Slots in the order of their scores.
+
+    Args:
+        scores: of each slot, higher is better; None is a failed candidate.
+
+    Returns:
+        Slots, best first; of equal scores the earlier slot first, failed ones last.
+    """
+
+    def key(slot: int) -> tuple[float, int]:
+        score = scores[slot]
+        return (math.inf if score is None else -score, slot)
+
+    return sorted(range(len(scores)), key=key)

@@ -58,18 +58,18 @@ def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
 
 CATEGORICAL = {
     "mixed": lambda seed=3, **more: CatCma(
-        [0.0] * 14, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+        [0.0] * 14, 1.0, categories=COUNTS, keep_probability=0.75, **{"population": 10, **more}, seed=seed
     ),
     "one number": lambda seed=3, **more: CatCma(
-        [0.0] * 9, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+        [0.0] * 9, 1.0, categories=COUNTS, keep_probability=0.75, **{"population": 10, **more}, seed=seed
     ),
     "categories alone": lambda seed=3, **more: CatCma(
-        [1.0] * 8, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+        [1.0] * 8, 1.0, categories=COUNTS, keep_probability=0.75, **{"population": 10, **more}, seed=seed
     ),
 }
 RANDOM = {
     "random, mixed": lambda seed=3, **more: RandomSearch(
-        [0.0] * 14, 1.0, categories=COUNTS, stay=0.75, **{"population": 10, **more}, seed=seed
+        [0.0] * 14, 1.0, categories=COUNTS, keep_probability=0.75, **{"population": 10, **more}, seed=seed
     ),
     "random, numbers": lambda seed=3, **more: RandomSearch(
         [0.0] * 14, 1.0, **{"population": 10, **more}, seed=seed
@@ -113,7 +113,7 @@ def test_others_who_draw_change_nothing_and_are_left_alone(make: Callable[..., O
 PROGRAM = """
 import json, sys
 from evomerge.optimizers.cat_cma import CatCma
-es = CatCma([0.0] * 14, 1.0, categories=(4, 2, 3, 5, 4, 4, 3, 2), stay=0.75, population=10, seed=3)
+es = CatCma([0.0] * 14, 1.0, categories=(4, 2, 3, 5, 4, 4, 3, 2), keep_probability=0.75, population=10, seed=3)
 es.inject([[1.0] * 8 + [0.25] * 6])
 for line in sys.stdin:
     genomes = es.ask()
@@ -189,7 +189,7 @@ def test_the_first_sample_keeps_each_category_as_often_as_asked(make: Callable[.
 def test_the_first_numbers_are_those_of_cma_es(kind: str) -> None:
     """Normal around the start with the deviation given, each on its own: by moments, and against a sample of CmaEs."""
     start, lead, size = np.linspace(-1, 1, 6), [0.0] * (0 if kind == "random, numbers" else LEAD), 4000
-    more = {"categories": COUNTS, "stay": 0.75} if lead else {}
+    more = {"categories": COUNTS, "keep_probability": 0.75} if lead else {}
     maker = CatCma if kind == "mixed" else RandomSearch
     optimizer = maker([*lead, *start], 0.25, population=size, seed=1, **more)  # type: ignore[arg-type]
     assert np.allclose(optimizer.mean[len(lead) :], start, atol=GRID)
@@ -204,7 +204,7 @@ def test_the_first_numbers_are_those_of_cma_es(kind: str) -> None:
 
 def test_no_category_starts_below_the_margin() -> None:
     """A category that is never sampled could never be learnt."""
-    sure = CatCma([0.0] * LEAD, 1.0, categories=COUNTS, stay=1 - 1e-9)
+    sure = CatCma([0.0] * LEAD, 1.0, categories=COUNTS, keep_probability=1 - 1e-9)
     lowest = (1 - 0.73 ** (1 / LEAD)) / (np.array(COUNTS) - 1)
     for q, count, least in zip(sure.probabilities, COUNTS, lowest, strict=True):
         assert np.allclose(q[1:count], least)
@@ -224,7 +224,12 @@ def test_a_hidden_pattern_is_found_and_random_search_does_not_find_it(
     best = max(hidden(g) for genomes in run(learnt, 60) for g in genomes)
     n = len(learnt.mean)
     blind = RandomSearch(
-        [0.0] * n if n > LEAD else [1.0] * n, 1.0, population=10, seed=seed, categories=COUNTS, stay=0.75
+        [0.0] * n if n > LEAD else [1.0] * n,
+        1.0,
+        population=10,
+        seed=seed,
+        categories=COUNTS,
+        keep_probability=0.75,
     )
     other = max(hidden(g) for genomes in run(blind, 60) for g in genomes)
     assert hidden(learnt.mean) > other, "what is returned, the mean, beats the best of as many random samples"
@@ -336,7 +341,7 @@ def test_flat_scores_and_long_searches_stay_sound(make: Callable[..., CatCma]) -
 @pytest.mark.parametrize("numbers", [0, 1, 2, 6])
 def test_a_search_that_has_converged_stays_where_it_is(numbers: int) -> None:
     """Steps shorter than the grid must not make the distribution explode."""
-    es = CatCma([0.0] * (LEAD + numbers), 0.05, categories=COUNTS, stay=0.75, population=12)
+    es = CatCma([0.0] * (LEAD + numbers), 0.05, categories=COUNTS, keep_probability=0.75, population=12)
     for generation, genomes in enumerate(run(es, 1000)):
         assert np.isfinite(genomes).all()
         assert generation < 500 or np.abs(genomes[:, LEAD:] - 0.5).max(initial=0) < 0.01
@@ -412,4 +417,4 @@ def test_a_category_that_there_is_not_is_refused(genome: list[float]) -> None:
         CATEGORICAL["mixed"]().inject([genome])
     if len(genome) == 14:
         with pytest.raises(ValueError, match="whole numbers"):
-            CatCma(genome, 1.0, categories=COUNTS, stay=0.75)
+            CatCma(genome, 1.0, categories=COUNTS, keep_probability=0.75)

@@ -16,7 +16,7 @@ START = (0.0,) * 7
 
 
 def make(seed: int = 0, population: int = 18) -> Elitist:
-    return Elitist(START, 1.0, categories=COUNTS, stay=0.7, population=population, seed=seed)
+    return Elitist(START, 1.0, categories=COUNTS, keep_probability=0.7, population=population, seed=seed)
 
 
 def linked(genome: Array) -> float:
@@ -72,7 +72,7 @@ def test_every_choice_is_reached() -> None:
 
 def test_a_child_changes_about_as_many_choices_as_asked() -> None:
     """Two of five: the one that every child changes, and each of the other four with 1/4. The mean of 400 lies within 4 standard errors."""
-    optimizer = Elitist(START, 1.0, categories=COUNTS, stay=0.6, seed=2)
+    optimizer = Elitist(START, 1.0, categories=COUNTS, keep_probability=0.6, seed=2)
     changed = (np.array([optimizer._child() for _ in range(400)])[:, :5] != 0).sum(1)
     assert abs(changed.mean() - 2) < 4 * np.sqrt(4 * 0.25 * 0.75 / 400)
     assert changed.min() >= 1
@@ -118,7 +118,11 @@ def test_linked_choices_are_found_more_often_than_at_random() -> None:
     """Over 20 seeds with 300 evaluations each."""
     won = [search(make(seed), linked, 17) > 1.7 for seed in range(20)]
     lucky = [
-        search(RandomSearch(START, 1.0, categories=COUNTS, stay=0.7, population=18, seed=seed), linked, 17)
+        search(
+            RandomSearch(START, 1.0, categories=COUNTS, keep_probability=0.7, population=18, seed=seed),
+            linked,
+            17,
+        )
         > 1.7
         for seed in range(20)
     ]
@@ -130,7 +134,9 @@ def test_some_children_have_one_new_choice_over_a_run_of_genes() -> None:
     """As blocks of layers are taken by hand: of 12 genes, a run of 4 or longer with .3 x .625. Single changes make none."""
     runs = 0
     for seed in range(40):
-        optimizer = Elitist([0.0] * 12, 0.1, categories=[5] * 12, stay=0.9, population=20, seed=seed)
+        optimizer = Elitist(
+            [0.0] * 12, 0.1, categories=[5] * 12, keep_probability=0.9, population=20, seed=seed
+        )
         runs += sum(
             any(len(set(child[i : i + 4])) == 1 and child[i] for i in range(9))
             for child in optimizer.ask()[1:]
@@ -143,7 +149,13 @@ def test_new_choices_are_as_likely_as_asked() -> None:
     counts = np.zeros(4)
     for seed in range(200):
         optimizer = Elitist(
-            [0.0] * 6, 0.1, categories=[4] * 6, stay=0.9, likely=likely, population=4, seed=seed
+            [0.0] * 6,
+            0.1,
+            categories=[4] * 6,
+            keep_probability=0.9,
+            category_weights=likely,
+            population=4,
+            seed=seed,
         )
         for child in optimizer.ask()[1:]:
             changed = child[child != 0]

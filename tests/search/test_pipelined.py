@@ -207,9 +207,13 @@ COUNTS = (4, 2, 3, 5)
 MAKE: dict[str, Callable[[], Optimizer]] = {
     "cma": lambda: CmaEs([0.0] * 6, 0.3, population=8, seed=2),
     "cma of one gene": lambda: CmaEs([0.0], 0.3, population=8, seed=2),
-    "catcma": lambda: CatCma([0.0] * 7, 1.0, categories=COUNTS, stay=0.7, population=8, seed=2),
-    "elitist": lambda: Elitist([0.0] * 7, 1.0, categories=COUNTS, stay=0.7, population=18, seed=2),
-    "random": lambda: RandomSearch([0.0] * 7, 1.0, categories=COUNTS, stay=0.7, population=8, seed=2),
+    "catcma": lambda: CatCma([0.0] * 7, 1.0, categories=COUNTS, keep_probability=0.7, population=8, seed=2),
+    "elitist": lambda: Elitist(
+        [0.0] * 7, 1.0, categories=COUNTS, keep_probability=0.7, population=18, seed=2
+    ),
+    "random": lambda: RandomSearch(
+        [0.0] * 7, 1.0, categories=COUNTS, keep_probability=0.7, population=8, seed=2
+    ),
 }
 
 
@@ -251,7 +255,7 @@ def test_told_a_generation_late_a_distribution_converges(name: str, seed: int) -
         "diagonal": lambda: CmaEs([0.0] * size, 0.15, population=16, diagonal=True, seed=seed),
         "full": lambda: CmaEs([0.0] * size, 0.15, population=16, seed=seed),
         "catcma": lambda: CatCma(
-            [0.0] * (4 + size), 0.15, categories=[3] * 4, stay=0.9, population=16, seed=seed
+            [0.0] * (4 + size), 0.15, categories=[3] * 4, keep_probability=0.9, population=16, seed=seed
         ),
     }
 
