@@ -53,7 +53,7 @@ def show(
         trial = reports.resolve(store, reference)
         data = reports.candidate(store, trial)
         recipe = store.recipe(trial.recipe_id)
-        backends = row.facts.get("backends", {}) if row else {}
+        backends = dict(row.facts.backends) if row else {}
     if as_json:
         print(
             json.dumps(data | {"backends": backends, "recipe_body": json.loads(recipe.canonical())}, indent=2)

@@ -31,6 +31,6 @@ def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
             }
             for role, s in store.evaluations(trial.recipe_id)
         ],
-        "facts": study.facts,
+        "facts": study.facts.to_json(),
         "config": study.config,
     }

@@ -15,9 +15,9 @@ from evomerge.store import Store, StudyRow, Trial
 def references(study: StudyRow, parents: Mapping[str, Parent]) -> dict[str, str]:
     """Model name -> what a recipe file calls it: repository[@revision], or the absolute folder of a local one."""
     out = {}
-    for name, fact in study.facts["parents"].items():
-        local = Path(fact["path"]).expanduser().is_dir()
-        remote = fact["path"] + (f"@{fact['revision']}" if fact["revision"] else "")
+    for name, fact in study.facts.parents.items():
+        local = Path(fact.path).expanduser().is_dir()
+        remote = fact.path + (f"@{fact.revision}" if fact.revision else "")
         out[name] = str(parents[name].path) if local else remote
     return out
 
@@ -28,8 +28,8 @@ def card(
     """A model card: what it is, what it scored and on how many items, beside the parents. is_route: whether to say its layers in
     words, see `Recipe.is_route`; notes: sentences about its files."""
     rows = [
-        "| model | role | objective | items | " + " | ".join(study.facts["tasks"]) + " |",
-        "| --- " * (4 + len(study.facts["tasks"])) + "|",
+        "| model | role | objective | items | " + " | ".join(study.facts.tasks) + " |",
+        "| --- " * (4 + len(study.facts.tasks)) + "|",
     ]
     shown = [("this model", trial.recipe_id)]
     shown += [(str(t.label), t.recipe_id) for t in store.trials() if t.origin == "parent"]
@@ -37,14 +37,13 @@ def card(
         for role, scored in store.evaluations(recipe_id):
             if role != "search" and scored.score is not None:
                 values = " | ".join(
-                    f"{scored.evaluation.metrics.get(task, float('nan')):.4f}"
-                    for task in study.facts["tasks"]
+                    f"{scored.evaluation.metrics.get(task, float('nan')):.4f}" for task in study.facts.tasks
                 )
                 rows.append(
                     f"| {name} | {role} | {scored.score:.4f} | {len(scored.evaluation.items)} | {values} |"
                 )
     models = "\n".join(
-        f"- {name}: `{fact['path']}`" + _at(fact["revision"]) for name, fact in study.facts["parents"].items()
+        f"- {name}: `{fact.path}`" + _at(fact.revision) for name, fact in study.facts.parents.items()
     )
     methods = ", ".join(
         sorted({m.method for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes})

@@ -14,6 +14,7 @@ from evomerge.merging.checkpoint_writer import Progress
 from evomerge.merging.vocabulary.alignment import check_rows
 from evomerge.recipes import Recipe
 from evomerge.recipes.mergekit_yaml import reader
+from evomerge.store import StudyFacts
 
 
 def merge_file(
@@ -96,10 +97,10 @@ def _exported(file: Path) -> tuple[Recipe, dict[str, str]]:
     beside = file.with_name("lineage.json")
     try:
         recipe = Recipe.from_json(file.read_text(encoding="utf-8"))
-        facts = json.loads(beside.read_text(encoding="utf-8"))["facts"]["parents"]
+        facts = StudyFacts.from_json(json.loads(beside.read_text(encoding="utf-8"))["facts"])
         names = {}
         for name in recipe.models:
-            path, revision = str(facts[name]["path"]), facts[name]["revision"]
+            path, revision = str(facts.parents[name].path), facts.parents[name].revision
             if not isinstance(revision, str | None):
                 raise ValueError("a revision is a text or null")
             names[name] = f"{path}@{revision}" if revision else path

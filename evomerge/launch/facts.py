@@ -8,13 +8,13 @@ from typing import Any
 
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts, study_facts
 
 log = logging.getLogger(__name__)
 
 
 def check_agreement(
-    store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: dict[str, Any]
+    store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: StudyFacts
 ) -> None:
     """Begins a new study, or checks that the stored one is this one; only its budget and where it runs may differ."""
     stored = store.study()
@@ -22,11 +22,12 @@ def check_agreement(
         store.begin(settings.study, settings.search.seed, text, overrides, facts)
         return
     before, _ = loading.stored(stored.name, stored.config, stored.overrides)
-    differences = [*_diff(_comparable(before), _comparable(settings)), *_diff(stored.facts, facts)]
-    if differences:
-        shown = "; ".join(differences[:6]) + (
-            f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
-        )
+    differing = [
+        *study_facts.differences(_comparable(before), _comparable(settings)),
+        *stored.facts.differences(facts),
+    ]
+    if differing:
+        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         raise StudyError(
             f"study '{settings.study}' was begun with other settings, so this would be another search: {shown}"
         )
@@ -43,16 +44,3 @@ def _comparable(settings: Config) -> dict[str, Any]:
         {**stage, "evaluations": n} for stage, n in zip(data["stages"], settings.budgets[:-1], strict=False)
     ] + data["stages"][-1:]
     return data
-
-
-def _diff(before: Any, now: Any, path: str = "") -> list[str]:
-    """'path was X, is Y' for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now))
-        return [
-            line for k in keys for line in _diff(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))
-        ]
-    if before == now:
-        return []
-    short = [f"{str(v)[:40]}…" if len(str(v)) > 40 else str(v) for v in (before, now)]
-    return [f"{path} was {short[0]}, is {short[1]}"]

@@ -10,7 +10,7 @@ from evomerge.config import Config, loading
 from evomerge.errors import ConfigError, StudyError
 from evomerge.evaluation import Items, Objective, Term, missing_metric_message
 from evomerge.search import racing
-from evomerge.store import StudyRow
+from evomerge.store import StudyRow, TermFacts
 
 log = logging.getLogger(__name__)
 
@@ -26,38 +26,38 @@ def first_items(pool: Items, settings: Config, objective: Objective) -> dict[str
     return {task: tuple(ids[: counts[task]]) for task, ids in pool.items()}
 
 
-def task_terms(settings: Config, harness: Any) -> dict[str, dict[str, Any]]:
+def task_terms(settings: Config, harness: Any) -> dict[str, TermFacts]:
     """What the tasks say of themselves: a fact of the study, so that its scores are compared without loading tasks."""
     return {
-        t.task: {
-            "sign": harness.sign(t.task),
-            "mean": harness.is_mean(t.task),
-            "measures": list(harness.soft_metrics(t.task)),
-            "leaves": [[leaf, share] for leaf, share in harness.subtasks(t.task)],
-        }
+        t.task: TermFacts(
+            harness.sign(t.task),
+            harness.is_mean(t.task),
+            tuple(harness.soft_metrics(t.task)),
+            tuple((subtask, share) for subtask, share in harness.subtasks(t.task)),
+        )
         for t in settings.tasks
     }
 
 
-def make_objective(settings: Config, said: Mapping[str, Mapping[str, Any]], depth: int = 0) -> Objective:
-    """The objective of a configuration; said: `task_terms`; depth: layers that cost nothing.
+def make_objective(settings: Config, term_facts: Mapping[str, TermFacts], depth: int = 0) -> Objective:
+    """The objective of a configuration; term_facts: `task_terms`; depth: layers that cost nothing.
 
     Raises ConfigError where a task lacks a soft score it is to be searched by."""
     terms, tie = [], settings.search.tie_break
     for t in settings.tasks:
-        own = said[t.task]
+        facts = term_facts[t.task]
         search = tuple(t.search.items())
         asked = [*(m for m, _ in search if m != "metric"), *((tie,) if tie not in (None, "none") else ())]
-        if lacking := [m for m in asked if m not in own["measures"]]:
+        if lacking := [m for m in asked if m not in facts.soft_metrics]:
             raise ConfigError(missing_metric_message(t.task, str(lacking[0])))
         terms.append(
             Term(
                 t.task,
                 t.weight,
-                own["sign"],
+                facts.sign,
                 search,
-                tuple((leaf, share) for leaf, share in own["leaves"]),
-                own["mean"],
+                facts.subtasks,
+                facts.mean,
             )
         )
     keep, break_ties = tuple(settings.keep.items()), "probability" if tie is None else tie
@@ -75,8 +75,8 @@ def race_settings(settings: Config) -> racing.Race | None:
 def stored_objective(study: StudyRow) -> Objective:
     """The objective of a stored study, from its rows alone; raises StudyError for one begun before tasks were described there."""
     settings, _ = loading.stored(study.name, study.config, study.overrides)
-    if "terms" not in study.facts:
+    if not study.facts.terms:
         raise StudyError(
             f"{study.name} was begun with an evomerge that did not store what its tasks' metrics are; begin it anew to compare"
         )
-    return make_objective(settings, study.facts["terms"], study.facts.get("depth", 0))
+    return make_objective(settings, study.facts.terms, study.facts.base_layers)

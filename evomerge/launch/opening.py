@@ -76,10 +76,10 @@ def stored_parents(store: Store) -> dict[str, Parent]:
     study = store.study()
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
-    facts = study.facts["parents"]
-    parents = open_parents({name: (fact["path"], fact["revision"]) for name, fact in facts.items()})
+    facts = study.facts.parents
+    parents = open_parents({name: (fact.path, fact.revision) for name, fact in facts.items()})
     for name, parent in parents.items():
-        if parent.content_hash() != facts[name]["sha256"]:
+        if parent.content_hash() != facts[name].sha256:
             raise StudyError(
                 f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; bring that one back"
             )
@@ -121,9 +121,7 @@ def open_study(store: Store, allowed: Allowed | None = None) -> Opened:
     settings, _ = loading.stored(study.name, study.config, study.overrides)
     opened = _opened(settings, parents, (), allowed)
     if changed := [
-        task
-        for task, digest in opened.harness.fingerprint().items()
-        if study.facts["tasks"].get(task) != digest
+        task for task, digest in opened.harness.fingerprint().items() if study.facts.tasks.get(task) != digest
     ]:
         raise StudyError(
             f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from evomerge.config import Config
 from evomerge.errors import SetupError
 from evomerge.optimizers import default_population
 from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.search.reuse import Earlier, KnownPool
-from evomerge.store import Store, paths
+from evomerge.store import Store, StudyFacts, paths
 from evomerge.workers import InProcessPool, Pool, ProcessPool, Scorer
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def open_pool(
     scorer: Scorer,
     make: Callable[[], Scorer] | None,
     workers: int,
-    facts: Mapping[str, Any],
+    facts: StudyFacts,
     earlier: Sequence[Path],
     said: Callable[[str], None],
 ) -> Pool:

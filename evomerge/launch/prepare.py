@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from evomerge.launch.weight_space import is_diagonal
 from evomerge.merging import parent_placement
 from evomerge.search import Plan, Progress, Study
 from evomerge.spaces import soup
-from evomerge.store import Store, paths, stop_request
+from evomerge.store import ParentFacts, Store, StudyFacts, paths, stop_request
 from evomerge.workers import worker
 
 log = logging.getLogger(__name__)
@@ -98,43 +97,39 @@ def _prepare(
         log.warning(finding)
     search, stored = settings.search, store.study()
     routed = route_stages.check_routes(
-        settings, parents, scorer, harness, stored.facts.get("gate") if stored else None
+        settings, parents, scorer, harness, stored.facts.max_nats_per_token if stored else None
     )
-    facts: dict[str, Any] = {
-        "parents": {
-            name: {"path": m.path, "revision": m.revision, "sha256": parents[name].content_hash()}
+    facts = StudyFacts(
+        parents={
+            name: ParentFacts(m.path, m.revision, parents[name].content_hash())
             for name, m in settings.models.items()
         },
-        "tasks": harness.fingerprint(),
-        "metrics": {t.task: harness.metric(t.task) for t in settings.tasks},
-        "terms": task_terms(settings, harness),
-        "backends": backends(harness, scorer.model) if evaluator is harness else {},
-        "items": {role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
-        "item_sets": {
+        tasks=harness.fingerprint(),
+        metrics={t.task: harness.metric(t.task) for t in settings.tasks},
+        terms=task_terms(settings, harness),
+        backends=backends(harness, scorer.model) if evaluator is harness else {},
+        items={role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
+        item_sets={
             role: {task: items_digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES
         },
-        "axes": [axis.name for axis in space.axes] if settings.kinds[0] == "weights" else [],
+        axes=tuple(axis.name for axis in space.axes) if settings.kinds[0] == "weights" else (),
         # a larger budget must not change the optimizer, nor when a stage ends
-        "diagonal": stored.facts["diagonal"] if stored else is_diagonal(settings, space),
-        "budgets": stored.facts["budgets"]
-        if stored and "budgets" in stored.facts
-        else list(settings.budgets),
-        "scoring": scoring(settings, parents[settings.base], device_name()),
-        "gate": routed,
-        "num_workers": stored.facts["num_workers"] if stored else pool_module.num_workers(settings, workers),
-        "depth": parents[settings.base].num_layers,
-        "threads": torch.get_num_threads(),
-        "versions": {
+        diagonal=stored.facts.diagonal if stored else is_diagonal(settings, space),
+        budgets=(stored.facts.budgets if stored else ()) or settings.budgets,
+        scoring=scoring(settings, parents[settings.base], device_name()),
+        max_nats_per_token=routed,
+        num_workers=stored.facts.num_workers if stored else pool_module.num_workers(settings, workers),
+        base_layers=parents[settings.base].num_layers,
+        threads=torch.get_num_threads(),
+        versions={
             "evomerge": __version__,
             "python": platform.python_version(),
             **{p: version(p) for p in _PACKAGES},
         },
-    }
+    )
     check_agreement(store, settings, text, overrides, facts)
     plan = Plan(
-        stages=stages.stages(
-            settings, space, parents, facts["diagonal"], facts["budgets"], facts["num_workers"]
-        ),
+        stages=stages.stages(settings, space, parents, facts.diagonal, facts.budgets, facts.num_workers),
         baselines=stages.references(settings, space, parents),
         soup=functools.partial(soup, space) if "weights" in settings.kinds else None,
         objective=opened.objective,
@@ -143,7 +138,7 @@ def _prepare(
         finalists=search.finalists,
         seed=search.seed,
         race=race_settings(settings),
-        islands=pool_module.islands(settings, facts["num_workers"]),
+        islands=pool_module.islands(settings, facts.num_workers),
         pipelined=search.pipelined,
     )
 

@@ -16,7 +16,7 @@ from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, Role
 from evomerge.evaluation.estimates import Estimate, holm, paired
 from evomerge.recipes import Recipe
 from evomerge.reports.summary import resolve
-from evomerge.store import Store, Trial
+from evomerge.store import Store, StudyFacts, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +44,27 @@ def contender(store: Store, name: str, reference: str, role: Role) -> Contender:
     return Contender(name, store.path.parent.name, trial, store.recipe(trial.recipe_id), scores, evaluations)
 
 
-def check(facts: Mapping[str, Mapping[str, Any]], task: str | None) -> list[str]:
+def check(facts: Mapping[str, StudyFacts], task: str | None) -> list[str]:
     """What a reader should know of studies compared. facts: study -> its stored facts. Raises StudyError unless all have the
     same tasks by the same metrics, and ConfigError for a task that they lack."""
     first, *others = facts
     notes = []
     for other in others:
-        mine, theirs = facts[first]["metrics"], facts[other]["metrics"]
+        mine, theirs = facts[first].metrics, facts[other].metrics
         if mine != theirs:
             differing = sorted(t for t in {*mine, *theirs} if mine.get(t) != theirs.get(t))
             raise StudyError(
                 f"{first} and {other} cannot be compared: they differ in {', '.join(differing)}; compare studies with the same tasks and metrics"
             )
-        changed = [t for t in mine if facts[first]["tasks"][t] != facts[other]["tasks"][t]]
+        changed = [t for t in mine if facts[first].tasks[t] != facts[other].tasks[t]]
         if changed:
             named = ", ".join(changed)
             notes.append(
                 f"{named}: items, prompts or settings of {other} are not those of {first}; only items with the same content are joined"
             )
-    leaves = [leaf for said in facts[first]["terms"].values() for leaf, _ in said["leaves"]]
-    if task is not None and task not in (*facts[first]["metrics"], *leaves):
-        raise ConfigError(
-            f"{first} has no task '{task}'. {suggest(task, [*facts[first]['metrics'], *leaves])}"
-        )
+    leaves = [leaf for term in facts[first].terms.values() for leaf, _ in term.subtasks]
+    if task is not None and task not in (*facts[first].metrics, *leaves):
+        raise ConfigError(f"{first} has no task '{task}'. {suggest(task, [*facts[first].metrics, *leaves])}")
     return notes
 
 

@@ -18,7 +18,7 @@ def markdown(store: Store) -> str:
     if study is None or study.outcome is None:
         raise StudyError(f"{store.path.parent.name} is not finished; there is nothing to report yet")
     data = summary(store)
-    tasks = list(study.facts["tasks"])
+    tasks = list(study.facts.tasks)
     best, references = data["best"], data["references"]
     lines = [
         f"# {study.name}: {_verdict(best, references)}",
@@ -63,7 +63,7 @@ def markdown(store: Store) -> str:
         "",
         "## Made with",
         "",
-        ", ".join(f"{name} {version}" for name, version in sorted(study.facts["versions"].items())),
+        ", ".join(f"{name} {version}" for name, version in sorted(study.facts.versions.items())),
         "",
     ]
     failures = [f"- candidate {t.id}: {t.error}" for t in store.trials() if t.error]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.recipes import Recipe
-from evomerge.store import Store, Trial
+from evomerge.store import Outcome, Store, Trial
 
 
 def depths(store: Store) -> dict[str, int]:
@@ -82,10 +82,9 @@ def depth(trials: Sequence[Trial]) -> list[str]:
     return [*out, ""]
 
 
-def stages(outcome: Mapping[str, Any], finalists: Sequence[Mapping[str, Any]]) -> list[str]:
+def stages(outcome: Outcome, finalists: Sequence[Mapping[str, Any]]) -> list[str]:
     """One row a stage: its generations and its best finalist on validation."""
-    rows = outcome.get("stages", [])
-    if len(rows) < 2:
+    if len(outcome.stages) < 2:
         return []
     known = {f["id"]: f for f in finalists}
     out = [
@@ -94,11 +93,11 @@ def stages(outcome: Mapping[str, Any], finalists: Sequence[Mapping[str, Any]]) -
         "| stage | generations | best finalist | validation |",
         "| --- | --- | --- | --- |",
     ]
-    for row in rows:
-        score = known.get(row["best"], {}).get("validation")
-        out.append(
-            f"| {row['stage']} | {row['first']} to {row['last']} | {row['best']} | {'–' if score is None else f'{score:.3f}'} |"
-        )
+    for stage in outcome.stages:
+        finalist = {} if stage.best is None else known.get(stage.best, {})
+        score = finalist.get("validation")
+        validation = "–" if score is None else f"{score:.3f}"
+        out.append(f"| {stage.stage} | {stage.first} to {stage.last} | {stage.best} | {validation} |")
     return [
         *out,
         "",

@@ -36,10 +36,15 @@ def summary(store: Store, check: bool = True) -> dict[str, Any]:
         "evaluations_by_role": {role: n for role, n in counts.items() if role != "failed"},
         "store": store.check() if check else "not checked",
         "pareto": [t.id for t in _front(store)[1]],
-        "retention": (study.outcome or {}).get("retention", []),
+        "retention": [] if study.outcome is None else list(study.outcome.retention),
     }
     if study.outcome is not None:
-        return out | {key: study.outcome[key] for key in ("best", "references", "finalists")}
+        outcome = study.outcome
+        return out | {
+            "best": outcome.best,
+            "references": list(outcome.references),
+            "finalists": list(outcome.finalists),
+        }
     standing = [t for t in trials if t.score is not None and t.dropped is None]
     leader = max(standing, key=lambda t: (-t.violation, t.score or 0.0, -t.id), default=None)
     rows = [_row(t) for t in trials if t.generation == 0]
@@ -76,7 +81,7 @@ def front(store: Store) -> dict[str, Any]:
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
     where, trials = _front(store)
-    tasks, rows = list(study.facts.get("tasks", ())), []
+    tasks, rows = list(study.facts.tasks), []
     for trial in trials:
         scored = (
             [s for role, s in store.evaluations(trial.recipe_id) if role == "validation"]
@@ -126,7 +131,8 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
     study = store.study()
     recipe = store.recipe(trial.recipe_id)
     is_route = recipe.is_route(depths(store))
-    known = ((study.outcome if study else None) or {}).get("estimates", {})
+    outcome = None if study is None else study.outcome
+    estimate = None if outcome is None else outcome.estimates.get(trial.id)
     scores = []
     for role, scored in store.evaluations(trial.recipe_id):
         e = scored.evaluation
@@ -151,7 +157,7 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "dropped": trial.dropped,
         "partial": _partial(store, trial),
         "violation": trial.violation,
-        "estimate": known.get(str(trial.id)),
+        "estimate": None if estimate is None else list(estimate),
         "scores": scores,
         "genome": trial.genome,
         "stage": trial.stage,

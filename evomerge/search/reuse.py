@@ -7,7 +7,6 @@ in one of these is evaluated anew. Writes nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import deque
@@ -19,13 +18,12 @@ from typing import Any
 from evomerge.errors import StudyError
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
-from evomerge.store import Purpose, Store
+from evomerge.store import Purpose, Store, StudyFacts, study_facts
 from evomerge.workers import Job, Pool
 
 log = logging.getLogger(__name__)
 REUSED = "reused"
 """The stage, of 0 seconds, that an evaluation of another study is marked with."""
-_POLICY = ("versions", "threads", "gate", "scoring")  # facts that must agree whatever is scored
 _PURPOSES: tuple[Purpose, ...] = ("search", "rung", "validation", "test")
 _SOFT = (":probability", ":logprob")
 
@@ -43,7 +41,7 @@ class _Known:
 class Earlier:
     """Stores of earlier studies, open for reading. A context manager that closes them."""
 
-    def __init__(self, paths: Sequence[Path], facts: Mapping[str, Any], *, parts: bool = False) -> None:
+    def __init__(self, paths: Sequence[Path], facts: StudyFacts, *, parts: bool = False) -> None:
         """facts: of the study that asks, see `evomerge.launch.prepare`. parts: also answer with items that were scored in other sets.
 
         An evaluation on exactly the items asked is what scoring them again would give, to the bit. Put together from other
@@ -51,10 +49,10 @@ class Earlier:
         says which studies cannot be asked, and why. Raises StudyError for a file that is missing or damaged.
         """
         self.refused: list[str] = []
-        self._parts, self._facts = parts, json.loads(json.dumps(facts))  # as a store gives them back
-        self._parents = {name: str(fact["sha256"]) for name, fact in facts["parents"].items()}
+        self._parts, self._facts = parts, facts
+        self._parents = {name: fact.sha256 for name, fact in facts.parents.items()}
         self._leaves = {
-            term: tuple(leaf for leaf, _ in said["leaves"]) for term, said in facts["terms"].items()
+            term: tuple(leaf for leaf, _ in term_facts.subtasks) for term, term_facts in facts.terms.items()
         }
         self._known: list[_Known] = []
         try:
@@ -118,7 +116,7 @@ class Earlier:
             )
             store.close()
             return
-        parents = {name: str(fact["sha256"]) for name, fact in study.facts["parents"].items()}
+        parents = {name: fact.sha256 for name, fact in study.facts.parents.items()}
         self._known.append(_Known(study.name, store, parents, terms))
 
     def _same_parents(self, one: _Known, recipe: Recipe) -> bool:
@@ -151,8 +149,8 @@ class Earlier:
         """The items' scores from whatever sets they were scored in; None where one is unknown, or a metric is no mean of items."""
         means = {
             term
-            for term, said in self._facts["terms"].items()
-            if said["mean"] and self._leaves[term] == (term,)
+            for term, term_facts in self._facts.terms.items()
+            if term_facts.mean and self._leaves[term] == (term,)
         }
         if not {task for task, ids in items.items() if ids} <= means:
             return None
@@ -224,32 +222,40 @@ class KnownPool:
         self.earlier.close()
 
 
-def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _differs(before: StudyFacts, now: StudyFacts) -> str:
     """Why nothing that was scored then can stand for a score of now; empty where it can."""
-    for name in (*_POLICY, "parents", "terms", "tasks"):
-        if name not in before:
+    needed = {
+        "versions": before.versions,
+        "threads": before.threads,
+        "scoring": before.scoring,
+        "parents": before.parents,
+        "terms": before.terms,
+        "tasks": before.tasks,
+    }
+    for name, value in needed.items():
+        if not value:
             return f"it was begun with an evomerge that did not store its {name}"
-    for name in _POLICY:
-        if before[name] != now.get(name):
-            if not isinstance(before[name], dict) or not isinstance(now.get(name), dict):
-                return f"{name} was {before[name]}, is {now.get(name)}"
-            key = next(
-                k for k in sorted({*before[name], *now[name]}) if before[name].get(k) != now[name].get(k)
-            )
-            return f"{name}.{key} was {before[name].get(key)}, is {now[name].get(key)}"
-    return ""
+    return next(iter(study_facts.differences(_scoring_policy(before), _scoring_policy(now))), "")
 
 
-def _same_term(term: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a task or group is the same: its hash, what it says of its number, and what answers its tasks."""
-    leaves = [leaf for leaf, _ in now["terms"][term]["leaves"]]
-    same = all(
-        before[name].get(term) is not None and before[name].get(term) == now[name].get(term)
-        for name in ("tasks", "terms")
-    )
-    return same and all(
-        before.get("backends", {}).get(leaf) == now.get("backends", {}).get(leaf) for leaf in leaves
-    )
+def _scoring_policy(facts: StudyFacts) -> dict[str, Any]:
+    """The facts that must agree whatever is scored."""
+    return {
+        "versions": dict(facts.versions),
+        "threads": facts.threads,
+        "gate": facts.max_nats_per_token,
+        "scoring": dict(facts.scoring),
+    }
+
+
+def _same_term(term: str, before: StudyFacts, now: StudyFacts) -> bool:
+    """Whether a task or group is the same: its hash, what its metric is, and what scores its subtasks."""
+    if term not in before.tasks or term not in before.terms:
+        return False
+    if before.tasks[term] != now.tasks.get(term) or before.terms[term] != now.terms[term]:
+        return False
+    subtasks = [name for name, _ in now.terms[term].subtasks]
+    return all(before.backends.get(name) == now.backends.get(name) for name in subtasks)
 
 
 def _plain(metric: str) -> str:

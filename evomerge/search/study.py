@@ -28,7 +28,7 @@ from evomerge.search.dispatch import Dispatch, Line, Result
 from evomerge.search.generation_runner import Candidate, Generations, Tally
 from evomerge.search.plan import Opening, Plan, Progress, Stage, Start
 from evomerge.spaces import SearchSpace
-from evomerge.store import Scored, Store, Trial
+from evomerge.store import Outcome, Scored, StageOutcome, Store, Trial
 from evomerge.workers import Job, Pool
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Study:
         self.dispatch = dispatch or Dispatch(pool, store)
         self.generations = Generations(plan, self.dispatch, lambda progress: self.show(progress))
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Outcome:
         """Searches until the budget is reached and returns the outcome, as stored. Raises Paused if told to stop."""
         self.store.set_state("running")
         try:
@@ -94,7 +94,7 @@ class Study:
         self.store.finish(outcome)
         return outcome
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self) -> Outcome:
         if self.store.ends() and self.dispatch.spent() is None:  # the budget is larger now
             self.store.remove_ends()
         references = self._references()
@@ -317,7 +317,7 @@ class Study:
         floors = self._validation_floors(references, validated)
         return selection.elect(self.plan.objective, standing, validated, floors)[0], standing, validated
 
-    def _select(self, references: list[Trial], searched: Sequence[_Searched]) -> dict[str, Any]:
+    def _select(self, references: list[Trial], searched: Sequence[_Searched]) -> Outcome:
         """Scores finalists and references on validation, where the winner is chosen, then winner and references on test."""
         store, objective, last = self.store, self.plan.objective, searched[-1].last
         finalists = [t for s in searched for t in s.finalists]
@@ -340,18 +340,17 @@ class Study:
         leads = {
             t.id: selection.lead(selection.against(objective, test, tested[t.recipe_id])) for t in references
         }
-        return {
-            "best": best,
-            "references": [selection.row(t, known, validated, tested, p) | leads[t.id] for t in references],
-            "finalists": [selection.row(t, known, validated, {}, p) for t in finalists],
-            "retention": selection.retention(objective, test, parents),
-            "estimates": {str(i): [e.mean, e.error] for i, e in sorted(known.items())},
-            "generations": last,
-            "stages": [
-                {"stage": s.stage.name, "first": s.first, "last": s.last, "best": self._leader(s, validated)}
-                for s in searched
-            ],
-        }
+        return Outcome(
+            best=best,
+            references=tuple(selection.row(t, known, validated, tested, p) | leads[t.id] for t in references),
+            finalists=tuple(selection.row(t, known, validated, {}, p) for t in finalists),
+            retention=tuple(selection.retention(objective, test, parents)),
+            estimates={trial_id: (e.mean, e.error) for trial_id, e in sorted(known.items())},
+            generations=last,
+            stages=tuple(
+                StageOutcome(s.stage.name, s.first, s.last, self._leader(s, validated)) for s in searched
+            ),
+        )
 
     def _leader(self, searched: _Searched, validated: Mapping[str, Scored]) -> int | None:
         """The stage's finalist that is best on validation."""

@@ -8,5 +8,20 @@ from __future__ import annotations
 
 from evomerge.store.rows import Purpose, Run, Scored, StudyRow, Trial, WorkerUse, item_set_id
 from evomerge.store.store import Store
+from evomerge.store.study_facts import Outcome, ParentFacts, StageOutcome, StudyFacts, TermFacts
 
-__all__ = ["Purpose", "Run", "Scored", "Store", "StudyRow", "Trial", "WorkerUse", "item_set_id"]
+__all__ = [
+    "Outcome",
+    "ParentFacts",
+    "Purpose",
+    "Run",
+    "Scored",
+    "StageOutcome",
+    "Store",
+    "StudyFacts",
+    "StudyRow",
+    "TermFacts",
+    "Trial",
+    "WorkerUse",
+    "item_set_id",
+]

@@ -91,7 +91,7 @@ class File:
         """Raises StudyError where what was read cannot be understood."""
         try:
             yield
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise damaged(self.path, f"a row cannot be read: {type(error).__name__}: {error}") from None
 
     @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, Role
+from evomerge.store.study_facts import Outcome, StudyFacts
 
 Purpose = Role | Literal["rung"]
 """What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a generation's."""
@@ -60,9 +61,9 @@ class StudyRow:
     seed: int
     config: str
     overrides: dict[str, int]
-    facts: dict[str, Any]
+    facts: StudyFacts
     state: str
-    outcome: dict[str, Any] | None
+    outcome: Outcome | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +134,13 @@ def numbers(value: Mapping[str, float]) -> str:
 
 def study(row: sqlite3.Row) -> StudyRow:
     """The study of its row."""
-    outcome = json.loads(row["outcome"]) if row["outcome"] else None
+    outcome = Outcome.from_json(json.loads(row["outcome"])) if row["outcome"] else None
     return StudyRow(
         row["name"],
         row["seed"],
         row["config"],
         json.loads(row["overrides"]),
-        json.loads(row["facts"]),
+        StudyFacts.from_json(json.loads(row["facts"])),
         row["state"],
         outcome,
     )

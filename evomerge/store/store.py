@@ -20,6 +20,7 @@ from evomerge.recipes import Recipe
 from evomerge.store import backup, integrity, locks, paths, rows
 from evomerge.store.connection import File
 from evomerge.store.rows import Purpose, Run, Scored, StudyRow, Trial, WorkerUse, item_set_id
+from evomerge.store.study_facts import Outcome, StudyFacts
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,13 @@ class Store:
         self._file.close()
 
     def begin(
-        self, name: str, seed: int, config: str, overrides: Mapping[str, int], facts: Mapping[str, Any]
+        self, name: str, seed: int, config: str, overrides: Mapping[str, int], facts: StudyFacts
     ) -> None:
         """Writes the study's own row; once."""
         with self._file.transaction():
             self._file.insert(
                 "study", id=1, name=name, seed=seed, config=config, overrides=json.dumps(overrides, sort_keys=True),
-                facts=json.dumps(facts, sort_keys=True), state="running", created=time.time(),
+                facts=json.dumps(facts.to_json(), sort_keys=True), state="running", created=time.time(),
             )  # fmt: skip
 
     def study(self) -> StudyRow | None:
@@ -77,9 +78,9 @@ class Store:
         """Replaces the stored configuration: only its budget may have changed."""
         self._set(config=config, overrides=json.dumps(overrides, sort_keys=True))
 
-    def finish(self, outcome: Mapping[str, Any]) -> None:
+    def finish(self, outcome: Outcome) -> None:
         """Marks the study done with its outcome."""
-        self._set(state="done", outcome=json.dumps(outcome, sort_keys=True), finished=time.time())
+        self._set(state="done", outcome=json.dumps(outcome.to_json(), sort_keys=True), finished=time.time())
 
     def _set(self, **values: Any) -> None:
         with self._file.transaction():

@@ -34,7 +34,7 @@ from evomerge.recipes import Mix, Recipe, Setting
 from evomerge.search import Plan, Study, one_stage
 from evomerge.search.racing import Race
 from evomerge.spaces import Range, WeightSpace, baselines
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from evomerge.workers import InProcessPool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -153,8 +153,8 @@ def study(seed: int, folder: Path) -> Outcome:
     search = plan(seed)
     pool = Landscape(seed)
     with Store.open(folder / f"{seed}.db", write=True) as store:
-        store.begin("coverage", seed, "", {}, {})
-        outcome = Study(search, store, InProcessPool(pool)).run()["best"]
+        store.begin("coverage", seed, "", {}, StudyFacts())
+        outcome = Study(search, store, InProcessPool(pool)).run().best
         recipe = store.recipe(outcome["recipe"])
         tested = store.evaluation(recipe.id, "test", search.items["test"])
         assert tested is not None

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
-from evomerge.store import Store, stop_request
+from evomerge.store import Store, StudyFacts, stop_request
 from tests.support.toy import REPO, command, environment, in_process, weight_space
 
 ITEMS: Items = {"first": ("a", "b")}
@@ -44,7 +44,7 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / "trial"
     folder.mkdir()
     with Store.open(folder / "study.db", write=True) as store:
-        store.begin("trial", 3, "study: trial\n", {}, {})
+        store.begin("trial", 3, "study: trial\n", {}, StudyFacts())
         for slot in range(4):
             add(store, slot, "it is broken" if slot == 3 else None)
         own = [

@@ -112,7 +112,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         exported = evomerge("export", "small/best", root / "weights", "--weights", "--root", root / "results")
         assert exported.returncode == 0, exported.stderr
         with Store.open(root / "results" / "small" / "study.db") as store:
-            best = store.study().outcome["best"]  # type: ignore[union-attr,index]
+            best = store.study().outcome.best  # type: ignore[union-attr]
             scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
         samples = {
             task: sorted(positions(task)[s.item] for s in scored.items if s.task == task) for task in TASKS
@@ -416,7 +416,7 @@ def test_show_says_what_the_store_holds(small: Small, call: Call) -> None:
             assert out.startswith(f"candidate {trial.id}")
             for role, score, _ in found:
                 assert f"{role}: {score:.3f} on" in out
-        best = store.study().outcome["best"]["id"]  # type: ignore[union-attr,index]
+        best = store.study().outcome.best["id"]  # type: ignore[union-attr]
     assert (
         call("show", "small/best", "--root", small.root)[1]
         == call("show", f"small/{best}", "--root", small.root)[1]
@@ -480,7 +480,7 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     zoo = zoo_folder()
     parents = {name: Checkpoint(zoo / name) for name in ("base", "math", "lang", "string")}
     with Store.open(small.root / "small" / "study.db") as store:
-        recipe = store.recipe(store.study().outcome["best"]["recipe"])  # type: ignore[union-attr,index]
+        recipe = store.recipe(store.study().outcome.best["recipe"])  # type: ignore[union-attr]
     model = model_loading.load(parents["base"], "bfloat16")
     merge.into(recipe, parents, WeightMap(model, parents["base"].tensors))
     shipped = load_file(small.weights / "model.safetensors")

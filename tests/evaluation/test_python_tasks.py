@@ -236,14 +236,14 @@ def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) ->
         assert found is not None
         facts = found.facts
         trials = study.store.trials()
-    assert set(facts["tasks"]) == {"zoo_lookup", "size"}
-    assert hashlib.sha256(SEARCHED.encode()).hexdigest() in facts["backends"]["size"]
-    assert facts["items"]["search"]["size"] == sum(role_of(f"item {i}") == "search" for i in range(40))
-    assert len(facts["item_sets"]["test"]["size"]) == 64
+    assert set(facts.tasks) == {"zoo_lookup", "size"}
+    assert hashlib.sha256(SEARCHED.encode()).hexdigest() in facts.backends["size"]
+    assert facts.items["search"]["size"] == sum(role_of(f"item {i}") == "search" for i in range(40))
+    assert len(facts.item_sets["test"]["size"]) == 64
     assert all(trial.error is None for trial in trials)
-    assert {"zoo_lookup", "size"} <= set(outcome["best"]["test_metrics"])
-    assert outcome["best"]["test"] == pytest.approx(
-        (outcome["best"]["test_metrics"]["zoo_lookup"] + outcome["best"]["test_metrics"]["size"]) / 2
+    assert {"zoo_lookup", "size"} <= set(outcome.best["test_metrics"])
+    assert outcome.best["test"] == pytest.approx(
+        (outcome.best["test_metrics"]["zoo_lookup"] + outcome.best["test_metrics"]["size"]) / 2
     )
     again = prepare.prepare(
         settings, text, tmp_path / "studies", resume=True, allowed=opening.Allowed(python=True)

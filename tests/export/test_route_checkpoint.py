@@ -24,7 +24,7 @@ from evomerge.merging.routing.decoder_layers import stack
 from evomerge.merging.routing.routed_model import Hop, Routed
 from evomerge.merging.weight_map import WeightMap
 from evomerge.recipes import Mix, Recipe, params
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from tests.support import shipped_routes
 from tests.support.shipped_routes import ROUTE, SCALES, SIX, Case
 
@@ -255,11 +255,11 @@ class Stored:
         self.parents = {name: Checkpoint(path) for name, path in files.items()}
         facts = {
             "parents": {name: {"path": str(path), "revision": None} for name, path in files.items()},
-            "tasks": ["task"],
+            "tasks": {"task": ""},
         }
         base = stacked(*(("base", layer) for layer in range(4)))
         with Store.open(folder / "study.db", write=True) as store:
-            store.begin("routes", 0, "study: routes\n", {}, facts)
+            store.begin("routes", 0, "study: routes\n", {}, StudyFacts.from_json(facts))
             for generation, (origin, of) in enumerate((("parent", base), ("sampled", recipe))):
                 found = Evaluation(of.id, (ItemScore("task", "item", 0.5),), {"task": 0.5}, {})
                 trial = store.add_trial(

@@ -216,7 +216,7 @@ def test_a_search_is_near_the_cpus(unbroken: Path, tmp_path: Path) -> None:
         with Store.open(store) as opened:
             told = opened.study()
             assert told is not None
-            assert told.facts["scoring"]["device"] == device
+            assert told.facts.scoring["device"] == device
         evaluations = stored_rows(store)["evaluations"]
         found.append({row["id"]: json.loads(row["metrics"]) for row in evaluations})
     shared = found[0].keys() & found[1].keys()

@@ -32,16 +32,16 @@ def test_what_is_planned_is_what_was_run(finished: Path) -> None:
         assert study is not None
         facts, trials = study.facts, store.trials()
     assert data["study"] == study.name
-    assert data["space"]["axes"] == len(facts["axes"])
-    assert data["space"]["first"] == facts["axes"][:4]
-    assert {t["task"]: t["metric"] for t in data["tasks"]} == facts["metrics"]
+    assert data["space"]["axes"] == len(facts.axes)
+    assert data["space"]["first"] == list(facts.axes[:4])
+    assert {t["task"]: t["metric"] for t in data["tasks"]} == facts.metrics
     for task in data["tasks"]:
         assert task["items"] == {
-            role: facts["items"][role][task["task"]] for role in ("search", "validation", "test")
+            role: facts.items[role][task["task"]] for role in ("search", "validation", "test")
         }
-        assert task["soft"] == facts["terms"][task["task"]]["measures"]
+        assert task["soft"] == list(facts.terms[task["task"]].soft_metrics)
     assert {m["name"]: m["path"] for m in data["models"]} == {
-        name: p["path"] for name, p in facts["parents"].items()
+        name: parent.path for name, parent in facts.parents.items()
     }
     stages = {s["stage"]: s for s in data["work"]["stages"]}
     searched = Counter(t.generation for t in trials if t.origin != "mean")

@@ -78,12 +78,12 @@ def _lineage(file: Path) -> None:
         trials, study = store.trials(), store.study()
         assert study is not None
         assert study.outcome is not None
-        assert [s["stage"] for s in study.outcome["stages"]] == ["weights", "routes", "weights"]
-        for number, stage in enumerate(study.outcome["stages"]):
+        assert [s.stage for s in study.outcome.stages] == ["weights", "routes", "weights"]
+        for number, stage in enumerate(study.outcome.stages):
             own = [t for t in trials if t.stage == number and t.origin == "sampled"]
             assert len(own) >= STAGES[number]["evaluations"] - 3
-            assert {t.generation for t in own} <= set(range(stage["first"], stage["last"] + 1))
-            first = [t for t in own if t.generation == stage["first"]]
+            assert {t.generation for t in own} <= set(range(stage.first, stage.last + 1))
+            first = [t for t in own if t.generation == stage.first]
             if number:
                 (parents,) = {t.parents for t in first}
                 assert len(parents) == 1

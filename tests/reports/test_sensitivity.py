@@ -19,7 +19,7 @@ from evomerge.reports import sensitivity
 from evomerge.reports.sensitivity import CENTRE, Point
 from evomerge.search import Study
 from evomerge.spaces import Range, baselines
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from tests.search.test_study import plan
 from tests.support.toy import REPO, ToyPool, count_rows, in_process, stored_rows, uniform, weight_space
 
@@ -68,7 +68,7 @@ def begun(folder: Path) -> Store:
     folder.mkdir(exist_ok=True)
     store = Store.open(folder / "study.db", write=True)
     if store.study() is None:
-        store.begin("trial", 5, "study: trial\n", {}, {})
+        store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
     return store
 
 

@@ -16,7 +16,7 @@ from evomerge.evaluation import Evaluation, Items
 from evomerge.recipes import Recipe
 from evomerge.search import Opening, Plan, Start, Study
 from evomerge.search.racing import Race, run
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from evomerge.workers import InProcessPool, Job
 from tests.support.toy import REPO, results
 
@@ -76,7 +76,7 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
     rules = Race((0.2, 0.4, 0.7, 1.0), 0.2)
     plan = script.plan(3, rules)
     with Store.open(tmp_path / "3.db", write=True) as store:
-        store.begin("raced", 3, "", {}, {})
+        store.begin("raced", 3, "", {}, StudyFacts())
         study = Study(plan, store, InProcessPool(script.Landscape(3)))
         study.run()
         trials = [t for t in store.trials() if t.generation > 0 and t.origin != "mean"]

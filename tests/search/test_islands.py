@@ -15,7 +15,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Opening, Plan, Stage, Study
 from evomerge.search.dispatch import Budget, Dispatch
-from evomerge.store import Store
+from evomerge.store import Outcome, Store, StudyFacts
 from evomerge.workers import Job
 from tests.search.test_study import SPACE, Killed, plan, sometimes
 from tests.support.toy import ToyPool, stored_rows
@@ -101,11 +101,11 @@ def shuffled(seed: int) -> Callable[[list[Job]], int]:
     return lambda flying: generator.randrange(len(flying))
 
 
-def run(file: Path, of: Plan, pool: Any, **dispatch: Any) -> dict[str, Any]:
+def run(file: Path, of: Plan, pool: Any, **dispatch: Any) -> Outcome:
     file.parent.mkdir(exist_ok=True)
     with Store.open(file, write=True) as store:
         if store.study() is None:
-            store.begin("trial", 5, "study: trial\n", {}, {})
+            store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
         return Study(of, store, pool, dispatch=Dispatch(pool, store, **dispatch)).run()
 
 
@@ -140,9 +140,7 @@ def test_islands_share_the_budget_and_differ(tmp_path: Path) -> None:
         [t for t in trials if t.origin == "sampled"]
     )
     assert len({t.recipe_id for t in means}) == 3
-    assert {row["recipe"] for row in outcome["finalists"]} >= {
-        t.recipe_id for t in means if t.score is not None
-    }
+    assert {row["recipe"] for row in outcome.finalists} >= {t.recipe_id for t in means if t.score is not None}
     for t in trials:
         parents = [p for p in trials if p.id in t.parents and t.origin == "sampled"]
         assert {p.island for p in parents} <= {t.island}, "they do not mix"
@@ -161,7 +159,7 @@ def test_an_island_goes_on_while_another_waits_for_its_last_candidate(tmp_path: 
     of = islands(2)
     seen: list[tuple[int, int]] = []
     with Store.open(tmp_path / "study.db", write=True) as store:
-        store.begin("trial", 5, "", {}, {})
+        store.begin("trial", 5, "", {}, StudyFacts())
         study = Study(of, store, num_workers)
         searching = False
         references = study._references()
@@ -216,7 +214,7 @@ def test_a_stop_stores_what_is_in_flight_and_begins_nothing(tmp_path: Path) -> N
     pool.append(Crew(4, shuffled(1), after=stop))
     file.parent.mkdir()
     with Store.open(file, write=True) as store:
-        store.begin("trial", 5, "study: trial\n", {}, {})
+        store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
         studies.append(Study(of, store, pool[0]))
         with pytest.raises(Paused):
             studies[0].run()
@@ -234,7 +232,7 @@ def test_a_grace_that_is_over_drops_what_is_in_flight(tmp_path: Path) -> None:
     made: list[Dispatch] = []
     num_workers = Crew(4, shuffled(0), after=lambda ended: setattr(made[0], "stop", 1))
     with Store.open(tmp_path / "study.db", write=True) as store:
-        store.begin("trial", 5, "", {}, {})
+        store.begin("trial", 5, "", {}, StudyFacts())
         made.append(Dispatch(num_workers, store, grace=0.0))
         with pytest.raises(Paused):
             Study(islands(1), store, num_workers, dispatch=made[0]).run()
@@ -252,8 +250,8 @@ def test_a_budget_that_is_used_up_ends_the_search_with_its_test(
     """Each attempt takes half an hour: 4 GPU hours are 8 of them, which the parents and hand recipes use up."""
     file = tmp_path / "a" / "study.db"
     outcome = run(file, islands(2), Crew(3, shuffled(0), seconds=1800.0), budget=budget)
-    assert outcome["generations"] == 2, "one generation of each island"
-    assert "test" in outcome["best"]
+    assert outcome.generations == 2, "one generation of each island"
+    assert "test" in outcome.best
     with Store.open(file) as store:
         assert [(t.generation, t.slot) for t in store.trials() if t.generation and t.origin != "mean"] == [
             (g, s) for g in (1, 2) for s in range(6)
@@ -291,5 +289,5 @@ def test_a_later_stage_is_left_out_where_nothing_is_left(tmp_path: Path) -> None
     outcome = run(
         tmp_path / "study.db", both, Crew(3, shuffled(0), seconds=3600.0), budget=Budget(gpu_hours=1.0)
     )
-    assert [s["stage"] for s in outcome["stages"]] == ["weights"]
-    assert outcome["best"]["test"] is not None
+    assert [s.stage for s in outcome.stages] == ["weights"]
+    assert outcome.best["test"] is not None

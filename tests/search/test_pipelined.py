@@ -187,7 +187,7 @@ def test_a_budget_that_is_used_up_ends_it_after_what_was_asked_and_a_larger_one_
 ) -> None:
     file = tmp_path / "a" / "study.db"
     outcome = run(file, pipelined(), Crew(3, shuffled(0), seconds=1800.0), budget=Budget(gpu_hours=4.0))
-    assert outcome["generations"] == 2, "two generations were asked when the budget was found to be used up"
+    assert outcome.generations == 2, "two generations were asked when the budget was found to be used up"
     again = Crew(3, shuffled(1), seconds=1800.0)
     assert run(file, pipelined(), again, budget=Budget(gpu_hours=4.0)) == outcome
     assert again.begun == [], "a replay ends where the first run did"

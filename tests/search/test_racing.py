@@ -17,7 +17,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import racing
 from evomerge.search.racing import Race
-from evomerge.store import Store, Trial
+from evomerge.store import Outcome, Store, Trial
 from tests.search.test_study import POOLS, REFERENCES, SPACE, broken, own, plan, search
 from tests.support.toy import ToyPool, stored_rows, uniform
 
@@ -62,7 +62,7 @@ def raced(**changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ToyPool, dict[str, Any]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ToyPool, Outcome]:
     """(file, pool, outcome) of a raced search that nothing interrupted."""
     file = tmp_path_factory.mktemp("raced") / "trial" / "study.db"
     pool = ToyPool()
@@ -76,7 +76,7 @@ def searched(store: Store) -> list[Trial]:
 # ---- what a race does ------------------------------------------------------------------------------------------------
 
 
-def test_a_race_scores_less_and_says_of_whom(whole: tuple[Path, ToyPool, dict[str, Any]]) -> None:
+def test_a_race_scores_less_and_says_of_whom(whole: tuple[Path, ToyPool, Outcome]) -> None:
     file, pool, _ = whole
     asked = sum(len(ids) for _, items in pool.calls for ids in items.values() if ids[0][0] == "s")
     with Store.open(file) as store:
@@ -98,7 +98,7 @@ def test_a_race_scores_less_and_says_of_whom(whole: tuple[Path, ToyPool, dict[st
         )
 
 
-def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyPool, dict[str, Any]]) -> None:
+def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyPool, Outcome]) -> None:
     """Nested rungs: prefixes of the common subset, and metrics that are their means."""
     file, pool, _ = whole
     from evomerge.search import Study
@@ -118,7 +118,7 @@ def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyP
                 assert t.score == pytest.approx((t.metrics["first"] + 2 * t.metrics["second"]) / 3, abs=1e-15)
 
 
-def test_nothing_is_scored_twice(whole: tuple[Path, ToyPool, dict[str, Any]]) -> None:
+def test_nothing_is_scored_twice(whole: tuple[Path, ToyPool, Outcome]) -> None:
     _, pool, _ = whole
     asked = [
         (recipe, task, item) for recipe, items in pool.calls for task, ids in items.items() for item in ids
@@ -128,7 +128,7 @@ def test_nothing_is_scored_twice(whole: tuple[Path, ToyPool, dict[str, Any]]) ->
     assert not again, "hand recipes that are injected bring their scores along"
 
 
-def test_the_dropped_rank_below_all_others(whole: tuple[Path, ToyPool, dict[str, Any]]) -> None:
+def test_the_dropped_rank_below_all_others(whole: tuple[Path, ToyPool, Outcome]) -> None:
     """Parents of the next generation are the best by how far they came, then by score."""
     file, _, _ = whole
     with Store.open(file) as store:
@@ -196,7 +196,7 @@ def test_a_race_by_soft_scores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("how", "stride"), [("stop", 9), ("kill", 11), ("lost", 13)])
 def test_broken_off_anywhere_it_is_the_same_race(
-    how: str, stride: int, whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path
+    how: str, stride: int, whole: tuple[Path, ToyPool, Outcome], tmp_path: Path
 ) -> None:
     rows, calls = stored_rows(whole[0]), len(whole[1].calls)
     for k in range(len(REFERENCES) + 1, calls + 1, stride):
@@ -209,7 +209,7 @@ def test_broken_off_anywhere_it_is_the_same_race(
 
 
 def test_broken_off_while_its_trials_are_written_it_is_the_same_race(
-    whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, ToyPool, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process ends between two rows of a generation that has been raced to its end."""
     rows = stored_rows(whole[0])
@@ -233,7 +233,7 @@ def test_broken_off_while_its_trials_are_written_it_is_the_same_race(
 
 
 def test_a_larger_budget_goes_on_where_the_smaller_ended(
-    whole: tuple[Path, ToyPool, dict[str, Any]], tmp_path: Path
+    whole: tuple[Path, ToyPool, Outcome], tmp_path: Path
 ) -> None:
     search(tmp_path / "large" / "study.db", ToyPool(), raced(evaluations=36))
     search(tmp_path / "grown" / "study.db", ToyPool(), raced())

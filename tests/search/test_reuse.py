@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study
 from evomerge.search.racing import Race
 from evomerge.search.reuse import REUSED, Earlier, KnownPool
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from evomerge.workers import Job, Pool
 from tests.search.test_study import POOLS, REFERENCES, plan
 from tests.support.toy import ToyPool, results, search_file, stored_rows
 
-FACTS: dict[str, Any] = {
+STORED_FACTS: dict[str, Any] = {
     "parents": {
         name: {"path": name, "revision": None, "sha256": f"hash of {name}"} for name in ("base", "a", "b")
     },
@@ -46,6 +47,7 @@ FACTS: dict[str, Any] = {
         "tokenizer": "t",
     },
 }
+FACTS = StudyFacts.from_json(STORED_FACTS)
 BASE, MERGED = (
     next(b.recipe for b in REFERENCES if b.label == label) for label in ("base", "task arithmetic 1")
 )
@@ -57,7 +59,7 @@ def other(seed: int = 6) -> Plan:
 
 
 def search(
-    file: Path, pool: Pool, of: Plan | None = None, facts: Mapping[str, Any] = FACTS, stop_after: int = 0
+    file: Path, pool: Pool, of: Plan | None = None, facts: StudyFacts = FACTS, stop_after: int = 0
 ) -> None:
     """One process' life: begins a study or goes on with it. stop_after: results after which it is told to stop, 0 for none."""
     file.parent.mkdir(exist_ok=True)
@@ -92,11 +94,11 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def changed(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def changed(change: Callable[[dict[str, Any]], None]) -> StudyFacts:
     """The facts with one changed."""
-    found = copy.deepcopy(FACTS)
-    change(found)
-    return found
+    stored = copy.deepcopy(STORED_FACTS)
+    change(stored)
+    return StudyFacts.from_json(stored)
 
 
 # ---- whole searches --------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_another_parent_is_another_recipe_though_its_name_is_the_same(first: Pat
 
 def test_a_study_that_did_not_store_how_it_scored_is_not_asked(tmp_path: Path) -> None:
     file = tmp_path / "old" / "study.db"
-    search(file, ToyPool(), facts={k: v for k, v in FACTS.items() if k != "scoring"})
+    search(file, ToyPool(), facts=replace(FACTS, scoring={}))
     with Earlier([file], FACTS) as earlier:
         assert "did not store its scoring" in earlier.refused[0]
         assert earlier.lookup(BASE, POOLS["validation"]) is None
@@ -235,7 +237,7 @@ def test_a_study_that_did_not_store_how_it_scored_is_not_asked(tmp_path: Path) -
 
 
 def stored(
-    tmp_path: Path, evaluations: list[tuple[Recipe, str, Items, Evaluation]], facts: Mapping[str, Any] = FACTS
+    tmp_path: Path, evaluations: list[tuple[Recipe, str, Items, Evaluation]], facts: StudyFacts = FACTS
 ) -> Path:
     file = tmp_path / "stored" / "study.db"
     file.parent.mkdir()

@@ -21,7 +21,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Study, selection
 from evomerge.spaces import Baseline
-from evomerge.store import Scored, Store, Trial
+from evomerge.store import Outcome, Scored, Store, StudyFacts, Trial
 from tests.search.test_racing import SoftPool
 from tests.search.test_study import POOLS, REFERENCES, broken, plan, search
 from tests.support.toy import ToyPool, height, stored_rows, uniform, weight_space
@@ -279,12 +279,18 @@ def test_a_failed_parent_is_no_skill_lost() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A finished search by soft scores, with ties broken by them and facts for its report."""
     file = tmp_path_factory.mktemp("whole") / "trial" / "study.db"
     file.parent.mkdir()
     with Store.open(file, write=True) as store:
-        store.begin("trial", 5, "", {}, {"tasks": {"first": "", "second": ""}, "versions": {"evomerge": "0"}})
+        store.begin(
+            "trial",
+            5,
+            "",
+            {},
+            StudyFacts.from_json({"tasks": {"first": "", "second": ""}, "versions": {"evomerge": "0"}}),
+        )
         return file, Study(plan(objective=SOFT), store, SoftPool()).run()
 
 
@@ -294,9 +300,9 @@ SOFT = Objective(
 )
 
 
-def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, Outcome]) -> None:
     file, outcome = whole
-    best = outcome["best"]
+    best = outcome.best
     with Store.open(file) as store:
         tested = dict(store.evaluations(best["recipe"]))["test"]
         assert best["test"] == pytest.approx(
@@ -316,21 +322,21 @@ def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, dict[str, An
             0.5 * own.metrics["first"] + 0.5 * own.metrics["first:probability"] + 2 * own.metrics["second"]
         ) / 3
         assert own.score == pytest.approx(seen, abs=1e-14)
-        for row in [*outcome["references"], *outcome["finalists"]]:
+        for row in [*outcome.references, *outcome.finalists]:
             assert 0 <= row["p"] <= 1 if row["recipe"] != best["recipe"] else "p" not in row
-            mean, error = outcome["estimates"][str(row["id"])]
+            mean, error = outcome.estimates[row["id"]]
             assert (row["estimate"], row["estimate_error"]) == (mean, error)
-        assert [r["parent"] for r in outcome["retention"] if r["task"] == "first"] == ["base", "a"]
+        assert [r["parent"] for r in outcome.retention if r["task"] == "first"] == ["base", "a"]
         assert all(
-            row["lead_interval"][0] <= row["lead"] <= row["lead_interval"][1] for row in outcome["references"]
+            row["lead_interval"][0] <= row["lead"] <= row["lead_interval"][1] for row in outcome.references
         )
 
 
-def test_report_and_screens_say_it(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
     file, outcome = whole
     with Store.open(file) as store:
         text, data = reports.markdown(store), reports.summary(store)
-        low, high = outcome["best"]["test_interval"]
+        low, high = outcome.best["test_interval"]
         assert (
             f"{outcome['best']['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
         )
@@ -346,7 +352,7 @@ def test_report_and_screens_say_it(whole: tuple[Path, dict[str, Any]]) -> None:
             f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome['best']['luck']:+.3f}" in shown
         )
         assert "retention: " in shown
-        found = reports.candidate(store, store.trial(outcome["best"]["id"]))
+        found = reports.candidate(store, store.trial(outcome.best["id"]))
         assert f"estimate over all search items: {found['estimate'][0]:.3f} ±" in study_tables.candidate(
             found
         )
@@ -403,12 +409,12 @@ def test_soft_scores_that_nobody_gives_end_the_search_at_its_first_candidate(tmp
 @pytest.mark.parametrize("kind", ["geometric", "worst"])
 def test_other_kinds_search_and_report_too(kind: Any, tmp_path: Path) -> None:
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(), plan(objective=Objective(MEAN.terms, kind)))
-    assert outcome["best"]["validation"] == max(
-        r["validation"] for r in [*outcome["finalists"], *outcome["references"]]
+    assert outcome.best["validation"] == max(
+        r["validation"] for r in [*outcome.finalists, *outcome.references]
     )
-    assert outcome["estimates"] == {}
-    assert not any("p" in row or "lead" in row for row in outcome["references"])
-    assert outcome["best"]["test_interval"][0] < outcome["best"]["test"] < outcome["best"]["test_interval"][1]
+    assert outcome.estimates == {}
+    assert not any("p" in row or "lead" in row for row in outcome.references)
+    assert outcome.best["test_interval"][0] < outcome.best["test"] < outcome.best["test_interval"][1]
 
 
 # ---- constraints -----------------------------------------------------------------------------------------------------
@@ -465,11 +471,11 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
         floor = (
             dict(store.evaluations(parents["a"].recipe_id))["validation"].evaluation.metrics["second"] - 0.3
         )
-        standing = [*outcome["finalists"], *outcome["references"]]
+        standing = [*outcome.finalists, *outcome.references]
         keeping = [r for r in standing if r["validation_metrics"]["second"] >= floor]
         assert keeping
-        assert outcome["best"]["validation"] == max(r["validation"] for r in keeping)
-        assert max(r["validation"] for r in standing) > outcome["best"]["validation"], (
+        assert outcome.best["validation"] == max(r["validation"] for r in keeping)
+        assert max(r["validation"] for r in standing) > outcome.best["validation"], (
             "or the floor asks for nothing"
         )
         worst = max(store.trials(), key=lambda t: t.violation)
@@ -497,7 +503,7 @@ def test_floors_need_a_parent(tmp_path: Path) -> None:
     outcome = search(
         tmp_path / "other" / "study.db", ToyPool(lambda r: r.id == one.recipe.id), plan(objective=KEEP)
     )
-    assert outcome["best"]["test"] is not None
+    assert outcome.best["test"] is not None
 
 
 # ---- items of a task's own number ------------------------------------------------------------------------------------
@@ -526,7 +532,7 @@ def test_the_front_is_what_nobody_dominates_in_any_order(seed: int, tmp_path: Pa
     }
     sets: list[Items] = [{"first": ("a",)}, {"first": ("b",)}]
     with Store.open(tmp_path / "study.db", write=True) as store:
-        store.begin("trial", 0, "", {}, {"tasks": {}})
+        store.begin("trial", 0, "", {}, StudyFacts.from_json({"tasks": {}}))
         assert store.front("search") == []
         order = rng.sample(range(14), 14)
         for generation, items in enumerate(sets, start=1):
@@ -544,11 +550,11 @@ def test_the_front_is_what_nobody_dominates_in_any_order(seed: int, tmp_path: Pa
         )
 
 
-def test_the_front_of_a_finished_search_is_over_validation(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_the_front_of_a_finished_search_is_over_validation(whole: tuple[Path, Outcome]) -> None:
     file, outcome = whole
     rows = {
         r["recipe"]: (r["validation_metrics"]["first"], r["validation_metrics"]["second"])
-        for r in [*outcome["finalists"], *outcome["references"]]
+        for r in [*outcome.finalists, *outcome.references]
     }
     wanted = {
         r for r, p in rows.items() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in rows.values())
@@ -584,7 +590,9 @@ def test_a_hand_recipe_that_wins_is_called_by_its_name(tmp_path: Path) -> None:
             return Evaluation(recipe.id, own, metrics, {})
 
     with Store.open(file, write=True) as store:
-        store.begin("trial", 5, "", {}, {"tasks": {"first": "", "second": ""}, "versions": {}})
+        store.begin(
+            "trial", 5, "", {}, StudyFacts.from_json({"tasks": {"first": "", "second": ""}, "versions": {}})
+        )
         outcome = Study(plan(), store, Hand()).run()
-        assert outcome["best"]["recipe"] == best.recipe.id
+        assert outcome.best["recipe"] == best.recipe.id
         assert f"'{best.label}' itself" in reports.markdown(store).splitlines()[0]

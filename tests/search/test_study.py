@@ -17,7 +17,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Progress, Study, one_stage
 from evomerge.spaces import baselines
-from evomerge.store import Store
+from evomerge.store import Outcome, Store, StudyFacts
 from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
 
 SPACE = weight_space()
@@ -62,12 +62,12 @@ def search(
     pool: ToyPool,
     of: Plan | None = None,
     seen: Callable[[Study, Progress], None] = lambda study, progress: None,
-) -> dict[str, Any]:
+) -> Outcome:
     """One process' life: opens the store, begins or resumes, runs to its end or its interruption."""
     file.parent.mkdir(exist_ok=True)
     with Store.open(file, write=True) as store:
         if store.study() is None:
-            store.begin("trial", 5, "study: trial\n", {}, {})
+            store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
         study = Study(of or plan(), store, pool)
         study.show = lambda progress: seen(study, progress)
         return study.run()
@@ -76,7 +76,7 @@ def search(
 @pytest.fixture(scope="module")
 def whole(
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]]:
+) -> tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome]:
     """(rows, pool, outcome) of a search that nothing interrupted."""
     file = tmp_path_factory.mktemp("whole") / "trial" / "study.db"
     pool = ToyPool()
@@ -88,7 +88,7 @@ def whole(
 
 
 def test_a_whole_run_has_its_parts_in_order(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
 ) -> None:
     rows, pool, outcome = whole
     trials, count = rows["trials"], len(REFERENCES)
@@ -98,25 +98,25 @@ def test_a_whole_run_has_its_parts_in_order(
     assert [t["origin"] for t in trials[count : count + 6]] == ["injected"] * 3 + ["sampled"] * 3
     assert [t["origin"] for t in trials[count + 6 :]] == ["sampled"] * 12 + ["mean"]
     assert rows["study"][0]["state"] == "done"
-    assert outcome["generations"] == 3
-    assert len(outcome["references"]) == count
+    assert outcome.generations == 3
+    assert len(outcome.references) == count
     assert len(pool.calls) == len(rows["evaluations"])
 
 
 def test_the_winner_is_the_best_on_validation_of_all_that_stand(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
 ) -> None:
     _, _, outcome = whole
-    standing = [*outcome["finalists"], *outcome["references"]]
-    assert outcome["best"]["validation"] == max(row["validation"] for row in standing)
-    hand = max(row["validation"] for row in outcome["references"])
-    assert outcome["best"]["validation"] >= hand
-    assert "mean" in [row["origin"] for row in outcome["finalists"]]
-    assert len(outcome["finalists"]) <= 3
+    standing = [*outcome.finalists, *outcome.references]
+    assert outcome.best["validation"] == max(row["validation"] for row in standing)
+    hand = max(row["validation"] for row in outcome.references)
+    assert outcome.best["validation"] >= hand
+    assert "mean" in [row["origin"] for row in outcome.finalists]
+    assert len(outcome.finalists) <= 3
 
 
 def test_roles_are_used_in_order_and_whole(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
 ) -> None:
     """No test item is looked at before the winner is chosen, no validation item before the search is over."""
     _, pool, outcome = whole
@@ -129,11 +129,11 @@ def test_roles_are_used_in_order_and_whole(
             assert items == POOLS["validation"]
         if letters == {"t"}:
             assert items == POOLS["test"]
-            assert recipe in {outcome["best"]["recipe"]} | {r["recipe"] for r in outcome["references"]}
+            assert recipe in {outcome.best["recipe"]} | {r["recipe"] for r in outcome.references}
 
 
 def test_no_recipe_is_scored_twice_on_the_same_items(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
 ) -> None:
     _, pool, _ = whole
     asked = [(recipe, repr(items)) for recipe, items in pool.calls]
@@ -141,7 +141,7 @@ def test_no_recipe_is_scored_twice_on_the_same_items(
 
 
 def test_the_scores_stored_are_the_pools(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome], tmp_path: Path
 ) -> None:
     pool, outcome = ToyPool(), whole[2]
     search(tmp_path / "trial" / "study.db", pool)
@@ -159,13 +159,13 @@ def test_the_scores_stored_are_the_pools(
                     (metrics["first"] + 2 * metrics["second"]) / 3, abs=1e-15
                 )
                 assert scored.score == objective(metrics)
-        for row in outcome["references"]:
+        for row in outcome.references:
             found = dict(store.evaluations(row["recipe"]))
             assert (row["validation"], row["test"]) == (found["validation"].score, found["test"].score)
 
 
 def test_sampled_candidates_name_those_recombined_into_them(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
 ) -> None:
     rows, _, _ = whole
     scores = {e["id"]: e["score"] for e in rows["evaluations"]}
@@ -187,7 +187,7 @@ def windows(of: Plan, generations: Iterable[int]) -> list[Items]:
 
 
 def test_a_generation_is_scored_on_one_subset(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
 ) -> None:
     rows, _, _ = whole
     sets = {e["id"]: e["item_set"] for e in rows["evaluations"]}
@@ -267,7 +267,7 @@ def broken(
         file.parent.mkdir(exist_ok=True)
         with Store.open(file, write=True) as store:
             if store.study() is None:
-                store.begin("trial", 5, "study: trial\n", {}, {})
+                store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
             study.append(Study(of or plan(), store, pool))
             try:
                 study[0].run()
@@ -280,7 +280,7 @@ def broken(
 
 @pytest.mark.parametrize("how", ["stop", "kill", "lost"])
 def test_broken_off_anywhere_and_taken_up_it_is_the_same_search(
-    how: str, whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+    how: str, whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome], tmp_path: Path
 ) -> None:
     rows, pool, _ = whole
     calls = len(pool.calls)
@@ -297,7 +297,7 @@ def test_broken_off_anywhere_and_taken_up_it_is_the_same_search(
 def test_broken_off_again_and_again_it_is_the_same_search(
     how: str,
     step: int,
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]],
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome],
     tmp_path: Path,
 ) -> None:
     rows, pool, _ = whole
@@ -324,7 +324,7 @@ def test_failures_are_part_of_what_is_taken_up(k: int, tmp_path: Path) -> None:
 def test_a_stop_before_anything_is_a_pause(tmp_path: Path) -> None:
     pool = ToyPool()
     with Store.open(tmp_path / "study.db", write=True) as store:
-        store.begin("trial", 5, "", {}, {})
+        store.begin("trial", 5, "", {}, StudyFacts())
         study = Study(plan(), store, pool)
         study.dispatch.stop = 1
         with pytest.raises(Paused, match="--resume"):
@@ -380,7 +380,7 @@ def part(rows: dict[str, list[dict[str, Any]]], last: int) -> list[tuple[Any, ..
 
 
 def test_a_larger_budget_goes_on_where_the_smaller_ended(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome], tmp_path: Path
 ) -> None:
     rows, _, _ = whole
     search(tmp_path / "large" / "study.db", ToyPool(), plan(evaluations=36))
@@ -396,12 +396,12 @@ def test_a_larger_budget_goes_on_where_the_smaller_ended(
     assert grown["trials"][: len(rows["trials"])] == rows["trials"], "what is stored stays as it is"
     assert len({(r, repr(i)) for r, i in pool.calls}) == len(pool.calls)
     assert not [r for r, i in pool.calls if (r, repr(i)) in {(r, repr(i)) for r, i in whole[1].calls}]
-    assert outcome["generations"] == 6
+    assert outcome.generations == 6
     assert [t["generation"] for t in grown["trials"] if t["origin"] == "mean"] == [3, 6]
 
 
 def test_the_same_budget_again_changes_nothing(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome], tmp_path: Path
 ) -> None:
     file = tmp_path / "trial" / "study.db"
     search(file, ToyPool())
@@ -417,20 +417,20 @@ def test_a_smaller_budget_ends_at_once_and_loses_nothing(tmp_path: Path) -> None
     before = stored_rows(file)
     pool = ToyPool()
     outcome = search(file, pool, plan(evaluations=6))
-    assert outcome["generations"] == 1
+    assert outcome.generations == 1
     after = stored_rows(file)
     for table in ("recipes", "evaluations", "trials"):
         assert [row for row in after[table] if row in before[table]] == before[table]
-    assert outcome["best"]["validation"] == max(
-        r["validation"] for r in [*outcome["finalists"], *outcome["references"]]
+    assert outcome.best["validation"] == max(
+        r["validation"] for r in [*outcome.finalists, *outcome.references]
     )
-    assert search(file, ToyPool())["generations"] == 3, "and back"
+    assert search(file, ToyPool()).generations == 3, "and back"
 
 
 def test_the_budget_is_reached_in_whole_generations(tmp_path: Path) -> None:
     for evaluations, generations in ((1, 1), (6, 1), (7, 2), (12, 2)):
         outcome = search(tmp_path / f"{evaluations}" / "study.db", ToyPool(), plan(evaluations=evaluations))
-        assert outcome["generations"] == generations
+        assert outcome.generations == generations
 
 
 # ---- candidates that fail --------------------------------------------------------------------------------------------
@@ -453,14 +453,14 @@ def test_failing_candidates_never_end_the_search(tmp_path: Path) -> None:
             assert len(store.trials()) == len(REFERENCES) + 49
             for t in failed[:3]:
                 assert reports.candidate(store, t)["error"] == t.error
-        assert outcome["best"]["test"] is not None
-        assert outcome["best"]["id"] not in {t.id for t in failed}
+        assert outcome.best["test"] is not None
+        assert outcome.best["id"] not in {t.id for t in failed}
 
 
 def test_failing_references_are_left_out_not_zero(tmp_path: Path) -> None:
     bad = {b.recipe.id for b in REFERENCES if "task arithmetic" in b.label}
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(lambda recipe: recipe.id in bad))
-    rows = {r["label"]: r for r in outcome["references"]}
+    rows = {r["label"]: r for r in outcome.references}
     for label, row in rows.items():
         if "task arithmetic" in label:
             assert row["search"] is row["validation"] is row["test"] is None
@@ -468,7 +468,7 @@ def test_failing_references_are_left_out_not_zero(tmp_path: Path) -> None:
             assert "lead" not in row
         else:
             assert "error" not in row
-            assert row["lead_error"] > 0 or row["recipe"] == outcome["best"]["recipe"]
+            assert row["lead_error"] > 0 or row["recipe"] == outcome.best["recipe"]
 
 
 def test_more_than_half_of_a_generation_failing_ends_it_with_the_first_cause(tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_exactly_half_of_a_generation_may_fail(tmp_path: Path) -> None:
     def half(recipe: Recipe) -> bool:
         return own(recipe) and counter.setdefault(recipe.id, len(counter)) % 2 == 0
 
-    assert search(tmp_path / "trial" / "study.db", ToyPool(half))["generations"] == 3
+    assert search(tmp_path / "trial" / "study.db", ToyPool(half)).generations == 3
 
 
 def test_no_reference_that_can_be_scored_ends_it(tmp_path: Path) -> None:
@@ -522,7 +522,7 @@ def test_a_score_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
             return found
 
     outcome = search(tmp_path / "trial" / "study.db", Wild(), plan(evaluations=60))
-    assert outcome["best"]["test"] is not None
+    assert outcome.best["test"] is not None
     with Store.open(tmp_path / "trial" / "study.db") as store:
         bad = [t for t in store.trials() if not -1e9 < sum(t.metrics.values()) < 1e9]
         assert len(bad) >= 3
@@ -539,8 +539,8 @@ def test_the_winner_is_never_worse_on_validation_than_a_hand_recipe(
 ) -> None:
     of = plan(seed=seed, finalists=finalists, optimizer=lambda s: CmaEs(s, 0.6, population=6, seed=seed))
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(), of)
-    assert outcome["best"]["validation"] >= max(r["validation"] for r in outcome["references"])
-    assert 1 <= len(outcome["finalists"]) <= finalists
+    assert outcome.best["validation"] >= max(r["validation"] for r in outcome.references)
+    assert 1 <= len(outcome.finalists) <= finalists
 
 
 def test_starting_at_the_best_hand_recipe_starts_there(tmp_path: Path) -> None:
@@ -570,11 +570,11 @@ def test_the_search_finds_more_than_the_hand_recipes(tmp_path: Path) -> None:
     }
     of = plan(evaluations=200, items=many, per_generation=60, optimizer=lambda s: CmaEs(s, 0.15, seed=5))
     outcome = search(tmp_path / "trial" / "study.db", ToyPool(), of)
-    assert outcome["best"]["test"] > max(r["test"] for r in outcome["references"]) + 0.03
+    assert outcome.best["test"] > max(r["test"] for r in outcome.references) + 0.03
 
 
 def test_the_lead_is_the_paired_difference_on_test_items(
-    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, dict[str, Any]], tmp_path: Path
+    whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome], tmp_path: Path
 ) -> None:
     outcome = whole[2]
     file = tmp_path / "trial" / "study.db"
@@ -582,9 +582,9 @@ def test_the_lead_is_the_paired_difference_on_test_items(
     with Store.open(file) as store:
         best = {
             (s.task, s.item): s.value
-            for s in dict(store.evaluations(outcome["best"]["recipe"]))["test"].evaluation.items
+            for s in dict(store.evaluations(outcome.best["recipe"]))["test"].evaluation.items
         }
-        for row in outcome["references"]:
+        for row in outcome.references:
             other = {
                 (s.task, s.item): s.value
                 for s in dict(store.evaluations(row["recipe"]))["test"].evaluation.items
@@ -596,7 +596,7 @@ def test_the_lead_is_the_paired_difference_on_test_items(
                 mean += share * m
                 variance += share**2 * sum((x - m) ** 2 for x in d) / (len(d) - 1) / len(d)
             assert row["lead"] == pytest.approx(mean, abs=1e-12)
-            assert row["lead"] == pytest.approx(outcome["best"]["test"] - row["test"], abs=1e-12)
+            assert row["lead"] == pytest.approx(outcome.best["test"] - row["test"], abs=1e-12)
             assert row["lead_error"] == pytest.approx(variance**0.5, abs=1e-12)
 
 

@@ -12,7 +12,7 @@ from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
 from evomerge.search import Study
 from evomerge.spaces import baselines, soup
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from tests.search.test_study import plan
 from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
 
@@ -66,13 +66,13 @@ def test_parents_are_averaged_in_from_the_best_down_while_it_does_not_get_worse(
     for _ in range(2):  # the second time everything is known
         with Store.open(file, write=True) as store:
             if store.study() is None:
-                store.begin("trial", 5, "study: trial\n", {}, {})
+                store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
             outcome = Study(wish, store, pool).run()
     labels = [
         row["label"] for row in stored_rows(file)["trials"] if (row["label"] or "").startswith("soup of")
     ]
     assert labels == [f"soup of {' + '.join(names)}" for names in tried]
     assert (
-        max(t["search"] for t in outcome["references"] if t["label"] in {*labels, *PARENTS})
+        max(t["search"] for t in outcome.references if t["label"] in {*labels, *PARENTS})
         >= score[frozenset(held)] - 1e-9
     )

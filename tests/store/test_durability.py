@@ -20,7 +20,7 @@ import pytest
 from evomerge.errors import ConfigError, EvomergeError, NoRoom, StudyError
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
-from evomerge.store import Store, file_systems, locks, migrations, stop_request
+from evomerge.store import Store, StudyFacts, file_systems, locks, migrations, stop_request
 from tests.support.toy import weight_space
 
 SPACE = weight_space()
@@ -70,7 +70,9 @@ def add_many(store: Store, until: int) -> None:
 
 def fill(store: Store, trials: int = 24) -> None:
     """A row at least in every table."""
-    store.begin("trial", 3, "study: trial\n" * 40, {"evaluations": 7}, {"axes": ["x"] * 40})
+    store.begin(
+        "trial", 3, "study: trial\n" * 40, {"evaluations": 7}, StudyFacts.from_json({"axes": ["x"] * 40})
+    )
     for slot in range(trials):
         add(store, slot)
     store.add_sensitivity(
@@ -423,7 +425,7 @@ def test_a_full_disk_pauses_and_is_gone_on_with(
     file, other = small_disk / "study.db", small_disk / "other"
     other.write_bytes(bytes(4_000_000 if journal == "WAL" else 5_400_000))
     with Store.open(file, write=True) as store:
-        store.begin("trial", 3, "", {}, {})
+        store.begin("trial", 3, "", {}, StudyFacts())
         with pytest.raises(NoRoom, match="make room") as caught:
             add_many(store, 5000)
         assert caught.value.exit_code == 75
@@ -582,7 +584,7 @@ def test_kill_anywhere_without_a_log_loses_nothing(file: Path, monkeypatch: pyte
     monkeypatch.setenv("EVOMERGE_JOURNAL", "DELETE")
     rng, before = random.Random(5), 0
     with Store.open(file, write=True) as store:
-        store.begin("trial", 3, "", {}, {})
+        store.begin("trial", 3, "", {}, StudyFacts())
     for _ in range(20):
         reading, writing = os.pipe()
         pid = os.fork()

@@ -20,7 +20,7 @@ import pytest
 from evomerge.errors import EvomergeError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
-from evomerge.store import Store, Trial, item_set_id
+from evomerge.store import Outcome, Store, StudyFacts, Trial, item_set_id
 from evomerge.store.migrations import MIGRATIONS
 from tests.support.toy import stored_rows, weight_space
 
@@ -66,7 +66,11 @@ def add(
 def store(file: Path):
     with Store.open(file, write=True) as opened:
         opened.begin(
-            "trial", 2**31 - 1, "study: trial\n", {"evaluations": 7}, {"axes": ["é"], "n": 1, "none": None}
+            "trial",
+            2**31 - 1,
+            "study: trial\n",
+            {"evaluations": 7},
+            StudyFacts.from_json({"axes": ["é"], "n": 1, "none": None}),
         )
         yield opened
 
@@ -85,7 +89,7 @@ def test_the_study_row_comes_back(store: Store) -> None:
         None,
     )
     assert row.overrides == {"evaluations": 7}
-    assert row.facts == {"axes": ["é"], "n": 1, "none": None}
+    assert row.facts == StudyFacts(axes=("é",), extra={"n": 1, "none": None})
     store.set_config("study: trial # more\n", {"evaluations": 9, "seed": 1})
     store.set_state("paused")
     row = store.study()
@@ -95,15 +99,15 @@ def test_the_study_row_comes_back(store: Store) -> None:
         {"evaluations": 9, "seed": 1},
         "paused",
     )
-    store.finish({"best": {"id": 3, "test": 1 / 3}, "lead": None})
+    store.finish(Outcome({"id": 3, "test": 1 / 3}, extra={"lead": None}))
     row = store.study()
     assert row is not None
-    assert (row.state, row.outcome) == ("done", {"best": {"id": 3, "test": 1 / 3}, "lead": None})
+    assert (row.state, row.outcome) == ("done", Outcome({"id": 3, "test": 1 / 3}, extra={"lead": None}))
 
 
 def test_a_study_begins_once(store: Store) -> None:
     with pytest.raises((sqlite3.IntegrityError, StudyError)):
-        store.begin("other", 0, "", {}, {})
+        store.begin("other", 0, "", {}, StudyFacts())
 
 
 def test_a_trial_comes_back_to_the_bit(store: Store, file: Path) -> None:
@@ -329,7 +333,7 @@ def test_a_second_writer_is_refused_at_once_with_the_firsts_host_and_pid(file: P
 def test_a_killed_writer_leaves_no_lock(file: Path) -> None:
     holder(file).kill()
     with Store.open(file, write=True) as store:
-        store.begin("trial", 0, "", {}, {})
+        store.begin("trial", 0, "", {}, StudyFacts())
         assert store.is_driven()
     with Store.open(file) as reader:
         assert not reader.is_driven()
@@ -393,7 +397,7 @@ def read_everything(file: Path) -> None:
 def filled(file: Path) -> bytes:
     """A whole study file, checkpointed: its bytes are all there is."""
     with Store.open(file, write=True) as store:
-        store.begin("trial", 0, "study: trial\n" * 500, {}, {"axes": ["x" * 50] * 100})
+        store.begin("trial", 0, "study: trial\n" * 500, {}, StudyFacts.from_json({"axes": ["x" * 50] * 100}))
         for slot in range(40):
             add(store, 1, slot, recipe(slot / 10))
     assert not file.with_name("study.db-wal").exists()

@@ -16,7 +16,7 @@ from evomerge.evaluation import Evaluation, Items, Objective, Term
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study, one_stage
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from evomerge.workers import Job, Pool, ProcessPool
 from tests.support.toy import ToyPool, results, stored_rows, weight_space
 
@@ -72,7 +72,9 @@ def study(folder: Path, pool: Pool) -> dict[str, list[dict[str, Any]]]:
     plan = Plan(**{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"baselines": baselines(SPACE)})
     folder.mkdir()
     with Store.open(folder / "study.db", write=True) as store:
-        store.begin("toy", 1, "study: toy", {}, {"tasks": {"first": "x"}, "versions": {}})
+        store.begin(
+            "toy", 1, "study: toy", {}, StudyFacts.from_json({"tasks": {"first": "x"}, "versions": {}})
+        )
         Study(plan, store, pool).run()
     return stored_rows(folder / "study.db")
 

@@ -423,7 +423,7 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
     study = prepare.prepare(settings, text, tmp_path / "root", wrap=Poisoned)
     with study.store:
         outcome = study.run()
-    assert outcome["best"]["test"] is not None
+    assert outcome.best["test"] is not None
     with Store.open(tmp_path / "root" / "poisoned" / "study.db") as store:
         failed = [t for t in store.trials() if t.error]
         data = reports.summary(store)
@@ -439,7 +439,7 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
             assert found["error"] == t.error
             assert [s["error"] for s in found["scores"] if s["role"] == "search"] == [t.error]
             assert f"candidate {t.id}: {t.error}" in text
-        assert not [t for t in failed if t.id == outcome["best"]["id"]]
+        assert not [t for t in failed if t.id == outcome.best["id"]]
     code, out, _ = in_process("show", f"poisoned/{failed[0].id}", "--root", tmp_path / "root")
     assert code == 0
     assert f"failed: {failed[0].error}" in out

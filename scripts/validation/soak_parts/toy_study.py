@@ -25,7 +25,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Opening, Plan, Progress, Stage, Study
 from evomerge.spaces import baselines
-from evomerge.store import Store, item_set_id
+from evomerge.store import Store, StudyFacts, item_set_id
 from evomerge.workers import InProcessPool, Job, Pool
 from tests.support.toy import ToyPool, uniform, weight_space
 
@@ -188,7 +188,7 @@ def drive(work: Work) -> str:
     with store:
         note(work.diary, "open", os.getpid())
         if store.study() is None:
-            store.begin("soak", SEED, "study: soak\n", {}, {})
+            store.begin("soak", SEED, "study: soak\n", {}, StudyFacts())
         inner: Pool = InProcessPool(Scorer(work)) if not work.ray else _ray_pool(work)
         pool = Acknowledging(inner, work)
         try:

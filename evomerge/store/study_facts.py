@@ -1,0 +1,295 @@
+"""What a study stores about itself: the facts that its scores depend on, and the outcome of its search.
+
+Both are stored as JSON in the study's own row. Keys and attributes have the same name, except where a docstring says otherwise.
+A key that this version does not know is kept in `extra`, and a key that an older version did not write reads as the default of
+its attribute, which is empty or zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+_SHOWN = 40  # characters of a value that a difference shows
+
+
+@dataclass(frozen=True, slots=True)
+class ParentFacts:
+    """Which model a parent is.
+
+    Attributes:
+        path: The model's folder, or its repository on the hub.
+        revision: Revision of the repository, None for its default or for a folder.
+        sha256: Content hash of the model's files, see `evomerge.checkpoints.Parent.content_hash`.
+    """
+
+    path: str
+    revision: str | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TermFacts:
+    """What a task's metric is: enough to build an objective without loading the task.
+
+    Attributes:
+        sign: 1 where a higher metric is better, -1 where a lower one is.
+        mean: Whether the metric is a mean over items.
+        soft_metrics: Soft metrics that the task has, such as 'probability'; stored as `measures`.
+        subtasks: (name, share of the metric) of the tasks that the items belong to, the task itself where it is no group;
+            stored as `leaves`.
+    """
+
+    sign: int
+    mean: bool
+    soft_metrics: tuple[str, ...]
+    subtasks: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TermFacts:
+        """Reads a term as stored.
+
+        Args:
+            data: Mapping with the keys `sign`, `mean`, `measures` and `leaves`.
+
+        Returns:
+            The term.
+
+        Raises:
+            KeyError: A key is missing.
+        """
+        subtasks = tuple((name, share) for name, share in data["leaves"])
+        return cls(data["sign"], data["mean"], tuple(data["measures"]), subtasks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The term as stored."""
+        return {
+            "sign": self.sign,
+            "mean": self.mean,
+            "measures": list(self.soft_metrics),
+            "leaves": [[name, share] for name, share in self.subtasks],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StudyFacts:
+    """Everything beside the settings that must be the same when a study is resumed, or its scores are reused.
+
+    Attributes:
+        parents: Model name -> which model it is.
+        tasks: Task -> hash of its settings, code, prompts and of which items have which role.
+        metrics: Task -> name of its metric.
+        terms: Task -> what its metric is; empty for a study of a version that did not store it.
+        backends: Task -> what scores it: 'compiled', or 'lm-eval: ' and the reason.
+        items: Role -> task -> number of items.
+        item_sets: Role -> task -> hash of the items' ids.
+        axes: Names of the first stage's search dimensions, where it searches weights.
+        diagonal: Whether weight searches adapt a diagonal covariance matrix.
+        budgets: Evaluations of each stage; empty for a study of a version that did not store them.
+        scoring: How scores are computed: base, dtype, device, backend, batch_size, tokenizer; empty where not stored.
+        max_nats_per_token: Limit of the perplexity screen for routes, None without a screen; stored as `gate`.
+        num_workers: Number of workers that 'auto' settings were chosen for; 0.5.0 stored it as `crew`.
+        base_layers: Number of layers of the base model, which cost no size penalty; stored as `depth`.
+        threads: Number of CPU threads of a merge and of a score; 0 where not stored.
+        versions: Package -> version.
+        extra: Keys that this version does not know, as stored.
+    """
+
+    parents: Mapping[str, ParentFacts] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    terms: Mapping[str, TermFacts] = field(default_factory=dict)
+    backends: Mapping[str, str] = field(default_factory=dict)
+    items: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    item_sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    axes: tuple[str, ...] = ()
+    diagonal: bool = False
+    budgets: tuple[int, ...] = ()
+    scoring: Mapping[str, Any] = field(default_factory=dict)
+    max_nats_per_token: float | None = None
+    num_workers: int = 1
+    base_layers: int = 0
+    threads: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StudyFacts:
+        """Reads facts as stored, also those of older versions.
+
+        Args:
+            data: Stored key -> value, as `to_json` gives it.
+
+        Returns:
+            The facts.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: A value has another form than `to_json` writes.
+        """
+        values = {_FACT_OF_KEY.get(key, key): value for key, value in data.items()}
+        names = {attribute.name for attribute in fields(cls)} - {"extra"}
+        known = {name: value for name, value in values.items() if name in names}
+        known["parents"] = {
+            name: ParentFacts(fact["path"], fact.get("revision"), fact.get("sha256", ""))
+            for name, fact in known.get("parents", {}).items()
+        }
+        known["terms"] = {name: TermFacts.from_json(term) for name, term in known.get("terms", {}).items()}
+        known["axes"] = tuple(known.get("axes", ()))
+        known["budgets"] = tuple(known.get("budgets", ()))
+        return cls(**known, extra={name: value for name, value in values.items() if name not in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as stored: key -> plain value."""
+        return {
+            "parents": {
+                name: {"path": parent.path, "revision": parent.revision, "sha256": parent.sha256}
+                for name, parent in self.parents.items()
+            },
+            "tasks": dict(self.tasks),
+            "metrics": dict(self.metrics),
+            "terms": {name: term.to_json() for name, term in self.terms.items()},
+            "backends": dict(self.backends),
+            "items": {role: dict(counts) for role, counts in self.items.items()},
+            "item_sets": {role: dict(hashes) for role, hashes in self.item_sets.items()},
+            "axes": list(self.axes),
+            "diagonal": self.diagonal,
+            "budgets": list(self.budgets),
+            "scoring": dict(self.scoring),
+            "gate": self.max_nats_per_token,
+            "num_workers": self.num_workers,
+            "depth": self.base_layers,
+            "threads": self.threads,
+            "versions": dict(self.versions),
+            **self.extra,
+        }
+
+    def differences(self, other: StudyFacts) -> list[str]:
+        """Compares these facts, as those of a stored study, with those of now.
+
+        Args:
+            other: The facts of now.
+
+        Returns:
+            'key was X, is Y' for every value that differs, empty where all agree.
+        """
+        return differences(self.to_json(), other.to_json())
+
+
+_FACT_OF_KEY = {"gate": "max_nats_per_token", "depth": "base_layers", "crew": "num_workers"}
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutcome:
+    """How a stage of a search ended.
+
+    Attributes:
+        stage: 'weights' or 'routes'.
+        first: Number of its first generation.
+        last: Number of its last generation.
+        best: Id of its finalist that is best on validation, None where none could be scored.
+    """
+
+    stage: str
+    first: int
+    last: int
+    best: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished search found.
+
+    Attributes:
+        best: The winner's row: id, origin, label, recipe and its scores by role, see `evomerge.search.selection.row`.
+        references: Rows of parents and hand recipes, with the winner's lead over each on the test items.
+        finalists: Rows of the candidates that were scored on the validation items.
+        retention: By task and parent how much of the parent's skill the winner has lost.
+        estimates: Candidate id -> (mean, standard error) of its objective over all search items.
+        generations: Number of the last generation.
+        stages: How each stage ended.
+        extra: Keys that this version does not know, as stored.
+    """
+
+    best: Mapping[str, Any]
+    references: tuple[Mapping[str, Any], ...] = ()
+    finalists: tuple[Mapping[str, Any], ...] = ()
+    retention: tuple[Mapping[str, Any], ...] = ()
+    estimates: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    generations: int = 0
+    stages: tuple[StageOutcome, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """Reads an outcome as stored, also one of an older version.
+
+        Args:
+            data: Stored key -> value, as `to_json` gives it.
+
+        Returns:
+            The outcome.
+
+        Raises:
+            KeyError, TypeError, ValueError: A value has another form than `to_json` writes.
+        """
+        names = {attribute.name for attribute in fields(cls)} - {"extra"}
+        stages = [
+            StageOutcome(row["stage"], row["first"], row["last"], row["best"])
+            for row in data.get("stages", ())
+        ]
+        estimates = {
+            int(trial_id): (mean, error) for trial_id, (mean, error) in data.get("estimates", {}).items()
+        }
+        return cls(
+            best=data["best"],
+            references=tuple(data.get("references", ())),
+            finalists=tuple(data.get("finalists", ())),
+            retention=tuple(data.get("retention", ())),
+            estimates=estimates,
+            generations=data.get("generations", 0),
+            stages=tuple(stages),
+            extra={key: value for key, value in data.items() if key not in names},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome as stored: key -> plain value."""
+        return {
+            "best": dict(self.best),
+            "references": [dict(row) for row in self.references],
+            "finalists": [dict(row) for row in self.finalists],
+            "retention": [dict(row) for row in self.retention],
+            "estimates": {str(trial_id): [mean, error] for trial_id, (mean, error) in self.estimates.items()},
+            "generations": self.generations,
+            "stages": [
+                {"stage": stage.stage, "first": stage.first, "last": stage.last, "best": stage.best}
+                for stage in self.stages
+            ],
+            **self.extra,
+        }
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Compares plain data leaf by leaf.
+
+    Args:
+        before: What was stored; mappings are compared key by key, anything else as a whole.
+        now: What it is now.
+        path: Where in the data this is, for the sentences.
+
+    Returns:
+        'path was X, is Y' for every leaf that differs, in the order of the keys.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines: list[str] = []
+        for key in sorted(set(before) | set(now)):
+            lines += differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        return lines
+    if before == now:
+        return []
+    return [f"{path} was {_shortened(before)}, is {_shortened(now)}"]
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return f"{text[:_SHOWN]}…" if len(text) > _SHOWN else text
