@@ -338,18 +338,18 @@ def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
         text, data = reports.markdown(store), reports.summary(store)
         low, high = outcome.best["test_interval"]
         assert (
-            f"{outcome['best']['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
+            f"{outcome.best['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
         )
         assert "against the best parent" in text.splitlines()[0]
         for heading in ("## Finalists", "## Skills kept", "## Trade-offs", "## The search"):
             assert f"\n{heading}\n" in text
         assert (
-            f"{outcome['best']['luck']:+.3f} ± {outcome['best']['luck_error']:.3f} above its test score"
+            f"{outcome.best['luck']:+.3f} ± {outcome.best['luck_error']:.3f} above its test score"
             in text
         )
         shown = study_tables.study(data)
         assert (
-            f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome['best']['luck']:+.3f}" in shown
+            f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome.best['luck']:+.3f}" in shown
         )
         assert "retention: " in shown
         found = reports.candidate(store, store.trial(outcome.best["id"]))
