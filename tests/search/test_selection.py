@@ -337,20 +337,13 @@ def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
     with Store.open(file) as store:
         text, data = reports.markdown(store), reports.summary(store)
         low, high = outcome.best["test_interval"]
-        assert (
-            f"{outcome.best['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
-        )
+        assert f"{outcome.best['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
         assert "against the best parent" in text.splitlines()[0]
         for heading in ("## Finalists", "## Skills kept", "## Trade-offs", "## The search"):
             assert f"\n{heading}\n" in text
-        assert (
-            f"{outcome.best['luck']:+.3f} ± {outcome.best['luck_error']:.3f} above its test score"
-            in text
-        )
+        assert f"{outcome.best['luck']:+.3f} ± {outcome.best['luck_error']:.3f} above its test score" in text
         shown = study_tables.study(data)
-        assert (
-            f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome.best['luck']:+.3f}" in shown
-        )
+        assert f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome.best['luck']:+.3f}" in shown
         assert "retention: " in shown
         found = reports.candidate(store, store.trial(outcome.best["id"]))
         assert f"estimate over all search items: {found['estimate'][0]:.3f} ±" in study_tables.candidate(
