@@ -1,10 +1,31 @@
-"""Parent models on disk: headers, tensor names, adapters, the Hub's cache. Every file is taken to be a stranger's."""
+"""Parent models on disk. Every file is taken to be written by a stranger, and no code from a model folder is run.
+
+* `parent`: the interface of a parent, and functions over it (sizes, equality, compatibility with a base).
+* `layout`: where each tensor belongs: embeddings, layer, head, another tower.
+* `checkpoint`: a model folder with memory-mapped safetensors files.
+* `lora`, `lora_config`: a LoRA adapter folded into a base as its tensors are read.
+* `reference`, `hub`: 'model[@revision][+adapter]' -> an opened parent, from a folder or the Hugging Face cache.
+* `safetensors_headers`, `tensor_names`: what headers and names say before a weight is read.
+"""
 
 from __future__ import annotations
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.hub import locate
-from evomerge.checkpoints.parent import COMPONENTS, Parent, Place, check_compatible
+from evomerge.checkpoints.layout import COMPONENTS, Layout, TensorPlace
+from evomerge.checkpoints.parent import Parent, check_compatible, equal_tensors, stored_dtype, total_bytes
 from evomerge.checkpoints.reference import open_parent
 
-__all__ = ["COMPONENTS", "Checkpoint", "Parent", "Place", "check_compatible", "locate", "open_parent"]
+__all__ = [
+    "COMPONENTS",
+    "Checkpoint",
+    "Layout",
+    "Parent",
+    "TensorPlace",
+    "check_compatible",
+    "equal_tensors",
+    "locate",
+    "open_parent",
+    "stored_dtype",
+    "total_bytes",
+]

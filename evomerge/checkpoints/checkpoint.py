@@ -1,11 +1,10 @@
-"""Parent models on disk: safetensors, memory-mapped, and what each tensor's name says. Knows nothing of recipes."""
+"""A model folder on disk: safetensors files, memory-mapped, and the layout of their tensors. Knows nothing of recipes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,149 +12,127 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evomerge.checkpoints import safetensors_headers
-from evomerge.checkpoints.parent import Parent, Part, Place, equal
-from evomerge.checkpoints.safetensors_headers import TensorInfo as TensorInfo
-from evomerge.checkpoints.tensor_names import towers
+from evomerge.checkpoints.layout import Layout, layout_of, suffixes_by_layer
+from evomerge.checkpoints.safetensors_headers import TensorInfo
+from evomerge.checkpoints.tensor_names import find_towers
 from evomerge.errors import CheckpointError
-
-_ATTENTION = ("attn", "attention", "mixer")
-_MLP = ("mlp", "feed_forward", "ffn", "experts", "block_sparse_moe")
-_EMBEDDINGS = ("embed", "wte", "wpe", "emb.")
 
 
 class Checkpoint:
-    """An open model folder. Tensors are views of memory-mapped files: read them, never write to them."""
+    """An open model folder. Tensors are views of memory-mapped files: read them, never write to them.
+
+        checkpoint = Checkpoint(Path("models/math"))
+        print(checkpoint.layout.num_layers, len(checkpoint.tensors))
+
+    Attributes:
+        path: The folder.
+        config: Its config.json.
+        tensors: Tensor name -> shape, type and file, from the headers.
+        layout: The tensor names, divided into parts and layers.
+        files: The weight files, sorted.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Reads config and headers only. Raises CheckpointError naming the file that is missing or broken."""
+        """Opens a folder; reads its config and the headers of its weight files, no weights.
+
+        Args:
+            path: A Hugging Face model folder with safetensors files.
+
+        Raises:
+            CheckpointError: A file is missing or broken, or the model is quantised; names the file.
+        """
         self.path = path
-        self.config: dict[str, Any] = safetensors_headers.json_object(path / "config.json", _no_config(path))
+        self.config: dict[str, Any] = safetensors_headers.read_json_object(
+            path / "config.json", _advice_without_config(path)
+        )
         text = _text_config(self.config, path)
-        self.tensors: dict[str, TensorInfo] = safetensors_headers.tensors(path)
+        self.tensors: dict[str, TensorInfo] = safetensors_headers.read_folder(path)
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensors; fetch the model again")
-        depth = _depth(text, len(self.tensors), path)
-        found = towers({name: info.shape for name, info in self.tensors.items()}, self.config)
-        if found is None:
-            raise CheckpointError(
-                f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again"
-            )
-        self.stack = found.stack
-        self._towers, self._layers = set(found.others), _layers(self.tensors, found.stack, found.others)
-        self.num_layers = len(self._layers) if depth is None else depth
-        further = [layer for layer in self._layers if layer >= self.num_layers]
-        if further and len(further) == text.get(
-            "num_nextn_predict_layers"
-        ):  # they predict further tokens; transformers leaves them out
-            for layer in further:
-                self._towers |= {self.layer_name(layer, suffix) for suffix in self._layers.pop(layer)}
-        if set(self._layers) != set(range(self.num_layers)):
-            raise CheckpointError(
-                f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again"
-            )
-        outer = [
-            (place.part, name) for name in sorted(self.tensors) if (place := self.place(name)).layer is None
-        ]
-        self._outer = {part: tuple(name for of, name in outer if of == part) for part, _ in outer}
-        self._files = {
+        self.layout: Layout = _layout(path, self.tensors, self.config, text)
+        self._handles = {
             file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})
         }
-        self.files = tuple(path / file for file in self._files)
-
-    @property
-    def dtype(self) -> str:
-        """The type of most of its tensors, in torch's name; 'float32' where that is none of the usual three."""
-        kinds = Counter(info.dtype for info in self.tensors.values())
-        return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.most_common(1)[0][0], "float32")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together, as they are stored."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest tensor, as it is stored."""
-        return max(info.nbytes for info in self.tensors.values())
+        self.files = tuple(path / file for file in self._handles)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that name, memory-mapped where its file is aligned for it."""
+        """See `Parent.tensor`; memory-mapped where the file is aligned for it."""
         try:
-            handle = self._files[self.tensors[name].file]
+            handle = self._handles[self.tensors[name].file]
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor '{name}'") from None
         tensor: Tensor = handle.get_tensor(name)
         return tensor
 
-    def place(self, name: str) -> Place:
-        """Part, layer and component that a tensor's name says."""
-        if name in self._towers:
-            return Place("tower", None, "other", name)
-        if found := _layer(name, self.stack):
-            return Place("layer", found[0], _component(found[1]), found[1])
-        part: Part = "embeddings" if any(word in name for word in _EMBEDDINGS) else "head"
-        return Place(part, None, "other", name)
-
-    def layer_name(self, layer: int, suffix: str) -> str:
-        """Full name of a layer's tensor."""
-        return f"{self.stack}.{layer}.{suffix}"
-
-    def layer_suffixes(self, layer: int) -> tuple[str, ...]:
-        """Names after 'stack.N.' of one layer's tensors, sorted."""
-        found = self._layers.get(layer)
-        if not found:
-            raise CheckpointError(
-                f"{self.path} has no layer {layer}; its layers are 0 to {self.num_layers - 1}"
-            )
-        return found
-
-    def outer_names(self, part: Part) -> tuple[str, ...]:
-        """Names of the tensors before ('embeddings') or after ('head') the stack, or of other 'tower's, sorted."""
-        return self._outer.get(part, ())
-
     def content_hash(self) -> str:
-        """SHA-256 over config and tensor files: what a study remembers a parent by. Reads every byte once."""
+        """SHA-256 over config and weight files, by which a study recognises a parent. Reads every byte once."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted(self._files):
+        for file in sorted(self._handles):
             with (self.path / file).open("rb") as stream:
                 digest.update(file.encode() + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
-    def equal_tensors(self, other: Parent) -> Iterator[str]:
-        """Names of the tensors that are the same, bit for bit, in both."""
-        return equal(self, other)
 
+def file_stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """Facts of files that change when somebody writes to them while they are mapped.
 
-def stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
-    """File -> its size, time of change and inode: what tells that somebody writes to it while it is mapped. 0s: it is gone."""
-    found = {}
+    Args:
+        files: The files.
+
+    Returns:
+        File -> (size in bytes, time of change in ns, inode); zeros for a file that is gone.
+    """
+    stamps = {}
     for file in files:
         try:
-            now = file.stat()
-            found[file] = (now.st_size, now.st_mtime_ns, now.st_ino)
+            status = file.stat()
+            stamps[file] = (status.st_size, status.st_mtime_ns, status.st_ino)
         except OSError:
-            found[file] = (0, 0, 0)
-    return found
+            stamps[file] = (0, 0, 0)
+    return stamps
+
+
+def _layout(
+    path: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], text: Mapping[str, Any]
+) -> Layout:
+    """The layout of a folder's tensors. Raises CheckpointError unless its stack is as deep as the config says."""
+    depth = _depth(text, len(tensors), path)
+    broken = CheckpointError(
+        f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again"
+    )
+    language = find_towers({name: info.shape for name, info in tensors.items()}, config)
+    if language is None:
+        raise broken
+    towers = set(language.others)
+    layers = suffixes_by_layer(tensors, language.stack, towers)
+    num_layers = len(layers) if depth is None else depth
+    further = [layer for layer in layers if layer >= num_layers]
+    # layers that predict further tokens follow the decoder's; transformers leaves them out
+    if further and len(further) == text.get("num_nextn_predict_layers"):
+        for layer in further:
+            towers |= {f"{language.stack}.{layer}.{suffix}" for suffix in layers.pop(layer)}
+    if set(layers) != set(range(num_layers)):
+        raise broken
+    return layout_of(tensors, language.stack, num_layers, towers, str(path))
 
 
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{file} is not a readable safetensors file ({' '.join(str(error).split())}); fetch or save it again"
+            f"{file} is not a readable safetensors file ({reason}); fetch or save it again"
         ) from None
 
 
-def _no_config(path: Path) -> str:
+def _advice_without_config(path: Path) -> str:
     """What to do about a folder without config.json."""
     if (path / "adapter_config.json").exists():
         return f"{path.name} is a LoRA adapter: name it with its base, as base+{path.name}"
-    return (
-        "give a Hugging Face model folder, which has one"
-        if path.is_dir()
-        else "there is no such folder; give that of a model"
-    )
+    if path.is_dir():
+        return "give a Hugging Face model folder, which has one"
+    return "there is no such folder; give that of a model"
 
 
 def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -167,43 +144,21 @@ def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         )
     if any(part.get(key) for part in (config, text) for key in ("quantization_config", "compression_config")):
         raise CheckpointError(
-            f"{path / 'config.json'} has a quantization_config: quantised weights cannot be merged; dequantise the model first"
+            f"{path / 'config.json'} has a quantization_config: quantised weights cannot be merged; "
+            "dequantise the model first"
         )
     return text
 
 
 def _depth(text: Mapping[str, Any], tensors: int, path: Path) -> int | None:
-    """Number of decoder layers that a config names, None if it names none; a layer has at least one of the folder's tensors."""
+    """Number of decoder layers that a config names, None if it names none; each layer has at least one tensor."""
     key = next((key for key in ("num_hidden_layers", "n_layer") if key in text), None)
-    depth = text[key] if key else None
-    if key and (type(depth) is not int or not 0 < depth <= tensors):
+    if key is None:
+        return None
+    depth = text[key]
+    if type(depth) is not int or not 0 < depth <= tensors:
         raise CheckpointError(
-            f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, got {depth!r:.80}"
+            f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, "
+            f"got {depth!r:.80}"
         )
     return depth
-
-
-def _layer(name: str, stack: str) -> tuple[int, str] | None:
-    """(layer, suffix) of a name in the stack."""
-    if not name.startswith(stack + "."):
-        return None
-    index, _, suffix = name[len(stack) + 1 :].partition(".")
-    return (int(index), suffix) if index.isascii() and index.isdigit() else None
-
-
-def _layers(names: Iterable[str], stack: str, others: Collection[str]) -> dict[int, tuple[str, ...]]:
-    """Layer -> its suffixes, sorted."""
-    layers: dict[int, list[str]] = {}
-    for name in names:
-        if name not in others and (found := _layer(name, stack)):
-            layers.setdefault(found[0], []).append(found[1])
-    return {layer: tuple(sorted(suffixes)) for layer, suffixes in layers.items()}
-
-
-def _component(suffix: str) -> str:
-    head = suffix.split(".", 1)[0]
-    if "norm" in head:  # input_layernorm, post_attention_layernorm
-        return "other"
-    if any(word in suffix for word in _ATTENTION):
-        return "attention"
-    return "mlp" if any(word in suffix for word in _MLP) else "other"

@@ -1,37 +1,29 @@
-"""What the engine asks of a parent model, and whether two parents can be merged."""
+"""The interface of a parent model, and functions over it: sizes, stored type, equality, compatibility with a base."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.safetensors_headers import TensorInfo as TensorInfo
+from evomerge.checkpoints.layout import Layout
+from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError
-
-Part = Literal["embeddings", "layer", "head", "tower"]
-COMPONENTS = ("attention", "mlp", "other")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor belongs. layer: index in the decoder stack, None outside it; suffix: name after 'stack.N.'.
-
-    A 'tower' tensor is no part of the language model: a vision tower, a projector.
-    """
-
-    part: Part
-    layer: int | None
-    component: str
-    suffix: str
 
 
 class Parent(Protocol):
-    """What a merge reads: a checkpoint, or a checkpoint with an adapter folded in."""
+    """A model that a merge reads: a checkpoint, a checkpoint with an adapter folded in, or a merge of others.
+
+    Open one with `evomerge.checkpoints.open_parent`:
+
+        parent = open_parent("org/model@main+org/lora")
+        for name in parent.tensors:
+            tensor = parent.tensor(name)
+    """
 
     @property
     def path(self) -> Path:
@@ -39,7 +31,7 @@ class Parent(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold its tensors, an adapter's too."""
+        """The files that hold its tensors, those of an adapter included."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,75 +39,94 @@ class Parent(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Tensor name -> header facts."""
+        """Tensor name -> shape, type and file, from the headers."""
 
     @property
-    def num_layers(self) -> int:
-        """Depth of the decoder stack."""
-
-    @property
-    def stack(self) -> str:
-        """Prefix of the decoder stack's tensors, such as 'model.layers'."""
-
-    @property
-    def dtype(self) -> str:
-        """The type of most of its tensors, in torch's name."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest tensor."""
+    def layout(self) -> Layout:
+        """Its tensor names, divided into parts and layers; holds the depth."""
 
     def tensor(self, name: str, /) -> Tensor:
-        """The tensor of that name; never written to."""
+        """Reads one tensor.
 
-    def place(self, name: str, /) -> Place:
-        """Part, layer and component that a tensor's name says."""
+        Args:
+            name: Name of the tensor on disk.
 
-    def layer_name(self, layer: int, suffix: str, /) -> str:
-        """Full name of a layer's tensor."""
+        Returns:
+            The tensor, which must never be written to: it may be a view of a memory-mapped file.
 
-    def layer_suffixes(self, layer: int, /) -> tuple[str, ...]:
-        """Names after 'stack.N.' of one layer's tensors, sorted."""
-
-    def outer_names(self, part: Part, /) -> tuple[str, ...]:
-        """Names of the tensors of one part outside the stack, sorted."""
+        Raises:
+            CheckpointError: There is no tensor of that name.
+        """
 
     def content_hash(self) -> str:
-        """What a study remembers it by."""
-
-    def equal_tensors(self, other: Parent, /) -> Iterator[str]:
-        """Names of the tensors that are the same in both."""
+        """SHA-256 by which a study recognises the model: equal for equal config and tensors."""
 
 
-def equal(one: Parent, other: Parent) -> Iterator[str]:
-    """Names of the tensors that two parents have in the same shape, type and values."""
+def equal_tensors(one: Parent, other: Parent) -> Iterator[str]:
+    """Finds the tensors that two parents have in the same shape, type and values.
+
+    Args:
+        one: A parent.
+        other: Another one.
+
+    Yields:
+        Names of the tensors that are equal in both, in the order of the first; one with a NaN is equal to nothing.
+    """
     for name, info in one.tensors.items():
         twin = other.tensors.get(name)
-        if (
-            twin
-            and (twin.shape, twin.dtype) == (info.shape, info.dtype)
-            and torch.equal(one.tensor(name), other.tensor(name))
-        ):
+        alike = twin is not None and (twin.shape, twin.dtype) == (info.shape, info.dtype)
+        if alike and torch.equal(one.tensor(name), other.tensor(name)):
             yield name
 
 
+def stored_dtype(parent: Parent) -> str:
+    """The type of most of a parent's tensors.
+
+    Args:
+        parent: The parent; only its headers are used.
+
+    Returns:
+        torch's name of the type: 'bfloat16', 'float16', or 'float32' for any other.
+    """
+    kinds = Counter(info.dtype for info in parent.tensors.values())
+    most_common = kinds.most_common(1)[0][0]
+    return {"BF16": "bfloat16", "F16": "float16"}.get(most_common, "float32")
+
+
+def total_bytes(parent: Parent) -> int:
+    """The size of a parent's weights.
+
+    Args:
+        parent: The parent; only its headers are used.
+
+    Returns:
+        Bytes of all tensors together, as they are stored.
+    """
+    return sum(info.nbytes for info in parent.tensors.values())
+
+
 def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
-    """Raises CheckpointError unless every parent has the base's tensors in the base's shapes, layer for layer."""
+    """Checks that every parent has the base's tensors in the base's shapes, layer for layer.
+
+    Args:
+        parents: Name -> parent, the base among them.
+        base: Name of the base.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another shape; names the model, the tensor and both shapes.
+    """
     expected = parents[base]
     for name, parent in parents.items():
         for tensor, info in expected.tensors.items():
-            found = parent.tensors.get(tensor)
-            if found is None:
+            twin = parent.tensors.get(tensor)
+            if twin is None:
                 raise CheckpointError(
                     f"model '{name}' lacks the tensor '{tensor}' of base '{base}'; the architectures differ"
                 )
-            if found.shape != info.shape:
-                place = expected.place(tensor)
-                advice = "the vocabularies differ" if place.layer is None else "the architectures differ"
+            if twin.shape != info.shape:
+                outside = expected.layout.place(tensor).layer is None
+                reason = "the vocabularies differ" if outside else "the architectures differ"
                 raise CheckpointError(
-                    f"'{tensor}' is {list(found.shape)} in model '{name}' and {list(info.shape)} in base '{base}'; {advice}"
+                    f"'{tensor}' is {list(twin.shape)} in model '{name}' and {list(info.shape)} in base "
+                    f"'{base}'; {reason}"
                 )

@@ -1,4 +1,4 @@
-"""What a model folder says about itself before a weight is read: its JSON files, shards and safetensors headers.
+"""What a model folder says before a weight is read: its JSON files, its shards, and their safetensors headers.
 
 Every file is taken to be written by a stranger: a fault in it is one CheckpointError that names the file and says what
 to do. Knows nothing of layers, and reads no weights.
@@ -17,21 +17,16 @@ from typing import Any
 
 from evomerge.errors import CheckpointError
 
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "U8": 1,
-    "BOOL": 1,
-}  # what a merge can take
-MAX_HEADER = 16_000_000  # bytes; the format's own limit is 100 MB
-MAX_TENSORS = 50_000  # of a file: the largest public models have ninety thousand in 160 files; each takes some 20 microseconds
-MAX_FOLDER = 200_000  # tensors of all files together
-MAX_JSON = 32_000_000  # bytes of a JSON file
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}
+"""safetensors' name of a type that a merge can take -> bytes of an element."""
+MAX_HEADER = 16_000_000
+"""Bytes of a header; the format's own limit is 100 MB."""
+MAX_TENSORS = 50_000
+"""Tensors of a file: the largest public models have ninety thousand in 160 files; each takes some 20 microseconds."""
+MAX_FOLDER = 200_000
+"""Tensors of all files of a folder together."""
+MAX_JSON = 32_000_000
+"""Bytes of a JSON file."""
 _AGAIN = "fetch or save the file again"
 _OTHER_FORMATS = {  # suffix -> how to get safetensors from it
     ".gguf": "GGUF weights are quantised; use the model that they were made from",
@@ -42,7 +37,13 @@ _OTHER_FORMATS |= dict.fromkeys((".pt", ".pth", ".ckpt", ".pkl"), _OTHER_FORMATS
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Header facts of one tensor. dtype: safetensors' name, such as 'BF16'; file: the shard that holds it."""
+    """Header facts of one tensor.
+
+    Attributes:
+        shape: Its shape.
+        dtype: safetensors' name of its type, such as 'BF16'.
+        file: Name of the file that holds it, empty for one that is yet to be merged.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -54,72 +55,85 @@ class TensorInfo:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def json_object(file: Path, why: str) -> dict[str, Any]:
-    """The JSON object in a file of a model folder. why: ends the error for a file that is missing."""
+def read_json_object(file: Path, advice: str) -> dict[str, Any]:
+    """Reads the JSON object in a file of a model folder.
+
+    Args:
+        file: The file.
+        advice: What to do if the file is missing; ends the error.
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: The file is missing, too large (`MAX_JSON`), outside its folder, or holds no JSON object.
+    """
     if os.path.lexists(file):
         check_file(file)
-        if (size := file.stat().st_size) > MAX_JSON:
+        size = file.stat().st_size
+        if size > MAX_JSON:
             raise CheckpointError(f"{file} has {size:,} bytes, at most {MAX_JSON:,} are read; {_AGAIN}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; {why}") from None
+        raise CheckpointError(f"{file} is missing; {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({_line(error)}); {_AGAIN}") from None
+        raise CheckpointError(f"{file} cannot be read as JSON ({_reason(error)}); {_AGAIN}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(data).__name__}; {_AGAIN}")
     return data
 
 
-def tensors(path: Path) -> dict[str, TensorInfo]:
-    """Tensor name -> header facts, over all weight files of a model folder. Raises CheckpointError."""
+def read_folder(path: Path) -> dict[str, TensorInfo]:
+    """Reads the headers of all weight files of a model folder.
+
+    Args:
+        path: The folder; its single file is preferred to its index, as transformers does.
+
+    Returns:
+        Tensor name -> header facts.
+
+    Raises:
+        CheckpointError: A file is missing or broken, or index and files contradict each other.
+    """
     index = path / "model.safetensors.index.json"
-    if os.path.lexists(path / "model.safetensors") or not os.path.lexists(
-        index
-    ):  # transformers, too, prefers the single file
-        return _join([path / name for name in _alone(path)])
-    where = json_object(index, "an index is read").get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+    if os.path.lexists(path / "model.safetensors") or not os.path.lexists(index):
+        return _join([path / name for name in _weight_files(path)])
+    weight_map = read_json_object(index, "an index is read").get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise CheckpointError(f"{index} must hold a weight_map from tensor names to file names; {_AGAIN}")
-    for name in sorted(set(where.values())):
-        if (
-            Path(name).name != name
-            or not name.isprintable()
-            or len(name) > 200
-            or not name.endswith(".safetensors")
-        ):
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        _check_shard_name(name, index)
+    infos = _join([path / name for name in files])
+    for name, file in weight_map.items():
+        if name not in infos or infos[name].file != file:
             raise CheckpointError(
-                f"{index} names {name[:200]!a}, which is no .safetensors file of its folder; {_AGAIN}"
+                f"{index} says that {file} holds the tensor {name[:200]!a}, which it does not; "
+                "fetch the model again"
             )
-        if not os.path.lexists(path / name):
-            raise CheckpointError(
-                f"{path / name} is missing, but {index.name} names it; fetch the model again"
-            )
-    found = _join([path / name for name in sorted(set(where.values()))])
-    for name, file in where.items():
-        if name not in found or found[name].file != file:
-            raise CheckpointError(
-                f"{index} says that {file} holds the tensor {name[:200]!a}, which it does not; fetch the model again"
-            )
-    return found
+    return infos
 
 
-def read(file: Path) -> dict[str, TensorInfo]:
-    """Tensor name -> header facts of one safetensors file, every number in it checked against the file's size."""
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Reads the header of one safetensors file, and checks every number in it against the file's size.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Tensor name -> header facts.
+
+    Raises:
+        CheckpointError: The header is broken or too large, or a tensor has a type that cannot be merged.
+    """
     check_file(file)
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or 8 + length > size:
-            said = f", and its header is said to take {length}" if size >= 8 else ""
-            raise CheckpointError(
-                f"{file} is truncated or no safetensors file: it has {size} bytes{said}; {_AGAIN}"
-            )
-        if length > MAX_HEADER:
-            raise CheckpointError(
-                f"{file} has a header of {length} bytes, at most {MAX_HEADER} are read; {_AGAIN}"
-            )
-        text = stream.read(length)
+    text = _header_text(file, size)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
         if not isinstance(header, dict):
@@ -128,13 +142,14 @@ def read(file: Path) -> dict[str, TensorInfo]:
         if len(header) > MAX_TENSORS:
             raise ValueError(f"it has {len(header):,} tensors, at most {MAX_TENSORS:,} are read of a file")
         spans = [_span(name, entry) for name, entry in header.items()]
-        _check_cover(spans, size - 8 - length)
+        _check_cover(spans, size - 8 - len(text))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a broken header ({_line(error)}); {_AGAIN}") from None
+        raise CheckpointError(f"{file} has a broken header ({_reason(error)}); {_AGAIN}") from None
     for name, entry in header.items():
         if entry["dtype"] not in ITEM_BYTES:
             raise CheckpointError(
-                f"{file} holds {name!r} as {entry['dtype'][:20]!r}, which cannot be merged; dequantise the model to bfloat16 first"
+                f"{file} holds {name!r} as {entry['dtype'][:20]!r}, which cannot be merged; "
+                "dequantise the model to bfloat16 first"
             )
     return {
         name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file.name) for name, entry in header.items()
@@ -142,12 +157,19 @@ def read(file: Path) -> dict[str, TensorInfo]:
 
 
 def check_file(file: Path) -> None:
-    """Raises CheckpointError unless it is a regular file that lies in its folder, or in the blobs of a Hugging Face cache."""
+    """Checks that a file is a regular one in its folder, or in the blobs of a Hugging Face cache.
+
+    Args:
+        file: The file, perhaps a link.
+
+    Raises:
+        CheckpointError: It is not regular, cannot be opened, or is a link that leaves the folder.
+    """
     try:
         target, folder = file.resolve(strict=True), file.parent.resolve()
         regular = stat.S_ISREG(target.stat().st_mode)
     except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
-        raise CheckpointError(f"{file} cannot be opened ({_line(error)}); fetch the model again") from None
+        raise CheckpointError(f"{file} cannot be opened ({_reason(error)}); fetch the model again") from None
     if not regular:
         raise CheckpointError(f"{file} is not a regular file; put the file itself there")
     cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
@@ -157,15 +179,44 @@ def check_file(file: Path) -> None:
         )
 
 
-def _alone(path: Path) -> list[str]:
-    """Weight files of a folder without an index."""
+def _check_shard_name(name: str, index: Path) -> None:
+    """Raises CheckpointError unless an index names a .safetensors file of its own folder that is there."""
+    in_folder = Path(name).name == name and name.isprintable() and len(name) <= 200
+    if not in_folder or not name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{index} names {name[:200]!a}, which is no .safetensors file of its folder; {_AGAIN}"
+        )
+    if not os.path.lexists(index.parent / name):
+        raise CheckpointError(
+            f"{index.parent / name} is missing, but {index.name} names it; fetch the model again"
+        )
+
+
+def _header_text(file: Path, size: int) -> bytes:
+    """The JSON text of a file's header; size: bytes of the file."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or 8 + length > size:
+            header = f", and its header is said to take {length}" if size >= 8 else ""
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file: it has {size} bytes{header}; {_AGAIN}"
+            )
+        if length > MAX_HEADER:
+            raise CheckpointError(
+                f"{file} has a header of {length} bytes, at most {MAX_HEADER} are read; {_AGAIN}"
+            )
+        return stream.read(length)
+
+
+def _weight_files(path: Path) -> list[str]:
+    """Names of the weight files of a folder without an index."""
     if os.path.lexists(path / "model.safetensors"):
         return ["model.safetensors"]
     try:
         present = sorted(os.listdir(path))
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be listed ({_line(error)}); give a folder that can be read"
+            f"{path} cannot be listed ({_reason(error)}); give a folder that can be read"
         ) from None
     names = [
         name for name in present if name.endswith(".safetensors") and name != "adapter_model.safetensors"
@@ -188,19 +239,21 @@ def _alone(path: Path) -> list[str]:
 
 
 def _join(files: list[Path]) -> dict[str, TensorInfo]:
-    found: dict[str, TensorInfo] = {}
+    """The header facts of several files, which must not share a tensor name."""
+    infos: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in read(file).items():
-            if name in found:
+        for name, info in read_header(file).items():
+            if name in infos:
                 raise CheckpointError(
-                    f"{file} and {found[name].file} both hold the tensor {name!r}; remove the file that is not part of the model"
+                    f"{file} and {infos[name].file} both hold the tensor {name!r}; remove the file that is not "
+                    "part of the model"
                 )
-            found[name] = info
-        if len(found) > MAX_FOLDER:
+            infos[name] = info
+        if len(infos) > MAX_FOLDER:
             raise CheckpointError(
                 f"{file.parent} has more than {MAX_FOLDER:,} tensors; give the folder of one model"
             )
-    return found
+    return infos
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
@@ -209,7 +262,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
         raise ValueError(f"{_shown(name)} is no name of a tensor")
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         raise ValueError(f"{_shown(name)} has no dtype")
-    shape, offsets = _whole(entry.get("shape")), _whole(entry.get("data_offsets"))
+    shape, offsets = _whole_numbers(entry.get("shape")), _whole_numbers(entry.get("data_offsets"))
     if shape is None or len(shape) > 64:
         raise ValueError(f"{_shown(name)} has a shape that is no list of whole numbers")
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -225,14 +278,14 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
 
 def _check_cover(spans: list[tuple[int, int, str]], size: int) -> None:
     """Raises ValueError unless the spans, in order, take every byte of the data once."""
-    at = 0
+    position = 0
     for first, end, name in sorted(spans):
-        if first != at:
-            where = "inside the tensor before it" if first < at else f"not at {at}"
+        if first != position:
+            where = "inside the tensor before it" if first < position else f"not at {position}"
             raise ValueError(f"{_shown(name)} starts at byte {first} of the data, {where}")
-        at = end
-    if at != size:
-        raise ValueError(f"the tensors take {at} bytes, the file has {size} for them")
+        position = end
+    if position != size:
+        raise ValueError(f"the tensors take {position} bytes, the file has {size} for them")
 
 
 def _shown(name: str) -> str:
@@ -240,23 +293,21 @@ def _shown(name: str) -> str:
     return ascii(name[:200])
 
 
-def _whole(value: Any) -> list[int] | None:
-    """The value if it is a list of whole numbers that are not negative."""
-    return (
-        value
-        if isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
-        else None
-    )
+def _whole_numbers(value: Any) -> list[int] | None:
+    """The value if it is a list of whole numbers that are not negative, else None."""
+    if not isinstance(value, list):
+        return None
+    return value if all(type(number) is int and 0 <= number < 2**63 for number in value) else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name stands in it twice")
-    return found
+    return entries
 
 
-def _line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """An error's text in one line, without the file name that the sentence around it has."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -39,7 +39,7 @@ def export(
     study = store.study()
     assert study is not None
     recipe = store.recipe(trial.recipe_id)
-    is_route = recipe.is_route({name: parent.num_layers for name, parent in parents.items()})
+    is_route = recipe.is_route({name: parent.layout.num_layers for name, parent in parents.items()})
     with atomic_folder.whole(directory) as staging:
         notes = []
         if is_route:
@@ -68,7 +68,9 @@ def export(
 def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:
     """The mergekit YAML of a candidate, with where it comes from as a comment."""
     shell = parents[recipe.base]
-    named = writer.with_outer_filters(recipe, shell.outer_names("embeddings"), shell.outer_names("head"))
+    named = writer.with_outer_filters(
+        recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
+    )
     return writer.dump(named, references(study, parents), _header(recipe, study, trial))
 
 

@@ -74,7 +74,7 @@ class OpenRoute:
         shell = self.parents[self.recipe.base]
         try:
             keyed = writer.with_outer_filters(
-                self.recipe, shell.outer_names("embeddings"), shell.outer_names("head")
+                self.recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
             )
             (directory / "recipe.yaml").write_text(writer.dump(keyed, references, header))
         except RecipeError as error:

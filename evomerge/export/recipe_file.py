@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from evomerge import _yaml
-from evomerge.checkpoints import Parent, open_parent
+from evomerge.checkpoints import Parent, open_parent, stored_dtype
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.export import open_route
 from evomerge.merging import checkpoint_writer
@@ -47,8 +47,8 @@ def merge_file(
     else:
         recipe = reader.load(
             _yaml.read_all(file),
-            lambda name: parent(name).num_layers,
-            lambda name: parent(name).dtype,
+            lambda name: parent(name).layout.num_layers,
+            lambda name: stored_dtype(parent(name)),
             policy,
         )
         opened = {name: parent(name) for name in recipe.models}
@@ -68,9 +68,9 @@ def merge_file(
 def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
     for mix in recipe.mixes:
         for model, layer in (*mix.sources, *([mix.base] if mix.base else [])):
-            if layer is not None and model in parents and layer >= parents[model].num_layers:
+            if layer is not None and model in parents and layer >= parents[model].layout.num_layers:
                 raise RecipeError(
-                    f"the recipe reads layer {layer} of '{model}', which has {parents[model].num_layers}"
+                    f"the recipe reads layer {layer} of '{model}', which has {parents[model].layout.num_layers}"
                 )
 
 
@@ -84,7 +84,7 @@ def _warnings(recipe: Recipe, parents: dict[str, Parent]) -> tuple[str, ...]:
         ) as error:  # rows that differ are refused by the plan; a broken tokenizer only cannot be compared
             differs = str(error)
         found += [differs] if differs else []
-    towers = parents[recipe.base].outer_names("tower") if recipe.base in parents else ()
+    towers = parents[recipe.base].layout.outer_names("tower") if recipe.base in parents else ()
     if towers and len(recipe.models) > 1:
         found.append(
             f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged"

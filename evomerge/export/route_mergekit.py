@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evomerge.checkpoints import Checkpoint, Parent
+from evomerge.checkpoints import Checkpoint, Parent, stored_dtype
 from evomerge.errors import RecipeError, SetupError
 from evomerge.export import reload_check, route_checkpoint
 from evomerge.merging import mergekit_check
@@ -149,7 +149,7 @@ def check_with_mergekit(environment: Path, recipe: Path, expected: Path) -> Comp
 def compare(expected: Path, found: Path) -> Comparison:
     """The checkpoint of a route and what mergekit made of its YAML, tensor by tensor under the names of the first."""
     ours = Checkpoint(expected)
-    loaded = reload_check.load(found, ours.dtype)
+    loaded = reload_check.load(found, stored_dtype(ours))
     if loaded.faults:
         return Comparison(0, 0, 0, 0, 0.0, loaded.faults)
     with tempfile.TemporaryDirectory(dir=found.parent) as scratch:
@@ -187,7 +187,9 @@ def run_mergekit(environment: Path, recipe: Path, out: Path) -> None:
 
 def _stage(name: str, stage: Recipe, parents: Mapping[str, Parent], references: Mapping[str, str]) -> str:
     shell = parents[stage.base]
-    keyed = writer.with_outer_filters(stage, shell.outer_names("embeddings"), shell.outer_names("head"))
+    keyed = writer.with_outer_filters(
+        stage, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
+    )
     return f"name: {json.dumps(name)}\n" + writer.dump(keyed, references)
 
 

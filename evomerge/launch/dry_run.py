@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from evomerge.checkpoints import Parent
+from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.config import Config
 from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
@@ -86,10 +86,10 @@ def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
         "architecture": (parent.config.get("architectures") or [parent.config.get("model_type", "unknown")])[
             0
         ],
-        "layers": parent.num_layers,
+        "layers": parent.layout.num_layers,
         "parameters": sum(math.prod(info.shape) for info in parent.tensors.values()),
-        "dtype": parent.dtype,
-        "bytes": parent.nbytes,
+        "dtype": stored_dtype(parent),
+        "bytes": total_bytes(parent),
     }
 
 

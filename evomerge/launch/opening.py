@@ -143,6 +143,6 @@ def _opened(
         parents,
         space,
         harness,
-        make_objective(settings, task_terms(settings, harness), parents[settings.base].num_layers),
+        make_objective(settings, task_terms(settings, harness), parents[settings.base].layout.num_layers),
         warnings,
     )

@@ -119,7 +119,7 @@ def _prepare(
         scoring=scoring(settings, parents[settings.base], device_name()),
         max_nats_per_token=routed,
         num_workers=stored.facts.num_workers if stored else pool_module.num_workers(settings, workers),
-        base_layers=parents[settings.base].num_layers,
+        base_layers=parents[settings.base].layout.num_layers,
         threads=torch.get_num_threads(),
         versions={
             "evomerge": __version__,
@@ -145,7 +145,7 @@ def _prepare(
     def said(text: str) -> None:
         show(Progress("opening models and tasks", 0, 1, None, text))
 
-    said(f"parents: {parent_placement.said(scorer.places)}")
+    said(f"parents: {parent_placement.describe(scorer.places)}")
     make = functools.partial(_open_worker, settings, allowed, routed) if evaluator is harness else None
     pool = pool_module.open_pool(settings, scorer, make, workers, facts, earlier, said)
     return Study(plan, store, pool, show, pool_module.dispatch(settings, store, pool))

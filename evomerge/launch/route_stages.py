@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import _yaml
-from evomerge.checkpoints import Parent, locate
+from evomerge.checkpoints import Parent, locate, stored_dtype
 from evomerge.config import Config
 from evomerge.config.schema import StageConfig
 from evomerge.errors import ConfigError
@@ -47,13 +47,13 @@ def route_space(
     routes = settings.routes
     own = _outer(start.recipe)
     name = (own or MERGED) if routes.start == "best" else routes.start
-    models = [(n, parents[n].num_layers) for n in (routes.models or settings.models)]
+    models = [(n, parents[n].layout.num_layers) for n in (routes.models or settings.models)]
     stage = None
     if name == MERGED:
         stage = (MERGED, start.recipe)
         models = [(MERGED, len(start.recipe.layers)), *models]
     elif name not in dict(models):
-        models = [(name, parents[name].num_layers), *models]
+        models = [(name, parents[name].layout.num_layers), *models]
     depth = dict(models)[name]
     bounds = routes.layers or (max(1, depth // 2), 2 * depth)
     common: dict[str, Any] = {
@@ -172,7 +172,7 @@ def route_optimizer(settings: Config) -> OptimizerEntry:
 def hand_baselines(settings: Config, parents: Mapping[str, Parent], start: Start | None) -> list[Baseline]:
     """Routes that people write by hand, of the start's model where it is no parent, and the stacks of the search file."""
     names = settings.routes.models or tuple(settings.models)
-    models = tuple((n, parents[n].num_layers) for n in names)
+    models = tuple((n, parents[n].layout.num_layers) for n in names)
     stage = None
     if start is not None and _outer(start.recipe) is None:
         stage, models = (MERGED, start.recipe), ((MERGED, len(start.recipe.layers)),)
@@ -201,8 +201,8 @@ def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe
         raise ConfigError(f"routes.stacks: there is no file '{file}'; correct the path")
     read = reader.load(
         _yaml.read_all(Path(file)),
-        lambda r: parents[known(r)].num_layers,
-        lambda r: parents[known(r)].dtype,
+        lambda r: parents[known(r)].layout.num_layers,
+        lambda r: stored_dtype(parents[known(r)]),
         "float32",
     )
     if any(mix.method != "passthrough" for mix in read.mixes):

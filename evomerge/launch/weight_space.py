@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from evomerge import optimizers
-from evomerge.checkpoints import COMPONENTS, Parent
+from evomerge.checkpoints import COMPONENTS, Parent, equal_tensors
 from evomerge.config import Config
 from evomerge.errors import ConfigError
 from evomerge.methods import method
@@ -26,10 +26,10 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
     """The search space of a configuration over open parents."""
     base = parents[settings.base]
     sizes = settings.space.groups
-    groups = tuple(sizes) if isinstance(sizes, tuple) else _divide(base.num_layers, sizes)
-    if sum(groups) != base.num_layers:
+    groups = tuple(sizes) if isinstance(sizes, tuple) else _divide(base.layout.num_layers, sizes)
+    if sum(groups) != base.layout.num_layers:
         raise ConfigError(
-            f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.num_layers}"
+            f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.layout.num_layers}"
         )
     rule = method(settings.method)
     ranges = {}
@@ -77,9 +77,9 @@ def _divide(layers: int, groups: int) -> tuple[int, ...]:
 def _segments(base: Parent) -> tuple[tuple[str, str], ...]:
     """(text, component) pairs: '.self_attn.' is attention, '.mlp.' is mlp; the rest is 'other'."""
     found: dict[str, str] = {}
-    for layer in range(base.num_layers):
-        for suffix in base.layer_suffixes(layer):
-            component = base.place(base.layer_name(layer, suffix)).component
+    for layer in range(base.layout.num_layers):
+        for suffix in base.layout.layer_suffixes(layer):
+            component = base.layout.place(base.layout.layer_name(layer, suffix)).component
             text = f".{suffix.split('.', 1)[0]}."
             if component != "other":
                 found[text] = component
@@ -93,12 +93,12 @@ def _dead(space: WeightSpace, parents: Mapping[str, Parent]) -> frozenset[tuple[
     listed = set(space.components)
     dead = []
     for name in space.models:
-        same = set(base.equal_tensors(parents[name]))
+        same = set(equal_tensors(base, parents[name]))
         alive: set[tuple[str, str | None]] = set()
         for tensor in base.tensors:
             if tensor in same:
                 continue
-            place = base.place(tensor)
+            place = base.layout.place(tensor)
             if place.part == "tower":
                 continue
             if place.layer is None:

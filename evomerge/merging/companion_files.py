@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from evomerge.checkpoints.safetensors_headers import json_object
+from evomerge.checkpoints.safetensors_headers import read_json_object
 from evomerge.merging.merge import Merge
 from evomerge.recipes import chat_templates
 
@@ -32,7 +32,7 @@ def write_companion_files(merge: Merge, directory: Path) -> None:
             shutil.copyfile(file, directory / file.name)
     generation = donor.path / "generation_config.json"
     if generation.is_file() and merge.vocabulary:
-        config = merge.vocabulary.config(json_object(generation, ""))
+        config = merge.vocabulary.config(read_json_object(generation, ""))
         (directory / generation.name).write_text(json.dumps(config, indent=2) + "\n")
     elif generation.is_file():
         shutil.copyfile(generation, directory / generation.name)
@@ -55,7 +55,7 @@ def _template(merge: Merge, directory: Path) -> None:
         return
     config = directory / "tokenizer_config.json"
     if config.is_file():
-        data = json_object(config, "")
+        data = read_json_object(config, "")
         data.pop("chat_template", None)
         config.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     (directory / "chat_template.json").unlink(missing_ok=True)
@@ -67,5 +67,5 @@ def _own_template(path: Path) -> str | None:
     file, config = path / "chat_template.jinja", path / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = json_object(config, "").get("chat_template") if config.is_file() else None
+    found = read_json_object(config, "").get("chat_template") if config.is_file() else None
     return found if isinstance(found, str) else None

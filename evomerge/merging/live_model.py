@@ -18,6 +18,7 @@ from torch import nn
 from evomerge.checkpoints import Parent
 from evomerge.errors import CandidateError
 from evomerge.merging import merge, tensor_plan
+from evomerge.merging.merged_config import layer_changes
 from evomerge.merging.model_loading import load_parent
 from evomerge.merging.routing import checks, decoder_layers, layer_config, plain_checkpoint, routed_model
 from evomerge.merging.routing.routed_model import Hop, Routed
@@ -172,7 +173,9 @@ class ModelBuilder:
         if name in stages:
             return stages[name]
         return (
-            self.model(name) if name == recipe.base or not self._parents[name].outer_names("tower") else None
+            self.model(name)
+            if name == recipe.base or not self._parents[name].layout.outer_names("tower")
+            else None
         )
 
     def _merge(
@@ -187,7 +190,7 @@ class ModelBuilder:
         steps: dict[int | None, list[tensor_plan.Step]] = {}
         for step in plan.steps:
             if step.mix is not None:
-                steps.setdefault(shell.place(step.name).layer, []).append(step)
+                steps.setdefault(shell.layout.place(step.name).layer, []).append(step)
         taken: Counter[int] = Counter()
         places: dict[Any, Hop] = {}
         hops: dict[int, Hop] = {}
@@ -238,20 +241,20 @@ class ModelBuilder:
 
     def _is_skeleton(self, recipe: Recipe) -> bool:
         """Whether a recipe is the base's shape, layer for layer, and its config says of them what the base's does."""
-        depth = self._parents[self._base].num_layers
+        depth = self._parents[self._base].layout.num_layers
         if len(recipe.layers) != depth or recipe.is_route({recipe.base: depth}):
             return False
         stages = dict.fromkeys(
             (name for name, _ in recipe.stages), self._parents[self._base]
         )  # which `_filled` gives the base's shape
-        return merge.layer_changes(recipe, {**self._parents, **stages}) is None
+        return layer_changes(recipe, {**self._parents, **stages}) is None
 
     def _filled(self, number: int, recipe: Recipe) -> _Skeleton:
         """The skeleton with a recipe's weights."""
         skeleton = self._skeleton(number)
         if skeleton.holds != recipe.id:
             skeleton.holds = None
-            merge.into(recipe, self._parents, skeleton.resident, self._known, self._device)
+            merge.merge_into(recipe, self._parents, skeleton.resident, self._known, self._device)
             skeleton.holds = recipe.id
         return skeleton
 
@@ -275,7 +278,7 @@ def _depends_on_position(mix: Mix) -> bool:
 
 def _at_layer(shell: Parent, layer: int, name: str) -> str:
     """The tensor of the same suffix in another layer."""
-    return shell.layer_name(layer, shell.place(name).suffix)
+    return shell.layout.layer_name(layer, shell.layout.place(name).suffix)
 
 
 def _index(layer: int | None) -> int:

@@ -1,13 +1,16 @@
-"""What every output tensor of a recipe is made of, checked before anything is computed."""
+"""What every output tensor of a recipe is made of, checked and planned from headers before anything is computed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
+from evomerge.checkpoints import Parent
 from evomerge.checkpoints.safetensors_headers import TensorInfo
-from evomerge.errors import RecipeError, suggest
+from evomerge.errors import CheckpointError, RecipeError, suggest
+from evomerge.merging.vocabulary.alignment import Vocabulary, vocabulary_tensors
 from evomerge.methods import Method, method
 from evomerge.recipes import STORED, Filtered, Mix, ParamValue, Recipe
 
@@ -17,12 +20,22 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+"""Name of a type in a recipe -> torch's type."""
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+"""Name of a type in a recipe -> safetensors' name of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One output tensor. info: its header facts; inputs: its name in each source; base: in the base; mix: None for a tensor taken over."""
+    """The plan of one output tensor.
+
+    Attributes:
+        name: Its name on disk.
+        info: Its header facts.
+        mix: How it is merged; None for a tensor that is taken over from the base as it is.
+        inputs: Its name in each source of the mix.
+        base: Its name in the mix's base, None if the mix has none.
+    """
 
     name: str
     info: TensorInfo
@@ -32,46 +45,181 @@ class Step:
 
 
 def check(recipe: Recipe) -> None:
-    """Raises RecipeError, naming layer and model, unless every mix is one that its method accepts."""
+    """Checks that every mix of a recipe is one that its method accepts.
+
+    Args:
+        recipe: The recipe; intermediate merges in it are not checked.
+
+    Raises:
+        RecipeError: A type, method, parameter or number of models is refused; names layer and model.
+    """
     for name in (recipe.dtype, recipe.out_dtype):
-        if name not in DTYPES and not (
-            name == STORED and recipe.policy == "mergekit" and recipe.out_dtype != STORED
-        ):
+        is_stored = name == STORED and recipe.policy == "mergekit" and recipe.out_dtype != STORED
+        if name not in DTYPES and not is_stored:
             raise RecipeError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}")
     for where, mix in zip(output_places(recipe), recipe.mixes, strict=True):
-        rule = method(mix.method)
-        least, most = rule.models
-        if not least <= len(mix.sources) <= most:
-            wanted = str(least) if least == most else f"{least} to {most}"
-            raise RecipeError(
-                f"{mix.method} takes {wanted} source models besides the base, got {len(mix.sources)} ({where})"
-            )
-        if rule.needs_base and mix.base is None:
-            raise RecipeError(f"{mix.method} needs a base model ({where})")
-        if mix.base is not None and not (rule.needs_base or rule.takes_base):
-            raise RecipeError(
-                f"{mix.method} has no base model; list '{mix.base[0]}' among its sources ({where})"
-            )
+        _check_models(mix, where)
         for name, value in mix.params:
-            _check_param(rule, name, value, mix, where)
+            _check_param(method(mix.method), name, value, mix, where)
+
+
+def output_places(recipe: Recipe) -> list[str]:
+    """What messages call the mixes of a recipe.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        'embeddings', 'layer 0', ..., 'head', in the order of `Recipe.mixes`.
+    """
+    return ["embeddings", *(f"layer {i}" for i in range(len(recipe.layers))), "head"]
+
+
+def plan(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary | None) -> tuple[Step, ...]:
+    """Plans every output tensor: finds its inputs and compares their shapes, from headers alone.
+
+    Args:
+        recipe: A recipe that `check` accepts.
+        parents: Name -> parent, for every model that the recipe reads.
+        vocabulary: The output's vocabulary, None if the recipe keeps the base's rows.
+
+    Returns:
+        The steps in output order: embeddings, layers, head, other towers.
+
+    Raises:
+        CheckpointError: A model lacks a tensor, or the shapes of a tensor's inputs differ.
+    """
+    shell = parents[recipe.base].layout
+    planner = _Planner(recipe, parents, vocabulary, resized_tensors(parents[recipe.base], vocabulary))
+    steps = [planner.step(recipe.embeddings, name, None) for name in shell.outer_names("embeddings")]
+    for position, mix in enumerate(recipe.layers):
+        for suffix in planner.suffixes(mix):
+            steps.append(planner.step(mix, shell.layer_name(position, suffix), suffix))
+    steps += [planner.step(recipe.head, name, None) for name in shell.outer_names("head")]
+    steps += [planner.taken_over(name) for name in shell.outer_names("tower")]
+    return tuple(steps)
+
+
+def resized_tensors(base: Parent, vocabulary: Vocabulary | None) -> frozenset[str]:
+    """The tensors of a merge whose rows are aligned by token.
+
+    Args:
+        base: The base of the merge.
+        vocabulary: The output's vocabulary, None if the recipe keeps the base's rows.
+
+    Returns:
+        Names of the base's tensors with one row a token; none without a vocabulary.
+    """
+    return frozenset(vocabulary_tensors(base)) if vocabulary else frozenset()
+
+
+def layer_index(layer: int | None) -> int:
+    """The layer of a source inside the stack.
+
+    Args:
+        layer: Second half of a recipe's source.
+
+    Returns:
+        The layer.
+
+    Raises:
+        RecipeError: The source names no layer.
+    """
+    if layer is None:
+        raise RecipeError("a source of an output layer must name a layer")
+    return layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Plans single steps. resized: names of the output tensors whose rows the vocabulary numbers anew."""
+
+    recipe: Recipe
+    parents: Mapping[str, Parent]
+    vocabulary: Vocabulary | None
+    resized: frozenset[str]
+
+    def suffixes(self, mix: Mix) -> list[str]:
+        """Names inside a layer of all tensors that any model of its mix has there, sorted."""
+        suffixes: set[str] = set()
+        for model, layer in (*mix.sources, *([mix.base] if mix.base else ())):
+            suffixes.update(self.parents[model].layout.layer_suffixes(layer_index(layer)))
+        return sorted(suffixes)
+
+    def step(self, mix: Mix, output: str, suffix: str | None) -> Step:
+        """The plan of one merged tensor. suffix: its name inside a layer, None for a tensor outside the stack."""
+        models = [*mix.sources, *([mix.base] if mix.base else [])]
+        names = [self._name(model, layer, output, suffix) for model, layer in models]
+        infos = [self.parents[model].tensors[name] for (model, _), name in zip(models, names, strict=True)]
+        is_resized = self.vocabulary is not None and output in self.resized
+        last = infos[-1]
+        for (model, _), info in zip(models, infos, strict=True):
+            if info.shape[is_resized:] != last.shape[is_resized:]:
+                reason = "the vocabularies differ; set tokenizer_source: union"
+                if suffix:
+                    reason = "the architectures differ"
+                raise CheckpointError(
+                    f"'{output}' is {list(info.shape)} in '{model}' and {list(last.shape)} in '{models[-1][0]}'; "
+                    f"{reason}"
+                )
+        shape = last.shape
+        if is_resized and self.vocabulary is not None:
+            shape = (self.vocabulary.size, *last.shape[1:])
+        sources = len(mix.sources)
+        info = replace(self._header(last), shape=shape)
+        return Step(output, info, mix, tuple(names[:sources]), names[sources] if mix.base else None)
+
+    def taken_over(self, name: str) -> Step:
+        """The plan of a tensor that is the base's own."""
+        return Step(name, self._header(self.parents[self.recipe.base].tensors[name]))
+
+    def _name(self, model: str, layer: int | None, output: str, suffix: str | None) -> str:
+        """The name in a model of what an output tensor is made of; a head tied to the embeddings is the embeddings."""
+        parent = self.parents[model]
+        name = output if suffix is None else parent.layout.layer_name(layer_index(layer), suffix)
+        if name in parent.tensors:
+            return name
+        text = parent.config.get("text_config", parent.config)
+        is_head = parent.layout.place(name).part == "head" and name.endswith(".weight") and "norm" not in name
+        if is_head and text.get("tie_word_embeddings", parent.config.get("tie_word_embeddings", True)):
+            tables = vocabulary_tensors(parent)
+            if tables:
+                return tables[0]
+        raise CheckpointError(f"model '{model}' lacks the tensor '{name}'; the architectures differ")
+
+    def _header(self, info: TensorInfo) -> TensorInfo:
+        """The header facts of the output: of the recipe's type, unless it holds whole numbers."""
+        is_floating = info.dtype in ("F64", "F32", "F16", "BF16")
+        return TensorInfo(info.shape, DTYPE_CODES[self.recipe.out_dtype] if is_floating else info.dtype, "")
+
+
+def _check_models(mix: Mix, where: str) -> None:
+    """Raises RecipeError unless the method takes as many models as the mix has."""
+    rule = method(mix.method)
+    least, most = rule.models
+    if not least <= len(mix.sources) <= most:
+        expected = str(least) if least == most else f"{least} to {most}"
+        raise RecipeError(
+            f"{mix.method} takes {expected} source models besides the base, got {len(mix.sources)} ({where})"
+        )
+    if rule.needs_base and mix.base is None:
+        raise RecipeError(f"{mix.method} needs a base model ({where})")
+    if mix.base is not None and not (rule.needs_base or rule.takes_base):
+        raise RecipeError(f"{mix.method} has no base model; list '{mix.base[0]}' among its sources ({where})")
 
 
 def _check_param(rule: Method, name: str, value: ParamValue, mix: Mix, where: str) -> None:
     param = rule.param(name)
     if param is None:
-        raise RecipeError(
-            f"{rule.name} has no parameter '{name}' ({where}). {suggest(name, [p.name for p in rule.params])}"
-        )
-    if isinstance(value, tuple) and param.per == "merge":
+        advice = suggest(name, [p.name for p in rule.params])
+        raise RecipeError(f"{rule.name} has no parameter '{name}' ({where}). {advice}")
+    is_per_model = isinstance(value, tuple)
+    if is_per_model and param.per == "merge":
         raise RecipeError(
             f"{name} of {rule.name} is one value for the merge, not one for each model ({where})"
         )
-    settings = value if isinstance(value, tuple) else (value,)
-    for i, s in enumerate(settings):
-        place = f"{where}, model {mix.sources[i][0]}" if isinstance(value, tuple) else where
-        for number in [v for _, v in s.cases] if isinstance(s, Filtered) else [s]:
+    for i, setting in enumerate(value if isinstance(value, tuple) else (value,)):
+        place = f"{where}, model {mix.sources[i][0]}" if is_per_model else where
+        numbers = [number for _, number in setting.cases] if isinstance(setting, Filtered) else [setting]
+        for number in numbers:
             param.check(number, place)
-
-
-def output_places(recipe: Recipe) -> list[str]:
-    return ["embeddings", *(f"layer {i}" for i in range(len(recipe.layers))), "head"]

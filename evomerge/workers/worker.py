@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from evomerge._redaction import scrub
-from evomerge.checkpoints import Parent
-from evomerge.checkpoints.checkpoint import stamps
+from evomerge.checkpoints import Parent, total_bytes
+from evomerge.checkpoints.checkpoint import file_stamps
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError
 from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
 from evomerge.evaluation import perplexity_screen as gating
@@ -51,15 +51,19 @@ class Worker:
         host = (
             0 if device == "cpu" else _spare()
         )  # on a CPU the page cache serves all processes; a copy would not
-        self.places = parent_placement.plan(
-            {name: p.nbytes for name, p in parents.items()}, base, parent_placement.free_memory(device), host
+        self.places = parent_placement.choose_placements(
+            {name: total_bytes(p) for name, p in parents.items()},
+            base,
+            parent_placement.free_memory(device),
+            host,
         )
-        log.info("parents: %s", parent_placement.said(self.places))
+        log.info("parents: %s", parent_placement.describe(self.places))
         self.parents = {
-            name: parent_placement.held(parent, self.places[name], device) for name, parent in parents.items()
+            name: parent_placement.place_parent(parent, self.places[name], device)
+            for name, parent in parents.items()
         }
         self.live = ModelBuilder(parents, self.parents, base, self.model, dtype, device, self.known)
-        self._stamps = stamps({file for parent in parents.values() for file in parent.files})
+        self._stamps = file_stamps({file for parent in parents.values() for file in parent.files})
         self._finite = True
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()
@@ -69,7 +73,9 @@ class Worker:
 
         Raises CheckpointError where a parent's files are no longer those that were opened: no candidate is to blame.
         """
-        if changed := [file for file, stamp in stamps(self._stamps).items() if self._stamps[file] != stamp]:
+        if changed := [
+            file for file, stamp in file_stamps(self._stamps).items() if self._stamps[file] != stamp
+        ]:
             raise CheckpointError(
                 f"{changed[0]} was changed or deleted while the search reads it; bring back the file that was there and resume"
             )

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from evomerge import _yaml
-from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints import Checkpoint, stored_dtype, total_bytes
 from evomerge.merging import merge
-from evomerge.merging.parent_placement import held
+from evomerge.merging.parent_placement import place_parent
 from evomerge.merging.routing import routed_model
 from evomerge.merging.routing.routed_model import Hop, Routed
 from evomerge.merging.weight_map import WeightMap
@@ -98,7 +98,7 @@ def clock(device: str, run: Callable[[], object]) -> float:
 
 def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Iterator[str]:
     files = {str(path): Checkpoint(path) for path in models}
-    nbytes = next(iter(files.values())).nbytes
+    nbytes = total_bytes(next(iter(files.values())))
     yield from (
         "", "## Merging in place", "",
         f"A base and three perturbations of it, {nbytes / 2e6:.0f} M parameters, bf16; median of {args.repeats}. GB/s counts parents read and output "
@@ -108,20 +108,22 @@ def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Itera
     places = ("device", "pinned") if args.device != "cpu" else ("device",)
     copy = bench_merge.copy_bandwidth(args.device)
     for place in places:
-        parents: Any = {name: held(parent, place, args.device) for name, parent in files.items()}
+        parents: Any = {name: place_parent(parent, place, args.device) for name, parent in files.items()}
         skeleton = bench_merge.skeleton(models[0]).to(args.device)
         resident = WeightMap(skeleton, files[str(models[0])].tensors)
         known = MagnitudeTables(build=True, ranks_bytes=8 << 30)
         for method in args.methods if place == "device" else ("task_arithmetic", "ties"):
             file = bench_merge.recipe(method, models, scratch)
             recipe = reader.load(
-                _yaml.read(file), lambda name: files[name].num_layers, lambda name: files[name].dtype
+                _yaml.read(file),
+                lambda name: files[name].layout.num_layers,
+                lambda name: stored_dtype(files[name]),
             )
 
             def run(
                 recipe: Any = recipe, parents: Any = parents, resident: Any = resident, known: Any = known
             ) -> None:
-                merge.into(recipe, parents, resident, known, args.device)
+                merge.merge_into(recipe, parents, resident, known, args.device)
 
             first = clock(args.device, run)
             before = torch.cuda.memory_allocated() if args.device != "cpu" else 0

@@ -31,7 +31,7 @@ import torch
 import yaml
 
 from evomerge import _yaml
-from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints import Checkpoint, stored_dtype, total_bytes
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused import c_library
@@ -141,7 +141,7 @@ def main() -> None:
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     models = make(scratch, args.layers)
     parents = {str(path): Checkpoint(path) for path in models}
-    nbytes = parents[str(models[0])].nbytes
+    nbytes = total_bytes(parents[str(models[0])])
     for parent in parents.values():  # into the page cache
         for name in parent.tensors:
             parent.tensor(name).view(torch.int16).sum()
@@ -154,14 +154,16 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         if method in kept:
             continue
         found = reader.load(
-            _yaml.read(file), lambda name: parents[name].num_layers, lambda name: parents[name].dtype
+            _yaml.read(file),
+            lambda name: parents[name].layout.num_layers,
+            lambda name: stored_dtype(parents[name]),
         )
         row: dict[str, Any] = {"models": len(found.models)}
         row["copy"] = copy_bandwidth()
         start = time.perf_counter()
-        merge.into(found, parents, resident, known)
+        merge.merge_into(found, parents, resident, known)
         row["first"] = time.perf_counter() - start
-        row["in place"] = timed(lambda found=found: merge.into(found, parents, resident, known), args)
+        row["in place"] = timed(lambda found=found: merge.merge_into(found, parents, resident, known), args)
         row["to disk"] = timed(
             lambda found=found: checkpoint_writer.write(found, parents, scratch / "out"),
             args,

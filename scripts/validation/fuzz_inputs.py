@@ -441,7 +441,7 @@ def read(parent: Any) -> None:
     parent.content_hash()
     for name in parent.tensors:
         parent.tensor(name)
-        parent.place(name)
+        parent.layout.place(name)
 
 
 def attempt(call: Callable[[], None]) -> tuple[str, str]:

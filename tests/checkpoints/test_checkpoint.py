@@ -14,7 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evomerge.checkpoints import COMPONENTS, Checkpoint, Place, check_compatible, locate, safetensors_headers
+from evomerge.checkpoints import (
+    COMPONENTS,
+    Checkpoint,
+    TensorPlace,
+    check_compatible,
+    equal_tensors,
+    locate,
+    safetensors_headers,
+    stored_dtype,
+    total_bytes,
+)
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError
 
@@ -81,9 +91,13 @@ def test_sizes_are_those_of_the_stored_tensors(
     model = Path(shutil.copytree(tiny["base"], tmp_path / "model"))
     save_file(tensors, model / "model.safetensors")
     parent = Checkpoint(model)
-    assert parent.nbytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert parent.largest == max(tensor.nbytes for tensor in tensors.values()) == 64 * 32 * dtype.itemsize
-    assert parent.dtype == str(dtype).removeprefix("torch.")
+    assert total_bytes(parent) == sum(tensor.nbytes for tensor in tensors.values())
+    assert (
+        max(info.nbytes for info in parent.tensors.values())
+        == max(tensor.nbytes for tensor in tensors.values())
+        == 64 * 32 * dtype.itemsize
+    )
+    assert stored_dtype(parent) == str(dtype).removeprefix("torch.")
 
 
 def test_headers_say_what_the_library_reads(tiny: dict[str, Path]) -> None:
@@ -92,19 +106,21 @@ def test_headers_say_what_the_library_reads(tiny: dict[str, Path]) -> None:
         name: TensorInfo(tuple(tensor.shape), "BF16", "model.safetensors") for name, tensor in tensors.items()
     }
     assert all(torch.equal(parent.tensor(name), tensor) for name, tensor in tensors.items())
-    assert parent.place(Q) == Place("layer", 1, "attention", "self_attn.q_proj.weight")
-    assert {parent.place(name).component for name in tensors} == set(COMPONENTS)
-    layers = [parent.layer_name(i, suffix) for i in range(4) for suffix in parent.layer_suffixes(i)]
+    assert parent.layout.place(Q) == TensorPlace("layer", 1, "attention", "self_attn.q_proj.weight")
+    assert {parent.layout.place(name).component for name in tensors} == set(COMPONENTS)
+    layers = [
+        parent.layout.layer_name(i, suffix) for i in range(4) for suffix in parent.layout.layer_suffixes(i)
+    ]
     assert sorted(tensors) == sorted(
-        [*parent.outer_names("embeddings"), *layers, *parent.outer_names("head")]
+        [*parent.layout.outer_names("embeddings"), *layers, *parent.layout.outer_names("head")]
     )
 
 
 def test_shards_read_as_the_single_file(folder: Path, tiny: dict[str, Path]) -> None:
     shards(folder, 3)
     whole, parts = Checkpoint(tiny["base"]), Checkpoint(folder)
-    assert set(whole.equal_tensors(parts)) == set(whole.tensors) == set(parts.tensors)
-    assert (whole.nbytes, whole.largest) == (parts.nbytes, parts.largest)
+    assert set(equal_tensors(whole, parts)) == set(whole.tensors) == set(parts.tensors)
+    assert total_bytes(whole) == total_bytes(parts)
     assert {info.file for info in parts.tensors.values()} == {
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
     }
@@ -130,7 +146,7 @@ def test_a_weight_that_is_not_finite_is_no_matter_of_the_header(value: float, fo
     parent = Checkpoint(folder)
     assert not bool(torch.isfinite(parent.tensor(Q)).all())
     assert len(parent.content_hash()) == 64
-    assert (Q in set(parent.equal_tensors(parent))) == (value == value)
+    assert (Q in set(equal_tensors(parent, parent))) == (value == value)
 
 
 def test_an_empty_tensor_is_a_tensor(folder: Path) -> None:
@@ -323,12 +339,12 @@ def test_links_within_the_folder_and_into_a_hugging_face_cache_are_followed(
     for number, name in enumerate(("config.json", "model.safetensors")):
         shutil.copy(tiny["base"] / name, blobs / str(number))
         (snapshot / name).symlink_to(f"../../blobs/{number}")
-    assert set(Checkpoint(snapshot).equal_tensors(Checkpoint(tiny["base"]))) == set(
+    assert set(equal_tensors(Checkpoint(snapshot), Checkpoint(tiny["base"]))) == set(
         Checkpoint(tiny["base"]).tensors
     )
     (tmp_path / "short").symlink_to(snapshot)
-    assert Checkpoint(tmp_path / "short").num_layers == 4
-    assert Checkpoint(locate(str(tmp_path / "short"))).num_layers == 4
+    assert Checkpoint(tmp_path / "short").layout.num_layers == 4
+    assert Checkpoint(locate(str(tmp_path / "short"))).layout.num_layers == 4
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -339,7 +355,7 @@ def test_a_link_that_leaves_the_folder_is_refused(name: str, folder: Path, tmp_p
     (folder / name).unlink()
     (tmp_path / name).rename(folder / f"other-{name}")
     (folder / name).symlink_to(f"other-{name}")
-    assert Checkpoint(folder).num_layers == 4
+    assert Checkpoint(folder).layout.num_layers == 4
 
 
 @pytest.mark.parametrize("target", ["nowhere", "model.safetensors"])
@@ -395,7 +411,7 @@ def test_a_missing_config_or_folder_is_said(folder: Path, tmp_path: Path) -> Non
 def test_a_config_without_any_depth_is_counted_by_its_tensors(folder: Path) -> None:
     """Hub configs may leave out what is transformers' default."""
     (folder / "config.json").write_text('{"model_type": "x"}')
-    assert Checkpoint(folder).num_layers == 4
+    assert Checkpoint(folder).layout.num_layers == 4
 
 
 def test_layers_that_predict_further_tokens_are_no_part_of_the_stack(folder: Path) -> None:
@@ -404,8 +420,10 @@ def test_layers_that_predict_further_tokens_are_no_part_of_the_stack(folder: Pat
         json.dumps(config | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1})
     )
     checkpoint = Checkpoint(folder)
-    assert checkpoint.num_layers == 3
-    assert {checkpoint.place(name).part for name in checkpoint.tensors if ".layers.3." in name} == {"tower"}
+    assert checkpoint.layout.num_layers == 3
+    assert {checkpoint.layout.place(name).part for name in checkpoint.tensors if ".layers.3." in name} == {
+        "tower"
+    }
 
 
 @pytest.mark.parametrize(
@@ -418,7 +436,7 @@ def test_layers_that_predict_further_tokens_are_no_part_of_the_stack(folder: Pat
 )
 def test_the_depth_stands_where_a_config_keeps_it(config: Mapping[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
-    assert Checkpoint(folder).num_layers == 4
+    assert Checkpoint(folder).layout.num_layers == 4
 
 
 @pytest.mark.parametrize("part", ["²", "٣", "9" * 900])
@@ -428,7 +446,7 @@ def test_a_name_with_a_number_of_another_script_is_no_layer(part: str, folder: P
     if part.isascii():
         refused(folder, "no stack of 4 layers")
     else:
-        assert Checkpoint(folder).place(name) == Place("head", None, "other", name)
+        assert Checkpoint(folder).layout.place(name) == TensorPlace("head", None, "other", name)
 
 
 # ---- parents together

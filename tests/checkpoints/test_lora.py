@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evomerge.checkpoints import Checkpoint, check_compatible, open_parent
+from evomerge.checkpoints import Checkpoint, check_compatible, equal_tensors, open_parent
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.checkpoints.reference import split_reference
 from evomerge.errors import CheckpointError, ConfigError
@@ -233,16 +233,16 @@ def test_biases_saved_with_the_adapter_replace_the_bases(tmp_path: Path) -> None
 
 def test_an_adapted_parent_names_its_tensors_as_its_base_does(base: Checkpoint, tmp_path: Path) -> None:
     parent = AdaptedCheckpoint(base, adapter(tmp_path / "lora", pair(Q)))
-    for field in ("path", "config", "tensors", "num_layers", "stack", "dtype", "nbytes", "largest"):
+    for field in ("path", "config", "tensors", "layout"):
         assert getattr(parent, field) == getattr(base, field)
-    assert parent.place(f"{Q}.weight") == base.place(f"{Q}.weight")
-    assert parent.layer_name(2, "x") == base.layer_name(2, "x")
-    assert parent.layer_suffixes(1) == base.layer_suffixes(1)
-    assert parent.outer_names("head") == base.outer_names("head")
+    assert parent.layout.place(f"{Q}.weight") == base.layout.place(f"{Q}.weight")
+    assert parent.layout.layer_name(2, "x") == base.layout.layer_name(2, "x")
+    assert parent.layout.layer_suffixes(1) == base.layout.layer_suffixes(1)
+    assert parent.layout.outer_names("head") == base.layout.outer_names("head")
     assert (
-        set(base.tensors) - set(parent.equal_tensors(base))
+        set(base.tensors) - set(equal_tensors(parent, base))
         == set(parent.changed)
-        == set(base.tensors) - set(base.equal_tensors(parent))
+        == set(base.tensors) - set(equal_tensors(base, parent))
     )
     check_compatible({"base": base, "lora": parent}, "base")
     with pytest.raises(CheckpointError, match="no tensor 'nothing'"):
@@ -299,8 +299,8 @@ def test_a_merge_reads_it_as_the_model_it_stands_for(
     layers = tuple(Mix("task_arithmetic", (("lora", i), ("math", i)), ("base", i), given) for i in range(4))
     recipe = Recipe("base", layers, outer, outer, dtype="float32", out_dtype="float32")
     rest = {"base": base, "math": Checkpoint(tiny32["math"])}
-    ours = dict(merge.merged(recipe, {**rest, "lora": lora}))
-    theirs = dict(merge.merged(recipe, {**rest, "lora": Checkpoint(whole)}))
+    ours = dict(merge.merged_tensors(recipe, {**rest, "lora": lora}))
+    theirs = dict(merge.merged_tensors(recipe, {**rest, "lora": Checkpoint(whole)}))
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -140,7 +140,9 @@ def test_mergekit_reads_model_and_adapter_alike(
     outer = Mix("task_arithmetic", (("a", None), ("b", None)), ("base", None), given)
     layers = tuple(Mix("task_arithmetic", (("a", i), ("b", i)), ("base", i), given) for i in range(4))
     ours = dict(
-        merge.merged(Recipe("base", layers, outer, outer, dtype="float32", out_dtype="float32"), parents)
+        merge.merged_tensors(
+            Recipe("base", layers, outer, outer, dtype="float32", out_dtype="float32"), parents
+        )
     )
     merged = Checkpoint(theirs / "mergekit")
     assert set(ours) == set(merged.tensors)

@@ -482,7 +482,7 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     with Store.open(small.root / "small" / "study.db") as store:
         recipe = store.recipe(store.study().outcome.best["recipe"])  # type: ignore[union-attr]
     model = model_loading.load(parents["base"], "bfloat16")
-    merge.into(recipe, parents, WeightMap(model, parents["base"].tensors))
+    merge.merge_into(recipe, parents, WeightMap(model, parents["base"].tensors))
     shipped = load_file(small.weights / "model.safetensors")
     inside = dict(model.named_parameters())
     assert set(shipped) == set(inside)

@@ -140,7 +140,7 @@ def scored(scorer: Worker, task: str) -> Evaluation:
 
     recipe = Recipe(
         "base",
-        tuple(whole(i) for i in range(scorer.parents["base"].num_layers)),
+        tuple(whole(i) for i in range(scorer.parents["base"].layout.num_layers)),
         whole(None),
         whole(None),
         "float32",

@@ -55,7 +55,7 @@ def test_a_fresh_process_computes_what_was_scored(kind: str, tmp_path: Path) -> 
     assert found.steps < 2e-6, found  # kernels round by where in memory a tensor lies
     assert found.tokens
     written = Checkpoint(tmp_path / "out")
-    assert written.num_layers == len(ROUTE)
+    assert written.layout.num_layers == len(ROUTE)
     if kind != "gemma3":  # which is on the hub under names that transformers no longer writes
         assert general(written.tensors) == general(case.files["base"].tensors)
     kept = {file.name for file in case.donor.iterdir()}
@@ -374,4 +374,4 @@ def test_layers_in_place_of_a_model_with_other_types_compute_with_their_own(tmp_
     assert merged["layer_types"] == [F, *own[1:3], F]
     skeleton = WeightMap(load(files["base"], "float32"), files["base"].tensors)
     with pytest.raises(CandidateError, match="say other things of its layers than the base's"):
-        merge.into(recipe, files, skeleton)
+        merge.merge_into(recipe, files, skeleton)

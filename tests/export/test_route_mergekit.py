@@ -163,7 +163,7 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
 
     merge = Recipe(
         "base",
-        tuple(half(i) for i in range(opened["base"].num_layers)),
+        tuple(half(i) for i in range(opened["base"].layout.num_layers)),
         half(None),
         half(None),
         out_dtype=dtype,

@@ -88,10 +88,10 @@ def test_a_header_of_very_many_tensors_is_refused_before_they_are_looked_at(tmp_
     """A quarter of a million fit into 16 MB, and took five seconds to be checked one by one."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(header(safetensors_headers.MAX_TENSORS))
-    assert len(safetensors_headers.read(file)) == safetensors_headers.MAX_TENSORS
+    assert len(safetensors_headers.read_header(file)) == safetensors_headers.MAX_TENSORS
     file.write_bytes(header(safetensors_headers.MAX_TENSORS + 1))
     with pytest.raises(CheckpointError, match=r"it has 50,001 tensors, at most 50,000 are read of a file"):
-        safetensors_headers.read(file)
+        safetensors_headers.read_header(file)
 
 
 def test_a_folder_of_very_many_tensors_and_a_huge_json_file_are_refused(
@@ -104,10 +104,10 @@ def test_a_folder_of_very_many_tensors_and_a_huge_json_file_are_refused(
         ).encode()
         (tmp_path / f"{shard}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(CheckpointError, match="more than 5 tensors"):
-        safetensors_headers.tensors(tmp_path)
+        safetensors_headers.read_folder(tmp_path)
     monkeypatch.setattr(safetensors_headers, "MAX_FOLDER", 6)
-    assert len(safetensors_headers.tensors(tmp_path)) == 6
+    assert len(safetensors_headers.read_folder(tmp_path)) == 6
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(safetensors_headers.MAX_JSON + 1)  # a hole: it takes no room on the disk
     with pytest.raises(CheckpointError, match="32,000,001 bytes, at most 32,000,000"):
-        safetensors_headers.json_object(tmp_path / "config.json", "")
+        safetensors_headers.read_json_object(tmp_path / "config.json", "")

@@ -19,7 +19,7 @@ from evomerge.evaluation import Items, ItemScore
 from evomerge.merging import checkpoint_writer, model_loading
 from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load
-from evomerge.merging.parent_placement import Place, held
+from evomerge.merging.parent_placement import Placement, place_parent
 from evomerge.merging.routing import decoder_layers, routed_model
 from evomerge.merging.routing.routed_model import Routed
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
@@ -55,8 +55,8 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parent]:
     }
 
 
-def on_gpu(parents: dict[str, Parent], place: Place) -> ModelBuilder:
-    kept = {name: held(parent, place, "cuda") for name, parent in parents.items()}
+def on_gpu(parents: dict[str, Parent], place: Placement) -> ModelBuilder:
+    kept = {name: place_parent(parent, place, "cuda") for name, parent in parents.items()}
     return ModelBuilder(
         parents,
         kept,
@@ -80,7 +80,7 @@ def merged(name: str) -> Recipe:
 
 @pytest.mark.parametrize("place", ["device", "pinned", "disk"])
 def test_a_live_recipe_is_the_model_that_the_cpu_writes(
-    place: Place, parents: dict[str, Parent], tmp_path: Path
+    place: Placement, parents: dict[str, Parent], tmp_path: Path
 ) -> None:
     live = on_gpu(parents, place)
     for number, recipe in enumerate([*RECIPES.values(), *map(merged, METHODS)]):

@@ -474,7 +474,7 @@ def jobs(
         shell = Checkpoint(models["base"])
         for name, recipe in points():
             named = writer.with_outer_filters(
-                recipe, shell.outer_names("embeddings"), shell.outer_names("head")
+                recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
             )
             add(
                 f"back/{name}/{kind}",
@@ -522,7 +522,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read(job: Job) -> Recipe:
-    return reader.load(_yaml.read(job.file), lambda reference: Checkpoint(Path(reference)).num_layers)
+    return reader.load(_yaml.read(job.file), lambda reference: Checkpoint(Path(reference)).layout.num_layers)
 
 
 def refusal(folder: Path) -> str:
@@ -565,14 +565,14 @@ def assert_same_but_for_equal_sizes(
     shell = parents[recipe.base]
     same, exempt = dict(ours), 0
     for name in ours:
-        place = shell.place(name)
+        place = shell.layout.place(name)
         mix = {
             "embeddings": recipe.embeddings,
             "head": recipe.head,
             "layer": recipe.layers[place.layer or 0],
         }[place.part]
         read = [
-            parents[m].tensor(name if layer is None else shell.layer_name(layer, place.suffix)).float()
+            parents[m].tensor(name if layer is None else shell.layout.layer_name(layer, place.suffix)).float()
             for m, layer in (*mix.sources, mix.base)
         ]
         sizes = torch.stack([(x - read[-1]).abs() for x in read[:-1]])
@@ -714,7 +714,7 @@ def test_dare_of_two_is_mergekits_up_to_the_masks(jobs: dict[str, Job], name: st
     base = tensors(tiny32["base"])
     parents = {str(path): Checkpoint(path) for path in tiny32.values()}
     recipe = read(jobs[name])
-    draws = [dict(merge.merged(replace(recipe, seed=seed), parents)) for seed in range(1, 17)]
+    draws = [dict(merge.merged_tensors(replace(recipe, seed=seed), parents)) for seed in range(1, 17)]
     theirs = tensors(jobs[name].theirs)
     for key in base:
         for measure in (

@@ -134,11 +134,11 @@ def test_masks_are_the_same_on_rerun_in_any_chunks_and_threads(
     recipe = replace(recipe, seed=3)
 
     def again() -> torch.Tensor:
-        return flat(dict(merge.merged(recipe, parents)))
+        return flat(dict(merge.merged_tensors(recipe, parents)))
 
     first = again()
     assert torch.equal(first, again())
-    assert not torch.equal(first, flat(dict(merge.merged(replace(recipe, seed=4), parents))))
+    assert not torch.equal(first, flat(dict(merge.merged_tensors(replace(recipe, seed=4), parents))))
     for threads, job, chunk in ((2, 1 << 18, 1 << 16), (1, 333, 100), (3, 1000, 77)):
         torch.set_num_threads(threads)
         monkeypatch.setattr(one_pass, "_JOB", job)

@@ -76,7 +76,7 @@ def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_score
     torch.set_num_threads(1)
     files = {name: Checkpoint(zoo_folder() / name) for name in ("math", "lang")}
     models = {name: model_loading.load(file, dtype) for name, file in files.items()}
-    depth = files["math"].num_layers
+    depth = files["math"].layout.num_layers
     route = [("math", i) for i in range(depth)]
     route.insert(depth // 2, ("lang", depth // 2))
     scales = (*SCALES, *[1.0] * len(route))[: len(route)]

@@ -79,7 +79,7 @@ def test_shards_hold_what_one_file_holds(parents: Parents, tmp_path: Path) -> No
     ]
     assert_equal(whole, {name: tensor for part in parts for name, tensor in load_file(part).items()})
     assert_equal(load_model(tmp_path / "whole").state_dict(), load_model(tmp_path / "parts").state_dict())
-    assert_equal(whole, dict(merge.merged(recipe, parents)))
+    assert_equal(whole, dict(merge.merged_tensors(recipe, parents)))
 
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in whole.values())
@@ -98,7 +98,7 @@ def test_a_tensor_larger_than_a_shard_has_one_of_its_own(parents: Parents, tmp_p
     assert Counter(len(load_file(part)) for part in tmp_path.glob("*.safetensors")) == {
         1: len(parents["base"].tensors)
     }
-    assert_equal(load_model(tmp_path).state_dict(), dict(merge.merged(candidate("slerp"), parents)))
+    assert_equal(load_model(tmp_path).state_dict(), dict(merge.merged_tensors(candidate("slerp"), parents)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -116,7 +116,7 @@ def test_the_file_is_what_the_format_says_and_its_own_reader_reads(
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert_equal(
-            {name: file.get_tensor(name) for name in file.keys()}, dict(merge.merged(recipe, parents))
+            {name: file.get_tensor(name) for name in file.keys()}, dict(merge.merged_tensors(recipe, parents))
         )
 
 
@@ -224,7 +224,7 @@ def test_a_parent_with_nan_fails_the_candidate_and_names_the_tensor(
         parents[model] = Checkpoint(tmp_path / model)
     for attempt in (
         lambda: checkpoint_writer.write(recipe, parents, tmp_path / "out"),
-        lambda: merge.into(recipe, parents, live(tiny["base"])),
+        lambda: merge.merge_into(recipe, parents, live(tiny["base"])),
     ):
         with pytest.raises(CandidateError, match=rf"not finite in tensor '{name}' \({method} of "):
             attempt()
@@ -309,7 +309,7 @@ def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -
         write_yaml(tmp_path / "recipe.yaml", data | {"modules": module}), tmp_path / "out"
     )
     own = {name: Checkpoint(path) for name, path in paths.items()}
-    towers = own["base"].outer_names("tower")
+    towers = own["base"].layout.outer_names("tower")
     assert any("vision" in name for name in towers)
     assert str(len(towers)) in warning
     assert str(paths["base"]) in warning
@@ -325,8 +325,8 @@ def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -
             torch.testing.assert_close(out.tensor(name).double(), mean, rtol=2**-7, atol=1e-6)
     resident = WeightMap(architectures.load(paths["base"], kind, torch.bfloat16), own["base"].tensors)
     four = own | {"chat": own["code"]}
-    listed = dict(merge.merged(candidate("linear"), four))
-    merge.into(candidate("linear"), four, resident)
+    listed = dict(merge.merged_tensors(candidate("linear"), four))
+    merge.merge_into(candidate("linear"), four, resident)
     resident.verify(lambda name: listed[name])  # the towers were there before
     architectures.load(tmp_path / "out", kind, torch.bfloat16)
 

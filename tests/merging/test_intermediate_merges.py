@@ -82,11 +82,13 @@ def test_stages_in_any_order_are_folders_merged_one_by_one(
     }
     recipe = load(
         parse_all(yaml.safe_dump(three(tiny)[2]), "last"),
-        lambda m: parents[m].num_layers,
+        lambda m: parents[m].layout.num_layers,
         lambda m: parents[m].dtype,
         policy,
     )
-    assert_equal(load_file(tmp_path / "all" / "model.safetensors"), dict(merge.merged(recipe, parents)))
+    assert_equal(
+        load_file(tmp_path / "all" / "model.safetensors"), dict(merge.merged_tensors(recipe, parents))
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "all",
         "all.yaml",
@@ -237,8 +239,8 @@ def test_tables_of_a_search_remember_no_stage_of_another_recipe(
     known, resident = MagnitudeTables(build=True), live(tiny["base"])
     for i, weight in enumerate((0.2, 0.9, -0.4, 0.2)):
         recipe = staged(method, weight, i)
-        merge.into(recipe, parents, resident, known)
-        assert_equal(resident.model.state_dict(), dict(merge.merged(recipe, parents)))  # type: ignore[arg-type]
+        merge.merge_into(recipe, parents, resident, known)
+        assert_equal(resident.model.state_dict(), dict(merge.merged_tensors(recipe, parents)))  # type: ignore[arg-type]
         checkpoint_writer.write(recipe, parents, tmp_path / str(i))
         assert_equal(load_file(tmp_path / str(i) / "model.safetensors"), resident.model.state_dict())  # type: ignore[arg-type]
 
@@ -250,8 +252,8 @@ def test_recipes_with_stages_survive_their_text(parents: dict[str, Checkpoint]) 
     assert back.id == recipe.id
     assert back.id not in {replace(recipe, stages=()).id, staged("ties", 0.4).id}
     assert_equal(
-        dict(merge.merged(staged("ties", 0.3), parents)),
-        dict(merge.merged(Recipe.from_json(staged("ties", 0.3).canonical()), parents)),
+        dict(merge.merged_tensors(staged("ties", 0.3), parents)),
+        dict(merge.merged_tensors(Recipe.from_json(staged("ties", 0.3).canonical()), parents)),
     )
 
 
@@ -263,7 +265,8 @@ def test_stages_are_written_as_documents_and_read_back(tiny: dict[str, Path], tm
     merge_file(tmp_path / "recipe.yaml", tmp_path / "out")
     named = {name: Checkpoint(path) for name, path in tiny.items()}
     assert_equal(
-        load_file(tmp_path / "out" / "model.safetensors"), dict(merge.merged(staged("ties", 0.3), named))
+        load_file(tmp_path / "out" / "model.safetensors"),
+        dict(merge.merged_tensors(staged("ties", 0.3), named)),
     )
 
 

@@ -100,9 +100,9 @@ ARITHMETIC = {
 def test_what_is_scored_is_what_is_shipped(method, arithmetic, parents, resident, tmp_path, tiny):
     before = {name: files(path) for name, path in tiny.items()}
     recipe = replace(candidate(method), **ARITHMETIC[arithmetic])
-    listed = dict(merge.merged(recipe, parents))
+    listed = dict(merge.merged_tensors(recipe, parents))
     checkpoint_writer.write(recipe, parents, tmp_path / "out")
-    merge.into(recipe, parents, resident)
+    merge.merge_into(recipe, parents, resident)
     assert_equal(listed, load_file(tmp_path / "out" / "model.safetensors"))
     assert_equal(listed, resident.model.state_dict())
     assert_equal(listed, load_model(tmp_path / "out").state_dict())
@@ -114,7 +114,7 @@ def test_what_a_search_scores_with_tables_is_what_is_shipped_without(method, par
     known = MagnitudeTables(build=True)
     for seed in range(4):  # the first candidates build what the later ones use
         recipe = candidate(method, seed)
-        merge.into(recipe, parents, resident, known)
+        merge.merge_into(recipe, parents, resident, known)
         checkpoint_writer.write(recipe, parents, tmp_path / str(seed))
         assert_equal(resident.model.state_dict(), load_file(tmp_path / str(seed) / "model.safetensors"))
 
@@ -125,7 +125,9 @@ def test_what_a_search_scores_with_tables_is_what_is_shipped_without(method, par
 def test_policies_differ_by_rounding_alone_or_by_a_fault_that_is_written_down(method, parents):
     """In float32 from float32 inputs both policies mean the same sum, but for the order of operations and mergekit's faults."""
     recipe = candidate(method, out_dtype="float32")
-    ours, theirs = (dict(merge.merged(r, parents)) for r in (recipe, replace(recipe, policy="mergekit")))
+    ours, theirs = (
+        dict(merge.merged_tensors(r, parents)) for r in (recipe, replace(recipe, policy="mergekit"))
+    )
     same = sum(int(torch.isclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6).sum()) for n in ours)
     assert same >= 0.97 * sum(t.numel() for t in ours.values())
 
@@ -134,9 +136,9 @@ def test_tensors_of_the_parents_stay_as_they_are_in_memory(parents):
     seen = {n: {t: p.tensor(t) for t in p.tensors} for n, p in parents.items()}
     copies = {n: {t: x.clone() for t, x in of.items()} for n, of in seen.items()}
     for method in METHODS:
-        for _, tensor in merge.merged(replace(candidate(method), out_dtype="float32"), parents):
+        for _, tensor in merge.merged_tensors(replace(candidate(method), out_dtype="float32"), parents):
             tensor.zero_()
-        for _, tensor in merge.merged(candidate(method), parents):
+        for _, tensor in merge.merged_tensors(candidate(method), parents):
             tensor.zero_()
     for name in seen:
         assert_equal(seen[name], copies[name])
@@ -145,9 +147,9 @@ def test_tensors_of_the_parents_stay_as_they_are_in_memory(parents):
 def test_a_second_merge_leaves_no_trace_of_the_first(parents, resident):
     parameters = {name: id(p) for name, p in resident.model.named_parameters()}
     places = {name: p.data_ptr() for name, p in resident.model.named_parameters()}
-    merge.into(candidate("dare_ties", 1), parents, resident)
-    merge.into(candidate("linear", 2), parents, resident)
-    assert_equal(resident.model.state_dict(), dict(merge.merged(candidate("linear", 2), parents)))
+    merge.merge_into(candidate("dare_ties", 1), parents, resident)
+    merge.merge_into(candidate("linear", 2), parents, resident)
+    assert_equal(resident.model.state_dict(), dict(merge.merged_tensors(candidate("linear", 2), parents)))
     assert {name: id(p) for name, p in resident.model.named_parameters()} == parameters
     assert {name: p.data_ptr() for name, p in resident.model.named_parameters()} == places
 
@@ -155,14 +157,14 @@ def test_a_second_merge_leaves_no_trace_of_the_first(parents, resident):
 def test_a_merge_does_not_depend_on_the_global_generator_or_on_what_came_before(parents):
     recipe = candidate("dare_linear")
     torch.manual_seed(1)
-    first = dict(merge.merged(recipe, parents))
+    first = dict(merge.merged_tensors(recipe, parents))
     torch.manual_seed(2)
-    list(merge.merged(candidate("dare_linear", 3), parents))
-    assert_equal(first, dict(merge.merged(recipe, parents)))
+    list(merge.merged_tensors(candidate("dare_linear", 3), parents))
+    assert_equal(first, dict(merge.merged_tensors(recipe, parents)))
 
 
 def test_tensors_come_in_order_embeddings_layers_head(parents):
-    names = [name for name, _ in merge.merged(candidate("linear"), parents)]
+    names = [name for name, _ in merge.merged_tensors(candidate("linear"), parents)]
     layers = [int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))]
     assert names[0] == "model.embed_tokens.weight"
     assert sorted(names[-2:]) == ["lm_head.weight", "model.norm.weight"]
@@ -176,7 +178,8 @@ def test_parents_in_shards_merge_as_parents_in_one_file(parents, tiny, tmp_path)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     sharded = parents | {"math": Checkpoint(tmp_path / "sharded")}
     assert_equal(
-        dict(merge.merged(candidate("ties"), parents)), dict(merge.merged(candidate("ties"), sharded))
+        dict(merge.merged_tensors(candidate("ties"), parents)),
+        dict(merge.merged_tensors(candidate("ties"), sharded)),
     )
 
 
@@ -185,9 +188,9 @@ def test_parents_in_shards_merge_as_parents_in_one_file(parents, tiny, tmp_path)
 
 def test_a_layer_passed_through_is_the_parents_tensor(parents):
     recipe = stack(("math", 3), ("code", 0), ("chat", 1), ("base", 1), ("math", 3), outer="code")
-    out = dict(merge.merged(recipe, parents))
+    out = dict(merge.merged_tensors(recipe, parents))
     for name, tensor in out.items():
-        place = parents["base"].place(name)
+        place = parents["base"].layout.place(name)
         model, layer = ("code", None) if place.layer is None else recipe.layers[place.layer].sources[0]
         assert torch.equal(
             tensor, parents[model].tensor(name if layer is None else f"model.layers.{layer}.{place.suffix}")
@@ -197,7 +200,7 @@ def test_a_layer_passed_through_is_the_parents_tensor(parents):
 def test_filters_of_a_model_see_its_own_layer_and_filters_of_the_merge_that_of_the_output(parents):
     scale = Filtered((("layers.3.", 2.0), ("*", 1.0)))
     out = dict(
-        merge.merged(
+        merge.merged_tensors(
             stack(
                 ("math", 3),
                 ("math", 0),
@@ -218,7 +221,7 @@ def test_filters_of_a_model_see_its_own_layer_and_filters_of_the_merge_that_of_t
     share = Filtered((("layers.3.", 0.0), ("lm_head", 0.0), ("*", 1.0)))
     mixes = tuple(Mix("slerp", (("math", 3 - i),), ("base", i), params({"t": share})) for i in range(4))
     ends = Mix("slerp", (("math", None),), ("base", None), params({"t": share}))
-    out = dict(merge.merged(Recipe("base", mixes, ends, ends, out_dtype="float32"), parents))
+    out = dict(merge.merged_tensors(Recipe("base", mixes, ends, ends, out_dtype="float32"), parents))
     for name, tensor in out.items():
         own = (
             name
@@ -232,7 +235,7 @@ def test_filters_of_a_model_see_its_own_layer_and_filters_of_the_merge_that_of_t
 
 def test_numbers_without_a_filter_that_fits_are_the_default(parents):
     recipe = average((Filtered((("q_proj", 0.0),)), 0.5), out_dtype="float32")
-    out = dict(merge.merged(recipe, parents))
+    out = dict(merge.merged_tensors(recipe, parents))
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"):
         first = 0.0 if "q_proj" in name else 1.0
         want = first * parents["math"].tensor(name).float() + 0.5 * parents["code"].tensor(name).float()
@@ -244,7 +247,7 @@ def test_one_setting_stands_for_every_source(parents):
     one = replace(
         one, layers=tuple(replace(m, params=params({"weight": 0.5, "normalize": 0.0})) for m in one.layers)
     )
-    assert_equal(dict(merge.merged(one, parents)), dict(merge.merged(each, parents)))
+    assert_equal(dict(merge.merged_tensors(one, parents)), dict(merge.merged_tensors(each, parents)))
 
 
 def test_the_order_of_models_does_not_change_masks(parents):
@@ -257,7 +260,9 @@ def test_the_order_of_models_does_not_change_masks(parents):
             Mix("dare_linear", tuple((m, i) for m in models), ("base", i), given) for i in range(4)
         )
         ends = Mix("dare_linear", tuple((m, None) for m in models), ("base", None), given)
-        return dict(merge.merged(Recipe("base", layers, ends, ends, out_dtype="float32", seed=5), parents))
+        return dict(
+            merge.merged_tensors(Recipe("base", layers, ends, ends, out_dtype="float32", seed=5), parents)
+        )
 
     one, two = with_order(("math", "code", "chat")), with_order(("chat", "math", "code"))
     for name in one:
@@ -269,7 +274,9 @@ def test_masks_differ_between_seeds_tensors_and_models(parents):
         given = params({"weight": (1.0,), "density": (0.5,), "rescale": 0.0})
         layers = tuple(Mix("dare_linear", ((model, i),), ("base", i), given) for i in range(4))
         ends = Mix("dare_linear", ((model, None),), ("base", None), given)
-        out = dict(merge.merged(Recipe("base", layers, ends, ends, out_dtype="float32", seed=seed), parents))
+        out = dict(
+            merge.merged_tensors(Recipe("base", layers, ends, ends, out_dtype="float32", seed=seed), parents)
+        )
         return {n: t != parents["base"].tensor(n).float() for n, t in out.items()}
 
     q = "model.layers.{}.self_attn.q_proj.weight"
@@ -284,8 +291,8 @@ def test_masks_differ_between_seeds_tensors_and_models(parents):
 
 def test_arithmetic_is_in_float32_and_rounded_once(parents):
     recipe = average((0.3, 0.3, 0.4))
-    wide = dict(merge.merged(replace(recipe, out_dtype="float32"), parents))
-    narrow = dict(merge.merged(recipe, parents))
+    wide = dict(merge.merged_tensors(replace(recipe, out_dtype="float32"), parents))
+    narrow = dict(merge.merged_tensors(recipe, parents))
     for name in wide:
         exact = sum(
             w * parents[m].tensor(name).double() for m, w in zip(MODELS, (0.3, 0.3, 0.4), strict=True)
@@ -316,7 +323,7 @@ def test_integer_tensors_are_the_bases(tiny, tmp_path):
         parents[name] = Checkpoint(tmp_path / name)
     mixes = tuple(Mix("task_arithmetic", (("math", i),), ("base", i)) for i in range(4))
     ends = Mix("task_arithmetic", (("math", None),), ("base", None))
-    out = dict(merge.merged(Recipe("base", mixes, ends, ends), parents))
+    out = dict(merge.merged_tensors(Recipe("base", mixes, ends, ends), parents))
     assert out["model.layers.1.self_attn.positions"].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -329,7 +336,7 @@ def test_the_folder_is_a_model_that_transformers_loads_and_runs(parents, residen
     recipe = candidate("ties")
     checkpoint_writer.write(recipe, parents, tmp_path / "new" / "out")
     out = tmp_path / "new" / "out"
-    merge.into(recipe, parents, resident)
+    merge.merge_into(recipe, parents, resident)
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         assert torch.equal(load_model(out)(ids).logits, resident.model(ids).logits)
@@ -348,7 +355,7 @@ def test_a_stack_of_another_depth_loads(layers, parents, tmp_path):
     checkpoint_writer.write(recipe, parents, tmp_path / "out")
     model = load_model(tmp_path / "out")
     assert len(model.model.layers) == len(layers)
-    assert_equal(model.state_dict(), dict(merge.merged(recipe, parents)))
+    assert_equal(model.state_dict(), dict(merge.merged_tensors(recipe, parents)))
 
 
 def test_another_depth_and_a_type_for_each_layer_agree_or_are_refused(tiny, tmp_path):
@@ -387,7 +394,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     model = load_model(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     resident = live(paths["base"])
-    merge.into(recipe, parents, resident)
+    merge.merge_into(recipe, parents, resident)
     assert_equal(resident.model.state_dict(), model.state_dict())
 
 
@@ -437,8 +444,8 @@ def test_weights_that_sum_to_zero_fail_the_candidate_and_name_the_tensor(parents
     only_there = Filtered((("layers.2.mlp.up_proj", -1.0), ("*", 1.0)))
     recipe = average((1.0, only_there), {"normalize": 1.0})
     for attempt in (
-        lambda: list(merge.merged(recipe, parents)),
-        lambda: merge.into(recipe, parents, resident),
+        lambda: list(merge.merged_tensors(recipe, parents)),
+        lambda: merge.merge_into(recipe, parents, resident),
         lambda: checkpoint_writer.write(recipe, parents, tmp_path / "out"),
     ):
         with pytest.raises(
@@ -451,12 +458,12 @@ def test_weights_that_sum_to_zero_fail_the_candidate_and_name_the_tensor(parents
 
 def test_a_number_too_large_for_the_output_fails_the_candidate(parents):
     with pytest.raises(CandidateError, match=r"not finite in tensor 'model\.layers\.0\."):
-        list(merge.merged(stack(("math", 0), values={"scale": (1e8,)}, out_dtype="float16"), parents))
+        list(merge.merged_tensors(stack(("math", 0), values={"scale": (1e8,)}, out_dtype="float16"), parents))
 
 
 def test_a_live_model_keeps_its_depth(parents, resident):
     with pytest.raises(CandidateError, match="the recipe has 2 layers, the resident model 4"):
-        merge.into(stack(("math", 0), ("math", 1)), parents, resident)
+        merge.merge_into(stack(("math", 0), ("math", 1)), parents, resident)
 
 
 def small_gpt2() -> torch.nn.Module:
@@ -596,7 +603,9 @@ def test_an_exported_recipe_merges_as_the_recipe_did(tiny, parents, tmp_path):
     recipe = candidate("dare_ties", 4)
     facts = {name: {"path": str(path), "revision": None} for name, path in tiny.items()}
     merge_file(exported(tmp_path / "x", recipe, {"facts": {"parents": facts}}), tmp_path / "out")
-    assert_equal(load_file(tmp_path / "out" / "model.safetensors"), dict(merge.merged(recipe, parents)))
+    assert_equal(
+        load_file(tmp_path / "out" / "model.safetensors"), dict(merge.merged_tensors(recipe, parents))
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints.safetensors_headers import TensorInfo
-from evomerge.checkpoints.tensor_names import towers
+from evomerge.checkpoints.tensor_names import find_towers
 from evomerge.errors import CheckpointError
 from evomerge.merging import weight_map as room
 from evomerge.merging.weight_map import WeightMap
@@ -351,10 +351,10 @@ def test_one_tensor_that_becomes_several(zoo: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", architectures.KINDS)
-def test_towers(zoo: Any, kind: str) -> None:
+def test_the_language_tower_is_found_among_the_names(zoo: Any, kind: str) -> None:
     """Against the model itself: the language tower's layers, and the modules that are not the language model's."""
     folder, model = zoo(kind), loaded(zoo(kind), kind)
-    found = towers(folder.shapes, folder.config)
+    found = find_towers(folder.shapes, folder.config)
     assert found is not None
     decoder = getattr(model.base_model, "language_model", model.base_model)
     layers = getattr(decoder, "layers", None) or decoder.h
@@ -374,32 +374,36 @@ def test_towers(zoo: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", architectures.VISION)
-def test_towers_when_the_config_leaves_out_defaults_or_is_flat(zoo: Any, kind: str) -> None:
+def test_the_language_tower_is_found_when_the_config_leaves_out_defaults_or_is_flat(
+    zoo: Any, kind: str
+) -> None:
     folder = zoo(kind)
-    wanted = towers(folder.shapes, folder.config)
+    wanted = find_towers(folder.shapes, folder.config)
     text, vision = folder.config["text_config"], folder.config["vision_config"]
     assert (
-        towers(folder.shapes, {"text_config": {"vocab_size": text["vocab_size"]}, "vision_config": vision})
+        find_towers(
+            folder.shapes, {"text_config": {"vocab_size": text["vocab_size"]}, "vision_config": vision}
+        )
         == wanted
     )
-    assert towers(folder.shapes, {**text, "vision_config": vision}) == wanted
+    assert find_towers(folder.shapes, {**text, "vision_config": vision}) == wanted
     twin = {
         name: tuple(32 if size == 24 else size for size in shape) for name, shape in folder.shapes.items()
     }
-    assert towers(twin, folder.config) == wanted  # as wide as the language tower, too
+    assert find_towers(twin, folder.config) == wanted  # as wide as the language tower, too
 
 
-def test_towers_with_layers_beyond_the_depth_and_none_at_all(zoo: Any) -> None:
+def test_the_language_tower_is_found_with_layers_beyond_the_depth_and_none_at_all(zoo: Any) -> None:
     folder = zoo("deepseek_v3")
     beyond = {
         name.replace("layers.3.", "layers.4."): shape
         for name, shape in folder.shapes.items()
         if ".layers.3." in name
     }
-    found = towers(folder.shapes | beyond, folder.config)
+    found = find_towers(folder.shapes | beyond, folder.config)
     assert found is not None
     assert (found.stack, found.others) == ("model.layers", ())
-    assert towers(folder.shapes, {**folder.config, "num_hidden_layers": 9}) is None
+    assert find_towers(folder.shapes, {**folder.config, "num_hidden_layers": 9}) is None
 
 
 def test_the_same_arguments_give_the_same_bits(tmp_path: Path) -> None:

@@ -393,7 +393,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 
 
 def merged(recipe: Recipe, parents: Mapping[str, Checkpoint]) -> dict[str, torch.Tensor]:
-    return dict(merge.merged(recipe, parents))
+    return dict(merge.merged_tensors(recipe, parents))
 
 
 @pytest.mark.parametrize("components", CHOICES, ids="+".join)

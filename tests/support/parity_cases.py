@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evomerge import _yaml
-from evomerge.checkpoints import Parent, open_parent
+from evomerge.checkpoints import Parent, open_parent, stored_dtype
 from evomerge.merging import merge
 from evomerge.methods import METHODS, Param
 from evomerge.recipes import Mix, Recipe
@@ -367,7 +367,7 @@ def read(file: Path, policy: str) -> tuple[Recipe, dict[str, Parent]]:
     """The recipe of a file, and its models."""
     parent = functools.cache(open_parent)
     recipe = reader.load(
-        _yaml.read_all(file), lambda n: parent(n).num_layers, lambda n: parent(n).dtype, policy
+        _yaml.read_all(file), lambda n: parent(n).layout.num_layers, lambda n: stored_dtype(parent(n)), policy
     )
     return recipe, {name: parent(name) for name in recipe.models}
 
@@ -377,7 +377,8 @@ def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str
     standard deviations of a draw it lies from our mean (Student's t with draws - 1 degrees of freedom)."""
     recipe, opened = read(file, "mergekit")
     drawn = [
-        dict(merge.merged(replace(recipe, seed=seed), opened)) for seed in range(cell.seed, cell.seed + draws)
+        dict(merge.merged_tensors(replace(recipe, seed=seed), opened))
+        for seed in range(cell.seed, cell.seed + draws)
     ]
     matrix = (
         flat({name: torch.full_like(tensor, float(tensor.dim() > 1)) for name, tensor in drawn[0].items()})
@@ -389,7 +390,7 @@ def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str
         embeddings=_dense(recipe.embeddings),
         head=_dense(recipe.head),
     )
-    whole, b = flat(dict(merge.merged(dense, opened))), flat(_bases(recipe, opened))
+    whole, b = flat(dict(merge.merged_tensors(dense, opened))), flat(_bases(recipe, opened))
     ours, one = [flat(t) for t in drawn], flat(tensors(theirs))
     found = {}
     for name, measure in {
@@ -429,7 +430,9 @@ def _bases(recipe: Recipe, parents: Mapping[str, Parent]) -> dict[str, torch.Ten
         for m in recipe.mixes
     ]
     return dict(
-        merge.merged(replace(recipe, embeddings=none[0], layers=tuple(none[1:-1]), head=none[-1]), parents)
+        merge.merged_tensors(
+            replace(recipe, embeddings=none[0], layers=tuple(none[1:-1]), head=none[-1]), parents
+        )
     )
 
 

@@ -117,7 +117,7 @@ def test_the_scored_weights_are_the_merged_ones(parents: dict[str, Checkpoint]) 
     own = worker(parents)
     assert own.evaluate(recipe(), ITEMS).error is None
     inside = dict(own.model.named_parameters())
-    merged = dict(merge.merged(recipe(), parents))
+    merged = dict(merge.merged_tensors(recipe(), parents))
     assert set(inside) == set(merged)
     for name, tensor in merged.items():
         assert torch.equal(inside[name], tensor), name
@@ -456,10 +456,10 @@ def test_an_adapter_that_is_written_to_under_the_search_is_an_error_too(
 ) -> None:
     """Its file was not among those that are looked at."""
     base = parents["base"]
-    suffix = next(s for s in base.layer_suffixes(0) if s.endswith("q_proj.weight"))
+    suffix = next(s for s in base.layout.layer_suffixes(0) if s.endswith("q_proj.weight"))
     module, (rows, columns) = (
-        base.layer_name(0, suffix).removesuffix(".weight"),
-        base.tensors[base.layer_name(0, suffix)].shape,
+        base.layout.layer_name(0, suffix).removesuffix(".weight"),
+        base.tensors[base.layout.layer_name(0, suffix)].shape,
     )
     names = (f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight")
     save_file(

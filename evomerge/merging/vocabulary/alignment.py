@@ -38,7 +38,9 @@ def vocabulary_tensors(parent: Parent) -> tuple[str, ...]:
     Outside the layer stack, a table of `vocab_size` rows that is not one of positions. Raises CheckpointError if there is none.
     """
     size = rows_of(parent)
-    outside = {name: info.shape for name, info in parent.tensors.items() if parent.place(name).layer is None}
+    outside = {
+        name: info.shape for name, info in parent.tensors.items() if parent.layout.place(name).layer is None
+    }
     tables = {
         name
         for name, shape in outside.items()

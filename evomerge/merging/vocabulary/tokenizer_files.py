@@ -48,7 +48,9 @@ def rows_of(parent: Parent) -> int:
         "vocab_size", parent.config.get("vocab_size")
     )
     if size is None:
-        outside = [info.shape for name, info in parent.tensors.items() if parent.place(name).layer is None]
+        outside = [
+            info.shape for name, info in parent.tensors.items() if parent.layout.place(name).layer is None
+        ]
         size = max((shape[0] for shape in outside if len(shape) == 2), default=None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise CheckpointError(

@@ -285,7 +285,7 @@ def _folder(folder: Path) -> bool:
     for name in opened.tensors:
         if tuple(opened.tensor(name).shape) != opened.tensors[name].shape:
             raise AssertionError(f"{name!r} has another shape than its header says")
-        opened.place(name)
+        opened.layout.place(name)
     return True
 
 

@@ -214,7 +214,7 @@ TEXTS = {
 
 def same_merge(first: Recipe, second: Recipe, folders: dict[str, Path]) -> None:
     parents = {name: Checkpoint(path) for name, path in folders.items()}
-    one, two = dict(merge.merged(first, parents)), dict(merge.merged(second, parents))
+    one, two = dict(merge.merged_tensors(first, parents)), dict(merge.merged_tensors(second, parents))
     assert list(one) == list(two)
     for name in one:
         assert torch.equal(one[name], two[name]), name
