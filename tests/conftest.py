@@ -14,8 +14,10 @@ from tests.support.toy import in_process, search_file
 
 @pytest.fixture(scope="module", autouse=True)
 def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Files of tests that start Ray take turns: two of them on two cores starve each other's start. Those that start it in this
-    process have one token: a process keeps the first that it reads."""
+    """Files of tests that start Ray take turns: two of them on two cores starve each other's start.
+
+    Those that start it in this process have one token: a process keeps the first that it reads.
+    """
     name = request.module.__name__.rpartition(".")[2]
     if not name.startswith(("test_ray_", "test_cluster_scripts")):
         yield
@@ -42,7 +44,10 @@ def tiny32(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of a finished study 'small' over the zoo, with its search file small.yaml beside it; to be copied, not written to."""
+    """The root of a finished study 'small' over the zoo, beside its search file small.yaml.
+
+    To be copied, not written to.
+    """
     root = tmp_path_factory.mktemp("finished")
     file = search_file(root, "small", evaluations=8)
     with pytest.MonkeyPatch.context() as patch:

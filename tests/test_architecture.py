@@ -1,10 +1,13 @@
-"""The house rules, read from the source: who may import whom, and what every file owes its reader."""
+"""The structure of the repository, read from its source: imports, lengths, docstrings, places of tests."""
 
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,177 +15,305 @@ import pytest
 from tests.support.toy import REPO, environment
 
 PACKAGE = REPO / "evomerge"
-FILES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = {
-    "__init__": 0, "errors": 0, "recipe": 0, "documents": 0, "data": 0, "study_files": 0, "tokens": 0, "naming": 0, "schema": 0,
-    "attempts": 0, "secrets": 0, "faults": 0, "doctor": 1,
-    "methods": 1, "fused": 1, "checkpoint": 1, "headers": 1, "lora": 1, "optimizers": 1, "evaluation": 1, "chat_templates": 1, "scoring": 1,
-    "overlap": 1, "stacks": 1, "degrees": 1, "gathering": 1,
-    "statistics": 1, "subset_selection": 1,
-    "config": 2, "mergekit_yaml": 2, "space": 2, "merge": 2, "resident": 2, "lm_harness": 2, "store": 2, "baselines": 2, "placement": 2,
-    "vocabulary": 2, "racing": 2, "python_tasks": 2, "several": 2, "folding": 2, "routing": 2, "expressible": 2, "gate": 2, "hop_space": 3,
-    "route_space": 2,
-    "folder": 3, "selection": 3, "live": 3, "stages": 3, "worker": 4, "report": 3, "oracle": 3, "sensitivity": 3,
-    "comparing": 4, "plots": 4, "reloaded": 3, "route_export": 4, "route_yaml": 5, "route_files": 6,
-    "pools": 2, "process_pool": 3, "slots": 3, "ray_pool": 4, "earlier": 3, "dispatch": 3, "generations": 4, "study": 5, "pooling": 5,
-    "task_sets": 5, "staging": 6,
-    "launch": 7,
-    "looking": 8, "planning": 8, "export": 8, "merging": 8,
-    "cli": 9,
-}  # fmt: skip
-SAME_FLOOR = {
-    ("recipe", "errors"): "everyone raises our exceptions",
-    ("documents", "errors"): "everyone raises our exceptions",
-    ("study_files", "errors"): "everyone raises our exceptions",
-    ("tokens", "errors"): "everyone raises our exceptions",
-    ("checkpoint", "headers"): "a folder's headers are read without torch",
-    ("lora", "headers"): "an adapter's files are read as a checkpoint's",
-    ("lora", "checkpoint"): "an adapter changes the tensors of a checkpoint",
-    ("recipe", "tokens"): "a recipe says what its tokenizer is made of",
-    ("merge", "resident"): "a merge into a live model asks where a tensor lands",
-    ("merge", "vocabulary"): "a merge of different vocabularies aligns them first",
-    ("gathering", "stacks"): "what a config says of a stack's layers",
-    ("routing", "folding"): "a routed layer has the weights that its export has",
-    ("expressible", "routing"): "a routed module says what it is a stack of",
-    ("fused", "methods"): "a method says what it is a sum of",
-    ("baselines", "space"): "a hand recipe is a point of a space under another method",
-    ("statistics", "evaluation"): "estimates rest on per-item scores",
+PACKAGES = (  # in import order: each imports only from those before it
+    *("errors", "_resources", "_redaction", "_yaml", "methods", "recipes", "checkpoints", "merging"),
+    *("evaluation", "spaces", "optimizers", "workers", "store", "search", "reports", "export"),
+    *("config", "launch", "cli"),
+)
+TOP_LEVEL = ("__init__", "__main__")  # import from any package; only __version__ may be imported from them
+PLACES = {  # third-party library -> the only package that imports it
+    "ray": "workers/ray_pool",
+    "lm_eval": "evaluation/lm_harness",
+    "sqlite3": "store",
+    "cma": "optimizers",
+    "cmaes": "optimizers",
+    "pydantic": "config",
+    "typer": "cli",
+    "matplotlib": "reports",
 }
-ONE_ROOM = {
-    "ray": {"ray_pool"}, "lm_eval": {"lm_harness"}, "sqlite3": {"store"}, "cma": {"optimizers"}, "pydantic": {"config"}, "typer": {"cli"},
-    "matplotlib": {"plots"}, "cmaes": {"optimizers"},
-}  # fmt: skip
+LIGHT = ("recipes", "evaluation", "optimizers", "workers", "store", "reports", "config")  # load no torch
 HEAVY = {
-    "torch",
-    "ray",
-    "cma",
-    "cmaes",
-    "lm_eval",
-    "transformers",
-    "numpy",
-    "pydantic",
-    "datasets",
-    "safetensors",
-    "huggingface_hub",
-    "yaml",
-    "matplotlib",
+    *("torch", "ray", "cma", "cmaes", "lm_eval", "transformers", "numpy", "pydantic", "datasets"),
+    *("safetensors", "huggingface_hub", "yaml", "matplotlib"),
 }
+TEST_FOLDERS = ("contracts", "docs", "integration", "scripts")  # tests of more than one package
+FILE_LINES, FUNCTION_LINES, WIDTH = 450, 60, 110
+PENDING = {*PACKAGES, "tests", "scripts"}  # not yet brought to the rules of length, width and docstrings
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+PROGRAMS = sorted(p for folder in ("evomerge", "tests", "scripts") for p in (REPO / folder).rglob("*.py"))
+TEXTS = sorted(
+    path
+    for folder in ("evomerge", "tests", "scripts", "search_spaces")
+    for path in (REPO / folder).rglob("*")
+    if path.suffix in (".py", ".c", ".sh", ".yaml", ".toml", ".slurm")
+    or (path.parent == REPO / "scripts" and path.suffix == "" and path.is_file())
+)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def room(file: Path) -> str:
+def shown(path: Path) -> str:
+    """A path of the repository as it is written in messages and test names."""
+    return str(path.relative_to(REPO))
+
+
+def package_of(file: Path) -> str:
+    """'spaces' of evomerge/spaces/weights.py, 'errors' of evomerge/errors.py."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(file: Path) -> list[tuple[int, str]]:
-    """(line, dotted module) of every import in a file, inside functions too; names from the package itself spelled out."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
+def done(paths: list[Path]) -> list[Path]:
+    """The files whose package, or top-level folder outside evomerge, is not pending."""
+    return [
+        p
+        for p in paths
+        if (package_of(p) if p.is_relative_to(PACKAGE) else p.relative_to(REPO).parts[0]) not in PENDING
+    ]
+
+
+# ---- imports -----------------------------------------------------------------------------------------------
+
+
+def module_name(file: Path) -> str:
+    """'evomerge.spaces' of evomerge/spaces/__init__.py."""
+    return ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imported(nodes: Iterator[ast.AST] | list[ast.stmt], file: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of each import among the nodes; `from package import module` gives the module."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            for alias in node.names:
+                yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
-            assert node.module is not None
-            if node.module == "evomerge":
-                found += [
-                    (node.lineno, f"evomerge.{alias.name if alias.name in FLOORS else '__init__'}")
-                    for alias in node.names
-                ]
-            else:
-                found.append((node.lineno, node.module))
-    return found
+            assert node.module is not None, f"{shown(file)}:{node.lineno}: imports are absolute"
+            assert node.level == 0, f"{shown(file)}:{node.lineno}: imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield node.lineno, full if full in MODULES else node.module
 
 
-def test_every_file_is_in_a_room_of_the_table() -> None:
-    assert {room(file) for file in FILES} == set(FLOORS)
+def imports(file: Path) -> list[tuple[int, str]]:
+    """(line, dotted module) of every import of a file, those inside functions included."""
+    return list(imported(ast.walk(ast.parse(file.read_text())), file))
 
 
-def test_a_room_imports_only_from_floors_below() -> None:
-    used, wrong = set(), []
+def test_the_top_level_is_the_table_of_contents() -> None:
+    names = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert names - set(TOP_LEVEL) == set(PACKAGES)
+
+
+def test_a_package_imports_only_from_those_before_it() -> None:
+    order = {name: position for position, name in enumerate(PACKAGES)}
+    wrong = []
     for file in FILES:
+        package = package_of(file)
+        if package in TOP_LEVEL:
+            continue
         for line, name in imports(file):
-            if not name.startswith("evomerge"):
-                continue
-            own, other = room(file), name.split(".")[1]
-            assert other in FLOORS, f"{file}:{line} imports {name}, which is in no room"
-            if other == own or FLOORS[other] < FLOORS[own]:
-                continue
-            used.add((own, other))
-            if (own, other) not in SAME_FLOOR or FLOORS[other] > FLOORS[own]:
-                wrong.append(
-                    f"{file.relative_to(REPO)}:{line}: {own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})"
-                )
+            parts = name.split(".")
+            if parts[0] != "evomerge" or parts == ["evomerge"]:
+                continue  # `from evomerge import __version__`: every package of that form is spelled out
+            if order[parts[1]] > order[package]:
+                wrong.append(f"{shown(file)}:{line}: {package} imports {name}, which comes after it")
     assert not wrong, "\n".join(wrong)
-    assert used == set(SAME_FLOOR), "an exception that is no longer needed goes"
 
 
-@pytest.mark.parametrize("library", ONE_ROOM)
-def test_a_library_is_imported_in_its_own_room_alone(library: str) -> None:
-    assert {
-        room(file) for file in FILES for _, name in imports(file) if name.split(".")[0] == library
-    } == ONE_ROOM[library]
+def test_from_the_top_level_only_the_version_is_imported() -> None:
+    wrong = [
+        f"{shown(file)}:{node.lineno}"
+        for file in FILES
+        if package_of(file) not in TOP_LEVEL
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "evomerge"
+        for alias in node.names
+        if alias.name != "__version__" and f"evomerge.{alias.name}" not in MODULES
+    ]
+    assert not wrong
+
+
+def module_level_imports(file: Path) -> set[str]:
+    """Modules of ours that are loaded as a file is: their packages' faces too, its own package's excepted."""
+    loaded = set()
+    for _, name in imported(ast.parse(file.read_text()).body, file):
+        parts = name.split(".")
+        loaded |= {".".join(parts[:n]) for n in range(2, len(parts) + 1)}
+    module = module_name(file)
+    return {name for name in loaded if name in MODULES and not f"{module}.".startswith(f"{name}.")}
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Modules that import no other remaining module are removed one by one; what remains is circles."""
+    left = {name: module_level_imports(file) for name, file in MODULES.items()}
+    while leaves := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in leaves}
+    assert not left, {name: sorted(others & left.keys()) for name, others in left.items()}
+
+
+@pytest.mark.parametrize("library", PLACES)
+def test_a_third_party_library_is_imported_in_one_package(library: str) -> None:
+    importers = {file for file in FILES for _, name in imports(file) if name.split(".")[0] == library}
+    assert importers, f"nothing imports {library}"
+    outside = [shown(f) for f in importers if not f.is_relative_to(PACKAGE / PLACES[library])]
+    assert not outside
+
+
+def loaded_after(code: str, *words: str) -> set[str]:
+    """Top-level names of sys.modules after a program, which may end by itself."""
+    report = "atexit.register(lambda: print('LOADED', *{n.split('.')[0] for n in sys.modules}))"
+    whole = f"import atexit, sys\n{report}\n{code}"
+    finished = subprocess.run(
+        [sys.executable, "-c", whole, *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = finished.stdout.splitlines()
+    assert lines, finished.stderr
+    assert lines[-1].startswith("LOADED "), finished.stderr
+    usage = {"usage shown"} if "Usage" in finished.stdout + finished.stderr else set()
+    return set(lines[-1].split()[1:]) | usage
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["status", "--help"], []])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    code = "import sys; sys.argv[0] = 'evomerge'; from evomerge.cli import main; main()"
-    program = [sys.executable, "-X", "importtime", "-c", code, *words]
-    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=60, check=False)
-    loaded = {
-        line.rpartition("|")[2].strip().split(".")[0]
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
-    assert "Usage" in done.stdout + done.stderr
-    assert "typer" in loaded, "the list of imports was read"
-    own = (
-        {"pydantic"} if len(words) == 2 else set()
-    )  # typer's newest releases read a verb's annotations with it
-    assert loaded & HEAVY <= own
+    loaded = loaded_after("sys.argv[0] = 'evomerge'; from evomerge.cli import main; main()", *words)
+    assert {"usage shown", "typer"} <= loaded
+    allowed = {"pydantic"} if len(words) == 2 else set()  # newest releases of typer read annotations with it
+    assert loaded & HEAVY <= allowed
 
 
-@pytest.mark.parametrize(
-    "modules", ["store", "report", "statistics selection dispatch pools slots", "several sensitivity"]
-)
-def test_what_reads_a_study_or_schedules_its_work_loads_no_torch(modules: str) -> None:
-    listed = ", ".join(f"evomerge.{name}" for name in modules.split())
-    code = f"import sys, {listed}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+def test_packages_that_need_no_torch_load_none() -> None:
+    """So `status`, `show` and everything that only reads a study start at once."""
+    code = f"""
+import importlib
+for package in {LIGHT}:
+    importlib.import_module("evomerge." + package)
+    heavy = {{"torch", "transformers", "lm_eval", "ray"}} & sys.modules.keys()
+    assert not heavy, f"{{package}} loads {{heavy}}"
+"""
+    assert "evomerge" in loaded_after(code)
+
+
+# ---- length, width, docstrings -----------------------------------------------------------------------------
+
+
+def functions(tree: ast.AST) -> list[Function]:
+    """Every function of a file, methods and inner functions included."""
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def length(function: Function) -> int:
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = (
+        (first.end_lineno or 0) - first.lineno + 1 if documented and ast.get_docstring(function) else 0
     )
-    loaded = set(done.stdout.split())
-    assert "evomerge" in loaded
-    assert loaded & {"torch", "transformers", "lm_eval", "ray"} == set()
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_a_file_keeps_the_rules(file: Path) -> None:
+@pytest.mark.parametrize("file", done(TEXTS), ids=shown)
+def test_a_line_is_at_most_110_columns(file: Path) -> None:
+    lines = enumerate(file.read_text().splitlines(), 1)
+    assert not [f"{shown(file)}:{number}" for number, line in lines if len(line) > WIDTH]
+
+
+@pytest.mark.parametrize("file", done(PROGRAMS), ids=shown)
+def test_a_function_is_at_most_60_lines(file: Path) -> None:
+    long = [f for f in functions(ast.parse(file.read_text())) if length(f) > FUNCTION_LINES]
+    assert not [f"{shown(file)}:{f.lineno} {f.name}: {length(f)} lines" for f in long]
+
+
+@pytest.mark.parametrize("file", FILES, ids=shown)
+def test_a_file_is_described_is_short_and_prints_nothing(file: Path) -> None:
     text = file.read_text()
     tree = ast.parse(text)
-    where = file.relative_to(REPO)
-    assert len(text.splitlines()) <= 450, f"{where} has {len(text.splitlines())} lines"
-    assert ast.get_docstring(tree) or room(file) == "__init__", f"{where} has no docstring"
-    if room(file) != "cli":
-        calls = [
-            node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        ]
-        assert [c.lineno for c in calls if c.func.id == "print"] == [], f"{where} prints"  # type: ignore[attr-defined]
-    bare = [f"{where}:{node.lineno} {node.name}" for node in public(tree) if not ast.get_docstring(node)]
-    assert not bare, f"without a docstring: {bare}"
+    assert ast.get_docstring(tree), f"{shown(file)} has no docstring"
+    count = len(text.splitlines())
+    assert count <= FILE_LINES or package_of(file) in PENDING, f"{shown(file)} has {count} lines"
+    if package_of(file) != "cli":
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        assert not [f"{shown(file)}:{c.lineno}" for c in calls if ast.unparse(c.func) == "print"]
 
 
-def public(tree: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
-    """Public functions and classes, and the public methods of those classes."""
-    found: list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef] = []
+@pytest.mark.parametrize("file", FILES, ids=shown)
+def test_everything_public_has_a_docstring(file: Path) -> None:
+    bare = [node for _, node in public(ast.parse(file.read_text())) if not ast.get_docstring(node)]
+    assert not [f"{shown(file)}:{node.lineno} {node.name}" for node in bare]
+
+
+@pytest.mark.parametrize("file", done(FILES), ids=shown)
+def test_a_docstring_names_the_arguments_and_what_is_returned(file: Path) -> None:
+    wrong = []
+    for owner, node in public(ast.parse(file.read_text())):
+        if isinstance(node, Function):
+            wrong += [f"{shown(file)}:{node.lineno} {node.name}: {fault}" for fault in faults(node, owner)]
+    assert not wrong, "\n".join(wrong)
+
+
+def public(tree: ast.Module | ast.ClassDef, owner: str = "") -> Iterator[tuple[str, Function | ast.ClassDef]]:
+    """(its class, node) of public functions, public classes and the public methods of those classes."""
     for node in tree.body:
-        if isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        ) and not node.name.startswith("_"):
-            found.append(node)
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield owner, node
             if isinstance(node, ast.ClassDef):
-                found += public(node)
-    return found
+                yield from public(node, node.name)
+
+
+def faults(function: Function, owner: str) -> Iterator[str]:
+    """What the docstring of a function, or of a method of the class `owner`, lacks."""
+    decorators = {ast.unparse(d).split("(")[0].rpartition(".")[2] for d in function.decorator_list}
+    if decorators & {"property", "cached_property", "overload", "setter", "command", "callback"}:
+        return  # a docstring of a command is its help text
+    given = function.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    names += [a.arg for a in (given.vararg, given.kwarg) if a]
+    if owner and names and "staticmethod" not in decorators:
+        names = names[1:]
+    docstring = inspect.cleandoc(ast.get_docstring(function) or "")
+    if not names or (owner and re.search(r"See `[\w.]+`\.", docstring)):
+        return
+    described = described_arguments(docstring)
+    for name in names:
+        if name not in described:
+            yield f"'{name}' is not in its Args section"
+    nothing = function.returns is not None and ast.unparse(function.returns) in ("None", "NoReturn", "Never")
+    if not nothing and not re.search(r"^(Returns|Yields):$", docstring, re.MULTILINE):
+        yield "has no section Returns"
+
+
+def described_arguments(docstring: str) -> set[str]:
+    """Names before the colons of the section Args; 'x, y: ...' describes two."""
+    section = re.search(r"^Args:\n((?:(?:[ ].*)?(?:\n|$))+)", docstring, re.MULTILINE)
+    if section is None:
+        return set()
+    heads = re.findall(r"^ {4}([\w*, ]+?)(?: \([^)]*\))?:", section[1], re.MULTILINE)
+    return {name.strip(" *") for head in heads for name in head.split(",")}
+
+
+# ---- tests -------------------------------------------------------------------------------------------------
+
+
+def test_tests_are_where_their_package_is() -> None:
+    wrong = []
+    for file in sorted((REPO / "tests").rglob("test_*.py")):
+        folder = file.parent.relative_to(REPO / "tests")
+        if folder.parts and folder.parts[0] not in TEST_FOLDERS and not (PACKAGE / folder).is_dir():
+            wrong.append(f"{shown(file)}: evomerge/{folder} is no package")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tests_import_no_other_test_file() -> None:
+    wrong = [
+        f"{shown(file)}:{line} imports {name}"
+        for file in sorted((REPO / "tests").rglob("*.py"))
+        for line, name in imported(ast.walk(ast.parse(file.read_text())), file)
+        if name.startswith("tests.") and name.rpartition(".")[2].startswith("test_")
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -1,6 +1,6 @@
 """How busy workers are, how fast one driver hands out candidates, and what it keeps: writes results/cluster.md.
 
-Simulated with the scheduler that the Ray pool runs (evomerge/slots.py), event by event, on a clock of its own: candidates
+Simulated with the scheduler that the Ray pool runs (evomerge/workers/scheduler.py), event by event, on a clock of its own: candidates
 take 60 s with a log-normal spread of .1, two of a hundred five times as long, wherever they run. Each island waits for all
 candidates of its generation before it asks for the next, a pipelined one for those of the generation before; all share the
 workers. With --real also two Ray workers on this machine that sleep by the same law, .2 s a candidate.

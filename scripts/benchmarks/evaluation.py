@@ -31,7 +31,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import lm_eval
@@ -47,6 +46,7 @@ from evomerge.evaluation.lm_harness.backends.compiled import CompiledBackend
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 
+REPO = Path(__file__).resolve().parents[2]
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 EXPERTS = ("math", "lang", "string")
 INCUMBENT_BATCH, HFLM_BATCH = 64, 32

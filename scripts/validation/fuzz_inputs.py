@@ -30,9 +30,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a damaged reference may look like a reposi
 
 import torch
 import yaml
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 from safetensors.torch import save_file
 
 from evomerge import _yaml
@@ -42,6 +39,7 @@ from evomerge.export.recipe_file import merge_file
 from evomerge.methods import METHODS, Method, Param
 from tests.support.tiny_models import LAYERS, build
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 20  # a case that takes longer hangs
 FILTERS = ("self_attn", "mlp", "norm", "q_proj", "embed_tokens", "lm_head", "layers.1.", "*", "nothing")
 ODD: tuple[Any, ...] = (  # values that a reader may not expect

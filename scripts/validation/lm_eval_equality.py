@@ -30,8 +30,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 from evomerge.checkpoints import Checkpoint
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
@@ -42,6 +40,7 @@ from tests.support import text_architectures
 from tests.support.equality_oracle import Differences, Results
 from tests.support.equality_tasks import Score
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 NAMED = "llama qwen3 gemma2 mistral gpt2 bloom cohere2 qwen3_next mamba2 olmoe granite phi3 mpt lfm2"
 DELICATE = "gpt_neo recurrent_gemma jamba mamba rwkv llama4_chunk falcon_alibi gemma3n_text deepseek_v3 xglm"
 ARCHITECTURES = tuple(f"{NAMED} {DELICATE}".split())

@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 from evomerge.errors import EvomergeError
 from evomerge.export.recipe_file import merge_file
 from evomerge.methods import METHODS
 from tests.support import parity_cases
 from tests.support.parity_cases import ARCHITECTURES, FORMS, TYPES, VARIANTS, Cell
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 120
 POLICIES = ("mergekit", "float32")
 EXPERTS = "mergekit makes one tensor of a layer's experts first"

@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 import transformers
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 from tests.support import probe_truth
 from tests.support.probe_truth import DECODERS, OPTIMIZATIONS, Outcome
 from tests.support.text_architectures import CONFIGS
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TYPES = (torch.float32, torch.bfloat16)
 SIGNS = {(True, True): "+", (False, False): "-", (False, True): "(-)", (True, False): "**WRONG**"}
 MEANING = {

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
 import torch
 import transformers
 from torch import nn
@@ -27,6 +25,7 @@ from evomerge.merging.routing.routed_model import Hop, Routed
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures, vision_architectures
 
+ROOT = Path(__file__).resolve().parents[2]
 _ROUTES = (
     ("mixed", oracle.MIXED),
     ("periodic", oracle.PERIODIC),

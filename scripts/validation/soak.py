@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 from scripts.validation.soak_parts import pieces, report
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 os.environ.update(pieces.environment())
 CONFIGS = {"search": 0.4, "mergekit": 0.4, "recipe": 0.2}  # shares of --configs
 SIZES = (

@@ -534,8 +534,13 @@ def test_a_studys_name_is_no_path(name: str, tmp_path: Path) -> None:
         loading_module.load(str(file))
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b/c", "/tmp/no-such-model", "a\nb", "https://host/model"])
-def test_a_models_name_is_a_folder_or_a_repository(name: str) -> None:
+@pytest.mark.parametrize("name", ["../../x", "a/b/c", "/no-such-folder/model", "a\nb", "https://host/model"])
+def test_a_models_name_is_a_folder_or_a_repository(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
     with pytest.raises(CheckpointError):
         locate(name)
 

@@ -18,7 +18,7 @@ LIGHT = ("typer", "pydantic", "PyYAML")
 PROGRAM = """
 import json, sys
 import evomerge
-from evomerge import data
+from evomerge import _resources as data
 assert "site-packages" in evomerge.__file__, evomerge.__file__
 print(json.dumps({
     "spaces": {name: path.read_text() for name, path in data.search_spaces().items()},

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.support.toy import REPO, environment, zoo_folder
 
-HEADS = {"bench_eval": "| workload |", "bench_search": "| items × 4 tasks |"}
+HEADS = {"evaluation": "| workload |", "search": "| items × 4 tasks |"}
 
 
 def table(name: str, arguments: list[str], out: Path) -> list[list[str]]:
     """The cells of the rows of the first table that a script writes."""
-    program = [sys.executable, str(REPO / "scripts" / f"{name}.py"), "--quick", "--out", str(out), *arguments]
+    program = [
+        sys.executable,
+        str(REPO / "scripts" / "benchmarks" / f"{name}.py"),
+        "--quick",
+        "--out",
+        str(out),
+        *arguments,
+    ]
     done = subprocess.run(
         program, env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
@@ -30,7 +36,7 @@ def table(name: str, arguments: list[str], out: Path) -> list[list[str]]:
 
 def test_scoring_is_timed_beside_lm_eval(tmp_path: Path) -> None:
     zoo_folder()
-    rows = table("bench_eval", ["--only", "zoo", "likelihood", "--repeats", "1"], tmp_path / "eval.md")
+    rows = table("evaluation", ["--only", "zoo", "likelihood", "--repeats", "1"], tmp_path / "eval.md")
     assert [row[0].split(",")[0] for row in rows] == [
         "zoo",
         "zoo",
@@ -48,18 +54,14 @@ def test_scoring_is_timed_beside_lm_eval(tmp_path: Path) -> None:
 
 def test_searches_are_timed(tmp_path: Path) -> None:
     zoo_folder()
-    rows = table("bench_search", ["--items", "50", "--modes", "one"], tmp_path / "search.md")
+    rows = table("search", ["--items", "50", "--modes", "one"], tmp_path / "search.md")
     assert [row[:3] for row in rows] == [["50", "1 worker", "8"]]
     assert rows[0][-1] == "0", "no candidate failed"
 
 
 def test_a_ratio_is_the_median_of_neighbours() -> None:
-    spec = importlib.util.spec_from_file_location("bench_eval", REPO / "scripts" / "benchmarks/evaluation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    sys.modules["bench_eval"] = bench  # dataclasses look their module up
-    spec.loader.exec_module(bench)
+    from scripts.benchmarks import evaluation as bench
+
     took = {
         "a": [bench.Took(10, 8), bench.Took(30, 9), bench.Took(12, 7)],
         "c": [bench.Took(1, 1), bench.Took(10, 3), bench.Took(2, 2)],

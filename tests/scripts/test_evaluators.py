@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 from scripts.zoo import make_evaluators as make_evaluators
 from scripts.zoo import plan, skills
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 EVALUATORS = REPOSITORY / "evaluators" / "zoo"
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 SPLITS = ("search", "validation", "test")

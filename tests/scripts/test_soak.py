@@ -70,7 +70,7 @@ def test_mutated_inputs_are_read_or_refused(kind: str) -> None:
 
 def test_the_command_line_writes_what_a_part_came_to(tmp_path: Path) -> None:
     words = [
-        str(REPO / "scripts" / "soak"),
+        str(REPO / "scripts" / "validation" / "soak.py"),
         "inputs",
         "--work",
         str(tmp_path),

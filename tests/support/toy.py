@@ -240,7 +240,7 @@ def results(pool: Pool, jobs: Sequence[Job]) -> list[tuple[Job, Evaluation]]:
 
 
 def environment() -> dict[str, str]:
-    """What subprocesses of the tests run under: one thread, no network, narrow output that does not wrap."""
+    """What subprocesses of the tests run under: this checkout, one thread, no network, output of one width."""
     quiet = {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -248,11 +248,12 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "200",
     }
-    return (
-        {k: v for k, v in os.environ.items() if k != "EVOMERGE_ROOT"}
-        | quiet
-        | {"NO_COLOR": "1", "TERM": "dumb"}
-    )
+    own = {k: v for k, v in os.environ.items() if k != "EVOMERGE_ROOT"}
+    paths = [
+        str(REPO),
+        *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", str(REPO))),
+    ]
+    return own | quiet | {"NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def command(*words: object) -> list[str]:

@@ -20,7 +20,7 @@ def context() -> ForkServerContext:
     """Processes of it are forks of one that has imported torch, pycma and the search, and nothing of Ray."""
     os.environ.update(pieces.environment())
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["soak_parts.toy_study", "cma"])
+    found.set_forkserver_preload(["scripts.validation.soak_parts.toy_study", "cma"])
     return found
 
 

@@ -386,7 +386,7 @@ def _process(file: Path, kind: str, first: int, count: int, seed: int) -> dict[s
             words = [
                 sys.executable,
                 "-m",
-                "soak_parts.inputs",
+                "scripts.validation.soak_parts.inputs",
                 kind,
                 str(first),
                 str(end - first),

@@ -43,11 +43,8 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    own = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests"), str(REPOSITORY)]
-    path = os.pathsep.join(
-        [*own, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in own)]
-    )
-    return os.environ | quiet | {"PYTHONPATH": path}
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", str(REPOSITORY))]
+    return os.environ | quiet | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *others])}
 
 
 class Hang(BaseException):

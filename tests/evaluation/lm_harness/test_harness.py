@@ -139,14 +139,13 @@ def test_roles_are_the_declared_documents_and_share_none(task: str, tokenizer: A
 
 def test_ids_and_fingerprints_are_the_same_in_every_process(zoo_harness: LmHarness, tmp_path: Path) -> None:
     program = (
-        "import json; from test_lm_harness import *; h = LmHarness(DECLARED, worker.load_tokenizer(Checkpoint(zoo_folder() / 'base')),"
-        "batch_size=7, limits={'test': 100, 'validation': 40});"
+        "import json\n"
+        "from tests.evaluation.lm_harness.test_harness import *\n"
+        "h = LmHarness(DECLARED, model_loading.load_tokenizer(Checkpoint(zoo_folder() / 'base')), batch_size=7,"
+        " limits={'test': 100, 'validation': 40})\n"
         "print(json.dumps([{r: h.items(r) for r in ROLES}, h.fingerprint()]))"
     )
-    env = environment() | {
-        "PYTHONHASHSEED": "7",
-        "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]),
-    }
+    env = environment() | {"PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,

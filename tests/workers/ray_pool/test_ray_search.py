@@ -94,11 +94,10 @@ with RayPool(functools.partial(Coded, Path(sys.argv[1])), address="local", worke
 @pytest.mark.cluster
 def test_what_ray_says_of_a_dead_worker_is_not_printed_among_the_results(tmp_path: Path) -> None:
     """Ray printed '(raylet) A worker died or was killed' on stdout; the pool says it on stderr, with the cause."""
-    own = environment() | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", LOSES, str(tmp_path)],
         cwd=tmp_path,
-        env=own,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,

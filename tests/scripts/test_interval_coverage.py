@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -27,18 +25,13 @@ def opening(plan: Plan) -> Opening:
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """scripts/validation/interval_coverage.py with shorter searches, under a name of its own: there is a package called coverage."""
-    spec = importlib.util.spec_from_file_location(
-        "coverage_script", REPO / "scripts" / "validation/interval_coverage.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["coverage_script"] = module
-    spec.loader.exec_module(module)
-    module.GENERATIONS = 3  # type: ignore[attr-defined]
-    return module
+def script() -> Iterator[ModuleType]:
+    """scripts/validation/interval_coverage.py with shorter searches."""
+    from scripts.validation import interval_coverage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interval_coverage, "GENERATIONS", 3)
+        yield interval_coverage
 
 
 def test_intervals_hold_the_truth_and_the_best_search_score_does_not(script: ModuleType) -> None:
