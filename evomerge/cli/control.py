@@ -71,7 +71,7 @@ def _status(study: str | None, root: Path | None, as_json: bool, again: bool = F
             if study is None and store.study() is None:
                 return None
             check = not again or store.path.stat().st_size < _LARGE
-            return reports.summary(store, check=check) | reports.activity(store)
+            return reports.study_summary(store, check=check) | reports.study_activity(store)
 
     indent = None if again else 2
     before = [time.strftime("%Y-%m-%d %H:%M:%S")] if again else []

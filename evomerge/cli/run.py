@@ -116,8 +116,8 @@ def _search(
             finally:
                 stop_request.clear_stop(folder)
             path = study.store.path.with_name("report.md")
-            path.write_text(reports.markdown(study.store))
-            data = reports.summary(study.store)
+            path.write_text(reports.study_markdown(study.store))
+            data = reports.study_summary(study.store)
     print(study_tables.study(data))
     where = f" --root {root}" if root else ""
     print(f"report: {path}\nnext:   evomerge export {settings.study}/best OUT --weights{where}")

@@ -86,7 +86,7 @@ def candidate(data: Mapping[str, Any]) -> str:
 
 def _said(data: Mapping[str, Any]) -> list[str]:
     """What follows the table: the winner's interval and luck, skills lost, the front, partial scores."""
-    from evomerge.reports import lost
+    from evomerge.reports import lost_skills
 
     best, lines = data["best"] or {}, [""]
     if "test_interval" in best:
@@ -97,7 +97,7 @@ def _said(data: Mapping[str, Any]) -> list[str]:
             else ""
         )
         lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{luck}")
-    if kept := lost(data["retention"]):
+    if kept := lost_skills(data["retention"]):
         lines.append(f"retention: {kept}")
     if len(data["pareto"]) > 1:
         lines.append(f"trade-offs: {len(data['pareto'])} candidates on the front, see {data['study']}/pareto")

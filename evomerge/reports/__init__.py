@@ -1,9 +1,23 @@
-"""Stored rows -> plain data, Markdown and plots. Runs no search and loads no torch."""
+"""Stored rows -> plain data, Markdown, plots. Runs no search and loads no torch.
+
+`summary` turns a study or a candidate into plain data, `activity` adds who drives it and what its workers did, `markdown` writes
+the report of a finished study, with `route_text` for routes of layers. `comparison` puts candidates beside one another on the
+items that all were scored on; `sensitivity` scans the coefficients of one candidate, and `plots` draws the scan. What the last
+two score is passed in: this package opens no model.
+"""
 
 from __future__ import annotations
 
-from evomerge.reports.activity import activity
-from evomerge.reports.markdown import markdown
-from evomerge.reports.summary import candidate, front, lost, resolve, summary
+from evomerge.reports.activity import study_activity
+from evomerge.reports.markdown import study_markdown
+from evomerge.reports.summary import candidate, front, lost_skills, resolve, study_summary
 
-__all__ = ["activity", "candidate", "front", "lost", "markdown", "resolve", "summary"]
+__all__ = [
+    "candidate",
+    "front",
+    "lost_skills",
+    "resolve",
+    "study_activity",
+    "study_markdown",
+    "study_summary",
+]

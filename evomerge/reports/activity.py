@@ -1,43 +1,56 @@
-"""What is going on in a study, as plain data: who drives it, what the workers did, what failed, how well it is kept."""
+"""What is going on in a study, as plain data: who drives it, what its workers did, what failed, how recent its backup is."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from evomerge.store import Store, locks, paths, stop_request
 
 
-def activity(store: Store) -> dict[str, Any]:
-    """Driver, workers, failures by cause, runs, budgets that ended something, and the last backup.
+def study_activity(store: Store) -> dict[str, Any]:
+    """Collects driver, workers, failures by cause, runs, islands that a budget ended, and the last backup.
 
-    driver: None where nobody ever drove it; alive: None where that cannot be known from this machine. workers: busy and span
-    in seconds, utilisation in [0, 1], times in Unix seconds. backup: None without one; age in seconds; way_back: to it, in words.
+    Args:
+        store: An open study.
+
+    Returns:
+        `driver`: host, pid and whether it is alive, None of that where it cannot be known from this machine; None where nobody
+        ever drove the study. `stop_requested`: whether `evomerge stop` was asked. `workers`: what each did, with `busy` and
+        `span` in seconds, `utilisation` in [0, 1] and times in Unix seconds; `utilisation`: of all together. `failures`: cause,
+        number of attempts and last error. `runs`: of drivers. `ended`: stage, island and cause of a used-up budget. `backup`:
+        path, time, age in seconds and size, None without one; `way_back`: how to go back to it, in words.
     """
     driver = locks.driver(store.path)
-    backup = store.path.with_name(paths.BACKUP)
-    workers: list[dict[str, Any]] = [asdict(w) | {"utilisation": w.utilisation} for w in store.workers()]
-    busy, span = sum(w["busy"] for w in workers), sum(w["span"] for w in workers)
+    workers = [asdict(use) | {"utilisation": use.utilisation} for use in store.activity.worker_uses()]
+    busy = sum(worker["busy"] for worker in workers)
+    span = sum(worker["span"] for worker in workers)
+    failures = [
+        {"cause": cause, "attempts": count, "last": error}
+        for cause, count, error in store.activity.failures()
+    ]
+    ended = [
+        {"stage": stage, "island": island, "cause": end.cause}
+        for (stage, island), end in store.activity.ends().items()
+    ]
     return {
         "driver": None if driver is None else asdict(driver),
         "stop_requested": stop_request.stop_requested(store.path.parent),
         "workers": workers,
         "utilisation": min(1.0, busy / span) if span else None,
-        "failures": [
-            {"cause": cause, "attempts": count, "last": error} for cause, count, error in store.failures()
-        ],
-        "runs": [asdict(r) for r in store.runs()],
-        "ended": [
-            {"stage": stage, "island": island, "cause": cause}
-            for (stage, island), cause in store.causes().items()
-        ],
-        "backup": _backup(backup.stat().st_mtime, backup.stat().st_size, str(backup))
-        if backup.is_file()
-        else None,
+        "failures": failures,
+        "runs": [asdict(run) for run in store.activity.runs()],
+        "ended": ended,
+        "backup": _backup(store.path.with_name(paths.BACKUP)),
         "way_back": store.way_back(),
     }
 
 
-def _backup(at: float, size: int, path: str) -> dict[str, Any]:
-    return {"path": path, "time": at, "age": max(0.0, time.time() - at), "bytes": size}
+def _backup(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    status = path.stat()
+    age = max(0.0, time.time() - status.st_mtime)
+    return {"path": str(path), "time": status.st_mtime, "age": age, "bytes": status.st_size}

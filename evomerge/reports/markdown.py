@@ -8,16 +8,16 @@ from typing import Any
 from evomerge.errors import StudyError
 from evomerge.recipes import Filtered, Recipe, Setting
 from evomerge.reports import route_text
-from evomerge.reports.summary import front, lost, summary
+from evomerge.reports.summary import front, lost_skills, study_summary
 from evomerge.store import Store, Trial
 
 
-def markdown(store: Store) -> str:
+def study_markdown(store: Store) -> str:
     """Verdict, scores of the best beside parents and hand recipes, what it is made of, how the search went."""
     study = store.study()
     if study is None or study.outcome is None:
         raise StudyError(f"{store.path.parent.name} is not finished; there is nothing to report yet")
-    data = summary(store)
+    data = study_summary(store)
     tasks = list(study.facts.tasks)
     best, references = data["best"], data["references"]
     lines = [
@@ -133,7 +133,7 @@ def _retention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "## Skills kept",
         "",
-        f"Retention: {lost(rows)}. The winner against each parent on the test items, paired, higher is better; lost where it falls by more than "
+        f"Retention: {lost_skills(rows)}. The winner against each parent on the test items, paired, higher is better; lost where it falls by more than "
         "1.96 errors (2.5 % a cell, not corrected for their number).",
         "",
         "| task | " + " | ".join(parents) + " |",

@@ -17,7 +17,7 @@ from evomerge.errors import ConfigError, StudyError, suggest
 from evomerge.evaluation import Evaluation, Items, ItemScore, Role
 from evomerge.evaluation.estimates import Estimate, holm, paired, stratified
 from evomerge.recipes import Recipe
-from evomerge.store import Scored, Store
+from evomerge.store import NewEvaluation, NewSensitivity, Scored, Store
 
 if TYPE_CHECKING:
     from evomerge.spaces import Axis, WeightSpace
@@ -158,9 +158,8 @@ def scan(
         evaluation = evaluate(point.recipe, items)
         if point.axis == CENTRE and evaluation.error is not None:
             raise StudyError(f"the candidate itself cannot be scored: {evaluation.error}")
-        store.add_sensitivity(
-            centre, point.axis, point.value, point.recipe, role, items, evaluation, score(evaluation)
-        )
+        changed = NewEvaluation(point.recipe, role, items, evaluation, score(evaluation))
+        store.add_sensitivity(NewSensitivity(centre, point.axis, point.value, changed))
         show(done + 1, len(todo))
     return len(todo)
 

@@ -10,7 +10,7 @@ from evomerge.reports.route_text import depths, hops
 from evomerge.store import Store, Trial
 
 
-def summary(store: Store, check: bool = True) -> dict[str, Any]:
+def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
     """State, counts, best and every parent and hand recipe with search, validation and test scores, front and retention.
 
     state: running, interrupted (running, but its process is gone), paused, failed or done. search: the objective by the
@@ -57,7 +57,7 @@ def resolve(store: Store, reference: str) -> Trial:
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
     if reference == "best":
-        best = summary(store, check=False)["best"]
+        best = study_summary(store, check=False)["best"]
         if best is None:
             raise StudyError(f"{study.name} has no scored candidate yet")
         return store.trial(int(best["id"]))
@@ -105,7 +105,7 @@ def front(store: Store) -> dict[str, Any]:
     return {"study": study.name, "items": where, "tasks": tasks, "candidates": rows}
 
 
-def lost(retention: Sequence[Mapping[str, Any]]) -> str:
+def lost_skills(retention: Sequence[Mapping[str, Any]]) -> str:
     """One sentence for the skills of parents that the winner has lost on the test items, '' where nothing is known.
 
     Of a task only the largest fall is named.

@@ -106,10 +106,10 @@ class Dispatch:
         """Which budget is used up, in words; None while there is something left of each."""
         asked = self.budget
         self._note()
-        hours = self.store.driven_seconds() / 3600
+        hours = self.store.activity.driven_seconds() / 3600
         if asked.hours is not None and hours >= asked.hours:
             return f"the budget of {asked.hours:g} hours is used up"
-        used = self.store.busy_seconds() / 3600 * asked.gpus
+        used = self.store.activity.busy_seconds() / 3600 * asked.gpus
         if asked.gpu_hours is not None and used >= asked.gpu_hours:
             return f"the budget of {asked.gpu_hours:g} GPU hours is used up"
         if asked.cost is not None and used * asked.price >= asked.cost:
@@ -148,10 +148,10 @@ class Dispatch:
     def _note(self) -> None:
         """Stores what attempts ended and, once a second, how long the driver has run; looks whether it is asked to stop."""
         if ended := self.pool.attempts():
-            self.store.add_attempts(ended)
+            self.store.activity.add_attempts(ended)
         now = time.monotonic()
         if now - self._seen >= _TICK:
-            self.store.add_driven(now - self._seen)
+            self.store.activity.add_driven_seconds(now - self._seen)
             self._seen = now
             if not self.stop and stop_request.stop_requested(self.store.path.parent):
                 self.stop, self._why = 1, Stopped("stopped by evomerge stop; resume goes on")

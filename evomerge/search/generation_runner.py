@@ -20,7 +20,7 @@ from evomerge.search import racing, selection
 from evomerge.search.dispatch import Dispatch, Result
 from evomerge.search.plan import Plan, Progress
 from evomerge.spaces import Baseline
-from evomerge.store import Scored, Trial
+from evomerge.store import NewEvaluation, NewTrial, Scored, Trial
 from evomerge.workers import Job
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,9 @@ class Generations:
                 if role == "validation" and score is not None
                 else None
             )
-            self.store.add_evaluation(job.recipe, role, items, evaluation, score, reported, point)
+            self.store.add_evaluation(
+                NewEvaluation(job.recipe, role, items, evaluation, score, reported, point)
+            )
             done += 1
             self.show(Progress(stage or role, done, len(distinct)))
         found = {r.id: self.store.evaluation(r.id, role, items) for r in distinct}
@@ -225,7 +227,9 @@ class Generations:
             found[recipe_id] = evaluation
             if waiting and ids[waiting[0]] != recipe_id:
                 score, reported, point = self._scores(evaluation)
-                self.store.add_evaluation(job.recipe, "search", items, evaluation, score, reported, point)
+                self.store.add_evaluation(
+                    NewEvaluation(job.recipe, "search", items, evaluation, score, reported, point)
+                )
             keep()
         return trials
 
@@ -271,7 +275,7 @@ class Generations:
                 for i, r in enumerate({r.id: r for r in recipes if r.id not in found}.values())
             ]
             for job, evaluation in self.dispatch.each(jobs):
-                store.add_evaluation(job.recipe, "rung", part, evaluation, None)
+                store.add_evaluation(NewEvaluation(job.recipe, "rung", part, evaluation, None))
                 found[job.recipe.id] = evaluation
                 said("")
             return found
@@ -300,12 +304,27 @@ class Generations:
             score, point = fate.predicted - objective.size_penalty(evaluation.costs), None
             whole = sum(map(len, self.subset(number).values()))
         return self.store.add_trial(
-            generation=number, slot=slot, origin=c.origin, label=c.label, genome=c.genome, parents=c.parents,
-            recipe=c.recipe, items=items, evaluation=evaluation, score=score, reported=reported, point=point,
-            dropped=fate.dropped if fate else None, whole=whole,
-            violation=0.0 if score is None else objective.violation(evaluation.metrics, floors), stage=self.stage,
-            island=c.island, trial_id=c.trial_id,
-        )  # fmt: skip
+            NewTrial(
+                generation=number,
+                slot=slot,
+                origin=c.origin,
+                label=c.label,
+                genome=c.genome,
+                parents=c.parents,
+                recipe=c.recipe,
+                items=items,
+                evaluation=evaluation,
+                score=score,
+                reported=reported,
+                task_values=point,
+                dropped=fate.dropped if fate else None,
+                whole=whole,
+                violation=0.0 if score is None else objective.violation(evaluation.metrics, floors),
+                stage=self.stage,
+                island=c.island,
+                trial_id=c.trial_id,
+            )
+        )
 
 
 def _job(slot: int, recipe: Recipe, items: Items, turn: int = 0) -> Job:

@@ -95,8 +95,8 @@ class Study:
         return outcome
 
     def _run(self) -> Outcome:
-        if self.store.ends() and self.dispatch.spent() is None:  # the budget is larger now
-            self.store.remove_ends()
+        if self.store.activity.ends() and self.dispatch.spent() is None:  # the budget is larger now
+            self.store.activity.remove_ends()
         references = self._references()
         best = max(references, key=lambda t: (_score(t), -t.slot))
         searched: list[_Searched] = []
@@ -244,12 +244,12 @@ class Study:
 
     def _over(self, stage: int, island: int, generation: int) -> bool:
         """Whether a budget ended an island there; a replay ends where the first run did."""
-        ends = self.store.ends()
+        ends = self.store.activity.ends()
         if (stage, island) in ends:
-            return ends[stage, island] <= generation
+            return ends[stage, island].generation <= generation
         if (cause := self.dispatch.spent()) is None:
             return False
-        self.store.set_end(stage, island, generation, cause)
+        self.store.activity.set_end(stage, island, generation, cause)
         self.show(Progress("search", 1, 1, None, f"after generation {generation}: {cause}"))
         return True
 

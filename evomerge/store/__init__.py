@@ -1,16 +1,39 @@
-"""One SQLite file a study: the only package that imports sqlite3. Written by the driver alone; anyone may read.
+"""One SQLite file a study, and the only package that imports sqlite3.
 
-Every acknowledged evaluation is one committed transaction, synced to the disk: a killed driver loses none. Each row carries
-a digest of itself, so that a damage that SQLite takes for data is found too.
+The driver alone writes; anyone may read, while it writes too. Every acknowledged evaluation is one committed transaction, synced
+to the disk: a killed driver loses none. Each row carries a digest of itself, so that damage that SQLite takes for data is found.
+
+`store` holds trials, evaluations and recipes by name; `activity_log` attempts, worker time and runs; `pareto_front` the front
+over tasks; `study_facts` what a study says of itself and what its search found; `records` the values of the tables, `rows` how a row becomes one.
+`connection` opens the file, with `locks`, `file_systems`, `migrations`, `integrity` and `backup`; `paths` says where studies
+are, `stop_request` lets another process end a search. Loads no torch.
 """
 
 from __future__ import annotations
 
-from evomerge.store.rows import Purpose, Run, Scored, StudyRow, Trial, WorkerUse, item_set_id
+from evomerge.store.activity_log import ActivityLog
+from evomerge.store.records import (
+    BudgetEnd,
+    NewEvaluation,
+    NewSensitivity,
+    NewTrial,
+    Purpose,
+    Run,
+    Scored,
+    StudyRow,
+    Trial,
+    WorkerUse,
+)
+from evomerge.store.rows import item_set_id
 from evomerge.store.store import Store
 from evomerge.store.study_facts import Outcome, ParentFacts, StageOutcome, StudyFacts, TermFacts
 
 __all__ = [
+    "ActivityLog",
+    "BudgetEnd",
+    "NewEvaluation",
+    "NewSensitivity",
+    "NewTrial",
     "Outcome",
     "ParentFacts",
     "Purpose",

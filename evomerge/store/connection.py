@@ -25,7 +25,7 @@ _ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-class File:
+class StudyFile:
     """An open connection. lock: held by the one that writes, None for a reader."""
 
     def __init__(self, db: sqlite3.Connection, path: Path, lock: IO[str] | None) -> None:
@@ -35,7 +35,7 @@ class File:
         self._acknowledge()
 
     @classmethod
-    def open(cls, path: Path, write: bool) -> File:
+    def open(cls, path: Path, write: bool) -> StudyFile:
         """Raises StudyError if the file is missing, damaged, newer or locked; NoRoom if it cannot be written."""
         if not write and not path.is_file():
             raise StudyError(f"there is no study at {path}")

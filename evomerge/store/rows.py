@@ -1,4 +1,4 @@
-"""What the tables hold, as values, and how a row becomes one. Opens no file."""
+"""How a row of a study's file becomes a value, and how parts of a value are written. Opens no file."""
 
 from __future__ import annotations
 
@@ -7,147 +7,106 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
-from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, Role
+from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
+from evomerge.store.records import Scored, StudyRow, Trial, WorkerUse
 from evomerge.store.study_facts import Outcome, StudyFacts
 
-Purpose = Role | Literal["rung"]
-"""What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a generation's."""
-
-TRIALS = "SELECT t.*, e.score, e.reported, e.error, e.metrics, e.seconds, e.costs FROM trials t JOIN evaluations e ON e.id = t.evaluation"
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One candidate as it was tried. origin: parent, hand, sampled, injected or mean; label: a hand recipe's name.
-
-    generation 0 holds parents and hand recipes; genome is None where the recipe came from no genome. parents: ids of
-    the trials recombined into it. score: the objective as the search sees it, None means it failed, see `error`;
-    reported: the objective by the tasks' metrics. whole: how many items its generation was raced on, where it was scored
-    on a part of them: `reported` is then of that part, and `score` what the search would have seen on all. dropped: the
-    rung, from 1, at which the race dropped it. violation: by how much it breaks the search's `keep`, 0 where it keeps it.
-    stage: of the search, from 0; costs: 'layers' and 'parameters' of the model, where they were recorded. island: of the
-    stage, from 0.
-    """
-
-    id: int
-    generation: int
-    slot: int
-    origin: str
-    label: str | None
-    genome: tuple[float, ...] | None
-    parents: tuple[int, ...]
-    recipe_id: str
-    score: float | None
-    error: str | None
-    metrics: Mapping[str, float]
-    seconds: Mapping[str, float]
-    reported: float | None = None
-    dropped: int | None = None
-    whole: int | None = None
-    violation: float = 0.0
-    stage: int = 0
-    costs: Mapping[str, float] = field(default_factory=dict)
-    island: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StudyRow:
-    """The study as stored. config: the YAML verbatim; overrides: what flags changed in it; facts: hashes, versions
-    and choices derived from them; outcome: set when done."""
-
-    name: str
-    seed: int
-    config: str
-    overrides: dict[str, int]
-    facts: StudyFacts
-    state: str
-    outcome: Outcome | None
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A stored evaluation of a recipe on some items. score: what ranked it; reported: the objective by the tasks' metrics."""
-
-    score: float | None
-    evaluation: Evaluation
-    reported: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerUse:
-    """What a worker did. jobs: attempts that ended with a result; busy: seconds at work; span: seconds from the begin of the
-    first attempt to the end of the last, added up over its processes, so that a pause of the study is in none; first, last:
-    Unix seconds; failures: attempts that ended otherwise, by cause. The time before its first attempt is not in the span."""
-
-    worker: str
-    host: str
-    device: str
-    jobs: int
-    busy: float
-    span: float
-    first: float
-    last: float
-    failures: Mapping[str, int]
-
-    @property
-    def utilisation(self) -> float:
-        """Share of the span that it was at work, in [0, 1]."""
-        return min(1.0, self.busy / self.span) if self.span > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A driver's run. started: Unix seconds; seconds: how long it has driven."""
-
-    host: str
-    pid: int
-    started: float
-    seconds: float
+TRIALS = (
+    "SELECT t.*, e.score, e.reported, e.error, e.metrics, e.seconds, e.costs "
+    "FROM trials t JOIN evaluations e ON e.id = t.evaluation"
+)
 
 
 def item_set_id(items: Items) -> str:
-    """16 hexadecimal digits of the SHA-256 of the item ids by task."""
+    """Names a set of items by its content.
+
+    Args:
+        items: Task -> item ids, in order.
+
+    Returns:
+        16 hexadecimal digits of the SHA-256 of the items as stored.
+    """
     return short_hash(items_json(items))
 
 
 def short_hash(text: str) -> str:
-    """16 hexadecimal digits of the SHA-256 of a text."""
+    """Hashes a text.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        16 hexadecimal digits of its SHA-256.
+    """
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def items_json(items: Items) -> str:
-    """Items as they are stored."""
+    """Writes items as they are stored.
+
+    Args:
+        items: Task -> item ids, in order.
+
+    Returns:
+        JSON: a list of [task, item ids].
+    """
     return json.dumps([[task, list(ids)] for task, ids in items.items()], separators=(",", ":"))
 
 
-def column(values: list[float | None]) -> str | None:
-    """A list of soft scores as stored; NULL where no item has one."""
-    return json.dumps(values) if any(v is not None for v in values) else None
+def soft_metric_column(values: list[float | None]) -> str | None:
+    """Writes a soft metric of items as it is stored.
+
+    Args:
+        values: The soft metric of each item, None where an item has none.
+
+    Returns:
+        JSON, or None, which is stored as NULL, where no item has one.
+    """
+    return json.dumps(values) if any(value is not None for value in values) else None
 
 
-def numbers(value: Mapping[str, float]) -> str:
-    """Named numbers as stored."""
-    return json.dumps(dict(value), sort_keys=True)
+def numbers_json(numbers: Mapping[str, float]) -> str:
+    """Writes named numbers as they are stored.
+
+    Args:
+        numbers: Name -> number.
+
+    Returns:
+        JSON with the names sorted.
+    """
+    return json.dumps(dict(numbers), sort_keys=True)
 
 
 def study(row: sqlite3.Row) -> StudyRow:
-    """The study of its row."""
-    outcome = Outcome.from_json(json.loads(row["outcome"])) if row["outcome"] else None
+    """Reads the study's row.
+
+    Args:
+        row: Of the table `study`.
+
+    Returns:
+        The study.
+    """
     return StudyRow(
-        row["name"],
-        row["seed"],
-        row["config"],
-        json.loads(row["overrides"]),
-        StudyFacts.from_json(json.loads(row["facts"])),
-        row["state"],
-        outcome,
+        name=row["name"],
+        seed=row["seed"],
+        config=row["config"],
+        overrides=json.loads(row["overrides"]),
+        facts=StudyFacts.from_json(json.loads(row["facts"])),
+        state=row["state"],
+        outcome=Outcome.from_json(json.loads(row["outcome"])) if row["outcome"] else None,
     )
 
 
 def trial(row: sqlite3.Row) -> Trial:
-    """The trial of a row of `TRIALS`."""
+    """Reads a trial.
+
+    Args:
+        row: Of the query `TRIALS`.
+
+    Returns:
+        The trial.
+    """
     return Trial(
         id=row["id"],
         generation=row["generation"],
@@ -172,72 +131,112 @@ def trial(row: sqlite3.Row) -> Trial:
 
 
 def scored(row: sqlite3.Row, item_set: str) -> Scored:
-    """The evaluation, or the point of a scan, of a row. item_set: the body of its items."""
+    """Reads an evaluation, or a point of a sensitivity scan, which has no soft metrics, costs or reported score.
+
+    Args:
+        row: Of the table `evaluations` or `sensitivity`.
+        item_set: The items as stored.
+
+    Returns:
+        The evaluation with its scores.
+    """
+    columns = set(row.keys())
     names = [(task, item) for task, ids in json.loads(item_set) for item in ids]
     values = json.loads(row["scores"])
-    stored = row.keys()  # a scan's rows hold no soft scores
-    soft = [
-        json.loads(row[n]) if n in stored and row[n] else [None] * len(values)
-        for n in ("probabilities", "logprobs")
-    ]
+    probabilities = _soft_metric(row, "probabilities", len(values))
+    logprobs = _soft_metric(row, "logprobs", len(values))
     items = tuple(
-        ItemScore(task, item, *scores) for (task, item), *scores in zip(names, values, *soft, strict=False)
+        ItemScore(task, item, value, probability, logprob)
+        for (task, item), value, probability, logprob in zip(
+            names, values, probabilities, logprobs, strict=False
+        )
     )
-    costs = json.loads(row["costs"]) if "costs" in stored and row["costs"] else {}
+    costs = json.loads(row["costs"]) if "costs" in columns and row["costs"] else {}
     evaluation = Evaluation(
         row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"], costs
     )
-    reported = row["reported"] if "reported" in stored else None
+    reported = row["reported"] if "reported" in columns else None
     return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
 
 
+def _soft_metric(row: sqlite3.Row, column: str, count: int) -> list[float | None]:
+    """A soft metric of `count` items, None of each where it is not stored."""
+    if column not in set(row.keys()) or not row[column]:
+        return [None] * count
+    values: list[float | None] = json.loads(row[column])
+    return values
+
+
 def attempt(row: sqlite3.Row) -> Attempt:
-    """The attempt of its row."""
-    names = (
-        "recipe",
-        "number",
-        "cause",
-        "error",
-        "worker",
-        "host",
-        "pid",
-        "device",
-        "started",
-        "seconds",
-        "log",
+    """Reads an attempt.
+
+    Args:
+        row: Of the table `attempts`.
+
+    Returns:
+        The attempt.
+    """
+    return Attempt(
+        row["recipe"],
+        row["number"],
+        row["cause"],
+        row["error"],
+        row["worker"],
+        row["host"],
+        row["pid"],
+        row["device"],
+        row["started"],
+        row["seconds"],
+        row["log"],
     )
-    return Attempt(*(row[name] for name in names))
 
 
-def uses(rows: Sequence[sqlite3.Row]) -> list[WorkerUse]:
-    """What the workers did, of rows (worker, host, device, pid, cause, count, seconds, first, last), by name."""
-    whole: dict[tuple[str, str, str], dict[str, Any]] = {}
+def worker_uses(rows: Sequence[sqlite3.Row]) -> list[WorkerUse]:
+    """Adds up what the workers did.
+
+    Args:
+        rows: (worker, host, device, pid, cause, count, seconds, first, last) of each process and cause.
+
+    Returns:
+        One value for each worker, by name.
+    """
+    totals: dict[tuple[str, str, str], _WorkerTotal] = {}
     for row in rows:
-        own = whole.setdefault(
-            (row["worker"], row["host"], row["device"]), {"done": 0, "busy": 0.0, "failures": {}, "spans": {}}
-        )
-        if row["cause"] in ("done", "failed"):  # a candidate that cannot be scored is a result too
-            own["done"] += row["count"]
+        total = totals.setdefault((row["worker"], row["host"], row["device"]), _WorkerTotal())
+        total.add(row)
+    return [
+        total.worker_use(worker, host, device) for (worker, host, device), total in sorted(totals.items())
+    ]
+
+
+@dataclass(slots=True)
+class _WorkerTotal:
+    """What is added up of a worker. spans: process id -> (begin of the first attempt, end of the last)."""
+
+    jobs: int = 0
+    busy: float = 0.0
+    failures: dict[str, int] = field(default_factory=dict)
+    spans: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, row: sqlite3.Row) -> None:
+        if row["cause"] in ("done", "failed"):  # that a candidate cannot be scored is a result too
+            self.jobs += row["count"]
         else:
-            own["failures"][row["cause"]] = own["failures"].get(row["cause"], 0) + row["count"]
-        own["busy"] += row["seconds"]
-        first, last = own["spans"].get(row["pid"], (row["first"], row["last"]))
-        own["spans"][row["pid"]] = (min(first, row["first"]), max(last, row["last"]))
-    found = []
-    for (worker, host, device), own in sorted(whole.items()):
-        spans = list(own["spans"].values())
-        length, first, last = sum(b - a for a, b in spans), min(a for a, _ in spans), max(b for _, b in spans)
-        found.append(
-            WorkerUse(
-                worker,
-                host,
-                device,
-                own["done"],
-                own["busy"],
-                length,
-                first,
-                last,
-                dict(sorted(own["failures"].items())),
-            )
+            self.failures[row["cause"]] = self.failures.get(row["cause"], 0) + row["count"]
+        self.busy += row["seconds"]
+        first, last = self.spans.get(row["pid"], (row["first"], row["last"]))
+        self.spans[row["pid"]] = (min(first, row["first"]), max(last, row["last"]))
+
+    def worker_use(self, worker: str, host: str, device: str) -> WorkerUse:
+        spans = list(self.spans.values())
+        return WorkerUse(
+            worker=worker,
+            host=host,
+            device=device,
+            jobs=self.jobs,
+            busy=self.busy,
+            span=sum(last - first for first, last in spans),
+            first=min(first for first, _ in spans),
+            last=max(last for _, last in spans),
+            failures=dict(sorted(self.failures.items())),
         )
-    return found

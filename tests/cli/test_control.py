@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
-from evomerge.store import Store, StudyFacts, stop_request
+from evomerge.store import NewTrial, Store, StudyFacts, stop_request
 from tests.support.toy import REPO, command, environment, in_process, weight_space
 
 ITEMS: Items = {"first": ("a", "b")}
@@ -29,9 +29,19 @@ def add(store: Store, slot: int, error: str | None = None) -> None:
     scores = () if error else tuple(ItemScore("first", item, 0.5) for item in ITEMS["first"])
     evaluation = Evaluation(recipe.id, scores, {} if error else {"first": 0.5}, {}, error)
     store.add_trial(
-        generation=1, slot=slot, origin="sampled", label=None, genome=(slot / 64,), parents=(), recipe=recipe, items=ITEMS,
-        evaluation=evaluation, score=None if error else slot / 64,
-    )  # fmt: skip
+        NewTrial(
+            generation=1,
+            slot=slot,
+            origin="sampled",
+            label=None,
+            genome=(slot / 64,),
+            parents=(),
+            recipe=recipe,
+            items=ITEMS,
+            evaluation=evaluation,
+            score=None if error else slot / 64,
+        )
+    )
 
 
 def attempt(cause: str, worker: str, started: float, seconds: float, error: str | None = None) -> Attempt:
@@ -52,8 +62,8 @@ def root(tmp_path: Path) -> Path:
             attempt("died", "w1", 100.0, 4.0, "signal 9"),
             attempt("done", "w1", 106.0, 4.0),
         ]
-        store.add_attempts([*own, attempt("died", "w0", 109.0, 1.0, "signal 11")])
-        store.add_driven(5.0)
+        store.activity.add_attempts([*own, attempt("died", "w0", 109.0, 1.0, "signal 11")])
+        store.activity.add_driven_seconds(5.0)
     return tmp_path
 
 
@@ -99,7 +109,7 @@ def test_status_beside_a_driver_names_it_and_its_backup(root: Path) -> None:
     file = root / "trial" / "study.db"
     with Store.open(file, write=True) as store:
         copy = store.backup()
-        store.set_end(0, 1, 4, "the budget of 2 hours is used up")
+        store.activity.set_end(0, 1, 4, "the budget of 2 hours is used up")
         stop_request.ask_to_stop(file)
         data = status(root)
         out = in_process("status", "trial", "--root", root)[1]

@@ -24,7 +24,7 @@ from evomerge.merging.routing.decoder_layers import stack
 from evomerge.merging.routing.routed_model import Hop, Routed
 from evomerge.merging.weight_map import WeightMap
 from evomerge.recipes import Mix, Recipe, params
-from evomerge.store import Store, StudyFacts
+from evomerge.store import NewTrial, Store, StudyFacts
 from tests.support import shipped_routes
 from tests.support.shipped_routes import ROUTE, SCALES, SIX, Case
 
@@ -263,9 +263,20 @@ class Stored:
             for generation, (origin, of) in enumerate((("parent", base), ("sampled", recipe))):
                 found = Evaluation(of.id, (ItemScore("task", "item", 0.5),), {"task": 0.5}, {})
                 trial = store.add_trial(
-                    generation=generation, slot=0, origin=origin, label=None, genome=None, parents=(), recipe=of, items={"task": ("item",)},
-                    evaluation=found, score=0.5, reported=0.5,
-                )  # fmt: skip
+                    NewTrial(
+                        generation=generation,
+                        slot=0,
+                        origin=origin,
+                        label=None,
+                        genome=None,
+                        parents=(),
+                        recipe=of,
+                        items={"task": ("item",)},
+                        evaluation=found,
+                        score=0.5,
+                        reported=0.5,
+                    )
+                )
             self.shown = reports.candidate(store, trial)["route"]
             candidate.export(store, trial, self.parents, folder / "out")
         self.card = (folder / "out" / "README.md").read_text()

@@ -256,7 +256,7 @@ def test_a_budget_that_is_used_up_ends_the_search_with_its_test(
         assert [(t.generation, t.slot) for t in store.trials() if t.generation and t.origin != "mean"] == [
             (g, s) for g in (1, 2) for s in range(6)
         ]
-        assert set(store.ends()) == {(0, 0), (0, 1)}
+        assert set(store.activity.ends()) == {(0, 0), (0, 1)}
     rows = stored_rows(file)
     assert all(said in row["cause"] for row in rows["ends"])
     again = Crew(3, shuffled(1), seconds=1800.0)

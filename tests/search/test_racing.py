@@ -90,7 +90,7 @@ def test_a_race_scores_less_and_says_of_whom(whole: tuple[Path, ToyPool, Outcome
             count = len(store.scored(t).evaluation.items)
             assert found["partial"] == f"{count} of 120 items"
             assert count < 120
-        data = reports.summary(store)
+        data = reports.study_summary(store)
         assert (data["dropped"], data["partial"]) == (len(dropped), len(partial))
         assert data["evaluations"] == 24
         assert not {t.id for t in partial} & {t.id for t in store.front("search")}, (
@@ -172,7 +172,7 @@ def test_failures_are_out_of_the_race(tmp_path: Path) -> None:
             assert t.recipe_id in str(t.error)
         assert (
             store.count_evaluations()["failed"]
-            == reports.summary(store)["failed"]
+            == reports.study_summary(store)["failed"]
             == len({t.recipe_id for t in store.trials() if t.error})
         )
 

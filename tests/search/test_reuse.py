@@ -21,7 +21,7 @@ from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study
 from evomerge.search.racing import Race
 from evomerge.search.reuse import REUSED, Earlier, KnownPool
-from evomerge.store import Store, StudyFacts
+from evomerge.store import NewEvaluation, Store, StudyFacts
 from evomerge.workers import Job, Pool
 from tests.search.test_study import POOLS, REFERENCES, plan
 from tests.support.toy import ToyPool, results, search_file, stored_rows
@@ -244,7 +244,7 @@ def stored(
     with Store.open(file, write=True) as store:
         store.begin("stored", 5, "study: stored\n", {}, facts)
         for recipe, role, items, evaluation in evaluations:
-            store.add_evaluation(recipe, role, items, evaluation, None)  # type: ignore[arg-type]
+            store.add_evaluation(NewEvaluation(recipe, role, items, evaluation, None))  # type: ignore[arg-type]
     return file
 
 

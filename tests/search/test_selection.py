@@ -21,7 +21,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Study, selection
 from evomerge.spaces import Baseline
-from evomerge.store import Outcome, Scored, Store, StudyFacts, Trial
+from evomerge.store import NewTrial, Outcome, Scored, Store, StudyFacts, Trial
 from tests.search.test_racing import SoftPool
 from tests.search.test_study import POOLS, REFERENCES, broken, plan, search
 from tests.support.toy import ToyPool, height, stored_rows, uniform, weight_space
@@ -82,9 +82,19 @@ class Landscape:
             own = tuple(ItemScore("first", i, values[i]) for i in items["first"])
             metrics = {"first": float(np.mean([s.value for s in own]))}
             t = self.store.add_trial(
-                generation=generation, slot=slot, origin="sampled", label=None, genome=(), parents=(), recipe=recipe,
-                items=items, evaluation=Evaluation(recipe.id, own, metrics, {}), score=metrics["first"],
-            )  # fmt: skip
+                NewTrial(
+                    generation=generation,
+                    slot=slot,
+                    origin="sampled",
+                    label=None,
+                    genome=(),
+                    parents=(),
+                    recipe=recipe,
+                    items=items,
+                    evaluation=Evaluation(recipe.id, own, metrics, {}),
+                    score=metrics["first"],
+                )
+            )
             self.truth[t.id] = float(np.mean(list(values.values())))
 
     def value(self, generation: int, slot: int, item: str) -> float:
@@ -258,13 +268,13 @@ def test_retention_is_paired_by_task_and_alarms_beyond_its_error() -> None:
         assert row["error"] == pytest.approx(math.sqrt(variance), abs=1e-12)
         assert row["lost"] == (row["difference"] < -1.96 * row["error"])
     assert {(r["task"], r["parent"]) for r in rows if r["lost"]} == {("first", "math"), ("loss", "chat")}
-    said = reports.lost(rows)
+    said = reports.lost_skills(rows)
     assert said.startswith("LOST: ")
     assert "task first -0." in said
     assert "against math" in said
     assert "group" not in said
-    assert reports.lost([r for r in rows if not r["lost"]]) == "no skill lost"
-    assert reports.lost([]) == ""
+    assert reports.lost_skills([r for r in rows if not r["lost"]]) == "no skill lost"
+    assert reports.lost_skills([]) == ""
 
 
 def test_a_failed_parent_is_no_skill_lost() -> None:
@@ -335,7 +345,7 @@ def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, Outcome]) ->
 def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
     file, outcome = whole
     with Store.open(file) as store:
-        text, data = reports.markdown(store), reports.summary(store)
+        text, data = reports.study_markdown(store), reports.study_summary(store)
         low, high = outcome.best["test_interval"]
         assert f"{outcome.best['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
         assert "against the best parent" in text.splitlines()[0]
@@ -532,9 +542,20 @@ def test_the_front_is_what_nobody_dominates_in_any_order(seed: int, tmp_path: Pa
             for slot in order:
                 recipe = recipe_at(generation, slot)
                 store.add_trial(
-                    generation=generation, slot=slot, origin="sampled", label=None, genome=(), parents=(), recipe=recipe, items=items,
-                    evaluation=Evaluation(recipe.id, (ItemScore("first", "a", 0.5),), {}, {}), score=0.5, point=points[slot],
-                )  # fmt: skip
+                    NewTrial(
+                        generation=generation,
+                        slot=slot,
+                        origin="sampled",
+                        label=None,
+                        genome=(),
+                        parents=(),
+                        recipe=recipe,
+                        items=items,
+                        evaluation=Evaluation(recipe.id, (ItemScore("first", "a", 0.5),), {}, {}),
+                        score=0.5,
+                        task_values=points[slot],
+                    )
+                )
         assert {t.slot for t in store.front("search")} == wanted
         assert {t.generation for t in store.front("search")} == {2}, "of the newest items alone"
         assert reports.front(store)["items"] == "generation 2"
@@ -556,10 +577,13 @@ def test_the_front_of_a_finished_search_is_over_validation(whole: tuple[Path, Ou
         found = reports.front(store)
         assert found["items"] == "validation"
         assert {c["recipe"] for c in found["candidates"]} == wanted
-        assert {store.trial(i).recipe_id for i in reports.summary(store)["pareto"]} == wanted
+        assert {store.trial(i).recipe_id for i in reports.study_summary(store)["pareto"]} == wanted
         for c in found["candidates"]:
             assert (c["metrics"]["first"], c["metrics"]["second"]) == rows[c["recipe"]]
-        assert f"{file.parent.name}/pareto" in study_tables.study(reports.summary(store)) or len(wanted) == 1
+        assert (
+            f"{file.parent.name}/pareto" in study_tables.study(reports.study_summary(store))
+            or len(wanted) == 1
+        )
 
 
 def test_a_hand_recipe_that_wins_is_called_by_its_name(tmp_path: Path) -> None:
@@ -588,4 +612,4 @@ def test_a_hand_recipe_that_wins_is_called_by_its_name(tmp_path: Path) -> None:
         )
         outcome = Study(plan(), store, Hand()).run()
         assert outcome.best["recipe"] == best.recipe.id
-        assert f"'{best.label}' itself" in reports.markdown(store).splitlines()[0]
+        assert f"'{best.label}' itself" in reports.study_markdown(store).splitlines()[0]

@@ -20,7 +20,18 @@ import pytest
 from evomerge.errors import ConfigError, EvomergeError, NoRoom, StudyError
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
-from evomerge.store import Store, StudyFacts, file_systems, locks, migrations, stop_request
+from evomerge.store import (
+    BudgetEnd,
+    NewEvaluation,
+    NewSensitivity,
+    NewTrial,
+    Store,
+    StudyFacts,
+    file_systems,
+    locks,
+    migrations,
+    stop_request,
+)
 from tests.support.toy import weight_space
 
 SPACE = weight_space()
@@ -57,9 +68,21 @@ def add(store: Store, slot: int) -> None:
     own = recipe(slot / 512)
     items = {"first": ITEMS["first"], "second": (f"of generation {slot // 8}",)}
     store.add_trial(
-        generation=slot // 8, slot=slot % 8, origin="sampled", label=None, genome=(slot / 512, -1e-17), parents=(1, 2), recipe=own, items=items,
-        evaluation=evaluation(own, items), score=0.5 + slot / 512, point=(0.5, slot / 512), reported=0.5,
-    )  # fmt: skip
+        NewTrial(
+            generation=slot // 8,
+            slot=slot % 8,
+            origin="sampled",
+            label=None,
+            genome=(slot / 512, -1e-17),
+            parents=(1, 2),
+            recipe=own,
+            items=items,
+            evaluation=evaluation(own, items),
+            score=0.5 + slot / 512,
+            task_values=(0.5, slot / 512),
+            reported=0.5,
+        )
+    )
 
 
 def add_many(store: Store, until: int) -> None:
@@ -75,12 +98,11 @@ def fill(store: Store, trials: int = 24) -> None:
     )
     for slot in range(trials):
         add(store, slot)
-    store.add_sensitivity(
-        recipe(0.0), "axis", 0.5, recipe(0.5), "search", ITEMS, evaluation(recipe(0.5)), 0.5
-    )
-    store.add_attempts([attempt(1), attempt(2, cause="died", error="it was killed")])
-    store.set_end(0, 0, 3, "the budget of 2 hours is used up")
-    store.add_driven(1.5)
+    changed = NewEvaluation(recipe(0.5), "search", ITEMS, evaluation(recipe(0.5)), 0.5)
+    store.add_sensitivity(NewSensitivity(recipe(0.0), "axis", 0.5, changed))
+    store.activity.add_attempts([attempt(1), attempt(2, cause="died", error="it was killed")])
+    store.activity.set_end(0, 0, 3, "the budget of 2 hours is used up")
+    store.activity.add_driven_seconds(1.5)
 
 
 def everything(file: Path) -> dict[str, list[tuple[object, ...]]]:
@@ -102,7 +124,13 @@ def read(file: Path) -> None:
         for trial in store.trials():
             store.recipe(trial.recipe_id)
             store.evaluations(trial.recipe_id)
-        store.attempts(), store.workers(), store.ends(), store.runs(), store.front("search")
+        (
+            store.activity.attempts(),
+            store.activity.worker_uses(),
+            store.activity.ends(),
+            store.activity.runs(),
+            store.front("search"),
+        )
         if (found := store.check()) != "ok":
             raise StudyError(found)
 
@@ -432,7 +460,7 @@ def test_a_full_disk_pauses_and_is_gone_on_with(
         stored = store.count_trials()
         assert stored > 20
         with pytest.raises(NoRoom):
-            store.add_attempts([attempt(log="x" * 7_000_000)])
+            store.activity.add_attempts([attempt(log="x" * 7_000_000)])
     with Store.open(file) as store:
         assert store.check() == "ok"
         assert [8 * t.generation + t.slot for t in store.trials()] == list(range(stored)), (
@@ -707,15 +735,15 @@ def test_attempts_come_back_and_say_what_workers_did(file: Path) -> None:
         ),
     ]
     with Store.open(file, write=True) as store:
-        assert (store.busy_seconds(), store.driven_seconds()) == (0.0, 0.0)
-        store.add_attempts(own[:2])
-        store.add_attempts(own[2:])
-        store.add_attempts([])
-        assert store.busy_seconds() == 13.0
+        assert (store.activity.busy_seconds(), store.activity.driven_seconds()) == (0.0, 0.0)
+        store.activity.add_attempts(own[:2])
+        store.activity.add_attempts(own[2:])
+        store.activity.add_attempts([])
+        assert store.activity.busy_seconds() == 13.0
     with Store.open(file) as store:
-        assert store.attempts() == own
-        assert store.busy_seconds() == 13.0
-        first, second = store.workers()
+        assert store.activity.attempts() == own
+        assert store.activity.busy_seconds() == 13.0
+        first, second = store.activity.worker_uses()
         assert (first.worker, first.host, first.device, first.jobs, first.busy, first.span) == (
             "w0",
             "h",
@@ -736,7 +764,7 @@ def test_attempts_come_back_and_say_what_workers_did(file: Path) -> None:
             {"hung": 1},
             1.0,
         )
-        assert store.failures() == [
+        assert store.activity.failures() == [
             ("died", 1, "killed by 9"),
             ("failed", 1, "no"),
             ("hung", 1, "longer than 60 s"),
@@ -747,23 +775,22 @@ def test_the_time_of_drivers_adds_up_over_runs(file: Path) -> None:
     for run in range(2):
         with Store.open(file, write=True) as store:
             for _ in range(3):
-                store.add_driven(1.5)
-            assert store.driven_seconds() == 4.5 * (run + 1)
+                store.activity.add_driven_seconds(1.5)
+            assert store.activity.driven_seconds() == 4.5 * (run + 1)
     with Store.open(file) as store:
-        assert [(r.host, r.pid, r.seconds) for r in store.runs()] == [
+        assert [(r.host, r.pid, r.seconds) for r in store.activity.runs()] == [
             (socket.gethostname(), os.getpid(), 4.5)
         ] * 2
 
 
 def test_ends_are_kept_until_a_budget_grows(file: Path) -> None:
     with Store.open(file, write=True) as store:
-        store.set_end(0, 1, 7, "hours")
-        store.set_end(0, 0, 6, "hours")
-        store.set_end(0, 1, 9, "cost")
-        assert store.ends() == {(0, 0): 6, (0, 1): 9}
-        assert store.causes() == {(0, 0): "hours", (0, 1): "cost"}
-        store.remove_ends()
-        assert store.ends() == {}
+        store.activity.set_end(0, 1, 7, "hours")
+        store.activity.set_end(0, 0, 6, "hours")
+        store.activity.set_end(0, 1, 9, "cost")
+        assert store.activity.ends() == {(0, 0): BudgetEnd(6, "hours"), (0, 1): BudgetEnd(9, "cost")}
+        store.activity.remove_ends()
+        assert store.activity.ends() == {}
 
 
 def test_trials_take_the_ids_and_islands_they_are_given(file: Path) -> None:
@@ -771,8 +798,20 @@ def test_trials_take_the_ids_and_islands_they_are_given(file: Path) -> None:
         for number, island in ((9, 1), (2, 0)):
             own = recipe(number / 16)
             store.add_trial(
-                generation=number, slot=0, origin="sampled", label=None, genome=None, parents=(), recipe=own, items=ITEMS,
-                evaluation=evaluation(own), score=0.5, island=island, trial_id=number,
-            )  # fmt: skip
+                NewTrial(
+                    generation=number,
+                    slot=0,
+                    origin="sampled",
+                    label=None,
+                    genome=None,
+                    parents=(),
+                    recipe=own,
+                    items=ITEMS,
+                    evaluation=evaluation(own),
+                    score=0.5,
+                    island=island,
+                    trial_id=number,
+                )
+            )
         assert [(t.id, t.generation, t.island) for t in store.trials()] == [(2, 2, 0), (9, 9, 1)]
         assert [store.last_trial_before(g) for g in (2, 3, 9, 10)] == [0, 2, 2, 9]

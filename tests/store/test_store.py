@@ -20,7 +20,7 @@ import pytest
 from evomerge.errors import EvomergeError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
-from evomerge.store import Outcome, Store, StudyFacts, Trial, item_set_id
+from evomerge.store import NewEvaluation, NewTrial, Outcome, Store, StudyFacts, Trial, item_set_id
 from evomerge.store.migrations import MIGRATIONS
 from tests.support.toy import stored_rows, weight_space
 
@@ -58,8 +58,16 @@ def add(
     } | more
     score = None if error else 1 / 3
     return store.add_trial(
-        generation=generation, slot=slot, recipe=of, items=items, evaluation=evaluation(of, items, error=error), score=score, **given
-    )  # fmt: skip
+        NewTrial(
+            generation=generation,
+            slot=slot,
+            recipe=of,
+            items=items,
+            evaluation=evaluation(of, items, error=error),
+            score=score,
+            **given,
+        )
+    )
 
 
 @pytest.fixture
@@ -139,8 +147,8 @@ def test_an_empty_genome_is_not_a_missing_one(store: Store) -> None:
 
 
 def test_evaluations_outside_the_search_come_back(store: Store) -> None:
-    store.add_evaluation(recipe(), "validation", ITEMS, evaluation(recipe(), value=0.7), 0.7)
-    store.add_evaluation(recipe(), "test", ITEMS, evaluation(recipe(), error="no"), None)
+    store.add_evaluation(NewEvaluation(recipe(), "validation", ITEMS, evaluation(recipe(), value=0.7), 0.7))
+    store.add_evaluation(NewEvaluation(recipe(), "test", ITEMS, evaluation(recipe(), error="no"), None))
     assert [(role, s.score) for role, s in store.evaluations(recipe().id)] == [
         ("validation", 0.7),
         ("test", None),
@@ -168,9 +176,23 @@ def test_soft_scores_come_back_to_the_bit(store: Store, file: Path) -> None:
     )
     whole = Evaluation(recipe().id, scores, {"first": 0.5, "first:probability": 0.1, "second": 0.5}, {})
     trial = store.add_trial(
-        generation=1, slot=0, origin="sampled", label=None, genome=None, parents=(), recipe=recipe(), items=ITEMS, evaluation=whole,
-        score=0.3, reported=0.5, dropped=2, whole=40, violation=0.25,
-    )  # fmt: skip
+        NewTrial(
+            generation=1,
+            slot=0,
+            origin="sampled",
+            label=None,
+            genome=None,
+            parents=(),
+            recipe=recipe(),
+            items=ITEMS,
+            evaluation=whole,
+            score=0.3,
+            reported=0.5,
+            dropped=2,
+            whole=40,
+            violation=0.25,
+        )
+    )
     assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (
         0.3,
         0.5,
@@ -186,8 +208,10 @@ def test_soft_scores_come_back_to_the_bit(store: Store, file: Path) -> None:
 
 
 def test_rungs_are_kept_apart_from_what_is_shown(store: Store) -> None:
-    store.add_evaluation(recipe(), "rung", ITEMS, evaluation(recipe()), None)
-    store.add_evaluation(recipe(), "rung", {"first": ("z",)}, evaluation(recipe(), error="no"), None)
+    store.add_evaluation(NewEvaluation(recipe(), "rung", ITEMS, evaluation(recipe()), None))
+    store.add_evaluation(
+        NewEvaluation(recipe(), "rung", {"first": ("z",)}, evaluation(recipe(), error="no"), None)
+    )
     found = store.evaluation(recipe().id, "rung", ITEMS)
     assert found is not None
     assert (found.score, found.evaluation) == (None, evaluation(recipe()))
@@ -202,7 +226,7 @@ def test_rungs_are_kept_apart_from_what_is_shown(store: Store) -> None:
 def test_a_recipe_on_the_same_items_is_stored_once(store: Store, file: Path) -> None:
     first = add(store, 1, 0, recipe())
     second = add(store, 2, 1, recipe(), genome=(9.0,))
-    store.add_evaluation(recipe(), "search", ITEMS, evaluation(recipe(), value=0.9), 0.9)
+    store.add_evaluation(NewEvaluation(recipe(), "search", ITEMS, evaluation(recipe(), value=0.9), 0.9))
     assert (first.id, second.id) == (1, 2)
     assert second.score == first.score == 1 / 3, "the first answer stands"
     rows = stored_rows(file)
@@ -217,9 +241,9 @@ def test_other_items_roles_and_recipes_are_stored_apart(store: Store, file: Path
     ]
     sets += [{"first": ("a",)}, {"firstb": ("a",)}, {"first": ("b",)}, {"first": ("ab",)}]
     for items in sets:
-        store.add_evaluation(recipe(), "search", items, evaluation(recipe(), items), 0.5)
-    store.add_evaluation(recipe(), "test", ITEMS, evaluation(recipe()), 0.5)
-    store.add_evaluation(recipe(1.0), "search", ITEMS, evaluation(recipe(1.0)), 0.5)
+        store.add_evaluation(NewEvaluation(recipe(), "search", items, evaluation(recipe(), items), 0.5))
+    store.add_evaluation(NewEvaluation(recipe(), "test", ITEMS, evaluation(recipe()), 0.5))
+    store.add_evaluation(NewEvaluation(recipe(1.0), "search", ITEMS, evaluation(recipe(1.0)), 0.5))
     assert len({item_set_id(items) for items in sets}) == len(sets)
     assert len(stored_rows(file)["evaluations"]) == len(sets) + 2
     for items in sets:
@@ -254,7 +278,15 @@ def test_a_failure_in_the_middle_leaves_no_half_record(broken: str, store: Store
     )
     with pytest.raises((TypeError, sqlite3.Error, StudyError)):
         store.add_trial(
-            generation=1, slot=1, recipe=new, items={"first": ("z",)}, evaluation=result, score=score, **given
+            NewTrial(
+                generation=1,
+                slot=1,
+                recipe=new,
+                items={"first": ("z",)},
+                evaluation=result,
+                score=score,
+                **given,
+            )
         )
     assert stored_rows(file) == before
     add(store, 1, 1, recipe(0.5))  # and the store goes on

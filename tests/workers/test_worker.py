@@ -426,14 +426,14 @@ def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tm
     assert outcome.best["test"] is not None
     with Store.open(tmp_path / "root" / "poisoned" / "study.db") as store:
         failed = [t for t in store.trials() if t.error]
-        data = reports.summary(store)
+        data = reports.study_summary(store)
         assert data["state"] == "done"
         assert data["failed"] >= len({t.recipe_id for t in failed}) >= 3
         assert {str(t.error) for t in failed} == {
             "RuntimeError: the evaluator broke",
             "task 'zoo_arithmetic' gave the metric nan",
         }
-        text = reports.markdown(store)
+        text = reports.study_markdown(store)
         for t in failed:
             found = reports.candidate(store, t)
             assert found["error"] == t.error

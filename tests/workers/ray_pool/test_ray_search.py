@@ -65,7 +65,7 @@ def test_workers_that_die_change_no_row_and_are_all_told_of(of: Plan, tmp_path: 
     run(tmp_path / "one" / "study.db", of, ToyPool())
     assert stored_rows(tmp_path / "many" / "study.db") == stored_rows(tmp_path / "one" / "study.db")
     with Store.open(tmp_path / "many" / "study.db") as store:
-        told = store.attempts()
+        told = store.activity.attempts()
         died = [a for a in told if a.cause == "died"]
         assert died, "at this rate some do"
         assert len(told) == len(list(marks.iterdir())), "every attempt is stored, and none is made up"
@@ -134,7 +134,7 @@ def test_a_search_that_is_preempted_on_ray_goes_on_in_one_process(tmp_path: Path
     with Store.open(store) as paused:
         assert paused.study().state == "paused"  # type: ignore[union-attr]
         assert paused.count_evaluations()["search"] >= 5
-        assert {a.worker for a in paused.attempts()} <= {"w0", "w1"}
+        assert {a.worker for a in paused.activity.attempts()} <= {"w0", "w1"}
     done = evomerge("run", files["ray"], "--root", root, "--resume")
     assert done.returncode == 0, done.stderr
     assert evomerge("run", files["one"], "--root", root).returncode == 0
