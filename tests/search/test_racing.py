@@ -17,7 +17,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import racing
 from evomerge.search.racing import Race
-from evomerge.store import Outcome, Store, Trial
+from evomerge.store import NewTrial, Outcome, Store, Trial
 from tests.search.test_study import POOLS, REFERENCES, SPACE, broken, own, plan, search
 from tests.support.toy import ToyPool, stored_rows, uniform
 
@@ -216,11 +216,13 @@ def test_broken_off_while_its_trials_are_written_it_is_the_same_race(
     for k in (len(REFERENCES) + 1, len(REFERENCES) + 7, len(REFERENCES) + 13):
         file, count, add = tmp_path / f"{k}" / "study.db", [0], Store.add_trial
 
-        def counted(self: Store, count: list[int] = count, k: int = k, add: Any = add, **given: Any) -> Trial:
+        def counted(
+            self: Store, new: NewTrial, count: list[int] = count, k: int = k, add: Any = add
+        ) -> Trial:
             count[0] += 1
             if count[0] == k:
                 raise KeyboardInterrupt
-            trial: Trial = add(self, **given)
+            trial: Trial = add(self, new)
             return trial
 
         with monkeypatch.context() as patch:
