@@ -1,7 +1,7 @@
 """Takes passwords and tokens out of text before it is stored, logged or shown. Reads no file; knows nothing of who asks.
 
-What looks like a secret is replaced, and what the environment says is one. A secret of another form, in no variable that
-is named like one, is not seen: this is the last door, not the only one.
+What looks like a secret is replaced, and what the environment says is one. A secret of another form, in no
+variable that is named like one, is not seen: this is the last door, not the only one.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _SHAPES = tuple(
 def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text with every secret replaced by '***'; a text without one comes back as it is, and a scrubbed one too.
 
-    environment: variables whose values are secrets where their name ends in TOKEN, KEY, SECRET, PASSWORD or the like;
-    this process's own unless given. Scrub before a text is cut: half a token is not recognized.
+    environment: variables whose values are secrets where their name ends in TOKEN, KEY, SECRET, PASSWORD or
+    the like; this process's own unless given. Scrub before a text is cut: half a token is not recognized.
     """
     named = os.environ if environment is None else environment
     values = {v.strip() for k, v in named.items() if _NAMED.search(k) and len(v.strip()) >= _SHORTEST}

@@ -1,7 +1,8 @@
 """Reads YAML a user wrote: bounded, without surprises, with the place of every key for error messages.
 
-Differs from plain PyYAML on purpose: `1e-5` is a number, `no` is text (YAML 1.2), a repeated key, an anchor, an
-alias or a merge key is an error, and so is a file over 500 kB, with over 30,000 keys and values, or nested deeper than 32.
+Differs from plain PyYAML on purpose: `1e-5` is a number, `no` is text (YAML 1.2), a repeated key, an anchor,
+an alias or a merge key is an error, and so is a file over 500 kB, with over 30,000 keys and values, or nested
+deeper than 32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A parsed file. data: plain mappings, lists and scalars; marks: key path -> (line, column), both from 1."""
+    """A parsed file.
+
+    data: plain mappings, lists and scalars; marks: key path -> (line, column), both from 1.
+    """
 
     name: str
     text: str

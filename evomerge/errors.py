@@ -123,7 +123,10 @@ class Stopped(Paused):
 
 
 class NoRoom(Paused):
-    """A study's file cannot be written: its disk is full, over quota, read-only or failing. What was stored before is there."""
+    """A study's file cannot be written: its disk is full, over quota, read-only or failing.
+
+    What was stored before is there.
+    """
 
     code = "E520"
 

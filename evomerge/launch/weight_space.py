@@ -39,10 +39,8 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
             ranges[param.name] = Range(float(given), float(given), float(given))
         elif given is not None:
             ranges[param.name] = Range(given.low, given.high, given.start)
-        elif not param.flag and param.name in ("weight", "t"):
-            ranges[param.name] = Range(
-                param.low, param.high, 0.5 if param.name == "t" else 1.0 / len(settings.parents)
-            )
+        elif param.searched:
+            ranges[param.name] = Range(param.low, param.high, param.start_for(len(settings.parents)))
     space = WeightSpace(
         method=rule,
         base=settings.base,

@@ -78,14 +78,10 @@ def need(merge: Merge, step: Step) -> int:
     inputs, rule = len(step.inputs) + (step.base is not None), method(step.mix.method)
     stages = {name for name, _ in merge.recipe.stages}
     staged = sum(4 * elements for model in step.mix.models if model in stages)
-    if (
-        merge.recipe.policy == "float32" and rule.task_vector_sum is not None
-    ):  # one pass; DELLA holds the ranks of every element
-        return (
-            2 * step.info.nbytes
-            + staged
-            + (2 * elements * len(step.inputs) if rule.task_vector_sum.sparsify == "rank" else 0)
-        )
+    if merge.recipe.policy == "float32" and rule.task_vector_sum is not None:
+        sparsifier = rule.task_vector_sum.sparsifier
+        held = sparsifier.bytes_per_element if sparsifier is not None else 0
+        return 2 * step.info.nbytes + staged + held * elements * len(step.inputs)
     if merge.recipe.policy == "float32" and merge.combines(step):
         return 2 * step.info.nbytes + staged
     return 2 * step.info.nbytes + staged + 4 * elements * (inputs + 3)

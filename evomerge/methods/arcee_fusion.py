@@ -1,13 +1,13 @@
 """Arcee Fusion (mergekit): take over the entries whose change matters most.
 
-Importance is |x - b| times KL(softmax x, softmax b) of the vector along the last axis that holds the entry; the
-model's entry is taken where importance is at least median + 1.5 (q3 - q1).
+Importance is |x - b| times KL(softmax x, softmax b) of the vector along the last axis that holds the entry;
+the model's entry is taken where importance is at least median + 1.5 (q3 - q1).
 
-mergekit finds the quantiles of tensors above a million entries from a random sample, anew each time; here they are
-those of all entries, also when asked for mergekit's behaviour. mergekit adds 1e-8 to probabilities and computes in the
-dtype of the merge, where the divergence of near models is rounding and may be negative; here it is exact. Its result is
-in float32 even where the merge is in bfloat16, and without an `out_dtype` its file too; so is the result here with
-`mergekit_compatible`, but the file has the type that the recipe says.
+mergekit finds the quantiles of tensors above a million entries from a random sample, anew each time; here
+they are those of all entries, also when asked for mergekit's behaviour. mergekit adds 1e-8 to probabilities
+and computes in the dtype of the merge, where the divergence of near models is rounding and may be negative;
+here it is exact. Its result is in float32 even where the merge is in bfloat16, and without an `out_dtype` its
+file too; so is the result here with `mergekit_compatible`, but the file has the type that the recipe says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def arcee_fusion(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """The model's entries where its change matters, the base's elsewhere."""
+    """See `Kernel.__call__`: the model's entries where its change matters, the base's elsewhere."""
     assert base is not None
     [x] = tensors
     if not base.numel():
@@ -50,7 +50,7 @@ def _quartiles(x: Tensor) -> list[Tensor]:
 
 
 def _divergence(x: Tensor, base: Tensor) -> Tensor:
-    """[..., 1]: KL(softmax x, softmax b) along the last axis, computed in 64-bit floats some rows at a time."""
+    """[..., 1]: KL(softmax x, softmax b) along the last axis, in 64-bit floats, some rows at a time."""
     length = x.shape[-1] if x.dim() else 1
     parts = []
     for a, b in zip(

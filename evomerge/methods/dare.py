@@ -1,45 +1,58 @@
 """DARE (Yu et al. 2024, arXiv 2311.03099): drop entries of the task vectors at random, rescale the rest.
 
-Masks are keyed, not drawn (see `hashing`), and they nest: what density .3 keeps, density .5 keeps too. The rescale
-matches the L1 norm, as mergekit does since 2025, not the paper's 1/density. mergekit draws from one global generator,
-so its masks depend on the order of the models and on the device; the two agree in distribution only.
+Masks are keyed, not drawn (see `random_masks`), and they nest: what density .3 keeps, density .5 keeps too.
+The rescale matches the L1 norm, as mergekit does since 2025, not the paper's 1/density. mergekit draws from
+one global generator, so its masks depend on the order of the models and on the device; the two agree in
+distribution only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from evomerge.methods import random_masks, task_vectors
-from evomerge.methods.declaration import TaskVectorSum
+from evomerge.methods import random_masks
+from evomerge.methods.declaration import SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
+from evomerge.methods.task_vectors import task_vector_method
 
 
-def keep(
+def mask(
     delta: Tensor,
     density: float,
     key: int,
-    own: Mapping[str, float] | None = None,
+    values: SourceValues | None = None,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """0/1 mask that keeps each entry with probability density in [0, 1]; same shape and dtype as delta."""
-    u = random_masks.hashed(random_masks.mixed(0, delta.numel(), delta.device), random_masks.split(key))
-    return (u.long() < random_masks.bound(density)).to(delta.dtype).reshape(delta.shape)
+    """See `MaskFunction.__call__`: each entry with probability density in [0, 1]; values unused."""
+    hashes = random_masks.hashed(random_masks.mixed(0, delta.numel(), delta.device), random_masks.split(key))
+    return (hashes.long() < random_masks.bound(density)).to(delta.dtype).reshape(delta.shape)
 
 
-DARE_LINEAR = task_vectors.method(
+def summand(pair: TensorPair, values: SourceValues, mask_key: int, tables: MagnitudeTables) -> Summand:
+    """See `SummandFunction.__call__`."""
+    bound = random_masks.bound(values["density"])
+    keeps_all = bound == 1 << 31  # a density so near to 1 that no hash is above it
+    return Summand(
+        MaskKind.DENSE if keeps_all else MaskKind.RANDOM,
+        values["weight"],
+        key=random_masks.split(mask_key),
+        bound=min(bound, (1 << 31) - 1),
+    )
+
+
+RANDOM = Sparsifier(mask, summand, randomized=True)
+DARE_LINEAR = task_vector_method(
     "dare_linear",
-    TaskVectorSum(sparsify="random"),
-    keep,
+    TaskVectorSum(RANDOM),
     normalize=False,
     rescale=True,
     paper="arXiv 2311.03099",
     summary="drop entries at random, rescale, sum",
 )
-DARE_TIES = task_vectors.method(
+DARE_TIES = task_vector_method(
     "dare_ties",
-    TaskVectorSum(sparsify="random", elect_sign=True),
-    keep,
+    TaskVectorSum(RANDOM, elect_sign=True),
     normalize=False,
     rescale=True,
     paper="arXiv 2311.03099, 2306.01708",

@@ -1,12 +1,13 @@
 """Karcher mean (arXiv 2603.04972): the point of the sphere nearest to all models, times their mean length.
 
-Every model has the same weight and the base, if mergekit is given one, is one more model. `max_iter` is a count; a
-fraction is cut off.
+Every model has the same weight and the base, if mergekit is given one, is one more model. `max_iter` is a
+count; a fraction is cut off.
 
-mergekit iterates over whole tensors in the dtype of the merge, where small angles are rounding; here the mean is kept
-as coefficients of the models and iterated in 64-bit floats. mergekit drops tensors shorter than `tol`, and of only
-such gives zeros; here only tensors of no length are dropped. Where directions cancel it starts at the first model and
-may follow rounding; here the result is then the plain average, and a model opposite to the mean pulls nowhere.
+mergekit iterates over whole tensors in the dtype of the merge, where small angles are rounding; here the mean
+is kept as coefficients of the models and iterated in 64-bit floats. mergekit drops tensors shorter than
+`tol`, and of only such gives zeros; here only tensors of no length are dropped. Where directions cancel it
+starts at the first model and may follow rounding; here the result is then the plain average, and a model
+opposite to the mean pulls nowhere.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ def karcher(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """Mean length times the Riemannian mean of the directions, found by steps in the tangent space at the last guess."""
+    """See `Kernel.__call__`: mean length times the Riemannian mean of the directions.
+
+    Found by steps in the tangent space at the last guess.
+    """
     steps, tol = values["max_iter"], values["tol"]
     assert isinstance(steps, float)
     assert isinstance(tol, float)
     if len(tensors) == 1 or not tensors[0].numel():
         return tensors[0].clone()
-    return (
-        _mean_as_mergekit(tensors, int(steps), tol)
-        if mergekit_compatible
-        else combine(coefficients(gram(tensors), values), tensors)
-    )
+    if mergekit_compatible:
+        return _mean_as_mergekit(tensors, int(steps), tol)
+    return combine(coefficients(gram(tensors), values), tensors)
 
 
 def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float]:
-    """Of the models; one model is left as it is."""
+    """See `Coefficients.__call__`: of the models; one model is left as it is."""
     steps, tol, n = values["max_iter"], values["tol"], len(products)
     assert isinstance(steps, float)
     assert isinstance(tol, float)
@@ -51,11 +53,11 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequenc
         return [1.0]
     norms = [math.sqrt(products[i][i]) for i in range(n)]
     length = math.fsum(norms) / len(norms)
-    some = [i for i, n in enumerate(norms) if n]
-    if not some:
+    present = [i for i, norm in enumerate(norms) if norm]
+    if not present:
         return [0.0] * n
-    cosines = [[products[i][j] / (norms[i] * norms[j]) for j in some] for i in some]
-    mean = [1 / len(some)] * len(some)  # coefficients of the unit vectors of `some`
+    cosines = [[products[i][j] / (norms[i] * norms[j]) for j in present] for i in present]
+    mean = [1 / len(present)] * len(present)  # coefficients of the unit vectors of `present`
     size = math.sqrt(max(0.0, form(cosines, mean, mean)))
     if size < 1e-6:
         return [1 / n] * n
@@ -68,14 +70,14 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequenc
         mean = [math.cos(angle) * c + math.sin(angle) / angle * s for c, s in zip(mean, step, strict=True)]
         size = math.sqrt(form(cosines, mean, mean))
         mean = [c / size for c in mean]
-    found = [0.0] * n
-    for i, c in zip(some, mean, strict=True):
-        found[i] = length / norms[i] * c
-    return found
+    out = [0.0] * n
+    for i, c in zip(present, mean, strict=True):
+        out[i] = length / norms[i] * c
+    return out
 
 
 def _pull(cosines: list[list[float]], mean: Sequence[float]) -> list[float]:
-    """Coefficients of the average of log_mean(u_i), the vectors of the tangent space that lead from the mean to u_i."""
+    """Coefficients of the average of log_mean(u_i), the tangent vectors that lead from the mean to u_i."""
     pull = [0.0] * len(mean)
     for i, row in enumerate(cosines):
         cos = max(-1.0, min(1.0, sum(c * m for c, m in zip(row, mean, strict=True))))

@@ -1,11 +1,11 @@
-"""Model Stock (Jang et al. 2024, arXiv 2403.19522): between base and average, by the angle between fine-tunes.
+"""Model Stock (Jang et al. 2024, arXiv 2403.19522): between base and average, by the angle of fine-tunes.
 
-cos θ is the mean over pairs of cos(x_i - b, x_j - b), of whole tensors or, if `filter_wise`, of vectors along the
-last axis; t = n cos θ / (1 + (n-1) cos θ).
+cos θ is the mean over pairs of cos(x_i - b, x_j - b), of whole tensors or, if `filter_wise`, of vectors along
+the last axis; t = n cos θ / (1 + (n-1) cos θ).
 
-mergekit takes a product of lengths below 1e-6 for 1e-6, so that small fine-tunes look unrelated; here a cosine is
-exact, and 0 where a fine-tune is the base. Above a right angle mergekit's t is negative and grows without bound, a
-step away from the models; here it is 0, the base, as the paper's geometry has no such angle.
+mergekit takes a product of lengths below 1e-6 for 1e-6, so that small fine-tunes look unrelated; here a
+cosine is exact, and 0 where a fine-tune is the base. Above a right angle mergekit's t is negative and grows
+without bound, a step away from the models; here it is 0, the base, as the paper's geometry has no such angle.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def model_stock(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """t · average + (1-t) · base."""
+    """See `Kernel.__call__`: t · average + (1-t) · base."""
     assert base is not None
     if not base.numel():
         return base.clone()
     b, *xs = [_rows(x, by_filter=bool(values["filter_wise"])) for x in (base, *tensors)]
-    return (_mix_as_mergekit if mergekit_compatible else _mix)(b, xs).reshape(base.shape)
+    mixed = _mix_as_mergekit(b, xs) if mergekit_compatible else _mix(b, xs)
+    return mixed.reshape(base.shape)
 
 
 def coefficients(products: Sequence[Sequence[float]], values: Values) -> Sequence[float] | None:
-    """Of the differences from the base, each tensor one vector."""
+    """See `Coefficients.__call__`: of the differences from the base, each tensor one vector."""
     if values["filter_wise"]:
         return None
     n = len(products)

@@ -1,11 +1,13 @@
-"""NuSLERP (mergekit): spherical interpolation of two models, or of their differences from a base (Shoemake 1985).
+"""NuSLERP (mergekit): spherical interpolation of two models or of their differences from a base.
+
+The arc is that of Shoemake 1985.
 
 A tensor is one vector (`nuslerp_flatten`) or many: those along its last axis, or along its first if
 `nuslerp_row_wise`, which counts only where the tensor is not one vector.
 
-mergekit measures angles in the dtype of the merge and takes a vector of no length for one at a right angle. Here
-angles are measured in 64-bit floats, a vector of no length is mixed in linearly, and so are opposite ones, up to an
-angle whose sine is the square root of the dtype's precision, since no single arc joins them.
+mergekit measures angles in the dtype of the merge and takes a vector of no length for one at a right angle.
+Here angles are measured in 64-bit floats, a vector of no length is mixed in linearly, and so are opposite
+ones, up to an angle whose sine is the square root of the dtype's precision, since no single arc joins them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.methods.declaration import Method, Param, Values, switch
+from evomerge.methods.declaration import EQUAL_SHARE, Method, Param, Values, switch
 from evomerge.methods.dot_products import differences, dot
 
 
@@ -28,7 +30,10 @@ def nuslerp(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """Point at t = w_2 / (w_1 + w_2) of the arc from x_1 to x_2; at 1/2 if the weights sum to 0."""
+    """See `Kernel.__call__`: the point at t = w_2 / (w_1 + w_2) of the arc from x_1 to x_2.
+
+    At t = 1/2 if the weights sum to 0.
+    """
     weight = values["weight"]
     assert isinstance(weight, tuple)
     first = tensors[0]
@@ -36,19 +41,21 @@ def nuslerp(
         return first.clone()
     total = weight[0] + weight[1]
     t = 0.5 if abs(total) < 1e-6 else weight[1] / total
-    turned = bool(values["nuslerp_row_wise"]) and not values["nuslerp_flatten"]
+    by_column = bool(values["nuslerp_row_wise"]) and not values["nuslerp_flatten"]
     x, y = differences(tensors, base)
     if values["nuslerp_flatten"]:
         x, y = x.reshape(-1), y.reshape(-1)
-    elif turned:
+    elif by_column:
         x, y = x.transpose(0, -1), y.transpose(0, -1)
     out = _arc_as_mergekit(x, y, t) if mergekit_compatible else _arc(x, y, t)
-    out = (out.transpose(0, -1) if turned else out).reshape(first.shape)
+    if by_column:
+        out = out.transpose(0, -1)
+    out = out.reshape(first.shape)
     return out if base is None else base + out
 
 
 def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[float, float] | None:
-    """Of the two models, each tensor one vector."""
+    """See `Coefficients.__call__`: of the two models, each tensor one vector."""
     weight = values["weight"]
     assert isinstance(weight, tuple)
     if not values["nuslerp_flatten"]:
@@ -63,7 +70,7 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[f
 
 
 def _arc(x: Tensor, y: Tensor, t: float) -> Tensor:
-    """[..., length] and the same -> the same: for each pair of vectors, sin((1-t)θ)/sin θ · x + sin(tθ)/sin θ · y."""
+    """For each pair of vectors of x and y [..., length]: sin((1-t)θ)/sin θ · x + sin(tθ)/sin θ · y."""
     length = x.shape[-1] if x.dim() else 1
     a, b = x.reshape(-1, length), y.reshape(-1, length)
     size = (dot(a, a) * dot(b, b)).sqrt()
@@ -91,7 +98,7 @@ NUSLERP = Method(
     kernel=nuslerp,
     coefficients=coefficients,
     params=(
-        Param("weight", 0.0, 1.0, 1.0, required=True),
+        Param("weight", 0.0, 1.0, 1.0, required=True, searched=True, start=EQUAL_SHARE),
         switch("nuslerp_flatten", True),
         switch("nuslerp_row_wise", False),
     ),

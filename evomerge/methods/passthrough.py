@@ -1,4 +1,7 @@
-"""A layer taken as it is, times `scale`: stacks, depth up-scaling (arXiv 2312.15166), layer routing (arXiv 2403.13187)."""
+"""A layer taken as it is, times `scale`.
+
+For stacks, depth up-scaling (arXiv 2312.15166) and layer routing (arXiv 2403.13187).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def passthrough(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """scale * x."""
+    """See `Kernel.__call__`: scale * x."""
     scale = values["scale"]
     assert isinstance(scale, tuple)
     return tensors[0] * scale[0]

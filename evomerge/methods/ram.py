@@ -1,10 +1,11 @@
 """RAM and RAM+ (arXiv 2601.13572): average what several models changed, keep in full what one changed alone.
 
-A model changed an entry if |x - b| > `epsilon`; other entries count as the base's. RAM+ enlarges what one model
-changed alone by 1 + r · min(shared / alone, alpha), from the counts of its changed entries in this tensor. mergekit
-divides the counts in 32-bit floats, and by `epsilon` for a model that changed nothing alone, which has no effect. Its
-result for RAM+ is in float32 even where the merge is in bfloat16, and without an `out_dtype` its file too; so is the
-result here with `mergekit_compatible`, but the file has the type that the recipe says.
+A model changed an entry if |x - b| > `epsilon`; other entries count as the base's. RAM+ enlarges what one
+model changed alone by 1 + r · min(shared / alone, alpha), from the counts of its changed entries in this
+tensor. mergekit divides the counts in 32-bit floats, and by `epsilon` for a model that changed nothing alone,
+which has no effect. Its result for RAM+ is in float32 even where the merge is in bfloat16, and without an
+`out_dtype` its file too; so is the result here with `mergekit_compatible`, but the file has the type that the
+recipe says.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def ram(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """b + at each entry the mean of the differences of the models that changed it. The same with and without parity."""
+    """See `Kernel.__call__`: b + at each entry the mean of the differences of the models that changed it.
+
+    The same with and without `mergekit_compatible`.
+    """
     return _reinforced(tensors, base, values, mergekit_compatible=mergekit_compatible)
 
 
@@ -39,7 +43,10 @@ def ramplus_tl(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """As `ram`, with what a model changed alone made larger the more of its changes are shared."""
+    """See `Kernel.__call__`: as `ram`, with what a model changed alone enlarged.
+
+    The more of its changes are shared, the more.
+    """
     r, alpha = values["r"], values["alpha"]
     assert isinstance(r, float)
     assert isinstance(alpha, float)
@@ -65,9 +72,9 @@ def _reinforced(
     deltas = deltas * changed
     count = changed.sum(dim=0)
     alone, shared = count == 1, count > 1
-    own = deltas * alone
+    unshared = deltas * alone
     if plus is not None:
-        own = own * _enlarge(
+        unshared = unshared * _enlarge(
             (changed & shared).sum(dim=1),
             (changed & alone).sum(dim=1),
             *plus,
@@ -75,7 +82,7 @@ def _reinforced(
             deltas.dtype,
             mergekit_compatible=mergekit_compatible,
         )
-    mixed = (own + deltas * shared / count.clamp(min=1)).sum(dim=0)
+    mixed = (unshared + deltas * shared / count.clamp(min=1)).sum(dim=0)
     out = base + mixed.reshape(base.shape)
     return out if mergekit_compatible else out.to(base.dtype)
 
@@ -90,7 +97,10 @@ def _enlarge(
     *,
     mergekit_compatible: bool,
 ) -> Tensor:
-    """[sources, 1]: 1 + r · min(shared / alone, alpha). With parity in float32, to which half precision is then promoted."""
+    """[sources, 1]: 1 + r · min(shared / alone, alpha).
+
+    With parity in float32, to which half precision is then promoted.
+    """
     ratio = shared / alone.clamp(min=epsilon) if mergekit_compatible else shared.double() / alone.clamp(min=1)
     factor = 1 + r * ratio.clamp(0, alpha)
     return (factor if mergekit_compatible else factor.to(dtype))[:, None]

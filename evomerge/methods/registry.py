@@ -1,43 +1,58 @@
-"""Merge methods: one declaration and one kernel each, one paper a file.
+"""The registry of merge methods: every `Method` that a module of `evomerge.methods` defines, found by itself.
 
-`METHODS` is the only list of methods; axes of a search, validation, YAML keys, documentation and the property
-tests derive from it.
+Axes of a search, validation, YAML keys, documentation and the contract tests derive from `METHODS`, so that a
+new method is one new file.
 """
 
 from __future__ import annotations
 
-from evomerge.errors import RecipeError, suggest
-from evomerge.methods.arcee_fusion import ARCEE_FUSION
-from evomerge.methods.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
-from evomerge.methods.dare import DARE_LINEAR, DARE_TIES
-from evomerge.methods.declaration import Method
-from evomerge.methods.della import DELLA, DELLA_LINEAR
-from evomerge.methods.karcher import KARCHER
-from evomerge.methods.linear import LINEAR
-from evomerge.methods.model_stock import MODEL_STOCK
-from evomerge.methods.multislerp import MULTISLERP
-from evomerge.methods.nearswap import NEARSWAP
-from evomerge.methods.nuslerp import NUSLERP
-from evomerge.methods.passthrough import PASSTHROUGH
-from evomerge.methods.ram import RAM, RAMPLUS_TL
-from evomerge.methods.sce import SCE
-from evomerge.methods.slerp import SLERP
-from evomerge.methods.task_arithmetic import TASK_ARITHMETIC
-from evomerge.methods.ties import TIES
+import importlib
+import pkgutil
+from pathlib import Path
 
-METHODS: dict[str, Method] = {
-    m.name: m
-    for m in (
-        *(LINEAR, SLERP, NUSLERP, MULTISLERP, KARCHER),
-        *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, BREADCRUMBS, BREADCRUMBS_TIES, DELLA, DELLA_LINEAR),
-        *(SCE, RAM, RAMPLUS_TL, MODEL_STOCK),
-        *(NEARSWAP, ARCEE_FUSION, PASSTHROUGH),
-    )
-}
+from evomerge.errors import RecipeError, suggest
+from evomerge.methods.declaration import Method
+
+
+def find_methods() -> dict[str, Method]:
+    """Imports every module of `evomerge.methods` (not its subpackages) and collects the methods they define.
+
+    Returns:
+        Name -> method, sorted by name.
+
+    Raises:
+        ValueError: Two methods have one name.
+    """
+    methods: dict[str, Method] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        if module.ispkg or module.name == __name__:
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if not isinstance(value, Method):
+                continue
+            if methods.setdefault(value.name, value) is not value:
+                raise ValueError(
+                    f"two merge methods have the name '{value.name}'; rename that of {module.name}"
+                )
+    return dict(sorted(methods.items()))
+
+
+METHODS: dict[str, Method] = find_methods()
+"""Every merge method by name, sorted by name."""
 
 
 def method(name: str) -> Method:
-    """The method of that name; raises RecipeError with the nearest known name."""
+    """Looks a merge method up.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The method.
+
+    Raises:
+        RecipeError: No method has that name; the message says the nearest one.
+    """
     try:
         return METHODS[name]
     except KeyError:

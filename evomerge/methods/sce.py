@@ -1,12 +1,12 @@
-"""SCE (Wan et al. 2024, arXiv 2408.07990): select entries that vary, weigh models by their energy, erase the minority.
+"""SCE (Wan et al. 2024, arXiv 2408.07990): select entries that vary, weigh models, erase minorities.
 
-Of delta_i = x_i - b, the `select_topk` share of entries with the largest variance across models is kept; a model
-weighs the mean of its squared entries; at each entry only models with the sign of the sum count.
+Of delta_i = x_i - b, the `select_topk` share of entries with the largest variance across models is kept; a
+model weighs the mean of its squared entries; at each entry only models with the sign of the sum count.
 
-mergekit selects nothing where that share is less than one entry, or where no entry varies, as with one model; here
-one entry at least is kept, and all of them if none varies. mergekit weighs models equally if their mean squares sum to less
-than 1e-6, which is usual for fine-tunes, and shrinks entries whose models weigh less than that; here only zeros are
-special. Of entries with equal variance the first come first.
+mergekit selects nothing where that share is less than one entry, or where no entry varies, as with one model;
+here one entry at least is kept, and all of them if none varies. mergekit weighs models equally if their mean
+squares sum to less than 1e-6, which is usual for fine-tunes, and shrinks entries whose models weigh less than
+that; here only zeros are special. Of entries with equal variance the first come first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def sce(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """b + sum_i w_i m_i delta_i / sum_i w_i m_i, m_i the 0/1 mask of entries that agree; the base at select_topk 0."""
+    """See `Kernel.__call__`: b + sum_i w_i m_i delta_i / sum_i w_i m_i.
+
+    m_i is the 0/1 mask of entries that agree in sign. The base at select_topk 0.
+    """
     assert base is not None
     share = values["select_topk"]
     assert isinstance(share, float)
@@ -56,7 +59,7 @@ def _mix(deltas: Tensor, share: float) -> Tensor:
 
 
 def _select(deltas: Tensor, share: float) -> Tensor:
-    """[numel] bool: the max(1, int(share * number that vary)) entries of largest variance; all of them if none varies."""
+    """[numel] bool: the max(1, int(share * number that vary)) entries of largest variance, else all."""
     if share <= 0:
         return torch.zeros_like(deltas[0], dtype=torch.bool)
     varies = (deltas != deltas[0]).any(dim=0)
@@ -71,7 +74,7 @@ def _select(deltas: Tensor, share: float) -> Tensor:
 
 
 def _spread(deltas: Tensor) -> Tensor:
-    """[numel] float64: squared differences of all pairs, which is the variance times a constant; 0 where all are equal."""
+    """[numel] float64: squared differences of all pairs: the variance times a constant, 0 where all agree."""
     out = torch.zeros_like(deltas[0], dtype=torch.float64)
     for a, b in itertools.combinations(deltas.double(), 2):
         out.addcmul_(a - b, a - b)

@@ -23,7 +23,10 @@ def slerp(
     *,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them; t = 0 is the base. In float32 at least, as in mergekit."""
+    """See `Kernel.__call__`: sin((1-t)θ)/sin θ · base + sin(tθ)/sin θ · x, θ the angle between them.
+
+    t = 0 is the base. In float32 at least, as in mergekit.
+    """
     assert base is not None
     wide = torch.promote_types(base.dtype, torch.float32)
     a, b = base.reshape(1, -1).to(wide), tensors[0].reshape(1, -1).to(wide)
@@ -45,7 +48,7 @@ def slerp(
 
 
 def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[float, float]:
-    """Of the base and of the model."""
+    """See `Coefficients.__call__`: of the base and of the model."""
     t = values["t"]
     assert isinstance(t, float)
     norms = [math.sqrt(products[i][i]) for i in range(2)]
@@ -58,18 +61,18 @@ def coefficients(products: Sequence[Sequence[float]], values: Values) -> tuple[f
 
 
 def _norm(v: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(c, dim=1) for c in torch.split(v, _CHUNK, 1)]), dim=0
-    )
+    parts = [torch.linalg.vector_norm(chunk, dim=1) for chunk in torch.split(v, _CHUNK, 1)]
+    norm = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return torch.where(norm > _EPS, norm, 1)
 
 
+_T = Param("t", 0.0, 1.0, 0.5, per="merge", hard_low=0.0, hard_high=1.0, required=True, searched=True)
 SLERP = Method(
     name="slerp",
     kernel=slerp,
     coefficients=coefficients,
     base_is_origin=False,
-    params=(Param("t", 0.0, 1.0, 0.5, per="merge", hard_low=0.0, hard_high=1.0, required=True),),
+    params=(_T,),
     needs_base=True,
     models=(1, 1),
     paper="Shoemake 1985",

@@ -5,43 +5,44 @@ Of entries of equal magnitude the first come first; mergekit takes what its unst
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from evomerge.methods import task_vectors
-from evomerge.methods.declaration import TaskVectorSum
+from evomerge.methods.declaration import SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.fused.magnitude_tables import MagnitudeTables, top_count
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
+from evomerge.methods.task_vectors import task_vector_method
 
 
-def count(density: float, n: int) -> int:
-    """How many of n entries are kept: max(1, int(density * n)), none at density 0."""
-    return max(1, int(density * n)) if density > 0 else 0
-
-
-def largest(
+def mask(
     delta: Tensor,
     density: float,
     key: int = 0,
-    own: Mapping[str, float] | None = None,
+    values: SourceValues | None = None,
     mergekit_compatible: bool = False,
 ) -> Tensor:
-    """0/1 mask of the max(1, int(density * numel)) entries of largest magnitude.
+    """See `MaskFunction.__call__`: the max(1, int(density * numel)) entries of largest magnitude.
 
-    density in (0, 1). Same shape and dtype as delta; key and own are not used.
+    Neither key nor values are used.
     """
     size = delta.abs().flatten()
     size = size if size.dtype == torch.float64 else size.float()
     order = torch.argsort(size, descending=True, stable=not mergekit_compatible)
-    mask = torch.zeros_like(delta).flatten()
-    mask[order[: count(density, delta.numel())]] = 1
-    return mask.reshape(delta.shape)
+    out = torch.zeros_like(delta).flatten()
+    out[order[: top_count(density, delta.numel())]] = 1
+    return out.reshape(delta.shape)
 
 
-TIES = task_vectors.method(
+def summand(pair: TensorPair, values: SourceValues, mask_key: int, tables: MagnitudeTables) -> Summand:
+    """See `SummandFunction.__call__`."""
+    top = tables.top(pair, top_count(values["density"], pair.n))
+    return Summand(MaskKind.BAND, values["weight"], inner=top)
+
+
+LARGEST = Sparsifier(mask, summand, uses_top_table=True)
+TIES = task_vector_method(
     "ties",
-    TaskVectorSum(sparsify="largest", elect_sign=True),
-    largest,
+    TaskVectorSum(LARGEST, elect_sign=True),
     normalize=True,
     paper="arXiv 2306.01708",
     summary="trim small entries, elect a sign, sum those that agree",

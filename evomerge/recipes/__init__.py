@@ -1,6 +1,7 @@
 """What a merge is, as values: recipes, the tokenizer they ask for, chat templates, and mergekit's YAML for them.
 
-Nothing here loads torch or reads a model: a `Recipe` is the only thing that travels between the packages of a search.
+Nothing here loads torch or reads a model: a `Recipe` is the only thing that travels between the packages of a
+search.
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ def check(wish: str) -> None:
 
 
 def text(wish: str, own: Sequence[str]) -> str | None:
-    """The template's text. own: those of the models merged; 'auto' takes the most common, of equals the first; None if there is none."""
+    """The template's text.
+
+    own: those of the models merged; 'auto' takes the most common, of equals the first; None if there is none.
+    """
     check(wish)
     if wish == AUTO:
         return Counter(own).most_common(1)[0][0] if own else None

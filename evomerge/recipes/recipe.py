@@ -96,14 +96,17 @@ class Recipe:
     base: model whose config, tokenizer and other files the output gets.
     layers: one mix per output layer; the depth is their number.
     embeddings: the tensors before the layer stack; head: those after it (final norm, output head).
-    policy: 'float32': inputs are upcast and the result is rounded once; 'mergekit': the types, operations and faults of
-    mergekit 0.1.5. dtype: the arithmetic type under 'mergekit', STORED for that of the inputs; else 'float32'.
+    policy: 'float32': inputs are upcast and the result is rounded once; 'mergekit': the types, operations and
+        faults of
+    mergekit 0.1.5. dtype: the arithmetic type under 'mergekit', STORED for that of the inputs; else
+        'float32'.
     out_dtype: type of the tensors that are scored and shipped.
     seed: keys the masks of randomized methods, in [0, 2**63).
     tokenizer: what the output's tokenizer is made of; None: the base's files, and vocabularies must agree.
     chat_template: Jinja text, a known name, 'auto', or None for the base's.
     stages: (name, recipe) pairs, merged before and read like models by the recipes after them.
-    scales: what the hidden state that enters each output layer is multiplied by, the first 1; empty where all are 1.
+    scales: what the hidden state that enters each output layer is multiplied by, the first 1; empty where all
+        are 1.
     """
 
     base: str
@@ -161,8 +164,8 @@ class Recipe:
     def is_route(self, depths: Mapping[str, int]) -> bool:
         """Whether this is more than a merge of whole models: layers out of place, more or fewer than the base has, or scales.
 
-        depths: model name -> number of its layers. A base that is a stage is as deep as that; of one whose depth is not
-        given only the places of the layers tell.
+        depths: model name -> number of its layers. A base that is a stage is as deep as that; of one whose
+        depth is not given only the places of the layers tell.
         """
         moved = any(mix.sources[0][1] != i for i, mix in enumerate(self.layers))
         known = {**depths, **{name: len(stage.layers) for name, stage in self.stages}}

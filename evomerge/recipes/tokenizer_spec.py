@@ -1,4 +1,7 @@
-"""The wish for the output's tokenizer: what mergekit's `tokenizer_source` and `tokenizer` say. Frozen, JSON-able; knows no files."""
+"""The wish for the output's tokenizer: what mergekit's `tokenizer_source` and `tokenizer` say.
+
+Frozen, JSON-able; knows no files.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ WHOLE = ("base", "union")
 class TokenDonor:
     """Which row a token gets in the models that lack it; with `force`, in every model.
 
-    source: model name (its row of the same token), 'zero' (a row of zeros), (model, other token), (model, row), or
-    None for the row that it would get unlisted: being listed then only adds the token.
+    source: model name (its row of the same token), 'zero' (a row of zeros), (model, other token), (model,
+    row), or None for the row that it would get unlisted: being listed then only adds the token.
     """
 
     source: str | tuple[str, str | int] | None
@@ -52,8 +55,10 @@ class TokenDonor:
 class TokenizerSpec:
     """The tokenizer of a merged model.
 
-    source: 'base' (the base's), 'union' (the base's and every parent's further tokens) or the name of a model (that model's).
-    tokens: ((token, donor), ...), tokens that the output has in any case; new ones get the next rows in this order.
+    source: 'base' (the base's), 'union' (the base's and every parent's further tokens) or the name of a model
+        (that model's).
+    tokens: ((token, donor), ...), tokens that the output has in any case; new ones get the next rows in this
+        order.
     pad_to_multiple_of: the number of rows is rounded up to a multiple of it; None leaves one row a token.
     """
 

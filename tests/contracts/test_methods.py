@@ -1,4 +1,4 @@
-"""Laws that every merge method obeys, told from its declaration alone, both ways a merge runs: its kernel and `evomerge.methods.fused.merge_tensor`."""
+"""Laws that every merge method obeys, both by its kernel and by `fused.merge_tensor`."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Way:
-    """How a merge is run: by the kernel, or by one pass in which inputs and output have types of their own."""
+    """How a merge is run: by the kernel, or in one pass, where inputs and output have types of their own."""
 
     dtype: torch.dtype
     fused: bool = False
@@ -111,7 +111,10 @@ def bits(x: Tensor) -> bytes:
 
 @st.composite
 def numbers(draw: st.DrawFn, rule: Method, n: int) -> Numbers:
-    """Values within the bounds of a search, on a binary grid: sums of weights are exact in any order. No empty averages."""
+    """Values within the bounds of a search, on a binary grid: sums of weights are exact in any order.
+
+    No empty averages.
+    """
 
     def one(p: Param) -> float:
         return (
@@ -388,7 +391,7 @@ def kept(way: Way, rule: Method, delta: Tensor, density: float, key: int, **give
 
 
 def probabilities(rule: Method, delta: Tensor, density: float) -> Tensor:
-    """Of each entry to be kept, at the default of any other parameter; ranks of equal entries in their order."""
+    """Of each entry to be kept, at the defaults of other parameters; equal entries rank in their order."""
     epsilon = rule.param("epsilon")
     if epsilon is None:
         return torch.full_like(delta, density)

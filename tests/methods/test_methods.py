@@ -1,6 +1,6 @@
-"""Every merge method against the formulas of tests/merge_references.py; what single methods promise; declarations; masks.
+"""Every merge method against the formulas of `merge_references`; what single methods promise; declarations; masks.
 
-What all methods have in common is in tests/test_method_laws.py.
+What all methods have in common is in tests/contracts/test_methods.py.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from tests.support.merge_references import (
     REFERENCES,
     corners,
     hash_reference,
+    lacking,
     reference,
     slerp,
 )
@@ -73,7 +74,7 @@ MATTER = {
 
 
 def numbers(rule: Method, n: int, **given):
-    """Values that make every parameter matter: unequal weights that do not sum to one, densities below one."""
+    """Values that make every parameter matter: unequal weights whose sum is not one, densities below one."""
     values = {p.name: (p.default,) * n if p.per == "model" else p.default for p in rule.params}
     values |= {"weight": WEIGHTS[:n]} if rule.param("weight") else {}
     values |= {"density": DENSITIES[:n]} if rule.param("density") else {}
@@ -85,6 +86,8 @@ def numbers(rule: Method, n: int, **given):
 
 
 def test_every_method_has_a_reference_here():
+    for name in METHODS:
+        assert name in REFERENCES or name in OF_TASK_VECTORS, lacking(name)
     assert {*REFERENCES, *OF_TASK_VECTORS} == {*METHODS}
     for name, rule in METHODS.items():
         tensors, base, keys = example(rule)
@@ -352,7 +355,7 @@ N = 200_000
 
 
 def mask(density, key, n=N):
-    return dare.keep(torch.zeros(n), density, key).bool()
+    return dare.mask(torch.zeros(n), density, key).bool()
 
 
 def words(key, n=N):
@@ -375,8 +378,8 @@ def test_an_index_has_its_bit_whatever_is_computed_with_it():
             random_masks.hashed(random_masks.mixed(start, 1000), random_masks.split(KEYS[0])).long() + 2**31,
             whole[start:],
         )
-    shaped = dare.keep(torch.zeros(10, 5, 20), 0.3, KEYS[0])
-    assert torch.equal(shaped.flatten(), dare.keep(torch.zeros(1000), 0.3, KEYS[0]))
+    shaped = dare.mask(torch.zeros(10, 5, 20), 0.3, KEYS[0])
+    assert torch.equal(shaped.flatten(), dare.mask(torch.zeros(1000), 0.3, KEYS[0]))
 
 
 @pytest.mark.gpu
@@ -384,7 +387,7 @@ def test_a_mask_is_the_same_on_a_device():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     assert torch.equal(
-        dare.keep(torch.zeros(N, device="cuda"), 0.3, KEYS[0]).cpu(), dare.keep(torch.zeros(N), 0.3, KEYS[0])
+        dare.mask(torch.zeros(N, device="cuda"), 0.3, KEYS[0]).cpu(), dare.mask(torch.zeros(N), 0.3, KEYS[0])
     )
 
 
@@ -397,7 +400,7 @@ def test_the_kept_fraction_is_the_density(density):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_mask_is_zeros_and_ones_of_the_dtype_of_its_tensor(dtype):
-    bits = dare.keep(torch.zeros(100, dtype=dtype), 0.5, 7)
+    bits = dare.mask(torch.zeros(100, dtype=dtype), 0.5, 7)
     assert bits.dtype == dtype
     assert set(bits.tolist()) == {0.0, 1.0}
     assert torch.equal(bits.bool(), mask(0.5, 7, 100))

@@ -1,7 +1,7 @@
 """The methods on spheres and those that select, bit for bit against mergekit's own kernels, and laws of theirs.
 
-That they are the formulas of tests/merge_references.py is in tests/test_methods.py, where they leave mergekit on
-purpose in tests/test_mergekit_faults.py.
+That they are the formulas of tests/merge_references.py is in tests/test_methods.py, where they leave mergekit
+on purpose in tests/test_mergekit_faults.py.
 """
 
 import json

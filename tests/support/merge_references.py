@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -249,7 +250,7 @@ def keep_largest(delta, own, key, shape):
 
 
 def keep_band(delta, own, key, shape):
-    """int(d * n) entries, after the int(gamma * n) largest have gone, or as many of those as leave enough entries."""
+    """int(d * n) entries, after the int(gamma * n) largest have gone, or as many as leave enough entries."""
     n = len(delta)
     stay = int(own["density"] * n)
     gone = min(int(own["gamma"] * n), n - stay)
@@ -273,7 +274,7 @@ def keep_by_rank(delta, own, key, shape):
 
 
 def hash_reference(index: int, key: int) -> int:
-    """The hash of an entry in [0, 2**32): that of hashing.py, which is signed, plus 2**31."""
+    """The hash of an entry in [0, 2**32): that of random_masks.py, which is signed, plus 2**31."""
     word = 2**32 - 1
     x = index & word
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & word
@@ -311,15 +312,19 @@ OF_TASK_VECTORS = {
 }  # the same with mask keys
 
 
+def lacking(name: str) -> str:
+    return f"method '{name}' lacks its formula in loops: write it in {Path(__file__).name}, entered in REFERENCES"
+
+
 def reference(name: str, tensors: list[Tensor], base: Tensor | None, values, keys) -> Tensor:
     """What the method of that name should make of the tensors, float64."""
     xs = [x.double().flatten().tolist() for x in tensors]
     b, shape = base.double().flatten().tolist() if base is not None else None, tuple(tensors[0].shape)
-    out = (
-        OF_TASK_VECTORS[name](xs, b, values, shape, keys)
-        if name in OF_TASK_VECTORS
-        else REFERENCES[name](xs, b, values, shape)
-    )
+    if name in OF_TASK_VECTORS:
+        out = OF_TASK_VECTORS[name](xs, b, values, shape, keys)
+    else:
+        assert name in REFERENCES, lacking(name)
+        out = REFERENCES[name](xs, b, values, shape)
     return torch.tensor(out, dtype=torch.float64).reshape(shape)
 
 
@@ -327,7 +332,7 @@ def reference(name: str, tensors: list[Tensor], base: Tensor | None, values, key
 
 
 def corners(rule: Method, n: int) -> Iterator[dict[str, float | tuple[float, ...]]]:
-    """Bounds of a search in every combination; of a model's parameter also low for one model and high for the rest.
+    """Bounds of a search in every combination; of a model's parameter also low for one and high for the rest.
 
     Left out: weights that are all zero in a normalized average, which has no value.
     """
@@ -383,7 +388,10 @@ def random(shape, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def models(kind: str, shape: tuple[int, ...], n: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Fine-tunes of a base and the base. near: small changes of a third of the entries; far: large ones of all."""
+    """Fine-tunes of a base and the base.
+
+    near: small changes of a third of the entries; far: large ones of all.
+    """
     base = random(shape, 0).to(dtype)
     some = [(random(shape, 100 + i) > 0.4) if kind == "near" else 1.0 for i in range(n)]
     return [(base.double() + random(shape, i + 1, SPREAD[kind]) * some[i]).to(dtype) for i in range(n)], base

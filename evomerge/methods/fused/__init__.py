@@ -1,6 +1,10 @@
-"""One-pass merges of weighted sums of task vectors: linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA.
+"""One-pass merges: a tensor is merged in one pass over the parents, in C or in torch with the same bits.
 
-`merge_tensor` turns a method's values for one tensor into a `WeightedSum` and runs it with the first kernel backend that fits.
+`merge_tensor` turns a method's values for one tensor into a `WeightedSum` and runs it with the first kernel
+backend that fits: sums of task vectors (linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA).
+`combine_by_dot_products` does so for methods whose result is a combination of whole tensors (slerp, karcher,
+model stock, ...). `MagnitudeTables` caches what a search asks for again and again. `one_pass.BACKENDS` is the
+registry of kernel backends: `c_kernels`, `torch_kernels`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""`one_pass.c`, compiled on first use with the machine's C compiler and kept in the user's cache. Knows nothing of merging.
+"""Compiles `one_pass.c` on first use with the machine's C compiler and caches it in the user's cache folder.
 
-Optional: without a compiler, or with EVOMERGE_NATIVE=0, everything is done in torch, more slowly, with the same bits.
+Optional: without a compiler, or with EVOMERGE_NATIVE=0, everything is done in torch, more slowly, with the
+same bits. Nothing here knows what the functions compute.
 """
 
 from __future__ import annotations
@@ -41,14 +42,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where there is no compiler or the user wants none."""
     if os.environ.get("EVOMERGE_NATIVE", "1") == "0":
         return None
-    compiler = next(
-        (
-            found
-            for name in (os.environ.get("CC"), "cc", "gcc", "clang")
-            if name and (found := shutil.which(name))
-        ),
-        None,
-    )
+    compiler = _compiler()
     if compiler is None:
         log.info(
             "no C compiler found: merging in torch, about five times slower; install gcc or clang, or set CC"
@@ -67,45 +61,105 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def functions() -> ctypes.CDLL:
+    """The compiled functions, where `fits` said that they are there."""
+    compiled = library()
+    assert compiled is not None
+    return compiled
+
+
 def fits(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the library is there and takes these tensors: on the CPU, contiguous, in a 16- or 32-bit float type."""
-    return library() is not None and all(
-        t is None or (t.device.type == "cpu" and t.dtype in _TYPES and t.is_contiguous()) for t in tensors
-    )
+    """Whether the library is there and takes these tensors.
+
+    Args:
+        tensors: Any; None is taken for a tensor that is not there.
+
+    Returns:
+        True if all are on the CPU, contiguous and in a 16- or 32-bit float type.
+    """
+    return library() is not None and all(t is None or _is_readable(t) for t in tensors)
 
 
 def pointer(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
-    """(address, type code) of a tensor's data; the caller keeps the tensor alive."""
+    """A tensor as two arguments of a C function; the caller keeps the tensor alive.
+
+    Args:
+        tensor: A contiguous tensor on the CPU, or None.
+
+    Returns:
+        (address of its data, type code); (NULL, 0) for None; the code is -1 for a type that the library has
+        none for.
+    """
     if tensor is None:
         return ctypes.c_void_p(None), 0
     return ctypes.c_void_p(tensor.data_ptr()), _TYPES.get(tensor.dtype, -1)
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> Any:
-    """A C array of the tensors' addresses; NULL for None."""
+    """A C array of tensors' addresses; the caller keeps the tensors alive.
+
+    Args:
+        tensors: Contiguous tensors on the CPU.
+
+    Returns:
+        The array, with NULL for None.
+    """
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
 def integers(numbers: Sequence[int]) -> Any:
-    """A C array of 32-bit integers."""
+    """A C array of 32-bit integers.
+
+    Args:
+        numbers: Its entries.
+
+    Returns:
+        The array.
+    """
     return (ctypes.c_int32 * len(numbers))(*numbers)
 
 
 def floats(numbers: Sequence[float]) -> Any:
-    """A C array of 32-bit floats."""
+    """A C array of 32-bit floats.
+
+    Args:
+        numbers: Its entries.
+
+    Returns:
+        The array.
+    """
     return (ctypes.c_float * len(numbers))(*numbers)
 
 
 def type_codes(tensors: Sequence[Tensor]) -> Any:
-    """A C array of type codes."""
+    """A C array of the tensors' type codes.
+
+    Args:
+        tensors: In types that the library takes.
+
+    Returns:
+        The array.
+    """
     return integers([_TYPES[t.dtype] for t in tensors])
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in _TYPES and tensor.is_contiguous()
+
+
+def _compiler() -> str | None:
+    """Path of the first C compiler there is: $CC, cc, gcc, clang."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    return None
 
 
 def _compiled(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library for this source, compiler and processor; compiled beside and renamed."""
-    key = hashlib.sha256(
-        "\0".join([_SOURCE.read_text(), _version(compiler), *flags, _processor()]).encode()
-    ).hexdigest()[:16]
+    parts = [_SOURCE.read_text(), _version(compiler), *flags, _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -113,7 +167,7 @@ def _compiled(compiler: str, flags: Sequence[str]) -> Path:
             raise PermissionError(f"{folder} belongs to someone else")
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="evomerge-"))
-    target = folder / f"sweep-{key}.so"
+    target = folder / f"one_pass-{key}.so"
     if not target.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
@@ -135,12 +189,9 @@ def _version(compiler: str) -> str:
 
 def _processor() -> str:
     """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
+    told_apart_by = ("flags", "Features", "model name", "cpu family")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(
-            sorted(
-                {line for line in lines if line.startswith(("flags", "Features", "model name", "cpu family"))}
-            )
-        )
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(told_apart_by)}))

@@ -1,7 +1,7 @@
-"""Merging by sums of task vectors in one pass over the parents: linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA.
+"""Merges one tensor in one pass over the parents: turns a method's values into a `WeightedSum` and runs it.
 
-What these methods have in common is said by `methods.method.TaskVectorSum`; this room turns a method's values for one tensor
-into a `WeightedSum` and runs it.
+Methods that are sums of task vectors (linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA) declare a
+`TaskVectorSum`; methods whose result is a combination of whole tensors declare their coefficients.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from evomerge.methods import breadcrumbs, della, random_masks, ties
-from evomerge.methods.declaration import Method, TaskVectorSum, Values
+from evomerge.methods.declaration import Method, SourceValues, Sparsifier, TaskVectorSum, Values
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.one_pass import gram, run
+from evomerge.methods.fused.one_pass import dot_products, write_sum
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair, WeightedSum
 
 
@@ -27,8 +26,8 @@ class MergeInputs:
         sources: One tensor per source model, all of one shape, in their stored types, contiguous.
         base: The base model's tensor of the same shape, or None for a merge without a base.
         mask_keys: A signed 64-bit mask key per source; used by randomized methods only.
-        cache_ids: What `MagnitudeTables` caches each source's difference from the base under; None, or an empty
-            sequence, for nothing cached.
+        cache_ids: What `MagnitudeTables` caches each source's difference from the base under; None, or an
+            empty sequence, for nothing cached.
     """
 
     sources: Sequence[Tensor]
@@ -68,11 +67,11 @@ def merge_tensor(
     summands = _summands(task_vector_sum, inputs, values, tables)
     divisor = _divisor(task_vector_sum, weights, bool(values["normalize"]), based=inputs.base is not None)
     total = WeightedSum(summands, task_vector_sum.elect_sign, divisor, factor)
-    return run(inputs.base, inputs.sources, total, out)
+    return write_sum(inputs.base, inputs.sources, total, out)
 
 
 def combine_by_dot_products(rule: Method, inputs: MergeInputs, values: Values, out: Tensor) -> bool | None:
-    """Merges one tensor by a method that combines whole tensors with coefficients found from their dot products.
+    """Merges one tensor by a method that combines whole tensors by coefficients from their dot products.
 
     Args:
         rule: A method that declares `coefficients`.
@@ -81,32 +80,51 @@ def combine_by_dot_products(rule: Method, inputs: MergeInputs, values: Values, o
         out: Receives the result; shape of the sources, any float type.
 
     Returns:
-        Whether every element of the result is finite; None, with `out` left alone, where the method has no such
-        coefficients for these values.
+        Whether every element of the result is finite; None, with `out` left alone, where the method has no
+        such coefficients for these values.
     """
     assert rule.coefficients is not None
     sources, base = inputs.sources, inputs.base
     if base is not None and not rule.base_is_origin:
         sources, base = [base, *sources], None
-    coefficients = rule.coefficients(gram(base, sources), values) if out.numel() else None
+    coefficients = rule.coefficients(dot_products(base, sources), values) if out.numel() else None
     if coefficients is None:
         return None
     summands = tuple(Summand(MaskKind.DENSE, c) for c in coefficients)
-    return run(base, sources, WeightedSum(summands), out)
+    return write_sum(base, sources, WeightedSum(summands), out)
 
 
 def _summands(
     task_vector_sum: TaskVectorSum, inputs: MergeInputs, values: Values, tables: MagnitudeTables
 ) -> tuple[Summand, ...]:
-    if task_vector_sum.sparsify is None:
-        return tuple(Summand(MaskKind.DENSE, w) for w in _per_source(values, "weight"))
+    sparsifier = task_vector_sum.sparsifier
+    if sparsifier is None:
+        return tuple(Summand(MaskKind.DENSE, weight) for weight in _per_source(values, "weight"))
     pairs, rescale = inputs.pairs(), bool(values["rescale"])
-    if task_vector_sum.sparsify == "largest":
+    if sparsifier.uses_top_table:
         tables.prepare(pairs)
-    return tuple(
-        _share(task_vector_sum, pair, values, i, key, rescale, tables)
-        for i, (pair, key) in enumerate(zip(pairs, inputs.mask_keys, strict=True))
-    )
+    summands = []
+    for i, (pair, key) in enumerate(zip(pairs, inputs.mask_keys, strict=True)):
+        own = {name: value[i] for name, value in values.items() if isinstance(value, tuple)}
+        summands.append(_sparse_summand(sparsifier, pair, own, key, tables, rescale=rescale))
+    return tuple(summands)
+
+
+def _sparse_summand(
+    sparsifier: Sparsifier,
+    pair: TensorPair,
+    values: SourceValues,
+    mask_key: int,
+    tables: MagnitudeTables,
+    *,
+    rescale: bool,
+) -> Summand:
+    if values["density"] >= 1:
+        return Summand(MaskKind.DENSE, values["weight"])
+    if values["density"] <= 0 or pair.n == 0:
+        return Summand(MaskKind.BAND, values["weight"])  # keeps nothing
+    summand = sparsifier.summand(pair, values, mask_key, tables)
+    return replace(summand, scale=tables.scale(pair, summand)) if rescale else summand
 
 
 def _divisor(
@@ -121,65 +139,7 @@ def _divisor(
     return 1.0 if based and abs(total) < 1e-8 else total
 
 
-def _share(
-    task_vector_sum: TaskVectorSum,
-    pair: TensorPair,
-    values: Values,
-    i: int,
-    mask_key: int,
-    rescale: bool,
-    known: MagnitudeTables,
-) -> Summand:
-    weight, d = _per_source(values, "weight")[i], _per_source(values, "density")[i]
-    if d >= 1:
-        return Summand(MaskKind.DENSE, weight)
-    if d <= 0 or pair.n == 0:
-        return Summand(MaskKind.BAND, weight)  # keeps nothing
-    share, memo = _kept(task_vector_sum, pair, values, i, mask_key, known)
-    if not rescale:
-        return share
-    scale = known.scale(pair, share, memo)
-    return replace(share, scale=scale)
-
-
-def _kept(
-    task_vector_sum: TaskVectorSum,
-    pair: TensorPair,
-    values: Values,
-    i: int,
-    mask_key: int,
-    known: MagnitudeTables,
-) -> tuple[Summand, Hashable]:
-    """The share before it is rescaled, and what its mask depends on besides the pair and the key."""
-    weight, d, n = _per_source(values, "weight")[i], _per_source(values, "density")[i], pair.n
-    if task_vector_sum.sparsify == "largest":
-        k = ties.count(d, n)
-        return Summand(MaskKind.BAND, weight, inner=known.level(pair, k)), k
-    if task_vector_sum.sparsify == "random":
-        bound = random_masks.bound(d)
-        return Summand(
-            MaskKind.DENSE if bound == 1 << 31 else MaskKind.RANDOM,
-            weight,
-            key=random_masks.split(mask_key),
-            bound=min(bound, (1 << 31) - 1),
-        ), bound
-    if task_vector_sum.sparsify == "band":
-        inner, outer = breadcrumbs.band(n, d, _per_source(values, "gamma")[i])
-        return Summand(
-            MaskKind.BAND,
-            weight,
-            inner=known.level(pair, inner),
-            outer=known.level(pair, outer) if outer else None,
-        ), (inner, outer)
-    low, step = della.window(
-        d, _per_source(values, "epsilon")[i], pair.base.shape[-1] if pair.base.dim() else 1
-    )
-    return Summand(
-        MaskKind.RANKED, weight, key=random_masks.split(mask_key), ranks=known.ranks(pair), low=low, step=step
-    ), (low, step)
-
-
 def _per_source(values: Values, name: str) -> tuple[float, ...]:
-    found = values[name]
-    assert isinstance(found, tuple)
-    return found
+    numbers = values[name]
+    assert isinstance(numbers, tuple)
+    return numbers

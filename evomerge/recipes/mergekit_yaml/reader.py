@@ -1,8 +1,9 @@
 """mergekit's YAML -> recipe. Names the place of whatever mergekit would reject, silently ignore or guess.
 
-Tensors are those on disk, and filters see their names there. mergekit merges, and its filters see, what transformers 5 makes
-of them: of experts that the hub has one by one, one tensor for a layer (in Mixtral, under 'mlp' and not under
-'block_sparse_moe'), and GPT-2's with the prefix 'transformer.'. Methods that measure a whole tensor differ by that.
+Tensors are those on disk, and filters see their names there. mergekit merges, and its filters see, what
+transformers 5 makes of them: of experts that the hub has one by one, one tensor for a layer (in Mixtral,
+under 'mlp' and not under 'block_sparse_moe'), and GPT-2's with the prefix 'transformer.'. Methods that
+measure a whole tensor differ by that.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def load(
 ) -> Recipe:
     """The recipe in a mergekit file; model names are its references as written.
 
-    documents: one, or several as mergekit-multi takes them: each with a `name` is a stage that the others can read like a
-    model; the one without a name, or else the last, is the result. num_layers: model reference -> depth; dtype: model
-    reference -> type of its tensors, for files that name none; policy: of the arithmetic.
+    documents: one, or several as mergekit-multi takes them: each with a `name` is a stage that the others can
+    read like a model; the one without a name, or else the last, is the result. num_layers: model reference ->
+    depth; dtype: model reference -> type of its tensors, for files that name none; policy: of the arithmetic.
     Raises RecipeError, with line and column, for what mergekit would reject, silently ignore or guess.
     """
     documents = [documents] if isinstance(documents, Document) else list(documents)

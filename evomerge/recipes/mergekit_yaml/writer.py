@@ -17,8 +17,8 @@ from evomerge.recipes.tokenizer_spec import ZERO, TokenDonor, TokenizerSpec
 def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = ()) -> str:
     """mergekit YAML that rebuilds the recipe. references: model name -> what to write for it; header: comment lines.
 
-    A recipe with stages becomes one document a stage, for mergekit-multi. Raises RecipeError for a recipe that mergekit
-    cannot express.
+    A recipe with stages becomes one document a stage, for mergekit-multi. Raises RecipeError for a recipe
+    that mergekit cannot express.
     """
     named = {**references, **{name: name for name, _ in recipe.stages}}
     documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages] + [
@@ -89,7 +89,8 @@ def _donor(token: str, donor: TokenDonor, references: Mapping[str, str]) -> dict
 def with_outer_filters(recipe: Recipe, embeddings: Sequence[str], head: Sequence[str]) -> Recipe:
     """The same recipe with the outer mixes' settings keyed by their tensors' full names.
 
-    mergekit resolves those tensors with the first and last slice's parameters; naming them keeps the two apart.
+    mergekit resolves those tensors with the first and last slice's parameters; naming them keeps the two
+    apart.
     """
 
     def named(mix: Mix, names: Sequence[str]) -> Mix:
@@ -207,7 +208,8 @@ def _of(mix: Mix, param: Param, source: int | None) -> Setting:
 def _write(outer: Sequence[Setting], inner: Setting, param: Param) -> Any:
     """A setting as mergekit writes it: a number, or a filter list with the catch-all last.
 
-    outer: settings of the tensors outside the stack that this slice decides, by full name (see `with_outer_filters`).
+    outer: settings of the tensors outside the stack that this slice decides, by full name (see
+    `with_outer_filters`).
     """
     if isinstance(inner, Filtered) and not any(text == "*" for text, _ in inner.cases):
         inner = Filtered((*inner.cases, ("*", param.default)))

@@ -1,4 +1,4 @@
-"""The pass that merges sums of task vectors: against the kernels in 64-bit floats, and the same bits however it is run."""
+"""The one-pass kernels against the methods' own kernels in 64-bit floats; the same bits however they are run."""
 
 import itertools
 import math
@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from evomerge.merging.merge import mask_key
-from evomerge.methods import METHODS, random_masks, ties
+from evomerge.methods import METHODS, random_masks
 from evomerge.methods.fused import (
     MergeInputs,
+    c_kernels,
     c_library,
     combine_by_dot_products,
     magnitude_tables,
     merge_tensor,
     one_pass,
+    torch_kernels,
     weighted_sum,
 )
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
@@ -42,13 +44,13 @@ def numbers(rule, n, density=(0.5, 0.123, 0.777), **given):
     return values | {k: v for k, v in given.items() if rule.param(k)}
 
 
-def run(rule, sources, base, values, *, known=None, out_dtype=torch.float32, keys=None, ids=True):
+def run(rule, sources, base, values, *, tables=None, out_dtype=torch.float32, keys=None, ids=True):
     keys = keys or [mask_key(7, "t", f"m{i}") for i in range(len(sources))]
     base = None if rule.task_vector_sum.without_base else base
     ids = [("t", i) for i in range(len(sources))] if ids else []
     out = torch.full_like(sources[0], math.nan, dtype=out_dtype)
     inputs = MergeInputs(sources, base, keys, ids)
-    finite = merge_tensor(rule.task_vector_sum, inputs, values, out, known or MagnitudeTables())
+    finite = merge_tensor(rule.task_vector_sum, inputs, values, out, tables or MagnitudeTables())
     assert finite == bool(torch.isfinite(out).all())
     return out
 
@@ -97,10 +99,10 @@ def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monk
             ]:
                 torch.set_num_threads(threads)
                 with monkeypatch.context() as m:
-                    m.setattr(one_pass, "_JOB", chunk)
-                    m.setattr(one_pass, "_CHUNK", chunk)
+                    m.setattr(c_kernels, "_LEAST_SPAN", chunk)
+                    m.setattr(torch_kernels, "_CHUNK", chunk)
                     if not compiled:
-                        m.setattr(c_library, "fits", lambda tensors: False)
+                        m.setattr(one_pass, "BACKENDS", (torch_kernels,))
                     results.setdefault(out_dtype, []).append(
                         run(rule, sources, base, values, out_dtype=out_dtype)
                     )
@@ -115,12 +117,12 @@ def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monk
 @pytest.mark.parametrize("rescale", [0.0, 1.0])
 def test_tables_change_no_bit(rule, rescale):
     sources, base = models((300, 1111))
-    known = MagnitudeTables(build=True, ranks_bytes=1 << 30)
+    tables = MagnitudeTables(build=True, ranks_bytes=1 << 30)
     for density in [(0.5, 0.123, 0.777), (0.1234567, 0.9999, 0.001), (0.0, 1.0, 1e-7), (0.5, 0.5, 0.5)]:
         values = numbers(rule, 3, density, rescale=rescale)
         plain = run(rule, sources, base, values)
         for _ in range(2):
-            assert torch.equal(run(rule, sources, base, values, known=known), plain)
+            assert torch.equal(run(rule, sources, base, values, tables=tables), plain)
 
 
 @every_sparse
@@ -137,18 +139,24 @@ def test_a_level_is_the_first_of_a_stable_sort(dtype):
         (source,), base = models((n,), 1, dtype, seed)
         size = (source.float() - base.float()).abs()
         order = size.argsort(descending=True, stable=True)
-        known = MagnitudeTables(build=True)
+        tables = MagnitudeTables(build=True)
         for k in sorted(
-            {1, n, max(1, n // 3), max(1, n - 1), *(ties.count(j / 1000, n) for j in (1, 37, 500, 999))}
+            {
+                1,
+                n,
+                max(1, n // 3),
+                max(1, n - 1),
+                *(magnitude_tables.top_count(j / 1000, n) for j in (1, 37, 500, 999)),
+            }
         ):
             want = torch.zeros(n, dtype=torch.bool)
             want[order[:k]] = True
-            for level in (
-                MagnitudeTables().level(TensorPair(base, source), k),
-                known.level(TensorPair(base, source, "id"), k),
+            for top in (
+                MagnitudeTables().top(TensorPair(base, source), k),
+                tables.top(TensorPair(base, source, "id"), k),
             ):
                 index = torch.arange(n)
-                got = (size > level.threshold) | ((size == level.threshold) & (index <= level.last))
+                got = (size > top.threshold) | ((size == top.threshold) & (index <= top.last))
                 assert torch.equal(got, want)
 
 
@@ -160,13 +168,15 @@ def test_norms_are_the_same_in_any_order_and_right():
         key=random_masks.split(mask_key(1, "a", "b")),
         bound=random_masks.bound(0.3),
     )
-    unit = one_pass.unit_of(one_pass.largest(base, source), 100_000)
-    total, kept = one_pass.norms(base, source, share, unit)
+    unit = one_pass.exact_unit(one_pass.largest_difference(base, source), 100_000)
+    total, kept = one_pass.l1_norms(base, source, share, unit)
     permuted = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))
     dense = weighted_sum.Summand(weighted_sum.MaskKind.DENSE, 1.0)
-    assert one_pass.norms(base[permuted].contiguous(), source[permuted].contiguous(), dense, unit)[0] == total
+    assert (
+        one_pass.l1_norms(base[permuted].contiguous(), source[permuted].contiguous(), dense, unit)[0] == total
+    )
     exact = (source.double() - base.double()).abs()
-    mask = one_pass.keep(torch.ones(100_000), share, 0).bool()
+    mask = torch_kernels.masked(torch.ones(100_000), share, 0).bool()
     assert total / unit == pytest.approx(float(exact.sum()), rel=1e-6)
     assert kept / unit == pytest.approx(float(exact[mask].sum()), rel=1e-6)
 
@@ -256,15 +266,17 @@ def test_tables_by_histograms_are_tables_by_sorting(dtype):
             source[: n // 2] = base[: n // 2]  # half of the differences are zero
         pair = TensorPair(base, source, "t")
         unit = MagnitudeTables().unit(pair)
-        ends = sorted({ties.count(j / magnitude_tables.GRID, n) for j in range(1, magnitude_tables.GRID)})
-        assert magnitude_tables._by_histogram(pair, unit, ends) == magnitude_tables._by_sort(pair, unit, ends)
+        grid = magnitude_tables.GRID
+        counts = sorted({magnitude_tables.top_count(j / grid, n) for j in range(1, grid)})
+        tables = [b.top_k_table(base, source, unit, counts) for b in (c_kernels, torch_kernels)]
+        assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("shape", [(5,), (7, 33), (3, 4, 50), (2, 70_000)], ids=str)
 def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
     (source,), base = models(shape, 1)
     found = magnitude_tables.MagnitudeTables().ranks(TensorPair(base, source))
-    monkeypatch.setattr(c_library, "fits", lambda tensors: False)
+    monkeypatch.setattr(one_pass, "BACKENDS", (torch_kernels,))
     assert torch.equal(found.int(), magnitude_tables.MagnitudeTables().ranks(TensorPair(base, source)).int())
     size = (source.float() - base.float()).abs().reshape(-1, shape[-1])
     for row, ranks in zip(size, found.int().reshape(-1, shape[-1]), strict=True):
@@ -273,22 +285,17 @@ def test_ranks_in_c_are_those_of_a_stable_sort(shape, monkeypatch):
 
 def test_hash_tables_in_c_are_those_of_torch(monkeypatch):
     (source,), base = models((90_001,), 1)
-    pair, share = (
-        TensorPair(base, source),
-        weighted_sum.Summand(
-            weighted_sum.MaskKind.RANDOM, 1.0, key=random_masks.split(mask_key(5, "a", "b"))
-        ),
-    )
+    pair, key = TensorPair(base, source), random_masks.split(mask_key(5, "a", "b"))
     unit = MagnitudeTables().unit(pair)
-    sums, bounds = magnitude_tables._hash_table(pair, share, unit)
-    monkeypatch.setattr(c_library, "fits", lambda tensors: False)
-    again, same = magnitude_tables._hash_table(pair, share, unit)
+    sums, bounds = magnitude_tables._hash_table(pair, key, unit)
+    monkeypatch.setattr(one_pass, "BACKENDS", (torch_kernels,))
+    again, same = magnitude_tables._hash_table(pair, key, unit)
     assert np.array_equal(sums, again)
     assert np.array_equal(bounds, same)
 
 
 def test_rows_longer_than_a_short_number_counts_are_ranked_right():
-    """DELLA's ranks of rows beyond 65536 do not fit 16 bits; the compiled pass once read them as if they did."""
+    """DELLA's ranks of rows beyond 65536 do not fit 16 bits; the C kernel once read them as if they did."""
     rule = METHODS["della_linear"]
     sources, base = models((2, 70_000), 1, torch.float32)
     values = numbers(rule, 1, (0.5,), rescale=0.0)
@@ -324,7 +331,7 @@ def test_a_combination_by_dot_products_is_the_kernel_in_float64(rule, based, mon
             for compiled in (True, False):
                 with monkeypatch.context() as m:
                     if not compiled:
-                        m.setattr(c_library, "fits", lambda tensors: False)
+                        m.setattr(one_pass, "BACKENDS", (torch_kernels,))
                     out = torch.empty(shape)
                     assert combine_by_dot_products(rule, MergeInputs(sources, base), values, out)
                     results.append(out)

@@ -1,0 +1,251 @@
+"""The kernels in C (`one_pass.c`), for tensors on the CPU in 16- and 32-bit float types.
+
+They give the bits of `torch_kernels`, about five times faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.methods.fused import c_library, torch_kernels
+from evomerge.methods.fused.spans import parallel_map, pieces, pieces_between_cuts
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
+
+Array = np.ndarray[Any, np.dtype[Any]]
+name = "C"
+_LEAST_SPAN = 1 << 18  # elements that are worth a thread of their own
+_FEW = 4  # sources of `sweep_few`
+_ALL = TopK(-1.0, 1 << 62, 1 << 62)
+
+
+def fits(tensors: Sequence[Tensor | None], summands: Sequence[Summand] = ()) -> bool:
+    """See `KernelBackend.fits`: the library takes the tensors, and ranks have 16 bits."""
+    short_ranks = all(s.ranks is None or s.ranks.dtype == torch.uint16 for s in summands)
+    return short_ranks and c_library.fits(tensors)
+
+
+def write_sum(base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out: Tensor) -> bool:
+    """See `KernelBackend.write_sum`."""
+    kind = _common_kind(total.summands)
+    tensors = [*sources, out, *([] if base is None else [base])]
+    one_type = len({t.dtype for t in tensors}) == 1 and out.dtype != torch.float16
+    few = kind is not None and one_type and len(sources) <= _FEW
+
+    def piece(start: int, stop: int) -> bool:
+        if few and kind is not None:
+            return _sweep_few(base, sources, total, kind, out, start, stop)
+        return _sweep(base, sources, total, out, start, stop)
+
+    n = out.numel()
+    return all(parallel_map(pieces_between_cuts(n, total.summands, _span_of(n)), piece))
+
+
+def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tuple[float, float]:
+    """See `KernelBackend.l1_norms`."""
+
+    def piece(start: int, stop: int) -> tuple[float, float]:
+        totals = (ctypes.c_double * 2)()
+        _, numbers, keys, _ = _encoded([summand], start)
+        c_library.functions().norms(
+            *_span(start, stop),
+            *c_library.pointer(base),
+            *c_library.pointer(source),
+            int(summand.kind),
+            numbers,
+            keys,
+            c_library.pointer(summand.ranks)[0],
+            ctypes.c_float(unit),
+            totals,
+        )
+        return totals[0], totals[1]
+
+    n = base.numel()
+    parts = parallel_map(pieces_between_cuts(n, [summand], _span_of(n)), piece)
+    return math.fsum(part[0] for part in parts), math.fsum(part[1] for part in parts)
+
+
+def histogram(base: Tensor, source: Tensor, prefix: int) -> Array:
+    """See `KernelBackend.histogram`."""
+
+    def piece(start: int, stop: int) -> Array:
+        counts = np.zeros(65536, np.int64)
+        pointers = (*c_library.pointer(base), *c_library.pointer(source))
+        c_library.functions().histogram(*_span(start, stop), *pointers, prefix, _address(counts))
+        return counts
+
+    parts = parallel_map(pieces(base.numel(), 1 << 22), piece)
+    total: Array = np.sum(parts, axis=0) if parts else np.zeros(65536, np.int64)
+    return total
+
+
+def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> Array:
+    """See `KernelBackend.dot_products`."""
+    count = len(sources)
+    pointers = (*c_library.pointer(base), c_library.addresses(sources), c_library.type_codes(sources))
+
+    def piece(start: int, stop: int) -> Array:
+        products = np.zeros((count, count))
+        if c_library.functions().gram(count, *_span(start, stop), *pointers, _address(products)):
+            raise MemoryError("no memory for a block of elements")
+        return products
+
+    parts = parallel_map(pieces(sources[0].numel(), torch_kernels.PRODUCTS_PIECE), piece)
+    total: Array = np.sum(parts, axis=0) if parts else np.zeros((count, count))
+    return total
+
+
+def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
+    """See `KernelBackend.hash_sums`."""
+    numbers = (*map(ctypes.c_int32, key), ctypes.c_float(unit), grid)
+
+    def piece(start: int, stop: int) -> Array:
+        sums = np.zeros(grid)
+        pointers = (*c_library.pointer(base), *c_library.pointer(source))
+        c_library.functions().hash_sums(*_span(start, stop), *pointers, *numbers, _address(sums))
+        return sums
+
+    parts = parallel_map(pieces(base.numel(), 1 << 20), piece)
+    total: Array = np.sum(parts, axis=0) if parts else np.zeros(grid)
+    return total
+
+
+def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
+    """See `KernelBackend.rank_rows`; ranks beyond 16 bits are left to torch."""
+    if out.dtype != torch.uint16:
+        torch_kernels.rank_rows(base, source, width, out)
+        return
+
+    def piece(start: int, stop: int) -> None:
+        pointers = (*c_library.pointer(base), *c_library.pointer(source), ctypes.c_void_p(out.data_ptr()))
+        if c_library.functions().rank_rows(*_span(start, stop), ctypes.c_int64(width), *pointers):
+            raise MemoryError("no memory to sort a row")
+
+    parallel_map(torch_kernels.whole_rows(base.numel(), width), piece)
+
+
+def top_k_table(
+    base: Tensor, source: Tensor, unit: float, counts: Sequence[int]
+) -> dict[int, tuple[TopK, float]]:
+    """See `KernelBackend.top_k_table`: by histograms; torch does those with NaN or without enough memory."""
+    ks = np.array(counts, np.int64)
+    thresholds, lasts, sums = np.zeros(len(ks), np.float32), np.zeros(len(ks), np.int64), np.zeros(len(ks))
+    n, length = ctypes.c_int64(base.numel()), len(ks)
+    tensors = (*c_library.pointer(base), *c_library.pointer(source))
+    arrays = (_address(ks), _address(thresholds), _address(lasts), _address(sums))
+    if c_library.functions().levels(n, *tensors, ctypes.c_float(unit), length, *arrays):
+        return torch_kernels.top_k_table(base, source, unit, counts)
+    return {
+        k: (TopK(float(threshold), int(last), k), float(total))
+        for k, threshold, last, total in zip(counts, thresholds, lasts, sums, strict=True)
+    }
+
+
+def _sweep(
+    base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum, out: Tensor, start: int, stop: int
+) -> bool:
+    """Elements [start, stop) of the sum, for any types and masks; returns whether all are finite."""
+    bad = c_library.functions().sweep(
+        len(sources),
+        *_span(start, stop),
+        *c_library.pointer(base),
+        c_library.addresses(sources),
+        c_library.type_codes(sources),
+        *c_library.pointer(out),
+        *_encoded(total.summands, start),
+        *_how_to_sum(total),
+    )
+    return _is_finite(bad)
+
+
+def _sweep_few(
+    base: Tensor | None,
+    sources: Sequence[Tensor],
+    total: WeightedSum,
+    kind: MaskKind,
+    out: Tensor,
+    start: int,
+    stop: int,
+) -> bool:
+    """As `_sweep`, for few sources of one type and one kind of mask: everything stays in registers."""
+    _, numbers, keys, _ = _encoded([_as_kind(summand, kind) for summand in total.summands], start)
+    address, type_code = c_library.pointer(out)
+    bad = c_library.functions().sweep_few(
+        len(sources),
+        int(kind),
+        type_code,
+        *_span(start, stop),
+        c_library.pointer(base)[0],
+        c_library.addresses(sources),
+        address,
+        numbers,
+        keys,
+        *_how_to_sum(total),
+    )
+    return _is_finite(bad)
+
+
+def _is_finite(bad: int) -> bool:
+    if bad < 0:
+        raise MemoryError("no memory for a block of elements")
+    return not bad
+
+
+def _how_to_sum(total: WeightedSum) -> tuple[object, ...]:
+    """elect, divide, divisor and lambda, as `one_pass.c` takes them."""
+    if total.elect_sign and total.divisor is None:
+        divide = 2
+    elif total.divisor is None or total.divisor == 1:
+        divide = 0
+    else:
+        divide = 1
+    divisor = ctypes.c_float(total.divisor or 0.0)
+    return (int(total.elect_sign), divide, divisor, ctypes.c_float(total.factor))
+
+
+def _common_kind(summands: Sequence[Summand]) -> MaskKind | None:
+    """The kind that all summands can be written as, if there is one that `sweep_few` knows."""
+    kinds = {summand.kind for summand in summands} - {MaskKind.DENSE}
+    bounded = any(summand.outer is not None for summand in summands)
+    if len(kinds) > 1 or MaskKind.RANKED in kinds or bounded:
+        return None
+    return kinds.pop() if kinds else MaskKind.DENSE
+
+
+def _as_kind(summand: Summand, kind: MaskKind) -> Summand:
+    """The same summand with 'all elements' written as the given kind, and the bound of a hash inclusive."""
+    if summand.kind is MaskKind.RANDOM:
+        if summand.bound == -(1 << 31):
+            return replace(summand, weight=0.0)
+        return replace(summand, bound=summand.bound - 1)
+    if summand.kind is MaskKind.DENSE:
+        return replace(summand, kind=kind, inner=_ALL, bound=(1 << 31) - 1)
+    return summand
+
+
+def _encoded(summands: Sequence[Summand], start: int) -> tuple[object, ...]:
+    """kinds, numbers, keys and ranks of the summands, as `one_pass.c` takes them."""
+    kinds = c_library.integers([s.kind for s in summands])
+    numbers = c_library.floats([number for s in summands for number in s.numbers(start)])
+    keys = c_library.integers([number for s in summands for number in (*s.key, s.bound)])
+    return kinds, numbers, keys, c_library.addresses([s.ranks for s in summands])
+
+
+def _span(start: int, stop: int) -> tuple[object, object]:
+    return ctypes.c_int64(start), ctypes.c_int64(stop)
+
+
+def _address(array: Array) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _span_of(n: int) -> int:
+    """Elements a thread takes, where every thread takes its part of n."""
+    return max(_LEAST_SPAN, -(-n // torch.get_num_threads()))
