@@ -13,7 +13,7 @@ from evomerge.optimizers import default_population
 from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.search.reuse import Earlier, KnownPool
 from evomerge.store import Store, StudyFacts, paths
-from evomerge.workers import InProcessPool, Pool, ProcessPool, Scorer
+from evomerge.workers import POOLS, DescribesWorkers, Limits, Pool, PoolSettings, Scorer
 
 log = logging.getLogger(__name__)
 _PER_WORKER = 4  # candidates of all islands together, for each worker, that keep it busy
@@ -65,12 +65,25 @@ def open_pool(
     facts: of the study; earlier: stores that are asked first; said: is told where workers are placed.
     Raises SetupError where ray is asked for and not installed, or the cluster cannot give what is asked.
     """
-    cluster = settings.cluster
-    pool: Pool = InProcessPool(scorer)
-    if cluster.ray is not None and make is not None:
-        pool = _ray_pool(settings, make, said)
+    cluster, limits = settings.cluster, settings.cluster.limits
+    on_ray = cluster.ray is not None and make is not None
+    pool_settings = PoolSettings(
+        scorer,
+        make,
+        workers=cluster.workers if on_ray else workers,
+        address=cluster.ray,
+        cpus=cluster.cpus,
+        gpus=cluster.gpus,
+        limits=Limits(factor=limits.factor, floor=limits.floor, memory=limits.memory),
+    )
+    if on_ray:
+        pool = _ray_pool(pool_settings)
     elif workers > 1 and make is not None:
-        pool = ProcessPool(make, workers)
+        pool = POOLS["processes"].open(pool_settings)
+    else:
+        pool = POOLS["in-process"].open(pool_settings)
+    if isinstance(pool, DescribesWorkers):
+        said(pool.describe())
     if earlier:
         known = Earlier(earlier, facts)
         for why in known.refused:
@@ -91,24 +104,12 @@ def dispatch(settings: Config, store: Store, pool: Pool) -> Dispatch:
     return Dispatch(pool, store, grace=settings.cluster.grace, budget=budget, backup=settings.cluster.backup)
 
 
-def _ray_pool(settings: Config, make: Callable[[], Scorer], said: Callable[[str], None]) -> Pool:
-    cluster, asked = settings.cluster, settings.cluster.limits
+def _ray_pool(pool_settings: PoolSettings) -> Pool:
     try:
-        from evomerge.workers.ray_pool.pool import RayPool
+        open_on_ray = POOLS["ray"].load()
     except ImportError as error:
         raise SetupError(
-            f"--ray needs Ray, which is not installed ({error}); pip install 'evomerge[ray]', or run with --workers"
+            f"--ray needs Ray, which is not installed ({error}); pip install 'evomerge[ray]', "
+            "or run with --workers"
         ) from None
-    from evomerge.workers import Limits
-
-    limits = Limits(factor=asked.factor, floor=asked.floor, memory=asked.memory)
-    pool = RayPool(
-        make,
-        address=cluster.ray,
-        workers=cluster.workers,
-        gpus=cluster.gpus,
-        cpus=cluster.cpus,
-        limits=limits,
-    )
-    said(pool.describe())
-    return pool
+    return open_on_ray(pool_settings)

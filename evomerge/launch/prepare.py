@@ -145,7 +145,7 @@ def _prepare(
     def said(text: str) -> None:
         show(Progress("opening models and tasks", 0, 1, None, text))
 
-    said(f"parents: {parent_placement.describe(scorer.places)}")
+    said(f"parents: {parent_placement.describe(scorer.placements)}")
     make = functools.partial(_open_worker, settings, allowed, routed) if evaluator is harness else None
     pool = pool_module.open_pool(settings, scorer, make, workers, facts, earlier, said)
     return Study(plan, store, pool, show, pool_module.dispatch(settings, store, pool))
@@ -155,7 +155,7 @@ def _open_worker(settings: Config, allowed: Allowed, gate: float | None) -> work
     """A worker of a search, in a process of its own. gate: what the driver found that a route may have of nats a token."""
     opened = open_search(settings, allowed)
     scorer = opened.load()
-    scorer.gate = route_stages.gate(settings, opened.harness, scorer, gate)
+    scorer.screen = route_stages.gate(settings, opened.harness, scorer, gate)
     return scorer
 
 

@@ -80,9 +80,9 @@ def check_routes(
     if "routes" not in settings.kinds:
         return None
     names = settings.routes.models or tuple(settings.models)
-    scorer.live.check_routable(names, settings.routes.scales != "none")
-    scorer.gate = gate(settings, tasks, scorer, limit)
-    return scorer.gate.max_nats_per_token if scorer.gate else None
+    scorer.builder.check_routable(names, settings.routes.scales != "none")
+    scorer.screen = gate(settings, tasks, scorer, limit)
+    return scorer.screen.max_nats_per_token if scorer.screen else None
 
 
 def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> PerplexityScreen | None:
@@ -114,7 +114,7 @@ def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) 
     if not rows:
         return None
     if limit is None:
-        found = [gating.nats_per_token(scorer.live.model(name), rows) for name in settings.models]
+        found = [gating.nats_per_token(scorer.builder.model(name), rows) for name in settings.models]
         limit = round(min(found) + math.log(asked.factor), 4)
         if not math.isfinite(limit):
             raise ConfigError("no parent gives finite logits on the prompts of the search; check the models")

@@ -7,7 +7,8 @@ They know nothing of recipes or models. `OPTIMIZERS` has all of them by the name
 - `elitist`: (mu + lambda) evolution (elitist.py), for categorical genes first;
 - `random`: random search (random_search.py), the baseline.
 
-Every optimizer replays exactly: the same scores give the same genomes, which is what resuming a study rests on.
+Every optimizer replays exactly: the same scores give the same genomes, which is what resuming a study rests
+on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ask-and-tell protocol of optimizers, their settings, and the two rules that depend on the number of genes."""
+"""The ask-and-tell protocol of optimizers, their settings, and two rules that depend on the genes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _EVALUATIONS_PER_GENE = 20  # from which on a full covariance matrix is worth le
 class Optimizer(Protocol):
     """Proposes genomes and learns from the order of their scores; higher scores are better.
 
-    Deterministic: the same settings and the same sequence of calls give the same genomes, whatever else draws from
-    numpy's global generator. A search resumes by replaying the stored scores.
+    Deterministic: the same settings and the same sequence of calls give the same genomes, whatever else draws
+    from numpy's global generator. A search resumes by replaying the stored scores.
 
         genomes = optimizer.ask()
         recombined = optimizer.tell(genomes, [score(genome) for genome in genomes])
@@ -32,7 +32,8 @@ class Optimizer(Protocol):
         """Puts genomes into the first slots of the next `ask`.
 
         Args:
-            genomes: each of n genes. An optimizer may shorten a step that is longer than its distribution would take.
+            genomes: each of n genes. An optimizer may shorten a step that is longer than its distribution
+                would take.
         """
         ...
 
@@ -73,8 +74,8 @@ class OptimizerSettings:
         diagonal: whether CMA-ES learns a diagonal covariance matrix instead of a full one.
         categories: how many categories each of the leading categorical genes has, each at least 2.
         keep_probability: in (0, 1), that a categorical gene keeps the category of the start.
-        category_weights: for each categorical gene, numbers above 0 that the probability of each category as a new
-            choice is proportional to; None for equal ones.
+        category_weights: for each categorical gene, numbers above 0 that the probability of each category as
+            a new choice is proportional to; None for equal ones.
     """
 
     sigma: float
@@ -87,7 +88,7 @@ class OptimizerSettings:
 
 
 def default_population(genes: int) -> int:
-    """The population of a generation where none is requested: 4 + floor(3 ln n), and at least that of two genes.
+    """The population of a generation where none is requested: 4 + floor(3 ln n), n at least 2.
 
     Args:
         genes: n, the length of a genome.

@@ -1,7 +1,8 @@
-"""CatCMA (Hamano et al. 2024, arXiv 2405.09962) through cmaes; no other module imports cmaes. Resumes by replay.
+"""CatCMA (Hamano et al. 2024, arXiv 2405.09962) through cmaes; no other module imports cmaes.
 
-Categories and numbers are learnt together: a probability for each category of each gene, by natural gradient, and CMA-ES for
-the continuous genes. cmaes minimizes; it is given ranks, 0 for the best.
+It resumes by replay. Categories and numbers are learnt together: a probability for each category of each
+gene, by natural gradient, and CMA-ES for the continuous genes. cmaes minimizes; it is given ranks, 0 for the
+best.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _LEAST_NUMBERS = (
     2  # cmaes needs as many continuous genes: where there are fewer, genes that no one reads are added
 )
 _DEVIATIONS = (2 * GRID, 1e4)
-"""Standard deviations along the principal axes are held between these: steps below the grid would be rounded to nothing and
-then taken for huge ones, and those of genes without any effect wander."""
+"""Standard deviations along the principal axes are held between these: steps below the grid would be rounded
+to nothing and then taken for huge ones, and those of genes without any effect wander."""
 _LONGEST_STEP = 2.0
-"""An injected step is at most sqrt(n) + this long, in standard deviations (as in Hansen 2011, arXiv 1110.4181)."""
+"""An injected step is at most sqrt(n) + this long, in standard deviations (Hansen 2011, arXiv 1110.4181)."""
 
 
 class CatCma:
@@ -50,9 +51,10 @@ class CatCma:
         Args:
             start: [n], the categorical genes first, each a whole number below its count of categories.
             sigma: initial standard deviation of the continuous genes, above 0.
-            categories: how many categories each categorical gene has, at least 2; there is at least one such gene.
-            keep_probability: in (0, 1), initial probability of the start's category; the others share the rest equally,
-                none less than the algorithm's margin.
+            categories: how many categories each categorical gene has, at least 2; there is at least one such
+                gene.
+            keep_probability: in (0, 1), initial probability of the start's category; the others share the
+                rest equally, none less than the algorithm's margin.
             population: genomes of a generation; None for `default_population`.
             seed: of the random generator.
 
@@ -82,7 +84,7 @@ class CatCma:
             seed=seed,
         )
         self._injected: list[Sequence[float]] = []
-        # with each generation: its numbers, those that no one reads included, and the mean they were drawn around
+        # with each generation: its numbers, also those that no one reads, and the mean it was drawn around
         self._pending: PendingGenerations[tuple[Array, Array]] = PendingGenerations()
 
     @classmethod
@@ -106,7 +108,7 @@ class CatCma:
         )
 
     def ask(self) -> Array:
-        """[population, n] genomes: categories as whole numbers, the rest on a grid of 2**-14. See `Optimizer.ask`."""
+        """[population, n] genomes: whole numbers, then numbers on a grid of 2**-14. See `Optimizer.ask`."""
         lead, population = len(self._counts), self._cat.population_size
         sampled = [self._cat.ask() for _ in range(population)]
         numbers = np.array([x for x, _ in sampled])  # [population, continuous genes]
@@ -122,7 +124,7 @@ class CatCma:
         return self._pending.add(genomes, (numbers, self._cat.mean.copy()))
 
     def inject(self, genomes: Sequence[Sequence[float]]) -> None:
-        """Puts genomes into the next `ask`, categories as they are; longer steps of the numbers are shortened.
+        """Puts genomes into the next `ask`, categories as they are; long steps of the numbers are shortened.
 
         Args:
             genomes: each of n genes, the categorical ones first.
@@ -134,7 +136,8 @@ class CatCma:
         for genome in genomes:
             if len(genome) != self._n or not _are_categories(genome, counts):
                 raise ValueError(
-                    f"a genome has {self._n} genes, the first whole numbers below {counts}, got {list(genome)}"
+                    f"a genome has {self._n} genes, the first whole numbers below {counts}, "
+                    f"got {list(genome)}"
                 )
         self._injected = [*self._injected, *genomes]
 
@@ -160,9 +163,9 @@ class CatCma:
 
     @property
     def mean(self) -> Array:
-        """[n] the most likely category of each categorical gene, the first of equals, and the mean of the others.
+        """[n] the most likely category of each categorical gene, and the mean of the other genes.
 
-        The numbers are on the grid.
+        Of equally likely categories the first; the numbers are on the grid.
         """
         numbers = np.round(self._cat.mean[: self._n - len(self._counts)] / GRID) * GRID
         return np.concatenate([np.argmax(self.probabilities, axis=1).astype(np.float64), numbers])

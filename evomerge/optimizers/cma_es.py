@@ -1,7 +1,7 @@
 """CMA-ES (Hansen 2016, arXiv 1604.00772) through pycma; no other module imports cma. Resumes by replay.
 
-pycma minimizes and uses numpy's global generator; neither shows outside this module: scores become ranks, 0 for the best,
-and the global generator's state is swapped in and out around every call.
+pycma minimizes and uses numpy's global generator; neither shows outside this module: scores become ranks, 0
+for the best, and the global generator's state is swapped in and out around every call.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CmaEs:
         mean[: self._n] = start
         with self._own_generator():
             self._es = cma.CMAEvolutionStrategy(mean, sigma, options)
-        # with each generation: its points, the second gene that no one reads included, and the mean they were drawn around
+        # with each generation: its points, also a gene that no one reads, and the mean it was drawn around
         self._pending: PendingGenerations[tuple[Array, Array]] = PendingGenerations()
 
     @classmethod
@@ -118,9 +118,9 @@ class CmaEs:
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
         """Learns from a generation; of equal scores the earlier slot ranks first. See `Optimizer.tell`.
 
-        Where the mean moved since the generation was asked, its points move along: what is learnt are the steps that were
-        taken. Unmoved, the points would hold the last move of the mean too, which would then be made again and again, and
-        longer each time.
+        Where the mean moved since the generation was asked, its points move along: what is learnt are the
+        steps that were taken. Unmoved, the points would hold the last move of the mean too, which would then
+        be made again and again, and longer each time.
         """
         points, mean = self._pending.pop(genomes, scores)
         if not np.array_equal(mean, self._es.mean):
@@ -131,7 +131,7 @@ class CmaEs:
             ranks[slot] = float(rank)
         with self._own_generator(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # pycma expects an ask before each tell: of two pending generations the second is told right after the first
+            # pycma expects an ask before each tell: of two pending generations the second is told without one
             self._es._flgtelldone = False
             # the points differ from pycma's by the grid alone; with checks it would shorten the longer ones
             self._es.tell(list(points), ranks, check_points=False)
@@ -139,7 +139,7 @@ class CmaEs:
 
     @property
     def mu(self) -> int:
-        """How many of a generation's best are recombined; from the others the active update learns where not to go."""
+        """How many of a generation's best are recombined; from the others it learns what to avoid."""
         return int(self._es.sp.weights.mu)
 
     @property

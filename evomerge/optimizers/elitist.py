@@ -1,8 +1,9 @@
-"""(mu + lambda) evolution with re-evaluation, for genomes that are mostly categorical (Beyer and Schwefel 2002).
+"""(mu + lambda) evolution with re-evaluation (Beyer and Schwefel 2002), for mostly categorical genomes.
 
-The survivors of a generation are evaluated again in the next one, beside their children, on whatever items that one is
-scored on: a score that was high by chance does not last, and ranks are only ever compared within a generation. Unlike a
-distribution with independent genes, a set of survivors holds several good combinations side by side.
+The survivors of a generation are evaluated again in the next one, beside their children, on whatever items
+that one is scored on: a score that was high by chance does not last, and ranks are only ever compared within
+a generation. Unlike a distribution with independent genes, a set of survivors holds several good combinations
+side by side.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _RUN_MUTATION_RATE = (
     0.3  # of the children get one category over a run of genes, as hand-written blocks of layers do
 )
 _NEIGHBOUR_RATE = 0.5
-"""Of a child's mutated genes take the category of a gene beside them that has as many categories: good choices come in
-runs."""
+"""Of a child's mutated genes take the category of a gene beside them that has as many categories: good
+choices come in runs."""
 _SURVIVOR_SHARE = 6  # one survivor for so many genomes of the population
 
 
@@ -51,11 +52,13 @@ class Elitist:
         Args:
             start: [n], the categorical genes first.
             sigma: standard deviation of a mutation of the continuous genes.
-            categories: how many categories each categorical gene has, at least 2; there is at least one such gene.
-            keep_probability: that a child keeps a category: (1 - keep_probability) times the number of categorical genes
-                is the expected number of mutations. A child mutates at least one gene, and some mutate a run of genes.
-            category_weights: for each categorical gene, numbers above 0 that the probability of each category as a new
-                one is proportional to; None for equal ones.
+            categories: how many categories each categorical gene has, at least 2; there is at least one such
+                gene.
+            keep_probability: that a child keeps a category: (1 - keep_probability) times the number of
+                categorical genes is the expected number of mutations. A child mutates at least one gene, and
+                some mutate a run of genes.
+            category_weights: for each categorical gene, numbers above 0 that the probability of each category
+                as a new one is proportional to; None for equal ones.
             population: genomes of a generation, a sixth of which survive; None for `default_population`.
             seed: of the random generator.
         """
@@ -97,7 +100,8 @@ class Elitist:
     def ask(self) -> Array:
         """[population, n]: the survivors as they are, best first, then children; numbers on a grid of 2**-14.
 
-        Children differ from the survivors and from each other, unless that takes too many draws. See `Optimizer.ask`.
+        Children differ from the survivors and from each other, unless that takes too many draws. See
+        `Optimizer.ask`.
         """
         survivors = self._survivors[: self._population]
         drawn = {tuple(genome) for genome in survivors}
@@ -116,10 +120,10 @@ class Elitist:
         self._survivors = list(distinct.values())[: max(1, self._population // 2)]
 
     def tell(self, genomes: Array, scores: list[float | None]) -> list[int]:
-        """Selects the best sixth as survivors; of equal scores the earlier slots, which hold the previous survivors.
+        """Selects the best sixth as survivors; of equal scores the earlier slots, the previous ones.
 
-        Equal genomes count once, with the rank of the worst of them. Where all failed, the survivors stay what they were.
-        See `Optimizer.tell`.
+        Equal genomes count once, with the rank of the worst of them. Where all failed, the survivors stay
+        what they were. See `Optimizer.tell`.
         """
         self._pending.pop(genomes, scores)
         scored = [slot for slot in rank_order(scores) if scores[slot] is not None]

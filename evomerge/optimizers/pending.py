@@ -1,6 +1,7 @@
 """Generations that were asked and not yet told, and the order of scores.
 
-Usually one generation is pending; two where the next one is asked before the last result of the one before it.
+Usually one generation is pending; two where the next one is asked before the last result of the one before
+it.
 """
 
 from __future__ import annotations

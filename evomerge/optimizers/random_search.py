@@ -1,4 +1,4 @@
-"""Random search: samples the other optimizers' initial distribution in every generation. The baseline for learning."""
+"""Random search: samples the other optimizers' initial distribution in every generation, as a baseline."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class RandomSearch:
             sigma: standard deviation of the continuous genes, above 0.
             population: genomes of a generation; None for `default_population`.
             seed: of the random generator.
-            categories: how many categories each leading gene has, at least 2; the genes after them are continuous.
-            keep_probability: that a categorical gene keeps the start's category; else it is one of the others, all
-                equally likely.
+            categories: how many categories each leading gene has, at least 2; the genes after them are
+                continuous.
+            keep_probability: that a categorical gene keeps the start's category; else it is one of the
+                others, all equally likely.
         """
         self._start = np.round(np.asarray(start, dtype=np.float64) / GRID) * GRID
         self._sigma = sigma

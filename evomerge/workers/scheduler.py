@@ -1,442 +1,416 @@
-"""Which worker does which job next, and what a failure means: the scheduling that the Ray pool and the simulation share.
+"""Which worker does which job next: the scheduling that the Ray pool and the simulation of a cluster share.
 
-A state machine: it is told what happened and when, and says what to do. It knows nothing of Ray and of processes, and has
-no clock of its own. What an event costs does not grow with the jobs but by the logarithm of the queue.
-
-A worker that dies, hangs or gives an error of its machine's is not the candidate's fault until others did so too: three
-deaths, two time-outs, the same error at two workers. Other errors are results. The first result of a job is its result.
+A state machine: it is told what happened and when, and returns what to do. It knows nothing of Ray and of
+processes, and has no clock of its own. What an event costs does not grow with the number of jobs but with the
+logarithm of the queue. What a failure means is decided in `failure_policy`. The first result of a job is its
+result.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
-from bisect import bisect_left, insort
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from evomerge.evaluation import Attempt, Evaluation
-from evomerge.workers.failure_policy import Limits, breaks_device, is_machines, kind
+from evomerge.workers.failure_policy import (
+    DeviceQuarantine,
+    FailedTry,
+    JobTimeLimit,
+    Limits,
+    WorkerFailures,
+    breaks_device,
+    is_machine_error,
+)
+from evomerge.workers.job_queue import JobQueue, QueuedJob
 from evomerge.workers.pool import Job
+from evomerge.workers.worker_table import WorkerSlot, WorkerTable, WorkerUsage
 
 log = logging.getLogger(__name__)
-_RECENT = 255  # finished jobs that the running median is taken over
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSlot:
-    """A worker process that can take jobs. number: its own, never used again; name: of its place in the pool, kept when the process
-    is replaced; place: what it shares with others that fail by the same cause, such as a GPU or a CPU-only node."""
-
-    number: int
-    name: str
-    place: str
-    host: str = ""
-    pid: int = 0
-    device: str = "cpu"
-
-
-@dataclass(slots=True)
-class Use:
-    """What a place in the pool did. busy: seconds spent on jobs; alive: seconds with a worker ready; jobs: results it gave."""
-
-    busy: float = 0.0
-    alive: float = 0.0
-    jobs: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Task:
-    """A job until its result is settled, and as long as a late one may come."""
-
-    job: Job
-    begun: int = 0
-    deaths: int = 0
-    hangs: int = 0
-    away: list[tuple[int, str, str]] = field(
-        default_factory=list
-    )  # (worker, place, cause) of each try that failed
-    kinds: set[str] = field(default_factory=set)  # errors of the machine's that it met
-    settled: bool = False
-    answer: Evaluation | None = None  # that a worker gave, not one made up here
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Try:
-    """A job at a worker. started: unix seconds; nth: of its job, from 1."""
+    """An execution of a job by a worker.
+
+    Attributes:
+        number: its own, never used again.
+        worker: who executes it.
+        queued: the job and its history.
+        started: unix seconds.
+        nth: of its job's executions, from 1.
+    """
 
     number: int
-    seat: WorkerSlot
-    task: _Task
+    worker: WorkerSlot
+    queued: QueuedJob
     started: float
     nth: int
 
     @property
     def job(self) -> Job:
-        """What is tried."""
-        return self.task.job
+        """What is executed."""
+        return self.queued.job
 
 
 class Scheduler:
-    """The queue, the workers, and who does what. Every `now` is in unix seconds and never less than the one before."""
+    """The queue, the workers, and who does what.
+
+    Every `now` is in unix seconds and never less than the one before.
+
+        scheduler.join(worker, now)
+        scheduler.submit(jobs)
+        for execution in scheduler.assign(now):
+            ...  # evaluate execution.job at execution.worker, then
+            scheduler.finished(execution.number, evaluation, now, seconds)
+        job, evaluation = scheduler.results.popleft()
+
+    Attributes:
+        limits: when to give up on a job, a worker, a device, the pool.
+        expected_workers: how many workers there should be, as the pool sees it.
+        results: jobs with their evaluations that the pool has not taken yet.
+        attempts: executions that ended and that the pool has not taken yet.
+        retired: workers to be replaced, and why; the scheduler no longer uses them.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self.expected = 1  # how many workers there should be, as the pool sees it
+        self.expected_workers = 1
         self.results: deque[tuple[Job, Evaluation]] = deque()
-        self.ended: list[Attempt] = []
-        self.aside: set[str] = set()  # places that get no jobs any more
-        self.worn: list[tuple[WorkerSlot, str]] = []  # workers to be replaced, and why; no longer seated here
-        self._fresh: list[tuple[int, float, int, _Task]] = []  # heap, by turn, the longest first
-        self._again: list[_Task] = []  # tried before, and first in line
-        self._unsettled: dict[int, _Task] = {}  # by the job's slot
-        self._seats: dict[int, WorkerSlot] = {}
-        self._idle: dict[int, WorkerSlot] = {}
-        self._running: dict[int, Try] = {}  # by worker
-        self._tries: dict[int, Try] = {}  # of which an answer may still come
-        self._places: Counter[str] = Counter()  # workers that may be given jobs
-        self._memory: dict[int, int] = {}
-        self._joined: dict[int, float] = {}
-        self._use: dict[str, Use] = {}
-        self._setbacks: Counter[str] = Counter()  # by the worker's name, in a row
-        self._blame: Counter[str] = Counter()  # by place
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-        self._count = self._row = self._unopened = 0
-        self._first_cause = ""
-        self._ever = self._draining = False
-        self._alone: float | None = None
+        self.attempts: list[Attempt] = []
+        self.retired: list[tuple[WorkerSlot, str]] = []
+        self._queue = JobQueue()
+        self._quarantine = DeviceQuarantine(self.limits)
+        self._workers = WorkerTable(self._quarantine)
+        self._failures = WorkerFailures(self.limits)
+        self._time_limit = JobTimeLimit(self.limits)
+        self._running: dict[int, Try] = {}  # by the worker's number
+        self._open_tries: dict[int, Try] = {}  # by number, those of which an answer may still come
+        self._num_tries = 0
+        self._draining = False
 
-    # ---- jobs --------------------------------------------------------------------------------------------------------
+    # ---- jobs ----------------------------------------------------------------------------------------------
 
     @property
     def out(self) -> int:
         """Jobs whose results will still be taken."""
-        return len(self._unsettled) + len(self.results)
-
-    @property
-    def waiting(self) -> int:
-        """Jobs that no worker is at."""
-        return len(self._fresh) + len(self._again)
+        return self._queue.unsettled + len(self.results)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes jobs into the queue. Raises ValueError for a slot that is out already."""
+        """Takes jobs into the queue.
+
+        Args:
+            jobs: each with a slot of its own.
+
+        Raises:
+            ValueError: for a slot that is out already.
+        """
         self._draining = False
-        for job in jobs:
-            if job.slot in self._unsettled:
-                raise ValueError(f"slot {job.slot} is out already; a job needs a number of its own")
-            task = self._unsettled[job.slot] = _Task(job)
-            self._count += 1
-            heapq.heappush(self._fresh, (job.turn, -job.cost, self._count, task))
+        self._queue.add(jobs)
 
     def drain(self) -> None:
         """Forgets what is not in flight; until more is submitted, what fails in flight is forgotten too."""
-        for task in [*(task for *_, task in self._fresh), *self._again]:
-            self._close(task)
-        self._fresh, self._again, self._draining = [], [], True
+        self._queue.drop_waiting()
+        self._draining = True
 
     def assign(self, now: float) -> list[Try]:
-        """Gives idle workers what they may do, by turns, the longest jobs first, those tried before ahead of them."""
-        given = []
-        for seat in list(self._idle.values()) if self.waiting else ():
-            task = self._next(seat)
-            if task is not None:
-                task.begun += 1
-                self._count += 1
-                found = Try(self._count, seat, task, now, task.begun)
-                self._running[seat.number] = self._tries[found.number] = found
-                del self._idle[seat.number]
-                given.append(found)
-            if not self.waiting:
+        """Gives idle workers their next jobs: by turn, the longest first, those tried before ahead of them.
+
+        Args:
+            now: unix seconds.
+
+        Returns:
+            The executions that begin.
+        """
+        begun: list[Try] = []
+        if not self._queue.waiting:
+            return begun
+        for worker in self._workers.idle():
+            queued = self._next_job(worker)
+            if queued is not None:
+                queued.failures.begun += 1
+                self._num_tries += 1
+                execution = Try(self._num_tries, worker, queued, now, queued.failures.begun)
+                self._running[worker.number] = execution
+                self._open_tries[execution.number] = execution
+                self._workers.set_busy(worker)
+                begun.append(execution)
+            if not self._queue.waiting:
                 break
-        return given
+        return begun
 
-    def _next(self, seat: WorkerSlot) -> _Task | None:
-        for i, task in enumerate(self._again):
-            if self._may(task, seat):
-                return self._again.pop(i)
-        return heapq.heappop(self._fresh)[3] if self._fresh else None
+    def _next_job(self, worker: WorkerSlot) -> QueuedJob | None:
+        return self._queue.take(lambda queued: self._may_retry(queued, worker))
 
-    def _may(self, task: _Task, seat: WorkerSlot) -> bool:
-        """Whether no better worker is there for a job tried before: on another device, else another worker."""
-        places, numbers = {place for _, place, _ in task.away}, {number for number, _, _ in task.away}
-        if seat.place not in places or _other(self._places, places):
-            return seat.place not in places
-        usable = (n for n, s in self._seats.items() if s.place not in self.aside)
-        return seat.number not in numbers or not _other(usable, numbers)
+    def _may_retry(self, queued: QueuedJob, worker: WorkerSlot) -> bool:
+        """Whether no better worker is there for a job tried before: on another device, else another one."""
+        failed = queued.failures.failed
+        domains = {failure.failure_domain for failure in failed}
+        if worker.failure_domain not in domains:
+            return True
+        if self._workers.has_other_domain(domains):
+            return False
+        numbers = {failure.worker for failure in failed}
+        return worker.number not in numbers or not self._workers.has_other_worker(numbers)
 
-    # ---- workers -----------------------------------------------------------------------------------------------------
+    # ---- workers -------------------------------------------------------------------------------------------
 
-    def join(self, seat: WorkerSlot, now: float) -> None:
-        """A worker is ready."""
-        self._seats[seat.number], self._joined[seat.number] = seat, now
-        self._use.setdefault(seat.name, Use())
-        self._ever, self._unopened = True, 0
-        if seat.place not in self.aside:
-            self._idle[seat.number] = seat
-            self._places[seat.place] += 1
+    def join(self, worker: WorkerSlot, now: float) -> None:
+        """A worker is ready.
 
-    def leave(self, number: int, cause: str, error: str, now: float, text: str = "") -> None:
-        """A worker is gone, or about to be; what it was at is tried elsewhere. cause: an Attempt's, or 'closed' for an idle one that
-        nobody blames; text: its log's last lines. An answer may still come until `gone` is told of the try."""
-        seat = self._unseat(number, now)
-        if seat is None:
+        Args:
+            worker: with a number that was never used.
+            now: unix seconds.
+        """
+        self._workers.join(worker, now)
+        self._failures.started()
+
+    def leave(self, number: int, cause: str, error: str, now: float, log_lines: str = "") -> None:
+        """A worker is gone, or about to be; its job is tried elsewhere.
+
+        Its answer may still come until `forget` is called.
+
+        Args:
+            number: of the worker.
+            cause: of its job's attempt, see `Attempt`; 'closed' for an idle worker that nobody blames.
+            error: one line.
+            now: unix seconds.
+            log_lines: last lines of the worker's log.
+        """
+        worker = self._workers.remove(number, now)
+        if worker is None:
             return
-        found = self._running.pop(number, None)
-        if found is not None:
-            self._use[seat.name].busy += now - found.started
-            self._failed(found, cause, error, now - found.started, text)
+        execution = self._running.pop(number, None)
+        if execution is not None:
+            seconds = now - execution.started
+            self._workers.usage[worker.name].busy += seconds
+            self._try_failed(execution, cause, error, seconds, log_lines)
         elif cause not in ("closed", "lost"):
-            self._setback(seat.name, error)
+            self._failures.failed(worker.name, error)
 
-    def unopened(self, name: str, place: str, error: str) -> None:
-        """A worker could not be started; place: empty where it did not get as far as having one."""
-        self._setback(name, error)
-        self._unopened += 1
-        if place and self._ever:
-            self._strike(place)
+    def start_failed(self, name: str, failure_domain: str, error: str) -> None:
+        """A worker could not be started.
+
+        Args:
+            name: of the worker.
+            failure_domain: empty where it did not get as far as having one.
+            error: one line.
+        """
+        self._failures.start_failed(name, error)
+        if failure_domain and self._failures.any_started:
+            self._device_failed(failure_domain)
 
     def backoff(self, name: str) -> float:
-        """Seconds to wait before a worker of this name is started again."""
-        failed = self._setbacks[name]
-        return (
-            min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(failed - 1, 30))
-            if failed
-            else 0.0
-        )
+        """The pause before a worker is started again.
+
+        Args:
+            name: of the worker.
+
+        Returns:
+            Seconds.
+        """
+        return self._failures.backoff(name)
 
     @property
     def broken(self) -> str | None:
         """Why it makes no sense to go on; None while it does."""
-        limits = self.limits
-        if not self._ever and self._unopened >= max(limits.openings, self.expected):
-            return f"no worker could be started, {self._unopened} tries; the first failed because: {self._first_cause}"
-        if self._row >= max(limits.breaker, 3 * self.expected):
-            return f"{self._row} failures of workers in a row and no candidate scored between them; the first because: {self._first_cause}"
-        return None
+        return self._failures.reason_to_stop(self.expected_workers)
+
+    @property
+    def quarantined(self) -> set[str]:
+        """Failure domains that get no jobs any more."""
+        return self._quarantine.domains
 
     def overdue(self, now: float) -> list[WorkerSlot]:
-        """Workers whose job takes too long, which count as gone from now on: kill them. To be asked about once a second."""
-        late = [t for t in self._running.values() if now - t.started > self.limit(t.job.cost)]
-        for found in late:
-            taken = f"no result after {now - found.started:.0f} s, the limit is {self.limit(found.job.cost):.0f} s"
-            log.warning("worker %s hangs: %s", found.seat.name, taken)
-            self.leave(found.seat.number, "hung", taken, now)
-        self._lift(now)
-        return [t.seat for t in late]
+        """Workers whose job takes too long, which count as gone from now on; to be called once a second.
 
-    def limit(self, cost: float) -> float:
-        """Seconds that a job may take."""
-        if not self._sorted:
-            return self.limits.first
-        return max(self.limits.floor, self.limits.factor * self._sorted[len(self._sorted) // 2] * cost)
+        Args:
+            now: unix seconds.
 
-    def use(self, now: float) -> dict[str, Use]:
-        """Worker's name -> what it did so far, a job in flight included."""
-        found = {name: Use(u.busy, u.alive, u.jobs) for name, u in sorted(self._use.items())}
-        for number, seat in self._seats.items():
-            found[seat.name].alive += now - self._joined[number]
-        for running in self._running.values():
-            found[running.seat.name].busy += now - running.started
-        return found
+        Returns:
+            The workers, for the pool to kill.
+        """
+        late = [t for t in self._running.values() if now - t.started > self.time_limit(t.job.cost)]
+        for execution in late:
+            limit = self.time_limit(execution.job.cost)
+            error = f"no result after {now - execution.started:.0f} s, the limit is {limit:.0f} s"
+            log.warning("worker %s hangs: %s", execution.worker.name, error)
+            self.leave(execution.worker.number, "hung", error, now)
+        if self._quarantine.release(now, any_in_use=self._workers.any_usable):
+            self._workers.release_all(self._running)
+        return [execution.worker for execution in late]
 
-    # ---- what came of a try ------------------------------------------------------------------------------------------
+    def time_limit(self, cost: float) -> float:
+        """Seconds that a job may take.
+
+        Args:
+            cost: of the job.
+
+        Returns:
+            Seconds.
+        """
+        return self._time_limit.seconds(cost)
+
+    def is_running(self, execution: Try) -> bool:
+        """Whether a worker is still at an execution.
+
+        Args:
+            execution: that was assigned.
+
+        Returns:
+            False where it ended, or its worker is gone.
+        """
+        return self._running.get(execution.worker.number) is execution
+
+    def usage(self, now: float) -> dict[str, WorkerUsage]:
+        """What each worker did so far, a job in flight included.
+
+        Args:
+            now: unix seconds.
+
+        Returns:
+            Worker's name -> its usage.
+        """
+        usage = self._workers.usage_at(now)
+        for execution in self._running.values():
+            usage[execution.worker.name].busy += now - execution.started
+        return usage
+
+    # ---- answers -------------------------------------------------------------------------------------------
 
     def finished(
-        self, number: int, found: Evaluation, now: float, seconds: float, memory: int = 0, text: str = ""
+        self,
+        number: int,
+        evaluation: Evaluation,
+        now: float,
+        seconds: float,
+        memory: int = 0,
+        log_lines: str = "",
     ) -> None:
-        """A try gave an evaluation. number: the try's; seconds: that the worker spent; memory: that it holds now, 0 where unknown."""
-        done = self._tries.pop(number, None)
-        if done is None:
-            return
-        task, seat = done.task, done.seat
-        if self._running.get(seat.number) is done:
-            del self._running[seat.number]
-            self._use[seat.name].busy += seconds
-            self._free(seat, found, now, memory)
-        if task.settled:
-            self._late(done, found, seconds, text)
-            return
-        error = found.error if found.error and is_machines(found.error) else None
-        if error is not None and kind(error) not in task.kinds:
-            task.kinds.add(kind(error))
-            self._failed(done, "failed", error, seconds, text)
-            return
-        self._note(done, "failed" if found.error else "done", found.error, seconds, text)
-        if error is None:
-            self._worked(done, found, seconds)
-        if task in self._again:
-            self._again.remove(task)
-        self._settle(task, found, given=True)
+        """An execution gave an evaluation.
 
-    def gone(self, number: int) -> None:
-        """No answer will come of a try any more."""
-        self._tries.pop(number, None)
+        Args:
+            number: of the execution; one that was forgotten is ignored.
+            evaluation: what the worker returned.
+            now: unix seconds.
+            seconds: that the worker spent.
+            memory: bytes that the worker holds now, 0 where unknown.
+            log_lines: last lines of the worker's log.
+        """
+        execution = self._open_tries.pop(number, None)
+        if execution is None:
+            return
+        queued, worker = execution.queued, execution.worker
+        if self.is_running(execution):
+            del self._running[worker.number]
+            self._workers.usage[worker.name].busy += seconds
+            self._release_worker(worker, evaluation, now, memory)
+        if queued.settled:
+            self._late_answer(execution, evaluation, seconds, log_lines)
+            return
+        error = evaluation.error
+        if error is not None and queued.failures.is_new_machine_error(error):
+            self._try_failed(execution, "failed", error, seconds, log_lines)
+            return
+        self._record(execution, "failed" if error else "done", error, seconds, log_lines)
+        if not error or not is_machine_error(error):
+            self._worker_succeeded(execution, evaluation, seconds)
+        queued.answer = evaluation
+        self._settle(queued, evaluation)
 
-    def _failed(self, found: Try, cause: str, error: str, seconds: float, text: str) -> None:
-        """A try that says nothing of its candidate yet; the job is queued again unless that was once too often."""
-        task, seat = found.task, found.seat
-        self._note(found, cause, error, seconds, text)
+    def forget(self, number: int) -> None:
+        """No answer will come of an execution any more.
+
+        Args:
+            number: of the execution.
+        """
+        self._open_tries.pop(number, None)
+
+    def _try_failed(self, execution: Try, cause: str, error: str, seconds: float, log_lines: str) -> None:
+        """An execution that decides nothing yet; the job is queued again, or this was once too often."""
+        queued, worker = execution.queued, execution.worker
+        self._record(execution, cause, error, seconds, log_lines)
         if cause != "lost":
-            self._setback(seat.name, error)
-        if task.settled or (seat.number, seat.place, "hung") in task.away:
-            return  # a worker that had been given up; the job is somewhere else
-        task.away.append((seat.number, seat.place, cause))
-        task.deaths += cause in ("died", "memory")
-        task.hangs += cause == "hung"
-        verdict = self._verdict(task)
+            self._failures.failed(worker.name, error)
+        if queued.settled or queued.failures.has_hung(worker.number, worker.failure_domain):
+            return  # the worker was given up on; the job is somewhere else
+        queued.failures.failed.append(FailedTry(worker.number, worker.failure_domain, cause))
+        verdict = queued.failures.verdict(self.limits)
         if verdict is not None:
-            self._settle(task, Evaluation(task.job.recipe.id, (), {}, {}, error=verdict), given=False)
+            self._settle(queued, Evaluation(queued.job.recipe.id, (), {}, {}, error=verdict))
         elif self._draining:
-            self._close(task)
+            self._queue.settle(queued)
         else:
-            self._again.append(task)
+            self._queue.retry(queued)
 
-    def _verdict(self, task: _Task) -> str | None:
-        limits = self.limits
-        if task.deaths >= limits.poison:
-            return f"poison: {task.deaths} worker processes died while it was evaluated"
-        if task.hangs >= limits.hangs:
-            count = "twice" if task.hangs == 2 else f"{task.hangs} times"
-            return f"timed out {count}; the limit is {limits.factor:g} times the median, and at least {limits.floor:g} s"
-        if task.begun >= limits.tries:
-            causes = ", ".join(
-                f"{n} {cause}" for cause, n in sorted(Counter(cause for _, _, cause in task.away).items())
-            )
-            return f"no result after {task.begun} attempts: {causes}"
-        return None
+    def _worker_succeeded(self, execution: Try, evaluation: Evaluation, seconds: float) -> None:
+        """A worker did its part: its failures in a row end; devices where the job failed are to blame."""
+        worker, queued = execution.worker, execution.queued
+        self._failures.succeeded(worker.name)
+        self._quarantine.succeeded(worker.failure_domain)
+        self._workers.usage[worker.name].jobs += 1
+        if evaluation.error is None and queued.job.cost > 0:
+            self._time_limit.learn(seconds / queued.job.cost)
+        blamed = {f.failure_domain for f in queued.failures.failed if f.cause != "lost"}
+        for domain in sorted(blamed - {worker.failure_domain}):
+            self._device_failed(domain)
 
-    def _worked(self, done: Try, found: Evaluation, seconds: float) -> None:
-        """A worker did its part: failures in a row end, and where the job had failed is to blame."""
-        seat, task = done.seat, done.task
-        self._row = 0
-        self._setbacks.pop(seat.name, None)
-        self._blame.pop(seat.place, None)
-        self._use[seat.name].jobs += 1
-        if found.error is None and task.job.cost > 0:
-            self._learn(seconds / task.job.cost)
-        for place in sorted({p for _, p, cause in task.away if cause != "lost" and p != seat.place}):
-            self._strike(place)
+    def _device_failed(self, domain: str) -> None:
+        """A failure that is the device's."""
+        has_other = self._workers.has_other_domain({domain})
+        if self._quarantine.failed(domain, has_other=has_other):
+            self._workers.quarantine(domain)
 
-    def _learn(self, pace: float) -> None:
-        self._recent.append(pace)
-        insort(self._sorted, pace)
-        if len(self._recent) > _RECENT:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-
-    def _late(self, done: Try, found: Evaluation, seconds: float, text: str) -> None:
-        answer = done.task.answer
-        self._note(done, "late", found.error, seconds, text)
-        if answer is not None and (answer.items, answer.metrics, answer.error) != (
-            found.items,
-            found.metrics,
-            found.error,
-        ):
+    def _late_answer(self, execution: Try, evaluation: Evaluation, seconds: float, log_lines: str) -> None:
+        """A second result of a job: it must be the first one again."""
+        answer = execution.queued.answer
+        self._record(execution, "late", evaluation.error, seconds, log_lines)
+        if answer is None:
+            return
+        first = (answer.items, answer.metrics, answer.error)
+        if first != (evaluation.items, evaluation.metrics, evaluation.error):
             log.warning(
                 "recipe %s was scored twice, and differently: scores are not deterministic (workers of %s)",
-                found.recipe_id,
-                done.seat.host,
+                evaluation.recipe_id,
+                execution.worker.host,
             )
 
-    def _settle(self, task: _Task, found: Evaluation, given: bool) -> None:
-        task.answer = found if given else None
-        self.results.append((task.job, found))
-        self._close(task)
+    def _settle(self, queued: QueuedJob, evaluation: Evaluation) -> None:
+        self.results.append((queued.job, evaluation))
+        self._queue.settle(queued)
 
-    def _close(self, task: _Task) -> None:
-        task.settled = True
-        del self._unsettled[task.job.slot]
-
-    def _note(self, found: Try, cause: str, error: str | None, seconds: float, text: str) -> None:
-        seat, recipe = found.seat, found.job.recipe.id
-        self.ended.append(
+    def _record(self, execution: Try, cause: str, error: str | None, seconds: float, log_lines: str) -> None:
+        worker = execution.worker
+        self.attempts.append(
             Attempt(
-                recipe,
-                found.nth,
+                execution.job.recipe.id,
+                execution.nth,
                 cause,
                 error,
-                seat.name,
-                seat.host,
-                seat.pid,
-                seat.device,
-                found.started,
+                worker.name,
+                worker.host,
+                worker.pid,
+                worker.device,
+                execution.started,
                 seconds,
-                text,
+                log_lines,
             )
         )
 
-    # ---- failures of workers and devices -----------------------------------------------------------------------------
-
-    def _free(self, seat: WorkerSlot, found: Evaluation, now: float, memory: int) -> None:
+    def _release_worker(self, worker: WorkerSlot, evaluation: Evaluation, now: float, memory: int) -> None:
         """A worker has done its job: it is idle, or it is to be replaced."""
-        first = self._memory.setdefault(seat.number, memory) or memory
-        if found.error is not None and breaks_device(found.error):
-            self._wear(seat, "its device's context is dead after an error", now)
-        elif memory - first > (first + (1 << 30) if self.limits.memory is None else self.limits.memory):
-            self._wear(seat, f"its memory grew from {first >> 20} to {memory >> 20} MiB", now)
-        elif seat.place not in self.aside:
-            self._idle[seat.number] = seat
+        first = self._workers.first_memory(worker, memory)
+        allowed = first + _GIB if self.limits.memory is None else self.limits.memory
+        if evaluation.error is not None and breaks_device(evaluation.error):
+            self._retire(worker, "its device's context is dead after an error", now)
+        elif memory - first > allowed:
+            self._retire(worker, f"its memory grew from {first >> 20} to {memory >> 20} MiB", now)
+        else:
+            self._workers.set_idle(worker)
 
-    def _wear(self, seat: WorkerSlot, why: str, now: float) -> None:
-        log.warning("worker %s is replaced: %s", seat.name, why)
-        self._unseat(seat.number, now)
-        self.worn.append((seat, why))
-
-    def _unseat(self, number: int, now: float) -> WorkerSlot | None:
-        seat = self._seats.pop(number, None)
-        if seat is None:
-            return None
-        self._idle.pop(number, None)
-        self._memory.pop(number, None)
-        self._use[seat.name].alive += now - self._joined.pop(number)
-        if seat.place not in self.aside:
-            self._unplace(seat)
-        return seat
-
-    def _unplace(self, seat: WorkerSlot) -> None:
-        self._places[seat.place] -= 1
-        if not self._places[seat.place]:
-            del self._places[seat.place]
-
-    def _setback(self, name: str, error: str) -> None:
-        if not self._row:
-            self._first_cause = error
-        self._row += 1
-        self._setbacks[name] += 1
-
-    def _strike(self, place: str) -> None:
-        """A failure that is the place's: what failed there was done elsewhere, or others can start where it cannot."""
-        self._blame[place] += 1
-        if (
-            self._blame[place] < self.limits.strikes
-            or place in self.aside
-            or not _other(self._places, {place})
-        ):
-            return
-        log.warning(
-            "%s is put aside after %d failures in a row of what others could do", place, self._blame[place]
-        )
-        self.aside.add(place)
-        self._places.pop(place, None)
-        self._idle = {n: s for n, s in self._idle.items() if s.place != place}
-
-    def _lift(self, now: float) -> None:
-        """Takes devices back into use where for some time there has been no other."""
-        if self._places or not self.aside:
-            self._alone = None
-        elif self._alone is None:
-            self._alone = now
-        elif now - self._alone > self.limits.alone:
-            log.warning("no other device is left: %s back in use", ", ".join(sorted(self.aside)))
-            self.aside.clear()
-            self._blame.clear()
-            for number, seat in self._seats.items():
-                self._places[seat.place] += 1
-                if number not in self._running:
-                    self._idle[number] = seat
-
-
-def _other(there: Iterable[str] | Iterable[int], known: set[str] | set[int]) -> bool:
-    """Whether there is one that is not known; looks at no more than one beyond them."""
-    return any(name not in known for name in there)
+    def _retire(self, worker: WorkerSlot, reason: str, now: float) -> None:
+        log.warning("worker %s is replaced: %s", worker.name, reason)
+        self._workers.remove(worker.number, now)
+        self.retired.append((worker, reason))

@@ -1,4 +1,7 @@
-"""One device, parents opened once: Recipe -> Evaluation. A candidate's failure is a value. Knows nothing of Ray."""
+"""Recipe -> Evaluation on one device, with parents that are opened once. A candidate's failure is a value.
+
+Knows nothing of pools and of Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,8 @@ from evomerge._redaction import scrub
 from evomerge.checkpoints import Parent, total_bytes
 from evomerge.checkpoints.checkpoint import file_stamps
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError
-from evomerge.evaluation import Evaluation, Evaluator, Items, Preparing
-from evomerge.evaluation import perplexity_screen as gating
-from evomerge.evaluation.perplexity_screen import PerplexityScreen
+from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Preparing
+from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
 from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load
@@ -26,10 +28,27 @@ from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 
 log = logging.getLogger(__name__)
+_TABLES_SHARE = 4  # magnitude tables may take one part in so many of the free memory
+_MOST_NATS = 1e9  # that are stored of a rejected route: JSON has no infinity
+_MOST_REASONS = 3  # that an error gives
 
 
 class Worker:
-    """Makes candidates live, one at a time, and scores them."""
+    """Builds candidates in a live model, one at a time, and scores them. Satisfies `pool.Scorer`.
+
+        worker = Worker(parents, "base", evaluator, dtype="bfloat16", device="cuda")
+        evaluation = worker.evaluate(recipe, evaluator.items("search"))
+
+    Attributes:
+        evaluator: scores the live model.
+        device: where it is.
+        screen: what a route has to pass before it is scored; None for nothing.
+        tables: what the kernels remember of the parents between candidates.
+        model: the base, loaded once; merges that are no routes are built in it.
+        placements: where each parent's tensors are held.
+        parents: name -> parent, as it is held.
+        builder: builds candidates in live models.
+    """
 
     def __init__(
         self,
@@ -39,116 +58,166 @@ class Worker:
         *,
         dtype: str,
         device: str = "cpu",
-        gate: PerplexityScreen | None = None,
+        screen: PerplexityScreen | None = None,
     ) -> None:
-        """dtype: the type of the tensors that are scored and shipped. gate: what a route has to pass before it is scored.
+        """Loads the base, and as many of the parents as fit into memory.
 
-        Loads the base once as the resident model.
+        Args:
+            parents: name -> opened parent, the base among them.
+            base: the parent whose architecture and config candidates have.
+            evaluator: scores the live model.
+            dtype: the type of the tensors that are scored and shipped.
+            device: of the live model: 'cpu', 'cuda' or 'cuda:N'.
+            screen: what a route has to pass before it is scored.
         """
-        self.evaluator, self.device, self.gate = evaluator, device, gate
-        self.known = MagnitudeTables(build=True, ranks_bytes=_spare() // 4)
+        self.evaluator = evaluator
+        self.device = device
+        self.screen = screen
+        self.tables = MagnitudeTables(build=True, ranks_bytes=_free_memory() // _TABLES_SHARE)
         self.model = load(parents[base], dtype).to(device)
-        host = (
-            0 if device == "cpu" else _spare()
-        )  # on a CPU the page cache serves all processes; a copy would not
-        self.places = parent_placement.choose_placements(
-            {name: total_bytes(p) for name, p in parents.items()},
+        # on a CPU the page cache serves all processes; a copy would not
+        host_memory = 0 if device == "cpu" else _free_memory()
+        self.placements = parent_placement.choose_placements(
+            {name: total_bytes(parent) for name, parent in parents.items()},
             base,
             parent_placement.free_memory(device),
-            host,
+            host_memory,
         )
-        log.info("parents: %s", parent_placement.describe(self.places))
+        log.info("parents: %s", parent_placement.describe(self.placements))
         self.parents = {
-            name: parent_placement.place_parent(parent, self.places[name], device)
+            name: parent_placement.place_parent(parent, self.placements[name], device)
             for name, parent in parents.items()
         }
-        self.live = ModelBuilder(parents, self.parents, base, self.model, dtype, device, self.known)
+        self.builder = ModelBuilder(parents, self.parents, base, self.model, dtype, device, self.tables)
         self._stamps = file_stamps({file for parent in parents.values() for file in parent.files})
-        self._finite = True
+        self._logits_are_finite = True
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
-        """Scores a recipe on items; whatever goes wrong is in the evaluation's `error`.
+        """Scores a recipe on items.
 
-        Raises CheckpointError where a parent's files are no longer those that were opened: no candidate is to blame.
+        Args:
+            recipe: what to merge.
+            items: task -> ids.
+
+        Returns:
+            The evaluation, with seconds of each step and costs; whatever goes wrong with the candidate is in
+            its `error`.
+
+        Raises:
+            CheckpointError: where a parent's files are no longer those that were opened: no candidate is to
+                blame.
         """
-        if changed := [
-            file for file, stamp in file_stamps(self._stamps).items() if self._stamps[file] != stamp
-        ]:
-            raise CheckpointError(
-                f"{changed[0]} was changed or deleted while the search reads it; bring back the file that was there and resume"
-            )
+        self._check_parent_files()
         seconds: dict[str, float] = {}
-        metrics: dict[str, float] = {}
         costs: dict[str, float] = {}
+        screened: dict[str, float] = {}
         try:
             started = time.perf_counter()
             module = self.module(recipe, items, costs)
             seconds["merge"] = time.perf_counter() - started
-            if self.gate is not None and module is not self.model:
-                started = time.perf_counter()
-                found = gating.nats_per_token(module, self.gate.texts)
-                seconds["gate"] = time.perf_counter() - started
-                if refusal := self.gate.rejection(found):
-                    metrics = {gating.NATS_PER_TOKEN: min(found, 1e9)}
-                    raise CandidateError(refusal)
+            if self.screen is not None and module is not self.model:
+                self._pass_screen(self.screen, module, seconds, screened)
             started = time.perf_counter()
-            self._finite = True
-            scores, metrics = self.evaluator.score(module, items)
+            scores, metrics = self._score(module, items)
             seconds["score"] = time.perf_counter() - started
-            if not self._finite:
-                raise CandidateError("the model's logits are NaN")
-            for task, value in metrics.items():
-                if not math.isfinite(value):
-                    raise CandidateError(f"task '{task}' gave the metric {value}")
+            _check_finite(metrics)
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
-            cause = scrub(
-                str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
-            )
-            kept = (
-                {gating.NATS_PER_TOKEN: metrics[gating.NATS_PER_TOKEN]}
-                if gating.NATS_PER_TOKEN in metrics
-                else {}
-            )
-            return Evaluation(recipe.id, (), kept, seconds, error=" ".join(cause.split()), costs=costs)
+            return Evaluation(recipe.id, (), screened, seconds, error=_one_line(error), costs=costs)
 
     def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
-        """The live model of a recipe, ready to be scored on items. costs: is told its layers and parameters.
+        """The live model of a recipe, ready to be scored.
 
-        Raises CandidateError for a route that no plain checkpoint can hold, and whatever a merge raises.
+        Args:
+            recipe: what to merge.
+            items: that it is to be scored on: task -> ids.
+            costs: filled with its layers and parameters; None where nobody needs them.
+
+        Returns:
+            The model, until the next recipe is built.
+
+        Raises:
+            CandidateError: for a route that no plain checkpoint can hold, and whatever a merge raises.
         """
-        view = self.live.view(recipe)
+        view = self.builder.view(recipe)
         self._watch_head(view.module)
         if view.routed is not None and isinstance(self.evaluator, Preparing):
             key = (id(view.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))
-            if (
-                key not in self._prepared
-            ):  # techniques are probed on the same route in every worker, whatever it scores first
+            if key not in self._prepared:
+                # optimizations are verified on the same route in every worker, whatever it scores first
                 view.settle()
                 self.evaluator.prepare(view.module, items)
                 self._prepared.add(key)
         view.install()
-        if reasons := self.live.reasons(view):
-            raise CandidateError(f"this route is no plain checkpoint: {'; '.join(reasons[:3])}")
+        if reasons := self.builder.reasons(view):
+            raise CandidateError(f"this route is no plain checkpoint: {'; '.join(reasons[:_MOST_REASONS])}")
         if costs is not None:
-            costs |= self.live.costs(view)
+            costs |= self.builder.costs(view)
         return view.module
 
+    def _check_parent_files(self) -> None:
+        """Raises CheckpointError for a parent's file that was changed since it was opened."""
+        now = file_stamps(self._stamps)
+        changed = [file for file, stamp in now.items() if self._stamps[file] != stamp]
+        if changed:
+            raise CheckpointError(
+                f"{changed[0]} was changed or deleted while the search reads it; "
+                "bring back the file that was there and resume"
+            )
+
+    def _pass_screen(
+        self,
+        screen: PerplexityScreen,
+        module: nn.Module,
+        seconds: dict[str, float],
+        screened: dict[str, float],
+    ) -> None:
+        """Raises CandidateError for a route that the screen rejects, and notes its value in `screened`."""
+        started = time.perf_counter()
+        nats = nats_per_token(module, screen.texts)
+        seconds["gate"] = time.perf_counter() - started
+        rejection = screen.rejection(nats)
+        if rejection:
+            screened[NATS_PER_TOKEN] = min(nats, _MOST_NATS)
+            raise CandidateError(rejection)
+
+    def _score(self, module: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
+        """Scores of items and metrics of tasks; raises CandidateError where the logits are NaN."""
+        self._logits_are_finite = True
+        scores, metrics = self.evaluator.score(module, items)
+        if not self._logits_are_finite:
+            raise CandidateError("the model's logits are NaN")
+        return scores, metrics
+
     def _watch_head(self, model: nn.Module) -> None:
+        """Has the logits of a model checked for NaN from now on."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         if id(model) not in self._watched and isinstance(head, nn.Module):
-            head.register_forward_hook(self._watch)
+            head.register_forward_hook(self._check_logits)
             self._watched.add(id(model))
 
-    def _watch(self, head: nn.Module, inputs: object, logits: torch.Tensor) -> None:
-        """A generation of NaN logits would otherwise be scored as a wrong answer."""
-        self._finite = self._finite and not bool(torch.isnan(logits.sum(dtype=torch.float32)))
+    def _check_logits(self, head: nn.Module, inputs: object, logits: torch.Tensor) -> None:
+        """A text generated from NaN logits would otherwise be scored as a wrong answer."""
+        has_nan = bool(torch.isnan(logits.sum(dtype=torch.float32)))
+        self._logits_are_finite = self._logits_are_finite and not has_nan
 
 
-def _spare() -> int:
+def _check_finite(metrics: Mapping[str, float]) -> None:
+    for task, value in metrics.items():
+        if not math.isfinite(value):
+            raise CandidateError(f"task '{task}' gave the metric {value}")
+
+
+def _one_line(error: Exception) -> str:
+    """The error of an evaluation, without secrets."""
+    text = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
+    return " ".join(scrub(text).split())
+
+
+def _free_memory() -> int:
     """Bytes of memory that are free now; half a gigabyte where the system does not say."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -35,7 +35,8 @@ from evomerge.optimizers import Array
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Mix, Recipe
 from evomerge.workers import Job, Limits, Pool
-from evomerge.workers.scheduler import Scheduler, Try, WorkerSlot
+from evomerge.workers.scheduler import Scheduler, Try
+from evomerge.workers.worker_table import WorkerSlot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PASS = Mix("passthrough", (("base", None),), ())
@@ -123,11 +124,11 @@ def simulate(
 ) -> Night:
     """A search from its first generation to its end; shares are of the time from when all islands are at their second generation
     until one is at its end. shares: keep what they are made of; without it the memory is the scheduler's and the simulation's alone."""
-    slots, crowd, now = Scheduler(limits), Islands(islands, population, generations, pipelined), 1.0
-    slots.expected = workers
+    scheduler, crowd, now = Scheduler(limits), Islands(islands, population, generations, pipelined), 1.0
+    scheduler.expected_workers = workers
     numbers = count(1)
     for i in range(workers):
-        slots.join(WorkerSlot(next(numbers), f"w{i}", f"host{i // 8} cuda:{i % 8}"), now)
+        scheduler.join(WorkerSlot(next(numbers), f"w{i}", f"host{i // 8} cuda:{i % 8}"), now)
     events: list[
         tuple[float, int, Try | WorkerSlot]
     ] = []  # what ends when: a try, or the opening of a worker
@@ -137,31 +138,31 @@ def simulate(
     first = last = 0.0
     memory: list[float] = []
     cpu, wall = time.process_time(), time.perf_counter()
-    slots.submit(crowd.begin())
+    scheduler.submit(crowd.begin())
     while results < total:
-        for given in slots.assign(now):
+        for given in scheduler.assign(now):
             heapq.heappush(events, (now + law(seed, given.job.slot), next(order), given))
         if next_look <= events[0][0]:
             now = next_look
             next_look += 5.0
-            for seat in slots.overdue(now):
-                heapq.heappush(events, (now + OPENING, next(order), replace(seat, number=next(numbers))))
+            for late in scheduler.overdue(now):
+                heapq.heappush(events, (now + OPENING, next(order), replace(late, number=next(numbers))))
         else:
             now, _, what = heapq.heappop(events)
             if isinstance(what, WorkerSlot):
-                slots.join(what, now)
-            elif slots._running.get(what.seat.number) is what:
-                slots.finished(what.number, evaluation(), now, now - what.started)
+                scheduler.join(what, now)
+            elif scheduler.is_running(what):
+                scheduler.finished(what.number, evaluation(), now, now - what.started)
             else:
-                slots.gone(what.number)
-        for ended in slots.ended:
+                scheduler.forget(what.number)
+        for ended in scheduler.attempts:
             if shares:
                 spans.append((ended.started, ended.started + ended.seconds, ended.cause == "done"))
-        slots.ended = []
-        while slots.results:
-            job, found = slots.results.popleft()
+        scheduler.attempts = []
+        while scheduler.results:
+            job, found = scheduler.results.popleft()
             results, failed = results + 1, failed + (found.error is not None)
-            slots.submit(crowd.ended(job.slot))
+            scheduler.submit(crowd.ended(job.slot))
             if results % max(1, total // 10) == 0:
                 memory.append(resident())
         if not first and min(crowd.done) >= 1:
@@ -313,9 +314,9 @@ def real(generations: int = 36) -> list[str]:
             (2, 12, False),
             (4, 8, False),
         ):
-            before, each = pool.utilisation(), max(1, generations // islands)
+            before, each = pool.usage(), max(1, generations // islands)
             search(pool, islands, population, each, pipelined)
-            used = pool.utilisation()
+            used = pool.usage()
             busy = sum(u.busy - before[name].busy for name, u in used.items()) / sum(
                 u.alive - before[name].alive for name, u in used.items()
             )

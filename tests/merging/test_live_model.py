@@ -209,7 +209,7 @@ def test_techniques_are_probed_on_the_same_route_whatever_comes_first(parents: d
         worker = Worker(parents, "base", watching, dtype="bfloat16")
         found = {name: worker.evaluate(RECIPES[name], {"toy": ("i",)}) for name in names}
         assert [e.error for e in found.values()] == [None, None]
-        own = [next(layer.parameters()).data_ptr() for layer in stack(worker.live.model("a"))[1]]
+        own = [next(layer.parameters()).data_ptr() for layer in stack(worker.builder.model("a"))[1]]
         assert watching.prepared == [own], "once, on the path of the model that gives the embeddings"
         assert [len(p) for p in watching.scored] == [len(RECIPES[name].layers) for name in names]
         seen.append({name: e.metrics for name, e in found.items()})
@@ -223,12 +223,12 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
 ) -> None:
     watching = Watching()
     worker = Worker(parents, "base", watching, dtype="bfloat16")
-    found = perplexity_screen.nats_per_token(worker.live.model("a"), rows())
-    worker.gate = PerplexityScreen(rows(), found + 1e-6)
+    found = perplexity_screen.nats_per_token(worker.builder.model("a"), rows())
+    worker.screen = PerplexityScreen(rows(), found + 1e-6)
     own = worker.evaluate(route(*(("a", i) for i in range(5)), scales=(1, 1, 1, 1.0, 1)), {"toy": ("i",)})
     assert own.error is None, "the path itself passes, as a weight merge would without being asked"
     broken = worker.evaluate(route(("b", 4), ("b", 4), ("b", 4), ("a", 0)), {"toy": ("i",)})
-    worker.gate = PerplexityScreen(rows(), 0.0)
+    worker.screen = PerplexityScreen(rows(), 0.0)
     refused = worker.evaluate(route(("a", 0), ("a", 1)), {"toy": ("i",)})
     assert refused.error is not None
     assert "gate" in refused.error
@@ -242,7 +242,7 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
 
 
 def installed(worker: Worker, recipe: Recipe) -> nn.Module:
-    view = worker.live.view(recipe)
+    view = worker.builder.view(recipe)
     view.install()
     return view.module
 

@@ -1,4 +1,11 @@
-"""Workers on a Ray cluster: the `Pool` protocol over plain actors. The only package that imports ray."""
+"""Workers on a Ray cluster: the `Pool` protocol over plain actors. No other package imports ray.
+
+- `pool.RayPool` is the pool: jobs in, evaluations out;
+- `actor_fleet` starts, opens, watches and ends the actors, one for each worker;
+- `actor` is what runs in an actor's process;
+- `cluster` joins or starts a cluster and says how many workers fit where;
+- `ray_errors` says what Ray's errors mean.
+"""
 
 import os
 

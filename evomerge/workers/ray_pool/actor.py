@@ -1,4 +1,4 @@
-"""What runs in a process of Ray's: opens a worker, scores what it is handed, says where it is and what it holds."""
+"""What runs in a process of Ray: opens a worker, scores recipes, reports its location and its memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,23 @@ from ray import cloudpickle
 from evomerge._redaction import ScrubbedFormatter, scrub
 from evomerge.evaluation import Evaluation, Items
 from evomerge.recipes import Recipe
-from evomerge.workers.pool import Scorer
+from evomerge.workers.pool import Job, Scorer, execute
 
-_LINES = 20  # of the log that go with a failure
+_LOG_LINES = 20  # that go with a failure
+_TAIL_BYTES = 8192  # of a log file that are read
+_RAY_LINES = (":actor_name:", ":job_id:")  # how lines begin that Ray writes for itself
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
-    """Where an actor is. device: 'cpu', or 'cuda:' and the numbers of its GPUs on the node; errors: the file its stderr goes to."""
+class ActorLocation:
+    """Where an actor is.
+
+    Attributes:
+        host: name of the machine.
+        pid: its process.
+        device: 'cpu', or 'cuda:' and the numbers of its GPUs on the node.
+        errors: the file that its stderr goes to.
+    """
 
     host: str
     pid: int
@@ -35,8 +43,15 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What came of a job. seconds: that it took; memory: bytes that the process holds after it; log: last lines, of a failure."""
+class ActorReport:
+    """What came of a job.
+
+    Attributes:
+        evaluation: what the worker returned.
+        seconds: that it took.
+        memory: bytes that the process holds after it; 0 where unknown.
+        log: last lines that were logged, where it failed.
+    """
 
     evaluation: Evaluation
     seconds: float
@@ -45,52 +60,65 @@ class Report:
 
 
 class Actor:
-    """A worker behind Ray's calls, one at a time. It ends with its driver, whose business all signals are."""
+    """A worker behind Ray's calls, one at a time. It ends with its driver, which alone reacts to signals."""
 
     def __init__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        self._lines = _Lines()
-        logging.getLogger().addHandler(self._lines)
+        self._log_lines = _LastLines()
+        logging.getLogger().addHandler(self._log_lines)
         logging.getLogger("evomerge").setLevel(logging.INFO)
-        self._worker: Scorer | None = None
+        self._scorer: Scorer | None = None
 
-    def where(self) -> Where:
-        """Answers as soon as Ray has placed the actor."""
+    def where(self) -> ActorLocation:
+        """Its location, as soon as Ray has placed the actor."""
         gpus = ",".join(str(i) for i in ray.get_gpu_ids())
-        return Where(socket.gethostname(), os.getpid(), f"cuda:{gpus}" if gpus else "cpu", _target(2))
+        device = f"cuda:{gpus}" if gpus else "cpu"
+        return ActorLocation(socket.gethostname(), os.getpid(), device, _descriptor_file(2))
 
     def open(self, make: bytes, path: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Makes the worker; raises what that raises. make: a pickled function without arguments; path: where its modules may be found;
-        environment: the driver's variables that the worker goes by."""
+        """Opens the worker; raises what that raises.
+
+        Args:
+            make: a pickled function without arguments that returns the worker.
+            path: folders where its modules may be found.
+            environment: the driver's variables that decide what the worker computes.
+        """
         os.environ.update(environment)
         sys.path += [folder for folder in path if folder not in sys.path]
-        self._worker = cloudpickle.loads(make)()
+        self._scorer = cloudpickle.loads(make)()
 
-    def evaluate(self, recipe: Recipe, items: Items) -> Report:
-        """Scores one candidate."""
-        assert self._worker is not None
-        self._lines.kept.clear()
-        clock = time.perf_counter()
-        found = self._worker.evaluate(recipe, items)
-        seconds = time.perf_counter() - clock
-        return Report(found, seconds, _resident(), "\n".join(self._lines.kept) if found.error else "")
+    def evaluate(self, recipe: Recipe, items: Items) -> ActorReport:
+        """Scores one candidate.
+
+        Args:
+            recipe: what to merge.
+            items: what to score it on: task -> ids.
+
+        Returns:
+            The evaluation with its time, the memory held, and the log of a failure.
+        """
+        assert self._scorer is not None
+        self._log_lines.lines.clear()
+        execution = execute(self._scorer, Job(0, recipe, items))
+        log_lines = "\n".join(self._log_lines.lines) if execution.evaluation.error else ""
+        return ActorReport(execution.evaluation, execution.seconds, _private_memory(), log_lines)
 
 
-class _Lines(logging.Handler):
+class _LastLines(logging.Handler):
     """Keeps the last lines that were logged, without secrets."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.kept: deque[str] = deque(maxlen=_LINES)
+        self.lines: deque[str] = deque(maxlen=_LOG_LINES)
         self.setFormatter(ScrubbedFormatter("%(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.kept.append(self.format(record))
+        self.lines.append(self.format(record))
 
 
-def _resident() -> int:
-    """Bytes of its own that this process has in memory, mapped parents left out; 0 where the system does not say."""
+def _private_memory() -> int:
+    """Bytes of its own that this process has in memory, without mapped files; 0 where unknown."""
     try:
         _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
@@ -98,7 +126,7 @@ def _resident() -> int:
         return 0
 
 
-def _target(descriptor: int) -> str:
+def _descriptor_file(descriptor: int) -> str:
     """The file that a descriptor of this process writes to; empty where the system does not say."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
@@ -106,8 +134,12 @@ def _target(descriptor: int) -> str:
         return ""
 
 
-def end(pid: int) -> None:
-    """Kills a process of Ray's on this node, if it is still that; a frozen one does not hear Ray's own request."""
+def kill_process(pid: int) -> None:
+    """Kills a process of Ray's on this node; a frozen one does not react to Ray's own request.
+
+    Args:
+        pid: the process; nothing is done where it is another program's by now.
+    """
     try:
         if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
@@ -115,17 +147,21 @@ def end(pid: int) -> None:
         pass
 
 
-def tail(file: str, lines: int = _LINES) -> str:
-    """The last lines of a log file on this node, without secrets; empty where it cannot be read."""
+def last_lines(file: str, count: int = _LOG_LINES) -> str:
+    """The last lines of a log file on this node, without secrets.
+
+    Args:
+        file: its path.
+        count: how many lines at most, from the last 8 KiB.
+
+    Returns:
+        The lines; empty where it cannot be read.
+    """
     try:
         with Path(file).open("rb") as opened:
-            opened.seek(max(0, os.fstat(opened.fileno()).st_size - 8192))
+            opened.seek(max(0, os.fstat(opened.fileno()).st_size - _TAIL_BYTES))
             text = opened.read().decode(errors="replace")
     except OSError:
         return ""
-    found = [
-        line
-        for line in scrub(text).splitlines()
-        if line.strip() and not line.startswith((":actor_name:", ":job_id:"))
-    ]
-    return "\n".join(found[-lines:])
+    lines = scrub(text).splitlines()
+    return "\n".join([line for line in lines if line.strip() and not line.startswith(_RAY_LINES)][-count:])

@@ -1,6 +1,6 @@
 """A Ray cluster: joining one or starting one on this machine, what it has, and how many workers fit where.
 
-What is started here listens on 127.0.0.1 alone, asks for a token, and has no dashboard.
+A cluster that is started here listens on 127.0.0.1 alone, asks for a token, and has no dashboard.
 """
 
 from __future__ import annotations
@@ -26,19 +26,32 @@ from ray._private.utils import read_ray_address
 from evomerge.errors import SetupError
 
 log = logging.getLogger(__name__)
-_STORE = 100 * 2**20  # bytes of Ray's object store: no weights go through it
+_OBJECT_STORE_BYTES = 100 * 2**20  # no weights go through it
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_PASSED = (
-    "EVOMERGE_",
-    "CUBLAS_",
-)  # variables that decide what a worker computes, and those that keep it off the network:
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_PASSED_PREFIXES = ("EVOMERGE_", "CUBLAS_")  # of variables that decide what a worker computes
+_OFFLINE = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+)  # they keep a worker off the network
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+_FIND_SECONDS = 5.0  # until an address counts as one where no cluster answers
+_REACH_SECONDS = 2.0  # until a node counts as gone
+_ROUNDING = 1e-9  # of shares of a CPU or GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster, and what it offers in all. port: that Ray's own process there listens on, 0 where it is not known."""
+    """A machine of the cluster, and what it offers in all.
+
+    Attributes:
+        id: Ray's name for it.
+        host: its host name.
+        address: its IP address.
+        cpus: CPUs in all.
+        gpus: GPUs in all.
+        port: that Ray's own process there listens on, 0 where it is not known.
+    """
 
     id: str
     host: str
@@ -48,86 +61,128 @@ class Node:
     port: int = 0
 
     def room(self, cpus: float, gpus: float) -> int:
-        """How many workers of that size fit, where nothing else runs."""
-        fits = [int(self.cpus / cpus + 1e-9)] if cpus else []
+        """How many workers fit, where nothing else runs.
+
+        Args:
+            cpus: of each worker.
+            gpus: of each worker; below 1 a share of one.
+
+        Returns:
+            The number of workers.
+        """
+        fits = [int(self.cpus / cpus + _ROUNDING)] if cpus else []
         if gpus >= 1:
-            fits.append(int(self.gpus / gpus + 1e-9))
+            fits.append(int(self.gpus / gpus + _ROUNDING))
         elif gpus > 0:  # a share is a share of one GPU
-            fits.append(int(1 / gpus + 1e-9) * int(self.gpus))
+            fits.append(int(1 / gpus + _ROUNDING) * int(self.gpus))
         return min(fits)
 
 
 def join(address: str | None) -> bool:
-    """Connects this process to a cluster; whether one was started for it. Nothing is done where it is connected already.
+    """Connects this process to a cluster. Nothing is done where it is connected already.
 
-    address: 'local' starts one; None or 'auto' joins the one of $RAY_ADDRESS or that `ray start` began on this machine, and
-    starts one where there is none; else HOST:PORT of one. Raises SetupError. The process's signal handlers stay what they were.
+    The process's signal handlers stay what they were.
+
+    Args:
+        address: 'local' starts a cluster; None or 'auto' joins the one of $RAY_ADDRESS or that `ray start`
+            began on this machine, and starts one where there is none; else HOST:PORT of one.
+
+    Returns:
+        Whether one was started for this process, which then ends it.
+
+    Raises:
+        SetupError: where no cluster answers, or Ray cannot be started.
     """
     if ray.is_initialized():
         return False
-    there = None if address == "local" else found(address)
+    existing = None if address == "local" else find(address)
     with _handlers_kept():
-        if there is not None:
-            _init(address=there)
+        if existing is not None:
+            _init(address=existing)
             return False
-        _token()
+        _ensure_token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault(
-            "RAY_worker_niceness", "0"
-        )  # by default Ray lets whatever else runs here go first
+        # by default Ray gives its workers a lower priority than whatever else runs here
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with _loopback():
             _init(
                 address="local",
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
-                object_store_memory=_STORE,
+                object_store_memory=_OBJECT_STORE_BYTES,
             )
     if any(node.address != "127.0.0.1" for node in nodes()):
         log.warning(
-            "this version of Ray does not keep to 127.0.0.1: its ports are open to the network, with a token from Ray 2.60 on"
+            "this version of Ray does not keep to 127.0.0.1: its ports are open to the network, "
+            "with a token from Ray 2.60 on"
         )
     return True
 
 
-def found(address: str | None) -> str | None:
-    """Where a cluster answers; None where none was asked for by name and none is there. Ray itself would try for minutes."""
+def find(address: str | None) -> str | None:
+    """Where a cluster answers. Ray itself would try for minutes.
+
+    Args:
+        address: HOST:PORT; None or 'auto' for that of $RAY_ADDRESS or of `ray start` on this machine.
+
+    Returns:
+        HOST:PORT; None where no cluster was requested by name and none is there.
+
+    Raises:
+        SetupError: for an address that is none, or where no cluster answers there.
+    """
     named = address if address not in (None, "auto") else os.environ.get("RAY_ADDRESS") or None
     if named == "auto":
         named = None
-    there: str | None = named or read_ray_address()
-    if not there:
+    candidate: str | None = named or read_ray_address()
+    if not candidate:
         return None
-    host, _, port = there.rpartition(":")
+    host, _, port = candidate.rpartition(":")
     if not port.isdigit() or not host or "/" in host:
-        raise SetupError(f"the address of a Ray cluster is HOST:PORT, got '{there}'")
+        raise SetupError(f"the address of a Ray cluster is HOST:PORT, got '{candidate}'")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_FIND_SECONDS).close()
     except (OSError, OverflowError) as error:
         if named is None:
             return None  # what `ray start` left behind
-        raise SetupError(f"no Ray cluster answers at {there}: {_line(error)}") from None
-    return there
+        raise SetupError(f"no Ray cluster answers at {candidate}: {_first_line(error)}") from None
+    return candidate
 
 
 def nodes() -> list[Node]:
-    """Those that are alive, in a fixed order."""
-    found = []
+    """The nodes that are alive, in a fixed order."""
+    alive = []
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"]:
-            has = node["Resources"]
-            place = (node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"])
-            found.append(
-                Node(*place, has.get("CPU", 0.0), has.get("GPU", 0.0), int(node.get("NodeManagerPort") or 0))
+            resources = node["Resources"]
+            alive.append(
+                Node(
+                    node["NodeID"],
+                    node["NodeManagerHostname"],
+                    node["NodeManagerAddress"],
+                    resources.get("CPU", 0.0),
+                    resources.get("GPU", 0.0),
+                    int(node.get("NodeManagerPort") or 0),
+                )
             )
-    return sorted(found, key=lambda node: node.id)
+    return sorted(alive, key=lambda node: node.id)
 
 
 def answers(node: Node) -> bool:
-    """Whether something listens where Ray's own process of a node does: Ray itself calls a node dead only seconds after it is gone."""
+    """Whether something listens where Ray's own process of a node does.
+
+    Ray itself calls a node dead only seconds after it is gone.
+
+    Args:
+        node: of the cluster.
+
+    Returns:
+        True also where its port is not known.
+    """
     if not node.port:
         return True
     try:
-        socket.create_connection((node.address, node.port), timeout=2.0).close()
+        socket.create_connection((node.address, node.port), timeout=_REACH_SECONDS).close()
     except OSError:
         return False
     return True
@@ -136,7 +191,18 @@ def answers(node: Node) -> bool:
 def places(
     there: Sequence[Node], cpus: float, gpus: float, workers: int | None, taken: Mapping[str, int]
 ) -> list[Node]:
-    """The node of each worker to add: as many as fit, or up to `workers`, on the emptiest first. taken: node's id -> workers there."""
+    """The node of each worker to add, on the emptiest first.
+
+    Args:
+        there: nodes that are alive.
+        cpus: of each worker.
+        gpus: of each worker.
+        workers: how many in all; None for as many as fit.
+        taken: a node's id -> workers that are there already.
+
+    Returns:
+        A node for each worker to add.
+    """
     counts = {node.id: taken.get(node.id, 0) for node in there}
     wanted = math.inf if workers is None else workers
     added: list[Node] = []
@@ -150,46 +216,56 @@ def places(
 
 
 def check(cpus: float, gpus: float, workers: int | None) -> None:
-    """Raises SetupError where the cluster can never give what is asked: Ray itself would wait for it in silence."""
+    """Checks that the cluster can give what is requested: Ray itself would wait for it in silence.
+
+    Args:
+        cpus: of each worker.
+        gpus: of each worker.
+        workers: how many; None for at least one.
+
+    Raises:
+        SetupError: where it never can.
+    """
     if cpus < 0 or gpus < 0 or not cpus + gpus:
         raise SetupError(f"a worker needs a share of a CPU or a GPU, got cpus {cpus:g} and gpus {gpus:g}")
     if gpus > 1 and gpus != int(gpus):
         raise SetupError(
-            f"gpus must be a whole number or a share of one, got {gpus:g}; take {int(gpus)} or {int(gpus) + 1}"
+            f"gpus must be a whole number or a share of one, got {gpus:g}; "
+            f"take {int(gpus)} or {int(gpus) + 1}"
         )
-    there = nodes()
-    room = sum(node.room(cpus, gpus) for node in there)
+    alive = nodes()
+    room = sum(node.room(cpus, gpus) for node in alive)
     if room < (workers or 1):
-        has = "; ".join(f"{node.host}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in there) or "no node"
+        has = "; ".join(f"{node.host}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in alive) or "no node"
         raise SetupError(
-            f"the cluster has room for {room} workers of {cpus:g} CPUs and {gpus:g} GPUs each, {workers or 'at least 1'} asked; it has {has}. "
-            "Ask for fewer or for less, or add nodes"
+            f"the cluster has room for {room} workers of {cpus:g} CPUs and {gpus:g} GPUs each, "
+            f"{workers or 'at least 1'} requested; it has {has}. Ask for fewer or for less, or add nodes"
         )
 
 
 def environment() -> dict[str, str]:
     """The variables of this process that workers on other machines need too; never a secret."""
-    found = {
-        k: v
-        for k, v in os.environ.items()
-        if (k.startswith(_PASSED) or k in _OFFLINE) and not any(word in k for word in _SECRET)
+    passed = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if (name.startswith(_PASSED_PREFIXES) or name in _OFFLINE) and not any(s in name for s in _SECRET)
     }
-    return dict(sorted(found.items())) | {"TOKENIZERS_PARALLELISM": "false"}
+    return passed | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def _init(**options: Any) -> None:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise SetupError(f"Ray cannot be started or joined: {_line(error)}") from None
+        raise SetupError(f"Ray cannot be started or joined: {_first_line(error)}") from None
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _token() -> None:
-    """Sees to a token that only this user can read: Ray makes its file by the umask."""
+def _ensure_token() -> None:
+    """Makes a token that only this user can read, where there is none: Ray makes its file by the umask."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -206,34 +282,43 @@ def _token() -> None:
             file.chmod(0o600)
     except OSError as error:
         raise SetupError(
-            f"Ray's token cannot be kept in {file}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file of yours"
+            f"Ray's token cannot be kept in {file}: {error.strerror}; "
+            "set RAY_AUTH_TOKEN_PATH to a file of yours"
         ) from None
 
 
 @contextlib.contextmanager
 def _loopback() -> Iterator[None]:
-    """On Linux Ray binds to every interface, whatever address it is given, unless told that there is no cluster to be had."""
-    kept, had = os.environ.get(_LOOPBACK), getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    """Has Ray bind to 127.0.0.1.
+
+    On Linux it binds to every interface, whatever address it is given, unless told that no cluster is
+    possible.
+    """
+    variable = os.environ.get(_LOOPBACK)
+    constant = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
     os.environ[_LOOPBACK] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = had
+        ray_constants.ENABLE_RAY_CLUSTER = constant
         del os.environ[_LOOPBACK]
-        if kept is not None:
-            os.environ[_LOOPBACK] = kept
+        if variable is not None:
+            os.environ[_LOOPBACK] = variable
 
 
 @contextlib.contextmanager
 def _handlers_kept() -> Iterator[None]:
+    """Gives the process its signal handlers back after Ray has set its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         yield
     finally:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)

@@ -71,7 +71,7 @@ def pool(shared: tuple[RayPool, Path]) -> Iterator[RayPool]:
     found.attempts()
     yield found
     assert found.out == 0
-    assert all(call.tried is None for call in found._calls.values())
+    assert all(call.execution is None for call in found._actors.calls.values())
 
 
 def run(pool: RayPool, *codes: int) -> tuple[dict[int, Evaluation], list[Attempt]]:
@@ -183,7 +183,7 @@ def test_of_two_results_the_first_wins(
     work = jobs(WAITS)
     pool.submit(work)
     until(lambda: pool.result(0.02) is None and len(begun(folder, WAITS, 0)) == 1, "the first try")
-    (seat,) = pool._slots.overdue(
+    (worker,) = pool._scheduler.overdue(
         pool._now() + 3600
     )  # as if an hour had passed and the kill did not reach it
     until(lambda: pool.result(0.02) is None and len(begun(folder, WAITS, 0)) == 2, "the second try")
@@ -191,8 +191,8 @@ def test_of_two_results_the_first_wins(
         (folder / "go").touch()
         result = pool.result(120)
         assert result == (work[0], toy(work[0]))
-        until(lambda: pool._step(0.05) is None and not pool._slots._tries, "the second result")
+        until(lambda: pool._step(0.05) is None and not pool._scheduler._open_tries, "the second result")
     assert pool.out == 0
     assert sorted(a.cause for a in pool.attempts()) == ["done", "hung", "late"]
     assert "not deterministic" not in caplog.text
-    pool._vacate(pool._seated[seat.number], pool._now())
+    pool._actors.end(pool._actors.ready[worker.number], pool._now())

@@ -74,8 +74,8 @@ def at_work(pool: RayPool, folder: Path, count: int) -> bool:
 
 def host_of(cluster: Cluster, pool: RayPool, name: str) -> Any:
     """The cluster's node that a worker sits on."""
-    (chair,) = [c for c in pool._chairs if c.name == name]
-    (node,) = [n for n in cluster.list_all_nodes() if n.node_id == chair.node.id]
+    (record,) = [c for c in pool._actors.records if c.name == name]
+    (node,) = [n for n in cluster.list_all_nodes() if n.node_id == record.node.id]
     return node
 
 
@@ -120,7 +120,10 @@ def test_where_a_cluster_has_gpus_each_worker_has_one(two: tuple[Cluster, RayPoo
     joined = cluster.add_node(num_cpus=0, num_gpus=2, object_store_memory=STORE)
     with RayPool(functools.partial(Coded, folder), address=cluster.address, cpus=0.0) as pool:
         until(lambda: pool._step(0.05) is None and pool.ready == 2, "a worker for each GPU")
-        assert {chair.where.device for chair in pool._chairs if chair.where} == {"cuda:0", "cuda:1"}
+        assert {record.location.device for record in pool._actors.records if record.location} == {
+            "cuda:0",
+            "cuda:1",
+        }
         assert "and 1 GPUs each" in pool.describe()
     cluster.remove_node(joined, allow_graceful=False)
 
@@ -131,7 +134,7 @@ def test_a_frozen_node_does_not_hold_up_the_rest(two: tuple[Cluster, RayPool, Pa
     pool.submit(work)
     until(lambda: at_work(pool, folder, 2), "both workers at work")
     node = host_of(cluster, pool, "w0")
-    (worker,) = [c.where.pid for c in pool._chairs if c.name == "w0" and c.where is not None]
+    (worker,) = [c.location.pid for c in pool._actors.records if c.name == "w0" and c.location is not None]
     frozen = [worker, *(info.process.pid for infos in node.all_processes.values() for info in infos)]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)

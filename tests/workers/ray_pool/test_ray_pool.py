@@ -90,12 +90,12 @@ def test_results_are_those_of_one_process_and_come_from_several(shared: tuple[Ra
     }
     assert {a.worker for a in ended} == {"w0", "w1"}
     assert len({a.pid for a in ended} - {os.getpid()}) == 2
-    used = pool.utilisation()
+    used = pool.usage()
     assert {name: use.jobs for name, use in used.items()} == {
         name: sum(a.worker == name for a in ended) for name in ("w0", "w1")
     }
     assert all(0 < use.busy < use.alive for use in used.values())
-    assert not pool._calls, "finished jobs leave nothing behind"
+    assert not pool._actors.calls, "finished jobs leave nothing behind"
 
 
 def test_the_longest_begin_first(shared: tuple[RayPool, Path]) -> None:
@@ -174,9 +174,9 @@ def test_it_says_where_workers_are(shared: tuple[RayPool, Path]) -> None:
     [
         (
             {"workers": 4000},
-            r"has room for \d+ workers of 1 CPUs and 0 GPUs each, 4000 asked; it has .*: \d+ CPUs, 0 GPUs",
+            r"has room for \d+ workers of 1 CPUs and 0 GPUs each, 4000 requested; it has .*: \d+ CPUs, 0 GPUs",
         ),
-        ({"gpus": 1.0}, r"has room for 0 workers of 1 CPUs and 1 GPUs each, at least 1 asked"),
+        ({"gpus": 1.0}, r"has room for 0 workers of 1 CPUs and 1 GPUs each, at least 1 requested"),
         ({"gpus": 0.25}, r"has room for 0 workers"),
         ({"cpus": 1e6}, r"has room for 0 workers"),
         ({"gpus": 1.5}, r"whole number or a share of one, got 1.5; take 1 or 2"),
@@ -210,12 +210,12 @@ def test_workers_on_other_machines_get_what_decides_scores_and_no_secret(
 def test_no_cluster_at_an_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SetupError, match=r"no Ray cluster answers at 127.0.0.1:1: .*refused"):
-        cluster.found("127.0.0.1:1")
+        cluster.find("127.0.0.1:1")
     with pytest.raises(SetupError, match=r"is HOST:PORT, got 'ray://x:10001'"):
-        cluster.found("ray://x:10001")
+        cluster.find("ray://x:10001")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
     with pytest.raises(SetupError, match=r"answers at 127.0.0.1:2"):
-        cluster.found("auto")
+        cluster.find("auto")
 
 
 def test_workers_that_cannot_be_opened_end_it_with_the_cause(here: Path) -> None:
