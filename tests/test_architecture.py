@@ -38,7 +38,9 @@ HEAVY = {
 }
 TEST_FOLDERS = ("contracts", "docs", "integration", "scripts")  # tests of more than one package
 FILE_LINES, FUNCTION_LINES, WIDTH = 450, 60, 110
-PENDING = {*PACKAGES, "tests", "scripts"}  # not yet brought to the rules of length, width and docstrings
+PENDING = {*PACKAGES, "tests", "scripts"} - {
+    "methods"
+}  # not yet brought to the rules of length, width and docstrings
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted(p for folder in ("evomerge", "tests", "scripts") for p in (REPO / folder).rglob("*.py"))
@@ -277,7 +279,7 @@ def faults(function: Function, owner: str) -> Iterator[str]:
     if owner and names and "staticmethod" not in decorators:
         names = names[1:]
     docstring = inspect.cleandoc(ast.get_docstring(function) or "")
-    if not names or (owner and re.search(r"See `[\w.]+`\.", docstring)):
+    if not names or re.search(r"See `[\w.]+`[.:]", docstring):  # it implements a documented protocol
         return
     described = described_arguments(docstring)
     for name in names:

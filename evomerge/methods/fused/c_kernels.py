@@ -118,7 +118,7 @@ def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, g
 
 
 def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
-    """See `KernelBackend.rank_rows`; ranks beyond 16 bits are left to torch."""
+    """See `KernelBackend.rank_rows`: torch does ranks beyond 16 bits."""
     if out.dtype != torch.uint16:
         torch_kernels.rank_rows(base, source, width, out)
         return

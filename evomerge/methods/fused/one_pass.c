@@ -1,7 +1,8 @@
-/* The sums of task vectors of one tensor in one pass: what `sweep.py` says, in C, bit for bit.
+/* The sums of task vectors of one tensor in one pass: the kernels of `torch_kernels.py` in C, bit for bit.
 
-   Blocks of BLOCK elements stay in the first-level cache; loops are written for the compiler to vectorise. Compile with
-   -ffp-contract=off and without -ffast-math: every operation is one IEEE operation, as in torch. */
+   Blocks of BLOCK elements stay in the first-level cache; loops are written for the compiler to vectorise.
+   Compile with -ffp-contract=off and without -ffast-math: every operation is one IEEE operation, as in
+   torch. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -60,7 +61,10 @@ static inline uint32_t mix(uint32_t x) {
 }
 
 /* d: differences, masked in place; h: mixed element indices. */
-static void mask(float *restrict d, const uint32_t *restrict h, int kind, const float *f, const int32_t *k, const uint16_t *restrict rank, int n) {
+static void mask(
+    float *restrict d, const uint32_t *restrict h, int kind, const float *f, const int32_t *k,
+    const uint16_t *restrict rank, int n
+) {
     if (kind == BAND) {
         const float low = f[LOW], high = f[HIGH]; /* high is NaN where there is no upper bound */
         for (int j = 0; j < n; j++) {
@@ -89,8 +93,9 @@ static void difference(float *restrict d, const float *restrict b, int n) {
     for (int j = 0; j < n; j++) d[j] -= b[j];
 }
 
-/* The same for sources, base and output of one type, at most FEW sources and one kind of mask: everything in registers.
-   The arguments before `n` are constants at every call, so that each call becomes a loop of its own. */
+/* The same for sources, base and output of one type, at most FEW sources and one kind of mask: everything
+   in registers. The arguments before `n` are constants at every call, so that each call becomes a loop of
+   its own. */
 #define FEW 4
 
 static inline __attribute__((always_inline)) float widen(const void *x, int type, int64_t j) {
@@ -101,9 +106,11 @@ static inline __attribute__((always_inline)) float widen(const void *x, int type
     return f;
 }
 
-static inline __attribute__((always_inline)) int few(int sources, int kind, int type, int elect, int based, int64_t from, int64_t to,
-                                                     const void *restrict base, const void *const *x, void *restrict out, const float *numbers,
-                                                     const int32_t *keys, int divide, float divisor, float lambda) {
+static inline __attribute__((always_inline)) int few(
+    int sources, int kind, int type, int elect, int based, int64_t from, int64_t to,
+    const void *restrict base, const void *const *x, void *restrict out, const float *numbers,
+    const int32_t *keys, int divide, float divisor, float lambda
+) {
     float weight[FEW], scale[FEW], low[FEW];
     uint32_t key[FEW], odd[FEW], bad = 0;
     int32_t bound[FEW];
@@ -126,7 +133,8 @@ static inline __attribute__((always_inline)) int few(int sources, int kind, int 
             if (based) d -= b;
             if (kind == BAND) d = fabsf(d) < low[i] ? 0.0f : d;
             if (kind == RANDOM) d = (int32_t)((h ^ key[i]) * odd[i]) <= bound[i] ? d : 0.0f;
-            y[i] = kind == DENSE ? d * weight[i] : d * scale[i] * weight[i]; /* without a mask the scale is 1 */
+            /* without a mask the scale is 1 */
+            y[i] = kind == DENSE ? d * weight[i] : d * scale[i] * weight[i];
             sum += y[i];
         }
         if (elect) {
@@ -175,10 +183,12 @@ static inline __attribute__((always_inline)) int few(int sources, int kind, int 
         if (type == FLOAT32) { MASKED(n, FLOAT32) } \
         MASKED(n, BFLOAT16)
 
-/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: DENSE, BAND without upper bound, or RANDOM with an inclusive bound; with
-   `elect`, divide is 0 or 2, without it 0 or 1. Without a base nothing is masked. */
-int sweep_few(int sources, int kind, int type, int64_t from, int64_t to, const void *base, const void *const *x, void *out, const float *f,
-              const int32_t *k, int elect, int divide, float divisor, float lambda) {
+/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: DENSE, BAND without upper bound, or RANDOM with an
+   inclusive bound; with `elect`, divide is 0 or 2, without it 0 or 1. Without a base nothing is masked. */
+int sweep_few(
+    int sources, int kind, int type, int64_t from, int64_t to, const void *base, const void *const *x,
+    void *out, const float *f, const int32_t *k, int elect, int divide, float divisor, float lambda
+) {
     switch (sources) {
         TYPED(1)
         TYPED(2)
@@ -188,12 +198,14 @@ int sweep_few(int sources, int kind, int type, int64_t from, int64_t to, const v
     return -1;
 }
 
-/* Elements [from, to) of a tensor. base may be NULL. f: [sources][NUMBERS]; k: [sources][3]. elect: sum only what has
-   the sign of the sum. divide: 0 no, 1 by `divisor`, 2 by the weights that agree. Returns 1 if a result is not finite,
-   -1 without memory. */
-int sweep(int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x, const int32_t *types,
-          void *out, int out_type, const int32_t *kinds, const float *f, const int32_t *k, const uint16_t *const *ranks,
-          int elect, int divide, float divisor, float lambda) {
+/* Elements [from, to) of a tensor. base may be NULL. f: [sources][NUMBERS]; k: [sources][3]. elect: sum
+   only what has the sign of the sum. divide: 0 no, 1 by `divisor`, 2 by the weights that agree. Returns 1
+   if a result is not finite, -1 without memory. */
+int sweep(
+    int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x,
+    const int32_t *types, void *out, int out_type, const int32_t *kinds, const float *f, const int32_t *k,
+    const uint16_t *const *ranks, int elect, int divide, float divisor, float lambda
+) {
     float *work = malloc((size_t)(sources + 4) * BLOCK * 4);
     if (!work) return -1;
     float *restrict b = work, *restrict sum = work + BLOCK, *restrict agreed = work + 2 * BLOCK;
@@ -247,9 +259,12 @@ int sweep(int sources, int64_t from, int64_t to, const void *base, int base_type
     return bad;
 }
 
-/* Counts of the bit patterns of |x - base|: of the upper 16 bits, or, with prefix >= 0, of the lower 16 bits of those
-   whose upper bits are `prefix`. counts: [65536], added to. */
-int histogram(int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t prefix, int64_t *counts) {
+/* Counts of the bit patterns of |x - base|: of the upper 16 bits, or, with prefix >= 0, of the lower 16
+   bits of those whose upper bits are `prefix`. counts: [65536], added to. */
+int histogram(
+    int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t prefix,
+    int64_t *counts
+) {
     float b[BLOCK], d[BLOCK];
     for (int64_t at = from; at < to; at += BLOCK) {
         const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
@@ -270,8 +285,10 @@ int histogram(int64_t from, int64_t to, const void *base, int base_type, const v
 }
 
 /* Adds to totals[0] the sum of floor(|x - base| * unit), and to totals[1] that of the elements kept. */
-int norms(int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int kind, const float *f,
-          const int32_t *k, const uint16_t *rank, float unit, double *totals) {
+int norms(
+    int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int kind,
+    const float *f, const int32_t *k, const uint16_t *rank, float unit, double *totals
+) {
     float b[BLOCK], d[BLOCK], a[BLOCK];
     uint32_t h[BLOCK];
     for (int64_t at = from; at < to; at += BLOCK) {
@@ -294,8 +311,12 @@ int norms(int64_t from, int64_t to, const void *base, int base_type, const void 
     return 0;
 }
 
-/* Adds to products[sources][sources] (lower half) the dot products of x_i - base, or of x_i without a base, in 64-bit floats. */
-int gram(int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x, const int32_t *types, double *products) {
+/* Adds to products[sources][sources] (lower half) the dot products of x_i - base, or of x_i without a base,
+   in 64-bit floats. */
+int gram(
+    int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x,
+    const int32_t *types, double *products
+) {
     float *work = malloc((size_t)(sources + 1) * BLOCK * 4);
     if (!work) return -1;
     float *b = work + (size_t)sources * BLOCK;
@@ -319,10 +340,12 @@ int gram(int sources, int64_t from, int64_t to, const void *base, int base_type,
     return 0;
 }
 
-/* sums[grid]: adds floor(|x - base| * unit) of every element to the entry of its hash: the share of all 32-bit numbers below
-   it, times `grid`, rounded down. */
-int hash_sums(int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t key, int32_t odd, float unit, int grid,
-              double *sums) {
+/* sums[grid]: adds floor(|x - base| * unit) of every element to the entry of its hash: the share of all
+   32-bit numbers below it, times `grid`, rounded down. */
+int hash_sums(
+    int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t key,
+    int32_t odd, float unit, int grid, double *sums
+) {
     float b[BLOCK], d[BLOCK];
     uint32_t h[BLOCK];
     for (int64_t at = from; at < to; at += BLOCK) {
@@ -332,7 +355,8 @@ int hash_sums(int64_t from, int64_t to, const void *base, int base_type, const v
         difference(d, b, n);
         indices(h, at, n);
         for (int j = 0; j < n; j++) {
-            h[j] = (uint32_t)(((uint64_t)(((h[j] ^ (uint32_t)key) * (uint32_t)odd) ^ 0x80000000u) * (uint32_t)grid) >> 32);
+            const uint32_t hash = ((h[j] ^ (uint32_t)key) * (uint32_t)odd) ^ 0x80000000u;
+            h[j] = (uint32_t)(((uint64_t)hash * (uint32_t)grid) >> 32);
             d[j] = floorf(fabsf(d[j]) * unit);
         }
         for (int j = 0; j < n; j++) sums[h[j]] += d[j];
@@ -346,12 +370,14 @@ static inline float value_of(uint32_t bits) {
     return f;
 }
 
-/* For each k of ks[count], ascending: the k-th largest |x - base| (thresholds), the index of the last of the k largest at
-   that value, the first coming first (lasts), and the sum of floor(unit * magnitude) over the k largest (sums). Two
-   histograms of the bit patterns, of their upper 20 and lower 12 bits, and a scan. Returns -1 without memory, 1 if a k
-   is not met (NaN). */
-int levels(int64_t n, const void *base, int base_type, const void *x, int type, float unit, int count, const int64_t *ks, float *thresholds,
-           int64_t *lasts, double *sums) {
+/* For each k of ks[count], ascending: the k-th largest |x - base| (thresholds), the index of the last of
+   the k largest at that value, the first coming first (lasts), and the sum of floor(unit * magnitude) over
+   the k largest (sums). Two histograms of the bit patterns, of their upper 20 and lower 12 bits, and a
+   scan. Returns -1 without memory, 1 if a k is not met (NaN). */
+int levels(
+    int64_t n, const void *base, int base_type, const void *x, int type, float unit, int count,
+    const int64_t *ks, float *thresholds, int64_t *lasts, double *sums
+) {
     enum { UPPER = 1 << 19, LOWER = 1 << 12 };
     int64_t *counts = calloc(UPPER, 8);
     double *totals = calloc(UPPER, 8);
@@ -460,9 +486,12 @@ done:
     return status;
 }
 
-/* Ranks of |x - base| within rows of `width` <= 65536 elements, ascending, equal ones in order: a radix sort by bytes. from, to:
-   multiples of width. Returns -1 without memory. */
-int rank_rows(int64_t from, int64_t to, int64_t width, const void *base, int base_type, const void *x, int type, uint16_t *ranks) {
+/* Ranks of |x - base| within rows of `width` <= 65536 elements, ascending, equal ones in order: a radix
+   sort by bytes. from, to: multiples of width. Returns -1 without memory. */
+int rank_rows(
+    int64_t from, int64_t to, int64_t width, const void *base, int base_type, const void *x, int type,
+    uint16_t *ranks
+) {
     uint64_t *a = malloc((size_t)width * 8), *c = malloc((size_t)width * 8);
     if (!a || !c) {
         free(a);
