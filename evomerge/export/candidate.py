@@ -14,8 +14,7 @@ from evomerge.export.lineage import lineage
 from evomerge.export.model_card import card, references
 from evomerge.merging import atomic_folder, checkpoint_writer, merge
 from evomerge.methods import method
-from evomerge.recipes import Recipe
-from evomerge.recipes.mergekit_yaml import writer
+from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.store import Store, StudyRow, Trial
 
 
@@ -68,10 +67,10 @@ def export(
 def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:
     """The mergekit YAML of a candidate, with where it comes from as a comment."""
     shell = parents[recipe.base]
-    named = writer.with_outer_filters(
+    named = mergekit_yaml.with_outer_filters(
         recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
     )
-    return writer.dump(named, references(study, parents), _header(recipe, study, trial))
+    return mergekit_yaml.dump(named, references(study, parents), _header(recipe, study, trial))
 
 
 def _header(recipe: Recipe, study: StudyRow, trial: Trial) -> list[str]:

@@ -17,8 +17,7 @@ from evomerge.merging.live_model import CandidateModel, ModelBuilder
 from evomerge.merging.model_loading import load
 from evomerge.merging.routing.routed_model import Routed
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.recipes import Recipe
-from evomerge.recipes.mergekit_yaml import writer
+from evomerge.recipes import Recipe, mergekit_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +72,10 @@ class OpenRoute:
     def _slices(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
         shell = self.parents[self.recipe.base]
         try:
-            keyed = writer.with_outer_filters(
+            keyed = mergekit_yaml.with_outer_filters(
                 self.recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
             )
-            (directory / "recipe.yaml").write_text(writer.dump(keyed, references, header))
+            (directory / "recipe.yaml").write_text(mergekit_yaml.dump(keyed, references, header))
         except RecipeError as error:
             return f"No mergekit file: {error}"
         return ""

@@ -12,8 +12,7 @@ from evomerge.export import open_route
 from evomerge.merging import checkpoint_writer
 from evomerge.merging.checkpoint_writer import Progress
 from evomerge.merging.vocabulary.alignment import check_rows
-from evomerge.recipes import Recipe
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.store import StudyFacts
 
 
@@ -45,7 +44,7 @@ def merge_file(
         recipe, names = _exported(file)
         opened = {name: parent(reference) for name, reference in names.items()}
     else:
-        recipe = reader.load(
+        recipe = mergekit_yaml.load(
             _yaml.read_all(file),
             lambda name: parent(name).layout.num_layers,
             lambda name: stored_dtype(parent(name)),

@@ -29,8 +29,7 @@ from evomerge.merging.mergekit_check import Comparison
 from evomerge.merging.routing import scale_folding
 from evomerge.merging.routing.decoder_layers import stack
 from evomerge.merging.routing.routed_model import Hop, Routed
-from evomerge.recipes import Mix, Recipe, Source
-from evomerge.recipes.mergekit_yaml import writer
+from evomerge.recipes import Mix, Recipe, Source, mergekit_yaml
 
 VERIFIED = ("gemma2", "llama", "mixtral", "olmo2", "phi3", "qwen3")
 """Model types of which tests show that mergekit makes of the YAML what is scored. Of some others it drops tensors and says nothing."""
@@ -187,10 +186,10 @@ def run_mergekit(environment: Path, recipe: Path, out: Path) -> None:
 
 def _stage(name: str, stage: Recipe, parents: Mapping[str, Parent], references: Mapping[str, str]) -> str:
     shell = parents[stage.base]
-    keyed = writer.with_outer_filters(
+    keyed = mergekit_yaml.with_outer_filters(
         stage, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
     )
-    return f"name: {json.dumps(name)}\n" + writer.dump(keyed, references)
+    return f"name: {json.dumps(name)}\n" + mergekit_yaml.dump(keyed, references)
 
 
 def _slice(model: str, start: int, end: int, filters: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from evomerge.optimizers import (
     is_diagonal,
     optimizer_for,
 )
-from evomerge.recipes import Mix, Recipe
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import Mix, Recipe, mergekit_yaml
 from evomerge.search import Opening, Start
 from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP
 from evomerge.spaces import Baseline
@@ -199,7 +198,7 @@ def _stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe
 
     if not Path(file).is_file():
         raise ConfigError(f"routes.stacks: there is no file '{file}'; correct the path")
-    read = reader.load(
+    read = mergekit_yaml.load(
         _yaml.read_all(Path(file)),
         lambda r: parents[known(r)].layout.num_layers,
         lambda r: stored_dtype(parents[known(r)]),

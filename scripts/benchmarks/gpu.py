@@ -32,7 +32,7 @@ from evomerge.merging.routing import routed_model
 from evomerge.merging.routing.routed_model import Hop, Routed
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import mergekit_yaml
 from scripts.benchmarks import merge as bench_merge
 from scripts.benchmarks import search as bench_search
 
@@ -114,7 +114,7 @@ def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Itera
         known = MagnitudeTables(build=True, ranks_bytes=8 << 30)
         for method in args.methods if place == "device" else ("task_arithmetic", "ties"):
             file = bench_merge.recipe(method, models, scratch)
-            recipe = reader.load(
+            recipe = mergekit_yaml.load(
                 _yaml.read(file),
                 lambda name: files[name].layout.num_layers,
                 lambda name: stored_dtype(files[name]),

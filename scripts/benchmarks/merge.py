@@ -36,7 +36,7 @@ from evomerge.merging import checkpoint_writer, merge
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused import c_library
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import mergekit_yaml
 
 REPO = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     for method, file in recipes.items():
         if method in kept:
             continue
-        found = reader.load(
+        found = mergekit_yaml.load(
             _yaml.read(file),
             lambda name: parents[name].layout.num_layers,
             lambda name: stored_dtype(parents[name]),

@@ -12,8 +12,7 @@ from evomerge import _yaml
 from evomerge.checkpoints import safetensors_headers
 from evomerge.config import loading
 from evomerge.errors import CheckpointError, ConfigError, RecipeError
-from evomerge.recipes import Recipe
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.spaces import baselines
 from tests.support.toy import weight_space
 
@@ -52,7 +51,7 @@ def test_an_error_about_a_recipe_is_one_line_of_bounded_length() -> None:
         assert len(str(caught.value)) < 1000
     text = f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: 1}}}}]\ndtype: x{'9' * 5000}\n"
     with pytest.raises(RecipeError, match=r"^recipe\.yaml:3:1 unknown dtype 'x999") as caught:
-        reader.load(_yaml.parse(text, "recipe.yaml"), lambda reference: 4)
+        mergekit_yaml.load(_yaml.parse(text, "recipe.yaml"), lambda reference: 4)
     assert len(str(caught.value)) < 1000
 
 

@@ -25,8 +25,7 @@ from evomerge.errors import EvomergeError
 from evomerge.export.recipe_file import merge_file
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods import METHODS
-from evomerge.recipes import Recipe
-from evomerge.recipes.mergekit_yaml import reader, writer
+from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.spaces import Range, WeightSpace
 from tests.support.parity_cases import finish, start, ulps
 
@@ -473,12 +472,12 @@ def jobs(
                 add(f"{name}/{kind}/{head}", lines + block(text), models)
         shell = Checkpoint(models["base"])
         for name, recipe in points():
-            named = writer.with_outer_filters(
+            named = mergekit_yaml.with_outer_filters(
                 recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
             )
             add(
                 f"back/{name}/{kind}",
-                writer.dump(named, {n: str(path) for n, path in models.items()}, ["a header"]),
+                mergekit_yaml.dump(named, {n: str(path) for n, path in models.items()}, ["a header"]),
                 models,
             )
     for table in (CORNERS, ODD, REFUSED, SILENT, DARE, DARE_ONE):
@@ -522,7 +521,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read(job: Job) -> Recipe:
-    return reader.load(_yaml.read(job.file), lambda reference: Checkpoint(Path(reference)).layout.num_layers)
+    return mergekit_yaml.load(
+        _yaml.read(job.file), lambda reference: Checkpoint(Path(reference)).layout.num_layers
+    )
 
 
 def refusal(folder: Path) -> str:

@@ -21,8 +21,7 @@ from evomerge.export.recipe_file import merge_file
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, TokenizerSpec, params
-from evomerge.recipes.mergekit_yaml.reader import load
-from evomerge.recipes.mergekit_yaml.writer import dump, with_outer_filters
+from evomerge.recipes.mergekit_yaml import dump, load, with_outer_filters
 from tests.merging.test_merge import assert_equal, candidate, files, live
 
 

@@ -24,8 +24,7 @@ from evomerge import _yaml
 from evomerge.checkpoints import Parent, open_parent, stored_dtype
 from evomerge.merging import merge
 from evomerge.methods import METHODS, Param
-from evomerge.recipes import Mix, Recipe
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import Mix, Recipe, mergekit_yaml
 
 REPO = Path(__file__).resolve().parents[2]
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
@@ -366,7 +365,7 @@ def difference(ours: Path, theirs: Path) -> Difference:
 def read(file: Path, policy: str) -> tuple[Recipe, dict[str, Parent]]:
     """The recipe of a file, and its models."""
     parent = functools.cache(open_parent)
-    recipe = reader.load(
+    recipe = mergekit_yaml.load(
         _yaml.read_all(file), lambda n: parent(n).layout.num_layers, lambda n: stored_dtype(parent(n)), policy
     )
     return recipe, {name: parent(name) for name in recipe.models}

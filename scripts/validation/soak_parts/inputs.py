@@ -250,13 +250,15 @@ def _search(text: bytes, parents: tuple[Any, Any]) -> bool:
 def _mergekit(text: bytes, parent: Any) -> bool:
     from evomerge import _yaml
     from evomerge.errors import RecipeError
-    from evomerge.recipes.mergekit_yaml import reader, writer
+    from evomerge.recipes import mergekit_yaml
 
     policy = "mergekit" if len(text) % 2 else "float32"
-    recipe = reader.load(_yaml.parse_all(_decoded(text), "recipe.yaml"), lambda reference: 4, policy=policy)
+    recipe = mergekit_yaml.load(
+        _yaml.parse_all(_decoded(text), "recipe.yaml"), lambda reference: 4, policy=policy
+    )
     _same(recipe)
     try:
-        again = writer.dump(recipe, {name: name for name in recipe.models})
+        again = mergekit_yaml.dump(recipe, {name: name for name in recipe.models})
     except RecipeError:
         return True  # not every recipe has a mergekit file
     _yaml.parse_all(again, "again.yaml")

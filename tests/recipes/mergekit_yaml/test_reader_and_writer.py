@@ -19,8 +19,7 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import ConfigError, EvomergeError, RecipeError
 from evomerge.export.recipe_file import merge_file
 from evomerge.merging import merge, tensor_plan
-from evomerge.recipes import Filtered, Mix, Recipe, params
-from evomerge.recipes.mergekit_yaml import reader, writer
+from evomerge.recipes import Filtered, Mix, Recipe, mergekit_yaml, params
 from tests.integration.test_mergekit_parity import CORNERS, DARE, DETERMINISTIC, block, space
 
 NAMES = {n: n for n in ("base", "math", "code", "chat")}
@@ -28,11 +27,11 @@ OUTER = ("model.embed_tokens.weight",), ("lm_head.weight", "model.norm.weight")
 
 
 def load(text: str, depth: int = 4) -> Recipe:
-    return reader.load(_yaml.parse_all(text, "recipe.yaml"), lambda reference: depth)
+    return mergekit_yaml.load(_yaml.parse_all(text, "recipe.yaml"), lambda reference: depth)
 
 
 def dump(recipe: Recipe, references: dict[str, str] | None = None, header=()) -> str:
-    return writer.dump(writer.with_outer_filters(recipe, *OUTER), references or NAMES, header)
+    return mergekit_yaml.dump(mergekit_yaml.with_outer_filters(recipe, *OUTER), references or NAMES, header)
 
 
 def at(mix: Mix, param: str, tensor: str, source: int | None = None) -> float:
@@ -247,7 +246,7 @@ def test_embeddings_with_their_own_numbers_are_never_lost(tiny32):
         embeddings=replace(recipe.embeddings, params=params({"weight": (0.25, 0.5), "normalize": 1.0})),
     )
     try:
-        text = writer.dump(own, NAMES)
+        text = mergekit_yaml.dump(own, NAMES)
     except RecipeError:
         return
     same_merge(own, load(text), tiny32)
@@ -734,7 +733,7 @@ def test_models_of_different_depth_need_slices():
         RecipeError,
         match=r"^recipe.yaml:3:1 models differ in depth: math has 4, code has 6 layers; use slices",
     ):
-        reader.load(
+        mergekit_yaml.load(
             _yaml.parse(
                 LINEAR + "models: [{model: math}, {model: code}]\nparameters: {weight: 1}\n", "recipe.yaml"
             ),
@@ -852,7 +851,7 @@ def mutated(rng: random.Random, text: str) -> str:
 
 def outcome(text: str) -> Recipe | Exception:
     try:
-        recipe = reader.load(_yaml.parse_all(text, "fuzz.yaml"), lambda reference: 4)
+        recipe = mergekit_yaml.load(_yaml.parse_all(text, "fuzz.yaml"), lambda reference: 4)
         tensor_plan.check(recipe)
     except Exception as error:
         return error

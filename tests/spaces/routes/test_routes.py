@@ -19,8 +19,7 @@ from evomerge.errors import ConfigError
 from evomerge.methods import method
 from evomerge.optimizers.cat_cma import CatCma
 from evomerge.optimizers.cma_es import CmaEs
-from evomerge.recipes import Mix, Recipe
-from evomerge.recipes.mergekit_yaml import reader
+from evomerge.recipes import Mix, Recipe, mergekit_yaml
 from evomerge.spaces import Range
 from evomerge.spaces.routes.hand_routes import hand_routes
 from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
@@ -615,7 +614,7 @@ HOLDING = {
     ids=["SOLAR", "frankenmerge"],
 )
 def test_mergekit_stacks_are_points_of_the_spaces(kind: str, text: str, hops: Hops) -> None:
-    recipe = reader.load(_yaml.parse_all(text, "stack.yaml"), lambda reference: 32)
+    recipe = mergekit_yaml.load(_yaml.parse_all(text, "stack.yaml"), lambda reference: 32)
     assert route(recipe) == hops
     space = HOLDING[kind]
     genome = space.encode(recipe)
