@@ -116,7 +116,8 @@ def test_the_file_is_what_the_format_says_and_its_own_reader_reads(
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert_equal(
-            {name: file.get_tensor(name) for name in file.keys()}, dict(merge.merged_tensors(recipe, parents))
+            {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+            dict(merge.merged_tensors(recipe, parents)),
         )
 
 
