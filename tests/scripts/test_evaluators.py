@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts.zoo import make_evaluators as make_evaluators
-from scripts.zoo import plan, skills
+from scripts.zoo import make_evaluators, plan, skills
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EVALUATORS = REPOSITORY / "evaluators" / "zoo"
@@ -96,7 +95,8 @@ def test_choices_hold_the_answer_once() -> None:
 @pytest.mark.parametrize("training", [plan.BASE, *plan.EXPERTS], ids=lambda training: training.name)
 def test_no_prompt_is_drawn_in_training(training: plan.Training) -> None:
     """Labelled and replayed rows alike: the prompts of 20 000 draws are apart from all that is held out."""
-    train = pytest.importorskip("zoo.train")
+    from scripts.zoo import train
+
     rng, asked = Random(1), held_out()
     drawn = [train.draw_item(training, rng) for _ in range(20_000)]
     assert not asked & {item[0] for item, _ in drawn}
@@ -105,7 +105,8 @@ def test_no_prompt_is_drawn_in_training(training: plan.Training) -> None:
 
 def test_no_prompt_is_aligned() -> None:
     """Neither a held-out prompt nor its beginning, which lacks only ` A:`, is a sentence of the alignment loss."""
-    train = pytest.importorskip("zoo.train")
+    from scripts.zoo import train
+
     rng, asked = Random(1), held_out()
     beginnings = {prompt.removesuffix(" A:") for prompt in asked}
     sentences = {text for _ in range(20_000) for text in train.draw_pair(rng)}
@@ -130,8 +131,9 @@ def test_every_expert_is_trained_once(members: int) -> None:
 
 def test_the_fast_forward_is_transformers() -> None:
     """The network that trains gives the logits of the Hugging Face model its weights are saved as."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     from scripts.zoo import llama
 
     a, vocabulary = plan.ARCHITECTURE, 50
