@@ -1,11 +1,14 @@
-"""How busy workers are, how fast one driver hands out candidates, and what it keeps: writes results/cluster.md.
+"""How busy workers are, how fast one driver hands out candidates, and what it keeps: writes
+results/cluster.md.
 
-Simulated with the scheduler that the Ray pool runs (evomerge/workers/scheduler.py), event by event, on a clock of its own: candidates
-take 60 s with a log-normal spread of .1, two of a hundred five times as long, wherever they run. Each island waits for all
-candidates of its generation before it asks for the next, a pipelined one for those of the generation before; all share the
-workers. With --real also two Ray workers on this machine that sleep by the same law, .2 s a candidate.
+Simulated with the scheduler that the Ray pool runs (evomerge/workers/scheduler.py), event by event, on a
+clock of its own: candidates take 60 s with a log-normal spread of .1, two of a hundred five times as long,
+wherever they run. Each island waits for all candidates of its generation before it asks for the next, a
+pipelined one for those of the generation before; all share the workers. With --real also two Ray workers on
+this machine that sleep by the same law, .2 s a candidate.
 
-usage: python scripts/benchmarks/cluster.py [--real | --only-real] [--seeds 2] [--evaluations 1000000] [--out results/cluster.md]
+usage: python scripts/benchmarks/cluster.py [--real | --only-real] [--seeds 2] [--evaluations 1000000] [--out
+    results/cluster.md]
 """
 
 from __future__ import annotations
@@ -61,8 +64,11 @@ def law(seed: int, slot: int, seconds: float = SECONDS) -> float:
 
 
 class Islands:
-    """Searches that each wait for their generation, pipelined ones for that before their last. begin: jobs to hand over at the
-    start; ended: jobs to hand over after a result. done: generations of each island that are over, and all before them."""
+    """Searches that each wait for their generation, pipelined ones for that before their last.
+
+    begin: jobs to hand over at the start; ended: jobs to hand over after a result. done: generations of each
+    island that are over, and all before them.
+    """
 
     def __init__(self, islands: int, population: int, generations: int, pipelined: bool = False) -> None:
         self.population, self.generations, self.ahead = population, generations, int(pipelined)
@@ -100,8 +106,12 @@ class Islands:
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """What a simulated search came to. busy, useful: shares of the workers' time in the steady part; useful is what gave a score;
-    failed: share of candidates that ended as timed out; seconds: that the scheduler took, of one core, of it and of the simulation."""
+    """What a simulated search came to.
+
+    busy, useful: shares of the workers' time in the steady part; useful is what gave a score; failed: share
+    of candidates that ended as timed out; seconds: that the scheduler took, of one core, of it and of the
+    simulation.
+    """
 
     busy: float
     useful: float
@@ -122,8 +132,10 @@ def simulate(
     shares: bool = True,
     pipelined: bool = False,
 ) -> Night:
-    """A search from its first generation to its end; shares are of the time from when all islands are at their second generation
-    until one is at its end. shares: keep what they are made of; without it the memory is the scheduler's and the simulation's alone."""
+    """A search from its first generation to its end; shares are of the time from when all islands are at
+    their second generation until one is at its end. shares: keep what they are made of; without it the memory
+    is the scheduler's and the simulation's alone.
+    """
     scheduler, crowd, now = Scheduler(limits), Islands(islands, population, generations, pipelined), 1.0
     scheduler.expected_workers = workers
     numbers = count(1)
@@ -195,7 +207,8 @@ def shares(seeds: int) -> list[str]:
     for limits, each_of, title, pipelined in tables:
         lines += [
             "",
-            f"{title}. Busy share of the workers' time, in brackets what gave a score; candidates of all islands for each worker:",
+            f"{title}. Busy share of the workers' time, in brackets what gave a score; candidates of all "
+            "islands for each worker:",
             "",
         ]
         lines += [
@@ -260,7 +273,8 @@ def load(evaluations: int) -> list[str]:
     print("load", night.cpu, night.wall, memory, flush=True)
     return [
         "",
-        f"One driver, 4,000 workers, 8 islands of 2,000: {night.evaluations:,} evaluations in {night.cpu:.0f} s of one core "
+        f"One driver, 4,000 workers, 8 islands of 2,000: {night.evaluations:,} evaluations in "
+        f"{night.cpu:.0f} s of one core "
         f"({night.wall:.0f} s by the clock, beside other programs), the simulation's own work included: "
         f"**{night.evaluations / night.cpu:,.0f} candidates/s** of a core, "
         f"{night.evaluations / night.wall:,.0f}/s by the clock.",
@@ -321,7 +335,8 @@ def real(generations: int = 36) -> list[str]:
                 u.alive - before[name].alive for name, u in used.items()
             )
             lines.append(
-                f"| {islands} | {'yes' if pipelined else 'no'} | {population} | {islands * population * each} | {busy:.1%} |"
+                f"| {islands} | {'yes' if pipelined else 'no'} | {population} | "
+                f"{islands * population * each} | {busy:.1%} |"
             )
             print(lines[-1], flush=True)
     with RayPool(functools.partial(Sleeper, 0.0), address="local", workers=2) as pool:
@@ -332,8 +347,10 @@ def real(generations: int = 36) -> list[str]:
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     lines += [
         "",
-        f"{jobs:,} candidates that take no time, through the same pool with two workers: {jobs / wall:,.0f}/s by the clock (driver, Ray, workers "
-        f"and other programs share two cores), {jobs / cpu:,.0f} for each second of the driver's own processor time.",
+        f"{jobs:,} candidates that take no time, through the same pool with two workers: "
+        f"{jobs / wall:,.0f}/s by the clock (driver, Ray, workers "
+        f"and other programs share two cores), {jobs / cpu:,.0f} for each second of the driver's own "
+        "processor time.",
         f"Load of the machine (processes that want a core) at the end: {os.getloadavg()[0]:.1f}.",
     ]
     print(lines[-2], flush=True)

@@ -1,11 +1,14 @@
 """Times the scoring of one candidate three ways and writes results/bench_eval.md.
 
-(a) lm_eval.simple_evaluate with a model's folder, as mergekit-evolve calls it; (b) lm-eval's HFLM at batch size 32 on the resident
-model, with requests built and log-likelihood requests tokenised beforehand; (c) ours: compiled once, replayed for every candidate.
-The ways take turns; every repeat scores a candidate that none has scored before, and what they answer is compared.
+(a) lm_eval.simple_evaluate with a model's folder, as mergekit-evolve calls it; (b) lm-eval's HFLM at batch
+size 32 on the resident model, with requests built and log-likelihood requests tokenised beforehand; (c) ours:
+compiled once, replayed for every candidate. The ways take turns; every repeat scores a candidate that none
+has scored before, and what they answer is compared.
 
-usage: python scripts/benchmarks/evaluation.py [--only zoo|likelihood|generation …] [--device cuda] [--repeats 3] [--quick] [--out FILE]
-On another device than the CPU there are no goals, and forwards are timed by the clock, with what was queued done.
+usage: python scripts/benchmarks/evaluation.py [--only zoo|likelihood|generation …] [--device cuda] [--repeats
+    3] [--quick] [--out FILE]
+On another device than the CPU there are no goals, and forwards are timed by the clock, with what was queued
+done.
 """
 
 from __future__ import annotations
@@ -50,12 +53,15 @@ REPO = Path(__file__).resolve().parents[2]
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 EXPERTS = ("math", "lang", "string")
 INCUMBENT_BATCH, HFLM_BATCH = 64, 32
-WIDE = 0.05  # deviation of the random weights but the head's; from 0.02, every text soon runs in the same circle of words
+# deviation of the random weights but the head's; from 0.02, every text soon runs in the same circle of words
+WIDE = 0.05
 SPECIAL = 4  # tokens of the random model that are no words
 HELD = {True: "held", False: "**not held**"}
 SHARE = 0.8  # of (c) that forwards should be on the larger model
 STEPS = 4  # of bfloat16 by which two right sums may differ: of eight rounded terms each
-REGRET = 0.06  # logits that rounding to bfloat16 may cost a generated token, see evomerge.evaluation.inference.generation_probe
+# logits that rounding to bfloat16 may cost a generated token, see
+# evomerge.evaluation.inference.generation_probe
+REGRET = 0.06
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +74,12 @@ class Took:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table. took: way -> a Took a repeat; shares: of forwards in (c); once: seconds spent before the first replay;
-    goal: ratio that is asked for, over the way `against`; wrong: how the ways' answers differ by more than they may, or ''."""
+    """A line of the table.
+
+    took: way -> a Took a repeat; shares: of forwards in (c); once: seconds spent before the first replay;
+    goal: ratio that is asked for, over the way `against`; wrong: how the ways' answers differ by more than
+    they may, or ''.
+    """
 
     workload: str
     took: dict[str, list[Took]]
@@ -88,8 +98,11 @@ class Row:
 
 
 class Resident:
-    """A live model and its tokenizer. forwards: seconds inside the model's forward so far, by hooks around it: of the processor, or
-    by the clock where the model is on another device."""
+    """A live model and its tokenizer.
+
+    forwards: seconds inside the model's forward so far, by hooks around it: of the processor, or by the clock
+    where the model is on another device.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer, self.forwards, self._started = model, tokenizer, 0.0, 0.0
@@ -110,7 +123,9 @@ class Resident:
 
 
 class CachedHflm:
-    """HFLM on a resident model with prepared requests: token pairs for log-likelihoods, instances for generation."""
+    """HFLM on a resident model with prepared requests: token pairs for log-likelihoods, instances for
+    generation.
+    """
 
     def __init__(self, resident: Resident, requests: Sequence[Instance]) -> None:
         self.lm = HFLM(pretrained=resident.model, tokenizer=resident.tokenizer, batch_size=HFLM_BATCH)
@@ -206,7 +221,7 @@ def race(
     return dict(took), shares
 
 
-# ---- the zoo: whole tasks --------------------------------------------------------------------------------------------------
+# ---- the zoo: whole tasks ----------------------------------------------------------------------------------
 
 
 def zoo(args: argparse.Namespace, scratch: Path) -> list[Row]:
@@ -305,7 +320,9 @@ def judged(cached: CachedHflm, tasks: dict[str, Any]) -> dict[str, float]:
 
 
 def merges(scratch: Path, count: int) -> list[Path]:
-    """Folders of merges that a search could meet: the base plus each expert's change times a random weight in [0.2, 1.2]."""
+    """Folders of merges that a search could meet: the base plus each expert's change times a random weight in
+    [0.2, 1.2].
+    """
     from safetensors.torch import load_file, save_file
 
     base, *experts = (
@@ -327,7 +344,7 @@ def merges(scratch: Path, count: int) -> list[Path]:
     return folders
 
 
-# ---- a model of ~100 M parameters: requests --------------------------------------------------------------------------------
+# ---- a model of ~100 M parameters: requests ----------------------------------------------------------------
 
 
 def larger(args: argparse.Namespace, resident: Resident) -> list[Row]:
@@ -379,7 +396,9 @@ def larger(args: argparse.Namespace, resident: Resident) -> list[Row]:
 
 
 def random_model(quick: bool) -> tuple[Any, Any]:
-    """A Qwen3 with random weights, and a tokenizer of one word a token, of which one in sixteen ends with a full stop."""
+    """A Qwen3 with random weights, and a tokenizer of one word a token, of which one in sixteen ends with a
+    full stop.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = 512 if quick else 32_000
@@ -415,7 +434,9 @@ def random_model(quick: bool) -> tuple[Any, Any]:
 
 
 def renew_head(model: Any, repeat: int) -> None:
-    """Makes another candidate of a random model: the rows of its head, but for the special tokens', move on by one."""
+    """Makes another candidate of a random model: the rows of its head, but for the special tokens', move on
+    by one.
+    """
     words = model.get_output_embeddings().weight[SPECIAL:]
     words.copy_(words.roll(1, 0))
 
@@ -437,7 +458,8 @@ def likelihood_row(
             worst[0] = max(worst[0], abs(one - other) / step)
             counts["greedy"] += flag != own
         for at in range(0, len(ours), 4):
-            # HFLM's sums are rounded to bfloat16, and tie: another choice counts only if HFLM itself ranks it lower
+            # HFLM's sums are rounded to bfloat16, and tie: another choice counts only if HFLM itself ranks it
+            # lower
             chosen = max(range(4), key=lambda k: ours[at + k][0])
             counts["choices"] += theirs[at + chosen][0] < max(s for s, _ in theirs[at : at + 4])
         counts["pairs"] += len(ours)
@@ -456,7 +478,8 @@ def likelihood_row(
     plan = prepared.plan
     assert plan is not None
     note = (
-        f"of {counts['pairs']} sums the farthest differ by {worst[0]:.3g} steps of bfloat16, {counts['greedy']} greedy flags, "
+        f"of {counts['pairs']} sums the farthest differ by {worst[0]:.3g} steps of bfloat16, "
+        f"{counts['greedy']} greedy flags, "
         f"{counts['choices']} of {counts['items']} choices; plan: {plan.technique}, {plan.tokens} tokens for "
         f"HFLM's {sum(len(c) + len(k) - 1 for _, c, k in cached.pairs)}; "
         f"allowed: {', '.join(techniques)}"
@@ -509,7 +532,7 @@ def generation_row(
     return Row(name, took, shares, once.wall, "b", goal, SHARE, note, wrong)
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, seconds: float) -> str:
@@ -517,27 +540,36 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
     flags = " --quick" * args.quick + f" --device {args.device}" * (not cpu) + f" --repeats {args.repeats}"
     flags += f" --only {' '.join(args.only)}" * (len(args.only) < 3)
     larger_one = (
-        f"On the larger model (a random Qwen3 of {parameters / 1e6:.0f} M parameters, bfloat16) (b) and (c) answer the requests, and before every "
+        f"On the larger model (a random Qwen3 of {parameters / 1e6:.0f} M parameters, bfloat16) (b) and (c) "
+        "answer the requests, and before every "
         "repeat\nthe rows of its head move on by one, which makes another model of it."
     )
     lines = [
         "# Scoring one candidate", "",
-        f"`python scripts/benchmarks/evaluation.py{flags}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes, 1 thread; {machine()}"
+        f"`python scripts/benchmarks/evaluation.py{flags}`, {datetime.now(UTC):%Y-%m-%d}, "
+        f"{seconds / 60:.1f} minutes, 1 thread; {machine()}"
         f"{'' if cpu else f', {torch.cuda.get_device_name()}'}.", "",
         *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
-        "Seconds are medians of the repeats: by the clock / of the processor, with child processes. A ratio is the median over repeats of two times",
+        "Seconds are medians of the repeats: by the clock / of the processor, with child processes. A ratio "
+        "is the median over repeats of two times",
         "that were taken one after the other.", "",
-        "- (a) `lm_eval.simple_evaluate` on the folder of a merged model, as mergekit-evolve calls it: bfloat16, batch size "
+        "- (a) `lm_eval.simple_evaluate` on the folder of a merged model, as mergekit-evolve calls it: "
+        "bfloat16, batch size "
         f"{INCUMBENT_BATCH}, its task manager kept.",
-        f"- (b) HFLM at batch size {HFLM_BATCH} on the resident model; requests built, log-likelihood requests tokenised beforehand.",
+        f"- (b) HFLM at batch size {HFLM_BATCH} on the resident model; requests built, log-likelihood "
+        "requests tokenised beforehand.",
         "- (c) ours: the same requests compiled beforehand and replayed, with lm-eval's rounding.", "",
-        "On the zoo (1.3 M parameters) all three end with the metrics of the tasks, and every repeat scores another merge of it.",
+        "On the zoo (1.3 M parameters) all three end with the metrics of the tasks, and every repeat scores "
+        "another merge of it.",
         *([larger_one] if parameters else []),
-        f"Forwards: {'processor time' if cpu else 'time'} between a hook before and a hook after the model's forward, "
+        f"Forwards: {'processor time' if cpu else 'time'} between a hook before and a hook after the "
+        "model's forward, "
         "its head included, as a share of (c).",
-        "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first scoring; a search compiles once a generation.",
+        "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first "
+        "scoring; a search compiles once a generation.",
         "",
-        "| workload | (a) s | (b) s | (c) s | ratio, clock | ratio, processor | goal | | forwards in (c) | goal | | once s |", "| --- " * 12 + "|",
+        "| workload | (a) s | (b) s | (c) s | ratio, clock | ratio, processor | goal | | forwards in (c) | "
+        "goal | | once s |", "| --- " * 12 + "|",
     ]  # fmt: skip
     for row in rows:
         cells = [row.workload]

@@ -1,9 +1,13 @@
-"""Times merges, routes and searches on a GPU; writes results/bench_gpu.md. Scoring beside lm-eval: scripts/benchmarks/evaluation.py --device cuda.
+"""Times merges, routes and searches on a GPU; writes results/bench_gpu.md.
 
-Merges and routes are of models of ~0.5 B parameters with random weights, as in scripts/benchmarks/merge.py; searches are those of
-scripts/benchmarks/search.py on the zoo, on the GPU and on one thread of the same machine's processor.
+Scoring beside lm-eval: scripts/benchmarks/evaluation.py --device cuda.
 
-usage: python scripts/benchmarks/gpu.py [--only merge routes search] [--device cuda] [--layers 24] [--repeats 9] [--out FILE]
+Merges and routes are of models of ~0.5 B parameters with random weights, as in scripts/benchmarks/merge.py;
+searches are those of scripts/benchmarks/search.py on the zoo, on the GPU and on one thread of the same
+machine's processor.
+
+usage: python scripts/benchmarks/gpu.py [--only merge routes search] [--device cuda] [--layers 24] [--repeats
+    9] [--out FILE]
 """
 
 from __future__ import annotations
@@ -61,7 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     lines = [
         "# On a GPU", "",
-        f"`python scripts/benchmarks/gpu.py`, {datetime.now(UTC):%Y-%m-%d}, {card(args.device)}, {os.cpu_count()} cores ({bench_merge.processor()}), "
+        f"`python scripts/benchmarks/gpu.py`, {datetime.now(UTC):%Y-%m-%d}, {card(args.device)}, "
+        f"{os.cpu_count()} cores ({bench_merge.processor()}), "
         f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval")) + ".",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,9 +106,12 @@ def merges(scratch: Path, models: list[Path], args: argparse.Namespace) -> Itera
     nbytes = total_bytes(next(iter(files.values())))
     yield from (
         "", "## Merging in place", "",
-        f"A base and three perturbations of it, {nbytes / 2e6:.0f} M parameters, bf16; median of {args.repeats}. GB/s counts parents read and output "
-        "written; copy is a copy of 1 GB on the device. First: the first candidate of a search, which reads the parents and builds the tables.", "",
-        "| method | parents | copy GB/s | first s | merge ms | GB/s | of copy | memory beside models MB |", "| --- " * 8 + "|",
+        f"A base and three perturbations of it, {nbytes / 2e6:.0f} M parameters, bf16; median of "
+        f"{args.repeats}. GB/s counts parents read and output "
+        "written; copy is a copy of 1 GB on the device. First: the first candidate of a search, which reads "
+        "the parents and builds the tables.", "",
+        "| method | parents | copy GB/s | first s | merge ms | GB/s | of copy | memory beside models MB "
+        "|", "| --- " * 8 + "|",
     )  # fmt: skip
     places = ("device", "pinned") if args.device != "cpu" else ("device",)
     copy = bench_merge.copy_bandwidth(args.device)
@@ -174,8 +182,11 @@ def routes(models: list[Path], args: argparse.Namespace) -> Iterator[str]:
 def searches(scratch: Path, args: argparse.Namespace) -> Iterator[str]:
     yield from (
         "", "## Searches on the zoo", "",
-        "1.3 M parameters, dare_ties, 4 tasks, population 24; candidates a minute once running, one search each.", "",
-        "| items × 4 | " + " | ".join(f"{'GPU' if device == 'cuda' else 'same machine'}, {what}" for device, _, what in SEARCHES) + " |",
+        "1.3 M parameters, dare_ties, 4 tasks, population 24; candidates a minute once running, one search "
+        "each.", "",
+        "| items × 4 "
+        "| " + " | ".join(f"{'GPU' if device == 'cuda' else 'same machine'}, "
+                          f"{what}" for device, _, what in SEARCHES) + " |",
         "| --- " * (len(SEARCHES) + 1) + "|",
     )  # fmt: skip
     quick = argparse.Namespace(quick=False)

@@ -1,10 +1,12 @@
-"""Times merges of a ~0.5 B-parameter model: in place, to disk, and mergekit's on the same files; writes results/bench_merge.md.
+"""Times merges of a ~0.5 B-parameter model: in place, to disk, and mergekit's on the same files; writes
+results/bench_merge.md.
 
-The base has random weights and the three "fine-tunes" are random perturbations of it: no language models, but the same
-bytes to move. Each cell is the median of --repeats runs in one process with the files in the page cache; a cell stops
-early, and says so, once --seconds are spent on it.
+The base has random weights and the three "fine-tunes" are random perturbations of it: no language models, but
+the same bytes to move. Each cell is the median of --repeats runs in one process with the files in the page
+cache; a cell stops early, and says so, once --seconds are spent on it.
 
-usage: python scripts/benchmarks/merge.py [--layers 24] [--repeats 5] [--seconds 150] [--threads 2] [--methods …] [--out FILE]
+usage: python scripts/benchmarks/merge.py [--layers 24] [--repeats 5] [--seconds 150] [--threads 2] [--methods
+    …] [--out FILE]
 """
 
 from __future__ import annotations
@@ -201,7 +203,9 @@ def keep(rows: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def make(scratch: Path, layers: int, device: str = "cpu") -> list[Path]:
-    """A base of Qwen2-0.5B's shapes and three perturbations of it, bf16, with a config that transformers builds. device: that draws them."""
+    """A base of Qwen2-0.5B's shapes and three perturbations of it, bf16, with a config that transformers
+    builds. device: that draws them.
+    """
     from safetensors.torch import save_file
 
     hidden, inner, heads, kv, vocabulary = 896, 4864, 14, 2, 151_936
@@ -337,13 +341,20 @@ def anonymous() -> int:
 def report(rows: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [
         "# Merging a ~0.5 B-parameter model", "",
-        f"`python scripts/benchmarks/merge.py --threads {args.threads} --repeats {args.repeats} --seconds {args.seconds:g}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, {args.threads} threads, {processor()}, Python {platform.python_version()}, "
-        f"torch {version('torch')}, transformers {version('transformers')}, mergekit 0.1.5; C pass: {'yes' if c_library.library() else 'no'}.", "",
-        f"Base and three random perturbations (no fine-tunes), {rows['parameters'] / 1e6:.0f} M parameters, bf16, files in the page cache. Medians; "
-        "GB/s counts parents read and output written; peak is the growth of anonymous memory (0 where the process held it already). `first` is the "
-        "first candidate of a search, which builds the tables; a cell that used up its time before the last repeat names its number of runs.", "",
-        "| method | copy GB/s | first s | in place s | GB/s | of copy | peak MB | to disk s | peak MB | mergekit in memory s | peak MB | "
+        f"`python scripts/benchmarks/merge.py --threads {args.threads} --repeats {args.repeats} --seconds "
+        f"{args.seconds:g}`, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {args.threads} threads, {processor()}, Python "
+        f"{platform.python_version()}, "
+        f"torch {version('torch')}, transformers {version('transformers')}, mergekit 0.1.5; C pass: "
+        f"{'yes' if c_library.library() else 'no'}.", "",
+        f"Base and three random perturbations (no fine-tunes), {rows['parameters'] / 1e6:.0f} M parameters, "
+        "bf16, files in the page cache. Medians; "
+        "GB/s counts parents read and output written; peak is the growth of anonymous memory (0 where the "
+        "process held it already). `first` is the "
+        "first candidate of a search, which builds the tables; a cell that used up its time before the last "
+        "repeat names its number of runs.", "",
+        "| method | copy GB/s | first s | in place s | GB/s | of copy | peak MB | to disk s | peak MB | "
+        "mergekit in memory s | peak MB | "
         "mergekit to disk s | peak MB | in place / in memory | to disk / to disk |",
         "| --- " * 15 + "|",
     ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""Weights, routes, both, and routes at random, on the zoo at one budget of scored items: `python scripts/benchmarks/routes.py [--seeds 5]`.
+"""Weights, routes, both, and routes at random, on the zoo at one budget of scored items: `python
+scripts/benchmarks/routes.py [--seeds 5]`.
 
-Each arm is a whole study from the command line, with its hand recipes, validation and test; several seeds, two at a time.
-Writes results/routes.md; studies that are already there are gone on with or read.
+Each arm is a whole study from the command line, with its hand recipes, validation and test; several seeds,
+two at a time. Writes results/routes.md; studies that are already there are gone on with or read.
 """
 
 from __future__ import annotations
@@ -144,19 +145,24 @@ def main() -> None:
     lines = [
         "# Weights, routes, and both, on the zoo",
         "",
-        f"`python scripts/benchmarks/routes.py --first {args.first} --seeds {args.seeds} --evaluations {args.evaluations}`, "
+        f"`python scripts/benchmarks/routes.py --first {args.first} --seeds {args.seeds} --evaluations "
+        f"{args.evaluations}`, "
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, "
         + ", ".join(
             f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval", "cma", "cmaes", "numpy")
         )
         + ".",
         "",
-        f"Each study: {args.evaluations} candidates x 160 search items (parents and recipes by hand not counted), 600 validation items, "
-        f"1,600 test items, float32, seeds {args.first} to {args.first + args.seeds - 1}. Mean of four skills. "
+        f"Each study: {args.evaluations} candidates x 160 search items (parents and recipes by hand not "
+        "counted), 600 validation items, "
+        f"1,600 test items, float32, seeds {args.first} to {args.first + args.seeds - 1}. Mean of four "
+        "skills. "
         "± is half of a 95 % interval of the mean over seeds (Student's t); "
-        "it holds the search's chance, not the items', which are the same for all (a study's own test score has a standard error of about .01).",
+        "it holds the search's chance, not the items', which are the same for all (a study's own test score "
+        "has a standard error of about .01).",
         "",
-        "| | test | over the best parent | over routes at random | over its best hand-written recipe | search - test | layers of the best |",
+        "| | test | over the best parent | over routes at random | over its best hand-written recipe | "
+        "search - test | layers of the best |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     parent = best(next(iter(found.values()))[0], "parent")

@@ -1,10 +1,13 @@
-"""Times whole searches, candidates a minute, beside the incumbent's measured figures; writes results/bench_search.md.
+"""Times whole searches, candidates a minute, beside the incumbent's measured figures; writes
+results/bench_search.md.
 
-A search is a process of its own: it reads the YAML, opens the zoo, scores parents and hand recipes, runs CMA-ES generations,
-commits every trial, validates finalists and tests the winner. Modes: 'one' search on one thread, the default for models of this
-size; 'workers', the same search with its candidates in two processes (--workers 2).
+A search is a process of its own: it reads the YAML, opens the zoo, scores parents and hand recipes, runs
+CMA-ES generations, commits every trial, validates finalists and tests the winner. Modes: 'one' search on one
+thread, the default for models of this size; 'workers', the same search with its candidates in two processes
+(--workers 2).
 
-usage: python scripts/benchmarks/search.py [--items 50 200 500] [--modes one workers] [--repeats 3] [--quick] [--out FILE]
+usage: python scripts/benchmarks/search.py [--items 50 200 500] [--modes one workers] [--repeats 3] [--quick]
+    [--out FILE]
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
-# mergekit-evolve 0.1.5 on two cores of this class, two workers, 1.3 M-parameter models, dare_ties, 4 tasks: items a task ->
-# (candidates a minute by the clock, the same once running); measured for docs of this project, not by this script
+# mergekit-evolve 0.1.5 on two cores of this class, two workers, 1.3 M-parameter models, dare_ties, 4 tasks:
+# items a task -> (candidates a minute by the clock, the same once running); measured for docs of this
+# project, not by this script
 INCUMBENT = {50: (44, 66), 200: (40, 54), 500: (27, 36)}
 GOALS = {50: 15, 200: 10, 500: 6}
 GENERATIONS = {50: 8, 200: 5, 500: 4}
@@ -138,7 +142,7 @@ def run(
     }
 
 
-# ---- in the process of a search --------------------------------------------------------------------------------------------
+# ---- in the process of a search ----------------------------------------------------------------------------
 
 
 def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
@@ -184,7 +188,9 @@ def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
 
 
 def measure(spent: dict[str, float]) -> None:
-    """Adds processor seconds of the parts of a candidate to `spent`, by functions around ours and hooks around the model's forward."""
+    """Adds processor seconds of the parts of a candidate to `spent`, by functions around ours and hooks
+    around the model's forward.
+    """
     from evomerge.evaluation.lm_harness.harness import LmHarness
     from evomerge.merging import merge
     from evomerge.store import Store
@@ -222,7 +228,7 @@ def measure(spent: dict[str, float]) -> None:
     Store.add_trial = around("storing", Store.add_trial)  # type: ignore[method-assign]
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def report(
@@ -241,22 +247,31 @@ def report(
     lines = [
         "# Whole searches",
         "",
-        f"`python scripts/benchmarks/search.py{flags}{' --quick' if args.quick else ''}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes;",
+        f"`python scripts/benchmarks/search.py{flags}{' --quick' if args.quick else ''}`, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes;",
         f"{machine()}.",
         "",
         *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
-        f"CMA-ES over DARE-TIES merges of three 1.3 M-parameter experts, six layers in groups of two, population {POPULATION}, four tasks;",
+        "CMA-ES over DARE-TIES merges of three 1.3 M-parameter experts, six layers in groups of two, "
+        f"population {POPULATION}, four tasks;",
         f"candidates a minute, medians of {args.repeats}.",
         "",
-        "- Clock: from the start of the process, parents and hand recipes scored on the way, to the end of the last generation.",
-        "- Steady: from the end of the first generation to the end of the last. Every trial is committed to the store in both.",
-        f"- Selection, the validation of finalists and the test of the winner on {FINAL} items a task each, comes after; the incumbent has none.",
-        "- With 1 worker a search is one process on one thread; with 2 (`--workers 2`) two more processes of one thread each evaluate candidates,",
+        "- Clock: from the start of the process, parents and hand recipes scored on the way, to the end of "
+        "the last generation.",
+        "- Steady: from the end of the first generation to the end of the last. Every trial is committed to "
+        "the store in both.",
+        f"- Selection, the validation of finalists and the test of the winner on {FINAL} items a task each, "
+        "comes after; the incumbent has none.",
+        "- With 1 worker a search is one process on one thread; with 2 (`--workers 2`) two more processes "
+        "of one thread each evaluate candidates,",
         "  and the first decides and stores: its own processor time is what is shown.",
-        "- The incumbent is mergekit-evolve 0.1.5, patched by hand to run on a CPU, two workers on two cores of this class; models, tasks, items and",
-        "  method of this kind (8 layers in groups of two). Its figures were measured earlier, not in this run.",
+        "- The incumbent is mergekit-evolve 0.1.5, patched by hand to run on a CPU, two workers on two "
+        "cores of this class; models, tasks, items and",
+        "  method of this kind (8 layers in groups of two). Its figures were measured earlier, not in this "
+        "run.",
         "",
-        "| items × 4 tasks | mode | candidates | start s | clock | steady | incumbent, clock / steady | ratio, clock | ratio, steady | goal | | "
+        "| items × 4 tasks | mode | candidates | start s | clock | steady | incumbent, clock / steady | "
+        "ratio, clock | ratio, steady | goal | | "
         "selection s | processor ms a candidate | failed |",
         "| --- " * 14 + "|",
     ]
@@ -290,9 +305,11 @@ def report(
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Where a candidate's processor time goes, 1 worker and steady: a run apart, by functions around ours and hooks around forwards.",
+        "Where a candidate's processor time goes, 1 worker and steady: a run apart, by functions around "
+        "ours and hooks around forwards.",
         "",
-        "| items × 4 tasks | candidate ms | forwards | scoring beside forwards, compiling | compiling | merging | storing | rest |",
+        "| items × 4 tasks | candidate ms | forwards | scoring beside forwards, compiling | compiling | "
+        "merging | storing | rest |",
         "| --- " * 8 + "|",
     ]
     for items, own in parts.items():

@@ -121,11 +121,14 @@ def main() -> None:
     head = [
         "# The demo's search, three seeds",
         "",
-        "Written by `python scripts/validation/demo_seeds.py` from the stored rows. The best and every parent and hand recipe are scored on the",
-        "same test items, once, after the choice on validation; the lead is the paired difference. Search scores are on different",
+        "Written by `python scripts/validation/demo_seeds.py` from the stored rows. The best and every "
+        "parent and hand recipe are scored on the",
+        "same test items, once, after the choice on validation; the lead is the paired difference. Search "
+        "scores are on different",
         "items per generation.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; zoo `{zoo['settings_hash']}`.",
+        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; "
+        f"zoo `{zoo['settings_hash']}`.",
         "",
     ]
     Path(args.out).write_text("\n".join(head + parts))

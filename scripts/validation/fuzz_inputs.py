@@ -1,9 +1,12 @@
-"""Random recipes, damaged recipe files and damaged model folders through merge_file; writes results/fuzz_inputs.md.
+"""Random recipes, damaged recipe files and damaged model folders through merge_file; writes
+results/fuzz_inputs.md.
 
-Each case must end in a folder that opens as a whole checkpoint, or in one EvomergeError of one line that names the file or
-the model and leaves nothing behind. A case is a function of its name, such as 0/document/17: --case runs it alone.
+Each case must end in a folder that opens as a whole checkpoint, or in one EvomergeError of one line that
+names the file or the model and leaves nothing behind. A case is a function of its name, such as
+0/document/17: --case runs it alone.
 
-usage: python scripts/validation/fuzz_inputs.py [--recipes 300] [--documents 1000] [--folders 500] [--seed 0] [--out results/fuzz_inputs.md]
+usage: python scripts/validation/fuzz_inputs.py [--recipes 300] [--documents 1000] [--folders 500] [--seed 0]
+    [--out results/fuzz_inputs.md]
 """
 
 from __future__ import annotations
@@ -456,7 +459,8 @@ def attempt(call: Callable[[], None]) -> tuple[str, str]:
         own = [frame for frame in last if "evomerge" in Path(frame.filename).parts] or last
         return (
             "wrong",
-            f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]}",
+            f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): "
+            f"{str(error)[:200]}",
         )
     finally:
         signal.alarm(0)
@@ -511,7 +515,8 @@ def main() -> None:
                     print(*wrong[-1], sep=": ", flush=True)
             rate = total / max(time.process_time() - start, 1e-9)
             rows.append(
-                f"| {kind}s | {total} | {ends[kind, 'merged']} | {ends[kind, 'refused']} | {ends[kind, 'wrong']} | {rate:.0f} |"
+                f"| {kind}s | {total} | {ends[kind, 'merged']} | {ends[kind, 'refused']} | "
+                f"{ends[kind, 'wrong']} | {rate:.0f} |"
             )
     finally:
         os.chdir(REPOSITORY)
@@ -519,8 +524,10 @@ def main() -> None:
     lines = [
         "# Random and damaged input",
         "",
-        f"Written by `python scripts/validation/fuzz_inputs.py --seed {args.seed}`: recipes in the bounds of their methods, recipe files with",
-        "values or bytes changed, and model or adapter folders with a damaged file. Refused: one EvomergeError of one line that names",
+        f"Written by `python scripts/validation/fuzz_inputs.py --seed {args.seed}`: recipes in the bounds "
+        "of their methods, recipe files with",
+        "values or bytes changed, and model or adapter folders with a damaged file. Refused: one "
+        "EvomergeError of one line that names",
         "the file or the model, nothing left behind. Wrong: anything else that is not a whole checkpoint.",
         "",
         "| | cases | merged | refused | wrong | per CPU second |",

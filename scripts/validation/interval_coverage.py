@@ -1,9 +1,10 @@
-"""Seeded studies on a landscape whose truth is known: does the test interval cover it, how far off are the search scores?
+"""Seeded studies on a landscape whose truth is known: does the test interval cover it, how far off are the
+search scores?
 
-Every study is a whole one: Study, Store, CmaEs, parents and hand recipes, finalists on validation, the winner on test. Only the
-models are not: a recipe answers an item of a task with a known probability, by the item's own difficulty (70 % of items, the
-same for all recipes) or by itself (30 %), so that the truth of a recipe, its expected score over the population of items, is
-known exactly. Each study draws its items afresh.
+Every study is a whole one: Study, Store, CmaEs, parents and hand recipes, finalists on validation, the winner
+on test. Only the models are not: a recipe answers an item of a task with a known probability, by the item's
+own difficulty (70 % of items, the same for all recipes) or by itself (30 %), so that the truth of a recipe,
+its expected score over the population of items, is known exactly. Each study draws its items afresh.
 
 usage: python scripts/validation/interval_coverage.py [--studies 400] [--out results/coverage.md]
 """
@@ -46,7 +47,9 @@ GOALS = {"a": (0.9, 0.7, 0.5), "b": (0.4, 0.5, 0.6)}  # weight of each layer at 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One study: the winner's truth and estimates; best: (highest search score of a sampled candidate, that one's truth)."""
+    """One study: the winner's truth and estimates; best: (highest search score of a sampled candidate, that
+    one's truth).
+    """
 
     truth: float
     test: Estimate
@@ -187,7 +190,8 @@ def covered(outcomes: Sequence[Outcome], level: float = 0.95) -> list[bool]:
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
     rows = [
-        "| level | intervals that hold the truth | share | 95 % interval of the share (Clopper–Pearson) | mean half width |",
+        "| level | intervals that hold the truth | share | 95 % interval of the share (Clopper–Pearson) | "
+        "mean half width |",
         "| --- " * 5 + "|",
     ]
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
@@ -195,7 +199,8 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
         exact = binomtest(sum(held), len(held)).proportion_ci(0.95)
         half = np.mean([(o.test.interval(level)[1] - o.test.interval(level)[0]) / 2 for o in outcomes])
         rows.append(
-            f"| {level:.0%} | {sum(held)} of {len(held)} | **{np.mean(held):.3f}** | {exact.low:.3f} to {exact.high:.3f} | {half:.4f} |"
+            f"| {level:.0%} | {sum(held)} of {len(held)} | **{np.mean(held):.3f}** | {exact.low:.3f} to "
+            f"{exact.high:.3f} | {half:.4f} |"
         )
     rows += [
         "",
@@ -218,13 +223,16 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
         if len(gap) > 1:
             d = np.array(gap)
             rows.append(
-                f"| {name} ({len(d)}) | {d.mean():+.4f} ± {d.std(ddof=1) / math.sqrt(len(d)):.4f} | {d.std(ddof=1):.4f} | {d.max():+.3f} |"
+                f"| {name} ({len(d)}) | {d.mean():+.4f} ± {d.std(ddof=1) / math.sqrt(len(d)):.4f} | "
+                f"{d.std(ddof=1):.4f} | {d.max():+.3f} |"
             )
     error = np.mean([o.test.error for o in outcomes]) / np.std([o.test.mean - o.truth for o in outcomes])
     return [
         *rows, "",
-        f"Stated standard error of the test score over the one found: {error:.3f}. The winners' truth: {np.mean([o.truth for o in outcomes]):.3f} "
-        f"on average, {_objective(at(1.0)):.3f} at the top of the landscape. {np.mean([o.items for o in outcomes]):.0f} item evaluations a study; "
+        f"Stated standard error of the test score over the one found: {error:.3f}. The winners' truth: "
+        f"{np.mean([o.truth for o in outcomes]):.3f} "
+        f"on average, {_objective(at(1.0)):.3f} at the top of the landscape. "
+        f"{np.mean([o.items for o in outcomes]):.0f} item evaluations a study; "
         f"{seconds:.0f} s for all.",
     ]  # fmt: skip
 
@@ -245,13 +253,17 @@ def main() -> None:
     head = [
         "# Coverage of the test interval, optimism of the search scores",
         "",
-        f"Written by `python scripts/validation/interval_coverage.py --studies {args.studies}`: whole studies, seeds 0 to {args.studies - 1}, {GENERATIONS} generations",
-        f"of {POPULATION} candidates each, on a landscape whose truth is known: tasks {weights}; items drawn afresh for",
+        f"Written by `python scripts/validation/interval_coverage.py --studies {args.studies}`: whole "
+        f"studies, seeds 0 to {args.studies - 1}, {GENERATIONS} generations",
+        f"of {POPULATION} candidates each, on a landscape whose truth is known: tasks {weights}; items "
+        "drawn afresh for",
         f"each study, {sizes} of each task; {PER_GENERATION} of each task a generation. The truth",
-        "of a recipe is its expected score over the population of items. The interval is the one that a report prints,",
+        "of a recipe is its expected score over the population of items. The interval is the one that a "
+        "report prints,",
         "`statistics.stratified(test items, weights).interval()`.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; {versions}.",
+        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; "
+        f"{versions}.",
         "",
     ]
     Path(args.out).write_text("\n".join(head + report(outcomes, seconds)) + "\n")

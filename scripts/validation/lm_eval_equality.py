@@ -1,11 +1,13 @@
-"""Our results item by item beside lm-eval's own, over architectures, task configurations and types; writes results/equality.md.
+"""Our results item by item beside lm-eval's own, over architectures, task configurations and types; writes
+results/equality.md.
 
-usage: python scripts/validation/lm_eval_equality.py [--rows FILE] [NAME ...]   (with names of architectures or 'zoo': only those, printed, not written)
+usage: python scripts/validation/lm_eval_equality.py [--rows FILE] [NAME ...]   (with names of architectures
+    or 'zoo': only those, printed, not written)
 
 --rows: where what is done is kept, one model a line; run again with the same file, it goes on from there.
 
-Random models of tests/text_architectures.py on the tasks of tests/equality_tasks.py, and the trained models of results/zoo on the shipped
-tasks and on the same kinds of tasks in their words.
+Random models of tests/text_architectures.py on the tasks of tests/equality_tasks.py, and the trained models
+of results/zoo on the shipped tasks and on the same kinds of tasks in their words.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ ARCHITECTURES = tuple(f"{NAMED} {DELICATE}".split())
 SHIPPED = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 SHOTS = {
     0: 200
-}  # examples before an item of the shipped tasks: items of each; with examples take all, lm-eval draws others for a part of the items
+    # examples before an item of the shipped tasks: items of each; with examples take all, lm-eval draws others
+    # for a part of the items
+}
 
 
 def penalised(model: Any) -> None:
@@ -81,7 +85,11 @@ VARIANTS: dict[str, Callable[[Any], None]] = {
 
 @dataclass(slots=True)
 class Row:
-    """A comparison. by_task: of each task; noise: HFLM at batch 16 against itself at batch 1, where asked; used: by our harness."""
+    """A comparison.
+
+    by_task: of each task; noise: HFLM at batch 16 against itself at batch 1, where asked; used: by our
+    harness.
+    """
 
     name: str
     how: str
@@ -112,7 +120,9 @@ def compared(
 
 
 class Sweep:
-    """Compares models on one folder of tasks, with harnesses that are loaded once for a tokenizer and way of asking."""
+    """Compares models on one folder of tasks, with harnesses that are loaded once for a tokenizer and way of
+    asking.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -128,7 +138,9 @@ class Sweep:
         groups: bool,
         note: str = "",
     ) -> list[Row]:
-        """float32 with and without a chat template, then bfloat16, where HFLM's own difference between batches is counted beside."""
+        """float32 with and without a chat template, then bfloat16, where HFLM's own difference between
+        batches is counted beside.
+        """
         found, scores = [], tasks.scores()
         for dtype, chat in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             if chat and not tokenizer.chat_template:
@@ -275,7 +287,8 @@ def read(file: Path) -> dict[str, tuple[list[Row], float]]:
 def counted(found: Differences) -> str:
     """What differs, of how many."""
     return (
-        f"flags {found.other_flags} of {found.requests}, texts {found.other_texts} of {found.texts}, items {found.other_items} of {found.items}, "
+        f"flags {found.other_flags} of {found.requests}, texts {found.other_texts} of {found.texts}, items "
+        f"{found.other_items} of {found.items}, "
         f"metrics {found.other_metrics} of {found.metrics}, sums {found.other_sums} (worst {found.worst:.1e})"
     )
 
@@ -291,27 +304,34 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
     lines = [
         "# lm-eval's results and ours, item by item",
         "",
-        "Written by `python scripts/validation/lm_eval_equality.py`: the same weights and tasks through `lm_eval.simple_evaluate` with HFLM at batch size 1",
+        "Written by `python scripts/validation/lm_eval_equality.py`: the same weights and tasks through "
+        "`lm_eval.simple_evaluate` with HFLM at batch size 1",
         "and through our harness; every response, every item's value and every metric compared.",
         "",
-        f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python {platform.python_version()}, {versions};",
+        f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python "
+        f"{platform.python_version()}, {versions};",
         f"{seconds / 60:.0f} minutes of processor time.",
         "",
-        f"{len({row.name for row in rows})} models, {len(tasks.TASKS)} task configurations and a group, with and without chat template",
-        "(then few-shot examples are turns). Random models: windows of 6 and chunks of 16 tokens, 256 positions; every other one with a tokenizer",
+        f"{len({row.name for row in rows})} models, {len(tasks.TASKS)} task configurations and a group, "
+        "with and without chat template",
+        "(then few-shot examples are turns). Random models: windows of 6 and chunks of 16 tokens, 256 "
+        "positions; every other one with a tokenizer",
         "that begins with BOS. The zoo: 1.3 M parameters each, trained (scripts/zoo/make_zoo.py).",
-        f"Sums differ if by more than {oracle.RELATIVE:.0e} of themselves (float32). flags: whether a continuation is the likeliest.",
+        f"Sums differ if by more than {oracle.RELATIVE:.0e} of themselves (float32). flags: whether a "
+        "continuation is the likeliest.",
         "",
         f"- **float32**: {counted(total(single))}.",
         f"- **bfloat16, trained models on the shipped tasks**: {counted(total(trained))}.",
-        f"- bfloat16, trained models on meaningless sequences of their words, where choices and tokens nearly tie: {counted(total(meaningless))}.",
+        "- bfloat16, trained models on meaningless sequences of their words, where choices and tokens "
+        f"nearly tie: {counted(total(meaningless))}.",
         *(f"- **Could not be compared**: {row.name}: {row.how}" for row in rows if not row.by_task),
         "",
         "## float32",
         "",
         "used: technique of scoring and decoder that the probe allowed.",
         "",
-        "| model | how | other flags | other texts | other sums | other items | other metrics | of requests, texts, items, metrics "
+        "| model | how | other flags | other texts | other sums | other items | other metrics | of "
+        "requests, texts, items, metrics "
         "| worst sum | used |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -319,7 +339,8 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
         t = row.total
         counts = f"{t.other_flags} | {t.other_texts} | {t.other_sums} | {t.other_items} | {t.other_metrics}"
         lines.append(
-            f"| {row.name} | {row.how} | {counts} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | {t.worst:.1e} | {row.used} |"
+            f"| {row.name} | {row.how} | {counts} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | "
+            f"{t.worst:.1e} | {row.used} |"
         )
     lines += [
         "",
@@ -336,9 +357,11 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
         "",
         "## bfloat16",
         "",
-        "Ours against HFLM at batch size 1, and beside it HFLM at batch size 16 against itself at 1. Random weights have near ties everywhere.",
+        "Ours against HFLM at batch size 1, and beside it HFLM at batch size 16 against itself at 1. Random "
+        "weights have near ties everywhere.",
         "",
-        "| model | how | flags: ours, HFLM 16 | texts | items | metrics | of requests, texts, items, metrics | worst sum | used |",
+        "| model | how | flags: ours, HFLM 16 | texts | items | metrics | of requests, texts, items, "
+        "metrics | worst sum | used |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -354,7 +377,8 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
                 )
             ).replace(", ", " | ")
             lines.append(
-                f"| {row.name} | {row.how} | {pairs} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | {t.worst:.1e} / {n.worst:.1e} | {row.used} |"
+                f"| {row.name} | {row.how} | {pairs} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | "
+                f"{t.worst:.1e} / {n.worst:.1e} | {row.used} |"
             )
     odd = [(row, said) for row in [*single, *trained] for said in row.total.said]
     if odd:

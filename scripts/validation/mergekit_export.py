@@ -1,6 +1,8 @@
-"""Exports a study's best with weights and checks it against mergekit and lm-eval's command line; writes results/export.md.
+"""Exports a study's best with weights and checks it against mergekit and lm-eval's command line; writes
+results/export.md.
 
-usage: python scripts/validation/mergekit_export.py [STUDY] [--root results]   (needs scripts/make_mergekit_env)
+usage: python scripts/validation/mergekit_export.py [STUDY] [--root results]   (needs
+    scripts/make_mergekit_env)
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Every method against mergekit 0.1.5 over the whole matrix of tests/parity_cases.py; writes results/parity.md.
+"""Every method against mergekit 0.1.5 over the whole matrix of tests/support/parity_cases.py; writes
+results/parity.md.
 
-usage: python scripts/validation/mergekit_parity.py [--rows FILE]   (needs scripts/make_mergekit_env; 20 minutes on two cores)
+usage: python scripts/validation/mergekit_parity.py [--rows FILE]   (needs scripts/make_mergekit_env; 20
+    minutes on two cores)
 
---rows: where the cells that are done are kept, one line each; run again with the same file, it goes on from there.
+--rows: where the cells that are done are kept, one line each; run again with the same file, it goes on from
+there.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +26,8 @@ import torch
 from evomerge.errors import EvomergeError
 from evomerge.export.recipe_file import merge_file
 from evomerge.methods import METHODS
+from scripts.benchmarks import machine
+from scripts.validation import row_file
 from tests.support import parity_cases
 from tests.support.parity_cases import ARCHITECTURES, FORMS, TYPES, VARIANTS, Cell
 
@@ -69,199 +71,289 @@ def batch(cells: Sequence[Cell], folder: Path, zoo: Path) -> Iterable[dict[str, 
                 if (cell, policy) in refused:
                     row[policy] = {"refused": refused[cell, policy]}
                 else:
-                    row[policy] = vars_of(parity_cases.difference(file.with_suffix(f".{policy}"), theirs))
+                    row[policy] = as_json(parity_cases.difference(file.with_suffix(f".{policy}"), theirs))
         yield row
 
 
-def vars_of(found: parity_cases.Difference) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("worst", "unequal", "further", "relative", "widened")}
+def as_json(difference: parity_cases.Difference) -> dict[str, Any]:
+    """The fields of a difference that a row holds."""
+    return {
+        "worst": difference.worst,
+        "unequal": difference.unequal,
+        "further": difference.further,
+        "relative": difference.relative,
+        "widened": difference.widened,
+    }
 
 
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of results/parity.md."""
-    code = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('mergekit', 'torch', 'transformers')), sep=', ')"
-    theirs = subprocess.run(
-        [parity_cases.ENVIRONMENT / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     cells = {Cell(*row["cell"]): row for row in rows}
-    absent = [cell for cell in parity_cases.matrix() if not cell.exists]
-    worse = [
-        c
-        for c, row in cells.items()
-        if row.get("mergekit", {}).get("worst", 0) > 1 and not (c.other_unit or c.other_names)
+    exact = [v for v in VARIANTS if not METHODS[Cell(v, 1, "", "", "").method].randomized]
+    sampled = [v for v in VARIANTS if v not in exact]
+    return [
+        *_heading(cells),
+        *_exact_table(cells, exact),
+        *_explanations(cells),
+        *_float32_table(cells, exact),
+        *_sampled_table(cells, sampled),
     ]
-    lines = [
+
+
+def _unexplained(cells: dict[Cell, dict[str, Any]]) -> list[Cell]:
+    """Cells whose tensors differ though both programs merge the same ones under the same names."""
+    return [
+        cell
+        for cell, row in cells.items()
+        if row.get("mergekit", {}).get("worst", 0) > 1 and not (cell.other_unit or cell.other_names)
+    ]
+
+
+def _heading(cells: dict[Cell, dict[str, Any]]) -> list[str]:
+    code = (
+        "import importlib.metadata as m;"
+        "print(*(f'{n} {m.version(n)}' for n in ('mergekit', 'torch', 'transformers')), sep=', ')"
+    )
+    python = parity_cases.ENVIRONMENT / "bin" / "python"
+    theirs = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    absent = [cell for cell in parity_cases.matrix() if not cell.exists]
+    return [
         "# Every method against mergekit",
         "",
-        "Written by `python scripts/validation/mergekit_parity.py`: the same recipe file through both, every tensor compared element by element.",
+        "Written by `python scripts/validation/mergekit_parity.py`: the same recipe file through both "
+        "programs,",
+        "every tensor compared element by element.",
         "",
-        f"On {today}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}; against {theirs}.",
+        f"{machine.stamp('torch')}; against {theirs}.",
         "",
-        f"The matrix: {len(VARIANTS)} methods (nuslerp and multislerp with and without a base) x 1, 2 and 3 parents x the forms",
-        f"{', '.join(FORMS)} x the types float32 and bfloat16 on",
+        f"The matrix: {len(VARIANTS)} methods (nuslerp and multislerp with and without a base) x 1, 2 and 3 "
+        "parents",
+        f"x the forms {', '.join(FORMS)} x the types float32 and bfloat16 on",
         f"{', '.join(ARCHITECTURES)}, and on llama also",
         "; ".join(t for t in TYPES if t not in ("float32", "bfloat16")) + ".",
-        "bfloat16 is mergekit's `dtype`, in which it computes; what follows 'to' is the `out_dtype`; 'stored' names no type, 'mixed' has",
-        "parents in two. Models are tiny and random, four layers deep. 'fused' has the experts of a layer as one tensor on disk, as",
-        "transformers 5 holds them; mixtral is also tried as it is on the hub.",
+        "bfloat16 is mergekit's `dtype`, in which it computes; what follows 'to' is the `out_dtype`; "
+        "'stored' names",
+        "no type, 'mixed' has parents in two. Models are tiny and random, four layers deep. 'fused' has the "
+        "experts",
+        "of a layer as one tensor on disk, as transformers 5 holds them; mixtral is also tried as it is on "
+        "the hub.",
         "",
-        f"{len(cells) + len(absent)} cells: {len(absent)} that cannot be, as the method takes another number of models, and {len(cells)} merged.",
-        f"Unexplained differences under the policy `mergekit`: {len(worse)}.",
+        f"{len(cells) + len(absent)} cells: {len(absent)} that cannot be, as the method takes another "
+        "number of",
+        f"models, and {len(cells)} merged.",
+        f"Unexplained differences under the policy `mergekit`: {len(_unexplained(cells))}.",
+    ]
+
+
+def _exact_table(cells: dict[Cell, dict[str, Any]], variants: Sequence[str]) -> list[str]:
+    """Methods without chance, merged by the policy 'mergekit'."""
+    lines = [
         "",
         "## The policy `mergekit`, methods that do not sample",
         "",
-        "within 1: cells with no element further away than one unit in the last place of the output's type. apart: cells that differ by",
-        "more, all of them mixtral as it is on the hub, where the two merge other tensors or their filters see other names; with",
-        "'mixtral fused' both see the same.",
+        "within 1: cells with no element further away than one unit in the last place of the output's type. "
+        "apart:",
+        "cells that differ by more, all of them mixtral as it is on the hub, where the two merge other "
+        "tensors or",
+        "their filters see other names; with 'mixtral fused' both see the same.",
         "",
-        "| method | cells | bitwise | within 1 | worst but for those apart, ulp | apart | mergekit fails | evomerge refuses |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | cells | bitwise | within 1 | worst but for those apart, ulp | apart | mergekit fails "
+        "| evomerge refuses |",
+        "| --- " * 8 + "|",
     ]
-    exact = [v for v in VARIANTS if not METHODS[Cell(v, 1, "", "", "").method].randomized]
-    for variant in exact:
-        of = {c: row for c, row in cells.items() if c.variant == variant}
-        both = {c: row["mergekit"] for c, row in of.items() if "worst" in row.get("mergekit", {})}
-        explained = [c for c, found in both.items() if found["worst"] > 1 and (c.other_unit or c.other_names)]
-        counted = [found["worst"] for c, found in both.items() if c not in explained]
-        failed, refused = (
-            [c for c, row in of.items() if key(row)]
-            for key in (lambda r: "theirs" in r, lambda r: "refused" in r.get("mergekit", {}))
-        )
-        lines.append(
-            f"| {variant} | {len(of)} | {sum(w == 0 for w in counted)} | {sum(w <= 1 for w in counted)} | {max(counted, default=0)} "
-            f"| {len(explained)} | {len(failed)} | {len(refused)} |"
-        )
-    lines += ["", "Why:", ""]
-    lines += [f"- {number} cells apart: {reason}." for reason, number in reasons(cells).most_common()]
-    lines += [
-        f"- {number} cells, mergekit fails on {where}: {what}"
-        for (where, what), number in said(cells, "theirs").most_common()
-    ]
-    lines += [
-        f"- {number} cells, evomerge refuses {where}: {what}"
-        for (where, what), number in said(cells, "mergekit").most_common()
-    ]
-    wide = Counter(c.variant for c, row in cells.items() if row.get("mergekit", {}).get("widened"))
-    lines += [
-        f"- {number} cells of {variant}, which mergekit writes in float32 where the recipe says bfloat16; compared after rounding."
-        for variant, number in wide.items()
-    ]
-    lines += [
-        "- Not compared: GPT-2's causal masks `h.N.attn.bias` of the hub's files, which mergekit drops, evomerge merges and transformers ignores.",
-        *(f"- **Unexplained:** {cell}: {cells[cell]['mergekit']}" for cell in worse),
-        "",
-        "## The policy `float32`, the default",
-        "",
-        "Arithmetic in float32 whatever the types, one rounding at the end; against mergekit with `dtype: float32`, cells in which both merge the",
-        "same tensors. relative: the largest difference, in units of the largest entry of its tensor; median over cells and worst. Most",
-        "differ by rounding, which is many units in the last place of entries whose terms cancel. Beyond rounding, as the methods'",
-        "docstrings say: TIES and breadcrumbs among entries of one size, which bfloat16 has many of; SCE of one model, of which mergekit",
-        "selects nothing; model_stock beyond a right angle, where mergekit steps away from the models (half the tensors of these random",
-        "models); arcee_fusion's divergence, which in mergekit is rounding in part (under 1% of entries).",
-        "",
-        "| method | to float32: cells | bitwise | within 1 ulp | relative, median | worst | to bfloat16: cells | bitwise | within 1 ulp | worst |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for variant in exact:
-        columns = [f"| {variant}"]
-        for types in ("float32", "float32 to bfloat16"):
-            found = [
-                row["float32"]
-                for c, row in cells.items()
-                if (c.variant, c.types) == (variant, types)
-                and not (c.other_unit or c.other_names)
-                and "worst" in row.get("float32", {})
-            ]
-            relative = sorted(f["relative"] for f in found)
-            columns += [
-                str(len(found)),
-                str(sum(f["worst"] == 0 for f in found)),
-                str(sum(f["worst"] <= 1 for f in found)),
-            ]
-            columns += (
-                [f"{relative[len(relative) // 2]:.1g}" if relative else ""] if types == "float32" else []
-            )
-            columns += [f"{relative[-1]:.1g}" if relative else ""]
-        lines.append(" | ".join(columns) + " |")
-    lines += [
-        "",
-        "## Methods that sample",
-        "",
-        "mergekit draws from one global generator, evomerge hashes keys: the masks differ, their statistics may not. In each cell mergekit's",
-        "one draw is set against eight of evomerge's under the policy `mergekit`: share of entries that change, L1 norm of the change in",
-        "matrices, share of changed entries with the sign they have at density 1, product with the change at density 1. A deviation is in",
-        "standard deviations of a draw, with 1/10,000 of the measure added for rounding; if the two are alike it has Student's t",
-        "distribution with 7 degrees of freedom or a narrower one: mean 0, root mean square 1.18, beyond 5.4 once in 1,000.",
-        "",
-        "| method | cells | compared | kept: mean, rms, largest | L1 | signs | along the whole | mergekit fails |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for variant in [v for v in VARIANTS if v not in exact]:
-        of = {c: row for c, row in cells.items() if c.variant == variant}
-        z = [row["z"] for c, row in of.items() if "z" in row and not c.other_names]
-        columns = [f"| {variant}", str(len(of)), str(len(z))]
-        for name in ("kept", "L1", "signs", "along the whole"):
-            values = torch.tensor([found[name] for found in z])
-            columns.append(
-                f"{values.mean():+.2f}, {values.square().mean().sqrt():.2f}, {values.abs().max():.1f}"
-                if z
-                else ""
-            )
-        lines.append(" | ".join([*columns, str(sum("theirs" in row for row in of.values()))]) + " |")
-    lines += [
-        "",
-        "The cells not compared are those of mixtral with filters, as above. That evomerge's own masks are the same on a rerun, in any chunks and",
-    ]
-    lines += ["on any number of threads, in C and in torch, is in tests/test_parity_methods.py."]
+    for variant in variants:
+        rows = {cell: row for cell, row in cells.items() if cell.variant == variant}
+        both = {cell: row["mergekit"] for cell, row in rows.items() if "worst" in row.get("mergekit", {})}
+        apart = [c for c, result in both.items() if result["worst"] > 1 and (c.other_unit or c.other_names)]
+        worst = [result["worst"] for cell, result in both.items() if cell not in apart]
+        columns = [
+            variant,
+            len(rows),
+            sum(ulps == 0 for ulps in worst),
+            sum(ulps <= 1 for ulps in worst),
+            max(worst, default=0),
+            len(apart),
+            sum("theirs" in row for row in rows.values()),
+            sum("refused" in row.get("mergekit", {}) for row in rows.values()),
+        ]
+        lines.append("| " + " | ".join(map(str, columns)) + " |")
     return lines
 
 
+def _explanations(cells: dict[Cell, dict[str, Any]]) -> list[str]:
+    """Why cells differ, fail or are refused."""
+    wide = Counter(c.variant for c, row in cells.items() if row.get("mergekit", {}).get("widened"))
+    return [
+        "",
+        "Why:",
+        "",
+        *(f"- {number} cells apart: {reason}." for reason, number in reasons(cells).most_common()),
+        *(
+            f"- {number} cells, mergekit fails on {where}: {what}"
+            for (where, what), number in messages(cells, "theirs").most_common()
+        ),
+        *(
+            f"- {number} cells, evomerge refuses {where}: {what}"
+            for (where, what), number in messages(cells, "mergekit").most_common()
+        ),
+        *(
+            f"- {number} cells of {variant}, which mergekit writes in float32 where the recipe says "
+            "bfloat16; "
+            "compared after rounding."
+            for variant, number in wide.items()
+        ),
+        "- Not compared: GPT-2's causal masks `h.N.attn.bias` of the hub's files, which mergekit drops, "
+        "evomerge",
+        "  merges and transformers ignores.",
+        *(f"- **Unexplained:** {cell}: {cells[cell]['mergekit']}" for cell in _unexplained(cells)),
+    ]
+
+
+def _float32_table(cells: dict[Cell, dict[str, Any]], variants: Sequence[str]) -> list[str]:
+    """The same methods by the policy 'float32'."""
+    lines = [
+        "",
+        "## The policy `float32`, the default",
+        "",
+        "Arithmetic in float32 whatever the types, one rounding at the end; against mergekit with `dtype: "
+        "float32`,",
+        "cells in which both merge the same tensors. relative: the largest difference, in units of the "
+        "largest entry",
+        "of its tensor; median over cells and worst. Most differ by rounding, which is many units in the "
+        "last place",
+        "of entries whose terms cancel. Beyond rounding, as the methods' docstrings say: TIES and "
+        "breadcrumbs among",
+        "entries of one size, which bfloat16 has many of; SCE of one model, of which mergekit selects "
+        "nothing;",
+        "model_stock beyond a right angle, where mergekit steps away from the models (half the tensors of "
+        "these",
+        "random models); arcee_fusion's divergence, which in mergekit is rounding in part (under 1% of "
+        "entries).",
+        "",
+        "| method | to float32: cells | bitwise | within 1 ulp | relative, median | worst "
+        "| to bfloat16: cells | bitwise | within 1 ulp | worst |",
+        "| --- " * 10 + "|",
+    ]
+    for variant in variants:
+        single = _float32_columns(cells, variant, "float32", median=True)
+        half = _float32_columns(cells, variant, "float32 to bfloat16", median=False)
+        lines.append("| " + " | ".join([variant, *single, *half]) + " |")
+    return lines
+
+
+def _float32_columns(
+    cells: dict[Cell, dict[str, Any]], variant: str, types: str, *, median: bool
+) -> list[str]:
+    """Cells, bitwise, within one unit, the median difference where asked, and the worst."""
+    results = [
+        row["float32"]
+        for cell, row in cells.items()
+        if (cell.variant, cell.types) == (variant, types)
+        and not (cell.other_unit or cell.other_names)
+        and "worst" in row.get("float32", {})
+    ]
+    columns = [
+        str(len(results)),
+        str(sum(result["worst"] == 0 for result in results)),
+        str(sum(result["worst"] <= 1 for result in results)),
+    ]
+    relative = sorted(result["relative"] for result in results)
+    if median:
+        columns.append(f"{relative[len(relative) // 2]:.1g}" if relative else "")
+    columns.append(f"{relative[-1]:.1g}" if relative else "")
+    return columns
+
+
+def _sampled_table(cells: dict[Cell, dict[str, Any]], variants: Sequence[str]) -> list[str]:
+    """Methods that draw masks: statistics of mergekit's draw among ours."""
+    lines = [
+        "",
+        "## Methods that sample",
+        "",
+        "mergekit draws from one global generator, evomerge hashes keys: the masks differ, their statistics "
+        "may not.",
+        "In each cell mergekit's one draw is set against eight of evomerge's under the policy `mergekit`: "
+        "share of",
+        "entries that change, L1 norm of the change in matrices, share of changed entries with the sign "
+        "they have at",
+        "density 1, product with the change at density 1. A deviation is in standard deviations of a draw, "
+        "with",
+        "1/10,000 of the measure added for rounding; if the two are alike it has Student's t distribution "
+        "with 7",
+        "degrees of freedom or a narrower one: mean 0, root mean square 1.18, beyond 5.4 once in 1,000.",
+        "",
+        "| method | cells | compared | kept: mean, rms, largest | L1 | signs | along the whole | mergekit "
+        "fails |",
+        "| --- " * 8 + "|",
+    ]
+    for variant in variants:
+        rows = {cell: row for cell, row in cells.items() if cell.variant == variant}
+        deviations = [row["z"] for cell, row in rows.items() if "z" in row and not cell.other_names]
+        columns = [variant, str(len(rows)), str(len(deviations))]
+        for measure in ("kept", "L1", "signs", "along the whole"):
+            z = torch.tensor([deviation[measure] for deviation in deviations])
+            summary = (
+                f"{z.mean():+.2f}, {z.square().mean().sqrt():.2f}, {z.abs().max():.1f}" if deviations else ""
+            )
+            columns.append(summary)
+        columns.append(str(sum("theirs" in row for row in rows.values())))
+        lines.append("| " + " | ".join(columns) + " |")
+    return [
+        *lines,
+        "",
+        "The cells not compared are those of mixtral with filters, as above. That evomerge's own masks are "
+        "the same",
+        "on a rerun, in any chunks and on any number of threads, in C and in torch, is in",
+        "tests/integration/test_parity_methods.py.",
+    ]
+
+
 def reasons(cells: dict[Cell, dict[str, Any]]) -> Counter[str]:
-    found: Counter[str] = Counter()
+    """Why cells are apart -> cells."""
+    counts: Counter[str] = Counter()
     for cell, row in cells.items():
         if row.get("mergekit", {}).get("worst", 0) > 1 and (cell.other_unit or cell.other_names):
             both = [EXPERTS] * cell.other_unit + [NAMES] * cell.other_names
-            found[f"mixtral as on the hub; {' and '.join(both)}"] += 1
-    return found
+            counts[f"mixtral as on the hub; {' and '.join(both)}"] += 1
+    return counts
 
 
-def said(cells: dict[Cell, dict[str, Any]], key: str) -> Counter[tuple[str, str]]:
+def messages(cells: dict[Cell, dict[str, Any]], key: str) -> Counter[tuple[str, str]]:
     """(method and architecture, message without its details) -> cells."""
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for cell, row in cells.items():
         text = row.get(key, "") if key == "theirs" else row.get(key, {}).get("refused", "")
         if text:
-            found[f"{cell.variant} on {cell.architecture}", re.sub(r"'[^']*'", "...", text)[:200]] += 1
-    return found
+            counts[f"{cell.variant} on {cell.architecture}", re.sub(r"'[^']*'", "...", text)[:200]] += 1
+    return counts
 
 
 def main() -> None:
+    """Merges the cells that are not among the rows, then writes the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="")
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--every", type=int, default=1, help="only every so many cells, for a trial")
-    parser.add_argument("--out", default=str(REPOSITORY / "results" / "parity.md"))
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "parity.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    cells = [cell for cell in parity_cases.matrix() if cell.exists][:: args.every]
+    done = row_file.read(args.rows)
+    merged = {Cell(*row["cell"]) for row in done}
+    left = [cell for cell in cells if cell not in merged]
     with tempfile.TemporaryDirectory() as scratch:
-        kept = Path(args.rows or f"{scratch}/rows")
-        rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-        done = {Cell(*row["cell"]) for row in rows}
-        cells = [cell for cell in parity_cases.matrix() if cell.exists][:: args.every]
-        left = [cell for cell in cells if cell not in done]
         for first in range(0, len(left), BATCH):
             folder = Path(scratch, "batch")
             folder.mkdir()
-            found = list(batch(left[first : first + BATCH], folder, Path(scratch, "models")))
+            new = list(batch(left[first : first + BATCH], folder, Path(scratch, "models")))
             shutil.rmtree(folder)
-            rows += found
-            with kept.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
-            print(f"{len(rows)} of {len(cells)} cells", flush=True)
+            row_file.append(args.rows, new)
+            done += new
+            print(f"{len(done)} of {len(cells)} cells", flush=True)
     wanted = set(cells)
-    Path(args.out).write_text("\n".join(report([row for row in rows if Cell(*row["cell"]) in wanted])) + "\n")
+    lines = report([row for row in done if Cell(*row["cell"]) in wanted])
+    args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

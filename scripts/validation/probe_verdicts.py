@@ -1,10 +1,14 @@
-"""The probe's verdicts against the truth, over many architectures, techniques, decoders and types; writes results/probe.md.
+"""The probe's verdicts against the truth, over many architectures, techniques, decoders and types; writes
+results/probe.md.
 
-usage: python scripts/validation/probe_verdicts.py [--rows FILE] [ARCHITECTURE ...]   (with names: only those, the table is printed and no file written)
+usage: python scripts/validation/probe_verdicts.py [--rows FILE] [ARCHITECTURE ...]   (with names: only those,
+    the table is printed and no file written)
 
---rows: where what is done is kept, one architecture a line; run again with the same file, it goes on from there.
+--rows: where what is done is kept, one architecture a line; run again with the same file, it goes on from
+there.
 
-The truth is what tests/probe_truth.py finds: realistic requests beside one request a forward, texts beside a whole forward a token.
+The truth is what tests/probe_truth.py finds: realistic requests beside one request a forward, texts beside a
+whole forward a token.
 """
 
 from __future__ import annotations
@@ -49,18 +53,26 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
     lines = [
         "# The probe against the truth",
         "",
-        "Written by `python scripts/validation/probe_verdicts.py`: what the probe allows a model, beside what is right for it.",
+        "Written by `python scripts/validation/probe_verdicts.py`: what the probe allows a model, beside "
+        "what is right for it.",
         "",
-        f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python {platform.python_version()}, "
+        f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python "
+        f"{platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__};",
         f"{seconds / 60:.1f} minutes of processor time.",
         "",
-        "Models are tiny and random (tests/text_architectures.py), windows 6 and chunks 16 tokens long; requests are up to 256 tokens.",
-        "Right: in float32 every log-likelihood within 1e-3 nats of one request a forward and every greedy flag the same; every text that of",
-        "a whole forward a token. In bfloat16: right in float32, and on average as near as rounding; texts: no chosen token's logit short of",
-        f"the largest by more than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits, or than in transformers'",
-        "own `generate` on the same prompts, one at a time or in one padded batch: rounding moves tokens to other experts. What raises is wrong.",
-        "Decoders: slots, left-padded rows, rows of equal length, a single row, the whole text anew for every token; shared: the fastest that is",
+        "Models are tiny and random (tests/text_architectures.py), windows 6 and chunks 16 tokens long; "
+        "requests are up to 256 tokens.",
+        "Right: in float32 every log-likelihood within 1e-3 nats of one request a forward and every greedy "
+        "flag the same; every text that of",
+        "a whole forward a token. In bfloat16: right in float32, and on average as near as rounding; texts: "
+        "no chosen token's logit short of",
+        f"the largest by more than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits, or than "
+        "in transformers'",
+        "own `generate` on the same prompts, one at a time or in one padded batch: rounding moves tokens to "
+        "other experts. What raises is wrong.",
+        "Decoders: slots, left-padded rows, rows of equal length, a single row, the whole text anew for "
+        "every token; shared: the fastest that is",
         "allowed, with prefixes computed once.",
         "",
         "| type | of | used and right | refused and wrong | refused though right | **used and wrong** |",
@@ -104,7 +116,8 @@ def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: flo
     if odd:
         lines += ["", "Verdicts that differ from the truth:", ""]
         lines += [
-            f"- {name}, {o.name}, {str(o.dtype).removeprefix('torch.')}: {MEANING[o.allowed, o.right]}; {o.said}"
+            f"- {name}, {o.name}, {str(o.dtype).removeprefix('torch.')}: {MEANING[o.allowed, o.right]}; "
+            f"{o.said}"
             for name, o in odd
         ]
     if failed:

@@ -1,11 +1,15 @@
-"""Races against full evaluation: in a simulation, and replayed on the item scores of recorded studies. Writes results/racing.md.
+"""Races against full evaluation: in a simulation, and replayed on the item scores of recorded studies.
 
-The simulation: candidates with normal skills answer items of normal difficulty by a logistic model, with a part of their
-own in common that other candidates lack. Recorded are two searches over the zoo (search_spaces/demo.yaml, 20 generations of
-24, 200 items a task), one ranked by the tasks' metrics, one by the probability of the right answer, both without a race, so
-that all scores are known. A replay deals a generation's items in another order and runs the same code as a search.
+Writes results/racing.md.
 
-usage: python scripts/validation/racing_replay.py [--studies results] [--samples 75] [--orders 4] [--out results/racing.md]
+The simulation: candidates with normal skills answer items of normal difficulty by a logistic model, with a
+part of their own in common that other candidates lack. Recorded are two searches over the zoo
+(search_spaces/demo.yaml, 20 generations of 24, 200 items a task), one ranked by the tasks' metrics, one by
+the probability of the right answer, both without a race, so that all scores are known. A replay deals a
+generation's items in another order and runs the same code as a search.
+
+usage: python scripts/validation/racing_replay.py [--studies results] [--samples 75] [--orders 4] [--out
+    results/racing.md]
 """
 
 from __future__ import annotations
@@ -51,9 +55,12 @@ Table = Mapping[int, Sequence[ItemScore]]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A race against full evaluation. same: the same best mu; level: the same but for candidates of equal scores; dropped:
-    one of the best was dropped, but for equal scores; cost: item evaluations over those of full evaluation; overlap: of the
-    weights that CMA-ES gives to candidates by rank, the share that went to the same ones."""
+    """A race against full evaluation.
+
+    same: the same best mu; level: the same but for candidates of equal scores; dropped: one of the best was
+    dropped, but for equal scores; cost: item evaluations over those of full evaluation; overlap: of the
+    weights that CMA-ES gives to candidates by rank, the share that went to the same ones.
+    """
 
     same: bool
     level: bool
@@ -109,7 +116,7 @@ def standing(fate: Raced, objective: Objective, slot: int) -> tuple[float, float
     return (-math.inf if fate.dropped is None else -fate.dropped, -score, slot)
 
 
-# ---- simulation ------------------------------------------------------------------------------------------------------
+# ---- simulation --------------------------------------------------------------------------------------------
 
 
 def sample(
@@ -137,7 +144,8 @@ def simulate(samples: int, rungs: Sequence[float], seed: int = 0) -> list[str]:
     """A table of stated against found error rates, `samples` generations of each kind."""
     objective = Objective(tuple(Term(f"t{t}") for t in range(4)))
     rows = [
-        "| scores | spread of skills | stated error | other best 12 | one of the best dropped | item evaluations |",
+        "| scores | spread of skills | stated error | other best 12 | one of the best dropped | item "
+        "evaluations |",
         "| --- " * 6 + "|",
     ]
     totals: dict[float, list[Result]] = {}
@@ -167,7 +175,7 @@ def _rate(flags: Sequence[bool]) -> str:
     return f"{np.mean(flags):.3f} ({sum(flags)} of {len(flags)})"
 
 
-# ---- recorded studies ------------------------------------------------------------------------------------------------
+# ---- recorded studies --------------------------------------------------------------------------------------
 
 
 def record(measure: str, seed: int, studies: Path) -> Path:
@@ -245,7 +253,8 @@ def replay(tables: Sequence[Table], measure: str, rules: Race, orders: int) -> l
 
 def replays(studies: Mapping[str, Sequence[Table]], orders: int, show: Callable[[str], None]) -> list[str]:
     rows = [
-        "| ranked by | items' scores | rungs | stated error | same best 12 | same but for equal scores | item evaluations | overlap of weights |"
+        "| ranked by | items' scores | rungs | stated error | same best 12 | same but for equal scores | "
+        "item evaluations | overlap of weights |"
     ]
     rows.append("| --- " * 8 + "|")
     schemes = (("three", 0.05), ("five", 0.05), ("eight", 0.05), ("eight", 0.1), ("ten", 0.05))
@@ -273,11 +282,13 @@ def _shares(found: Sequence[Result]) -> str:
     return f"{same} | {level} | {np.mean([r.cost for r in found]):.3f} | {np.mean([r.overlap for r in found]):.3f}"
 
 
-# ---- seconds ---------------------------------------------------------------------------------------------------------
+# ---- seconds -----------------------------------------------------------------------------------------------
 
 
 def seconds(rungs: Sequence[float] | None, studies: Path) -> float:
-    """CPU seconds of a generation of the recorded search, the median of generations 2 to 5 of one that is run anew."""
+    """CPU seconds of a generation of the recorded search, the median of generations 2 to 5 of one that is run
+    anew.
+    """
     document = _document("metric", 3) | {"study": f"racing-seconds-{time.time_ns()}"}
     document["search"] |= {"evaluations": 120} | (
         {"race": {"rungs": list(rungs), "error": 0.05}} if rungs else {}
@@ -321,11 +332,14 @@ def main() -> None:
     text = [
         "# Races against full evaluation",
         "",
-        f"Written by `python scripts/validation/racing_replay.py --samples {args.samples} --orders {args.orders}`. In each generation of 24 the best 12 are",
-        "looked for; a race settles candidates early, as chosen or dropped, where `evomerge.search.racing_statistics` is sure of what all",
+        f"Written by `python scripts/validation/racing_replay.py --samples {args.samples} --orders "
+        f"{args.orders}`. In each generation of 24 the best 12 are",
+        "looked for; a race settles candidates early, as chosen or dropped, where "
+        "`evomerge.search.racing_statistics` is sure of what all",
         "items would say.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; {versions}.",
+        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; "
+        f"{versions}.",
         "",
         "Rungs, as shares of a generation's items:",
         "",
@@ -333,18 +347,23 @@ def main() -> None:
         "",
         "## Recorded studies, replayed",
         "",
-        f"Searches over the zoo, 4 tasks, 200 items each a generation; generations: {counts}; each with its items in {args.orders} orders.",
-        f"Seeds {' and '.join(str(seed) for _, seed in SEEDS)}; the default, eight rungs, was chosen on others.",
+        f"Searches over the zoo, 4 tasks, 200 items each a generation; generations: {counts}; each with its "
+        f"items in {args.orders} orders.",
+        f"Seeds {' and '.join(str(seed) for _, seed in SEEDS)}; the default, eight rungs, was chosen on "
+        "others.",
         "",
         *replayed,
         "",
-        "Orders of one generation are not independent. Overlap of weights: of the weights that CMA-ES gives by rank, how much went to the",
+        "Orders of one generation are not independent. Overlap of weights: of the weights that CMA-ES gives "
+        "by rank, how much went to the",
         "same candidates; those chosen early are ordered by fewer items.",
         "",
         "## Seconds",
         "",
-        "CPU seconds of a generation of the same search, run anew, medians of four generations; 1.3 M parameters. Every rung merges its",
-        "candidates again and plans its items anew: with a model this small that costs as much as the items that are saved. What is saved",
+        "CPU seconds of a generation of the same search, run anew, medians of four generations; 1.3 M "
+        "parameters. Every rung merges its",
+        "candidates again and plans its items anew: with a model this small that costs as much as the items "
+        "that are saved. What is saved",
         "on a model whose forward passes take nearly all the time is the item evaluations above.",
         "",
         "| " + " | ".join(name for name, _ in timed) + " |",
@@ -353,7 +372,8 @@ def main() -> None:
         "",
         "## Simulation: is the error what is stated?",
         "",
-        f"Rungs: eight. {args.samples} generations a row, of 60, 120, 240 and 400 items; with a spread of 0 all candidates are alike.",
+        f"Rungs: eight. {args.samples} generations a row, of 60, 120, 240 and 400 items; with a spread of 0 "
+        "all candidates are alike.",
         "Other best 12: not counting candidates of equal scores.",
         "",
         *simulated,

@@ -1,4 +1,5 @@
-"""Routes through tiny random models of every architecture, against physical copies: python scripts/validation/route_architectures.py [NAME ...]
+"""Routes through tiny random models of every architecture, against physical copies: python
+scripts/validation/route_architectures.py [NAME ...]
 
 Without names writes results/routes_architectures.md. Takes about two minutes on one core.
 """
@@ -237,7 +238,8 @@ def half_billion() -> Iterator[str]:
         ("scaled, first", scaled[2]),
         ("scaled, again", scaled[2]),
     ):
-        gc.collect()  # Python's own full pass over all modules takes some 200 ms, in one install or another of many
+        # Python's own full pass over all modules takes some 200 ms, in one install or another of many
+        gc.collect()
         start = time.perf_counter()
         routed.install(hops)
         yield f"| install 65 hops: {what} | {1000 * (time.perf_counter() - start):.0f} ms |"
@@ -286,16 +288,23 @@ def _document(rows: list[tuple[bool, Row]], numbers: list[str]) -> str:
     head = [
         "# Routes through every architecture",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, CPU. "
+        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, CPU. "
         "Tiny random models of 4 layers; made by `scripts/validation/route_architectures.py`.",
         "",
-        "Two parents, 4 to 8 hops out of order and with repeats, a padded batch. *plain*: which route is a plain checkpoint and was compared: any "
-        "(`mixed`), one in the config's period (`periodic`), one whose first layers are first layers (`leading`), one of layers at their own numbers "
-        "(`in place`). *bitwise*: logits and cached step logits against a physically copied model. *cached*: largest difference of step logits of "
-        "greedy generation with and without a cache, of their deviation; *as alone*: the parent has it too. *scaled*: gains in the weights against "
-        "hidden states multiplied by s in [0.48, 1.4], of the logits' deviation, without padding; *no scales*: refused at `run`; above "
+        "Two parents, 4 to 8 hops out of order and with repeats, a padded batch. *plain*: which route is a "
+        "plain checkpoint and was compared: any "
+        "(`mixed`), one in the config's period (`periodic`), one whose first layers are first layers "
+        "(`leading`), one of layers at their own numbers "
+        "(`in place`). *bitwise*: logits and cached step logits against a physically copied model. "
+        "*cached*: largest difference of step logits of "
+        "greedy generation with and without a cache, of their deviation; *as alone*: the parent has it too. "
+        "*scaled*: gains in the weights against "
+        "hidden states multiplied by s in [0.48, 1.4], of the logits' deviation, without padding; *no "
+        "scales*: refused at `run`; above "
         "5e-4 also with the norms' ε made a thousandth, which a scaled "
-        "hidden state sees and a gain does not. *gain bits*, *bf16*: scaled logits against a copy that holds the folded tensors, bit for bit.",
+        "hidden state sees and a gain does not. *gain bits*, *bf16*: scaled logits against a copy that "
+        "holds the folded tensors, bit for bit.",
         "",
     ]
     names = ("architecture", "plain", "bitwise", "cached", "scaled", "gain bits", "bf16", "why not")
@@ -305,8 +314,10 @@ def _document(rows: list[tuple[bool, Row]], numbers: list[str]) -> str:
         own = [row for is_vision, row in rows if is_vision is vision]
         scaled = sum(bool(row.scaled) and "*" not in row.scaled for row in own)
         counts.append(
-            f"{'Vision-language' if vision else 'Text'}: {len(own)} architectures, {sum(not row.refused for row in own)} can be routed, "
-            f"{sum(row.bitwise == 'yes' for row in own)} bitwise equal to a copy, {scaled} with exact scales, "
+            f"{'Vision-language' if vision else 'Text'}: {len(own)} architectures, "
+            f"{sum(not row.refused for row in own)} can be routed, "
+            f"{sum(row.bitwise == 'yes' for row in own)} bitwise equal to a copy, {scaled} with exact "
+            "scales, "
             f"{sum(row.half == 'yes' for row in own)} with the exported bits in bfloat16."
         )
     body = [row.line() for _, row in rows]
@@ -320,7 +331,8 @@ def _document(rows: list[tuple[bool, Row]], numbers: list[str]) -> str:
     ]
     cost += [
         "",
-        "The installs are timed after a full pass of Python's garbage collector; one that falls into an install adds some 200 ms.",
+        "The installs are timed after a full pass of Python's garbage collector; one that falls into an "
+        "install adds some 200 ms.",
     ]
     return "\n".join([*head, *counts, "", *columns, *body, *cost]) + "\n"
 

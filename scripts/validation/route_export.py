@@ -1,9 +1,12 @@
-"""Exports a study's best route with weights and checks it in a fresh process, against mergekit and against lm-eval's command line.
+"""Exports a study's best route with weights and checks it in a fresh process, against mergekit and against
+lm-eval's command line.
 
-usage: python scripts/validation/route_export.py STUDY [--candidate ID] [--root results] [--include evaluators]   (needs scripts/make_mergekit_env)
+usage: python scripts/validation/route_export.py STUDY [--candidate ID] [--root results] [--include
+    evaluators]   (needs scripts/make_mergekit_env)
 
-Prints a report in Markdown; the exit code is 1 if anything does not agree. The study's tasks must have declared splits: lm-eval
-scores the test documents, and the items that the study tested are compared one by one.
+Prints a report in Markdown; the exit code is 1 if anything does not agree. The study's tasks must have
+declared splits: lm-eval scores the test documents, and the items that the study tested are compared one by
+one.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ def run(*command: str) -> str:
 
 
 def reloading(ours: Path) -> list[str]:
-    """What the export itself found: it loads the folder in a fresh process and leaves nothing if it disagrees."""
+    """What the export itself found: it loads the folder in a fresh process and leaves nothing if it
+    disagrees.
+    """
     said = re.search(r"Loaded in a process of its own.*", (ours / "README.md").read_text())
     if said is None:
         sys.exit(f"{ours} is no route; use scripts/validation/mergekit_export.py")
@@ -70,7 +75,9 @@ def mergekit(ours: Path, scratch: Path) -> tuple[list[str], bool]:
 
 
 def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) -> tuple[list[str], bool]:
-    """lm-eval's value of every item that the live route was tested on, beside the stored one; whether all are equal."""
+    """lm-eval's value of every item that the live route was tested on, beside the stored one; whether all are
+    equal.
+    """
     tasks = sorted({item.task for item in stored.items})
     model = (
         "--model",
@@ -113,7 +120,8 @@ def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) ->
         }
         if own.keys() - found.keys():
             sys.exit(
-                f"lm_eval does not score {len(own.keys() - found.keys())} of the {len(own)} test items of {task}"
+                f"lm_eval does not score {len(own.keys() - found.keys())} of the {len(own)} test items of "
+                f"{task}"
             )
         wrong = sum(value != found[item] for item, value in own.items())
         means = [sum(values) / len(own) for values in (own.values(), [found[item] for item in own])]

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""The soak: drivers and workers killed, drivers raced, inputs mutated, stores damaged; hundreds and thousands of times.
+"""The soak: drivers and workers killed, drivers raced, inputs mutated, stores damaged; hundreds and thousands
+of times.
 
-Each part goes on where it was broken off, prints what it came to, and ends with 1 if it found something. `all` runs every
-part and writes the report. One input alone: scripts/validation/soak.py inputs --case SEED/KIND/NUMBER
+Each part goes on where it was broken off, prints what it came to, and ends with 1 if it found something.
+`all` runs every part and writes the report. One input alone: scripts/validation/soak.py inputs --case
+SEED/KIND/NUMBER
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ def main() -> None:
         wrong += found
         print("\n".join(lines))
         print(
-            f"{name}: {f'{len(found)} found' if found else 'nothing found'}, {time.monotonic() - started:.0f} s in this call",
+            f"{name}: {f'{len(found)} found' if found else 'nothing found'}, "
+            f"{time.monotonic() - started:.0f} s in this call",
             flush=True,
         )
         for said in found[:20]:

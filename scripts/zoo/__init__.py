@@ -1,1 +1,3 @@
-"""A zoo of small models trained from scratch, on which merging pays: skills, training plan, network, training."""
+"""A zoo of small models trained from scratch, on which merging pays: skills, training plan, network,
+training.
+"""

@@ -1,7 +1,9 @@
-"""A Llama as a function of its weights, the same mathematics as transformers' with fewer and larger matrix products.
+"""A Llama as a function of its weights, the same mathematics as transformers' with fewer and larger matrix
+products.
 
-Knows the architecture and the names of weights; knows nothing of data or training. Queries, keys and values are one
-matrix here, so are gate and up; `fuse` and `split` translate to and from the names of a Hugging Face checkpoint.
+Knows the architecture and the names of weights; knows nothing of data or training. Queries, keys and values
+are one matrix here, so are gate and up; `fuse` and `split` translate to and from the names of a Hugging Face
+checkpoint.
 """
 
 import functools
@@ -80,7 +82,9 @@ def _shapes(a: Architecture, vocabulary: int) -> dict[str, tuple[int, ...]]:
 
 
 def initial(architecture: Architecture, vocabulary: int, seed: int) -> Weights:
-    """Normal weights of deviation .5 / sqrt(fan in), less by sqrt(layers) where a block writes; outer ones .02."""
+    """Normal weights of deviation .5 / sqrt(fan in), less by sqrt(layers) where a block writes; outer ones
+    .02.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in _shapes(architecture, vocabulary).items():
@@ -98,7 +102,9 @@ def initial(architecture: Architecture, vocabulary: int, seed: int) -> Weights:
 
 @functools.cache
 def _rope_and_mask(a: Architecture, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine and signed sine [length, 1, head size], the sign that of the half it multiplies, and the causal mask."""
+    """Cosine and signed sine [length, 1, head size], the sign that of the half it multiplies, and the causal
+    mask.
+    """
     half = a.head_size // 2
     frequency = a.rope_theta ** (-torch.arange(half) / half)
     angle = torch.outer(torch.arange(length), frequency)[:, None]
@@ -112,10 +118,11 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _attention(qkv: Tensor, a: Architecture) -> Tensor:
-    """Causal attention from queries, keys and values [batch, length, heads, head size]; [batch, length, hidden].
+    """Causal attention from queries, keys and values [batch, length, heads, head size]; [batch, length,
+    hidden].
 
-    Written out because torch's fused kernel is made for long sequences: at ten tokens its backward in bfloat16 takes
-    three times as long.
+    Written out because torch's fused kernel is made for long sequences: at ten tokens its backward in
+    bfloat16 takes three times as long.
     """
     batch, length = qkv.shape[:2]
     group = a.heads // a.kv_heads  # queries that share a key
@@ -135,9 +142,9 @@ def features(
 ) -> Tensor:
     """The residual stream after `layers` layers, for tokens [batch, length] padded on the right.
 
-    All rows must begin with the same `OPENING` tokens: those are computed once, and the result is [n, hidden] for
-    the n = `OPENING` + batch · (length - `OPENING`) tokens that differ (see `place`), or for the `positions` among
-    them; the last layer then works at those positions only, beyond its keys and values.
+    All rows must begin with the same `OPENING` tokens: those are computed once, and the result is [n, hidden]
+    for the n = `OPENING` + batch · (length - `OPENING`) tokens that differ (see `place`), or for the
+    `positions` among them; the last layer then works at those positions only, beyond its keys and values.
     """
     a = architecture
     batch, length = tokens.shape

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Write evaluators/zoo: four lm-eval tasks that ask what the zoo's models were taught, and what none of them was.
+"""Write evaluators/zoo: four lm-eval tasks that ask what the zoo's models were taught, and what none of them
+was.
 
     python scripts/zoo/make_evaluators.py [--out evaluators/zoo]
 
-A task is a YAML file and three JSON-lines files: `search` (declared as the training split: candidates are scored on it
-during a search), `validation` (chooses among the best) and `test` (reports). No model of the zoo was trained on any of
-their prompts; see `zoo.skills.split_of`. Written again, every file is the same to the byte.
+A task is a YAML file and three JSON-lines files: `search` (declared as the training split: candidates are
+scored on it during a search), `validation` (chooses among the best) and `test` (reports). No model of the zoo
+was trained on any of their prompts; see `zoo.skills.split_of`. Written again, every file is the same to the
+byte.
 """
 
 import argparse
@@ -42,8 +44,9 @@ metadata:
   version: 1.0
 """
 
-# The answer must be all that is generated: it is compared with its leading space, and generation ends by itself at the
-# end-of-sequence token or at `max_gen_toks`, one token for the number, one for the end, two to go wrong.
+# The answer must be all that is generated: it is compared with its leading space, and generation ends by
+# itself at the end-of-sequence token or at `max_gen_toks`, one token for the number, one for the end, two to
+# go wrong.
 GENERATED = """\
 output_type: generate_until
 doc_to_target: " {{answer}}"
@@ -85,7 +88,9 @@ def answered(prompt: str, answer: str) -> Document:
 
 
 def with_choices(prompt: str, answer: str) -> Document:
-    """Five numbers in random order: the answer, the other number of the question, a neighbour, then any others."""
+    """Five numbers in random order: the answer, the other number of the question, a neighbour, then any
+    others.
+    """
     rng = Random(prompt)
     gold = int(answer)
     named = [skills.SECOND.numbers.index(word) for word in prompt.split() if word in skills.SECOND.numbers]

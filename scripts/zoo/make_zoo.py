@@ -3,9 +3,10 @@
 
     python scripts/zoo/make_zoo.py [--out results/zoo] [--seed 1] [--threads N]
 
-Two minutes on two cores. Each model becomes an ordinary Hugging Face folder in bfloat16, and `zoo.json`, written last,
-says from which settings, how long it took and what each model scores on held-out items. Run again, it finds a
-`zoo.json` of the same settings and does nothing. Weights are the same to the last bit for the same machine and threads.
+Two minutes on two cores. Each model becomes an ordinary Hugging Face folder in bfloat16, and `zoo.json`,
+written last, says from which settings, how long it took and what each model scores on held-out items. Run
+again, it finds a `zoo.json` of the same settings and does nothing. Weights are the same to the last bit for
+the same machine and threads.
 """
 
 import argparse
@@ -34,8 +35,9 @@ NAMES = tuple(training.name for training in (BASE, *EXPERTS))
 SCORED = ("lookup", "arithmetic", "lookup_second", "letters", "arithmetic_second")
 ITEMS = 1000  # of the test split, a skill
 MOST_MEMBERS = 8  # of a team; with more, shares of a batch are too small to pay
-# Identifies what the code of this folder computes: the digest of its sources when the zoo was last changed. Put another
-# value here when a change of the code changes the weights, so that zoos made before are trained anew.
+# Identifies what the code of this folder computes: the digest of its sources when the zoo was last changed.
+# Put another value here when a change of the code changes the weights, so that zoos made before are trained
+# anew.
 SOURCE = "c3cba52144289367314ca3b9047cfc773c72ca88eac8bc336f9964cfa6fa6d6a"
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # in the order of their ids
 
@@ -90,7 +92,9 @@ def reporter(training: Training, line: int) -> Callable[[int, float], None]:
 
 
 def member(rank: int, team: "Team", work: Path, seed: int) -> None:
-    """One process of the team: trains the base with the others, then its experts alone; the first also writes the base."""
+    """One process of the team: trains the base with the others, then its experts alone; the first also writes
+    the base.
+    """
     import torch
     from tokenizers import Tokenizer
 
@@ -164,7 +168,9 @@ def save(work: Path) -> None:
 
 
 def build(out: Path, seed: int, members: int) -> dict[str, Any]:
-    """Train, score and save all models in a folder beside, then move each to its place; the record of the zoo."""
+    """Train, score and save all models in a folder beside, then move each to its place; the record of the
+    zoo.
+    """
     began = time.monotonic()
     work = out / ".partial"
     shutil.rmtree(work, ignore_errors=True)

@@ -1,8 +1,11 @@
-"""What is trained, as data: the architecture and one `Training` a model. Imports no torch, so that it is quick to hash.
+"""What is trained, as data: the architecture and one `Training` a model.
 
-The recipe was chosen so that the models can be merged: experts start from a base that knows a little of everything,
-stay near it (a share of each batch is held to the base's own answers by KL divergence) and hence end with small, nearly
-orthogonal task vectors. Experts trained freely on the same data move three times as far and every merge collapses.
+Imports no torch, so that it is quick to hash.
+
+The recipe was chosen so that the models can be merged: experts start from a base that knows a little of
+everything, stay near it (a share of each batch is held to the base's own answers by KL divergence) and hence
+end with small, nearly orthogonal task vectors. Experts trained freely on the same data move three times as
+far and every merge collapses.
 """
 
 from dataclasses import dataclass
@@ -42,7 +45,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One model's training. `skills` are shares of a batch; the rest, `replay`, are base prompts under KL to the base."""
+    """One model's training.
+
+    `skills` are shares of a batch; the rest, `replay`, are base prompts under KL to the base.
+    """
 
     name: str
     steps: int

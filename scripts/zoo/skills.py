@@ -1,10 +1,11 @@
 """The skills of the zoo: questions with one right answer, in English and in a made-up second language.
 
-Knows the grammar, which prompts are held out, and how to draw; knows nothing of models or training (and imports no torch).
+Knows the grammar, which prompts are held out, and how to draw; knows nothing of models or training (and
+imports no torch).
 
-A prompt is `Q: ... A:` in lower-case words, an answer one or more words, both written as the model reads them: the
-answer begins with its space. Every prompt belongs to one split, chosen by a hash of its text alone. Whatever is shown
-to a model in training, with or without an answer, comes from the `train` split.
+A prompt is `Q: ... A:` in lower-case words, an answer one or more words, both written as the model reads
+them: the answer begins with its space. Every prompt belongs to one split, chosen by a hash of its text alone.
+Whatever is shown to a model in training, with or without an answer, comes from the `train` split.
 """
 
 import zlib
@@ -150,7 +151,8 @@ SKILLS: Mapping[str, Skill] = {
 def split_of(prompt: str) -> Split:
     """70 % train, 10 % search, 5 % validation, 15 % test, by CRC-32 of the text.
 
-    Prompts of four words or fewer (`Q: next three A:`) are too few to hold any out: they all belong to `train`.
+    Prompts of four words or fewer (`Q: next three A:`) are too few to hold any out: they all belong to
+    `train`.
     """
     if len(prompt.split()) <= 4:
         return "train"
@@ -169,7 +171,9 @@ def draw(skill: str, rng: Random, split: Split) -> Item:
 
 
 def distinct(skill: str, limit: int, split: Split, seed: int = 0) -> list[Item]:
-    """Up to `limit` different items of a split, fewer where the grammar has fewer; the same for the same arguments."""
+    """Up to `limit` different items of a split, fewer where the grammar has fewer; the same for the same
+    arguments.
+    """
     rng = Random(f"{skill}/{split}/{seed}")
     items: dict[str, str] = {}
     for _ in range(20 * limit):
@@ -182,8 +186,8 @@ def distinct(skill: str, limit: int, split: Split, seed: int = 0) -> list[Item]:
 def draw_parallel(rng: Random) -> tuple[str, str]:
     """The same words in English and in the second language: a look-up prompt, a statement, or loose words.
 
-    Nothing is answered and no sum is asked, but a statement becomes a sum's prompt by appending ` A:`, so a pair is
-    drawn again unless both texts, so completed, are in the `train` split.
+    Nothing is answered and no sum is asked, but a statement becomes a sum's prompt by appending ` A:`, so a
+    pair is drawn again unless both texts, so completed, are in the `train` split.
     """
     while True:
         pair = _parallel(rng)

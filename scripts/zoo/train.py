@@ -1,8 +1,8 @@
 """Training one model of the zoo, by one process or by a team of equals, and scoring it.
 
-Knows nothing of files. Every member of a team draws the same batches, takes its share of the rows, and adds the
-gradients of all in the same order, so that all hold the same weights to the last bit. A member has one thread:
-matrices this small gain nothing from two (108 ms a step against 96).
+Knows nothing of files. Every member of a team draws the same batches, takes its share of the rows, and adds
+the gradients of all in the same order, so that all hold the same weights to the last bit. A member has one
+thread: matrices this small gain nothing from two (108 ms a step against 96).
 """
 
 import math
@@ -40,7 +40,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right, replayed rows first; the tokens at `positions` (see `llama.place`) predict `targets`."""
+    """Rows padded on the right, replayed rows first; the tokens at `positions` (see `llama.place`) predict
+    `targets`.
+    """
 
     tokens: Tensor  # [rows, length]
     positions: Tensor  # [n]
@@ -51,7 +53,9 @@ class Batch:
 
 
 class Encoder:
-    """Text to token ids, a word with the space before it at a time: no token of the byte-level tokenizer crosses one."""
+    """Text to token ids, a word with the space before it at a time: no token of the byte-level tokenizer
+    crosses one.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.vocabulary = tokenizer.get_vocab_size()
@@ -144,7 +148,9 @@ def _pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def product_dtype() -> torch.dtype:
-    """Bfloat16 where the CPU multiplies it natively (a third less time), else float32; weights are always float32."""
+    """Bfloat16 where the CPU multiplies it natively (a third less time), else float32; weights are always
+    float32.
+    """
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
@@ -152,7 +158,8 @@ def product_dtype() -> torch.dtype:
 class Team:
     """Processes that train one model together; `gradients` [2, size, parameters] is shared memory.
 
-    Two buffers in turn, so that one barrier a step is enough: nobody writes a buffer again before all have read it.
+    Two buffers in turn, so that one barrier a step is enough: nobody writes a buffer again before all have
+    read it.
     """
 
     rank: int
@@ -251,7 +258,8 @@ def train(
 ) -> Weights:
     """The weights after training from `start`, which is also the teacher of replayed and aligned rows.
 
-    `progress` is told the number of steps done and this member's share of the loss, as if it were the whole team's.
+    `progress` is told the number of steps done and this member's share of the loss, as if it were the whole
+    team's.
     """
     teacher = {name: weight.to(dtype) for name, weight in start.items()}
     learner = Learner(start, training, dtype)
@@ -288,7 +296,9 @@ def _answer_loss(weights: Weights, teacher: Weights, rows: list[Row], team: Team
 
 
 class Alignment:
-    """Pulls the features of second-language and mixed sentences to the teacher's features of the English ones."""
+    """Pulls the features of second-language and mixed sentences to the teacher's features of the English
+    ones.
+    """
 
     def __init__(self, training: Training, teacher: Weights, encode: Encoder, rng: Random) -> None:
         self._teacher = teacher
@@ -318,8 +328,8 @@ class Alignment:
 def exact_match(weights: Weights, items: Sequence[skills.Item], encode: Encoder, batch: int = 256) -> float:
     """Share of items answered exactly by greedy decoding.
 
-    Greedy decoding gives the whole answer and stops if and only if, the right answer being fed, every token of it and
-    the end is the likeliest: one forward instead of a generation.
+    Greedy decoding gives the whole answer and stops if and only if, the right answer being fed, every token
+    of it and the end is the likeliest: one forward instead of a generation.
     """
     rows = sorted((encode.row(item) for item in items), key=lambda row: len(row.prompt) + len(row.answer))
     right = 0

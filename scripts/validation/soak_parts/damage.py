@@ -1,7 +1,7 @@
 """Damaged study files: each is read as it was, or refused, or its check says so; no damage is silent.
 
-The files are those of a toy study: one that is over, one whose driver was killed, with its log beside it, a backup, and one
-that keeps a rollback journal. A case is a function of its name, such as 0/17.
+The files are those of a toy study: one that is over, one whose driver was killed, with its log beside it, a
+backup, and one that keeps a rollback journal. A case is a function of its name, such as 0/17.
 """
 
 from __future__ import annotations
@@ -224,7 +224,10 @@ def snapshot(store: Any) -> dict[str, Any]:
 
 
 def verdict(file: Path, before: dict[str, Any], write: bool) -> tuple[str, str]:
-    """('correct' | 'refused' | 'found' | 'wrong', what was said). found: by `check`, where the file could be opened."""
+    """('correct' | 'refused' | 'found' | 'wrong', what was said).
+
+    found: by `check`, where the file could be opened.
+    """
     alone = not file.with_name(file.name + ".rows").is_file()
 
     def read() -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""Starts drivers of the toy study in processes that have everything imported already, so that a life of one costs a fork."""
+"""Starts drivers of the toy study in processes that have everything imported already, so that a life of one
+costs a fork.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Workers that die in the middle of an attempt, more and more of them: the trajectory and the best stay the same."""
+"""Workers that die in the middle of an attempt, more and more of them: the trajectory and the best stay the
+same.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from scripts.validation.soak_parts.toy_study import Work
 def run(
     folder: Path, *, rates: Sequence[float], evaluations: int, seed: int, references: int = 100
 ) -> dict[str, Any]:
-    """A study with two Ray workers for each rate, compared with one in a single process; those done before are kept."""
+    """A study with two Ray workers for each rate, compared with one in a single process; those done before
+    are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     of = drivers.context()
     whole = Work(folder / f"whole-{evaluations}", evaluations, islands=2, references=references)

@@ -1,7 +1,8 @@
-"""Mutated search files, mergekit files, recipe JSON and safetensors headers: read, or refused by one line of ours.
+"""Mutated search files, mergekit files, recipe JSON and safetensors headers: read, or refused by one line of
+ours.
 
-A case is a function of its name, such as 0/search/17. Run as a program it takes KIND FIRST COUNT SEED and prints what it
-found; the soak starts it so, a few thousand cases at a time, and watches which case it is at.
+A case is a function of its name, such as 0/search/17. Run as a program it takes KIND FIRST COUNT SEED and
+prints what it found; the soak starts it so, a few thousand cases at a time, and watches which case it is at.
 """
 
 from __future__ import annotations
@@ -360,7 +361,9 @@ def slice_(kind: str, first: int, count: int, seed: int, at: mmap.mmap | bytearr
 
 
 def run(folder: Path, counts: dict[str, int], seed: int, processes: int) -> dict[str, Any]:
-    """Runs all cases that were not run yet, some thousands to a process; what each process found is kept in the folder."""
+    """Runs all cases that were not run yet, some thousands to a process; what each process found is kept in
+    the folder.
+    """
     every = []
     for kind, count in counts.items():
         for first in range(0, count, PIECE):
@@ -378,7 +381,9 @@ def run(folder: Path, counts: dict[str, int], seed: int, processes: int) -> dict
 
 
 def _process(file: Path, kind: str, first: int, count: int, seed: int) -> dict[str, Any]:
-    """A piece in a process of its own; a case that ends or stops the process is found wrong, and the rest goes on after it."""
+    """A piece in a process of its own; a case that ends or stops the process is found wrong, and the rest
+    goes on after it.
+    """
     total: list[dict[str, Any]] = []
     end = first + count
     while first < end:

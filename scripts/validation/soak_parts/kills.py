@@ -22,9 +22,11 @@ _PATIENCE = 180.0  # seconds until a driver has begun to evaluate
 def run(
     folder: Path, *, evaluations: int, kills: int, ray: int, seed: int, ray_evaluations: int = 0
 ) -> dict[str, Any]:
-    """Kills drivers of one study until the kills are used up, lets it end, and compares it with an unbroken run.
+    """Kills drivers of one study until the kills are used up, lets it end, and compares it with an unbroken
+    run.
 
-    ray: how many of the kills are of a driver with two Ray workers, on a study of its own with `ray_evaluations` and two islands.
+    ray: how many of the kills are of a driver with two Ray workers, on a study of its own with
+    `ray_evaluations` and two islands.
     """
     found: dict[str, Any] = {"parts": []}
     parts = [("in-process", Work(folder / "process", evaluations), kills - ray)]
@@ -77,7 +79,9 @@ def _part(work: Work, kills: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _one(context: Any, work: Work, left: int, rng: random.Random) -> str | None:
-    """Starts a driver and kills it: at its start, while it replays, or after some evaluations; None if it came to its end first."""
+    """Starts a driver and kills it: at its start, while it replays, or after some evaluations; None if it
+    came to its end first.
+    """
     before = drivers.size(work)
     process = drivers.start(context, work)
     if rng.random() < 0.15:

@@ -28,7 +28,9 @@ def write(file: Path, data: dict[str, Any]) -> None:
 
 
 def code() -> str:
-    """8 hexadecimal digits of the sources of the package: what a part ran on, where others are at work on them."""
+    """8 hexadecimal digits of the sources of the package: what a part ran on, where others are at work on
+    them.
+    """
     digest = hashlib.sha256()
     for file in sorted((REPOSITORY / "evomerge").rglob("*.py")):
         digest.update(f"{file.relative_to(REPOSITORY)}\0".encode() + file.read_bytes())
@@ -59,9 +61,11 @@ def watch() -> None:
 def judged(
     work: Callable[[], tuple[str, str]], seconds: float, longest: int | None = None
 ) -> tuple[str, str]:
-    """What `work` says of a case; ('refused', error) for one error of ours in a line, ('wrong', what happened) for anything else.
+    """What `work` says of a case; ('refused', error) for one error of ours in a line, ('wrong', what
+    happened) for anything else.
 
-    seconds: of processor time, after which the case hangs; longest: characters of an error, None for any number.
+    seconds: of processor time, after which the case hangs; longest: characters of an error, None for any
+    number.
     """
     from evomerge.errors import EvomergeError
 
@@ -83,7 +87,8 @@ def judged(
         own = [frame for frame in frames if "evomerge" in Path(frame.filename).parts] or list(frames)
         return (
             "wrong",
-            f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): {str(error)[:200]!r}",
+            f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name}): "
+            f"{str(error)[:200]!r}",
         )
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

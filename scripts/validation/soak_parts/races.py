@@ -1,4 +1,6 @@
-"""Two drivers started together on one study, again and again: one runs, the other is refused at once and says who runs."""
+"""Two drivers started together on one study, again and again: one runs, the other is refused at once and says
+who runs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def _racer(work: Work, barrier: Barrier, delay: float) -> None:
 
 
 def run(folder: Path, *, races: int, evaluations: int, seed: int) -> dict[str, Any]:
-    """Races until there are as many as asked; at the end of each the winner is killed, and what both did is read."""
+    """Races until there are as many as asked; at the end of each the winner is killed, and what both did is
+    read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / f"races-{seed}.json"
     data = pieces.read(state) or {

@@ -58,12 +58,15 @@ def text(results: Mapping[str, tuple[Any, Sequence[str]]], sizes: Mapping[str, A
     out = [
         "# The soak",
         "",
-        f"Written by `{shlex.join(['scripts/validation/soak.py', *sys.argv[1:]])}` on {datetime.date.today()}.",
+        f"Written by `{shlex.join(['scripts/validation/soak.py', *sys.argv[1:]])}` on "
+        f"{datetime.date.today()}.",
         f"Python {platform.python_version()}, {packages},",
         f"SQLite {sqlite3.sqlite_version}; {platform.system()}, {os.cpu_count()} cores, {memory:.0f} GB,",
-        "shared with other work: times are no measure. SIGKILL leaves what the kernel holds, so nothing here is a loss of power.",
+        "shared with other work: times are no measure. SIGKILL leaves what the kernel holds, so nothing "
+        "here is a loss of power.",
         f"Sizes: {', '.join(f'{name} {value}' for name, value in sizes.items())}.",
-        f"The package's sources at the end, commit {git.stdout.strip() or 'unknown'}: {pieces.code()}; each part says on which it was begun.",
+        f"The package's sources at the end, commit {git.stdout.strip() or 'unknown'}: {pieces.code()}; each "
+        "part says on which it was begun.",
     ]
     for name, (data, lines) in results.items():
         codes = sorted(set(_codes(data)))

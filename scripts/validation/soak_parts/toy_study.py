@@ -1,7 +1,9 @@
-"""A search without models: its plan, its worker, and the life of one driver of it, as the soak kills and races it.
+"""A search without models: its plan, its worker, and the life of one driver of it, as the soak kills and
+races it.
 
-Everything that happens is a line in the study's diary, in order: `begin` and `end` of an evaluation by a worker, `ack` once
-another connection can read it in the store. Lines are appended whole and those that acknowledge are synced to the disk.
+Everything that happens is a line in the study's diary, in order: `begin` and `end` of an evaluation by a
+worker, `ack` once another connection can read it in the store. Lines are appended whole and those that
+acknowledge are synced to the disk.
 """
 
 from __future__ import annotations
@@ -41,8 +43,12 @@ NOT_SEARCHED = ("attempts", "runs", "driven")  # what happened, not what was fou
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a driver is to do. folder: the study's; rate: of attempts that kill their worker, keyed by `seed`; ray: workers of a
-    Ray pool, 0 for none; hold: seconds that an evaluation takes at least; references: most parents and hand recipes."""
+    """What a driver is to do.
+
+    folder: the study's; rate: of attempts that kill their worker, keyed by `seed`; ray: workers of a Ray
+    pool, 0 for none; hold: seconds that an evaluation takes at least; references: most parents and hand
+    recipes.
+    """
 
     folder: Path
     evaluations: int
@@ -104,7 +110,10 @@ def note(diary: Path, *words: object, sync: bool = False) -> None:
 
 
 class Scorer:
-    """A worker without a model: `toy.ToyPool`'s landscape, written into the diary. Some of its attempts kill its process."""
+    """A worker without a model: `toy.ToyPool`'s landscape, written into the diary.
+
+    Some of its attempts kill its process.
+    """
 
     def __init__(self, work: Work) -> None:
         self.work, self._toy = work, ToyPool()
@@ -126,7 +135,10 @@ class Scorer:
 
 
 class Acknowledging:
-    """A pool that notes, before each result that it gives, what the store holds by then. Satisfies `evomerge.workers.pool.Pool`."""
+    """A pool that notes, before each result that it gives, what the store holds by then.
+
+    Satisfies `evomerge.workers.pool.Pool`.
+    """
 
     def __init__(self, pool: Pool, work: Work) -> None:
         self._pool, self._work, self._last = pool, work, 0
@@ -218,7 +230,9 @@ def _ray_pool(work: Work) -> Pool:
 
 
 def run(work: Work) -> None:
-    """`drive` in a process of its own; what it raises is in the folder's `crashes`, what it says in `log`, and its exit code 1."""
+    """`drive` in a process of its own; what it raises is in the folder's `crashes`, what it says in `log`,
+    and its exit code 1.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     handle = os.open(work.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(handle, 1)
@@ -244,11 +258,13 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# ---- what is left --------------------------------------------------------------------------------------------------------
+# ---- what is left ------------------------------------------------------------------------------------------
 
 
 def rows(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """Table -> what a search found, without times, whatever order results came in: a trial's evaluation by what it is of."""
+    """Table -> what a search found, without times, whatever order results came in: a trial's evaluation by
+    what it is of.
+    """
     db = sqlite3.connect(file)
     db.row_factory = sqlite3.Row
     try:
@@ -282,8 +298,12 @@ def _lines(diary: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A diary read. repeated: evaluations begun once more after they were acknowledged; lost: acknowledged, and not stored;
-    interleaved: lines of a driver between those of another; again: begun more than once, as those in flight at a kill are."""
+    """A diary read.
+
+    repeated: evaluations begun once more after they were acknowledged; lost: acknowledged, and not stored;
+    interleaved: lines of a driver between those of another; again: begun more than once, as those in flight
+    at a kill are.
+    """
 
     acknowledged: int
     begun: int
