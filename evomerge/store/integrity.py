@@ -33,7 +33,7 @@ def seal_all(db: sqlite3.Connection) -> None:
 
 def digest(row: sqlite3.Row) -> str:
     """16 hexadecimal digits of a whole row's names, values and types; without what is NULL, so that a column can be added."""
-    held = {name: row[name] for name in row.keys() if name != "digest" and row[name] is not None}
+    held = {name: row[name] for name in row.keys() if name != "digest" and row[name] is not None}  # noqa: SIM118
     return short_hash(json.dumps(held, sort_keys=True, default=repr))
 
 

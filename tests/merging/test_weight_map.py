@@ -416,7 +416,7 @@ def test_the_same_arguments_give_the_same_bits(tmp_path: Path) -> None:
         safe_open(first["base"] / "model.safetensors", "pt") as base,
         safe_open(first["math"] / "model.safetensors", "pt") as math,
     ):
-        assert all(not torch.equal(base.get_tensor(name), math.get_tensor(name)) for name in base.keys())
+        assert all(not torch.equal(base.get_tensor(name), math.get_tensor(name)) for name in base.keys())  # noqa: SIM118
 
 
 def with_tensors(folder: Folder, path: Path, extra: dict[str, torch.Tensor]) -> Folder:
