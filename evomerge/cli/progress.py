@@ -96,12 +96,12 @@ def opening() -> Iterator[None]:
 @contextmanager
 def signals(study: Study) -> Iterator[None]:
     """The first SIGINT, SIGTERM or SIGUSR1 lets what is in flight end within the grace, the second drops it, the third kills."""
+    from evomerge.search import StopRequest
 
     def handler(number: int, frame: FrameType | None) -> None:
-        study.dispatch.stop += 1
-        if study.dispatch.stop > 2:
+        if study.dispatch.stop is StopRequest.DROP:
             os._exit(130)
-        if study.dispatch.stop == 2:
+        if study.dispatch.request_stop() is StopRequest.DROP:
             raise KeyboardInterrupt
         print(
             f"stopping within {study.dispatch.grace:g} s, when what is in flight has ended; once more to drop that",

@@ -95,6 +95,7 @@ def _search(
         with progress.opening():
             from evomerge import reports
             from evomerge.launch import prepare
+            from evomerge.search import StopRequest
             from evomerge.store import paths, stop_request
 
             study = prepare.prepare(
@@ -107,7 +108,7 @@ def _search(
                 with progress.signals(study):
                     study.run()
             except KeyboardInterrupt:
-                if study.dispatch.stop < 2:
+                if study.dispatch.stop is not StopRequest.DROP:
                     raise
                 study.store.set_state("paused")
                 raise Paused(

@@ -1,15 +1,15 @@
-"""Between the loop and a pool: hands candidates over, gives their results back, keeps the attempts, and knows when to end.
+"""Hands jobs to a pool and takes its results; stores attempts, driver time and backups; ends a search on a stop or a budget.
 
-Several searches run side by side as generators: each yields the jobs it waits for and is sent their results, one at a time.
+Everything that a search asks of its pool goes through one `Dispatch`. It knows nothing of generations or optimizers:
+`evomerge.search.event_loop` runs those.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from enum import Enum
 
 from evomerge.errors import Paused, Stopped
 from evomerge.evaluation import Evaluation
@@ -17,16 +17,35 @@ from evomerge.store import Store, stop_request
 from evomerge.workers import Job, Pool
 
 Result = tuple[Job, Evaluation]
-T = TypeVar("T")
-Task = Generator[Sequence[Job], Result, T]
-"""Yields jobs to begin, perhaps none; is sent one result at a time; returns when it waits for no more."""
-_TICK = 1.0  # seconds between two looks at signals and clocks
+"""A job with its evaluation."""
+_TICK = 1.0  # seconds between two checks of stop requests and clocks
+
+
+class StopRequest(Enum):
+    """How a search is asked to end.
+
+    Attributes:
+        NONE: It goes on.
+        FINISH_IN_FLIGHT: Nothing new begins; what is in flight has the grace period to end and is stored.
+        DROP: What is in flight is dropped at once.
+    """
+
+    NONE = "none"
+    FINISH_IN_FLIGHT = "finish in flight"
+    DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a search may use up, beside evaluations; None is no limit. hours: of the driver, over all its runs; gpu_hours: of
-    workers at work, times `gpus` of each (1 for a worker without a GPU); cost: gpu_hours times `price`."""
+    """What a search may use up, beside evaluations.
+
+    Attributes:
+        hours: Hours of the driver, summed over all its runs; None is no limit.
+        gpu_hours: Hours of workers at work, times `gpus` of each; None is no limit.
+        cost: `gpu_hours` times `price`; None is no limit.
+        price: Price of a GPU hour, in the unit of `cost`.
+        gpus: GPUs of a worker; 1 for a worker without a GPU.
+    """
 
     hours: float | None = None
     gpu_hours: float | None = None
@@ -36,8 +55,16 @@ class Budget:
 
 
 class Dispatch:
-    """One pool, one store. stop: 0 goes on, 1 lets what is in flight end within `grace` seconds and stores it, 2 drops it.
-    A stop that another process asks for, see `evomerge.store.paths`, is 1."""
+    """Submits jobs to one pool, yields their results and keeps one store's record of attempts and hours.
+
+    A stop is requested with `request_stop` (a signal handler calls it) or from another process through
+    `evomerge.store.stop_request`, which counts as `StopRequest.FINISH_IN_FLIGHT`.
+
+    Example:
+        dispatch = Dispatch(pool, store, grace=600.0, budget=Budget(hours=8.0))
+        for job, evaluation in dispatch.results(jobs):
+            ...
+    """
 
     def __init__(
         self,
@@ -48,146 +75,127 @@ class Dispatch:
         budget: Budget | None = None,
         backup: float | None = None,
     ) -> None:
-        """backup: minutes between two copies of the store; None makes none."""
-        self.pool, self.store, self.grace, self.budget, self.backup = (
-            pool,
-            store,
-            grace,
-            budget or Budget(),
-            backup,
-        )
-        self.stop = 0
-        self._why: Paused = Paused("stopped by a signal; run the same command with --resume to go on")
-        self._count, self._deadline, self._seen = 0, 0.0, time.monotonic()
+        """Makes a dispatch that has submitted nothing.
 
-    def each(self, jobs: Sequence[Job]) -> Iterator[Result]:
-        """The results of jobs, as they come. Raises Paused once `stop` is set and nothing that may be waited for is in flight."""
-        own = self._numbered(jobs)
-        self._submit(list(own.values()))
-        for _ in jobs:
-            job, evaluation = self._next()
-            yield jobs[job.slot - min(own)], evaluation
-            self._note()
+        Args:
+            pool: Evaluates jobs, in any order.
+            store: Takes attempts, driver time and backups.
+            grace: Seconds that jobs in flight have to end after a stop was requested.
+            budget: Hours and cost after which `exhausted_budget` names a cause; None is no limit.
+            backup: Minutes between two copies of the store; None makes none.
+        """
+        self.pool = pool
+        self.store = store
+        self.grace = grace
+        self.budget = budget or Budget()
+        self.backup = backup
+        self.stop = StopRequest.NONE
+        self._pause: Paused = Paused("stopped by a signal; run the same command with --resume to go on")
+        self._submitted = 0
+        self._drain_deadline: float | None = None
+        self._last_tick = time.monotonic()
 
-    def together(self, tasks: Sequence[Task[T]]) -> list[T]:
-        """Runs tasks side by side to their ends; what each returned. Raises what `each` raises.
+    def request_stop(self) -> StopRequest:
+        """Asks the search to end; a second request drops what is in flight. May be called from a signal handler.
 
-        What several of them wait for, the same recipe on the same items, is evaluated once."""
-        ends: dict[int, T] = {}
-        flying: dict[Hashable, list[tuple[int, Job]]] = {}  # what is out -> who waits for it
-        keys: dict[int, Hashable] = {}
+        Returns:
+            What is requested now.
+        """
+        first = self.stop is StopRequest.NONE
+        self.stop = StopRequest.FINISH_IN_FLIGHT if first else StopRequest.DROP
+        return self.stop
 
-        def step(number: int, result: Result | None) -> None:
-            try:
-                jobs = next(tasks[number]) if result is None else tasks[number].send(result)
-            except StopIteration as end:
-                ends[number] = end.value
-                return
-            fresh = []
-            for job in jobs:
-                key = (job.recipe.id, tuple((task, tuple(ids)) for task, ids in sorted(job.items.items())))
-                if key not in flying:
-                    fresh.append((key, job))
-                flying.setdefault(key, []).append((number, job))
-            numbered = self._numbered([job for _, job in fresh])
-            keys.update({slot: key for slot, (key, _) in zip(numbered, fresh, strict=True)})
-            self._submit(list(numbered.values()))
+    def submit(self, jobs: Sequence[Job]) -> list[Job]:
+        """Hands jobs to the pool in one call, under slots that are unique within this dispatch.
 
-        for number in range(len(tasks)):
-            step(number, None)
-        while len(ends) < len(tasks):
-            job, evaluation = self._next()
-            for number, own in flying.pop(keys.pop(job.slot)):
-                step(number, (own, evaluation))
-            self._note()
-        return [ends[number] for number in range(len(tasks))]
+        After a stop was requested nothing is handed over; `next_result` then raises.
 
-    def spent(self) -> str | None:
-        """Which budget is used up, in words; None while there is something left of each."""
-        asked = self.budget
-        self._note()
-        hours = self.store.activity.driven_seconds() / 3600
-        if asked.hours is not None and hours >= asked.hours:
-            return f"the budget of {asked.hours:g} hours is used up"
-        used = self.store.activity.busy_seconds() / 3600 * asked.gpus
-        if asked.gpu_hours is not None and used >= asked.gpu_hours:
-            return f"the budget of {asked.gpu_hours:g} GPU hours is used up"
-        if asked.cost is not None and used * asked.price >= asked.cost:
-            return f"the budget of {asked.cost:g} is used up: {used:.2f} GPU hours at {asked.price:g}"
-        return None
+        Args:
+            jobs: In the order of submission; their slots may repeat those of earlier calls.
 
-    def _numbered(self, jobs: Sequence[Job]) -> dict[int, Job]:
-        numbered = {self._count + i: replace(job, slot=self._count + i) for i, job in enumerate(jobs)}
-        self._count += len(jobs)
+        Returns:
+            The jobs under their unique slots, in the same order: results come back as these.
+        """
+        numbered = [replace(job, slot=self._submitted + i) for i, job in enumerate(jobs)]
+        self._submitted += len(jobs)
+        if numbered and self.stop is StopRequest.NONE:
+            self.pool.submit(numbered)
         return numbered
 
-    def _submit(self, jobs: Sequence[Job]) -> None:
-        if jobs and not self.stop:
-            self.pool.submit(jobs)
+    def next_result(self) -> Result:
+        """Waits for the pool's next result; drains the pool once a stop is requested.
 
-    def _next(self) -> Result:
-        """The pool's next result; draining the pool once `stop` is set."""
+        Returns:
+            A job as `submit` returned it, and its evaluation.
+
+        Raises:
+            Paused: A stop was requested and nothing that may be waited for is in flight.
+        """
         while True:
-            if self.stop:
+            if self.stop is not StopRequest.NONE:
                 self._drain()
-            found = self.pool.result(_TICK)
-            if found is not None:
-                return found
-            if not self.stop and not self.pool.out:
-                raise AssertionError("results are waited for, and the pool has nothing out")
-            self._note()
+            result = self.pool.result(_TICK)
+            if result is not None:
+                return result
+            if self.stop is StopRequest.NONE and not self.pool.out:
+                raise AssertionError("a result is waited for, and the pool has no job out")
+            self.record_activity()
+
+    def results(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        """Evaluates jobs and yields each as it ends.
+
+        Args:
+            jobs: With slots of the caller's own.
+
+        Yields:
+            A job as it was given and its evaluation, in the order in which the pool finishes them.
+
+        Raises:
+            Paused: As `next_result`.
+        """
+        by_slot = {submitted.slot: job for submitted, job in zip(self.submit(jobs), jobs, strict=True)}
+        for _ in jobs:
+            submitted, evaluation = self.next_result()
+            yield by_slot[submitted.slot], evaluation
+            self.record_activity()
+
+    def exhausted_budget(self) -> str | None:
+        """Which limit of the budget is reached, as a sentence; None while something is left of each."""
+        budget = self.budget
+        self.record_activity()
+        hours = self.store.activity.driven_seconds() / 3600
+        if budget.hours is not None and hours >= budget.hours:
+            return f"the budget of {budget.hours:g} hours is used up"
+        gpu_hours = self.store.activity.busy_seconds() / 3600 * budget.gpus
+        if budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours:
+            return f"the budget of {budget.gpu_hours:g} GPU hours is used up"
+        if budget.cost is not None and gpu_hours * budget.price >= budget.cost:
+            spent = f"{gpu_hours:.2f} GPU hours at {budget.price:g}"
+            return f"the budget of {budget.cost:g} is used up: {spent}"
+        return None
+
+    def record_activity(self) -> None:
+        """Stores the attempts that ended; once a second also the driver's time, a due backup and a stop by file."""
+        attempts = self.pool.attempts()
+        if attempts:
+            self.store.activity.add_attempts(attempts)
+        now = time.monotonic()
+        if now - self._last_tick < _TICK:
+            return
+        self.store.activity.add_driven_seconds(now - self._last_tick)
+        self._last_tick = now
+        if self.stop is StopRequest.NONE and stop_request.stop_requested(self.store.path.parent):
+            self.stop = StopRequest.FINISH_IN_FLIGHT
+            self._pause = Stopped("stopped by evomerge stop; resume goes on")
+        if self.backup is not None:
+            self.store.backup_every(self.backup)
 
     def _drain(self) -> None:
-        if not self._deadline:
+        """Drops what no worker has begun; raises once nothing more may be waited for."""
+        if self._drain_deadline is None:
             self.pool.drain()
-            self._deadline = time.monotonic() + self.grace
-        if self.stop > 1 or not self.pool.out or time.monotonic() > self._deadline:
-            self._note()
-            raise self._why
-
-    def _note(self) -> None:
-        """Stores what attempts ended and, once a second, how long the driver has run; looks whether it is asked to stop."""
-        if ended := self.pool.attempts():
-            self.store.activity.add_attempts(ended)
-        now = time.monotonic()
-        if now - self._seen >= _TICK:
-            self.store.activity.add_driven_seconds(now - self._seen)
-            self._seen = now
-            if not self.stop and stop_request.stop_requested(self.store.path.parent):
-                self.stop, self._why = 1, Stopped("stopped by evomerge stop; resume goes on")
-            if self.backup is not None:
-                self.store.backup_every(self.backup)
-
-
-class Line(Generic[T]):
-    """Tasks of one search that are under way together and end in the order they were begun: a task may be begun before the
-    last result of the one before it is there."""
-
-    def __init__(self) -> None:
-        self._tasks: deque[Task[T]] = deque()
-        self._ends: dict[Task[T], T] = {}
-        self._owners: dict[int, tuple[Task[T], Job]] = {}  # by the job's identity: slots are each task's own
-        self._jobs: list[Job] = []  # not handed over yet
-
-    def begin(self, task: Task[T]) -> None:
-        """Its jobs are handed over with the next `first`."""
-        self._tasks.append(task)
-        self._step(task, None)
-
-    def first(self) -> Task[T]:
-        """What the oldest task returns; the others go on meanwhile."""
-        while self._tasks[0] not in self._ends:
-            jobs, self._jobs = self._jobs, []
-            job, evaluation = yield jobs
-            task, own = self._owners.pop(id(job))
-            self._step(task, (own, evaluation))
-        return self._ends.pop(self._tasks.popleft())
-
-    def _step(self, task: Task[T], result: Result | None) -> None:
-        try:
-            jobs = next(task) if result is None else task.send(result)
-        except StopIteration as end:
-            self._ends[task] = end.value
-            return
-        self._owners.update({id(job): (task, job) for job in jobs})
-        self._jobs += jobs
+            self._drain_deadline = time.monotonic() + self.grace
+        is_over = not self.pool.out or time.monotonic() > self._drain_deadline
+        if self.stop is StopRequest.DROP or is_over:
+            self.record_activity()
+            raise self._pause

@@ -45,7 +45,7 @@ class Race:
 
 
 @dataclass(frozen=True, slots=True)
-class Raced:
+class RaceResult:
     """How a candidate fared. items: those it was scored on; dropped: the rung, from 1, after which it was dropped;
     predicted: what the search would see on all items, of a candidate that was not scored on all."""
 
@@ -78,7 +78,7 @@ def check(objective: Objective) -> None:
 
 def run(
     candidates: Mapping[int, Recipe], items: Items, race: Race, objective: Objective, mu: int, score: Score
-) -> dict[int, Raced]:
+) -> dict[int, RaceResult]:
     """Races the candidates of a generation; slot -> how each fared. mu: how many of the best the optimizer learns from.
 
     Deterministic: the same item scores give the same race. One that fails, or has a value that is not finite, is out of it.
@@ -116,7 +116,7 @@ def run(
     for slot, evaluations in own.items():
         done = together(items, parts[: len(evaluations)])
         whole = slot in failed or sum(map(len, done.values())) == sum(map(len, items.values()))
-        out[slot] = Raced(
+        out[slot] = RaceResult(
             union(evaluations, done, objective), done, dropped.get(slot), None if whole else predicted[slot]
         )
     finished = sorted((objective.search_score(out[slot].evaluation.metrics) for slot in alive), reverse=True)

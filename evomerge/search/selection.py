@@ -238,7 +238,7 @@ def interval(estimate: Estimate | None) -> dict[str, Any]:
     )
 
 
-def selection_luck(search: Estimate | None, test: Estimate | None) -> dict[str, float]:
+def selection_bias_columns(search: Estimate | None, test: Estimate | None) -> dict[str, float]:
     """Search less test score, and its error, as keys of a row: what a score owes to having been selected by it."""
     if search is None or test is None:
         return {}

@@ -34,7 +34,7 @@ from evomerge.config import loading
 from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, Term
 from evomerge.launch import prepare
 from evomerge.recipes import Mix, Recipe
-from evomerge.search.racing import Race, Raced, run
+from evomerge.search.racing import Race, RaceResult, run
 from evomerge.store import Store
 from evomerge.store.paths import store_path
 
@@ -110,7 +110,7 @@ def seen(items: Iterable[ItemScore], objective: Objective) -> float:
     )
 
 
-def standing(fate: Raced, objective: Objective, slot: int) -> tuple[float, float, int]:
+def standing(fate: RaceResult, objective: Objective, slot: int) -> tuple[float, float, int]:
     """What a search ranks by, the best first."""
     score = seen(fate.evaluation.items, objective) if fate.predicted is None else fate.predicted
     return (-math.inf if fate.dropped is None else -fate.dropped, -score, slot)

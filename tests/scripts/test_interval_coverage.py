@@ -87,7 +87,7 @@ def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: Module
         own = [t for t in trials if t.generation == number]
         fates = run(
             {t.slot: recipes[t.id] for t in own},
-            study.generations.subset(number),
+            study.runner.windows.items(number),
             rules,
             plan.objective,
             mu,

@@ -15,6 +15,7 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Opening, Plan, Stage, Study
 from evomerge.search.dispatch import Budget, Dispatch
+from evomerge.search.study import StageStart
 from evomerge.store import Outcome, Store, StudyFacts
 from evomerge.workers import Job
 from tests.search.test_study import SPACE, Killed, plan, sometimes
@@ -170,7 +171,8 @@ def test_an_island_goes_on_while_another_waits_for_its_last_candidate(tmp_path: 
         )
         first = store.last_trial_before(1)
         assert first == len(references)
-        study._search(of.stages[0], of.stages[0].open(None), references, (), 1)  # type: ignore[arg-type]
+        opening = of.stages[0].open(None)  # type: ignore[arg-type]
+        study._search(of.stages[0], opening, StageStart(0, references, (), 1))
         order = [t.generation for t in sorted(store.trials(), key=lambda t: t.id)]
     assert order == [0] * first + [g for g in range(1, 7) for _ in range(6)]
     assert [done for _, done in seen] == [6, 12, 18, 6, 12, 18], (
@@ -207,7 +209,7 @@ def test_a_stop_stores_what_is_in_flight_and_begins_nothing(tmp_path: Path) -> N
 
     def stop(made: int) -> None:
         if made == 12:
-            studies[0].dispatch.stop = 1
+            studies[0].dispatch.request_stop()
             flying.extend(job.recipe.id for job in pool[0].flying)
 
     flying: list[str] = []
@@ -230,7 +232,7 @@ def test_a_stop_stores_what_is_in_flight_and_begins_nothing(tmp_path: Path) -> N
 
 def test_a_grace_that_is_over_drops_what_is_in_flight(tmp_path: Path) -> None:
     made: list[Dispatch] = []
-    num_workers = Crew(4, shuffled(0), after=lambda ended: setattr(made[0], "stop", 1))
+    num_workers = Crew(4, shuffled(0), after=lambda ended: made[0].request_stop())
     with Store.open(tmp_path / "study.db", write=True) as store:
         store.begin("trial", 5, "", {}, StudyFacts())
         made.append(Dispatch(num_workers, store, grace=0.0))

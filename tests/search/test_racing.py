@@ -103,7 +103,7 @@ def test_a_trials_items_are_the_first_of_its_generations(whole: tuple[Path, ToyP
     file, pool, _ = whole
     from evomerge.search import Study
 
-    subset = Study(raced(), None, None).generations.subset  # type: ignore[arg-type]
+    subset = Study(raced(), None, None).runner.windows.items  # type: ignore[arg-type]
     with Store.open(file) as store:
         for t in searched(store):
             items = store.scored(t).evaluation.items
@@ -308,7 +308,7 @@ def test_a_race_keeps_the_best_as_often_as_it_says() -> None:
     assert used < 40 * 12 * 100
 
 
-def _seen(fate: racing.Raced, objective: Objective) -> float:
+def _seen(fate: racing.RaceResult, objective: Objective) -> float:
     return objective.search_score(fate.evaluation.metrics) if fate.predicted is None else fate.predicted
 
 

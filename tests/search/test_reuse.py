@@ -72,9 +72,10 @@ def search(
         def show(progress: Any) -> None:
             nonlocal shown
             shown += 1
-            study.dispatch.stop = max(study.dispatch.stop, int(shown == stop_after))
+            if shown == stop_after:
+                study.dispatch.request_stop()
 
-        study.show = study.generations.show = show
+        study.show = show
         study.run()
 
 

@@ -77,7 +77,7 @@ class Landscape:
         self.store = Store.open(file, write=True)
         self.truth: dict[int, float] = {}
         for generation, slot in itertools.product(range(1, generations + 1), range(self.per)):
-            items, recipe = self.study.generations.subset(generation), recipe_at(generation, slot)
+            items, recipe = self.study.runner.windows.items(generation), recipe_at(generation, slot)
             values = {i: self.value(generation, slot, i) for i in self.items["first"]}
             own = tuple(ItemScore("first", i, values[i]) for i in items["first"])
             metrics = {"first": float(np.mean([s.value for s in own]))}
@@ -111,7 +111,7 @@ class Landscape:
             self.items,
             trials,
             self.generations,
-            lambda t: self.study.generations.epochs(t, self.generations),
+            lambda t: self.study.runner.windows.epochs(t, self.generations),
         )
 
 
@@ -221,14 +221,16 @@ def test_no_error_is_claimed_where_none_is_known() -> None:
         is None
     )
     assert selection.headline(MEAN, Scored(None, Evaluation("r", (), {}, {}, "it failed"), None)) is None
-    assert selection.interval(None) == selection.selection_luck(None, None) == selection.lead(None) == {}
+    assert (
+        selection.interval(None) == selection.selection_bias_columns(None, None) == selection.lead(None) == {}
+    )
 
 
 def test_luck_is_the_difference_of_independent_estimates() -> None:
     one, other = (selection.headline(MEAN, scored(scores(k, {"first": 0.6, "second": 0.5}))) for k in "ab")
     assert one is not None
     assert other is not None
-    found = selection.selection_luck(one, other)
+    found = selection.selection_bias_columns(one, other)
     assert found["luck"] == pytest.approx(one.mean - other.mean, abs=1e-15)
     assert found["luck_error"] == pytest.approx(math.hypot(one.error, other.error), abs=1e-15)
 
@@ -458,7 +460,7 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
         assert best == "a"
         broke = 0
         for t in store.trials():
-            ids = study.generations.subset(t.generation + (t.origin == "mean"))["second"]
+            ids = study.runner.windows.items(t.generation + (t.origin == "mean"))["second"]
             floor = sum(whole[best][i] for i in ids) / len(ids) - 0.3
             assert t.violation == pytest.approx(max(0.0, floor - t.metrics["second"]), abs=1e-12)
             broke += t.violation > 0
@@ -514,9 +516,9 @@ def test_floors_need_a_parent(tmp_path: Path) -> None:
 
 def test_tasks_may_have_numbers_of_their_own() -> None:
     study = Study(plan(per_generation={"first": 5, "second": 11}), None, None)  # type: ignore[arg-type]
-    assert [len(ids) for ids in study.generations.subset(3).values()] == [5, 11]
+    assert [len(ids) for ids in study.runner.windows.items(3).values()] == [5, 11]
     both = Study(plan(per_generation=5), None, None)  # type: ignore[arg-type]
-    assert study.generations.subset(4)["first"] == both.generations.subset(4)["first"], (
+    assert study.runner.windows.items(4)["first"] == both.runner.windows.items(4)["first"], (
         "a task's windows are its own"
     )
 

@@ -183,7 +183,7 @@ def test_sampled_candidates_name_those_recombined_into_them(
 
 def windows(of: Plan, generations: Iterable[int]) -> list[Items]:
     study = Study(of, None, None)  # type: ignore[arg-type]
-    return [study.generations.subset(g) for g in generations]
+    return [study.runner.windows.items(g) for g in generations]
 
 
 def test_a_generation_is_scored_on_one_subset(
@@ -254,7 +254,8 @@ def broken(
         study: list[Study] = []
 
         def stop(made: int, k: int | None = k, study: list[Study] = study) -> None:
-            study[0].dispatch.stop |= made == k
+            if made == k:
+                study[0].dispatch.request_stop()
 
         def kill(made: int, k: int | None = k) -> None:
             if made == k:
@@ -326,7 +327,7 @@ def test_a_stop_before_anything_is_a_pause(tmp_path: Path) -> None:
     with Store.open(tmp_path / "study.db", write=True) as store:
         store.begin("trial", 5, "", {}, StudyFacts())
         study = Study(plan(), store, pool)
-        study.dispatch.stop = 1
+        study.dispatch.request_stop()
         with pytest.raises(Paused, match="--resume"):
             study.run()
         assert pool.calls == []

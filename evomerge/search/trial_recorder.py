@@ -1,0 +1,194 @@
+"""Turns evaluations into rows of the store: what ranks a candidate, what is reported, its constraint violation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evomerge.evaluation import Evaluation, Items, Objective
+from evomerge.recipes import Recipe
+from evomerge.search.racing import RaceResult
+from evomerge.store import NewEvaluation, NewTrial, Store, Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A recipe to be tried, and where it comes from.
+
+    Attributes:
+        origin: 'parent', 'hand', 'sampled', 'injected' or 'mean', see `evomerge.store.Trial`.
+        recipe: What is built and scored.
+        label: Name of a parent or hand recipe, else None.
+        genome: What the recipe was decoded from; None for a recipe that no optimizer asked for.
+        parents: Ids of the trials recombined into it.
+        island: That asked for it, from 0.
+        trial_id: Id that its trial gets; None for the next free one.
+    """
+
+    origin: str
+    recipe: Recipe
+    label: str | None = None
+    genome: tuple[float, ...] | None = None
+    parents: tuple[int, ...] = ()
+    island: int = 0
+    trial_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """score: what ranks it; reported: the objective by the tasks' metrics; task_values: its point on the Pareto front."""
+
+    score: float | None = None
+    reported: float | None = None
+    task_values: tuple[float, ...] | None = None
+
+
+class TrialRecorder:
+    """Writes evaluations on search items and trials to a store.
+
+    Attributes:
+        store: That is written to.
+        objective: By which evaluations are scored.
+        stage: Number of the search's stage that trials are stored under, from 0.
+    """
+
+    def __init__(self, store: Store, objective: Objective) -> None:
+        """Makes a recorder for stage 0.
+
+        Args:
+            store: Open for writing.
+            objective: By which evaluations are scored.
+        """
+        self.store = store
+        self.objective = objective
+        self.stage = 0
+
+    def stored_trial(self, generation: int, slot: int) -> Trial | None:
+        """The trial at a place, if the store has it already.
+
+        Args:
+            generation: Its number.
+            slot: Its place in the generation.
+
+        Returns:
+            The trial, or None.
+        """
+        return self.store.trial_at(generation, slot)
+
+    def record_evaluation(self, recipe: Recipe, items: Items, evaluation: Evaluation) -> None:
+        """Stores an evaluation whose trial comes later.
+
+        Args:
+            recipe: That was scored.
+            items: Search items it was scored on.
+            evaluation: Its result.
+        """
+        scores = self._scores(evaluation)
+        self.store.add_evaluation(
+            NewEvaluation(
+                recipe, "search", items, evaluation, scores.score, scores.reported, scores.task_values
+            )
+        )
+
+    def record_trial(
+        self,
+        generation: int,
+        slot: int,
+        candidate: Candidate,
+        items: Items,
+        evaluation: Evaluation,
+        floors: Mapping[str, float],
+    ) -> Trial:
+        """Stores the trial of a candidate that was scored on all items of its generation.
+
+        Args:
+            generation: Its number.
+            slot: Place of the candidate in it.
+            candidate: What was tried.
+            items: The generation's items.
+            evaluation: Of the candidate on these items.
+            floors: Task -> value that the retention constraint requires on these items.
+
+        Returns:
+            The trial as stored.
+        """
+        scores = self._scores(evaluation)
+        violation = 0.0
+        if scores.score is not None:
+            violation = self.objective.violation(evaluation.metrics, floors)
+        return self.store.add_trial(
+            NewTrial(
+                generation=generation,
+                slot=slot,
+                origin=candidate.origin,
+                label=candidate.label,
+                genome=candidate.genome,
+                parents=candidate.parents,
+                recipe=candidate.recipe,
+                items=items,
+                evaluation=evaluation,
+                score=scores.score,
+                reported=scores.reported,
+                task_values=scores.task_values,
+                violation=violation,
+                stage=self.stage,
+                island=candidate.island,
+                trial_id=candidate.trial_id,
+            )
+        )
+
+    def record_raced_trial(
+        self, generation: int, slot: int, candidate: Candidate, result: RaceResult, item_count: int
+    ) -> Trial:
+        """Stores the trial of a candidate that ran in a race, perhaps on a part of the items.
+
+        Args:
+            generation: Its number.
+            slot: Place of the candidate in it.
+            candidate: What was tried.
+            result: How it fared. Where a score on all items is predicted, that score ranks it and it has no place on
+                the Pareto front.
+            item_count: How many items the generation is raced on.
+
+        Returns:
+            The trial as stored.
+        """
+        scores = self._scores(result.evaluation)
+        score, task_values, whole = scores.score, scores.task_values, None
+        if result.predicted is not None and score is not None:
+            score = result.predicted - self.objective.size_penalty(result.evaluation.costs)
+            task_values = None
+            whole = item_count
+        return self.store.add_trial(
+            NewTrial(
+                generation=generation,
+                slot=slot,
+                origin=candidate.origin,
+                label=candidate.label,
+                genome=candidate.genome,
+                parents=candidate.parents,
+                recipe=candidate.recipe,
+                items=result.items,
+                evaluation=result.evaluation,
+                score=score,
+                reported=scores.reported,
+                task_values=task_values,
+                dropped=result.dropped,
+                whole=whole,
+                stage=self.stage,
+                island=candidate.island,
+                trial_id=candidate.trial_id,
+            )
+        )
+
+    def _scores(self, evaluation: Evaluation) -> _Scores:
+        """The scores of an evaluation on search items; all None for one that failed or has no finite score."""
+        reported = self.objective.reported_score(evaluation)
+        if reported is None:
+            return _Scores()
+        penalty = self.objective.size_penalty(evaluation.costs)
+        score = self.objective.search_score(evaluation.metrics) - penalty
+        if not math.isfinite(score):
+            return _Scores()
+        return _Scores(score, reported, self.objective.task_values(evaluation.metrics))
