@@ -1,4 +1,9 @@
-"""The blocks of a search file, each a model of pydantic: names, types, bounds, and what else one block alone can tell."""
+"""The blocks of a search file as pydantic models: every key with its type, bounds, default and a line of description.
+
+The text under a key is its description, from which `evomerge.config.reference` makes the reference of all keys; pydantic does not
+read it, since that would cost a tenth of a second at every start. A block checks what it can tell of itself alone;
+`evomerge.config.checks` checks blocks against one another.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +21,21 @@ from pydantic import (
 
 from evomerge.optimizers import OPTIMIZERS, optimizer_for
 
+_DEFAULT_ITEMS = 100
 
-def _no_truth(value: Any) -> Any:
+
+def _no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("should be a number")
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_no_truth)]
-Number = Annotated[float, BeforeValidator(_no_truth)]
-
-
 def _counts(value: Any) -> Any:
-    for n in value.values() if isinstance(value, dict) else (value,):
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"should be a whole number of at least 1, or one for each task named, got {n!r}")
+    for count in value.values() if isinstance(value, dict) else (value,):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"should be a whole number of at least 1, or one for each task named, got {count!r}"
+            )
     return value
 
 
@@ -40,17 +45,24 @@ def _optimizer_name(value: str) -> str:
     return value
 
 
-OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
-_ITEMS = 100
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+"""A whole number."""
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+"""A finite number."""
+Positive = Annotated[Number, Field(gt=0)]
+"""A number above 0."""
 Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
-Share = Annotated[Number, Field(gt=0)]
+"""A count, or one for each task that is named."""
+OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
+"""A key of `evomerge.optimizers.OPTIMIZERS`."""
 Measure = Literal["metric", "probability", "logprob"]
-_METRIC: dict[Measure, float] = {"metric": 1.0}
+"""What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of the right answer."""
 Shares = Annotated[
-    dict[Measure, Share],
+    dict[Measure, Positive],
     Field(min_length=1),
     BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
 ]
+"""Measure -> share of it in what a search sees; a measure alone has all of it."""
 
 
 class Strict(BaseModel):
@@ -60,18 +72,23 @@ class Strict(BaseModel):
 
 
 class ModelConfig(Strict):
-    """A parent: a folder (from the working directory) or a Hugging Face repository, with an optional revision."""
+    """A parent model; written as text alone, the text is its path."""
 
     path: str = Field(min_length=1)
+    """Folder of the model, from the working directory, or a repository of the Hugging Face hub."""
     revision: str | None = None
+    """Branch, tag or commit of the repository."""
 
 
 class RangeConfig(Strict):
-    """Bounds of a searched parameter and where the search starts; low < start < high."""
+    """Bounds of a searched parameter and where the search starts: low < start < high."""
 
     low: Number
+    """Lower bound."""
     high: Number
+    """Upper bound."""
     start: Number
+    """Where the search starts."""
 
     @model_validator(mode="after")
     def _inside(self) -> RangeConfig:
@@ -81,32 +98,37 @@ class RangeConfig(Strict):
 
 
 class SpaceConfig(Strict):
-    """groups: how many layer groups, or their sizes from the bottom; a parameter is a range, or a number that fixes it."""
+    """Which coefficients of the merge method are searched."""
 
     groups: Whole | tuple[Whole, ...] = 4
+    """Number of layer groups that have coefficients of their own, or the groups' sizes from the bottom."""
     components: tuple[Literal["attention", "mlp", "other"], ...] = Field(
         default=("attention", "mlp"), min_length=1
     )
+    """Parts of a layer that are searched, each with coefficients of its own; 'other' is neither of the first two."""
     embeddings: bool = True
+    """Whether the embeddings are searched, with coefficients of their own."""
     head: bool = True
+    """Whether the output head is searched, with coefficients of its own."""
     parameters: dict[str, RangeConfig | bool | float] = Field(default_factory=dict)
+    """Parameter of the method -> its range, or a number that fixes it; weights are searched also where left out."""
 
 
 class TaskConfig(Strict):
-    """A task of the objective: an lm-eval task, group or tag, or a Python function.
-
-    metric, filter: the task's first unless named; weight: its share. search: what candidates are ranked by, the metric,
-    the probability or mean log-probability of the right answer, or measure -> share. items: role -> document numbers or item ids of
-    exactly its items, or a file with one a line. python: 'module:function' in place of a task, see
-    `evomerge.evaluation.python_tasks`, with a name and whether higher scores are better.
-    """
+    """A task of the objective: an lm-eval task, group or tag, or a Python function."""
 
     task: str
+    """Name of the task, group or tag in lm-eval."""
     metric: str | None = None
+    """Metric of the task; its first unless named."""
     filter: str | None = None
+    """lm-eval's filter of the task's answers; its first unless named."""
     weight: Number = Field(default=1.0, gt=0)
-    search: Shares = Field(default_factory=lambda: dict(_METRIC))
+    """Weight of the task in the objective."""
+    search: Shares = Field(default_factory=lambda: {"metric": 1.0})
+    """What candidates are ranked by: metric, probability or logprob of the right answer, or a share of each."""
     num_fewshot: Whole | None = Field(default=None, ge=0)
+    """Number of examples in a prompt; the task's own unless given."""
     items: (
         dict[
             Literal["search", "validation", "test"],
@@ -114,9 +136,13 @@ class TaskConfig(Strict):
         ]
         | None
     ) = None
+    """Role -> exactly its items, as document numbers or item ids, or a file with one a line; dealt by a rule unless given."""
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """'module:function' that scores candidates in place of a task, see `evomerge.evaluation.python_tasks`."""
     name: str | None = Field(default=None, min_length=1)
+    """Name of a Python task."""
     higher_is_better: bool = True
+    """Whether higher scores of a Python task are better."""
 
     @model_validator(mode="before")
     @classmethod
@@ -133,12 +159,8 @@ class TaskConfig(Strict):
             raise ValueError("name and higher_is_better belong to a task with python: module:function")
         if self.python is not None and self.name is None:
             raise ValueError("a python task needs a name, not a task")
-        if self.python is not None and (self.metric, self.filter, self.num_fewshot, self.items) != (
-            None,
-            None,
-            None,
-            None,
-        ):
+        settings_of_lm_eval = (self.metric, self.filter, self.num_fewshot, self.items)
+        if self.python is not None and any(value is not None for value in settings_of_lm_eval):
             raise ValueError(
                 "a python task has no metric, filter, num_fewshot or items: its function decides"
             )
@@ -148,72 +170,89 @@ class TaskConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """items: items of each task that a generation is scored on, or task -> items, 100 of a task that is not named;
-    validation, test: most items of each task, null for all.
+    """How tasks are evaluated and which of their items have which role. Of a group, counts are of each of its tasks."""
 
-    search: most items of each task that generations take theirs from. splits: 'declared', 'hash' or 'hash-train', see
-    `evomerge.evaluation.lm_harness.TaskSpec`; include: folders of task YAML files. duplicates, allow_benchmark_test,
-    training_texts, overlap, overlap_ngram: see `evomerge.evaluation.lm_harness.items.Rules`. Of a group, all these counts are of
-    each of its tasks. backend: 'resident' compiles requests for the live model, 'lm-eval' hands all to lm-eval's own
-    HFLM; batch_size: of what goes through that.
-    """
-
-    items: Counts = _ITEMS
+    items: Counts = _DEFAULT_ITEMS
+    """Items of each task that a generation is scored on, or task -> items, 100 of a task that is not named."""
     validation: Whole | None = Field(default=None, ge=2)
+    """Most items of each task that finalists are chosen by; all unless given."""
     test: Whole | None = Field(default=None, ge=2)
+    """Most items of each task for the final score; all unless given."""
     search: Whole | None = Field(default=None, ge=1)
+    """Most items of each task that generations take theirs from; all unless given."""
     splits: Literal["declared", "hash", "hash-train"] = "hash"
+    """Which items have which role: the task's own splits, or by hash, see `evomerge.evaluation.lm_harness.TaskSpec`."""
     duplicates: Literal["refuse", "drop"] = "refuse"
+    """What happens to an item in two declared splits: an error, or it is kept in the later role only."""
     allow_benchmark_test: bool = False
+    """Whether a task of lm-eval may be dealt by hash, so that the search sees the benchmark's own test items."""
     training_texts: tuple[str, ...] = ()
+    """Files of texts that models were trained on, in which items are looked for."""
     overlap: Literal["warn", "drop"] = "warn"
+    """What happens to items that share overlap_ngram words in a row with the training texts."""
     overlap_ngram: Whole = Field(default=13, ge=1)
+    """Number of words in a row that are an overlap."""
     backend: Literal["resident", "lm-eval"] = "resident"
+    """'resident' compiles requests for the model in memory; 'lm-eval' hands all of them to lm-eval's own HFLM."""
     batch_size: Whole = Field(default=64, ge=1)
+    """Batch size of what goes through lm-eval's HFLM."""
     include: tuple[str, ...] = ()
+    """Folders of lm-eval task files."""
     apply_chat_template: bool = False
+    """Whether prompts are written by the base model's chat template."""
     fewshot_as_multiturn: bool = False
+    """Whether examples of a prompt are turns of a chat."""
     system_instruction: str | None = None
+    """System message of every prompt."""
 
     def items_of(self, task: str) -> int:
-        """How many items of a task, or of each task of a group, a generation is scored on."""
-        return self.items if isinstance(self.items, int) else self.items.get(task, _ITEMS)
+        """Looks up the size of a generation's part of a task.
+
+        Args:
+            task: Name of a task or group of the search file.
+
+        Returns:
+            Number of items of the task, or of each task of the group, that a generation is scored on.
+        """
+        return self.items if isinstance(self.items, int) else self.items.get(task, _DEFAULT_ITEMS)
 
 
 class RaceConfig(Strict):
-    """rungs: shares of a generation's items after which candidates are dropped, the last 1; error: how often, at most, a
-    generation may lose one of its best. See `evomerge.search.racing`."""
+    """Racing: candidates that are clearly behind are dropped before all items are scored, see `evomerge.search.racing`."""
 
     rungs: tuple[Number, ...] = Field(default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0), min_length=1)
+    """Shares of a generation's items after which candidates are dropped; the last is 1."""
     error: Number = Field(default=0.05, gt=0, lt=1)
+    """How often, at most, a generation may lose one of its best candidates."""
 
 
 class SearchConfig(Strict):
-    """evaluations: budget of the search, parents and hand recipes not counted. sigma: initial deviation in ranges.
-
-    population: None for CMA-ES' default. diagonal: None chooses it when evaluations < 20 per gene.
-    start: 'space' starts at the parameters' own starts, 'best' at the best hand recipe the space can hold.
-    finalists: how many candidates are re-scored on validation, the distribution's mean always among them.
-    tie_break: soft score that decides between equal ones, None for the probability where tasks have one. race: drop
-    candidates on few items; None scores each on all items of its generation. islands: searches side by side that share the
-    budget and the workers. 'auto', of islands and population: as many as keep the workers busy that the study begins with.
-    pipelined: ask each generation before the last results of the one before it, so that no worker waits for a straggler; each
-    learns from those before the last, which takes more evaluations for the same score. optimizer: of searches of weights, a
-    name of `evomerge.optimizers.OPTIMIZERS` that takes numbers alone; routes have their own.
-    """
+    """How the space is searched."""
 
     evaluations: Whole = Field(default=500, ge=1)
+    """Budget of candidates; parents and hand recipes are not counted."""
     population: Annotated[Whole, Field(ge=4)] | Literal["auto"] | None = None
+    """Candidates of a generation; CMA-ES' default unless given; 'auto' keeps the workers busy that the study begins with."""
     sigma: Number = Field(default=0.15, gt=0)
+    """Initial standard deviation, in ranges of the parameters."""
     seed: Whole = Field(default=0, ge=0, lt=2**31)
+    """Seed of everything that is random."""
     diagonal: bool | None = None
+    """Whether the covariance matrix is diagonal; unless given, it is with fewer than 20 evaluations for each gene."""
     start: Literal["space", "best"] = "space"
+    """'space' starts at the parameters' own starts, 'best' at the best hand recipe that the space can hold."""
     finalists: Whole = Field(default=6, ge=1)
+    """Candidates that are scored again on validation items, the distribution's mean always among them."""
     tie_break: Literal["probability", "logprob", "none"] | None = None
+    """Soft metric that decides between equal scores; the probability, where tasks have one, unless given."""
     race: RaceConfig | None = None
+    """Drops candidates on few items; each is scored on all items of its generation where left out."""
     islands: Annotated[Whole, Field(ge=1, le=64)] | Literal["auto"] = 1
+    """Searches side by side that share budget and workers; 'auto' keeps the workers busy that the study begins with."""
     pipelined: bool = False
+    """Asks each generation before the last results of the one before, so that no worker waits; takes more evaluations."""
     optimizer: OptimizerName = "cma"
+    """Optimizer of searches of weights, which takes numbers alone; routes have their own."""
 
     @field_validator("optimizer")
     @classmethod
@@ -223,50 +262,58 @@ class SearchConfig(Strict):
 
 
 class StageConfig(Strict):
-    """A stage of a search: weights, or routes of layers. What is not given is the search's own."""
+    """A stage of a search; written as text alone, the text is its kind."""
 
     stage: Literal["weights", "routes"]
+    """What is searched: weights of a merge method, or routes of layers."""
     evaluations: Whole | None = Field(default=None, ge=1)
+    """Budget of the stage; search.evaluations unless given."""
     population: Whole | None = Field(default=None, ge=4)
+    """Candidates of a generation; search.population unless given."""
     sigma: Number | None = Field(default=None, gt=0)
+    """Initial standard deviation; search.sigma unless given."""
 
 
-class GateConfig(Strict):
-    """tokens: of the search's prompts that a route is looked at on, None for a hundredth of what a candidate is scored on, 64 to
-    2,000; factor: how many times the best parent's perplexity it may have."""
+class PerplexityScreenConfig(Strict):
+    """Early rejection of routes whose perplexity on right answers is far above the parents'."""
 
     tokens: Whole | None = Field(default=None, ge=16)
+    """Tokens that a route is screened on; a hundredth of what a candidate is scored on, 64 to 2,000, unless given."""
     factor: Number = Field(default=20.0, gt=1)
+    """How many times the best parent's perplexity a route may have."""
 
 
 class RoutesConfig(Strict):
-    """Routes of layers, see `evomerge.spaces.routes`.
-
-    genome: 'categorical' is a choice at each position of one model's path, 'conditional' the same as numbers; 'indicator'
-    switches all layers of all models, `repeats` times over (arXiv 2403.13187). start: model that gives embeddings and head
-    and whose path it begins at; 'best': the best so far, on validation, in a first stage on the search items, a parent or
-    stack by hand. embeddings: of any model, which is one more choice, or of the start. models: those whose layers are used,
-    all unless named. layers: [least, most], from half to twice the start's unless given. changes: how many positions a
-    first candidate changes. spans: lengths of inserted spans. scales: a factor of the hidden state for each hop, between
-    any two layers, or none; in scale_range. penalty: what a layer more than the base has costs of the score. stacks:
-    mergekit passthrough files to begin with. gate: None scores every route in full. optimizer: a name of
-    `evomerge.optimizers.OPTIMIZERS` that takes the genome; 'elitist' for choices and 'cma' for numbers unless named.
-    """
+    """Routes of layers, see `evomerge.spaces.routes`."""
 
     genome: Literal["categorical", "conditional", "indicator"] = "categorical"
+    """A choice at each position of one model's path, the same as numbers, or switches of all layers (arXiv 2403.13187)."""
     start: str = "best"
+    """Model that gives embeddings and head, and whose path a route begins at; 'best' is the best so far."""
     embeddings: Literal["any", "start"] = "any"
+    """Embeddings and head of any model, which is one more choice, or of the start."""
     models: tuple[str, ...] = ()
+    """Models whose layers are used; all where left out."""
     layers: tuple[Whole, Whole] | None = None
-    changes: Number = Field(default=2.0, gt=0)
+    """Least and most layers of a route; half to twice the start's unless given."""
+    expected_mutations: Number = Field(default=2.0, gt=0)
+    """How many positions a first candidate changes, on average."""
     repeats: Whole = Field(default=2, ge=1, le=8)
+    """How many times over an indicator genome has all layers of all models."""
     spans: tuple[Annotated[Whole, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
+    """Lengths of inserted spans of layers."""
     scales: Literal["none", "hop", "matrix"] = "none"
+    """Factors of the hidden state: none, one for each hop, or one between any two layers."""
     scale_range: tuple[Number, Number] = (0.4, 1.5)
+    """Bounds of these factors, around 1."""
     penalty: Number = Field(default=0.0, ge=0)
+    """What a layer more than the base has costs of the score."""
     stacks: tuple[str, ...] = ()
-    gate: GateConfig | None = Field(default_factory=GateConfig)
+    """mergekit passthrough files of stacks to begin with."""
+    perplexity_screen: PerplexityScreenConfig | None = Field(default_factory=PerplexityScreenConfig)
+    """Early rejection by perplexity; null scores every route in full."""
     optimizer: OptimizerName | None = None
+    """Optimizer, which takes the genome; elitist for choices and cma for numbers unless given."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RoutesConfig:
@@ -284,37 +331,46 @@ class RoutesConfig(Strict):
 
 
 class LimitsConfig(Strict):
-    """What a candidate and a worker may do before they are put an end to, see `evomerge.workers.scheduler.Limits`. factor: times the
-    running median that a candidate may take; floor: seconds it always may; memory: bytes a worker may grow by."""
+    """What ends a candidate or a worker, see `evomerge.workers.scheduler.Limits`."""
 
     factor: Number = Field(default=4.0, gt=1)
+    """How many times the running median a candidate may take."""
     floor: Number = Field(default=60.0, gt=0)
+    """Seconds that a candidate may always take."""
     memory: Number | None = Field(default=None, gt=0)
+    """Bytes that a worker's memory may grow by; no limit unless given."""
 
 
 class ClusterConfig(Strict):
-    """Where candidates are evaluated; may change from run to run. ray: 'local' starts a cluster on this machine, 'auto'
-    joins the one it belongs to, else its address; None is no Ray. workers: as many as fit unless given; cpus, gpus: of
-    each, in shares too, at most one GPU, which is the default where the cluster has any. grace: seconds that what is in
-    flight has once a signal came. backup: minutes between copies of the store, None makes none."""
+    """Where candidates are evaluated; may change from run to run."""
 
     ray: str | None = None
+    """'local' starts a Ray cluster on this machine, 'auto' joins the one it belongs to, else an address; null uses no Ray."""
     workers: Whole | None = Field(default=None, ge=1)
+    """Number of workers; as many as fit unless given."""
     gpus: Number | None = Field(default=None, ge=0, le=1)  # a model over several is not built
+    """GPUs of each worker, at most one, in shares too; one, where the cluster has any, unless given."""
     cpus: Number = Field(default=1.0, ge=0)
+    """CPUs of each worker."""
     grace: Number = Field(default=600.0, ge=0)
+    """Seconds that candidates in flight have to finish after a signal."""
     backup: Number | None = Field(default=30.0, gt=0)
+    """Minutes between copies of the study's file; null makes none."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    """What ends a candidate or a worker."""
 
 
 class BudgetConfig(Strict):
-    """What a search may use up beside its evaluations; may change from run to run. hours: of the driver, over all its runs;
-    gpu_hours: of workers at work, times the GPUs of each; cost: gpu_hours times price."""
+    """What a search may use up beside its evaluations; may change from run to run."""
 
-    hours: Share | None = None
-    gpu_hours: Share | None = None
-    cost: Share | None = None
+    hours: Positive | None = None
+    """Hours of the driver, over all its runs."""
+    gpu_hours: Positive | None = None
+    """Hours of workers at work, times the GPUs of each."""
+    cost: Positive | None = None
+    """Cost: gpu_hours times price."""
     price: Number = Field(default=0.0, ge=0)
+    """Price of a GPU hour."""
 
     @model_validator(mode="after")
     def _priced(self) -> BudgetConfig:
@@ -324,45 +380,58 @@ class BudgetConfig(Strict):
 
 
 class Config(Strict):
-    """A whole search. objective: weighted 'mean' or 'geometric' mean of the tasks, or the 'worst' of them.
+    """A whole search file, as `evomerge.config.load` reads it::
 
-    keep: task -> x: a candidate that falls more than x below the best parent there ranks after all that do not.
-    stages: of the search, each from the best of the one before; search.evaluations is the budget of each that has none of its own.
-    reuse: earlier studies, by name or path, whose evaluations are read instead of made again.
+    settings, text = load("demo")
+    print(settings.study, settings.method, settings.parents)
     """
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the study and of its folder: letters, digits, '.', '_' and '-', at most 64."""
     models: dict[str, ModelConfig] = Field(min_length=2)
+    """Name -> parent model."""
     base: str
+    """Name of the model that the others are compared with, whose shape the merge has."""
     method: str
+    """Merge method."""
     out_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the merged tensors that are scored and written."""
     space: SpaceConfig = Field(default_factory=SpaceConfig)
+    """Which coefficients of the merge method are searched."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    """Tasks of the objective."""
     objective: Literal["mean", "geometric", "worst"] = "mean"
+    """Weighted mean or geometric mean of the tasks, or the worst of them."""
     keep: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
+    """Retention constraints, task -> x: who falls more than x below the best parent there ranks after all who do not."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """How tasks are evaluated and which of their items have which role."""
     search: SearchConfig = Field(default_factory=SearchConfig)
+    """How the space is searched."""
     stages: tuple[StageConfig, ...] = Field(default=(StageConfig(stage="weights"),), min_length=1)
+    """Stages of the search, each from the best of the one before."""
     routes: RoutesConfig = Field(default_factory=RoutesConfig)
+    """Routes of layers, where a stage searches them."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    """Where candidates are evaluated; may change from run to run."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    """What a search may use up beside its evaluations; may change from run to run."""
     reuse: tuple[str, ...] = ()
+    """Earlier studies, by name or path, whose evaluations are read instead of made again."""
 
     @field_validator("stages", mode="before")
     @classmethod
-    def _stage_names(cls, value: Any) -> Any:
-        return (
-            [{"stage": v} if isinstance(v, str) else v for v in value]
-            if isinstance(value, list | tuple)
-            else value
-        )
+    def _stages_by_kind(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return [{"stage": stage} if isinstance(stage, str) else stage for stage in value]
 
     @field_validator("models", mode="before")
     @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
-        return value
+    def _models_by_path(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"path": model} if isinstance(model, str) else model for name, model in value.items()}
 
     @property
     def kinds(self) -> tuple[str, ...]:

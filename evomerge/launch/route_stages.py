@@ -57,7 +57,7 @@ def route_space(
     bounds = routes.layers or (max(1, depth // 2), 2 * depth)
     common: dict[str, Any] = {
         "models": tuple(models), "begin": name, "stage": stage, "bounds": bounds, "scales": routes.scales, "scale_range": routes.scale_range,
-        "changes": routes.changes, "out_dtype": settings.out_dtype,
+        "changes": routes.expected_mutations, "out_dtype": settings.out_dtype,
     }  # fmt: skip
     if routes.genome == "indicator":
         return LayerIndicatorSpace(**common, repeats=routes.repeats)
@@ -86,7 +86,7 @@ def check_routes(
 
 def gate(settings: Config, tasks: TaskSet, scorer: Worker, limit: float | None) -> PerplexityScreen | None:
     """What a route has to pass before it is scored in full; limit: nats a token, found from the parents where it is None."""
-    asked = settings.routes.gate
+    asked = settings.routes.perplexity_screen
     if asked is None or "routes" not in settings.kinds:
         return None
     tokenizer = load_tokenizer(scorer.parents[settings.base])

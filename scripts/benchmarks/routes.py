@@ -32,7 +32,7 @@ models:
 method: task_arithmetic
 out_dtype: float32
 stages: [{stages}]
-routes: {{layers: [4, 10], gate: {{tokens: 300}}, {routes}}}
+routes: {{layers: [4, 10], perplexity_screen: {{tokens: 300}}, {routes}}}
 space:
   groups: 3
   components: [attention, mlp]

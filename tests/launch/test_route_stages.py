@@ -39,7 +39,7 @@ STAGES = [
 def staged_file(folder: Path, study: str, stages: list[Any], **routes: Any) -> Path:
     file = search_file(folder, study)
     document = json.loads(file.read_text())
-    document |= {"stages": stages, "routes": {"gate": {"tokens": 200}, **routes}}
+    document |= {"stages": stages, "routes": {"perplexity_screen": {"tokens": 200}, **routes}}
     file.write_text(json.dumps(document, indent=1))
     return file
 

@@ -55,7 +55,7 @@ def _bases() -> dict[str, list[Any]]:
                    "race": {"rungs": [4, 8], "error": 0.1}},
         "stages": ["weights", {"stage": "routes", "evaluations": 32, "population": 6, "sigma": 0.2}, "weights"],
         "routes": {"genome": "conditional", "start": "a", "models": ["a", "b"], "layers": [2, 6], "spans": [1, 2, 3], "scales": "hop",
-                   "scale_range": [0.5, 1.4], "penalty": 0.0, "gate": {"tokens": 300, "factor": 20}},
+                   "scale_range": [0.5, 1.4], "penalty": 0.0, "perplexity_screen": {"tokens": 300, "factor": 20}},
     }  # fmt: skip
     space = weight_space("dare_ties")
     recipes = [json.loads(b.recipe.canonical()) for b in baselines(space)][::3]

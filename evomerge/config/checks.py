@@ -1,0 +1,119 @@
+"""What is wrong in a search file beyond single keys: names that no block defines, values that a method does not take.
+
+A function for each block yields (path of the key, sentence) for everything that is wrong in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from evomerge import _yaml
+from evomerge.config.schema import Config, RangeConfig
+from evomerge.errors import suggest
+
+Problem = tuple[_yaml.Key, str]
+"""(path of the key, what is wrong there and what to do)."""
+
+_STAGES = (
+    ("weights",),
+    ("routes",),
+    ("weights", "routes"),
+    ("routes", "weights"),
+    ("weights", "routes", "weights"),
+)
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Checks the blocks of a search file against one another and against the merge methods.
+
+    Args:
+        config: Settings whose blocks are valid each for itself.
+
+    Yields:
+        What is wrong, the most fundamental first.
+    """
+    if config.base not in config.models:
+        sentence = f"base '{config.base}' is not among the models. {suggest(config.base, config.models)}"
+        yield ("base",), sentence
+    yield from _method(config)
+    yield from _space(config)
+    yield from _stages(config)
+    yield from _routes(config)
+    yield from _tasks(config)
+
+
+def _method(config: Config) -> Iterator[Problem]:
+    """The merge method, its number of models and its parameters."""
+    from evomerge.methods import METHODS  # loads torch
+
+    if config.method not in METHODS:
+        yield ("method",), f"unknown method '{config.method}'. {suggest(config.method, METHODS)}"
+        return
+    method = METHODS[config.method]
+    least, most = method.models
+    count = len(config.parents)
+    if not least <= count <= most:
+        yield ("models",), f"{method.name} takes {least} to {most} models besides the base, got {count}"
+    for name, value in config.space.parameters.items():
+        path = ("space", "parameters", name)
+        param = method.param(name)
+        if param is None:
+            known = [p.name for p in method.params]
+            yield path, f"{method.name} has no parameter '{name}'. {suggest(name, known)}"
+            continue
+        is_range = isinstance(value, RangeConfig)
+        if param.flag and (is_range or value not in (0, 1)):
+            yield path, f"{name} is a switch: true or false, not searched"
+        bounds = (value.low, value.high) if isinstance(value, RangeConfig) else (float(value),)
+        for number in bounds:
+            if not param.hard_low <= number <= param.hard_high:
+                allowed = f"[{param.hard_low:g}, {param.hard_high:g}]"
+                yield path, f"{name} must be in {allowed}, got {number:g}"
+
+
+def _space(config: Config) -> Iterator[Problem]:
+    """Layer groups and components."""
+    groups, components = config.space.groups, config.space.components
+    if isinstance(groups, tuple) and (not groups or min(groups) < 1):
+        yield ("space", "groups"), f"groups are sizes of at least 1, got {list(groups)}"
+    if isinstance(groups, int) and groups < 1:
+        yield ("space", "groups"), f"groups must be at least 1, got {groups}"
+    for component in components:
+        if components.count(component) > 1:
+            yield ("space", "components"), f"component '{component}' is listed twice"
+
+
+def _stages(config: Config) -> Iterator[Problem]:
+    """The order of the stages, and what cannot be had together."""
+    if config.kinds not in _STAGES:
+        known = "; ".join(", ".join(kinds) for kinds in _STAGES)
+        yield ("stages",), f"stages are one of: {known}; got {', '.join(config.kinds)}"
+    if config.search.race is not None and config.search.pipelined:
+        sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
+        yield ("search", "pipelined"), sentence
+
+
+def _routes(config: Config) -> Iterator[Problem]:
+    """Models that routes name."""
+    named: list[Problem] = [(("routes", "models", i), name) for i, name in enumerate(config.routes.models)]
+    if config.routes.start != "best":
+        named.append((("routes", "start"), config.routes.start))
+    for path, name in named:
+        if name not in config.models:
+            yield path, f"'{name}' is not among the models. {suggest(name, config.models)}"
+
+
+def _tasks(config: Config) -> Iterator[Problem]:
+    """Tasks, and what names one of them."""
+    names = [task.task for task in config.tasks]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield ("tasks", i, "task"), f"task '{name}' is listed twice; give it one entry and a weight"
+    counts = config.evaluation.items
+    naming: list[tuple[_yaml.Key, Sequence[str]]] = [(("keep",), list(config.keep))]
+    if isinstance(counts, dict):
+        naming.append((("evaluation", "items"), list(counts)))
+    for path, named in naming:
+        for name in named:
+            if name not in names:
+                yield (*path, name), f"'{name}' is not among the tasks. {suggest(name, names)}"
