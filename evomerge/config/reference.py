@@ -208,8 +208,9 @@ def _descriptions() -> dict[str, dict[str, str]]:
             continue
         keys = found.setdefault(definition.name, {})
         for statement, following in zip(definition.body, definition.body[1:], strict=False):
-            is_key = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
             text = following.value if isinstance(following, ast.Expr) else None
-            if is_key and isinstance(text, ast.Constant) and isinstance(text.value, str):
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
                 keys[statement.target.id] = " ".join(text.value.split())
     return found

@@ -57,6 +57,7 @@ OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
 """A key of `evomerge.optimizers.OPTIMIZERS`."""
 Measure = Literal["metric", "probability", "logprob"]
 """What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of the right answer."""
+_METRIC_ALONE: dict[Measure, float] = {"metric": 1.0}
 Shares = Annotated[
     dict[Measure, Positive],
     Field(min_length=1),
@@ -125,7 +126,7 @@ class TaskConfig(Strict):
     """lm-eval's filter of the task's answers; its first unless named."""
     weight: Number = Field(default=1.0, gt=0)
     """Weight of the task in the objective."""
-    search: Shares = Field(default_factory=lambda: {"metric": 1.0})
+    search: Shares = Field(default_factory=lambda: dict(_METRIC_ALONE))
     """What candidates are ranked by: metric, probability or logprob of the right answer, or a share of each."""
     num_fewshot: Whole | None = Field(default=None, ge=0)
     """Number of examples in a prompt; the task's own unless given."""
