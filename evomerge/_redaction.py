@@ -1,7 +1,7 @@
-"""Takes passwords and tokens out of text before it is stored, logged or shown. Reads no file; knows nothing of who asks.
+"""Removes passwords and tokens from text before it is stored, logged or shown.
 
-What looks like a secret is replaced, and what the environment says is one. A secret of another form, in no
-variable that is named like one, is not seen: this is the last door, not the only one.
+What looks like a secret is replaced, and the values of environment variables whose names say that they are
+one. A secret of another form, in no such variable, is not found: callers must not rely on this alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from urllib.parse import quote
 
 HIDDEN = "***"
-_SHORTEST = 6  # characters of a variable's value: a shorter one, such as '1', would blacken half of a log
+_SHORTEST = 6  # characters of a variable's value: replacing a shorter one, such as '1', would spoil a log
 _NAMED = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS)S?$", re.IGNORECASE)
 _SHAPES = tuple(
     (re.compile(pattern), text)
@@ -50,16 +50,22 @@ _SHAPES = tuple(
 
 
 def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret replaced by '***'; a text without one comes back as it is, and a scrubbed one too.
+    """Replaces every secret in a text by '***'.
 
-    environment: variables whose values are secrets where their name ends in TOKEN, KEY, SECRET, PASSWORD or
-    the like; this process's own unless given. Scrub before a text is cut: half a token is not recognized.
+    Scrub before a text is cut: half a token is not recognized.
+
+    Args:
+        text: Any text.
+        environment: Variables whose values are secrets where their name ends in TOKEN, KEY, SECRET, PASSWORD
+            or the like; this process's own unless given.
+
+    Returns:
+        The text without secrets; one that has none, and one that was scrubbed, come back as they are.
     """
-    named = os.environ if environment is None else environment
-    values = {v.strip() for k, v in named.items() if _NAMED.search(k) and len(v.strip()) >= _SHORTEST}
-    for value in sorted(
-        values | {quote(v, safe="") for v in values}, key=lambda v: (-len(v), v)
-    ):  # one may begin with another
+    variables = os.environ if environment is None else environment
+    values = {v.strip() for k, v in variables.items() if _NAMED.search(k) and len(v.strip()) >= _SHORTEST}
+    spellings = values | {quote(v, safe="") for v in values}
+    for value in sorted(spellings, key=lambda v: (-len(v), v)):  # longest first: one may begin with another
         text = text.replace(value, HIDDEN)
     for pattern, replacement in _SHAPES:
         text = pattern.sub(replacement, text)
@@ -67,8 +73,18 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 class ScrubbedFormatter(logging.Formatter):
-    """A log's formatter whose lines, tracebacks among them, hold no secrets."""
+    """A log's formatter whose lines, tracebacks among them, hold no secrets.
+
+    handler.setFormatter(ScrubbedFormatter("%(levelname)s %(message)s"))
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Formats a record.
+
+        Args:
+            record: The record.
+
+        Returns:
+            Its line, scrubbed.
+        """
         return scrub(super().format(record))

@@ -1,4 +1,4 @@
-"""Finds the data that travels with evomerge: `search_spaces/` and `evaluators/`, in a checkout or in the wheel."""
+"""Finds the distribution's data: `search_spaces/` and `evaluators/`, in a checkout or in the wheel."""
 
 from __future__ import annotations
 

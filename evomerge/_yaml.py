@@ -35,7 +35,14 @@ class Document:
     marks: dict[Key, tuple[int, int]] = field(repr=False)
 
     def where(self, path: Key = ()) -> str:
-        """'file:line:column' of the longest known prefix of a key path."""
+        """The place of a key, for messages.
+
+        Args:
+            path: Key path; its longest prefix that the document has is taken.
+
+        Returns:
+            'file:line:column'.
+        """
         while path and path not in self.marks:
             path = path[:-1]
         line, column = self.marks.get(path, (1, 1))
@@ -43,7 +50,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans, which refuses what is too much as it comes to it."""
+    """SafeLoader with YAML 1.2's numbers and booleans, which stops at the first thing beyond a limit."""
 
     yaml_implicit_resolvers = {  # type: ignore[misc, unused-ignore]  # noqa: RUF012
         first: [
@@ -76,7 +83,8 @@ class _Loader(yaml.SafeLoader):
         )
         if self._values > MAX_VALUES:
             raise ConfigError(
-                f"{_place(self._name, event)} is past the first {MAX_VALUES:,} keys and values; a search or recipe has no more"
+                f"{_place(self._name, event)} is past the first {MAX_VALUES:,} keys and values; "
+                "a search or recipe has no more"
             )
         return event
 
@@ -88,14 +96,25 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$"
+        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
     ),
     list("-+.0123456789"),
 )
 
 
 def read(path: Path) -> Document:
-    """The one document in a file; raises ConfigError naming file, line and column for anything malformed."""
+    """The one document in a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The document.
+
+    Raises:
+        ConfigError: It cannot be read, is malformed or has several documents; names file, line and column.
+    """
     return parse(_text(path), str(path))
 
 
@@ -113,20 +132,52 @@ def _text(path: Path) -> str:
 
 
 def read_all(path: Path) -> list[Document]:
-    """Every document in a file; see `read`."""
+    """Every document in a file, in order.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The documents; one without data if there is none.
+
+    Raises:
+        ConfigError: It cannot be read or is malformed; names file, line and column.
+    """
     return parse_all(_text(path), str(path))
 
 
 def parse(text: str, name: str) -> Document:
-    """The one document in a text; `name` stands for it in error messages."""
-    found = parse_all(text, name)
-    if len(found) > 1:
-        raise ConfigError(f"{found[1].where()} begins the second of {len(found)} documents; keep one")
-    return found[0]
+    """The one document in a text.
+
+    Args:
+        text: YAML.
+        name: Stands for it in messages.
+
+    Returns:
+        The document.
+
+    Raises:
+        ConfigError: It is malformed or has several documents; names line and column.
+    """
+    documents = parse_all(text, name)
+    if len(documents) > 1:
+        raise ConfigError(f"{documents[1].where()} begins the second of {len(documents)} documents; keep one")
+    return documents[0]
 
 
 def parse_all(text: str, name: str) -> list[Document]:
-    """Every document in a text, in order; one without data if there is none."""
+    """Every document in a text, in order.
+
+    Args:
+        text: YAML.
+        name: Stands for it in messages.
+
+    Returns:
+        The documents; one without data if there is none.
+
+    Raises:
+        ConfigError: It is malformed; names line and column.
+    """
     if len(text) > MAX_BYTES:
         raise ConfigError(
             f"{name} has {len(text):,} characters; a search or recipe file has at most {MAX_BYTES:,}"

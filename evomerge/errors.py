@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-_LONGEST = 1000  # characters of an error
+_LONGEST = 1000  # characters of a message
 
 
 class EvomergeError(Exception):
@@ -32,7 +32,7 @@ class EvomergeError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The sentence; what quotes a user's file is cut, for a value there may be of any length."""
+        """The message, cut to 1000 characters: it may quote a value of a user's file, of any length."""
         text = super().__str__()
         return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
 
@@ -51,7 +51,7 @@ class RecipeError(ConfigError):
 
 
 class SetupError(EvomergeError):
-    """The machine lacks something the search needs."""
+    """The machine lacks something that the search needs."""
 
     code = "E200"
     exit_code = 3
@@ -125,14 +125,22 @@ class Stopped(Paused):
 class NoRoom(Paused):
     """A study's file cannot be written: its disk is full, over quota, read-only or failing.
 
-    What was stored before is there.
+    What was stored before is still there.
     """
 
     code = "E520"
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """A sentence for an error message: the nearest known word, or all of them if none is near."""
-    known = sorted(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known) or 'none'}."
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """A sentence for an error message about a word that is none of those allowed.
+
+    Args:
+        word: What was written.
+        allowed: The words that may stand there.
+
+    Returns:
+        The nearest allowed word as a question, or all of them if none is near.
+    """
+    words = sorted(allowed)
+    near = get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(words) or 'none'}."

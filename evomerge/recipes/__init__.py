@@ -1,4 +1,4 @@
-"""What a merge is, as values: recipes, the tokenizer they ask for, chat templates, and mergekit's YAML for them.
+"""What a merge is, as values: recipes, the tokenizers they specify, chat templates and mergekit's YAML.
 
 Nothing here loads torch or reads a model: a `Recipe` is the only thing that travels between the packages of a
 search.

@@ -1,4 +1,4 @@
-"""Chat templates by the names that mergekit's `chat_template` key knows, written from the formats' own descriptions."""
+"""Chat templates by the names of mergekit's `chat_template` key, written from the formats' descriptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _CHATML = """\
 _LLAMA3 = """\
 {{- bos_token -}}
 {%- for message in messages -%}
-{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' \
++ message['content'] | trim + '<|eot_id|>' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
 """
@@ -41,20 +42,37 @@ KNOWN = {"alpaca": _ALPACA, "chatml": _CHATML, "llama3": _LLAMA3, "mistral": _MI
 AUTO = "auto"
 
 
-def check(wish: str) -> None:
-    """Raises RecipeError unless a wish is 'auto', a known name or the text of a Jinja template."""
-    if wish != AUTO and wish not in KNOWN and "{" not in wish:
+def check(template: str) -> None:
+    """Checks the value of a `chat_template` key.
+
+    Args:
+        template: 'auto', one of the names in `KNOWN`, or the text of a Jinja template.
+
+    Raises:
+        RecipeError: It is none of them.
+    """
+    if template != AUTO and template not in KNOWN and "{" not in template:
         raise RecipeError(
-            f"chat_template must be auto, {', '.join(KNOWN)} or the text of a Jinja template, got {wish[:60]!r}"
+            f"chat_template must be auto, {', '.join(KNOWN)} or the text of a Jinja template, "
+            f"got {template[:60]!r}"
         )
 
 
-def text(wish: str, own: Sequence[str]) -> str | None:
-    """The template's text.
+def text(template: str, models: Sequence[str]) -> str | None:
+    """The text of the template that a `chat_template` key asks for.
 
-    own: those of the models merged; 'auto' takes the most common, of equals the first; None if there is none.
+    Args:
+        template: 'auto' for the most common one of the models (of equals the first), a name, or a Jinja
+            template.
+        models: The templates of the merged models that have one.
+
+    Returns:
+        Jinja text; None for 'auto' where no model has a template.
+
+    Raises:
+        RecipeError: See `check`.
     """
-    check(wish)
-    if wish == AUTO:
-        return Counter(own).most_common(1)[0][0] if own else None
-    return KNOWN.get(wish, wish)
+    check(template)
+    if template == AUTO:
+        return Counter(models).most_common(1)[0][0] if models else None
+    return KNOWN.get(template, template)

@@ -1,7 +1,8 @@
-"""What a merge is: frozen, hashable values with a canonical JSON form. Knows nothing of tensors, files or optimizers.
+"""What a merge is: frozen, hashable values with a canonical JSON form.
 
 A `Recipe` lists one `Mix` per *output* layer, so that weight search (layer i mixes the parents' layers i) and
-layer routing (output layer 17 is layer 9 of `math`, passed through) are the same type.
+layer routing (output layer 17 is layer 9 of `math`, passed through) are the same type. Nothing here knows
+tensors, files or optimizers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,10 @@ Source = tuple[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A value that depends on the tensor: the first case whose text is in the tensor's name wins; '*' is in all.
+    """A value that depends on the tensor: the first case whose text is in the tensor's name decides.
 
-    cases: ((text, value), ...), at least one.
+    Attributes:
+        cases: ((text, value), ...), at least one; the text '*' is in every name.
     """
 
     cases: tuple[tuple[str, float], ...]
@@ -36,7 +38,14 @@ class Filtered:
         object.__setattr__(self, "cases", tuple((text, float(value) + 0.0) for text, value in self.cases))
 
     def at(self, tensor: str) -> float | None:
-        """The value for a tensor name, or None if no case matches."""
+        """The value for one tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value of the first case that matches, or None if none does.
+        """
         for text, value in self.cases:
             if text == "*" or text in tensor:
                 return value
@@ -45,20 +54,23 @@ class Filtered:
 
 _SHOWN = 500  # characters of an error about a text that may hold anything
 POLICIES = ("float32", "mergekit")
+"""What arithmetic a merge does, see `Recipe.policy`."""
 STORED = "stored"
+"""The arithmetic type that is that of the inputs."""
 Setting = float | Filtered
 ParamValue = Setting | tuple[Setting, ...]
-"""One setting for a parameter of the merge; a tuple with one setting per source for a parameter of the models."""
+"""A setting for a parameter of the merge; a tuple of one per source for a parameter of each model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
     """How one output layer (or the tensors before or after the stack) is made.
 
-    method: name in `evomerge.methods.registry`.
-    sources: the models mixed, in order; the base is not among them.
-    base: the base model's (name, layer) for methods that need one, else None.
-    params: ((name, value), ...) sorted by name; see `ParamValue`.
+    Attributes:
+        method: Name in `evomerge.methods.METHODS`.
+        sources: The models mixed, in order; the base is not among them.
+        base: The base model's (name, layer) for methods that need one, else None.
+        params: ((name, value), ...) sorted by name; see `ParamValue`.
     """
 
     method: str
@@ -93,20 +105,27 @@ class Mix:
 class Recipe:
     """A whole merged model.
 
-    base: model whose config, tokenizer and other files the output gets.
-    layers: one mix per output layer; the depth is their number.
-    embeddings: the tensors before the layer stack; head: those after it (final norm, output head).
-    policy: 'float32': inputs are upcast and the result is rounded once; 'mergekit': the types, operations and
-        faults of
-    mergekit 0.1.5. dtype: the arithmetic type under 'mergekit', STORED for that of the inputs; else
-        'float32'.
-    out_dtype: type of the tensors that are scored and shipped.
-    seed: keys the masks of randomized methods, in [0, 2**63).
-    tokenizer: what the output's tokenizer is made of; None: the base's files, and vocabularies must agree.
-    chat_template: Jinja text, a known name, 'auto', or None for the base's.
-    stages: (name, recipe) pairs, merged before and read like models by the recipes after them.
-    scales: what the hidden state that enters each output layer is multiplied by, the first 1; empty where all
-        are 1.
+        layer = Mix("linear", (("math", 0), ("code", 0)), params=params({"weight": (0.5, 0.5)}))
+        outer = Mix("linear", (("math", None), ("code", None)), params=params({"weight": (0.5, 0.5)}))
+        recipe = Recipe(base="math", layers=(layer,), embeddings=outer, head=outer)
+
+    Attributes:
+        base: Model whose config, tokenizer and other files the output gets.
+        layers: One mix per output layer; the depth is their number.
+        embeddings: The tensors before the layer stack.
+        head: Those after it: final norm and output head.
+        dtype: The arithmetic type under the policy 'mergekit', STORED for that of the inputs; else 'float32'.
+        out_dtype: Type of the tensors that are scored and shipped.
+        seed: Keys the masks of randomized methods, in [0, 2**63).
+        policy: 'float32': inputs are upcast and the result is rounded once; 'mergekit': the types, operations
+            and faults of mergekit 0.1.5.
+        tokenizer: What the output's tokenizer is made of; None: the base's files, and vocabularies must
+            agree.
+        chat_template: Jinja text, a known name, 'auto', or None for the base's.
+        stages: (name, recipe) pairs: intermediate merges, merged before and read like models by those after
+            them.
+        scales: What the hidden state that enters each output layer is multiplied by, the first 1; empty where
+            all are 1.
     """
 
     base: str
@@ -125,19 +144,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.layers:
             raise RecipeError("a recipe needs at least one output layer, got none")
-        scales = tuple(float(s) for s in self.scales)
-        if scales and (
-            len(scales) != len(self.layers) or scales[0] != 1 or not all(0 < s < math.inf for s in scales)
-        ):
-            raise RecipeError(
-                f"scales are one number above 0 for each of the {len(self.layers)} layers, the first 1; got {list(scales)}"
-            )
-        object.__setattr__(self, "scales", scales if any(s != 1 for s in scales) else ())
+        object.__setattr__(self, "scales", _checked_scales(self.scales, len(self.layers)))
         if self.policy not in POLICIES:
             raise RecipeError(f"unknown arithmetic policy '{self.policy}'. Known: {', '.join(POLICIES)}")
         if self.policy == "float32" and self.dtype != "float32":
             raise RecipeError(
-                f"under the policy 'float32' arithmetic is in float32, got dtype '{self.dtype}'; use the policy 'mergekit'"
+                f"under the policy 'float32' arithmetic is in float32, got dtype '{self.dtype}'; "
+                "use the policy 'mergekit'"
             )
         names = [name for name, _ in self.stages]
         if len(set(names)) < len(names) or any(recipe.stages for _, recipe in self.stages):
@@ -162,14 +175,21 @@ class Recipe:
         return tuple(dict.fromkeys(model for model in named if model not in stages))
 
     def is_route(self, depths: Mapping[str, int]) -> bool:
-        """Whether this is more than a merge of whole models: layers out of place, more or fewer than the base has, or scales.
+        """Whether this is more than a merge of whole models.
 
-        depths: model name -> number of its layers. A base that is a stage is as deep as that; of one whose
-        depth is not given only the places of the layers tell.
+        It is where layers are out of place, more or fewer than the base has, or scaled.
+
+        Args:
+            depths: Model name -> number of its layers. A base that is a stage is as deep as that; without the
+                depth of the base only the places of the layers count.
+
+        Returns:
+            True for a route.
         """
-        moved = any(mix.sources[0][1] != i for i, mix in enumerate(self.layers))
-        known = {**depths, **{name: len(stage.layers) for name, stage in self.stages}}
-        return bool(self.scales) or moved or len(self.layers) != known.get(self.base, len(self.layers))
+        out_of_place = any(mix.sources[0][1] != i for i, mix in enumerate(self.layers))
+        all_depths = {**depths, **{name: len(stage.layers) for name, stage in self.stages}}
+        base_depth = all_depths.get(self.base, len(self.layers))
+        return bool(self.scales) or out_of_place or len(self.layers) != base_depth
 
     @property
     def id(self) -> str:
@@ -182,7 +202,17 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe whose `canonical` text this is. Raises RecipeError on any other text."""
+        """The recipe of a canonical text.
+
+        Args:
+            text: What `canonical` returned.
+
+        Returns:
+            An equal recipe.
+
+        Raises:
+            RecipeError: It is any other text.
+        """
         try:
             return _recipe(json.loads(text))
         except (KeyError, TypeError, ValueError, RecursionError, RecipeError) as error:
@@ -192,10 +222,33 @@ class Recipe:
 
 
 def setting(value: Any, what: str) -> float:
-    """A finite float from a number; raises RecipeError otherwise (booleans become 1.0 and 0.0, as in mergekit)."""
+    """A finite float from a number; booleans become 1.0 and 0.0, as in mergekit.
+
+    Args:
+        value: Anything.
+        what: What it is called in the message.
+
+    Returns:
+        The number, never -0.0.
+
+    Raises:
+        RecipeError: It is no number, or not finite.
+    """
     if isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max:
         return float(value) + 0.0  # -0.0 and 0.0 are one recipe
     raise RecipeError(f"{what} must be a finite number, got {value!r}")
+
+
+def _checked_scales(given: Iterable[float], layers: int) -> tuple[float, ...]:
+    """The scales as floats; empty where all are 1."""
+    scales = tuple(float(s) for s in given)
+    if not scales:
+        return ()
+    if len(scales) != layers or scales[0] != 1 or not all(0 < s < math.inf for s in scales):
+        raise RecipeError(
+            f"scales are one number above 0 for each of the {layers} layers, the first 1; got {list(scales)}"
+        )
+    return scales if any(s != 1 for s in scales) else ()
 
 
 def _normal(value: ParamValue) -> ParamValue:
@@ -206,7 +259,14 @@ def _normal(value: ParamValue) -> ParamValue:
 
 
 def params(values: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:
-    """The sorted tuple form that `Mix.params` holds."""
+    """The form of parameters that `Mix.params` holds.
+
+    Args:
+        values: Parameter name -> value.
+
+    Returns:
+        ((name, value), ...) sorted by name.
+    """
     return tuple(sorted(values.items()))
 
 
@@ -225,9 +285,8 @@ def _plain(value: Any) -> Any:
                 "tokenizer": value.tokenizer.to_plain() if value.tokenizer else None,
                 "chat_template": value.chat_template,
                 "stages": [[name, _plain(stage)] for name, stage in value.stages],
-                **(
-                    {"scales": list(value.scales)} if value.scales else {}
-                ),  # left out: the ids of recipes without stay
+                # left out where empty: the ids of recipes from before there were scales stay
+                **({"scales": list(value.scales)} if value.scales else {}),
             }
         case Mix():
             return {

@@ -1,4 +1,4 @@
-"""The wish for the output's tokenizer: what mergekit's `tokenizer_source` and `tokenizer` say.
+"""What a merged model's tokenizer is made of: mergekit's `tokenizer_source` and `tokenizer` keys.
 
 Frozen, JSON-able; knows no files.
 """
@@ -19,8 +19,10 @@ WHOLE = ("base", "union")
 class TokenDonor:
     """Which row a token gets in the models that lack it; with `force`, in every model.
 
-    source: model name (its row of the same token), 'zero' (a row of zeros), (model, other token), (model,
-    row), or None for the row that it would get unlisted: being listed then only adds the token.
+    Attributes:
+        source: Model name (its row of the same token), 'zero' (a row of zeros), (model, other token), (model,
+            row), or None for the row that it would get unlisted: being listed then only adds the token.
+        force: Whether models that have the token get the row too.
     """
 
     source: str | tuple[str, str | int] | None
@@ -38,7 +40,8 @@ class TokenDonor:
                 pass
             case _:
                 raise RecipeError(
-                    f"a token's source is a model, 'zero', or a model with a token or a row of at least 0, got {self.source!r}"
+                    "a token's source is a model, 'zero', or a model with a token or a row of at least 0, "
+                    f"got {self.source!r}"
                 )
         if not isinstance(self.force, bool):
             raise RecipeError(f"force must be true or false, got {self.force!r}")
@@ -55,11 +58,12 @@ class TokenDonor:
 class TokenizerSpec:
     """The tokenizer of a merged model.
 
-    source: 'base' (the base's), 'union' (the base's and every parent's further tokens) or the name of a model
-        (that model's).
-    tokens: ((token, donor), ...), tokens that the output has in any case; new ones get the next rows in this
-        order.
-    pad_to_multiple_of: the number of rows is rounded up to a multiple of it; None leaves one row a token.
+    Attributes:
+        source: 'base' (the base's), 'union' (the base's and every parent's further tokens) or the name of a
+            model (that model's).
+        tokens: ((token, donor), ...), tokens that the output has in any case; new ones get the next rows in
+            this order.
+        pad_to_multiple_of: The number of rows is rounded up to a multiple of it; None leaves one row a token.
     """
 
     source: str = "union"
@@ -88,7 +92,7 @@ class TokenizerSpec:
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def to_plain(self) -> dict[str, Any]:
-        """Mappings, lists, texts and numbers, for JSON; tokens are pairs in a list, because their order counts."""
+        """The spec as plain data for JSON; tokens are pairs in a list, because their order counts."""
         pairs = [
             [
                 token,
@@ -103,7 +107,17 @@ class TokenizerSpec:
 
     @classmethod
     def from_plain(cls, data: Any) -> TokenizerSpec:
-        """The spec whose `to_plain` this is. Raises RecipeError on anything else."""
+        """The spec of a plain form.
+
+        Args:
+            data: What `to_plain` returned.
+
+        Returns:
+            An equal spec.
+
+        Raises:
+            RecipeError: It is anything else.
+        """
         given = _fields(data, ("source", "tokens", "pad_to_multiple_of"))
         if not isinstance(given["tokens"], list):
             raise RecipeError(f"tokens must be a list of [token, donor], got {str(given['tokens'])[:80]}")

@@ -102,7 +102,8 @@ def _last_and_named(documents: Sequence[Document]) -> tuple[Document, dict[str, 
             unnamed.append(document)
         elif not isinstance(name, str) or not name or name in named:
             raise RecipeError(
-                f"{document.where(('name',))} name must be a text that no other document has, got {name!r:.80}"
+                f"{document.where(('name',))} name must be a text that no other document has, "
+                f"got {name!r:.80}"
             )
         else:
             named[name] = document

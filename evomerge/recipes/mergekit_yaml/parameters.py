@@ -32,7 +32,7 @@ class ParameterReader:
         self._method = method
 
     def given(self, path: Key, entry: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The parameters of a model, a slice, a module or the whole document, checked and as they are written.
+        """The parameters of a model, a slice, a module or the whole document, checked, as they are written.
 
         Args:
             path: Key path of the entry.

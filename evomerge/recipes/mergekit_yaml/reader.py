@@ -301,7 +301,8 @@ class DocumentReader:
         if not is_pair or not 0 <= value[0] < value[1] <= depth:
             raise self._checks.fail(
                 path,
-                f"layer_range must be [first, end] with 0 <= first < end <= {depth} for {model}, got {value!r}",
+                f"layer_range must be [first, end] with 0 <= first < end <= {depth} for {model}, "
+                f"got {value!r}",
             )
         return value[0], value[1]
 
@@ -342,7 +343,7 @@ class DocumentReader:
         return [source for source in part.sources if base is None or source.model != base]
 
     def _mix(self, part: _Slice, index: int | None, t: float, shared: Sequence[Mapping[str, Any]]) -> Mix:
-        """The mix of a slice's layer, or of the tensors outside the stack where index is None; t: see `setting`."""
+        """The mix of a slice's layer at depth t, or of the tensors outside the stack where index is None."""
 
         def layer(first: int) -> int | None:
             return None if index is None else first + index

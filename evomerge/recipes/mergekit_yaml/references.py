@@ -10,18 +10,40 @@ from evomerge.recipes.tokenizer_spec import WHOLE, ZERO, TokenDonor, TokenizerSp
 
 
 def text(value: Mapping[str, Any]) -> str:
-    """'path[@revision][+adapter[@revision]]' of {model: …, lora: …}, each a text or {path: …, revision: …}."""
+    """A model reference as one text.
+
+    Args:
+        value: {model: …, lora: …}, each a text or {path: …, revision: …}; lora may be left out.
+
+    Returns:
+        'path[@revision][+adapter[@revision]]'.
+
+    Raises:
+        RecipeError: It has another form.
+    """
     _keys(value, ("model", "lora", "override_architecture"), "a model reference")
     if value.get("override_architecture") is not None:
         raise RecipeError(
-            "override_architecture is not needed here: names are read without a table of architectures; remove it"
+            "override_architecture is not needed here: names are read without a table of architectures; "
+            "remove it"
         )
     model, adapter = _path(value.get("model")), value.get("lora")
     return model if adapter is None else f"{model}+{_path(adapter)}"
 
 
 def tokenizer(value: Any, model: Callable[[Any], str]) -> TokenizerSpec:
-    """The spec of mergekit's `tokenizer` mapping. model: reads a model reference."""
+    """The spec of mergekit's `tokenizer` mapping.
+
+    Args:
+        value: What the document has under `tokenizer`.
+        model: Reads a model reference.
+
+    Returns:
+        The spec.
+
+    Raises:
+        RecipeError: It is no such mapping.
+    """
     value = _mapping(value, "tokenizer")
     _keys(value, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
     source = value.get("source", "union")
@@ -44,10 +66,10 @@ def _donor(source: Any, model: Callable[[Any], str]) -> str | tuple[str, str | i
     if source["kind"] != "model_token":
         raise RecipeError(f"a token's source has the kind zero or model_token, got {source['kind']!r:.60}")
     _keys(source, ("kind", "model", "token", "token_id"), "a source of kind model_token")
-    given = [source[key] for key in ("token", "token_id") if source.get(key) is not None]
-    if len(given) != 1:
+    rows = [source[key] for key in ("token", "token_id") if source.get(key) is not None]
+    if len(rows) != 1:
         raise RecipeError("a source of kind model_token has exactly one of token and token_id")
-    return model(source.get("model")), given[0]
+    return model(source.get("model")), rows[0]
 
 
 def _path(value: Any) -> str:
@@ -67,7 +89,7 @@ def _mapping(value: Any, what: str) -> Mapping[str, Any]:
     return value
 
 
-def _keys(value: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
+def _keys(value: Mapping[str, Any], allowed: tuple[str, ...], what: str) -> None:
     for key in value:
-        if key not in known:
-            raise RecipeError(f"{what} has an unknown key {key!r:.60}. {suggest(str(key), known)}")
+        if key not in allowed:
+            raise RecipeError(f"{what} has an unknown key {key!r:.60}. {suggest(str(key), allowed)}")

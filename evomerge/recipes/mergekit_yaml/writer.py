@@ -1,4 +1,4 @@
-"""Recipe -> mergekit's YAML (version 0.1.5): spells out everything mergekit would otherwise guess."""
+"""Recipe -> mergekit's YAML (version 0.1.5), with all written out that mergekit would guess."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ import yaml
 
 from evomerge.errors import RecipeError
 from evomerge.methods import Method, Param, method
-from evomerge.recipes.recipe import STORED, Filtered, Mix, Recipe, Setting, Source, params
+from evomerge.recipes.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting, Source, params
 from evomerge.recipes.tokenizer_spec import ZERO, TokenDonor, TokenizerSpec
 
 
 def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = ()) -> str:
-    """mergekit YAML that rebuilds the recipe. references: model name -> what to write for it; header: comment lines.
+    """mergekit YAML that rebuilds a recipe.
 
-    A recipe with stages becomes one document a stage, for mergekit-multi. Raises RecipeError for a recipe
-    that mergekit cannot express.
+    Args:
+        recipe: A recipe; its stages become documents of their own, for mergekit-multi.
+        references: Model name -> what to write for it.
+        header: Comment lines.
+
+    Returns:
+        The text of the file.
+
+    Raises:
+        RecipeError: mergekit cannot express the recipe.
     """
     named = {**references, **{name: name for name, _ in recipe.stages}}
-    documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages] + [
-        _document(recipe, named)
-    ]
+    documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages]
+    documents.append(_document(recipe, named))
     body = "---\n".join(
         yaml.dump(d, sort_keys=False, default_flow_style=False, width=120, Dumper=_Dumper, allow_unicode=True)
         for d in documents
@@ -35,23 +42,17 @@ def _document(recipe: Recipe, references: Mapping[str, str]) -> dict[str, Any]:
     methods = sorted({mix.method for mix in recipe.mixes})
     if len(methods) > 1:
         raise RecipeError(f"one mergekit file has one method, this recipe has {', '.join(methods)}")
-    parts = _parts(recipe)
-    for end, mix in ((0, recipe.embeddings), (-1, recipe.head)):
-        near = recipe.layers[end]
-        if [m for m, _ in mix.sources] != [m for m, _ in near.sources] or (mix.base or (None,))[0] != (
-            near.base or (None,)
-        )[0]:
-            raise RecipeError(
-                "mergekit takes embeddings from the first slice's models and the head from the last slice's; this recipe does not"
-            )
+    _check_outer_models(recipe)
     rule = method(methods[0])
+    parts = _parts(recipe)
     slices = []
     for number, (first, length) in enumerate(parts):
         outer = [recipe.embeddings] if number == 0 else []
         outer += [recipe.head] if number == len(parts) - 1 else []
         slices.append(_slice(rule, recipe.layers[first], length, outer, references, recipe.base))
     data: dict[str, Any] = {"merge_method": rule.name, "base_model": references[recipe.base]}
-    data |= {"dtype": recipe.dtype} if recipe.dtype != STORED else {}
+    if recipe.dtype != STORED:
+        data["dtype"] = recipe.dtype
     data["out_dtype"] = recipe.out_dtype
     if recipe.tokenizer is not None:
         data["tokenizer"] = _tokenizer(recipe.tokenizer, references)
@@ -62,6 +63,20 @@ def _document(recipe: Recipe, references: Mapping[str, str]) -> dict[str, Any]:
         data["parameters"] = shared
     data["slices"] = slices
     return data
+
+
+def _check_outer_models(recipe: Recipe) -> None:
+    """Embeddings and head are of the models that mergekit takes them from."""
+
+    def models(mix: Mix) -> tuple[list[str], str | None]:
+        return [name for name, _ in mix.sources], mix.base[0] if mix.base else None
+
+    first, last = recipe.layers[0], recipe.layers[-1]
+    if models(recipe.embeddings) != models(first) or models(recipe.head) != models(last):
+        raise RecipeError(
+            "mergekit takes embeddings from the first slice's models and the head from the last slice's; "
+            "this recipe does not"
+        )
 
 
 def _tokenizer(spec: TokenizerSpec, references: Mapping[str, str]) -> dict[str, Any]:
@@ -91,20 +106,34 @@ def with_outer_filters(recipe: Recipe, embeddings: Sequence[str], head: Sequence
 
     mergekit resolves those tensors with the first and last slice's parameters; naming them keeps the two
     apart.
+
+    Args:
+        recipe: Any recipe.
+        embeddings: Names of the tensors before the layer stack.
+        head: Names of those after it.
+
+    Returns:
+        A recipe that merges to the same tensors.
     """
 
     def named(mix: Mix, names: Sequence[str]) -> Mix:
-        def key(param: str, value: Setting) -> Setting:
-            rule = method(mix.method).param(param)
-            default = rule.default if rule else 0.0
+        def by_name(param: str, value: Setting) -> Setting:
+            declared = method(mix.method).param(param)
+            default = declared.default if declared else 0.0
             cases = []
             for name in names:
-                found = value.at(name) if isinstance(value, Filtered) else value
-                cases.append((name, default if found is None else found))
+                number = value.at(name) if isinstance(value, Filtered) else value
+                cases.append((name, default if number is None else number))
             return Filtered(tuple(cases))
 
-        keyed = {k: tuple(key(k, s) for s in v) if isinstance(v, tuple) else key(k, v) for k, v in mix.params}
-        return replace(mix, params=params(keyed)) if names else mix
+        if not names:
+            return mix
+        keyed: dict[str, ParamValue] = {}
+        for param, value in mix.params:
+            keyed[param] = (
+                tuple(by_name(param, s) for s in value) if isinstance(value, tuple) else by_name(param, value)
+            )
+        return replace(mix, params=params(keyed))
 
     return replace(recipe, embeddings=named(recipe.embeddings, embeddings), head=named(recipe.head, head))
 
@@ -129,7 +158,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _parts(recipe: Recipe) -> list[tuple[int, int]]:
-    """(first output layer, length) of maximal runs of layers that differ only by consecutive source layers."""
+    """(first output layer, length) of the longest runs of layers whose source layers are consecutive."""
     parts: list[tuple[int, int]] = []
     for index, mix in enumerate(recipe.layers):
         if parts:
@@ -156,11 +185,10 @@ def _slice(
     def written(param: Param, source: int | None) -> Any:
         return _write([_of(o, param, source) for o in outer], _of(mix, param, source), param)
 
-    own = [{p.name: written(p, i) for p in rule.params if p.per == "model"} for i in range(len(mix.sources))]
-    sources = [
-        _source(references[model], layer, length, values)
-        for (model, layer), values in zip(mix.sources, own, strict=True)
-    ]
+    sources = []
+    for i, (model, layer) in enumerate(mix.sources):
+        values = {p.name: written(p, i) for p in rule.params if p.per == "model"}
+        sources.append(_source(references[model], layer, length, values))
     if mix.base is not None:
         sources.append(_source(references[mix.base[0]], mix.base[1], length, {}))
     shared = {p.name: _whole(p, written(p, None)) for p in rule.params if p.per == "merge"}
@@ -219,23 +247,24 @@ def _write(outer: Sequence[Setting], inner: Setting, param: Param) -> Any:
             continue
         if not isinstance(setting_, Filtered) or any(text in ("*", "") for text, _ in setting_.cases):
             raise RecipeError(
-                f"embeddings or head have a {param.name} of their own; write it with the names of their tensors"
+                f"embeddings or head have a {param.name} of their own; "
+                "write it with the names of their tensors"
             )
-        cases += [case for case in setting_.cases if not _says(inner, *case)]
+        cases += [case for case in setting_.cases if not _gives(inner, *case)]
     if not cases and not isinstance(inner, Filtered):
         return inner
     cases += list(inner.cases) if isinstance(inner, Filtered) else [("*", inner)]
     return [{"filter": text, "value": value} for text, value in cases]
 
 
-def _says(inner: Setting, tensor: str, value: float) -> bool:
+def _gives(inner: Setting, tensor: str, value: float) -> bool:
     """Whether a setting gives that value for that tensor anyway."""
     return (inner.at(tensor) if isinstance(inner, Filtered) else inner) == value
 
 
-def _source(reference: str, layer: int | None, length: int, own: dict[str, Any]) -> dict[str, Any]:
+def _source(reference: str, layer: int | None, length: int, parameters: dict[str, Any]) -> dict[str, Any]:
     assert layer is not None
     out: dict[str, Any] = {"model": reference, "layer_range": [layer, layer + length]}
-    if own:
-        out["parameters"] = own
+    if parameters:
+        out["parameters"] = parameters
     return out
