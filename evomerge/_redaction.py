@@ -32,7 +32,8 @@ _SHAPES = tuple(
         (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?", HIDDEN),  # a JSON web token
         (r"://[^\s/?#]+@", f"://{HIDDEN}@"),  # user:password@ of a URL
         (
-            r"(?i)\b((?:proxy-)?authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?:(?:bearer|basic|token|digest)\s{1,3})?[^\s\"',;]+",
+            r"(?i)\b((?:proxy-)?authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)"
+            r"(?:(?:bearer|basic|token|digest)\s{1,3})?[^\s\"',;]+",
             rf"\1{HIDDEN}",
         ),
         (r"(?i)\b((?:bearer|basic)\s{1,3})[A-Za-z0-9._~+/=-]{12,}", rf"\1{HIDDEN}"),
@@ -42,7 +43,8 @@ _SHAPES = tuple(
         ),
         (r"(?i)((?:key|token|signature)[\"']?=[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}", rf"\1{HIDDEN}"),
         (
-            r"(?i)((?:api|access|private|auth|session)[_-]?(?:key|token)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}",
+            r"(?i)((?:api|access|private|auth|session)[_-]?(?:key|token)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)"
+            r"[^\s\"'<>,;&()\[\]{}]{8,}",
             rf"\1{HIDDEN}",
         ),
     )

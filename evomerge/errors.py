@@ -14,7 +14,7 @@ EvomergeError                 E000  exit 1
 │   └── FoldError             E420  exit 1   a layer whose weights cannot take up a gain
 └── Paused                    E500  exit 75  a signal asked the search to stop; start it again to go on
     ├── Stopped               E510  exit 0   `evomerge stop` asked for it; resume goes on
-    └── NoRoom                E520  exit 75  the study's disk is full or read-only; make room and start it again
+    └── NoRoom                E520  exit 75  a full or read-only disk; make room and start it again
 """
 
 from __future__ import annotations

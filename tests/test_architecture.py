@@ -38,9 +38,12 @@ HEAVY = {
 }
 TEST_FOLDERS = ("contracts", "docs", "integration", "scripts")  # tests of more than one package
 FILE_LINES, FUNCTION_LINES, WIDTH = 450, 60, 110
-PENDING = {*PACKAGES, "tests", "scripts"} - {
-    "methods"
-}  # not yet brought to the rules of length, width and docstrings
+DONE = {"errors", "_resources", "_redaction", "_yaml", "methods", "recipes"}
+PENDING = {
+    *PACKAGES,
+    "tests",
+    "scripts",
+} - DONE  # not yet brought to the rules of length, width and docstrings
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted(p for folder in ("evomerge", "tests", "scripts") for p in (REPO / folder).rglob("*.py"))
