@@ -1,15 +1,16 @@
-"""Verbs that look and start nothing: plan, show, compare, sensitivity."""
+"""Verbs that inspect and start no search: plan, show, compare, sensitivity."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import AllowPython, AllowTasks, Json, Root, allowed, open_store, split
+from evomerge.cli.options import AllowPython, AllowTasks, Json, Root, allowed, open_store
 from evomerge.errors import ConfigError
+from evomerge.launch.references import split_reference
 
 
 def plan(
@@ -21,14 +22,17 @@ def plan(
     allow_tasks: AllowTasks = False,
     as_json: Json = False,
 ) -> None:
-    """Everything that can be checked before a search starts: models, space, tasks and their items, work. Writes nothing."""
-    from evomerge.cli import analysis_tables
-    from evomerge.config import loading as configs
-    from evomerge.launch import dry_run
+    """Check a search before it starts.
 
-    settings, _ = configs.load(config)
-    data = dry_run.plan(settings, probe=probe, allowed=allowed(allow_python, allow_tasks))
-    print(json.dumps(data, indent=2) if as_json else analysis_tables.plan(data))
+    Shows its models, space, tasks with their items, and the work that it is. Writes nothing.
+    """
+    from evomerge.cli import analysis_tables
+    from evomerge.config import loading
+    from evomerge.launch.dry_run import plan_search
+
+    settings, _ = loading.load(config)
+    data = plan_search(settings, probe=probe, allowed=allowed(allow_python, allow_tasks))
+    print(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
 
 
 def show(
@@ -39,27 +43,29 @@ def show(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """One candidate: where it comes from, its scores, or why it failed. Of STUDY/pareto, those that no other betters in every task."""
+    """Show one candidate, or the Pareto front.
+
+    Of a candidate: where it comes from, its scores, or why it failed. Of STUDY/pareto: the candidates that no
+    other betters in every task."""
     from evomerge import reports
     from evomerge.cli import analysis_tables, study_tables
 
-    study, reference = split(candidate)
+    study, reference = split_reference(candidate)
     with open_store(study, root) as store:
         row = store.study()
         if reference == "pareto":
-            found = reports.front(store)
-            print(json.dumps(found, indent=2) if as_json else analysis_tables.front(found))
+            front = reports.front(store)
+            print(json.dumps(front, indent=2) if as_json else analysis_tables.front_table(front))
             return
         trial = reports.resolve(store, reference)
         data = reports.candidate(store, trial)
         recipe = store.recipe(trial.recipe_id)
         backends = dict(row.facts.backends) if row else {}
     if as_json:
-        print(
-            json.dumps(data | {"backends": backends, "recipe_body": json.loads(recipe.canonical())}, indent=2)
-        )
+        more = {"backends": backends, "recipe_body": json.loads(recipe.canonical())}
+        print(json.dumps(data | more, indent=2))
     else:
-        print("\n".join([study_tables.candidate(data), *analysis_tables.backends(backends)]))
+        print("\n".join([study_tables.candidate_text(data), *analysis_tables.backend_lines(backends)]))
 
 
 def compare(
@@ -81,7 +87,10 @@ def compare(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Candidates beside one another, of one study or several: scores and paired differences to the first; with --samples outputs too."""
+    """Compare candidates item by item.
+
+    Of one study or several: their scores, and paired differences to the first; with --samples their outputs
+    too."""
     from evomerge.cli import analysis_tables
     from evomerge.cli import progress as progress_module
     from evomerge.evaluation import ROLES
@@ -92,16 +101,16 @@ def compare(
         raise ConfigError(f"compare takes two candidates or more, got {len(candidates)}; for one, use show")
     if role not in ROLES:
         raise ConfigError(f"--role must be {', '.join(ROLES)}, got '{role}'")
+    request = rescoring.CompareRequest(role, task, samples, score)
     with progress_module.bar("candidates") as progress:
-        pairs = [(name, *split(name)) for name in candidates]
-        options: Any = {
-            "task": task,
-            "samples": samples,
-            "score": score,
-            "allowed": allowed(allow_python, allow_tasks),
-        }
-        data = rescoring.compare(pairs, studies_root(root), role, show=progress, **options)
-    print(json.dumps(data, indent=2) if as_json else analysis_tables.comparison(data, role))
+        data = rescoring.compare(
+            [(name, *split_reference(name)) for name in candidates],
+            studies_root(root),
+            request,
+            allowed=allowed(allow_python, allow_tasks),
+            show=progress,
+        )
+    print(json.dumps(data, indent=2) if as_json else analysis_tables.comparison_table(data, role))
 
 
 def sensitivity(
@@ -123,7 +132,10 @@ def sensitivity(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """How a candidate's score answers to each coefficient, all others kept. Points are stored; the same command goes on."""
+    """Scan each coefficient of a candidate.
+
+    Shows how its score depends on one coefficient, all others fixed. Points are stored; the same command goes
+    on."""
     from evomerge.cli import analysis_tables
     from evomerge.cli import progress as progress_module
     from evomerge.evaluation import ROLES
@@ -133,14 +145,15 @@ def sensitivity(
         raise ConfigError(
             f"--role must be search or validation, got '{role}'; test items are for the final score alone"
         )
-    study, reference = split(candidate)
+    study, reference = split_reference(candidate)
+    request = rescoring.ScanRequest(step, span, axes, role, items)
     with open_store(study, root, write=True) as store, progress_module.bar("points") as progress:
-        options: Any = {
-            "pattern": axes,
-            "role": role,
-            "count": items,
-            "plot": plot,
-            "allowed": allowed(allow_python, allow_tasks),
-        }
-        data = rescoring.sensitivity(store, reference, step, span, show=progress, **options)
-    print(json.dumps(data, indent=2) if as_json else analysis_tables.sensitivity(data))
+        data = rescoring.sensitivity(
+            store,
+            reference,
+            request,
+            plot=plot,
+            allowed=allowed(allow_python, allow_tasks),
+            show=progress,
+        )
+    print(json.dumps(data, indent=2) if as_json else analysis_tables.sensitivity_table(data))

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,22 +16,26 @@ from evomerge.cli.analysis_tables import duration
 from evomerge.cli.options import Json, Root, open_store
 from evomerge.errors import StudyError
 
-_LARGE = 64_000_000  # bytes of a store that is not read whole at every look
+_LARGE = 64_000_000  # bytes of a store that --watch does not check as a whole at every refresh
 
 
 def status(
     study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes of --watch.")] = 2.0,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """State of a study, its driver and workers, failures, store and backup, best candidate; without a name, every study in a line."""
+    """Show the state of a study, or of all.
+
+    Of a study: its driver and workers, failures, store and backup, best candidate. Without a name: a line for
+    each."""
+    screen = _StatusScreen(study, root, as_json, watch)
     if not watch:
-        print(_status(study, root, as_json))
+        print(screen.text())
         return
     try:
-        _watch(lambda: _status(study, root, as_json, again=True), every)
+        _refresh(screen.text, every)
     except KeyboardInterrupt:  # the way to end it
         return
 
@@ -40,7 +45,10 @@ def stop(
     wait: Annotated[bool, typer.Option("--wait", help="Return when it has ended.")] = False,
     root: Root = None,
 ) -> None:
-    """Ask the search to end when what is in flight has ended: its exit code is 0, and resume goes on. Also from another machine."""
+    """Ask a running search to end.
+
+    It ends when what is in flight has ended, with exit code 0; resume goes on. Works from another machine
+    too."""
     from evomerge.store import locks, paths, stop_request
 
     path = paths.store_path(study, paths.root(root))
@@ -51,7 +59,7 @@ def stop(
     print(f"{study}: asked the driver to stop (host {driver.host}, pid {driver.pid})", flush=True)
     if not wait:
         return
-    while (found := locks.driver(path)) is not None and found.alive is not False:
+    while (running := locks.driver(path)) is not None and running.alive is not False:
         time.sleep(0.1)
     stop_request.clear_stop(path.parent)  # a driver that was killed has left it
     with open_store(study, root) as store:
@@ -59,104 +67,124 @@ def stop(
     print(f"{study}: {'nothing stored' if row is None else row.state}")
 
 
-def _status(study: str | None, root: Path | None, as_json: bool, again: bool = False) -> str:
-    """What status prints. again: it is one look of many: dated, JSON in a line, large stores not read whole."""
-    from evomerge import reports
-    from evomerge.cli import study_tables
-    from evomerge.store.paths import root as studies_root
-    from evomerge.store.paths import studies
+@dataclass(frozen=True, slots=True)
+class _StatusScreen:
+    """What status prints of one study, or of all where `study` is None.
 
-    def read(name: str) -> dict[str, Any] | None:
-        with open_store(name, root) as store:
-            if study is None and store.study() is None:
+    refreshed: the text is one of many: dated, its JSON in one line, and large stores are not checked as a
+    whole."""
+
+    study: str | None
+    root: Path | None
+    as_json: bool
+    refreshed: bool
+
+    def text(self) -> str:
+        from evomerge.cli import study_tables
+
+        data: Any = self._all() if self.study is None else self._read(self.study)
+        if self.as_json:
+            return json.dumps(data, indent=None if self.refreshed else 2)
+        lines = [time.strftime("%Y-%m-%d %H:%M:%S")] if self.refreshed else []
+        if self.study is None:
+            lines.append(study_tables.list_of_studies(data))
+        else:
+            lines += [study_tables.study_table(data), *activity_lines(data)]
+        return "\n".join(lines)
+
+    def _all(self) -> list[dict[str, Any]]:
+        from evomerge.store import paths
+
+        rows = []
+        for name in paths.studies(paths.root(self.root)):
+            try:
+                rows.append(self._read(name))
+            except StudyError as error:  # one that cannot be read hides no other
+                print(f"error[{error.code}] {error}", file=sys.stderr)
+        return [row for row in rows if row is not None]
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """None, among all studies, for one that has not begun."""
+        from evomerge import reports
+
+        with open_store(name, self.root) as store:
+            if self.study is None and store.study() is None:
                 return None
-            check = not again or store.path.stat().st_size < _LARGE
-            return reports.study_summary(store, check=check) | reports.study_activity(store)
-
-    indent = None if again else 2
-    before = [time.strftime("%Y-%m-%d %H:%M:%S")] if again else []
-    if study is not None:
-        data = read(study)
-        assert data is not None
-        return (
-            json.dumps(data, indent=indent)
-            if as_json
-            else "\n".join([*before, study_tables.study(data), *activity(data)])
-        )
-    rows = []
-    for name in studies(studies_root(root)):
-        try:
-            rows.append(read(name))
-        except StudyError as error:  # one that cannot be read hides no other
-            print(f"error[{error.code}] {error}", file=sys.stderr)
-    found = [row for row in rows if row is not None]
-    return json.dumps(found, indent=indent) if as_json else "\n".join([*before, study_tables.studies(found)])
+            check = not self.refreshed or store.path.stat().st_size < _LARGE
+            return reports.summary(store, check=check) | reports.activity(store)
 
 
-def _watch(show: Callable[[], str], every: float) -> None:
+def _refresh(text: Callable[[], str], every: float) -> None:
     """Draws on a terminal in place; elsewhere one screen after the other."""
     if not sys.stdout.isatty():
         while True:
-            print(show(), flush=True)
+            print(text(), flush=True)
             time.sleep(every)
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text(show()), auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(Text(text()), auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             time.sleep(every)
-            live.update(Text(show()), refresh=True)
+            live.update(Text(text()), refresh=True)
 
 
-def activity(data: Mapping[str, Any]) -> list[str]:
-    """Driver, time, workers, failures, ends and backup in lines."""
-    damaged = data["store"] not in ("ok", "not checked")
-    lines = [*([f"the store is damaged: {data['way_back']}"] if damaged else []), "", _driver(data)]
+def activity_lines(data: Mapping[str, Any]) -> list[str]:
+    """Driver, time, workers, failures, early ends and backup of a study.
+
+    Args:
+        data: As `evomerge.reports.summary` and `evomerge.reports.activity` give it, in one mapping.
+
+    Returns:
+        The lines.
+    """
+    lines = []
+    if data["store"] not in ("ok", "not checked"):
+        lines.append(f"the store is damaged: {data['way_back']}")
+    lines += ["", _driver_line(data)]
     if data["runs"]:
-        driven = duration(sum(r["seconds"] for r in data["runs"]), 1)
-        lines.append(
-            f"driven for {driven}" + (f" in {len(data['runs'])} runs" if len(data["runs"]) > 1 else "")
-        )
-    lines += [
-        f"stage {e['stage'] + 1}, island {e['island'] + 1} ended early: {e['cause']}" for e in data["ended"]
-    ]
-    if data["workers"]:
-        whole = f"{100 * data['utilisation']:.0f} %" if data["utilisation"] is not None else "–"
-        lines += [
-            "",
-            f"{'worker':24}{'host':18}{'device':12}{'jobs':>7}{'busy':>10}{'of its time':>13}   failures, {whole} busy in all",
-        ]
-        for w in data["workers"]:
-            failures = ", ".join(f"{count} {cause}" for cause, count in w["failures"].items()) or "none"
-            numbers = f"{w['jobs']:>7}{duration(w['busy'], 1):>10}{100 * w['utilisation']:>11.0f} %"
-            lines.append(
-                f"{w['worker']:23.23} {w['host']:17.17} {w['device'] or 'cpu':11.11} {numbers}   {failures}"
-            )
-    lines += [
-        f"{f['attempts']} attempts {f['cause']}, the last: {' '.join(f['last'].split())[:160] or 'no word'}"
-        for f in data["failures"]
-    ]
-    b = data["backup"]
-    lines.append(
-        f"backup: {b['path']}, {duration(b['age'], 1)} old, {b['bytes'] / 1e6:.1f} MB"
-        if b
-        else "backup: none yet"
-    )
+        driven = duration(sum(run["seconds"] for run in data["runs"]), 1)
+        runs = f" in {len(data['runs'])} runs" if len(data["runs"]) > 1 else ""
+        lines.append(f"driven for {driven}{runs}")
+    for end in data["ended"]:
+        place = f"stage {end['stage'] + 1}, island {end['island'] + 1}"
+        lines.append(f"{place} ended early: {end['cause']}")
+    lines += _worker_lines(data)
+    for failure in data["failures"]:
+        last = " ".join(failure["last"].split())[:160] or "no message"
+        lines.append(f"{failure['attempts']} attempts {failure['cause']}, the last: {last}")
+    backup = data["backup"]
+    if backup:
+        age, size = duration(backup["age"], 1), f"{backup['bytes'] / 1e6:.1f} MB"
+        lines.append(f"backup: {backup['path']}, {age} old, {size}")
+    else:
+        lines.append("backup: none yet")
     return lines
 
 
-def _driver(data: Mapping[str, Any]) -> str:
+def _worker_lines(data: Mapping[str, Any]) -> list[str]:
+    if not data["workers"]:
+        return []
+    busy = "–" if data["utilisation"] is None else f"{100 * data['utilisation']:.0f} %"
+    columns = f"{'worker':24}{'host':18}{'device':12}{'jobs':>7}{'busy':>10}{'of its time':>13}"
+    lines = ["", f"{columns}   failures, {busy} busy in all"]
+    for w in data["workers"]:
+        failures = ", ".join(f"{count} {cause}" for cause, count in w["failures"].items()) or "none"
+        numbers = f"{w['jobs']:>7}{duration(w['busy'], 1):>10}{100 * w['utilisation']:>11.0f} %"
+        place = f"{w['worker']:23.23} {w['host']:17.17} {w['device'] or 'cpu':11.11}"
+        lines.append(f"{place} {numbers}   {failures}")
+    return lines
+
+
+def _driver_line(data: Mapping[str, Any]) -> str:
     driver = data["driver"]
     if driver is None or driver["alive"] is False:
-        last = (
-            f" (the last was host {driver['host']}, pid {driver['pid']})" if driver and driver["pid"] else ""
-        )
-        return f"driver: none{last}" + (
-            f"; go on with: evomerge resume {data['study']}"
-            if data["state"] in ("interrupted", "paused")
-            else ""
-        )
-    known = "" if driver["alive"] else ", perhaps: this machine cannot tell"
-    return f"driver: host {driver['host']}, pid {driver['pid']}{known}" + (
-        ", asked to stop" if data["stop_requested"] else ""
-    )
+        last, advice = "", ""
+        if driver and driver["pid"]:
+            last = f" (the last was host {driver['host']}, pid {driver['pid']})"
+        if data["state"] in ("interrupted", "paused"):
+            advice = f"; go on with: evomerge resume {data['study']}"
+        return f"driver: none{last}{advice}"
+    doubt = "" if driver["alive"] else ", perhaps: this machine cannot tell"
+    stopping = ", asked to stop" if data["stop_requested"] else ""
+    return f"driver: host {driver['host']}, pid {driver['pid']}{doubt}{stopping}"

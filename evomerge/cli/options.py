@@ -1,15 +1,18 @@
-"""What the verbs share: flags, and references to studies and candidates."""
+"""What the verbs share: options, references to candidates, and the store of a study."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from evomerge.errors import ConfigError
-
 if TYPE_CHECKING:
+    from evomerge.config import Config
     from evomerge.launch.opening import Allowed
     from evomerge.store import Store
 
@@ -29,7 +32,8 @@ AllowTasks = Annotated[
     bool,
     typer.Option(
         "--allow-tasks",
-        help="Load the task folders that the search includes; a task file is code and runs with all your rights.",
+        help="Load the task folders that the search includes; "
+        "a task file is code and runs with all your rights.",
     ),
 ]
 Workers = Annotated[
@@ -56,7 +60,7 @@ Gpus = Annotated[
         "--gpus",
         min=0,
         max=1,
-        help="GPU of each Ray worker: 1 if there are any; a share lets several use one.",
+        help="GPU of each Ray worker: 1 if there are any; a fraction lets several use one.",
     ),
 ]
 Grace = Annotated[
@@ -64,7 +68,7 @@ Grace = Annotated[
     typer.Option(
         "--grace",
         min=0,
-        help="Seconds that what is in flight has to end once a signal came.",
+        help="Seconds that evaluations in flight have to end after a signal.",
         show_default="600",
     ),
 ]
@@ -79,8 +83,92 @@ Reuse = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where a search runs and what its tasks may do: the options that `run` and `resume` share.
+
+    Attributes:
+        allow_python: Run the Python functions that the search names as tasks.
+        allow_tasks: Load task folders that are not evomerge's own.
+        workers: Processes of this machine, or of the Ray cluster, that evaluate candidates.
+        ray: 'local', 'auto' or the address of a Ray cluster.
+        gpus: GPUs of each Ray worker, 0 to 1.
+        grace: Seconds that evaluations in flight have to end after a signal.
+        reuse: Names or paths of earlier studies whose evaluations are read.
+        root: Folder of the studies.
+    """
+
+    allow_python: AllowPython = False
+    allow_tasks: AllowTasks = False
+    workers: Workers = None
+    ray: Ray = None
+    gpus: Gpus = None
+    grace: Grace = None
+    reuse: Reuse = None
+    root: Root = None
+
+    @property
+    def allowed(self) -> Allowed:
+        """What the tasks may do."""
+        return allowed(self.allow_python, self.allow_tasks)
+
+    def apply_to(self, settings: Config) -> Config:
+        """The settings with what these options say of where the search runs.
+
+        Args:
+            settings: The settings of the search file.
+
+        Returns:
+            The same search, to be run elsewhere.
+        """
+        from evomerge.config import loading
+
+        return loading.placed(
+            settings, ray=self.ray, workers=self.workers, gpus=self.gpus, grace=self.grace, reuse=self.reuse
+        )
+
+
+def takes_run_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Spells the fields of the verb's parameter `options: RunOptions` out as options of the command line.
+
+    Args:
+        verb: A function with a parameter `options`.
+
+    Returns:
+        A function of the same name and help whose signature has one parameter for each field instead.
+    """
+    hints = get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(RunOptions)
+    ]
+    parameters = inspect.signature(verb, eval_str=True).parameters.values()
+    signature = inspect.Signature([*(p for p in parameters if p.name != "options"), *shared])
+
+    @functools.wraps(verb)
+    def command(**values: Any) -> None:
+        options = RunOptions(**{f.name: values.pop(f.name) for f in fields(RunOptions)})
+        verb(**values, options=options)
+
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return command
+
+
 def open_store(study: str, root: Path | None, *, write: bool = False) -> Store:
-    """Opens a stored study; raises StudyError if there is none of that name, or to write if another process does."""
+    """Opens the store of a study.
+
+    Args:
+        study: The name of the study.
+        root: Folder of the studies; None for the default.
+        write: Whether to open it for writing.
+
+    Returns:
+        The open store, a context manager.
+
+    Raises:
+        StudyError: If there is no study of that name, or, to write, if another process writes it.
+    """
     from evomerge.store import Store
     from evomerge.store.paths import root as studies_root
     from evomerge.store.paths import store_path
@@ -88,16 +176,16 @@ def open_store(study: str, root: Path | None, *, write: bool = False) -> Store:
     return Store.open(store_path(study, studies_root(root)), write=write)
 
 
-def split(candidate: str) -> tuple[str, str]:
-    """STUDY/REFERENCE -> (study, reference)."""
-    study, slash, reference = candidate.partition("/")
-    if not slash or not study or not reference:
-        raise ConfigError(f"'{candidate}' names no candidate; write STUDY/ID or STUDY/best")
-    return study, reference
-
-
 def allowed(python: bool, tasks: bool) -> Allowed:
-    """What the flags let the tasks do."""
+    """What the options let the tasks do.
+
+    Args:
+        python: --allow-python.
+        tasks: --allow-tasks.
+
+    Returns:
+        The permissions as `evomerge.launch` takes them.
+    """
     from evomerge.launch.opening import Allowed
 
     return Allowed(python, tasks)

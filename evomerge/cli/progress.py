@@ -1,4 +1,4 @@
-"""What the verbs show: progress while a search runs, tables afterwards, signals."""
+"""What is shown while a verb works: the progress of a search, counters; and what signals do meanwhile."""
 
 from __future__ import annotations
 
@@ -14,30 +14,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evomerge.search import Progress, Study
 
+_QUIET_SECONDS = 15  # after which a line is printed without a terminal, though nothing happened
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-class Search:
-    """The screen of a running search: a bar per stage on a terminal, else one dated line per event."""
+
+class SearchScreen:
+    """The progress of a running search: a bar per stage on a terminal, else one dated line per event.
+
+    A context manager:
+
+        with SearchScreen("demo") as screen:
+            study = prepare_study(request, root, show=screen.show)
+            study.run()
+    """
 
     def __init__(self, name: str) -> None:
-        self._name, self._stage, self._said = name, "", 0.0
+        self._name, self._stage, self._last_line = name, "", 0.0
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> Search:
+    def __enter__(self) -> SearchScreen:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                SpinnerColumn,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            left = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            columns = (*left, TimeRemainingColumn(), TextColumn("{task.fields[best]}"))
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar = _progress_bar()
             self._bar.start()
             self._task = self._bar.add_task("opening models and tasks", total=None, best="")
         else:
@@ -51,7 +49,11 @@ class Search:
             self._bar.stop()
 
     def show(self, progress: Progress) -> None:
-        """Draws a progress report."""
+        """Draws a progress report.
+
+        Args:
+            progress: What the search has done so far.
+        """
         best = f"best {progress.best:.3f}" if progress.best is not None else ""
         if self._bar:
             if progress.stage != self._stage:
@@ -60,42 +62,87 @@ class Search:
             self._bar.update(self._task, completed=progress.done, total=progress.total, best=best)
             if progress.note:
                 self._bar.console.print(progress.note, highlight=False, markup=False)
-        elif progress.note or progress.stage != self._stage or time.monotonic() - self._said > 15:
-            self._line(f"{progress.stage} {progress.done}/{progress.total} {progress.note or best}".rstrip())
+        else:
+            quiet = time.monotonic() - self._last_line
+            if progress.note or progress.stage != self._stage or quiet > _QUIET_SECONDS:
+                text = progress.note or best
+                self._line(f"{progress.stage} {progress.done}/{progress.total} {text}".rstrip())
         self._stage = progress.stage
 
     def _line(self, text: str) -> None:
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._name}: {text}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def opening() -> Iterator[None]:
-    """Until the search runs, SIGTERM and SIGUSR1 leave at once with 75, SIGINT with 130: nothing is begun, start it again.
+def _progress_bar() -> Any:
+    """rich's progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    An exception that a handler raises can be lost in a callback of a library; the signal is remembered and answered at the end.
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}"),
+        console=Console(stderr=True),
+    )
+
+
+@contextmanager
+def stop_while_opening() -> Iterator[None]:
+    """Until the search runs, SIGTERM and SIGUSR1 leave at once with 75, SIGINT with 130.
+
+    Nothing is begun by then; the user is told to start it again.
+
+    An exception that a handler raises can be lost in a callback of a library; the signal is remembered and
+    answered at the end.
+
+    Yields:
+        None, while the signals are handled so.
+
+    Raises:
+        SystemExit: With 75 or 130 after a signal.
     """
-    asked: list[int] = []
+    codes: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if not asked:
+        if not codes:
             print("stopped while opening; start it again", file=sys.stderr, flush=True)
-        asked.append(130 if number == signal.SIGINT else 75)
-        raise SystemExit(asked[0])
+        codes.append(130 if number == signal.SIGINT else 75)
+        raise SystemExit(codes[0])
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with _handled_by(handler):
         yield
-        if asked:
-            raise SystemExit(asked[0])
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        if codes:
+            raise SystemExit(codes[0])
 
 
 @contextmanager
-def signals(study: Study) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGUSR1 lets what is in flight end within the grace, the second drops it, the third kills."""
+def stop_while_running(study: Study) -> Iterator[None]:
+    """While a study runs, the first SIGINT, SIGTERM or SIGUSR1 stops it softly, the second at once.
+
+    The third kills the process.
+
+    Softly: evaluations in flight end within the grace; at once: they are dropped.
+
+    Args:
+        study: The study that runs.
+
+    Yields:
+        None, while the signals are handled so.
+
+    Raises:
+        KeyboardInterrupt: In the main thread at the second signal.
+    """
     from evomerge.search import StopRequest
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -103,13 +150,18 @@ def signals(study: Study) -> Iterator[None]:
             os._exit(130)
         if study.dispatch.request_stop() is StopRequest.DROP:
             raise KeyboardInterrupt
-        print(
-            f"stopping within {study.dispatch.grace:g} s, when what is in flight has ended; once more to drop that",
-            file=sys.stderr,
-            flush=True,
-        )
+        grace = f"{study.dispatch.grace:g} s"
+        line = f"stopping within {grace}, when what is in flight has ended; once more to drop that"
+        print(line, file=sys.stderr, flush=True)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with _handled_by(handler):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Installs a handler for the signals that end a search; the handlers of before come back at the end."""
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -119,7 +171,14 @@ def signals(study: Study) -> Iterator[None]:
 
 @contextmanager
 def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A counter on a terminal; silent elsewhere. Yields what to call with the count and the total."""
+    """A counter on a terminal; silent elsewhere.
+
+    Args:
+        unit: What is counted, in the plural.
+
+    Yields:
+        What to call with the count so far and the total.
+    """
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False) as counter:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.options import (
-    AllowPython,
-    AllowTasks,
-    Gpus,
-    Grace,
-    Ray,
-    Reuse,
-    Root,
-    Workers,
-    allowed,
-    open_store,
-)
+from evomerge.cli.options import RunOptions, open_store, takes_run_options
 from evomerge.errors import ConfigError, Paused
 
+if TYPE_CHECKING:
+    from evomerge.launch.search_request import SearchRequest
 
+
+@takes_run_options
 def run(
     config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study if it exists.")] = False,
@@ -31,94 +23,82 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
-    allow_python: AllowPython = False,
-    allow_tasks: AllowTasks = False,
-    workers: Workers = None,
-    ray: Ray = None,
-    gpus: Gpus = None,
-    grace: Grace = None,
-    reuse: Reuse = None,
-    root: Root = None,
+    *,
+    options: RunOptions,
 ) -> None:
     """Start a search, or go on with it."""
-    from evomerge.config import loading as configs
+    from evomerge.config import loading
+    from evomerge.launch.search_request import SearchRequest
 
-    settings, text = configs.load(config)
+    settings, text = loading.load(config)
     if study is not None:
-        settings, text = configs.rename(text, study)
-    given = {key: value for key, value in (("evaluations", evaluations), ("seed", seed)) if value is not None}
-    settings = configs.placed(settings, ray=ray, workers=workers, gpus=gpus, grace=grace, reuse=reuse)
-    _search(settings, text, given, root, resume, (allow_python, allow_tasks), workers)
+        settings, text = loading.rename(text, study)
+    given = (("evaluations", evaluations), ("seed", seed))
+    overrides = {key: value for key, value in given if value is not None}
+    _search(SearchRequest(options.apply_to(settings), text, overrides, resume), options)
 
 
+@takes_run_options
 def resume(
     study: Annotated[str, typer.Argument(help="Name of the study.")],
     evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
-    allow_python: AllowPython = False,
-    allow_tasks: AllowTasks = False,
-    workers: Workers = None,
-    ray: Ray = None,
-    gpus: Gpus = None,
-    grace: Grace = None,
-    reuse: Reuse = None,
-    root: Root = None,
+    *,
+    options: RunOptions,
 ) -> None:
-    """Go on with a stored study, perhaps with a larger budget."""
-    from evomerge.config import loading as configs
+    """Go on with a stored study."""
+    from evomerge.config import loading
+    from evomerge.launch.search_request import SearchRequest
 
-    with open_store(study, root) as store:
+    with open_store(study, options.root) as store:
         row = store.study()
     if row is None:
         raise ConfigError(f"'{study}' holds no study yet; start it with run")
-    settings, text = configs.stored(row.name, row.config, row.overrides)
-    given = dict(row.overrides)
+    settings, text = loading.stored(row.name, row.config, row.overrides)
+    overrides = dict(row.overrides)
     if evaluations is not None:
         if not evaluations.removeprefix("+").isdigit():
             raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
-        given["evaluations"] = int(evaluations) + (settings.budgets[-1] if evaluations.startswith("+") else 0)
-    settings = configs.placed(settings, ray=ray, workers=workers, gpus=gpus, grace=grace, reuse=reuse)
-    _search(settings, text, given, root, True, (allow_python, allow_tasks), workers)
+        before = settings.budgets[-1] if evaluations.startswith("+") else 0
+        overrides["evaluations"] = int(evaluations) + before
+    _search(SearchRequest(options.apply_to(settings), text, overrides, resume=True), options)
 
 
-def _search(
-    settings: Any,
-    text: str,
-    overrides: dict[str, int],
-    root: Path | None,
-    resume: bool,
-    allows: tuple[bool, bool],
-    workers: int | None,
-) -> None:
+def _search(request: SearchRequest, options: RunOptions) -> None:
+    """Runs a search to its end with progress on the screen, writes its report and prints its table."""
     from evomerge.cli import progress, study_tables
 
-    with progress.Search(settings.study) as screen:
-        with progress.opening():
+    with progress.SearchScreen(request.settings.study) as screen:
+        with progress.stop_while_opening():
             from evomerge import reports
-            from evomerge.launch import prepare
+            from evomerge.launch.prepare import prepare_study
             from evomerge.search import StopRequest
             from evomerge.store import paths, stop_request
 
-            study = prepare.prepare(
-                settings, text, paths.root(root), overrides=overrides, resume=resume, allowed=allowed(*allows), workers=workers or 1,
+            study = prepare_study(
+                request,
+                paths.root(options.root),
+                allowed=options.allowed,
+                workers=options.workers or 1,
                 show=screen.show,
-            )  # fmt: skip
+            )
         folder = study.store.path.parent
         with study.store, contextlib.closing(study.pool):
             try:
-                with progress.signals(study):
+                with progress.stop_while_running(study):
                     study.run()
             except KeyboardInterrupt:
                 if study.dispatch.stop is not StopRequest.DROP:
                     raise
                 study.store.set_state("paused")
                 raise Paused(
-                    "stopped by a signal, what was in flight is dropped; run the same command with --resume to go on"
+                    "stopped by a signal, what was in flight is dropped; "
+                    "run the same command with --resume to go on"
                 ) from None
             finally:
                 stop_request.clear_stop(folder)
             path = study.store.path.with_name("report.md")
-            path.write_text(reports.study_markdown(study.store))
-            data = reports.study_summary(study.store)
-    print(study_tables.study(data))
-    where = f" --root {root}" if root else ""
-    print(f"report: {path}\nnext:   evomerge export {settings.study}/best OUT --weights{where}")
+            path.write_text(reports.markdown(study.store))
+            data = reports.summary(study.store)
+    print(study_tables.study_table(data))
+    where = f" --root {options.root}" if options.root else ""
+    print(f"report: {path}\nnext:   evomerge export {request.settings.study}/best OUT --weights{where}")

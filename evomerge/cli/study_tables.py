@@ -1,16 +1,20 @@
-"""Tables of studies and candidates, for the terminal."""
+"""Plain data of studies and candidates -> tables for the terminal: what `status`, `run` and `show` print."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
-def studies(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per study."""
+def list_of_studies(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each study.
+
+    Args:
+        rows: As `evomerge.reports.summary` gives them.
+
+    Returns:
+        The text; without studies, a sentence that says how to start one.
+    """
     if not rows:
         return "no studies here; start one with: evomerge run CONFIG"
     return "\n".join(
@@ -18,10 +22,18 @@ def studies(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def study(data: Mapping[str, Any]) -> str:
-    """Header line and the table of the best, parents and hand recipes."""
+def study_table(data: Mapping[str, Any]) -> str:
+    """A header line, and the table of the best candidate, the parents and the hand recipes.
+
+    Args:
+        data: As `evomerge.reports.summary` gives it.
+
+    Returns:
+        The text.
+    """
+    evaluations = f"{data['evaluations']} evaluations in {data['generations']} generations"
     lines = [
-        f"{data['study']}: {data['state']}, seed {data['seed']}, {data['evaluations']} evaluations in {data['generations']} generations, "
+        f"{data['study']}: {data['state']}, seed {data['seed']}, {evaluations}, "
         f"{data['failed']} failed, store {data['store']}",
         "",
         f"{'':34}{'search':>8}{'valid.':>8}{'test':>8}   lead of the best",
@@ -33,28 +45,28 @@ def study(data: Mapping[str, Any]) -> str:
     for row in rows:
         numbers = "".join(f"{_number(row.get(key)):>8}" for key in ("search", "validation", "test"))
         lead = f"   {row['lead']:+.3f} ± {row['lead_error']:.3f}" if "lead" in row else ""
-        lines.append(
-            f"{row['label'] or row['id']!s:34.34}{numbers}{lead}"
-            + (f"   {row['error']}" if row.get("error") else "")
-        )
-    return "\n".join([*lines, *_said(data)])
+        error = f"   {row['error']}" if row.get("error") else ""
+        lines.append(f"{row['label'] or row['id']!s:34.34}{numbers}{lead}{error}")
+    return "\n".join([*lines, *_conclusions(data)])
 
 
-def candidate(data: Mapping[str, Any]) -> str:
-    """One candidate's story and scores."""
+def candidate_text(data: Mapping[str, Any]) -> str:
+    """One candidate: where it comes from, and its scores.
+
+    Args:
+        data: As `evomerge.reports.candidate` gives it.
+
+    Returns:
+        The text, several lines.
+    """
     name = f" '{data['label']}'" if data["label"] else ""
-    lines = [
-        f"candidate {data['id']}{name}: {data['origin']}, generation {data['generation']}, slot {data['slot']}, recipe {data['recipe']}"
-    ]
+    place = f"generation {data['generation']}, slot {data['slot']}"
+    lines = [f"candidate {data['id']}{name}: {data['origin']}, {place}, recipe {data['recipe']}"]
     if data["partial"]:
-        fate = (
-            f"dropped by the race after rung {data['dropped']}"
-            if data["dropped"]
-            else "sure to be among the best of its generation before its end"
-        )
-        lines.append(f"{fate}, partial: {data['partial']}")
+        lines.append(f"{_race_result(data['dropped'])}, partial: {data['partial']}")
     if data["costs"]:
-        lines.append(f"{data['costs']['layers']:.0f} layers, {data['costs']['parameters']:,.0f} parameters")
+        costs = data["costs"]
+        lines.append(f"{costs['layers']:.0f} layers, {costs['parameters']:,.0f} parameters")
     if data["route"]:
         lines.append(f"route: {data['route']}")
     if data["violation"]:
@@ -65,56 +77,60 @@ def candidate(data: Mapping[str, Any]) -> str:
     if data["parents"]:
         lines.append(f"recombined from: {', '.join(str(p) for p in data['parents'])}")
     for score in data["scores"]:
-        if score.get("error"):
-            lines.append(f"{score['role']}: failed: {score['error']}")
-        else:
-            metrics = ", ".join(
-                f"{task} {value:.4f}" for task, value in score["metrics"].items() if ":" not in task
-            )
-            seconds = sum(score["seconds"].values())
-            lines.append(
-                f"{score['role']}: {_number(score['objective'])} on {score['items']} items ({metrics}) in {seconds:.2f} s"
-            )
-            soft = ", ".join(
-                f"{name.replace(':', ' ')} {value:.4f}"
-                for name, value in score["metrics"].items()
-                if ":" in name
-            )
-            lines += [f"  right answers: {soft}"] if soft else []
+        lines += _score_lines(score)
     return "\n".join(lines)
 
 
-def _said(data: Mapping[str, Any]) -> list[str]:
-    """What follows the table: the winner's interval and luck, skills lost, the front, partial scores."""
-    from evomerge.reports import lost_skills
+def _race_result(dropped: int | None) -> str:
+    if dropped:
+        return f"dropped by the race after rung {dropped}"
+    return "sure to be among the best of its generation before its end"
+
+
+def _score_lines(score: Mapping[str, Any]) -> list[str]:
+    """The scores of one role: the objective and the tasks' metrics; then the soft metrics, of right
+    answers."""
+    if score.get("error"):
+        return [f"{score['role']}: failed: {score['error']}"]
+    metrics, soft = [], []
+    for name, value in score["metrics"].items():
+        if ":" in name:
+            soft.append(f"{name.replace(':', ' ')} {value:.4f}")
+        else:
+            metrics.append(f"{name} {value:.4f}")
+    items = f"{score['items']} items ({', '.join(metrics)})"
+    seconds = sum(score["seconds"].values())
+    lines = [f"{score['role']}: {_number(score['objective'])} on {items} in {seconds:.2f} s"]
+    return [*lines, f"  right answers: {', '.join(soft)}"] if soft else lines
+
+
+def _conclusions(data: Mapping[str, Any]) -> list[str]:
+    """What follows the table: the winner's interval and selection bias, skills lost, the front, partial
+    scores."""
+    from evomerge.reports import lost
 
     best, lines = data["best"] or {}, [""]
     if "test_interval" in best:
         low, high = best["test_interval"]
-        luck = (
-            f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (luck of selection)"
-            if "luck" in best
-            else ""
-        )
-        lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{luck}")
-    if kept := lost_skills(data["retention"]):
-        lines.append(f"retention: {kept}")
+        bias = ""
+        if "luck" in best:
+            bias = f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (selection bias)"
+        lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{bias}")
+    if retention := lost(data["retention"]):
+        lines.append(f"retention: {retention}")
     if len(data["pareto"]) > 1:
         lines.append(f"trade-offs: {len(data['pareto'])} candidates on the front, see {data['study']}/pareto")
     if data["partial"]:
-        lines.append(
-            f"{data['partial']} candidates were scored on a part of the items, {data['dropped']} of them dropped by races"
-        )
+        dropped = f"{data['dropped']} of them dropped by races"
+        lines.append(f"{data['partial']} candidates were scored on a part of the items, {dropped}")
     return lines if len(lines) > 1 else []
 
 
 def _best(row: Mapping[str, Any]) -> str:
     best = row["best"]
-    return (
-        "none yet"
-        if best is None
-        else f"{_number(best.get('test', best.get('search')))} (candidate {best['id']})"
-    )
+    if best is None:
+        return "none yet"
+    return f"{_number(best.get('test', best.get('search')))} (candidate {best['id']})"
 
 
 def _number(value: float | None) -> str:

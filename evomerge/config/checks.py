@@ -9,19 +9,11 @@ from collections.abc import Iterator, Sequence
 
 from evomerge import _yaml
 from evomerge.config.schema import Config, RangeConfig
+from evomerge.config.stage_kinds import check_sequence
 from evomerge.errors import suggest
 
 Problem = tuple[_yaml.Key, str]
 """(path of the key, what is wrong there and what to do)."""
-
-_STAGES = (
-    ("weights",),
-    ("routes",),
-    ("weights", "routes"),
-    ("routes", "weights"),
-    ("weights", "routes", "weights"),
-)
-
 
 def problems(config: Config) -> Iterator[Problem]:
     """Checks the blocks of a search file against one another and against the merge methods.
@@ -85,9 +77,8 @@ def _space(config: Config) -> Iterator[Problem]:
 
 def _stages(config: Config) -> Iterator[Problem]:
     """The order of the stages, and what cannot be had together."""
-    if config.kinds not in _STAGES:
-        known = "; ".join(", ".join(kinds) for kinds in _STAGES)
-        yield ("stages",), f"stages are one of: {known}; got {', '.join(config.kinds)}"
+    if sentence := check_sequence(config.kinds):
+        yield ("stages",), sentence
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence

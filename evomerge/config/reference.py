@@ -21,6 +21,7 @@ from evomerge.config import schema
 from evomerge.config.messages import block_of
 from evomerge.config.renamed_keys import RENAMED
 from evomerge.config.schema import Config
+from evomerge.config.stage_kinds import STAGES
 from evomerge.optimizers import OPTIMIZERS
 
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
@@ -29,6 +30,7 @@ _IN_WORDS = {
     "tasks[].search": "metric, probability or logprob, or one of these -> number above 0",
     "tasks[].items": "role -> list of document numbers or item ids, or path of a file; or null",
     "search.optimizer": ", ".join(OPTIMIZERS),
+    "stages[].stage": " or ".join(STAGES),
     "routes.optimizer": f"{', '.join(OPTIMIZERS)} or null",
 }
 """Keys whose type is checked by a function, in words."""

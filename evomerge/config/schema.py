@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from evomerge.config.stage_kinds import STAGES
 from evomerge.optimizers import OPTIMIZERS, optimizer_for
 
 _DEFAULT_ITEMS = 100
@@ -39,6 +40,12 @@ def _counts(value: Any) -> Any:
     return value
 
 
+def _stage_name(value: str) -> str:
+    if value not in STAGES:
+        raise ValueError(f"should be one of {', '.join(STAGES)}")
+    return value
+
+
 def _optimizer_name(value: str) -> str:
     if value not in OPTIMIZERS:
         raise ValueError(f"should be one of {', '.join(OPTIMIZERS)}")
@@ -55,6 +62,8 @@ Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
 """A count, or one for each task that is named."""
 OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
 """A key of `evomerge.optimizers.OPTIMIZERS`."""
+StageName = Annotated[str, AfterValidator(_stage_name)]
+"""A name of `evomerge.config.stage_kinds.STAGES`."""
 Measure = Literal["metric", "probability", "logprob"]
 """What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of the right answer."""
 _METRIC_ALONE: dict[Measure, float] = {"metric": 1.0}
@@ -265,7 +274,7 @@ class SearchConfig(Strict):
 class StageConfig(Strict):
     """A stage of a search; written as text alone, the text is its kind."""
 
-    stage: Literal["weights", "routes"]
+    stage: StageName
     """What is searched: weights of a merge method, or routes of layers."""
     evaluations: Whole | None = Field(default=None, ge=1)
     """Budget of the stage; search.evaluations unless given."""

@@ -18,7 +18,7 @@ from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.store import Store, StudyRow, Trial
 
 
-def export(
+def export_candidate(
     store: Store,
     trial: Trial,
     parents: Mapping[str, Parent],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from evomerge import _yaml
@@ -16,7 +17,7 @@ from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.store import StudyFacts
 
 
-def merge_file(
+def merge_recipe_file(
     file: Path,
     directory: Path,
     progress: Progress | None = None,
@@ -24,10 +25,22 @@ def merge_file(
     policy: str = "float32",
     memory: int | None = None,
 ) -> tuple[str, ...]:
-    """Merges by a mergekit YAML or an exported recipe.json into a new folder; returns warnings, each a sentence.
+    """Merges by a mergekit YAML or an exported recipe.json into a new folder.
 
-    policy: of the arithmetic, for a YAML; memory: bytes that merging may hold besides the parents' mapped files.
-    Raises RecipeError for a bad recipe, CheckpointError for parents that do not fit.
+    Args:
+        file: The YAML, or the JSON with the lineage.json that it was exported with.
+        directory: The folder, which appears whole or not at all.
+        progress: Called with the numbers of tensors written and to write.
+        policy: Arithmetic of a YAML: 'float32' rounds once, 'mergekit' has its types and operations.
+        memory: Bytes that merging may hold besides the parents' mapped files; None for no limit.
+
+    Returns:
+        Warnings, each a sentence.
+
+    Raises:
+        RecipeError: For a bad recipe.
+        CheckpointError: For parents that do not fit.
+        SetupError: If the folder exists.
     """
     parents: dict[str, Parent] = {}
 
@@ -51,20 +64,46 @@ def merge_file(
             policy,
         )
         opened = {name: parent(name) for name in recipe.models}
-    for read in (*(stage for _, stage in recipe.stages), recipe):
-        _check_layers(read, opened)
-    warnings = _warnings(recipe, opened)
+    return merge_recipe(recipe, opened, directory, progress, memory=memory)
+
+
+def merge_recipe(
+    recipe: Recipe,
+    parents: Mapping[str, Parent],
+    directory: Path,
+    progress: Progress | None = None,
+    *,
+    memory: int | None = None,
+) -> tuple[str, ...]:
+    """Merges by a recipe into a new folder.
+
+    Args:
+        recipe: What to merge.
+        parents: Each of its models, open.
+        directory: The folder, which appears whole or not at all.
+        progress: Called with the numbers of tensors written and to write.
+        memory: Bytes that merging may hold besides the parents' mapped files; None for no limit.
+
+    Returns:
+        Warnings, each a sentence.
+
+    Raises:
+        RecipeError: For a bad recipe.
+        CheckpointError: For parents that do not fit.
+        SetupError: If the folder exists.
+    """
+    for part in (*(stage for _, stage in recipe.stages), recipe):
+        _check_layers(part, parents)
+    warnings = _warnings(recipe, parents)
     if recipe.scales:
-        agreement = open_route.write(recipe, opened, directory)
-        return (
-            *warnings,
-            f"the route was loaded in a process of its own and compared with what it should be: {agreement}",
-        )
-    checkpoint_writer.write(recipe, opened, directory, progress, memory)
+        agreement = open_route.write(recipe, parents, directory)
+        checked = "the route was loaded in a process of its own and compared with what it should be"
+        return (*warnings, f"{checked}: {agreement}")
+    checkpoint_writer.write(recipe, parents, directory, progress, memory)
     return warnings
 
 
-def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
+def _check_layers(recipe: Recipe, parents: Mapping[str, Parent]) -> None:
     for mix in recipe.mixes:
         for model, layer in (*mix.sources, *([mix.base] if mix.base else [])):
             if layer is not None and model in parents and layer >= parents[model].layout.num_layers:
@@ -73,22 +112,22 @@ def _check_layers(recipe: Recipe, parents: dict[str, Parent]) -> None:
                 )
 
 
-def _warnings(recipe: Recipe, parents: dict[str, Parent]) -> tuple[str, ...]:
-    found = []
+def _warnings(recipe: Recipe, parents: Mapping[str, Parent]) -> tuple[str, ...]:
+    warnings = []
     if recipe.tokenizer is None and recipe.base in parents:
         try:
-            differs = check_rows(parents, recipe.base)
+            difference = check_rows(parents, recipe.base)
         except (
             CheckpointError
-        ) as error:  # rows that differ are refused by the plan; a broken tokenizer only cannot be compared
-            differs = str(error)
-        found += [differs] if differs else []
+        ) as error:  # a broken tokenizer cannot be compared; rows that differ are refused later
+            difference = str(error)
+        warnings += [difference] if difference else []
     towers = parents[recipe.base].layout.outer_names("tower") if recipe.base in parents else ()
     if towers and len(recipe.models) > 1:
-        found.append(
+        warnings.append(
             f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged"
         )
-    return tuple(found)
+    return tuple(warnings)
 
 
 def _exported(file: Path) -> tuple[Recipe, dict[str, str]]:

@@ -1,63 +1,61 @@
-"""What a search would be, before it starts: models, space, tasks, work, and on demand how fast a candidate is. Writes nothing."""
+"""What a search would be, before it starts: models, space, tasks, work, and how fast a candidate is. Writes
+nothing."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.config import Config
 from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
-from evomerge.launch import stages as stages_module
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
 from evomerge.launch.route_stages import route_optimizer
+from evomerge.launch.stages import open_stages, reference_recipes
 from evomerge.launch.weight_space import is_diagonal
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
-from evomerge.search import Opening, Start
+from evomerge.search import Start
+from evomerge.store import StudyFacts
 from evomerge.workers.worker import Worker
 
 _TIMED = 3  # candidates whose median is the estimate
 
 
-def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = None) -> dict[str, Any]:
-    """Everything about a search that can be known without starting it, as plain data. Raises what starting it would raise.
+def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | None = None) -> dict[str, Any]:
+    """Everything about a search that can be known without starting it.
 
-    probe: loads the base too, asks what answers each task, which items it truncates and which scoring techniques it can be
-    trusted with, and times a candidate. allowed: what the user let the tasks do.
+    Args:
+        settings: The settings of the search.
+        probe: Load the base too, see what answers each task, which items it truncates and which scoring
+            techniques it can be
+            trusted with, and time a candidate.
+        allowed: What the tasks may do.
+
+    Returns:
+        Plain data, as `evomerge plan --json` prints it.
+
+    Raises:
+        EvomergeError: What starting the search would raise.
     """
     opened = open_search(settings, allowed)
-    search, space, harness = settings.search, opened.space, opened.harness
-    diagonal = is_diagonal(settings, space)
-    optimizer = OPTIMIZERS[search.optimizer] if settings.kinds[0] == "weights" else route_optimizer(settings)
-    stages = _stages(opened, diagonal)
+    harness = opened.harness
+    stages = _stages(opened)
     items = {role: harness.items(role) for role in ROLES}
     generation = first_items(items["search"], settings, opened.objective)
     data: dict[str, Any] = {
         "study": settings.study,
         "models": [_model(name, parent, name == settings.base) for name, parent in opened.parents.items()],
         "warnings": list(opened.warnings),
-        "space": {
-            "method": settings.method,
-            "axes": len(space.axes),
-            "first": [axis.name for axis in space.axes[:4]],
-            "groups": [name for name, _ in space.spans()],
-            "dead": len(space.dead),
-        },
+        "space": _space(opened),
         "tasks": [_task(t.task, t.weight, opened, items, generation) for t in settings.tasks],
         "findings": list(harness.warnings()),
-        "optimizer": {
-            "name": optimizer.title,
-            "population": stages[0]["population"],
-            "sigma": search.sigma,
-            "covariance": _covariance(optimizer, diagonal),
-            "start": search.start,
-            "seed": search.seed,
-        },
+        "optimizer": _optimizer(opened, stages[0]["population"]),
         "stages": stages,
-        "work": _work(settings, opened, stages, items, generation),
+        "work": _work(opened, stages, items, generation),
     }
     if probe:
         worker = opened.load()
@@ -66,9 +64,44 @@ def plan(settings: Config, *, probe: bool = False, allowed: Allowed | None = Non
     return data
 
 
-def seconds_of(work: dict[str, Any], merge: float, item: float) -> float:
-    """Seconds of a whole search from those of a merge and of an item, without what is done once."""
-    return float(sum(stage["candidates"] * (merge + stage["items"] * item) for stage in work["stages"]))
+def seconds_of(work: Mapping[str, Any], merge: float, item: float) -> float:
+    """Seconds of a whole search, without what is done once.
+
+    Args:
+        work: As `plan_search` gives it.
+        merge: Seconds of a merge.
+        item: Seconds of an item.
+
+    Returns:
+        The sum over all candidates.
+    """
+    return float(sum(step["candidates"] * (merge + step["items"] * item) for step in work["stages"]))
+
+
+def _space(opened: Opened) -> dict[str, Any]:
+    space = opened.space
+    return {
+        "method": opened.settings.method,
+        "axes": len(space.axes),
+        "first": [axis.name for axis in space.axes[:4]],
+        "groups": [name for name, _ in space.spans()],
+        "dead": len(space.dead),
+    }
+
+
+def _optimizer(opened: Opened, population: int) -> dict[str, Any]:
+    """The optimizer of the first stage."""
+    settings, search = opened.settings, opened.settings.search
+    weights = settings.kinds[0] == "weights"
+    optimizer = OPTIMIZERS[search.optimizer] if weights else route_optimizer(settings)
+    return {
+        "name": optimizer.title,
+        "population": population,
+        "sigma": search.sigma,
+        "covariance": _covariance(optimizer, is_diagonal(settings, opened.space)),
+        "start": search.start,
+        "seed": search.seed,
+    }
 
 
 def _covariance(optimizer: OptimizerEntry, diagonal: bool) -> str | None:
@@ -79,13 +112,12 @@ def _covariance(optimizer: OptimizerEntry, diagonal: bool) -> str | None:
 
 
 def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
+    architectures = parent.config.get("architectures") or [parent.config.get("model_type", "unknown")]
     return {
         "name": name,
         "path": str(parent.path),
         "base": is_base,
-        "architecture": (parent.config.get("architectures") or [parent.config.get("model_type", "unknown")])[
-            0
-        ],
+        "architecture": architectures[0],
         "layers": parent.layout.num_layers,
         "parameters": sum(math.prod(info.shape) for info in parent.tensors.values()),
         "dtype": stored_dtype(parent),
@@ -94,96 +126,93 @@ def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
 
 
 def _task(
-    task: str, weight: float, opened: Opened, items: dict[Any, Items], generation: Items
+    task: str, weight: float, opened: Opened, items: Mapping[Any, Items], generation: Items
 ) -> dict[str, Any]:
     harness = opened.harness
-    leaves = [leaf for leaf, _ in harness.subtasks(task)]
+    subtasks = [name for name, _ in harness.subtasks(task)]
     return {
         "task": task,
-        "tasks": leaves if leaves != [task] else [],
+        "tasks": subtasks if subtasks != [task] else [],
         "metric": harness.metric(task),
         "higher_is_better": harness.sign(task) > 0,
         "mean_of_items": harness.is_mean(task),
         "soft": list(harness.soft_metrics(task)),
         "weight": weight,
-        "items": {role: sum(len(items[role][leaf]) for leaf in leaves) for role in ROLES},
-        "items_of_a_generation": sum(len(generation[leaf]) for leaf in leaves),
+        "items": {role: sum(len(items[role][name]) for name in subtasks) for role in ROLES},
+        "items_of_a_generation": sum(len(generation[name]) for name in subtasks),
     }
 
 
-def _stages(opened: Opened, diagonal: bool) -> list[dict[str, Any]]:
+def _stages(opened: Opened) -> list[dict[str, Any]]:
     """What each stage searches; one that begins at another's best is shown as it would be from the base."""
-    settings, out = opened.settings, []
-    first = stages_module.references(settings, opened.space, opened.parents)[0]
-    for stage in stages_module.stages(settings, opened.space, opened.parents, diagonal, settings.budgets):
-        opening: Opening = stage.open(Start(first.recipe, first.label))
-        population = len(opening.optimizer(opening.space.start, 0).ask())
-        hand = len(opening.hand)
-        out.append(
+    settings, space, parents = opened.settings, opened.space, opened.parents
+    first = reference_recipes(settings, space, parents)[0]
+    start = Start(first.recipe, first.label)
+    rows = []
+    for stage in open_stages(
+        settings, space, parents, StudyFacts(diagonal=is_diagonal(settings, space), budgets=settings.budgets)
+    ):
+        opening = stage.open(start)
+        rows.append(
             {
                 "stage": stage.name,
                 "axes": len(opening.space.axes),
-                "population": population,
+                "population": len(opening.optimizer(opening.space.start, 0).ask()),
                 "evaluations": stage.evaluations,
-                "hand": hand,
+                "hand": len(opening.hand),
             }
         )
-    return out
+    return rows
 
 
 def _work(
-    settings: Config,
-    opened: Opened,
-    planned: list[dict[str, Any]],
-    items: dict[Any, Items],
-    generation: Items,
+    opened: Opened, stages: Sequence[Mapping[str, Any]], items: Mapping[Any, Items], generation: Items
 ) -> dict[str, Any]:
-    """Stages of the search with candidates and items each; equal recipes and failures make it less."""
-    search = settings.search
-    soups = (
-        len(settings.models) - 1 if "weights" in settings.kinds else 0
-    )  # the greedy soup tries each parent but the best once
-    references = (
-        len(stages_module.references(settings, opened.space, opened.parents))
-        + soups
-        + sum(stage["hand"] for stage in planned)
-    )
-    turns = [math.ceil(stage["evaluations"] / stage["population"]) for stage in planned]
-    names = ["search" if len(planned) == 1 else f"search: {stage['stage']}" for stage in planned]
-    sizes = {role: sum(map(len, ids.values())) for role, ids in (*items.items(), ("generation", generation))}
-    stages: list[dict[str, Any]] = [
-        {"stage": "parents, hand recipes and soups", "candidates": references, "items": sizes["generation"]},
-        *(
-            {"stage": name, "candidates": n * stage["population"], "items": sizes["generation"]}
-            for name, n, stage in zip(names, turns, planned, strict=True)
-        ),
-        {
-            "stage": "validation",
-            "candidates": search.finalists * len(planned) + references,
-            "items": sizes["validation"],
-        },
-        {"stage": "test", "candidates": 1 + references, "items": sizes["test"]},
+    """Steps of the search with candidates and items each; equal recipes and failures make it less."""
+    settings, search = opened.settings, opened.settings.search
+    references = len(reference_recipes(settings, opened.space, opened.parents))
+    references += sum(stage["hand"] for stage in stages)
+    if "weights" in settings.kinds:
+        references += len(settings.models) - 1  # the greedy soup tries each parent but the best once
+    counts = {role: _count(ids) for role, ids in items.items()}
+    per_generation = _count(generation)
+    generations = [math.ceil(stage["evaluations"] / stage["population"]) for stage in stages]
+    steps: list[dict[str, Any]] = [
+        {"stage": "parents, hand recipes and soups", "candidates": references, "items": per_generation}
     ]
-    total = sum(s["candidates"] * s["items"] for s in stages)
+    for number, stage in zip(generations, stages, strict=True):
+        name = "search" if len(stages) == 1 else f"search: {stage['stage']}"
+        candidates = number * stage["population"]
+        steps.append({"stage": name, "candidates": candidates, "items": per_generation})
+    finalists = search.finalists * len(stages) + references
+    steps.append({"stage": "validation", "candidates": finalists, "items": counts["validation"]})
+    steps.append({"stage": "test", "candidates": 1 + references, "items": counts["test"]})
     return {
-        "generations": sum(turns),
-        "stages": stages,
-        "item_evaluations": total,
+        "generations": sum(generations),
+        "stages": steps,
+        "item_evaluations": sum(step["candidates"] * step["items"] for step in steps),
         "race": search.race is not None,
     }
 
 
-def _probe(opened: Opened, worker: Worker, items: Items, work: dict[str, Any]) -> dict[str, Any]:
-    """Verdicts, and the median time of candidates near the start of the space; the first one's, with what is done once, apart."""
-    answered = backends(opened.harness, worker.model)
+def _count(items: Items) -> int:
+    return sum(map(len, items.values()))
+
+
+def _probe(opened: Opened, worker: Worker, items: Items, work: Mapping[str, Any]) -> dict[str, Any]:
+    """Which optimizations hold, and the median time of candidates near the start of the space.
+
+    The time of the first, which includes what is done once, is given apart.
+    """
+    answered_by = backends(opened.harness, worker.model)
     axes = len(opened.space.axes)
     recipes = [opened.space.decode([0.05 * k * (-1) ** i for i in range(axes)]) for k in range(_TIMED + 1)]
     first, *timed = [_evaluated(worker.evaluate(recipe, items)) for recipe in recipes]
     verdicts = opened.harness.optimizations(worker.model, items)
     merge, score = (statistics.median(e.seconds[stage] for e in timed) for stage in ("merge", "score"))
-    count = sum(map(len, items.values()))
+    count = _count(items)
     return {
-        "backends": answered,
+        "backends": answered_by,
         "techniques": {name: {"allowed": v.allowed, "reason": v.reason} for name, v in verdicts.items()},
         "seconds_first": sum(first.seconds.values()),
         "seconds_merge": merge,

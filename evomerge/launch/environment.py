@@ -1,4 +1,5 @@
-"""The environment that searches would run in, looked over before the night: versions, devices, compiler, memory, disk, locks.
+"""The environment that searches would run in, looked over before the night: versions, devices, compiler,
+memory, disk, locks.
 
 Starts nothing and writes one file, for a moment, beside the studies.
 """
@@ -24,7 +25,8 @@ _SMALL_DISK = 5_000_000_000  # bytes below which a search may not end
 
 
 def examine(root: Path) -> dict[str, Any]:
-    """What was found, with 'problems' that keep a search from running and 'notes' that do not. Sizes in bytes. root: of the studies."""
+    """What was found, with 'problems' that keep a search from running and 'notes' that do not. Sizes in
+    bytes. root: of the studies."""
     found: dict[str, Any] = {
         "python": _python(),
         "packages": _packages(),
@@ -48,7 +50,8 @@ def _python() -> dict[str, Any]:
 
 
 def _packages() -> list[dict[str, Any]]:
-    """What evomerge asks for, extras last; found is None where it is not installed. Those for its development are left out."""
+    """What evomerge asks for, extras last; found is None where it is not installed. Those for its development
+    are left out."""
     rows = []
     for line in importlib.metadata.requires("evomerge") or ():
         need = Requirement(line)
@@ -123,7 +126,8 @@ def _memory() -> dict[str, int]:
 
 
 def _studies(root: Path) -> dict[str, Any]:
-    """Where studies would be kept: disk, file system, journal, and whether a file can be written and locked there."""
+    """Where studies would be kept: disk, file system, journal, and whether a file can be written and locked
+    there."""
     place = root.absolute()
     while not place.is_dir():
         place = place.parent

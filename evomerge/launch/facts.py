@@ -1,46 +1,113 @@
-"""Facts of a study that must not change between start and resume."""
+"""The facts of a study: collected when it is opened, and compared with the stored ones when it is resumed."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import platform
+from importlib.metadata import version
 from typing import Any
 
+import torch
+
+from evomerge import __version__
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError
-from evomerge.store import Store, StudyFacts, study_facts
+from evomerge.evaluation import ROLES
+from evomerge.evaluation.task_set import items_digest
+from evomerge.launch.objective import task_terms
+from evomerge.launch.opening import LoadedSearch, backends, device_name
+from evomerge.launch.search_request import SearchRequest
+from evomerge.launch.tasks import scoring_facts
+from evomerge.launch.weight_space import is_diagonal
+from evomerge.store import ParentFacts, Store, StudyFacts, study_facts
 
-log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
+_SHOWN = 6  # differences that an error names
 
 
-def check_agreement(
-    store: Store, settings: Config, text: str, overrides: Mapping[str, int], facts: StudyFacts
-) -> None:
-    """Begins a new study, or checks that the stored one is this one; only its budget and where it runs may differ."""
-    stored = store.study()
+def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: int) -> StudyFacts:
+    """The facts of a search that is open and loaded.
+
+    Args:
+        loaded: The search.
+        stored: Of the study that is resumed, None for a new one: what it began with stays.
+        num_workers: Workers that a new study begins with.
+
+    Returns:
+        Everything beside the settings that must not change between start and resume.
+    """
+    opened, evaluator = loaded.opened, loaded.evaluator
+    settings, parents, harness = opened.settings, opened.parents, opened.harness
+    items = {role: evaluator.items(role) for role in ROLES}
+    axes = tuple(axis.name for axis in opened.space.axes) if settings.kinds[0] == "weights" else ()
+    return StudyFacts(
+        parents={
+            name: ParentFacts(model.path, model.revision, parents[name].content_hash())
+            for name, model in settings.models.items()
+        },
+        tasks=harness.fingerprint(),
+        metrics={t.task: harness.metric(t.task) for t in settings.tasks},
+        terms=task_terms(settings, harness),
+        backends={} if loaded.is_replaced else backends(harness, loaded.scorer.model),
+        items={role: {task: len(ids) for task, ids in of.items()} for role, of in items.items()},
+        item_sets={role: {task: items_digest(ids) for task, ids in of.items()} for role, of in items.items()},
+        axes=axes,
+        # a larger budget must not change the optimizer, nor when a stage ends
+        diagonal=stored.diagonal if stored else is_diagonal(settings, opened.space),
+        budgets=(stored.budgets if stored else ()) or settings.budgets,
+        scoring=scoring_facts(settings, parents[settings.base], device_name()),
+        max_nats_per_token=loaded.max_nats_per_token,
+        num_workers=stored.num_workers if stored else num_workers,
+        base_layers=parents[settings.base].layout.num_layers,
+        threads=torch.get_num_threads(),
+        versions=_versions(),
+    )
+
+
+def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> None:
+    """Begins a new study, or checks that the stored one is this one; only its budget and where it runs may
+    differ.
+
+    Args:
+        store: Open for writing.
+        request: The search; its YAML and overrides are stored.
+        facts: Of the search as it is now.
+
+    Raises:
+        StudyError: If the stored study has other settings or facts; names the first differences.
+    """
+    settings, stored = request.effective_settings, store.study()
     if stored is None:
-        store.begin(settings.study, settings.search.seed, text, overrides, facts)
+        store.begin(settings.study, settings.search.seed, request.text, request.overrides, facts)
         return
     before, _ = loading.stored(stored.name, stored.config, stored.overrides)
-    differing = [
-        *study_facts.differences(_comparable(before), _comparable(settings)),
-        *stored.facts.differences(facts),
-    ]
-    if differing:
-        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+    differences = study_facts.differences(_comparable(before), _comparable(settings))
+    differences += stored.facts.differences(facts)
+    if differences:
+        shown = "; ".join(differences[:_SHOWN])
+        if len(differences) > _SHOWN:
+            shown += f"; and {len(differences) - _SHOWN} more"
         raise StudyError(
             f"study '{settings.study}' was begun with other settings, so this would be another search: {shown}"
         )
-    store.set_config(text, overrides)
+    store.set_config(request.text, request.overrides)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"evomerge": __version__, "python": platform.python_version()}
+    return versions | {package: version(package) for package in _PACKAGES}
 
 
 def _comparable(settings: Config) -> dict[str, Any]:
-    """Settings without the budget and the cluster, which may change between runs."""
+    """Settings without the budget and the cluster, which may change between runs.
+
+    The budgets of all stages but the last must not change: they say where the next stage begins.
+    """
     data = settings.model_dump(mode="json", exclude={"cluster", "budget", "reuse"})
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
-    data["stages"][-1].pop("evaluations")
-    data["stages"] = [
-        {**stage, "evaluations": n} for stage, n in zip(data["stages"], settings.budgets[:-1], strict=False)
-    ] + data["stages"][-1:]
+    *earlier, last = data["stages"]
+    last.pop("evaluations")
+    budgets = settings.budgets[:-1]
+    fixed = [{**stage, "evaluations": n} for stage, n in zip(earlier, budgets, strict=True)]
+    data["stages"] = [*fixed, last]
     return data

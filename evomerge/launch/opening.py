@@ -1,94 +1,53 @@
-"""Opens what a search needs: parents, space, tasks, objective; also of a stored study."""
+"""Opens what a search needs: parents, space, tasks, objective; also what a stored study was searched with."""
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
 from evomerge.checkpoints import Parent, check_compatible, open_parent
 from evomerge.config import Config, loading
-from evomerge.errors import CandidateError, ConfigError, StudyError
+from evomerge.errors import CandidateError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
 from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.tasks import open_tasks
+from evomerge.launch.threads import set_torch_threads
 from evomerge.launch.weight_space import make_space
 from evomerge.merging.vocabulary.alignment import check_rows
 from evomerge.spaces import WeightSpace
 from evomerge.store import Store
-from evomerge.workers import worker
-
-log = logging.getLogger(__name__)
+from evomerge.workers.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a user let the tasks do. python: run functions that the settings name; tasks: load task folders that are not shipped."""
+    """What a user permits the tasks of a search, which is code with all his rights.
+
+    Attributes:
+        python: Run the Python functions that the settings name as tasks.
+        tasks: Load task folders that are not evomerge's own.
+    """
 
     python: bool = False
     tasks: bool = False
 
 
-def backends(harness: Any, model: torch.nn.Module) -> dict[str, str]:
-    """Task -> what answers it with this model: 'compiled', or 'lm-eval: ' and why; 'nothing: ' and why where it cannot be asked at all."""
-    try:
-        found: dict[str, str] = harness.backends(model)
-    except CandidateError as error:  # the search will say so of every candidate
-        return dict.fromkeys(harness.items("search"), f"nothing: {error}")
-    return found
-
-
-def device_name() -> str:
-    """$EVOMERGE_DEVICE, else the first CUDA device, else the CPU."""
-    return os.environ.get("EVOMERGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _set_threads(base: Parent) -> None:
-    """$EVOMERGE_THREADS, else one for models too small to share out (under 20 M parameters), else every core.
-
-    Scores are compared bit for bit at resume, and sums depend on the number of threads: it is one of the study's facts.
-    """
-    small = sum(math.prod(info.shape) for info in base.tensors.values()) < 20_000_000
-    given = os.environ.get("EVOMERGE_THREADS", "")
-    if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 10_000):
-        raise ConfigError(
-            f"$EVOMERGE_THREADS must be a number of threads, got '{given}'; correct or unset it"
-        )
-    threads = int(given) if given else 1 if small else os.cpu_count() or 1
-    torch.set_num_threads(threads)
-
-
-def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Parent]:
-    """Opens models by name: name -> (path or repository, revision)."""
-    return {
-        name: open_parent(f"{path}@{revision}" if revision else path)
-        for name, (path, revision) in models.items()
-    }
-
-
-def stored_parents(store: Store) -> dict[str, Parent]:
-    """The parents of a stored study; raises StudyError if their content is no longer what was searched."""
-    study = store.study()
-    if study is None:
-        raise StudyError(f"{store.path} holds no study yet")
-    facts = study.facts.parents
-    parents = open_parents({name: (fact.path, fact.revision) for name, fact in facts.items()})
-    for name, parent in parents.items():
-        if parent.content_hash() != facts[name].sha256:
-            raise StudyError(
-                f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; bring that one back"
-            )
-    return parents
-
-
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The models, tasks and space of a search, open. warnings: what a user should know of the models."""
+    """The models, tasks and space of a search, open; no weights are loaded.
+
+    Attributes:
+        settings: The settings of the search.
+        parents: Model name -> its files.
+        space: The space of weights.
+        harness: The tasks.
+        objective: What the search maximizes.
+        warnings: What a user should know of the models, each a sentence.
+    """
 
     settings: Config
     parents: Mapping[str, Parent]
@@ -97,52 +56,168 @@ class Opened:
     objective: Objective
     warnings: tuple[str, ...] = ()
 
-    def load(self, evaluator: Evaluator | None = None) -> worker.Worker:
-        """Loads the base and merges into it; scores by `evaluator` where one is given."""
-        own = self.harness if evaluator is None else evaluator
-        return worker.Worker(
-            self.parents, self.settings.base, own, dtype=self.settings.out_dtype, device=device_name()
+    def load(self, evaluator: Evaluator | None = None) -> Worker:
+        """Loads the base model, which candidates are merged into.
+
+        Args:
+            evaluator: Scores the candidates; the tasks unless given.
+
+        Returns:
+            A worker on the device of this process.
+        """
+        return Worker(
+            self.parents,
+            self.settings.base,
+            self.harness if evaluator is None else evaluator,
+            dtype=self.settings.out_dtype,
+            device=device_name(),
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedSearch:
+    """A search that is open, with a worker in this process.
+
+    Attributes:
+        opened: Its models, tasks and space.
+        evaluator: What scores the candidates: the tasks, or what replaces them.
+        scorer: The worker.
+        max_nats_per_token: The limit of the perplexity screen for routes; None without a screen.
+    """
+
+    opened: Opened
+    evaluator: Evaluator
+    scorer: Worker
+    max_nats_per_token: float | None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether something else than the tasks scores the candidates; then only this process can."""
+        return self.evaluator is not self.opened.harness
+
+
 def open_search(settings: Config, allowed: Allowed | None = None) -> Opened:
-    """Opens what a search needs; raises what `prepare` raises for models that do not fit each other and tasks that cannot be had."""
+    """Opens what a search needs.
+
+    Args:
+        settings: The settings of the search.
+        allowed: What the tasks may do; nothing unless given.
+
+    Returns:
+        The open search.
+
+    Raises:
+        CheckpointError: If the models do not fit each other.
+        ConfigError: If the settings ask of the tasks what is not allowed, or do not fit the models.
+        TaskError: If a task cannot be had.
+    """
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     check_compatible(parents, settings.base)
     warning = check_rows(parents, settings.base)
     return _opened(settings, parents, (warning,) if warning else (), allowed)
 
 
-def open_study(store: Store, allowed: Allowed | None = None) -> Opened:
-    """Opens what a stored study was searched with; raises StudyError where a model or a task is no longer what it was."""
+def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
+    """Opens what a stored study was searched with.
+
+    Args:
+        store: The study's store.
+        allowed: What the tasks may do; nothing unless given.
+
+    Returns:
+        The open search.
+
+    Raises:
+        StudyError: If a model or a task is no longer what it was.
+    """
     parents = stored_parents(store)
     study = store.study()
     assert study is not None
     settings, _ = loading.stored(study.name, study.config, study.overrides)
     opened = _opened(settings, parents, (), allowed)
-    if changed := [
-        task for task, digest in opened.harness.fingerprint().items() if study.facts.tasks.get(task) != digest
-    ]:
-        raise StudyError(
-            f"task '{changed[0]}' is not what {study.name} was searched with: its items, prompts or settings differ; bring those back"
-        )
+    for task, digest in opened.harness.fingerprint().items():
+        if study.facts.tasks.get(task) != digest:
+            raise StudyError(
+                f"task '{task}' is not what {study.name} was searched with: "
+                "its items, prompts or settings differ; bring those back"
+            )
     return opened
+
+
+def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Parent]:
+    """Opens models by name.
+
+    Args:
+        models: Name -> (path or repository, revision or None).
+
+    Returns:
+        Name -> the open model.
+
+    Raises:
+        CheckpointError: If one is not there, or its files are broken.
+    """
+    return {
+        name: open_parent(f"{path}@{revision}" if revision else path)
+        for name, (path, revision) in models.items()
+    }
+
+
+def stored_parents(store: Store) -> dict[str, Parent]:
+    """Opens the parents of a stored study.
+
+    Args:
+        store: The study's store.
+
+    Returns:
+        Name -> the open model.
+
+    Raises:
+        StudyError: If nothing is stored, or a model is not the one that was searched with.
+    """
+    study = store.study()
+    if study is None:
+        raise StudyError(f"{store.path} holds no study yet")
+    facts = study.facts.parents
+    parents = open_parents({name: (fact.path, fact.revision) for name, fact in facts.items()})
+    for name, parent in parents.items():
+        if parent.content_hash() != facts[name].sha256:
+            raise StudyError(
+                f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; "
+                "bring that one back"
+            )
+    return parents
+
+
+def backends(harness: TaskSet, model: nn.Module) -> dict[str, str]:
+    """What answers each task with a model.
+
+    Args:
+        harness: The tasks.
+        model: The live model.
+
+    Returns:
+        Task -> 'compiled', or 'lm-eval: ' and why; 'nothing: ' and why where the model cannot be asked at
+        all.
+    """
+    try:
+        return dict(harness.backends(model))
+    except CandidateError as error:  # the search will say so of every candidate
+        return dict.fromkeys(harness.items("search"), f"nothing: {error}")
+
+
+def device_name() -> str:
+    """$EVOMERGE_DEVICE, else the first CUDA device, else the CPU."""
+    return os.environ.get("EVOMERGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _opened(
     settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allowed: Allowed | None
 ) -> Opened:
-    _set_threads(parents[settings.base])
+    base, allowed = parents[settings.base], allowed or Allowed()
+    set_torch_threads(base)
     space = make_space(settings, parents)
-    may = allowed or Allowed()
     harness = open_tasks(
-        settings, parents[settings.base], device=device_name(), allow_python=may.python, allow_tasks=may.tasks
+        settings, base, device=device_name(), allow_python=allowed.python, allow_tasks=allowed.tasks
     )
-    return Opened(
-        settings,
-        parents,
-        space,
-        harness,
-        make_objective(settings, task_terms(settings, harness), parents[settings.base].layout.num_layers),
-        warnings,
-    )
+    objective = make_objective(settings, task_terms(settings, harness), base.layout.num_layers)
+    return Opened(settings, parents, space, harness, objective, warnings)

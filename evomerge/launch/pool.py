@@ -1,4 +1,5 @@
-"""Configuration -> where candidates run: the pool, how many searches share it, what it may use up, what earlier studies know."""
+"""Configuration -> where candidates run: the pool, how many islands share it, its budgets, and reused
+studies."""
 
 from __future__ import annotations
 
@@ -16,39 +17,60 @@ from evomerge.store import Store, StudyFacts, paths
 from evomerge.workers import POOLS, DescribesWorkers, Limits, Pool, PoolSettings, Scorer
 
 log = logging.getLogger(__name__)
+_ISLANDS = ((1, 1), (8, 2), (64, 4))  # (at most so many workers, islands)
+_MOST_ISLANDS = 8
 _PER_WORKER = 4  # candidates of all islands together, for each worker, that keep it busy
 
 
 def num_workers(settings: Config, workers: int) -> int:
-    """How many workers a search begins with, as far as its settings say: what 'auto' is chosen by, and a fact of the study."""
+    """How many workers a search begins with: what 'auto' is chosen by, and a fact of the study.
+
+    Args:
+        settings: The settings of the search.
+        workers: Processes of this machine.
+
+    Returns:
+        The number, as far as the settings say; on Ray without one in the settings it is 1.
+    """
     return settings.cluster.workers or (1 if settings.cluster.ray else workers)
 
 
 def islands(settings: Config, num_workers: int) -> int:
-    """How many searches share the workers. 'auto': one for a worker alone, two up to eight, four up to 64, else eight."""
-    asked = settings.search.islands
-    return (
-        asked
-        if asked != "auto"
-        else 1
-        if num_workers == 1
-        else 2
-        if num_workers <= 8
-        else 4
-        if num_workers <= 64
-        else 8
-    )
+    """How many searches share the workers.
+
+    Args:
+        settings: The settings of the search.
+        num_workers: Workers that the study began with.
+
+    Returns:
+        What the settings say; 'auto' is one for a worker alone, two up to eight, four up to 64, else eight.
+    """
+    requested = settings.search.islands
+    if requested != "auto":
+        return requested
+    for most, count in _ISLANDS:
+        if num_workers <= most:
+            return count
+    return _MOST_ISLANDS
 
 
 def population(settings: Config, num_workers: int, genes: int) -> int | None:
-    """Candidates of a generation; None for the optimizer's own choice, which 'auto' never goes below."""
-    asked = settings.search.population
-    if asked != "auto":
-        return asked
-    return max(
-        default_population(genes),
-        math.ceil(_PER_WORKER * num_workers / islands(settings, num_workers)),
-    )
+    """How many candidates a generation of each island has.
+
+    Args:
+        settings: The settings of the search.
+        num_workers: Workers that the study began with.
+        genes: Length of a genome.
+
+    Returns:
+        What the settings say, None for the optimizer's own choice; 'auto' is at least that, and keeps the
+        workers busy.
+    """
+    requested = settings.search.population
+    if requested != "auto":
+        return requested
+    busy = math.ceil(_PER_WORKER * num_workers / islands(settings, num_workers))
+    return max(default_population(genes), busy)
 
 
 def open_pool(
@@ -56,14 +78,22 @@ def open_pool(
     scorer: Scorer,
     make: Callable[[], Scorer] | None,
     workers: int,
-    facts: StudyFacts,
-    earlier: Sequence[Path],
-    said: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> Pool:
-    """The pool that a search asks for. make: opens a worker in another process; None where only `scorer`, of this one, will do.
+    """Opens the pool of workers that a search runs in.
 
-    facts: of the study; earlier: stores that are asked first; said: is told where workers are placed.
-    Raises SetupError where ray is asked for and not installed, or the cluster cannot give what is asked.
+    Args:
+        settings: The settings of the search, which may name a Ray cluster.
+        scorer: The worker of this process.
+        make: Opens a worker in another process; None where only `scorer` will do.
+        workers: Processes of this machine, without Ray.
+        show: Called with a line that says where workers are placed.
+
+    Returns:
+        The pool; the caller closes it.
+
+    Raises:
+        SetupError: If Ray is requested and not installed, or the cluster cannot give what is requested.
     """
     cluster, limits = settings.cluster, settings.cluster.limits
     on_ray = cluster.ray is not None and make is not None
@@ -83,24 +113,59 @@ def open_pool(
     else:
         pool = POOLS["in-process"].open(pool_settings)
     if isinstance(pool, DescribesWorkers):
-        said(pool.describe())
-    if earlier:
-        known = Earlier(earlier, facts)
-        for why in known.refused:
-            log.warning(why)
-        return KnownPool(pool, known)
+        show(pool.describe())
     return pool
 
 
+def reuse(pool: Pool, earlier: Sequence[Path], facts: StudyFacts) -> Pool:
+    """A pool that reads evaluations of earlier studies before it makes them again.
+
+    Args:
+        pool: Makes what they do not hold.
+        earlier: Their stores.
+        facts: Of this study; those that differ in what scores depend on are refused, which is logged.
+
+    Returns:
+        `pool` itself where there are none.
+    """
+    if not earlier:
+        return pool
+    cache = Earlier(earlier, facts)
+    for reason in cache.refused:
+        log.warning(reason)
+    return KnownPool(pool, cache)
+
+
 def earlier(settings: Config, studies: Path) -> list[Path]:
-    """The stores of the studies that are to be reused, by path or name; studies: folder of those with a name. Raises StudyError."""
+    """The stores of the studies whose evaluations are to be reused.
+
+    Args:
+        settings: The settings of the search, which name them by path or name.
+        studies: Folder of those with a name.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        StudyError: If one is not there.
+    """
     return [Path(r) if Path(r).is_file() else paths.store_path(r, studies) for r in settings.reuse]
 
 
 def dispatch(settings: Config, store: Store, pool: Pool) -> Dispatch:
-    """What stands between the loop and the pool, with the grace and the budgets of the settings."""
-    asked = settings.budget
-    budget = Budget(asked.hours, asked.gpu_hours, asked.cost, asked.price, settings.cluster.gpus or 1.0)
+    """What stands between the search's loop and its pool.
+
+    Args:
+        settings: The settings of the search: grace, budgets and backups.
+        store: Of the study.
+        pool: Of its workers.
+
+    Returns:
+        The dispatch.
+    """
+    limits = settings.budget
+    gpus = settings.cluster.gpus or 1.0
+    budget = Budget(limits.hours, limits.gpu_hours, limits.cost, limits.price, gpus)
     return Dispatch(pool, store, grace=settings.cluster.grace, budget=budget, backup=settings.cluster.backup)
 
 

@@ -1,166 +1,172 @@
-"""Configuration -> a running search: opens parents, builds space, tasks, worker and store, and starts the study."""
+"""A search request -> a study ready to run: opened and loaded, checked against what is stored, planned, with
+its pool."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from evomerge import __version__
-from evomerge.config import Config, loading
+from evomerge.config import Config
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES, Evaluator
-from evomerge.evaluation.task_set import items_digest
 from evomerge.launch import pool as pool_module
-from evomerge.launch import route_stages, stages
-from evomerge.launch.facts import check_agreement
-from evomerge.launch.objective import per_generation, race_settings, task_terms
-from evomerge.launch.opening import Allowed, backends, device_name, open_search
-from evomerge.launch.tasks import scoring
-from evomerge.launch.weight_space import is_diagonal
+from evomerge.launch import route_screen, stages
+from evomerge.launch.facts import check_agreement, collect_facts
+from evomerge.launch.objective import per_generation, race_settings
+from evomerge.launch.opening import Allowed, LoadedSearch, open_search
+from evomerge.launch.search_request import SearchRequest
 from evomerge.merging import parent_placement
 from evomerge.search import Plan, Progress, Study
 from evomerge.spaces import soup
-from evomerge.store import ParentFacts, Store, StudyFacts, paths, stop_request
-from evomerge.workers import worker
+from evomerge.store import Store, StudyFacts, paths, stop_request
+from evomerge.workers import Pool
+from evomerge.workers.worker import Worker
 
 log = logging.getLogger(__name__)
-_PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
 
 
-def prepare(
-    settings: Config,
-    text: str,
+def _silent(progress: Progress) -> None:
+    """Shows no progress."""
+
+
+def prepare_study(
+    request: SearchRequest,
     studies: Path,
     *,
-    overrides: Mapping[str, int] | None = None,
-    resume: bool = False,
     allowed: Allowed | None = None,
     workers: int = 1,
-    show: Callable[[Progress], None] = lambda progress: None,
-    wrap: Callable[[Evaluator], Evaluator] = lambda evaluator: evaluator,
+    show: Callable[[Progress], None] = _silent,
+    wrap: Callable[[Evaluator], Evaluator] | None = None,
 ) -> Study:
-    """A study ready to `run`, with its store open for writing; `study.store.close()` when done.
+    """Opens everything that a search needs and begins its study, or goes on with it.
 
-    text: the YAML of the settings; overrides: budget or seed that replace the YAML's. resume: go on with a study that
-    exists. allowed: what the user let the tasks do. workers: processes of this machine that candidates are evaluated in, where
-    the settings name no Ray; one is this one. wrap: replaces the evaluator, for scoring by other means, in this process. Raises
-    StudyError if the study exists and resume is not asked, if another process writes it, or if it was begun with other
-    settings, models, tasks or versions.
+        study = prepare_study(load("demo"), Path("results"))
+        with study.store, contextlib.closing(study.pool):
+            outcome = study.run()
+
+    Args:
+        request: The search.
+        studies: Folder of the studies; the study is a folder of its name there.
+        allowed: What the tasks may do; nothing unless given.
+        workers: Processes of this machine that evaluate candidates, where the settings name no Ray; one is
+            this process.
+        show: Called with progress.
+        wrap: Replaces the evaluator, for scoring by other means, in this process.
+
+    Returns:
+        The study, its store open for writing; the caller closes store and pool.
+
+    Raises:
+        StudyError: If the study exists and the request does not resume, if another process writes it, or if
+            it was begun with other settings, models, tasks or versions.
+        EvomergeError: If a model or a task cannot be opened.
     """
+    settings = request.settings
     earlier = pool_module.earlier(settings, studies)
     path = paths.store_path(settings.study, studies, new=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     store = Store.open(path, write=True)
     stop_request.clear_stop(path.parent)  # one that comes from here on is seen
-    if store.study() is not None and not resume:
+    if store.study() is not None and not request.resume:
         store.close()
         raise StudyError(
             f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name"
         )
     try:
-        asked = loading.override(settings, overrides or {})
-        return _prepare(
-            asked, text, store, overrides or {}, allowed or Allowed(), workers, earlier, show, wrap
-        )
+        return _prepare(request, store, _Execution(allowed or Allowed(), workers, earlier, show, wrap))
     except BaseException:
-        empty = store.study() is None
+        is_empty = store.study() is None
         store.close()
-        if empty:
+        if is_empty:
             _remove(path)
         raise
 
 
-def _prepare(
-    settings: Config,
-    text: str,
-    store: Store,
-    overrides: Mapping[str, int],
-    allowed: Allowed,
-    workers: int,
-    earlier: Sequence[Path],
-    show: Callable[[Progress], None],
-    wrap: Callable[[Evaluator], Evaluator],
-) -> Study:
-    opened = open_search(settings, allowed)
-    parents, space, harness = opened.parents, opened.space, opened.harness
+@dataclass(frozen=True, slots=True)
+class _Execution:
+    """How a search is run, which changes nothing that it finds. earlier: stores of studies whose evaluations
+    are read."""
+
+    allowed: Allowed
+    workers: int
+    earlier: Sequence[Path]
+    show: Callable[[Progress], None]
+    wrap: Callable[[Evaluator], Evaluator] | None
+
+
+def _prepare(request: SearchRequest, store: Store, execution: _Execution) -> Study:
+    settings, row = request.effective_settings, store.study()
+    stored = None if row is None else row.facts
+    loaded = _load(settings, execution, stored)
+    facts = collect_facts(loaded, stored, pool_module.num_workers(settings, execution.workers))
+    check_agreement(store, request, facts)
+    plan = _plan(loaded, facts)
+    pool = _pool(loaded, facts, execution)
+    return Study(plan, store, pool, execution.show, pool_module.dispatch(settings, store, pool))
+
+
+def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) -> LoadedSearch:
+    """Opens models and tasks, loads the base, and checks what a search of routes needs; logs what a user
+    should know."""
+    opened = open_search(settings, execution.allowed)
+    harness = opened.harness
     for warning in opened.warnings:
         log.warning(warning)
-    evaluator = wrap(harness)
+    evaluator = execution.wrap(harness) if execution.wrap else harness
     scorer = opened.load(evaluator)
-    for finding in harness.warnings(scorer.model):
-        log.warning(finding)
-    search, stored = settings.search, store.study()
-    routed = route_stages.check_routes(
-        settings, parents, scorer, harness, stored.facts.max_nats_per_token if stored else None
-    )
-    facts = StudyFacts(
-        parents={
-            name: ParentFacts(m.path, m.revision, parents[name].content_hash())
-            for name, m in settings.models.items()
-        },
-        tasks=harness.fingerprint(),
-        metrics={t.task: harness.metric(t.task) for t in settings.tasks},
-        terms=task_terms(settings, harness),
-        backends=backends(harness, scorer.model) if evaluator is harness else {},
-        items={role: {task: len(ids) for task, ids in evaluator.items(role).items()} for role in ROLES},
-        item_sets={
-            role: {task: items_digest(ids) for task, ids in evaluator.items(role).items()} for role in ROLES
-        },
-        axes=tuple(axis.name for axis in space.axes) if settings.kinds[0] == "weights" else (),
-        # a larger budget must not change the optimizer, nor when a stage ends
-        diagonal=stored.facts.diagonal if stored else is_diagonal(settings, space),
-        budgets=(stored.facts.budgets if stored else ()) or settings.budgets,
-        scoring=scoring(settings, parents[settings.base], device_name()),
-        max_nats_per_token=routed,
-        num_workers=stored.facts.num_workers if stored else pool_module.num_workers(settings, workers),
-        base_layers=parents[settings.base].layout.num_layers,
-        threads=torch.get_num_threads(),
-        versions={
-            "evomerge": __version__,
-            "python": platform.python_version(),
-            **{p: version(p) for p in _PACKAGES},
-        },
-    )
-    check_agreement(store, settings, text, overrides, facts)
-    plan = Plan(
-        stages=stages.stages(settings, space, parents, facts.diagonal, facts.budgets, facts.num_workers),
-        baselines=stages.references(settings, space, parents),
+    for warning in harness.warnings(scorer.model):
+        log.warning(warning)
+    limit = stored.max_nats_per_token if stored else None
+    limit = route_screen.check_routes(settings, scorer, harness, limit)
+    return LoadedSearch(opened, evaluator, scorer, limit)
+
+
+def _plan(loaded: LoadedSearch, facts: StudyFacts) -> Plan:
+    opened = loaded.opened
+    settings, space, parents = opened.settings, opened.space, opened.parents
+    return Plan(
+        stages=stages.open_stages(settings, space, parents, facts),
+        baselines=stages.reference_recipes(settings, space, parents),
         soup=functools.partial(soup, space) if "weights" in settings.kinds else None,
         objective=opened.objective,
-        items={role: evaluator.items(role) for role in ROLES},
+        items={role: loaded.evaluator.items(role) for role in ROLES},
         per_generation=per_generation(settings, opened.objective),
-        finalists=search.finalists,
-        seed=search.seed,
+        finalists=settings.search.finalists,
+        seed=settings.search.seed,
         race=race_settings(settings),
         islands=pool_module.islands(settings, facts.num_workers),
-        pipelined=search.pipelined,
+        pipelined=settings.search.pipelined,
     )
 
-    def said(text: str) -> None:
-        show(Progress("opening models and tasks", 0, 1, None, text))
 
-    said(f"parents: {parent_placement.describe(scorer.placements)}")
-    make = functools.partial(_open_worker, settings, allowed, routed) if evaluator is harness else None
-    pool = pool_module.open_pool(settings, scorer, make, workers, facts, earlier, said)
-    return Study(plan, store, pool, show, pool_module.dispatch(settings, store, pool))
+def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution) -> Pool:
+    settings = loaded.opened.settings
+
+    def note(text: str) -> None:
+        execution.show(Progress("opening models and tasks", 0, 1, None, text))
+
+    note(f"parents: {parent_placement.describe(loaded.scorer.placements)}")
+    make = None
+    if not loaded.is_replaced:
+        make = functools.partial(_open_worker, settings, execution.allowed, loaded.max_nats_per_token)
+    pool = pool_module.open_pool(settings, loaded.scorer, make, execution.workers, note)
+    return pool_module.reuse(pool, execution.earlier, facts)
 
 
-def _open_worker(settings: Config, allowed: Allowed, gate: float | None) -> worker.Worker:
-    """A worker of a search, in a process of its own. gate: what the driver found that a route may have of nats a token."""
+def _open_worker(settings: Config, allowed: Allowed, max_nats_per_token: float | None) -> Worker:
+    """A worker of a search, in a process of its own. max_nats_per_token: the limit of routes that the driver
+    found."""
     opened = open_search(settings, allowed)
     scorer = opened.load()
-    scorer.screen = route_stages.gate(settings, opened.harness, scorer, gate)
+    scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer
 
 
 def _remove(path: Path) -> None:
-    """Takes back a study that never began."""
+    """Removes the files of a study that never began."""
     for file in path.parent.glob(path.name + "*"):
         file.unlink()
     if not any(path.parent.iterdir()):

@@ -1,10 +1,11 @@
-"""Stored studies looked at again with their models and tasks open: candidates compared, coefficients scanned."""
+"""Re-scoring of stored candidates with their models and tasks open: candidates compared, coefficients
+scanned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +13,108 @@ from evomerge import reports
 from evomerge.errors import StudyError
 from evomerge.evaluation import Evaluation, Items, Objective, Role
 from evomerge.launch import objective as objective_module
-from evomerge.launch import opening
+from evomerge.launch.opening import Allowed, Opened, open_stored_search
 from evomerge.recipes import Recipe
 from evomerge.reports import comparison, plots
 from evomerge.reports import sensitivity as scanning
 from evomerge.reports.comparison import Contender
-from evomerge.store import Store
+from evomerge.store import Store, Trial
 from evomerge.store.paths import store_path
 from evomerge.workers.worker import Worker
 
-Show = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
+"""Called with how many are done and how many there are."""
+
+
+def _silent(done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """What to compare candidates on.
+
+    Attributes:
+        role: Whose items: 'search', 'validation' or 'test'.
+        task: The only task to compare on; None for all, and the objective.
+        samples: How many items are asked again, to show every model's output; None for none.
+        score: Score now the items that one candidate was scored on and another was not, all of the role where
+            none was.
+            These scores are shown and never stored, so that looking at test items leaves no trace that a
+            search could follow.
+    """
+
+    role: Role = "test"
+    task: str | None = None
+    samples: int | None = None
+    score: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScanRequest:
+    """Which coefficients to scan, how far, and on which items.
+
+    Attributes:
+        step: Distance of two points of a coefficient, in its own units, above 0.
+        span: How far to both sides of the candidate's value, within the coefficient's bounds.
+        pattern: Part of the axes' names, or a pattern with * and ?; None for all axes.
+        role: Whose items: 'search' or 'validation'.
+        count: Items of each task; None for as many as a generation has.
+    """
+
+    step: float = 0.1
+    span: float = 0.3
+    pattern: str | None = None
+    role: Role = "search"
+    count: int | None = None
 
 
 def compare(
     candidates: Sequence[tuple[str, str, str]],
     root: Path,
-    role: Role,
+    request: CompareRequest,
     *,
-    task: str | None = None,
-    samples: int | None = None,
-    score: bool = False,
-    allowed: opening.Allowed | None = None,
-    show: Show = lambda done, total: None,
+    allowed: Allowed | None = None,
+    show: OnProgress = _silent,
 ) -> dict[str, Any]:
-    """Candidates (name, study, reference) on the items of a role that all were scored on, as plain data, see `comparing.compare`.
+    """Compares candidates on the items of a role that all were scored on.
 
-    samples: so many items are asked again, with every model's output. score: items that one candidate was scored on and
-    another not are scored now, all of the role where none was; that is shown and never stored, so that looking at test
-    items leaves no trace that a search could follow.
+    Args:
+        candidates: (name to show, study, reference) of each; the others are compared with the first.
+        root: Folder of the studies.
+        request: What to compare on.
+        allowed: What the tasks may do, where models are asked again.
+        show: Called with (done, total) of candidates scored or asked.
+
+    Returns:
+        Plain data, see `evomerge.reports.comparison.compare`, with 'role', 'notes', and 'samples' where they
+        were requested.
+
+    Raises:
+        StudyError: If the studies have other tasks, or no items are shared.
     """
     with ExitStack() as stack:
         stores = {
             study: stack.enter_context(Store.open(store_path(study, root))) for _, study, _ in candidates
         }
         contenders = [
-            comparison.contender(stores[study], name, reference, role)
+            comparison.contender(stores[study], name, reference, request.role)
             for name, study, reference in candidates
         ]
         rows = {study: row for study, store in stores.items() if (row := store.study()) is not None}
         objectives = {study: objective_module.stored_objective(row) for study, row in rows.items()}
-        notes = comparison.check({study: row.facts for study, row in rows.items()}, task)
+        notes = comparison.check({study: row.facts for study, row in rows.items()}, request.task)
         models = _Models(stores, allowed)
-        if score:
-            contenders = models.score(contenders, role, show)
-        objective = objectives[contenders[0].study]
-        if any(o != objective for o in objectives.values()):
-            notes.append(
-                f"the studies weigh their tasks differently; the objective here is that of {contenders[0].study}"
-            )
-        data = comparison.compare(contenders, objective, task) | {"role": role, "notes": notes}
-        if samples is not None:
-            chosen = comparison.telling(contenders, comparison.common(contenders, task), samples)
+        if request.score:
+            contenders = models.score(contenders, request.role, show)
+        first = contenders[0].study
+        if any(objective != objectives[first] for objective in objectives.values()):
+            notes.append(f"the studies weigh their tasks differently; the objective here is that of {first}")
+        data = comparison.compare(contenders, objectives[first], request.task)
+        data |= {"role": request.role, "notes": notes}
+        if request.samples is not None:
+            shared = comparison.common(contenders, request.task)
+            chosen = comparison.telling(contenders, shared, request.samples)
             data["samples"] = models.samples(contenders, chosen, show)
     return data
 
@@ -70,151 +122,222 @@ def compare(
 def sensitivity(
     store: Store,
     reference: str,
-    step: float,
-    span: float,
+    request: ScanRequest,
     *,
-    pattern: str | None = None,
-    role: Role = "search",
-    count: int | None = None,
     plot: Path | None = None,
-    allowed: opening.Allowed | None = None,
-    show: Show = lambda done, total: None,
+    allowed: Allowed | None = None,
+    show: OnProgress = _silent,
 ) -> dict[str, Any]:
-    """A candidate's coefficients scanned, see `sensitivity.scan`, as plain data; the store must be open for writing.
+    """Scans a candidate's coefficients, one at a time; points are stored, and those stored before are not
+    scored again.
 
-    pattern: of the axes' names, None for all; count: items of each task, None for a generation's; plot: a picture to draw.
+    Args:
+        store: Of the study, open for writing.
+        reference: The candidate: its number, 'best', or the label of a parent or hand recipe.
+        request: Which coefficients, how far and on which items.
+        plot: A picture of the curves to draw, .png, .svg or .pdf.
+        allowed: What the tasks may do.
+        show: Called with (done, total) of the points.
+
+    Returns:
+        Plain data: the candidate's score, and for each axis its steps, slope and verdict.
+
+    Raises:
+        StudyError: If the candidate is not of a first weight search, or models or tasks have changed.
     """
     if plot is not None:
         plots.check(plot)
     trial = reports.resolve(store, reference)
-    recipe = store.recipe(trial.recipe_id)
-    opened = opening.open_study(store, allowed)
+    opened = open_stored_search(store, allowed)
     if trial.stage or opened.settings.kinds[0] != "weights":
         raise StudyError(
-            f"candidate {trial.id} is of a stage of routes, or came after one: only the coefficients of a first weight search are scanned"
+            f"candidate {trial.id} is of a stage of routes, or came after one: "
+            "only the coefficients of a first weight search are scanned"
         )
-    space, pool = opened.space, opened.harness.items(role)
-    genome = scanning.genome_of(space, recipe, trial.genome)
-    neighbours = scanning.points(space, genome, scanning.matching(space.axes, pattern), step, span)
-    sizes = {
-        task: len(ids)
-        for task, ids in objective_module.first_items(
-            opened.harness.items("search"), opened.settings, opened.objective
-        ).items()
-    }
-    items = scanning.subset(pool, sizes if count is None else dict.fromkeys(pool, count))
-    centre = space.decode(genome)
-    notes = (
-        []
-        if centre.id == recipe.id
-        else [f"recipe {recipe.id} is no point of the space; its nearest, {centre.id}, is scanned"]
-    )
-    if not opened.objective.is_mean_of_items:
-        notes.append(
-            "the objective is no mean of items: errors, slopes and verdicts are of the weighted mean of the items' values"
-        )
-    worker: list[Worker] = []
-
-    def evaluate(wanted: Recipe, on: Items) -> Evaluation:
-        if not worker:
-            worker.append(opened.load())
-        return worker[0].evaluate(wanted, on)
-
-    evaluated = scanning.scan(
-        store, centre, neighbours, role, items, evaluate, opened.objective.reported_score, show
-    )
-    known = store.sensitivity(centre.id, role, items)
-    found = scanning.curves(space, genome, neighbours, known, Objective(opened.objective.terms).shares())
-    title = f"{opened.settings.study}/{trial.id}"
+    scan = _Scan.of(store, trial, opened, request)
+    evaluated = scan.run(store, show)
+    data = scan.data(store, evaluated)
     if plot is not None:
-        plots.sensitivity(found, f"{title}, {sum(map(len, items.values()))} {role} items", plot)
-    return {
-        "study": opened.settings.study,
-        "candidate": trial.id,
-        "recipe": centre.id,
-        "role": role,
-        "items": sum(map(len, items.values())),
-        "step": step,
-        "span": span,
-        "score": known[scanning.CENTRE, 0.0].score,
-        "evaluated": evaluated,
-        "stored": len(neighbours) + 1 - evaluated,
-        "notes": notes,
-        "axes": [scanning.as_data(curve) for curve in found],
-    }
+        title = f"{scan.name}, {scan.num_items} {request.role} items"
+        plots.sensitivity(scan.curves(store), title, plot)
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """A candidate's neighbours in the space of weights, and the items that they are scored on.
+
+    centre: the recipe of `genome`, which is the candidate's own where it is a point of the space.
+    """
+
+    trial: Trial
+    opened: Opened
+    request: ScanRequest
+    genome: tuple[float, ...]
+    centre: Recipe
+    neighbours: Sequence[scanning.Point]
+    items: Items
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, store: Store, trial: Trial, opened: Opened, request: ScanRequest) -> _Scan:
+        recipe, space = store.recipe(trial.recipe_id), opened.space
+        genome = scanning.genome_of(space, recipe, trial.genome)
+        axes = scanning.matching(space.axes, request.pattern)
+        neighbours = scanning.points(space, genome, axes, request.step, request.span)
+        centre = space.decode(genome)
+        notes = []
+        if centre.id != recipe.id:
+            notes.append(f"recipe {recipe.id} is no point of the space; its nearest, {centre.id}, is scanned")
+        if not opened.objective.is_mean_of_items:
+            notes.append(
+                "the objective is no mean of items: errors, slopes and verdicts are of the weighted mean of "
+                "the items' values"
+            )
+        items = _scan_items(opened, request)
+        return cls(trial, opened, request, genome, centre, neighbours, items, tuple(notes))
+
+    @property
+    def name(self) -> str:
+        return f"{self.opened.settings.study}/{self.trial.id}"
+
+    @property
+    def num_items(self) -> int:
+        return sum(map(len, self.items.values()))
+
+    def run(self, store: Store, show: OnProgress) -> int:
+        """Scores the points that are not stored yet; returns how many. The models are loaded for the first of
+        them."""
+        workers: list[Worker] = []
+
+        def evaluate(recipe: Recipe, items: Items) -> Evaluation:
+            if not workers:
+                workers.append(self.opened.load())
+            return workers[0].evaluate(recipe, items)
+
+        objective, role = self.opened.objective, self.request.role
+        return scanning.scan(
+            store, self.centre, self.neighbours, role, self.items, evaluate, objective.reported_score, show
+        )
+
+    def curves(self, store: Store) -> list[scanning.Curve]:
+        points = store.sensitivity(self.centre.id, self.request.role, self.items)
+        shares = Objective(self.opened.objective.terms).shares()
+        return scanning.curves(self.opened.space, self.genome, self.neighbours, points, shares)
+
+    def data(self, store: Store, evaluated: int) -> dict[str, Any]:
+        """What is printed. evaluated: how many points were scored now."""
+        points = store.sensitivity(self.centre.id, self.request.role, self.items)
+        return {
+            "study": self.opened.settings.study,
+            "candidate": self.trial.id,
+            "recipe": self.centre.id,
+            "role": self.request.role,
+            "items": self.num_items,
+            "step": self.request.step,
+            "span": self.request.span,
+            "score": points[scanning.CENTRE, 0.0].score,
+            "evaluated": evaluated,
+            "stored": len(self.neighbours) + 1 - evaluated,
+            "notes": list(self.notes),
+            "axes": [scanning.as_data(curve) for curve in self.curves(store)],
+        }
+
+
+def _scan_items(opened: Opened, request: ScanRequest) -> Items:
+    """The items of a scan: so many of each task, or as many as a generation has."""
+    pool = opened.harness.items(request.role)
+    if request.count is not None:
+        sizes = dict.fromkeys(pool, request.count)
+    else:
+        search = opened.harness.items("search")
+        generation = objective_module.first_items(search, opened.settings, opened.objective)
+        sizes = {task: len(ids) for task, ids in generation.items()}
+    return scanning.subset(pool, sizes)
 
 
 class _Models:
-    """The studies' models, each merged and asked again; one study is open at a time."""
+    """The models of the studies, opened to score candidates again; one study is open at a time."""
 
-    def __init__(self, stores: dict[str, Store], allowed: opening.Allowed | None) -> None:
+    def __init__(self, stores: Mapping[str, Store], allowed: Allowed | None) -> None:
         self._stores, self._allowed = stores, allowed
         self._study: str | None = None
-        self._opened: opening.Opened
+        self._opened: Opened
         self._worker: Worker
 
-    def score(self, contenders: Sequence[Contender], role: Role, show: Show) -> list[Contender]:
-        """The candidates with what they lacked of the others' items scored, as far as their study has those items."""
-        lacking = comparison.missing(contenders)
-        wanted: list[dict[str, tuple[str, ...]]] = []
-        for c, lacks in zip(contenders, lacking, strict=True):
-            if not any(other.scores for other in contenders):
-                self._open(c.study)
-                wanted.append({task: tuple(ids) for task, ids in self._opened.harness.items(role).items()})
-            elif lacks:
-                self._open(c.study)
-                own = {task: set(ids) for task, ids in self._opened.harness.items(role).items()}
-                wanted.append(
-                    {
-                        t: kept
-                        for t, ids in lacks.items()
-                        if (kept := tuple(i for i in ids if i in own.get(t, ())))
-                    }
-                )
+    def score(self, contenders: Sequence[Contender], role: Role, show: OnProgress) -> list[Contender]:
+        """The candidates, with the items scored that the others have and they lack, as far as their study has
+        those items."""
+        any_scored = any(contender.scores for contender in contenders)
+        requested = []
+        for contender, missing in zip(contenders, comparison.missing(contenders), strict=True):
+            if not any_scored:
+                requested.append(self._items(contender.study, role))
+            elif missing:
+                available = self._items(contender.study, role)
+                requested.append(_intersection(missing, available))
             else:
-                wanted.append({})
-        found = []
-        for done, (c, items) in enumerate(zip(contenders, wanted, strict=True)):
-            found.append(self._scored(c, items) if items else c)
-            show(done + 1, len(contenders))
-        return found
+                requested.append({})
+        scored = []
+        for done, (contender, items) in enumerate(zip(contenders, requested, strict=True), 1):
+            scored.append(self._scored(contender, items) if items else contender)
+            show(done, len(contenders))
+        return scored
 
-    def samples(self, contenders: Sequence[Contender], items: Items, show: Show) -> list[dict[str, Any]]:
+    def samples(
+        self, contenders: Sequence[Contender], items: Items, show: OnProgress
+    ) -> list[dict[str, Any]]:
         """Item by item the prompt, the right answer and every candidate's output."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for done, c in enumerate(contenders):
-            self._open(c.study)
-            self._merge(c, items)
-            for s in self._opened.harness.samples(self._worker.module(c.recipe, items), items):
-                row = rows.setdefault(
-                    (s.task, s.item),
-                    {"task": s.task, "item": s.item, "prompt": s.prompt, "target": s.target, "answers": []},
-                )
+        for done, contender in enumerate(contenders, 1):
+            self._open(contender.study)
+            self._merge(contender, items)
+            module = self._worker.module(contender.recipe, items)
+            for s in self._opened.harness.samples(module, items):
+                new = {"task": s.task, "item": s.item, "prompt": s.prompt, "target": s.target, "answers": []}
+                row = rows.setdefault((s.task, s.item), new)
                 options = [
                     {"text": o.text, "probability": o.probability, "right": o.right, "chosen": o.chosen}
                     for o in s.options
                 ]
-                row["answers"].append(
-                    {"name": c.name, "value": s.value, "output": s.output, "options": options}
-                )
-            show(done + 1, len(contenders))
+                answer = {"name": contender.name, "value": s.value, "output": s.output, "options": options}
+                row["answers"].append(answer)
+            show(done, len(contenders))
         return list(rows.values())
 
-    def _scored(self, c: Contender, items: Items) -> Contender:
-        self._open(c.study)
-        evaluation = self._merge(c, items)
-        more = {(s.task, s.item): s for s in evaluation.items}
-        return replace(c, scores={**c.scores, **more}, evaluations=(*c.evaluations, evaluation))
+    def _items(self, study: str, role: Role) -> dict[str, tuple[str, ...]]:
+        self._open(study)
+        return {task: tuple(ids) for task, ids in self._opened.harness.items(role).items()}
 
-    def _merge(self, c: Contender, items: Items) -> Evaluation:
+    def _scored(self, contender: Contender, items: Items) -> Contender:
+        self._open(contender.study)
+        evaluation = self._merge(contender, items)
+        scores = {(s.task, s.item): s for s in evaluation.items}
+        return replace(
+            contender,
+            scores={**contender.scores, **scores},
+            evaluations=(*contender.evaluations, evaluation),
+        )
+
+    def _merge(self, contender: Contender, items: Items) -> Evaluation:
         """Leaves the candidate in the model. Raises StudyError where it cannot be scored."""
-        evaluation = self._worker.evaluate(c.recipe, items)
+        evaluation = self._worker.evaluate(contender.recipe, items)
         if evaluation.error is not None:
-            raise StudyError(f"{c.name} cannot be scored: {evaluation.error}")
+            raise StudyError(f"{contender.name} cannot be scored: {evaluation.error}")
         return evaluation
 
     def _open(self, study: str) -> None:
         if self._study != study:
-            self._opened = opening.open_study(self._stores[study], self._allowed)
+            self._opened = open_stored_search(self._stores[study], self._allowed)
             self._worker = self._opened.load()
             self._study = study
+
+
+def _intersection(wanted: Items, available: Items) -> dict[str, tuple[str, ...]]:
+    """The items of `wanted` that are available, by task."""
+    shared = {}
+    for task, ids in wanted.items():
+        here = set(available.get(task, ()))
+        if common := tuple(item for item in ids if item in here):
+            shared[task] = common
+    return shared

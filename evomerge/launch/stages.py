@@ -1,44 +1,89 @@
-"""Configuration -> the stages of a search: spaces of weights and of routes, their optimizers, and what a route must pass first."""
+"""Configuration -> the stages of a search, each opened by its kind, and the recipes that a search is compared
+with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.checkpoints import Parent
 from evomerge.config import Config
-from evomerge.launch.route_stages import hand_baselines, open_route_stage
-from evomerge.launch.weight_stages import open_weight_stage, open_weight_stage_on_route
-from evomerge.search import Stage
+from evomerge.config.stage_kinds import STAGES
+from evomerge.launch.route_stages import hand_baselines
+from evomerge.launch.stage_request import StageRequest
+from evomerge.search import Opening, Stage, Start
 from evomerge.spaces import Baseline, WeightSpace, baselines
+from evomerge.store import StudyFacts
 
 
-def stages(
-    settings: Config,
-    space: WeightSpace,
-    parents: Mapping[str, Parent],
-    diagonal: bool,
-    budgets: Sequence[int],
-    num_workers: int = 1,
+def open_stages(
+    settings: Config, space: WeightSpace, parents: Mapping[str, Parent], facts: StudyFacts
 ) -> list[Stage]:
-    """The stages of a configuration. diagonal: of the first weight search; budgets: evaluations of each stage as the study
-    began, which say whether later ones learn a full covariance; crew: workers it began with."""
-    found = []
-    for number, (stage, asked, begun) in enumerate(
-        zip(settings.stages, settings.budgets, budgets, strict=True)
-    ):
-        if stage.stage == "routes":
-            opener = open_route_stage(settings, stage, parents, begun, number, num_workers)
-        elif number == 0:
-            opener = open_weight_stage(settings, stage, space, diagonal, num_workers)
-        else:
-            opener = open_weight_stage_on_route(settings, stage, begun, num_workers)
-        found.append(Stage(stage.stage, asked, opener))
-    return found
+    """The stages of a search, each ready to be opened from what those before it came to.
+
+    Args:
+        settings: The settings of the search.
+        space: Its space of weights.
+        parents: Its models, open.
+        facts: What the study began with: `diagonal`, `budgets` and `num_workers` are read.
+
+    Returns:
+        A stage for each entry of `settings.stages`.
+    """
+    seed_numbers = number_seeds(settings.kinds)
+    stages = []
+    for position, stage in enumerate(settings.stages):
+        request = StageRequest(
+            settings=settings,
+            stage=stage,
+            parents=parents,
+            space=space,
+            position=position,
+            seed_number=seed_numbers[position],
+            evaluations=facts.budgets[position],
+            diagonal=facts.diagonal,
+            num_workers=facts.num_workers,
+        )
+        opener: Callable[[StageRequest], Callable[[Start], Opening]] = STAGES[stage.stage].load_opener()
+        stages.append(Stage(stage.stage, settings.budgets[position], opener(request)))
+    return stages
 
 
-def references(settings: Config, space: WeightSpace, parents: Mapping[str, Parent]) -> list[Baseline]:
-    """What a search is compared with from the start: parents; hand recipes where weights are searched; routes by hand where they come first."""
-    found = baselines(space)
+def number_seeds(kinds: Sequence[str]) -> list[int]:
+    """The numbers that the seeds of the stages' optimizers are made with: each stage's position, with one
+    exception.
+
+    A second stage of weights has had the number 2 since there are stages; its searches would have other rows
+    with another one. The stages after it count on from there, so that no two share a number.
+
+    Args:
+        kinds: The kinds of the stages in order.
+
+    Returns:
+        One number for each, ascending.
+    """
+    numbers: list[int] = []
+    for position, kind in enumerate(kinds):
+        number = 2 if kind == "weights" and position == 1 else position
+        if numbers:
+            number = max(number, numbers[-1] + 1)
+        numbers.append(number)
+    return numbers
+
+
+def reference_recipes(settings: Config, space: WeightSpace, parents: Mapping[str, Parent]) -> list[Baseline]:
+    """What a search is compared with from the start.
+
+    Args:
+        settings: The settings of the search.
+        space: Its space of weights.
+        parents: Its models, open.
+
+    Returns:
+        The parents; hand recipes where weights are searched; routes written by hand where routes come first.
+    """
+    references = baselines(space)
     if "weights" not in settings.kinds:
-        found = [b for b in found if b.origin == "parent"]
-    return found + (hand_baselines(settings, parents, None) if settings.kinds[0] == "routes" else [])
+        references = [baseline for baseline in references if baseline.origin == "parent"]
+    if settings.kinds[0] == "routes":
+        references = [*references, *hand_baselines(settings, parents, None)]
+    return references

@@ -25,80 +25,153 @@ def open_tasks(
     allow_python: bool = False,
     allow_tasks: bool = False,
 ) -> TaskSet:
-    """The tasks of a configuration, their items learnt and their prompts built.
+    """Opens the tasks of a configuration: their items learnt and their prompts built.
 
-    allow_python: run the Python functions that the configuration names; allow_tasks: read its folders of lm-eval tasks,
-    whose files are code too. Without them these are a ConfigError. Raises TaskError for tasks that cannot be had.
+    Args:
+        settings: The settings of the search.
+        base: Its base model, whose tokenizer builds the prompts.
+        device: Where a Python task gets a model to try.
+        allow_python: Run the Python functions that the configuration names.
+        allow_tasks: Read its folders of lm-eval tasks, whose files are code too.
+
+    Returns:
+        The tasks as one set.
+
+    Raises:
+        ConfigError: If the configuration has Python functions or task folders that are not allowed.
+        TaskError: If a task cannot be had.
     """
-    python = [t for t in settings.tasks if t.python is not None]
-    if python and not allow_python:
+    python_tasks = [t for t in settings.tasks if t.python is not None]
+    if python_tasks and not allow_python:
+        first = python_tasks[0]
         raise ConfigError(
-            f"task '{python[0].task}' runs the Python function {python[0].python} in this process, with all your rights; "
+            f"task '{first.task}' runs the Python function {first.python} in this process, with all your rights; "
             "read it, then allow that with --allow-python"
         )
-    e = settings.evaluation
-    if not allow_tasks and (foreign := [folder for folder in e.include if not _shipped(folder)]):
+    foreign = [folder for folder in settings.evaluation.include if not _shipped(folder)]
+    if foreign and not allow_tasks:
         raise ConfigError(
-            f"evaluation.include names '{foreign[0]}': task files there can run Python in this process, with all your rights; "
-            "read them, then allow that with --allow-tasks"
+            f"evaluation.include names '{foreign[0]}': task files there can run Python in this process, "
+            "with all your rights; read them, then allow that with --allow-tasks"
         )
-    counts: dict[Role, int | None] = {"search": e.search, "validation": e.validation, "test": e.test}
-    limits = {role: n for role, n in counts.items() if n is not None}
     tokenizer = model_loading.load_tokenizer(base)
     sets: list[TaskSet] = []
-    if len(python) < len(settings.tasks):
-        from evomerge.evaluation.lm_harness.harness import LmHarness
-        from evomerge.evaluation.lm_harness.items import ItemRules
-        from evomerge.evaluation.lm_harness.task_loading import TaskSpec
-
-        sets.append(
-            LmHarness(
-                [
-                    TaskSpec(
-                        t.task, t.metric, t.filter, t.num_fewshot, e.splits, _soft(settings, t), _listed(t)
-                    )
-                    for t in settings.tasks
-                    if t.python is None
-                ],
-                tokenizer,
-                batch_size=e.batch_size,
-                backend=e.backend,
-                include=[Path(p) for p in e.include],
-                apply_chat_template=e.apply_chat_template,
-                fewshot_as_multiturn=e.fewshot_as_multiturn,
-                system_instruction=e.system_instruction,
-                limits=limits,
-                rules=ItemRules(
-                    e.duplicates,
-                    e.allow_benchmark_test,
-                    tuple(Path(p) for p in e.training_texts),
-                    e.overlap_ngram,
-                    e.overlap,
-                ),
-            )
-        )
-    if python:
-        from evomerge.evaluation.python_tasks import PythonSpec, PythonTasks
-
-        model = model_loading.load(base, settings.out_dtype).to(device)
-        specs = [PythonSpec(t.task, str(t.python), t.higher_is_better) for t in python]
-        sets.append(PythonTasks(specs, tokenizer, model, limits=limits))
+    if len(python_tasks) < len(settings.tasks):
+        sets.append(_harness_tasks(settings, tokenizer))
+    if python_tasks:
+        sets.append(_python_tasks(settings, tokenizer, base, device))
     return sets[0] if len(sets) == 1 else CombinedTasks(sets)
 
 
-def scoring(settings: Config, base: Parent, device: str) -> dict[str, Any]:
-    """How scores are computed, beside tasks, models and versions: a fact of a study, compared where another's scores are reused.
+def _harness_tasks(settings: Config, tokenizer: Any) -> TaskSet:
+    """The tasks that lm-eval knows, or finds in the folders that the configuration includes."""
+    from evomerge.evaluation.lm_harness.harness import LmHarness
+    from evomerge.evaluation.lm_harness.items import ItemRules
+    from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 
-    device: its kind, and its name where numbers differ by that. The tokenizer is its files, which are not among a model's hashed ones.
+    e = settings.evaluation
+    specs = [
+        TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits, _soft(settings, t), listed_items(t))
+        for t in settings.tasks
+        if t.python is None
+    ]
+    rules = ItemRules(
+        e.duplicates,
+        e.allow_benchmark_test,
+        tuple(Path(p) for p in e.training_texts),
+        e.overlap_ngram,
+        e.overlap,
+    )
+    return LmHarness(
+        specs,
+        tokenizer,
+        batch_size=e.batch_size,
+        backend=e.backend,
+        include=[Path(p) for p in e.include],
+        apply_chat_template=e.apply_chat_template,
+        fewshot_as_multiturn=e.fewshot_as_multiturn,
+        system_instruction=e.system_instruction,
+        limits=_limits(settings),
+        rules=rules,
+    )
+
+
+def _python_tasks(settings: Config, tokenizer: Any, base: Parent, device: str) -> TaskSet:
+    """The tasks that are Python functions, each tried on the base."""
+    from evomerge.evaluation.python_tasks import PythonSpec, PythonTasks
+
+    model = model_loading.load(base, settings.out_dtype).to(device)
+    specs = [PythonSpec(t.task, t.python, t.higher_is_better) for t in settings.tasks if t.python is not None]
+    return PythonTasks(specs, tokenizer, model, limits=_limits(settings))
+
+
+def _limits(settings: Config) -> dict[Role, int]:
+    """Role -> most items of each task, where the configuration limits them."""
+    e = settings.evaluation
+    counts: dict[Role, int | None] = {"search": e.search, "validation": e.validation, "test": e.test}
+    return {role: count for role, count in counts.items() if count is not None}
+
+
+def scoring_facts(settings: Config, base: Parent, device: str) -> dict[str, Any]:
+    """How scores are computed beside tasks, models and versions: a fact of a study, compared where scores are
+    reused.
+
+    Args:
+        settings: The settings of the search.
+        base: Its base model. The tokenizer is its files, which are not among the model's hashed ones.
+        device: The device, by its kind, and by its name where numbers differ by that.
+
+    Returns:
+        Plain data.
     """
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in TOKENIZER for file in base.path.glob(pattern) if file.is_file()}):
+    files = {file for pattern in TOKENIZER for file in base.path.glob(pattern) if file.is_file()}
+    for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    e = settings.evaluation
     return {
-        "base": settings.base, "dtype": settings.out_dtype, "device": device, "backend": e.backend, "batch_size": e.batch_size,
+        "base": settings.base,
+        "dtype": settings.out_dtype,
+        "device": device,
+        "backend": settings.evaluation.backend,
+        "batch_size": settings.evaluation.batch_size,
         "tokenizer": digest.hexdigest(),
-    }  # fmt: skip
+    }
+
+
+def listed_items(task: TaskConfig) -> dict[Role, Sequence[int | str]] | None:
+    """The items that a configuration lists for a task, files read.
+
+    Args:
+        task: The task's entry.
+
+    Returns:
+        Role -> document numbers or item ids; None where it lists none.
+
+    Raises:
+        ConfigError: If a file is missing or empty.
+    """
+    if task.items is None:
+        return None
+    items: dict[Role, Sequence[int | str]] = {}
+    for role, given in task.items.items():
+        items[role] = _read_items(task.task, role, given) if isinstance(given, str) else given
+    return items
+
+
+def _read_items(task: str, role: Role, file: str) -> list[int | str]:
+    """The items that a file lists, one a line."""
+    if not Path(file).is_file():
+        raise ConfigError(
+            f"task '{task}': there is no file '{file}' with the items of {role}; correct tasks.items"
+        )
+    words = Path(file).read_text(encoding="utf-8").split()
+    if not words:
+        raise ConfigError(
+            f"task '{task}': '{file}' lists no item for {role}; "
+            "an empty list is not all of them, so leave it out for that"
+        )
+    # an id has 16 digits, a document number fewer
+    return [int(word) if word.isdecimal() and len(word) < 16 else word for word in words]
 
 
 def _shipped(folder: str) -> bool:
@@ -107,29 +180,5 @@ def _shipped(folder: str) -> bool:
 
 
 def _soft(settings: Config, task: TaskConfig) -> bool:
-    """Whether the search sees a soft score of a task."""
+    """Whether the search sees a soft metric of a task."""
     return tuple(task.search) != ("metric",) or settings.search.tie_break in ("probability", "logprob")
-
-
-def _listed(task: TaskConfig) -> dict[Role, Sequence[int | str]] | None:
-    """The items that a configuration lists, files read. Raises ConfigError for a file that is missing or empty."""
-    if task.items is None:
-        return None
-    found: dict[Role, Sequence[int | str]] = {}
-    for role, given in task.items.items():
-        if not isinstance(given, str):
-            found[role] = given
-            continue
-        if not Path(given).is_file():
-            raise ConfigError(
-                f"task '{task.task}': there is no file '{given}' with the items of {role}; correct tasks.items"
-            )
-        words = Path(given).read_text(encoding="utf-8").split()
-        if not words:
-            raise ConfigError(
-                f"task '{task.task}': '{given}' lists no item for {role}; an empty list is not all of them, so leave it out for that"
-            )
-        found[role] = [
-            int(w) if w.isdecimal() and len(w) < 16 else w for w in words
-        ]  # an id has 16 digits, a number fewer
-    return found

@@ -1,29 +1,49 @@
-"""Configuration and parents -> the space of weights and densities."""
+"""Configuration and parents -> the space of a merge method's parameters."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from evomerge import optimizers
 from evomerge.checkpoints import COMPONENTS, Parent, equal_tensors
 from evomerge.config import Config
 from evomerge.errors import ConfigError
-from evomerge.methods import method
+from evomerge.methods import Method, method
 from evomerge.spaces import Range, WeightSpace
 from evomerge.spaces.weights import EMBEDDINGS, HEAD
 
-log = logging.getLogger(__name__)
+Cell = tuple[str, str | None]
+"""(layer group, component), or (embeddings or head, None)."""
 
 
 def is_diagonal(settings: Config, space: WeightSpace) -> bool:
-    """Whether CMA-ES learns a diagonal covariance: as asked, else where the budget is too small for a full one."""
-    search = settings.search
-    return optimizers.is_diagonal(search.diagonal, settings.budgets[0], len(space.axes))
+    """Whether a first search of weights learns a diagonal covariance.
+
+    Args:
+        settings: The settings of the search, which may say so.
+        space: Its space of weights.
+
+    Returns:
+        What the settings say, else whether the budget is too small for a full covariance.
+    """
+    return optimizers.is_diagonal(settings.search.diagonal, settings.budgets[0], len(space.axes))
 
 
 def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
-    """The search space of a configuration over open parents."""
+    """The space of weights of a configuration.
+
+    Args:
+        settings: The settings of the search.
+        parents: Its models, open.
+
+    Returns:
+        The space, without the parameters that change nothing.
+
+    Raises:
+        ConfigError: If the sizes of the layer groups do not add up to the base's layers, or nothing is left
+        to search.
+    """
     base = parents[settings.base]
     sizes = settings.space.groups
     groups = tuple(sizes) if isinstance(sizes, tuple) else _divide(base.layout.num_layers, sizes)
@@ -31,9 +51,30 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
         raise ConfigError(
             f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.layout.num_layers}"
         )
-    rule = method(settings.method)
+    merge_method = method(settings.method)
+    space = WeightSpace(
+        method=merge_method,
+        base=settings.base,
+        models=settings.parents,
+        groups=groups,
+        components=settings.space.components,
+        segments=_segments(base),
+        ranges=_ranges(settings, merge_method),
+        embeddings=settings.space.embeddings,
+        head=settings.space.head,
+        out_dtype=settings.out_dtype,
+        seed=settings.search.seed,
+        searchable=False,
+    )
+    dead = _dead(space, parents) if merge_method.needs_base else frozenset()
+    return replace(space, dead=dead, searchable=True)
+
+
+def _ranges(settings: Config, merge_method: Method) -> dict[str, Range]:
+    """Parameter -> its range in the search file, or the number that fixes it; weights are searched unless
+    fixed."""
     ranges = {}
-    for param in rule.params:
+    for param in merge_method.params:
         given = settings.space.parameters.get(param.name)
         if isinstance(given, bool | int | float):
             ranges[param.name] = Range(float(given), float(given), float(given))
@@ -41,29 +82,7 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
             ranges[param.name] = Range(given.low, given.high, given.start)
         elif param.searched:
             ranges[param.name] = Range(param.low, param.high, param.start_for(len(settings.parents)))
-    space = WeightSpace(
-        method=rule,
-        base=settings.base,
-        models=settings.parents,
-        groups=groups,
-        components=settings.space.components,
-        segments=_segments(base),
-        ranges=ranges,
-        embeddings=settings.space.embeddings,
-        head=settings.space.head,
-        out_dtype=settings.out_dtype,
-        seed=settings.search.seed,
-        searchable=False,
-    )
-    dead = _dead(space, parents) if rule.needs_base else frozenset()
-    return WeightSpace(
-        **{
-            f: getattr(space, f)
-            for f in space.__dataclass_fields__
-            if f not in ("axes", "dead", "searchable")
-        },
-        dead=dead,
-    )
+    return ranges
 
 
 def _divide(layers: int, groups: int) -> tuple[int, ...]:
@@ -74,36 +93,42 @@ def _divide(layers: int, groups: int) -> tuple[int, ...]:
 
 def _segments(base: Parent) -> tuple[tuple[str, str], ...]:
     """(text, component) pairs: '.self_attn.' is attention, '.mlp.' is mlp; the rest is 'other'."""
-    found: dict[str, str] = {}
+    components: dict[str, str] = {}
     for layer in range(base.layout.num_layers):
         for suffix in base.layout.layer_suffixes(layer):
             component = base.layout.place(base.layout.layer_name(layer, suffix)).component
-            text = f".{suffix.split('.', 1)[0]}."
             if component != "other":
-                found[text] = component
-    return tuple(sorted(found.items(), key=lambda pair: (COMPONENTS.index(pair[1]), pair[0])))
+                components[f".{suffix.split('.', 1)[0]}."] = component
+    return tuple(sorted(components.items(), key=lambda pair: (COMPONENTS.index(pair[1]), pair[0])))
 
 
 def _dead(space: WeightSpace, parents: Mapping[str, Parent]) -> frozenset[tuple[str, str | None, str]]:
-    """Cells of the space where a parent equals the base in every tensor: its parameters there change nothing."""
-    base = parents[space.base]
-    spans = space.spans()
-    listed = set(space.components)
-    dead = []
+    """(group, component, model) where a parent equals the base in every tensor: its parameters there change
+    nothing."""
+    cells: list[Cell] = [(EMBEDDINGS, None)]
+    cells += [(group, component) for group, _ in space.spans() for component in space.components]
+    cells.append((HEAD, None))
+    dead = set()
     for name in space.models:
-        same = set(equal_tensors(base, parents[name]))
-        alive: set[tuple[str, str | None]] = set()
-        for tensor in base.tensors:
-            if tensor in same:
-                continue
-            place = base.layout.place(tensor)
-            if place.part == "tower":
-                continue
-            if place.layer is None:
-                alive.add((EMBEDDINGS if place.part == "embeddings" else HEAD, None))
-                continue
-            group = next(g for g, span in spans if place.layer in span)
-            alive.update((group, c) for c in ([place.component] if place.component in listed else listed))
-        cells = [(EMBEDDINGS, None), *((g, c) for g, _ in spans for c in space.components), (HEAD, None)]
-        dead += [(group, component, name) for group, component in cells if (group, component) not in alive]
+        alive = _alive(space, parents[space.base], parents[name])
+        dead |= {(group, component, name) for group, component in cells if (group, component) not in alive}
     return frozenset(dead)
+
+
+def _alive(space: WeightSpace, base: Parent, parent: Parent) -> set[Cell]:
+    """The cells of the space with a tensor in which a parent differs from the base."""
+    equal, spans = set(equal_tensors(base, parent)), space.spans()
+    alive: set[Cell] = set()
+    for tensor in base.tensors:
+        place = base.layout.place(tensor)
+        if tensor in equal or place.part == "tower":
+            continue
+        if place.layer is None:
+            alive.add((EMBEDDINGS if place.part == "embeddings" else HEAD, None))
+            continue
+        group = next(name for name, span in spans if place.layer in span)
+        if place.component in space.components:
+            alive.add((group, place.component))
+        else:  # a component without axes of its own takes the mean of all
+            alive.update((group, component) for component in space.components)
+    return alive

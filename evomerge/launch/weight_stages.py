@@ -1,54 +1,54 @@
-"""Stages that search weights: of a merge, or of the hops of a route."""
+"""Stages that search weights: those of a merge, or after a search of routes those of the hops of the best
+route."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from evomerge.config import Config
-from evomerge.config.schema import StageConfig
-from evomerge.launch import pool
-from evomerge.optimizers import OPTIMIZERS, Optimizer, OptimizerSettings, is_diagonal
+from evomerge.launch.stage_request import StageRequest
+from evomerge.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerSettings, is_diagonal
 from evomerge.search import Opening, Start
-from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP
-from evomerge.spaces import RouteWeightSpace, WeightSpace
+from evomerge.spaces import RouteWeightSpace
 
 
-def open_weight_stage(
-    settings: Config, stage: StageConfig, space: WeightSpace, diagonal: bool, num_workers: int
-) -> Callable[[Start], Opening]:
-    make = _optimizer(settings, stage, diagonal, 0, num_workers)
-    return lambda start: Opening(space, make, at_best=settings.search.start == "best")
+def open_weight_stage(request: StageRequest) -> Callable[[Start], Opening]:
+    """Opens a stage of weights.
+
+    Args:
+        request: The stage; the first of a search searches its space of weights, a later one that of the route
+        before it.
+
+    Returns:
+        A function from what the stages before came to to the open stage.
+    """
+    return _of_merge(request) if request.position == 0 else _of_route(request)
 
 
-def open_weight_stage_on_route(
-    settings: Config, stage: StageConfig, begun: int, num_workers: int
-) -> Callable[[Start], Opening]:
-    def opened(start: Start) -> Opening:
-        groups = settings.space.groups
-        space = RouteWeightSpace(
-            start.recipe, settings.base, settings.parents, groups if isinstance(groups, int) else len(groups)
-        )
-        diagonal = is_diagonal(settings.search.diagonal, begun, len(space.axes))
-        return Opening(space, _optimizer(settings, stage, diagonal, 2, num_workers))
-
-    return opened
+def _of_merge(request: StageRequest) -> Callable[[Start], Opening]:
+    make = request.optimizers(_entry(request), _settings(request, request.diagonal))
+    at_best = request.settings.search.start == "best"
+    return lambda start: Opening(request.space, make, at_best=at_best)
 
 
-def _optimizer(
-    settings: Config, stage: StageConfig, diagonal: bool, number: int, num_workers: int
-) -> Callable[[Sequence[float], int], Optimizer]:
-    """Makes the optimizer of a stage from its start and the number of its island. number: of the stage, in the seed."""
-    search = settings.search
+def _of_route(request: StageRequest) -> Callable[[Start], Opening]:
+    settings, groups = request.settings, request.settings.space.groups
+    num_groups = groups if isinstance(groups, int) else len(groups)
+
+    def open_from(start: Start) -> Opening:
+        space = RouteWeightSpace(start.recipe, settings.base, settings.parents, num_groups)
+        diagonal = is_diagonal(settings.search.diagonal, request.evaluations, len(space.axes))
+        return Opening(space, request.optimizers(_entry(request), _settings(request, diagonal)))
+
+    return open_from
+
+
+def _entry(request: StageRequest) -> OptimizerEntry:
+    return OPTIMIZERS[request.settings.search.optimizer]
+
+
+def _settings(request: StageRequest, diagonal: bool) -> OptimizerSettings:
+    """diagonal: where the search file does not say."""
+    search = request.settings.search
     if search.diagonal is not None:
         diagonal = search.diagonal
-
-    def make(start: Sequence[float], island: int) -> Optimizer:
-        optimizer_settings = OptimizerSettings(
-            sigma=stage.sigma or search.sigma,
-            population=stage.population or pool.population(settings, num_workers, len(start)),
-            seed=search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island,
-            diagonal=diagonal,
-        )
-        return OPTIMIZERS[search.optimizer].make(start, optimizer_settings)
-
-    return make
+    return OptimizerSettings(sigma=request.stage.sigma or search.sigma, diagonal=diagonal)

@@ -84,8 +84,7 @@ def study(arm: str, seed: int, evaluations: int, root: Path) -> dict[str, object
         "EVOMERGE_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    command = [sys.executable, "-m", "evomerge.cli.main", "run", str(file), "--resume", "--root", str(root)]
-    command[1:3] = ["-c", "from evomerge.cli import main; main()"]
+    command = [sys.executable, "-m", "evomerge", "run", str(file), "--resume", "--root", str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} ended with {done.returncode}: {done.stderr[-500:]}")

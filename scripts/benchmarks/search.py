@@ -148,7 +148,8 @@ def run(
 def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
     """Runs a search; clocks are perf_counter's, which all processes of a machine share."""
     from evomerge.config import loading
-    from evomerge.launch import prepare
+    from evomerge.launch.prepare import prepare_study
+    from evomerge.launch.search_request import SearchRequest
 
     logging.disable(logging.WARNING)
     settings, text = loading.load(str(file))
@@ -170,7 +171,7 @@ def search(file: Path, workers: int, *, parts: bool) -> dict[str, Any]:
 
     if parts:
         measure(spent)
-    study = prepare.prepare(settings, text, file.parent / "studies", workers=workers, show=show)
+    study = prepare_study(SearchRequest(settings, text), file.parent / "studies", workers=workers, show=show)
     study.run()
     study.pool.close()
     failed = sum(trial.score is None for trial in study.store.trials())

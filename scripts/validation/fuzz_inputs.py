@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from evomerge import _yaml
 from evomerge.checkpoints import Checkpoint, locate, open_parent
 from evomerge.errors import EvomergeError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.methods import METHODS, Method, Param
 from tests.support.tiny_models import LAYERS, build
 
@@ -411,7 +411,7 @@ def verdict(case: Case, folder: Path) -> tuple[str, str]:
     """('merged' | 'refused' | 'wrong', what happened)."""
     out = folder / "out" / "merged"
     out.parent.mkdir()
-    ended, said = attempt(lambda: merge_file(case.file, out))
+    ended, said = attempt(lambda: merge_recipe_file(case.file, out))
     left = sorted(path.name for path in out.parent.iterdir())
     if ended == "refused":
         named = quoted(case.file)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.methods import METHODS
 from scripts.benchmarks import machine
 from scripts.validation import row_file
@@ -55,7 +55,7 @@ def batch(cells: Sequence[Cell], folder: Path, zoo: Path) -> Iterable[dict[str, 
     for cell, file in files.items():
         for policy in POLICIES if not METHODS[cell.method].randomized else ():
             try:
-                merge_file(file, file.with_suffix(f".{policy}"), policy=policy)
+                merge_recipe_file(file, file.with_suffix(f".{policy}"), policy=policy)
             except EvomergeError as error:
                 refused[cell, policy] = re.sub(r"/[^ ,')]*/", "", str(error))
     errors = parity_cases.finish(process)

@@ -32,7 +32,8 @@ import yaml
 from evomerge import config
 from evomerge.config import loading
 from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, Term
-from evomerge.launch import prepare
+from evomerge.launch.prepare import prepare_study
+from evomerge.launch.search_request import SearchRequest
 from evomerge.recipes import Mix, Recipe
 from evomerge.search.racing import Race, RaceResult, run
 from evomerge.store import Store
@@ -184,7 +185,7 @@ def record(measure: str, seed: int, studies: Path) -> Path:
     path = store_path(document["study"], studies, new=True)
     if not _done(path):
         settings, text = _load(document, studies)
-        study = prepare.prepare(settings, text, studies, resume=path.is_file())
+        study = prepare_study(SearchRequest(settings, text, resume=path.is_file()), studies)
         try:
             study.run()
         finally:
@@ -295,9 +296,8 @@ def seconds(rungs: Sequence[float] | None, studies: Path) -> float:
     )
     marks: list[float] = []
     settings, text = _load(document, studies)
-    study = prepare.prepare(
-        settings,
-        text,
+    study = prepare_study(
+        SearchRequest(settings, text),
         studies,
         show=lambda p: marks.append(time.process_time()) if p.note.startswith("generation") else None,
     )

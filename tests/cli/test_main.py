@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.cli.main import app
+from evomerge.cli.app import app
 from evomerge.merging import merge, model_loading
 from evomerge.merging.weight_map import WeightMap
 from evomerge.store import Store
@@ -179,7 +179,7 @@ def test_help_lists_every_verb_in_its_group() -> None:
     ):
         assert re.search(rf"^\W*{verb} +\w", done.stdout, re.M), verb
         assert verb in [c.callback.__name__ for c in app.registered_commands if c.callback]
-    for group in ("Plan", "Search", "Look", "Ship"):
+    for group in ("Plan", "Search", "Inspect", "Export"):
         assert group in done.stdout
 
 
@@ -450,7 +450,7 @@ def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "150")
-        with progress.Search("small") as screen:
+        with progress.SearchScreen("small") as screen:
             for done in range(1, 4):
                 screen.show(Progress("parents and hand recipes", done, 3, 0.25))
             screen.show(Progress("search", 5, 8))

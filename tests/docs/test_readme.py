@@ -55,7 +55,7 @@ def test_every_path_in_the_tree_exists() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    from evomerge.cli.main import app
+    from evomerge.cli.app import app
 
     for command in app.registered_commands:
         assert command.callback is not None

@@ -17,7 +17,9 @@ from evomerge.config import loading, schema
 from evomerge.errors import CandidateError, ConfigError, TaskError
 from evomerge.evaluation import ROLES, CombinedTasks
 from evomerge.evaluation.python_tasks import PythonSpec, PythonTasks
-from evomerge.launch import opening, prepare
+from evomerge.launch import opening
+from evomerge.launch.prepare import prepare_study
+from evomerge.launch.search_request import SearchRequest
 from tests.support.toy import in_process, search_file
 
 ITEMS = [f"item {i}" for i in range(50)]
@@ -227,9 +229,11 @@ def searching(folder: Path, module: str, **task: Any) -> tuple[config.Config, st
 def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) -> None:
     settings, text = searching(tmp_path, module)
     with pytest.raises(ConfigError, match=rf"'size' runs the Python function {module}:norm.*--allow-python"):
-        prepare.prepare(settings, text, tmp_path / "studies")
+        prepare_study(SearchRequest(settings, text), tmp_path / "studies")
     assert not list((tmp_path / "studies").rglob("*.db*")), "nothing was begun"
-    study = prepare.prepare(settings, text, tmp_path / "studies", allowed=opening.Allowed(python=True))
+    study = prepare_study(
+        SearchRequest(settings, text), tmp_path / "studies", allowed=opening.Allowed(python=True)
+    )
     with study.store:
         outcome = study.run()
         found = study.store.study()
@@ -245,8 +249,8 @@ def test_a_search_runs_python_only_where_allowed(module: str, tmp_path: Path) ->
     assert outcome.best["test"] == pytest.approx(
         (outcome.best["test_metrics"]["zoo_lookup"] + outcome.best["test_metrics"]["size"]) / 2
     )
-    again = prepare.prepare(
-        settings, text, tmp_path / "studies", resume=True, allowed=opening.Allowed(python=True)
+    again = prepare_study(
+        SearchRequest(settings, text, resume=True), tmp_path / "studies", allowed=opening.Allowed(python=True)
     )
     again.store.close()
 

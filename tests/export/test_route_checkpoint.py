@@ -278,7 +278,7 @@ class Stored:
                     )
                 )
             self.shown = reports.candidate(store, trial)["route"]
-            candidate.export(store, trial, self.parents, folder / "out")
+            candidate.export_candidate(store, trial, self.parents, folder / "out")
         self.card = (folder / "out" / "README.md").read_text()
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from evomerge import _yaml
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import EvomergeError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods import METHODS
 from evomerge.recipes import Recipe, mergekit_yaml
@@ -508,7 +508,7 @@ def block(text: str) -> str:
 def merge_or_note(job: Job) -> None:
     for target, policy in ((job.ours, "float32"), (job.exact, "mergekit")):
         try:
-            merge_file(job.file, target, policy=policy)
+            merge_recipe_file(job.file, target, policy=policy)
         except EvomergeError as error:
             target.with_name(f"{target.name}-error").write_text(str(error))
 
@@ -624,7 +624,7 @@ def test_a_dtype_narrower_than_float32_only_rounds_the_output(
     job = jobs[f"{name}/bf16/out-bfloat16"]
     file = tmp_path / "narrow.yaml"
     file.write_text(job.file.read_text().replace(HEADS["out-bfloat16"], "dtype: bfloat16\n"))
-    merge_file(file, tmp_path / "out")
+    merge_recipe_file(file, tmp_path / "out")
     ours, wide = tensors(tmp_path / "out"), tensors(job.ours)
     assert all(torch.equal(ours[n], wide[n]) for n in wide)
 
@@ -654,7 +654,7 @@ def test_a_candidate_of_a_search_is_rebuilt_by_mergekit_from_its_file(
         assert_same_but_for_equal_sizes(job, recipe, tensors(tmp_path / "out"), tensors(job.theirs))
     else:
         assert_same(tensors(tmp_path / "out"), tensors(job.theirs))
-    merge_file(job.file, tmp_path / "again")
+    merge_recipe_file(job.file, tmp_path / "again")
     ours, again = tensors(tmp_path / "out"), tensors(tmp_path / "again")
     assert all(torch.equal(ours[n], again[n]) for n in ours)
 
@@ -663,7 +663,7 @@ def test_a_candidate_of_a_search_is_rebuilt_by_mergekit_from_its_file(
 def test_what_mergekit_refuses_is_refused_with_its_place(jobs: dict[str, Job], name: str, tmp_path: Path):
     assert refusal(jobs[name].theirs), "mergekit takes this; move it to another table"
     with pytest.raises(EvomergeError) as error:
-        merge_file(jobs[name].file, tmp_path / "out")
+        merge_recipe_file(jobs[name].file, tmp_path / "out")
     assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), (
         f"no place in: {error.value}"
     )
@@ -673,7 +673,7 @@ def test_what_mergekit_refuses_is_refused_with_its_place(jobs: dict[str, Job], n
 def test_what_mergekit_takes_without_a_word_is_diagnosed(jobs: dict[str, Job], name: str, tmp_path: Path):
     assert not refusal(jobs[name].theirs), "mergekit refuses this; move it to another table"
     with pytest.raises(EvomergeError) as error:
-        merge_file(jobs[name].file, tmp_path / "out")
+        merge_recipe_file(jobs[name].file, tmp_path / "out")
     assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), (
         f"no place in: {error.value}"
     )

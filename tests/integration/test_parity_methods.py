@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evomerge.errors import EvomergeError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import merge
 from evomerge.methods import METHODS
 from evomerge.methods.fused import c_kernels, one_pass, torch_kernels
@@ -83,7 +83,7 @@ def theirs(files: dict[Cell, Path]) -> dict[Cell, Path]:
 
 def compared(cell: Cell, files: dict[Cell, Path], theirs: dict[Cell, Path], policy: str) -> Difference:
     ours = files[cell].with_suffix(f".{policy}")
-    merge_file(files[cell], ours, policy=policy)
+    merge_recipe_file(files[cell], ours, policy=policy)
     return difference(ours, theirs[cell])
 
 

@@ -29,7 +29,7 @@ from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.prompts import chat_template
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.launch import opening
-from evomerge.launch.tasks import open_tasks, scoring
+from evomerge.launch.tasks import open_tasks, scoring_facts
 from evomerge.merging import checkpoint_writer, model_loading
 from evomerge.recipes import Mix, Recipe
 from evomerge.store.paths import store_path
@@ -667,10 +667,10 @@ def test_how_scores_are_computed_is_a_fact(tmp_path: Path, base: Checkpoint) -> 
 
     asked = settings(tmp_path, "zoo_cross")
     copied = Path(shutil.copytree(base.path, tmp_path / "copied"))
-    first = scoring(asked, base, "cpu")
-    assert scoring(asked, Checkpoint(copied), "cpu") == first
-    assert scoring(asked, base, "cuda") != first
+    first = scoring_facts(asked, base, "cpu")
+    assert scoring_facts(asked, Checkpoint(copied), "cpu") == first
+    assert scoring_facts(asked, base, "cuda") != first
     with (copied / "tokenizer.json").open("a") as file:
         file.write("\n")
     assert Checkpoint(copied).content_hash() == base.content_hash()
-    assert scoring(asked, Checkpoint(copied), "cpu")["tokenizer"] != first["tokenizer"]
+    assert scoring_facts(asked, Checkpoint(copied), "cpu")["tokenizer"] != first["tokenizer"]

@@ -136,7 +136,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stages": ["routes", "routes"]}, "stages are one of"),
+        ({"stages": ["routes", "routes"]}, "two stages of routes follow one another"),
         ({"stages": []}, "stages"),
         ({"stages": ["wieghts"]}, "stages"),
         ({"routes": {"start": "maths"}}, "Did you mean 'math'"),
@@ -196,7 +196,9 @@ def test_a_hand_written_stack_of_mergekit_is_where_routes_begin(tmp_path: Path) 
     )
     from evomerge.launch.weight_space import make_space
 
-    found = {b.label: b.recipe for b in stages_module.references(given, make_space(given, parents), parents)}
+    found = {
+        b.label: b.recipe for b in stages_module.reference_recipes(given, make_space(given, parents), parents)
+    }
     recipe = found["solar.yaml"]
     assert [m.sources[0] for m in recipe.layers] == [("a", i) for i in (0, 1, 2, 3, 2, 3, 4)]
     space = route_stages.route_space(given, parents, Start(recipe, "solar.yaml"))
@@ -206,7 +208,7 @@ def test_a_hand_written_stack_of_mergekit_is_where_routes_begin(tmp_path: Path) 
     elsewhere = llama(tmp_path / "elsewhere", 9)
     (tmp_path / "solar.yaml").write_text(stack.replace(f"{tmp_path}/a", str(elsewhere)))
     with pytest.raises(ConfigError, match=r"elsewhere.*not among the models"):
-        stages_module.references(given, make_space(given, parents), parents)
+        stages_module.reference_recipes(given, make_space(given, parents), parents)
 
 
 # ---- weights on a route --------------------------------------------------------------------------------------------------

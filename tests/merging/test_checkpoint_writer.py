@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError, RecipeError, SetupError
 from evomerge.evaluation import Items
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods import METHODS
 from evomerge.recipes import chat_templates
@@ -243,7 +243,7 @@ def test_lists_with_an_entry_a_layer_follow_the_layers(tmp_path: Path) -> None:
     assert len(set(types)) > 1
     order = [(0, 2), (3, 4), (1, 4)]
     slices = [{"sources": [{"model": str(paths["math"]), "layer_range": list(span)}]} for span in order]
-    merge_file(
+    merge_recipe_file(
         write_yaml(tmp_path / "recipe.yaml", {"merge_method": "passthrough", "slices": slices}),
         tmp_path / "out",
     )
@@ -272,8 +272,8 @@ def test_a_single_module_means_what_the_plain_form_means(
         **{k: v for k, v in plain.items() if k != "models"},
         "modules": {name: {"models": plain["models"]}},
     }
-    merge_file(write_yaml(tmp_path / "plain.yaml", plain), tmp_path / "plain")
-    merge_file(write_yaml(tmp_path / "module.yaml", module), tmp_path / "module")
+    merge_recipe_file(write_yaml(tmp_path / "plain.yaml", plain), tmp_path / "plain")
+    merge_recipe_file(write_yaml(tmp_path / "module.yaml", module), tmp_path / "module")
     assert files(tmp_path / "plain") == files(tmp_path / "module")
 
 
@@ -285,8 +285,8 @@ def test_parameters_of_a_module_come_before_those_of_the_file(tiny: dict[str, Pa
         "parameters": {"weight": 0.9, "lambda": 0.5},
     }
     inside = top | {"modules": {"text_decoder": {"models": models, "parameters": {"weight": 0.25}}}}
-    merge_file(write_yaml(tmp_path / "module.yaml", inside), tmp_path / "module")
-    merge_file(
+    merge_recipe_file(write_yaml(tmp_path / "module.yaml", inside), tmp_path / "module")
+    merge_recipe_file(
         write_yaml(
             tmp_path / "plain.yaml", top | {"models": models, "parameters": {"weight": 0.25, "lambda": 0.5}}
         ),
@@ -306,7 +306,7 @@ def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -
         "text_decoder": {"models": data.pop("models")},
         "vision_tower": {"models": [{"model": str(paths["base"])}]},
     }
-    (warning,) = merge_file(
+    (warning,) = merge_recipe_file(
         write_yaml(tmp_path / "recipe.yaml", data | {"modules": module}), tmp_path / "out"
     )
     own = {name: Checkpoint(path) for name, path in paths.items()}
@@ -335,7 +335,7 @@ def test_towers_come_from_the_base_and_that_is_said(kind: str, tmp_path: Path) -
 def test_an_adapter_in_a_file_is_folded_into_its_base(tiny32: dict[str, Path], tmp_path: Path) -> None:
     tensors = pair(Q)
     lora = adapter(tmp_path / "lora", tensors)
-    merge_file(
+    merge_recipe_file(
         write_yaml(
             tmp_path / "r.yaml",
             linear(tiny32["code"], f"{tiny32['math']}+{lora}", tiny32["code"], dtype="float32"),
@@ -345,7 +345,7 @@ def test_an_adapter_in_a_file_is_folded_into_its_base(tiny32: dict[str, Path], t
     mapping = {"model": {"path": str(tiny32["math"])}, "lora": {"path": str(lora)}}
     data = linear(tiny32["code"], "x", tiny32["code"], dtype="float32")
     data["models"][0]["model"] = mapping
-    merge_file(write_yaml(tmp_path / "m.yaml", data), tmp_path / "mapped")
+    merge_recipe_file(write_yaml(tmp_path / "m.yaml", data), tmp_path / "mapped")
     assert files(tmp_path / "out") == files(tmp_path / "mapped")
     math, code, out = (
         load_file(path / "model.safetensors") for path in (tiny32["math"], tiny32["code"], tmp_path / "out")
@@ -389,7 +389,7 @@ def test_a_union_of_vocabularies_is_a_model_that_knows_all_words(
     file = write_yaml(
         tmp_path / "recipe.yaml", linear(tiny["base"], math, code, tiny["base"], tokenizer_source="union")
     )
-    merge_file(file, tmp_path / "out")
+    merge_recipe_file(file, tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     assert set(tokenizer.get_vocab()) == set(AutoTokenizer.from_pretrained(tiny["base"]).get_vocab()) | {
         "newton",
@@ -419,7 +419,7 @@ def test_a_union_of_vocabularies_is_a_model_that_knows_all_words(
 def test_vocabularies_of_different_size_ask_for_a_tokenizer(tiny: dict[str, Path], tmp_path: Path) -> None:
     math = add_words(tiny["math"], tmp_path / "math", ["newton"])
     with pytest.raises(CheckpointError, match="tokenizer_source: union"):
-        merge_file(
+        merge_recipe_file(
             write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], math, tiny["base"])), tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
@@ -431,14 +431,14 @@ def test_rows_of_other_words_are_mixed_by_number_with_a_warning(
     shutil.copytree(tiny["math"], tmp_path / "math")
     text = (tmp_path / "math" / "tokenizer.json").read_text()
     (tmp_path / "math" / "tokenizer.json").write_text(text.replace('"w7"', '"seven"'))
-    (warning,) = merge_file(
+    (warning,) = merge_recipe_file(
         write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tmp_path / "math", tiny["base"])),
         tmp_path / "out",
     )
     assert "row 11" in warning
     assert "seven" in warning
     assert (
-        merge_file(
+        merge_recipe_file(
             write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["code"], tiny["base"])),
             tmp_path / "same",
         )
@@ -473,7 +473,7 @@ def test_a_template_by_name_is_that_formats_and_by_text_is_the_text(
         file = write_yaml(
             tmp_path / f"{name}.yaml", linear(tiny["base"], tiny["math"], tiny["base"], chat_template=wish)
         )
-        merge_file(file, tmp_path / name)
+        merge_recipe_file(file, tmp_path / name)
         said[name] = speaks(tmp_path / name)
         assert load_model(tmp_path / name) is not None
     assert said["own"] == "[S][U][A]"
@@ -506,11 +506,11 @@ def test_auto_takes_the_template_that_most_models_have(tiny: dict[str, Path], tm
     math, code = (with_template(tiny[m], tmp_path / m, two, inside=m == "code") for m in ("math", "code"))
     for wish, expected in (("auto", "two S"), (None, "one S")):
         more = {"chat_template": wish} if wish else {}
-        merge_file(
+        merge_recipe_file(
             write_yaml(tmp_path / "recipe.yaml", linear(base, math, code, base, **more)), tmp_path / str(wish)
         )
         assert speaks(tmp_path / str(wish)) == expected
-    merge_file(
+    merge_recipe_file(
         write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["math"], chat_template="auto")),
         tmp_path / "none",
     )
@@ -519,7 +519,7 @@ def test_auto_takes_the_template_that_most_models_have(tiny: dict[str, Path], tm
 
 def test_a_name_that_is_no_template_is_refused(tiny: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+:\d+ chat_template must be auto, alpaca"):
-        merge_file(
+        merge_recipe_file(
             write_yaml(tmp_path / "recipe.yaml", linear(tiny["base"], tiny["math"], chat_template="chatm")),
             tmp_path / "out",
         )
@@ -529,4 +529,4 @@ def test_a_name_that_is_no_template_is_refused(tiny: dict[str, Path], tmp_path: 
 def test_a_file_without_a_recipe_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(EvomergeError, match=r"recipe\.yaml:\d+:\d+ a recipe is a mapping"):
-        merge_file(tmp_path / "recipe.yaml", tmp_path / "out")
+        merge_recipe_file(tmp_path / "recipe.yaml", tmp_path / "out")

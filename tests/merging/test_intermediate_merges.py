@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from evomerge._yaml import parse_all
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import EvomergeError, RecipeError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, TokenizerSpec, params
@@ -68,14 +68,16 @@ def test_stages_in_any_order_are_folders_merged_one_by_one(
     order: tuple[int, ...], policy: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     documents = three(tiny)
-    merge_file(save(tmp_path / "all.yaml", *(documents[i] for i in order)), tmp_path / "all", policy=policy)
+    merge_recipe_file(
+        save(tmp_path / "all.yaml", *(documents[i] for i in order)), tmp_path / "all", policy=policy
+    )
     for name, document in zip(
         ("one", "two", "last"), three(tiny, tmp_path / "one", tmp_path / "two"), strict=True
     ):
         document.pop("name", None)
         if name == "last":  # masks are keyed by the model's name
             break
-        merge_file(save(tmp_path / f"{name}.yaml", document), tmp_path / name, policy=policy)
+        merge_recipe_file(save(tmp_path / f"{name}.yaml", document), tmp_path / name, policy=policy)
     parents = {str(path): Checkpoint(path) for path in tiny.values()} | {
         m: Checkpoint(tmp_path / m) for m in ("one", "two")
     }
@@ -100,8 +102,10 @@ def test_stages_in_any_order_are_folders_merged_one_by_one(
 
 def test_the_last_document_is_the_result_if_all_have_names(tiny: dict[str, Path], tmp_path: Path) -> None:
     documents = three(tiny)
-    merge_file(save(tmp_path / "a.yaml", *documents), tmp_path / "a")
-    merge_file(save(tmp_path / "b.yaml", *documents[:2], {"name": "end", **documents[2]}), tmp_path / "b")
+    merge_recipe_file(save(tmp_path / "a.yaml", *documents), tmp_path / "a")
+    merge_recipe_file(
+        save(tmp_path / "b.yaml", *documents[:2], {"name": "end", **documents[2]}), tmp_path / "b"
+    )
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -112,7 +116,7 @@ def test_a_stage_of_slices_has_their_depth_and_lists(tiny: dict[str, Path], tmp_
         "merge_method": "passthrough",
         "slices": [{"sources": [{"model": "deep", "layer_range": [2, 6]}]}],
     }
-    merge_file(save(tmp_path / "recipe.yaml", deep, last), tmp_path / "out")
+    merge_recipe_file(save(tmp_path / "recipe.yaml", deep, last), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 4
     own, out = (
@@ -127,7 +131,7 @@ def test_a_stage_of_slices_has_their_depth_and_lists(tiny: dict[str, Path], tmp_
     with pytest.raises(
         RecipeError, match=r"recipe\.yaml:\d+:\d+ layer_range must be .* <= 6 for deep, got \[2, 7\]"
     ):
-        merge_file(save(tmp_path / "recipe.yaml", deep, last), tmp_path / "no")
+        merge_recipe_file(save(tmp_path / "recipe.yaml", deep, last), tmp_path / "no")
 
 
 def test_task_analogy_is_the_sum_written_out(tiny32: dict[str, Path], tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_task_analogy_is_the_sum_written_out(tiny32: dict[str, Path], tmp_path: 
         out_dtype="float32",
     )
     last = stage("linear", a, {"analogy": 0.5, a: 0.5}, parameters={"normalize": False}, out_dtype="float32")
-    merge_file(save(tmp_path / "recipe.yaml", analogy, last), tmp_path / "out")
+    merge_recipe_file(save(tmp_path / "recipe.yaml", analogy, last), tmp_path / "out")
     own = {m: load_file(tiny32[m] / "model.safetensors") for m in ("base", "math", "code")}
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         wanted = own["code"][name].double() + (own["math"][name].double() - own["base"][name].double())
@@ -192,7 +196,7 @@ def test_a_mistake_is_one_line_with_its_place(name: str, tiny: dict[str, Path], 
     file = tmp_path / "recipe.yaml"
     file.write_text("---\n".join(documents).replace("MODEL", str(tiny["math"])))
     with pytest.raises(EvomergeError, match=re.escape(message)) as caught:
-        merge_file(file, tmp_path / "out")
+        merge_recipe_file(file, tmp_path / "out")
     assert "\n" not in str(caught.value)
     if place:
         assert str(caught.value).startswith(f"{file}:{place} ")
@@ -261,7 +265,7 @@ def test_stages_are_written_as_documents_and_read_back(tiny: dict[str, Path], tm
     (tmp_path / "recipe.yaml").write_text(dump(with_outer_filters(staged("ties", 0.3), *OUTER), folders))
     read = load(parse_all((tmp_path / "recipe.yaml").read_text(), "recipe.yaml"), lambda _: 4)
     assert [name for name, _ in read.stages] == ["half"]
-    merge_file(tmp_path / "recipe.yaml", tmp_path / "out")
+    merge_recipe_file(tmp_path / "recipe.yaml", tmp_path / "out")
     named = {name: Checkpoint(path) for name, path in tiny.items()}
     assert_equal(
         load_file(tmp_path / "out" / "model.safetensors"),

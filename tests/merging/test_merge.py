@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateError, CheckpointError, EvomergeError, RecipeError, SetupError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge, tensor_plan
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import METHODS
@@ -371,7 +371,7 @@ def test_another_depth_and_a_type_for_each_layer_agree_or_are_refused(tiny, tmp_
         f"- sources: [{{model: {tmp_path / 'math'}, layer_range: [0, 4]}}]\n- sources: [{{model: {tmp_path / 'math'}, layer_range: [2, 4]}}]\n"
     )
     try:
-        merge_file(file, tmp_path / "out")
+        merge_recipe_file(file, tmp_path / "out")
     except EvomergeError as error:
         refused = str(error)
     else:
@@ -572,7 +572,7 @@ def test_a_vocabulary_of_another_size_is_an_error_of_ours(method, rows, tiny, tm
         f"merge_method: {method}\nbase_model: {other}\nmodels: [{{model: {other}}}, {{model: {odd}}}]\nparameters: {{{number}}}\n"
     )
     with pytest.raises(EvomergeError, match=r"model\.embed_tokens\.weight"):
-        merge_file(file, tmp_path / "out")
+        merge_recipe_file(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -585,7 +585,7 @@ def test_a_tensor_that_a_parent_lacks_is_an_error_of_ours(tiny, tmp_path):
             f"merge_method: linear\nbase_model: {tiny['code']}\nmodels: [{listed}]\nparameters: {{weight: 0.5}}\n"
         )
         with pytest.raises(EvomergeError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
-            merge_file(file, tmp_path / "out")
+            merge_recipe_file(file, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -602,7 +602,7 @@ def exported(folder: Path, recipe: Recipe, lineage) -> Path:
 def test_an_exported_recipe_merges_as_the_recipe_did(tiny, parents, tmp_path):
     recipe = candidate("dare_ties", 4)
     facts = {name: {"path": str(path), "revision": None} for name, path in tiny.items()}
-    merge_file(exported(tmp_path / "x", recipe, {"facts": {"parents": facts}}), tmp_path / "out")
+    merge_recipe_file(exported(tmp_path / "x", recipe, {"facts": {"parents": facts}}), tmp_path / "out")
     assert_equal(
         load_file(tmp_path / "out" / "model.safetensors"), dict(merge.merged_tensors(recipe, parents))
     )
@@ -622,7 +622,7 @@ def test_an_exported_recipe_merges_as_the_recipe_did(tiny, parents, tmp_path):
 )
 def test_a_lineage_that_does_not_name_the_parents_is_an_error_of_ours(lineage, tmp_path):
     with pytest.raises(EvomergeError):
-        merge_file(exported(tmp_path / "x", candidate("dare_ties"), lineage), tmp_path / "out")
+        merge_recipe_file(exported(tmp_path / "x", candidate("dare_ties"), lineage), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -630,10 +630,12 @@ def test_a_recipe_without_its_lineage_says_what_is_missing(tmp_path):
     exported(tmp_path / "x", candidate("ties"), {})
     (tmp_path / "x" / "lineage.json").unlink()
     with pytest.raises(RecipeError, match=r"lineage\.json is missing"):
-        merge_file(tmp_path / "x" / "recipe.json", tmp_path / "out")
+        merge_recipe_file(tmp_path / "x" / "recipe.json", tmp_path / "out")
 
 
 def test_a_policy_asked_of_an_exported_recipe_is_refused_not_ignored(tmp_path):
     with pytest.raises(RecipeError, match="says its own arithmetic policy"):
-        merge_file(exported(tmp_path / "x", candidate("ties"), {}), tmp_path / "out", policy="mergekit")
+        merge_recipe_file(
+            exported(tmp_path / "x", candidate("ties"), {}), tmp_path / "out", policy="mergekit"
+        )
     assert not (tmp_path / "out").exists()

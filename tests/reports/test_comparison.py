@@ -181,7 +181,7 @@ def test_what_is_missing_is_named_and_scored_only_if_asked(finished: Path) -> No
             "compare", "small/math", f"small/{trial.id}", "--root", finished, "--score", "--json"
         )
         assert code == 0, err
-        opened = opening.open_study(store)
+        opened = opening.open_stored_search(store)
         own = opened.load().evaluate(store.recipe(trial.recipe_id), opened.harness.items("test"))
         assert stored_rows(store.path) == before, "looking leaves no trace"
     for row in json.loads(out)["rows"][:-1]:

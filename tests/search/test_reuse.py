@@ -15,7 +15,8 @@ import pytest
 from evomerge.config import loading
 from evomerge.errors import Paused, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, Term
-from evomerge.launch import prepare
+from evomerge.launch.prepare import prepare_study
+from evomerge.launch.search_request import SearchRequest
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study
@@ -166,7 +167,9 @@ def test_a_search_over_models_reads_what_it_would_have_scored(
     monkeypatch.setenv("EVOMERGE_THREADS", "1")
     before = finished / "small" / "study.db"
     settings, text = loading.load(str(search_file(tmp_path, "again", evaluations=8)))
-    study = prepare.prepare(settings.model_copy(update={"reuse": (str(before),)}), text, tmp_path)
+    study = prepare_study(
+        SearchRequest(settings.model_copy(update={"reuse": (str(before),)}), text), tmp_path
+    )
     with study.store, contextlib.closing(study.pool):
         study.run()
         assert isinstance(study.pool, KnownPool)

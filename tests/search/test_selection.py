@@ -354,14 +354,14 @@ def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
         for heading in ("## Finalists", "## Skills kept", "## Trade-offs", "## The search"):
             assert f"\n{heading}\n" in text
         assert f"{outcome.best['luck']:+.3f} ± {outcome.best['luck_error']:.3f} above its test score" in text
-        shown = study_tables.study(data)
+        shown = study_tables.study_table(data)
         assert f"95 % interval: {low:.3f} to {high:.3f}; search - test {outcome.best['luck']:+.3f}" in shown
         assert "retention: " in shown
         found = reports.candidate(store, store.trial(outcome.best["id"]))
-        assert f"estimate over all search items: {found['estimate'][0]:.3f} ±" in study_tables.candidate(
+        assert f"estimate over all search items: {found['estimate'][0]:.3f} ±" in study_tables.candidate_text(
             found
         )
-        assert "first probability" in study_tables.candidate(found)
+        assert "first probability" in study_tables.candidate_text(found)
 
 
 def test_ties_change_ranks_and_never_a_score(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
             "or the floor asks for nothing"
         )
         worst = max(store.trials(), key=lambda t: t.violation)
-        assert "breaks the search's keep by" in study_tables.candidate(reports.candidate(store, worst))
+        assert "breaks the search's keep by" in study_tables.candidate_text(reports.candidate(store, worst))
 
 
 @pytest.mark.parametrize("how", ["stop", "kill", "lost"])
@@ -583,7 +583,7 @@ def test_the_front_of_a_finished_search_is_over_validation(whole: tuple[Path, Ou
         for c in found["candidates"]:
             assert (c["metrics"]["first"], c["metrics"]["second"]) == rows[c["recipe"]]
         assert (
-            f"{file.parent.name}/pareto" in study_tables.study(reports.study_summary(store))
+            f"{file.parent.name}/pareto" in study_tables.study_table(reports.study_summary(store))
             or len(wanted) == 1
         )
 

@@ -22,7 +22,8 @@ from evomerge.errors import CandidateError, CheckpointError, SetupError
 from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Role
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
-from evomerge.launch import prepare
+from evomerge.launch.prepare import prepare_study
+from evomerge.launch.search_request import SearchRequest
 from evomerge.merging import merge
 from evomerge.merging.model_loading import load, load_tokenizer
 from evomerge.methods import METHODS, Method, Param
@@ -420,7 +421,7 @@ class Poisoned:
 
 def test_failed_candidates_are_shown_with_their_cause_and_the_study_ends_well(tmp_path: Path) -> None:
     settings, text = loading.load(str(search_file(tmp_path, "poisoned", evaluations=16)))
-    study = prepare.prepare(settings, text, tmp_path / "root", wrap=Poisoned)
+    study = prepare_study(SearchRequest(settings, text), tmp_path / "root", wrap=Poisoned)
     with study.store:
         outcome = study.run()
     assert outcome.best["test"] is not None

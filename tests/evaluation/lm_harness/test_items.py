@@ -23,7 +23,7 @@ from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.evaluation.records import role_of_hash
 from evomerge.evaluation.task_set import items_digest
 from evomerge.launch import opening
-from evomerge.launch.tasks import _listed
+from evomerge.launch.tasks import listed_items
 from evomerge.merging import model_loading
 from tests.evaluation.lm_harness.test_harness import (
     BATCH,
@@ -205,13 +205,13 @@ def test_items_are_listed_in_the_search_file_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("3\n0123456789012345\nffff456789abcdef 12\n")
     (tmp_path / "none").write_text("\n")
     given = TaskConfig(task="x", items={"search": str(tmp_path / "ids"), "test": (4, "ffff456789abcdef")})
-    assert _listed(given) == {
+    assert listed_items(given) == {
         "search": [3, "0123456789012345", "ffff456789abcdef", 12],
         "test": (4, "ffff456789abcdef"),
     }
     for name, words in (("none", "lists no item"), ("missing", "no file")):
         with pytest.raises(ConfigError, match=words):
-            _listed(TaskConfig(task="x", items={"search": str(tmp_path / name)}))
+            listed_items(TaskConfig(task="x", items={"search": str(tmp_path / name)}))
     with pytest.raises(ValueError, match="at least 1"):
         TaskConfig(task="x", items={"search": ()})
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from evomerge import _yaml
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import ConfigError, EvomergeError, RecipeError
-from evomerge.export.recipe_file import merge_file
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import merge, tensor_plan
 from evomerge.recipes import Filtered, Mix, Recipe, mergekit_yaml, params
 from tests.integration.test_mergekit_parity import CORNERS, DARE, DETERMINISTIC, block, space
@@ -771,7 +771,7 @@ def test_a_model_that_is_not_there_is_an_error_of_ours(reference, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": reference}]}))
     with pytest.raises(EvomergeError) as caught:
-        merge_file(file, tmp_path / "out")
+        merge_recipe_file(file, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -148,7 +148,7 @@ def test_without_ray_installed_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp
     settings, _ = loading.load(str(search_file(tmp_path, "none")))
     asked = loading.placed(settings, ray="local", workers=None, gpus=None, grace=None, reuse=None)
     with pytest.raises(SetupError, match=r"pip install 'evomerge\[ray\]'"):
-        pool_module.open_pool(asked, ToyPool(), functools.partial(Dying, tmp_path, 0.0), 1, {}, (), print)
+        pool_module.open_pool(asked, ToyPool(), functools.partial(Dying, tmp_path, 0.0), 1, print)
 
 
 @pytest.mark.parametrize(

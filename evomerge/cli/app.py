@@ -1,0 +1,115 @@
+"""The command line: the verbs in their groups, and where an exception becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from evomerge import __version__
+from evomerge._redaction import ScrubbedFormatter, scrub
+from evomerge.cli import analysis, control, doctor, run, ship
+from evomerge.errors import EvomergeError, NoRoom
+from evomerge.launch.threads import set_thread_defaults
+
+_verbose = False
+
+
+class GroupedCommands(TyperGroup):
+    """Lists the verbs under the heading of their group, in plain text.
+
+    typer draws groups with rich, whose import alone takes longer than everything else that `--help` does.
+    """
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes one section for each group.
+
+        Args:
+            ctx: The context of click.
+            formatter: The help text so far, which the sections are added to.
+        """
+        groups: dict[str, list[tuple[str, Any]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            groups.setdefault(command.rich_help_panel, []).append((name, command))
+        width = formatter.width - 6 - max(len(name) for rows in groups.values() for name, _ in rows)
+        for group, rows in groups.items():
+            with formatter.section(group):
+                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in rows])
+
+
+app = typer.Typer(
+    name="evomerge",
+    help="Evolutionary search for merge recipes of language models.",
+    cls=GroupedCommands,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+_GROUPS = {
+    "Plan": (analysis.plan, doctor.doctor),
+    "Search": (run.run, run.resume, control.stop),
+    "Inspect": (control.status, analysis.show, analysis.compare, analysis.sensitivity),
+    "Export": (ship.export, ship.merge),
+}
+for _group, _verbs in _GROUPS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_group)(_verb)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        print(f"evomerge {__version__}")
+        raise typer.Exit
+
+
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and log lines.")]
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+]
+
+
+@app.callback()
+def _global_options(verbose: Verbose = False, version: Version = False) -> None:
+    global _verbose
+    _verbose = verbose
+    if verbose:
+        import logging
+
+        handler = logging.StreamHandler()
+        handler.setFormatter(ScrubbedFormatter("%(asctime)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def main() -> None:
+    """Runs the command line; every error is one line on standard error and an exit code.
+
+    Raises:
+        SystemExit: With the exit code of the error's class, 130 after Ctrl-C, 1 for an unforeseen exception.
+    """
+    set_thread_defaults()
+    try:
+        app()
+    except EvomergeError as error:
+        if _verbose:
+            raise
+        line = f"error[{error.code}] {error}" if error.exit_code else str(error)
+        _exit(line, error.exit_code)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except Exception as error:
+        if _verbose:
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            line = f"error[{NoRoom.code}] {error}; make room, or make it writable, and start again"
+            _exit(line, NoRoom.exit_code)
+        _exit(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)", 1)
+
+
+def _exit(line: str, code: int) -> None:
+    print(scrub(line), file=sys.stderr)
+    raise SystemExit(code) from None
