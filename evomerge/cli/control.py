@@ -111,7 +111,7 @@ class _StatusScreen:
             if self.study is None and store.study() is None:
                 return None
             check = not self.refreshed or store.path.stat().st_size < _LARGE
-            return reports.summary(store, check=check) | reports.activity(store)
+            return reports.study_summary(store, check=check) | reports.study_activity(store)
 
 
 def _refresh(text: Callable[[], str], every: float) -> None:
@@ -133,7 +133,7 @@ def activity_lines(data: Mapping[str, Any]) -> list[str]:
     """Driver, time, workers, failures, early ends and backup of a study.
 
     Args:
-        data: As `evomerge.reports.summary` and `evomerge.reports.activity` give it, in one mapping.
+        data: As `evomerge.reports.study_summary` and `evomerge.reports.study_activity` give it, in one mapping.
 
     Returns:
         The lines.

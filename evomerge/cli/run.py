@@ -97,8 +97,8 @@ def _search(request: SearchRequest, options: RunOptions) -> None:
             finally:
                 stop_request.clear_stop(folder)
             path = study.store.path.with_name("report.md")
-            path.write_text(reports.markdown(study.store))
-            data = reports.summary(study.store)
+            path.write_text(reports.study_markdown(study.store))
+            data = reports.study_summary(study.store)
     print(study_tables.study_table(data))
     where = f" --root {options.root}" if options.root else ""
     print(f"report: {path}\nnext:   evomerge export {request.settings.study}/best OUT --weights{where}")

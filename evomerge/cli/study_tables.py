@@ -10,7 +10,7 @@ def list_of_studies(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for each study.
 
     Args:
-        rows: As `evomerge.reports.summary` gives them.
+        rows: As `evomerge.reports.study_summary` gives them.
 
     Returns:
         The text; without studies, a sentence that says how to start one.
@@ -26,7 +26,7 @@ def study_table(data: Mapping[str, Any]) -> str:
     """A header line, and the table of the best candidate, the parents and the hand recipes.
 
     Args:
-        data: As `evomerge.reports.summary` gives it.
+        data: As `evomerge.reports.study_summary` gives it.
 
     Returns:
         The text.
@@ -107,7 +107,7 @@ def _score_lines(score: Mapping[str, Any]) -> list[str]:
 def _conclusions(data: Mapping[str, Any]) -> list[str]:
     """What follows the table: the winner's interval and selection bias, skills lost, the front, partial
     scores."""
-    from evomerge.reports import lost
+    from evomerge.reports import lost_skills
 
     best, lines = data["best"] or {}, [""]
     if "test_interval" in best:
@@ -116,7 +116,7 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
         if "luck" in best:
             bias = f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (selection bias)"
         lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{bias}")
-    if retention := lost(data["retention"]):
+    if retention := lost_skills(data["retention"]):
         lines.append(f"retention: {retention}")
     if len(data["pareto"]) > 1:
         lines.append(f"trade-offs: {len(data['pareto'])} candidates on the front, see {data['study']}/pareto")

@@ -15,6 +15,7 @@ from evomerge.errors import suggest
 Problem = tuple[_yaml.Key, str]
 """(path of the key, what is wrong there and what to do)."""
 
+
 def problems(config: Config) -> Iterator[Problem]:
     """Checks the blocks of a search file against one another and against the merge methods.
 

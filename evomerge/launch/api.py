@@ -95,7 +95,7 @@ def run(
     )
     with study.store, contextlib.closing(study.pool):
         study.run()
-        study.store.path.with_name("report.md").write_text(reports.markdown(study.store))
+        study.store.path.with_name("report.md").write_text(reports.study_markdown(study.store))
     return StudyView(study.store.path)
 
 

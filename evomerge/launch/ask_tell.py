@@ -15,7 +15,7 @@ from evomerge.launch.search_request import SearchRequest, load
 from evomerge.optimizers import OPTIMIZERS, Optimizer, OptimizerSettings
 from evomerge.recipes import Recipe
 from evomerge.spaces import SearchSpace
-from evomerge.store import Store, StudyFacts
+from evomerge.store import NewTrial, Store, StudyFacts
 
 if TYPE_CHECKING:
     from evomerge.search import Stage
@@ -301,14 +301,16 @@ def _add(store: Store, told: Candidate) -> None:
     error = None if told.score is not None else "told that it failed"
     metrics: Mapping[str, float] = {} if error else told.metrics or {}
     store.add_trial(
-        generation=told.generation,
-        slot=told.slot,
-        origin="sampled",
-        label=None,
-        genome=told.genome,
-        parents=(),
-        recipe=told.recipe,
-        items=_ITEMS,
-        evaluation=Evaluation(told.recipe.id, (), metrics, {}, error),
-        score=told.score,
+        NewTrial(
+            generation=told.generation,
+            slot=told.slot,
+            origin="sampled",
+            label=None,
+            genome=told.genome,
+            parents=(),
+            recipe=told.recipe,
+            items=_ITEMS,
+            evaluation=Evaluation(told.recipe.id, (), metrics, {}, error),
+            score=told.score,
+        )
     )

@@ -48,7 +48,7 @@ class StudyView:
     def summary(self) -> dict[str, Any]:
         """State, counts, the best, parents and hand recipes, as `evomerge status --json` prints them."""
         with Store.open(self.path) as store:
-            return reports.summary(store, check=False)
+            return reports.study_summary(store, check=False)
 
     def candidates(self) -> Any:
         """Every candidate in the order of ids: where it comes from, its scores, and a column for each task's
