@@ -193,6 +193,11 @@ class JobTimeLimit:
     """How long a job may take: by the running median of seconds per cost of the last 255 jobs."""
 
     def __init__(self, limits: Limits) -> None:
+        """Begins without any job, worker or failure.
+
+        Args:
+            limits: when to give up.
+        """
         self._limits = limits
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
@@ -227,6 +232,11 @@ class WorkerFailures:
     """Failures of workers in a row: how long one waits for its restart, and when the pool gives up."""
 
     def __init__(self, limits: Limits) -> None:
+        """Begins without any job, worker or failure.
+
+        Args:
+            limits: when to give up.
+        """
         self.any_started = False
         self._limits = limits
         self._by_worker: Counter[str] = Counter()
@@ -314,6 +324,11 @@ class DeviceQuarantine:
     """
 
     def __init__(self, limits: Limits) -> None:
+        """Begins without any job, worker or failure.
+
+        Args:
+            limits: when to give up.
+        """
         self.domains: set[str] = set()
         self._limits = limits
         self._failures: Counter[str] = Counter()  # in a row, by failure domain

@@ -76,6 +76,11 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
+        """Begins without jobs and workers.
+
+        Args:
+            limits: when to give up on a job, a worker, a device, the pool; None for the defaults.
+        """
         self.limits = limits or Limits()
         self.expected_workers = 1
         self.results: deque[tuple[Job, Evaluation]] = deque()

@@ -54,6 +54,11 @@ class WorkerTable:
     """
 
     def __init__(self, quarantine: DeviceQuarantine) -> None:
+        """An empty table.
+
+        Args:
+            quarantine: says which failure domains get no jobs.
+        """
         self.usage: dict[str, WorkerUsage] = {}
         self._quarantine = quarantine
         self._workers: dict[int, WorkerSlot] = {}

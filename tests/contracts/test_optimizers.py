@@ -1,4 +1,6 @@
-"""Laws that every optimizer of the registry obeys: deterministic, replayable, and exact about what it asks and learns."""
+"""Laws that every optimizer of the registry obeys: deterministic, replayable, and exact about what it asks
+and learns.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def hidden(x: Array) -> float:
-    """Right categories, less the distance of all genes from .5: a number for every genome, and few that are equal."""
+    """Right categories, less the distance of all genes from .5: a number for every genome, and few that are
+    equal.
+    """
     wanted = [(3 * i + 1) % k for i, k in enumerate(COUNTS)]
     right = float(np.sum(x[: len(COUNTS)] == wanted[: len(x)]))
     return right - float(np.sum(np.linspace(1, 2, len(x)) * (x - 0.5) ** 2))
@@ -125,7 +129,7 @@ def injected(case: Case) -> list[list[float]]:
     ]
 
 
-# ---- deterministic ---------------------------------------------------------------------------------------------------
+# ---- deterministic -----------------------------------------------------------------------------------------
 
 
 @every
@@ -203,7 +207,9 @@ print(json.dumps(replayed))
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_a_replay_in_a_fresh_process_is_exact(threads: str, tmp_path: Path) -> None:
-    """What resume rests on: the stored scores alone bring a new process to the same point, from an empty folder."""
+    """What resume rests on: the stored scores alone bring a new process to the same point, from an empty
+    folder.
+    """
     stored, asked = {}, {}
     for label, case in CASES.items():
         optimizer = case.make()
@@ -250,7 +256,7 @@ def test_a_replay_in_a_fresh_process_is_exact(threads: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
-# ---- asked genomes ---------------------------------------------------------------------------------------------------
+# ---- asked genomes -----------------------------------------------------------------------------------------
 
 
 @every
@@ -295,7 +301,7 @@ def test_the_caller_may_change_what_mean_and_ask_return(case: Case) -> None:
     assert np.array_equal(one.ask(), other.ask())
 
 
-# ---- told scores -----------------------------------------------------------------------------------------------------
+# ---- told scores -------------------------------------------------------------------------------------------
 
 
 @every
@@ -395,7 +401,7 @@ def test_two_generations_may_be_asked_ahead_and_are_told_in_their_order(case: Ca
     optimizer.tell(second, [hidden(g) for g in second])
 
 
-# ---- injected genomes ------------------------------------------------------------------------------------------------
+# ---- injected genomes --------------------------------------------------------------------------------------
 
 
 @every
@@ -426,7 +432,7 @@ def test_injection_is_part_of_the_replay(case: Case) -> None:
     assert not same(with_injection(), run(case.make(), 8))
 
 
-# ---- the registry ----------------------------------------------------------------------------------------------------
+# ---- the registry ------------------------------------------------------------------------------------------
 
 
 def test_an_entry_says_what_it_is_and_what_it_takes() -> None:
@@ -447,7 +453,7 @@ def test_a_genome_that_an_optimizer_does_not_take_is_refused() -> None:
         if not entry.takes_numbers:
             with pytest.raises(ValueError, match="needs categorical genes"):
                 entry.make([0.0, 0.0], OptimizerSettings(sigma=1.0))
-            with pytest.raises(ValueError, match="needs categorical genes; .* use cma or random"):
+            with pytest.raises(ValueError, match=r"needs categorical genes; .* use cma or random"):
                 optimizer_for(entry.name, categorical=False)
         assert optimizer_for(entry.name, categorical=True).takes_categories
     assert optimizer_for("cma", categorical=True) is OPTIMIZERS["cat_cma"], "by its name in old search files"

@@ -1,4 +1,6 @@
-"""Workers without a model for the tests of the Ray pool: what a recipe does to its worker is coded in its seed."""
+"""Workers without a model for the tests of the Ray pool: what a recipe does to its worker is coded in its
+seed.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ SPACE = weight_space()
 
 
 class Toy:
-    """A worker without a model. deadly: recipes that kill the process; flaky: one that kills it once, marked by a file."""
+    """A worker without a model. deadly: recipes that kill the process; flaky: one that kills it once, marked
+    by a file.
+    """
 
     def __init__(self, folder: Path, deadly: tuple[str, ...] = (), flaky: str = "") -> None:
         self.folder, self.deadly, self.flaky, self._toy = folder, deadly, flaky, ToyPool()
@@ -64,9 +66,14 @@ def study(folder: Path, pool: Pool) -> dict[str, list[dict[str, Any]]]:
         role: {"first": tuple(f"{role}{i}" for i in range(30))} for role in ("search", "validation", "test")
     }
     plan = Plan(
-        stages=one_stage(SPACE, lambda start: CmaEs(start, 0.2, population=6, seed=1), 18), baselines=[], objective=Objective((Term("first"),)),
-        items=ids, per_generation=10, finalists=3, seed=1,
-    )  # fmt: skip
+        stages=one_stage(SPACE, lambda start: CmaEs(start, 0.2, population=6, seed=1), 18),
+        baselines=[],
+        objective=Objective((Term("first"),)),
+        items=ids,
+        per_generation=10,
+        finalists=3,
+        seed=1,
+    )
     from evomerge.spaces import baselines
 
     plan = Plan(**{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"baselines": baselines(SPACE)})

@@ -1,4 +1,7 @@
-"""The scheduler: each job answered once whatever happens to workers, and nobody blamed without evidence. No Ray, no clock."""
+"""The scheduler: each job answered once whatever happens to workers, and nobody blamed without evidence.
+
+No Ray, no clock.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ class Night:
         return found
 
 
-# ---- the law: each job is answered once ------------------------------------------------------------------------------
+# ---- the law: each job is answered once --------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -177,7 +180,7 @@ def test_jobs_of_several_searches_are_in_one_queue() -> None:
         night.scheduler.submit([job(11)])
 
 
-# ---- the fault table -------------------------------------------------------------------------------------------------
+# ---- the fault table ---------------------------------------------------------------------------------------
 
 
 def test_a_job_whose_worker_died_is_done_on_another_device() -> None:
@@ -285,11 +288,16 @@ def test_an_error_of_one_device_is_not_the_candidates() -> None:
 @pytest.mark.parametrize(
     ("error", "machine"),
     [
-        (CUDA, True), ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True), ("RuntimeError: cuDNN error: X", True),
-        ("the model's logits are NaN", False), ("task 'x' gave the metric nan", False), ("RuntimeError: shapes differ", False),
-        ("KeyError: 'answer'", False), ("MemoryError: ", True),
+        (CUDA, True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("RuntimeError: cuDNN error: X", True),
+        ("the model's logits are NaN", False),
+        ("task 'x' gave the metric nan", False),
+        ("RuntimeError: shapes differ", False),
+        ("KeyError: 'answer'", False),
+        ("MemoryError: ", True),
     ],
-)  # fmt: skip
+)
 def test_which_errors_are_tried_elsewhere(error: str, machine: bool) -> None:
     assert is_machine_error(error) == machine
 
@@ -334,7 +342,7 @@ def test_what_can_still_come_late_is_forgotten_when_it_cannot() -> None:
     assert [a.cause for a in night.attempts()] == ["hung"]
 
 
-# ---- workers and devices ---------------------------------------------------------------------------------------------
+# ---- workers and devices -----------------------------------------------------------------------------------
 
 
 def test_a_worker_whose_memory_grew_is_replaced() -> None:

@@ -1,4 +1,4 @@
-"""Poison: whatever a candidate breaks is a sentence in its evaluation, and the next candidate never notices."""
+"""Whatever a candidate breaks is an error in its evaluation, and the next candidate never notices."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ ITEMS: Items = {"first": ("1", "2", "3"), "second": ("4",)}
 
 
 class Logits:
-    """An evaluator: an item is a prompt of one token, its value a number of the last logits. `before` may spoil it."""
+    """An evaluator: an item is a prompt of one token, its value a number of the last logits.
+
+    `before` may spoil it.
+    """
 
     def __init__(self, before: Callable[[], object] = lambda: None) -> None:
         self.before = before
@@ -111,7 +114,7 @@ def method() -> Iterator[Callable[[Callable[..., torch.Tensor]], str]]:
         del METHODS[name]
 
 
-# ---- what a worker is ------------------------------------------------------------------------------------------------
+# ---- what a worker is --------------------------------------------------------------------------------------
 
 
 def test_the_scored_weights_are_the_merged_ones(parents: dict[str, Checkpoint]) -> None:
@@ -149,7 +152,7 @@ def test_the_parents_stay_as_they_are(parents: dict[str, Checkpoint]) -> None:
     assert all(torch.equal(parents[m].tensor(n), t) for (m, n), t in kept.items())
 
 
-# ---- poison ----------------------------------------------------------------------------------------------------------
+# ---- poison ------------------------------------------------------------------------------------------------
 
 
 def nan_at_the_end(
@@ -252,11 +255,23 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
 
 
 POISON = (
-    "a kernel that gives NaN", "a kernel that raises", "a kernel that spoils its inputs", "a kernel of the wrong shape", "weights that overflow",
-    "weights that cancel", "activations that overflow", "an unknown method", "an unknown parameter", "a parameter out of range",
-    "a filter out of range", "too many models", "an unknown model", "a layer that is not there", "scales of a layer that is not there",
+    "a kernel that gives NaN",
+    "a kernel that raises",
+    "a kernel that spoils its inputs",
+    "a kernel of the wrong shape",
+    "weights that overflow",
+    "weights that cancel",
+    "activations that overflow",
+    "an unknown method",
+    "an unknown parameter",
+    "a parameter out of range",
+    "a filter out of range",
+    "too many models",
+    "an unknown model",
+    "a layer that is not there",
+    "scales of a layer that is not there",
     "an unknown dtype",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", POISON)
@@ -375,7 +390,7 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_tokenizer(Checkpoint(llama(tmp_path / "plain", 0)))
 
 
-# ---- with lm-eval, in a real study -----------------------------------------------------------------------------------
+# ---- with lm-eval, in a real study -------------------------------------------------------------------------
 
 
 def test_text_of_nan_logits_is_not_a_wrong_answer() -> None:
@@ -484,7 +499,9 @@ def test_an_adapter_that_is_written_to_under_the_search_is_an_error_too(
 def test_a_parent_that_is_written_to_under_the_search_is_an_error_and_no_candidates(
     parents: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
-    """A file that somebody changes while it is mapped would be another model, and one that is cut off ends the process."""
+    """A file that somebody changes while it is mapped would be another model, and one that is cut off ends
+    the process.
+    """
     copies = {
         name: Checkpoint(Path(shutil.copytree(parent.path, tmp_path / name)))
         for name, parent in parents.items()

@@ -1,4 +1,7 @@
-"""The rows of the fault table that are a worker's, injected into a real Ray on this machine. Nodes: see test_ray_nodes.py."""
+"""The rows of the fault table that are a worker's, injected into a real Ray on this machine.
+
+Nodes: see test_ray_nodes.py.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,9 @@ def pool(shared: tuple[RayPool, Path]) -> Iterator[RayPool]:
 
 
 def run(pool: RayPool, *codes: int) -> tuple[dict[int, Evaluation], list[Attempt]]:
-    """Results by slot, each once, and the attempts; checks that candidates that do no harm have what they should."""
+    """Results by slot, each once, and the attempts; checks that candidates that do no harm have what they
+    should.
+    """
     work = jobs(*codes)
     pool.submit(work)
     found = every(pool, 120)

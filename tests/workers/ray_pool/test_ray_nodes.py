@@ -31,7 +31,9 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, RayPool, Path]]:
-    """A head without room for workers, two nodes with room for one each, and a pool that takes as many as fit."""
+    """A head without room for workers, two nodes with room for one each, and a pool that takes as many as
+    fit.
+    """
     folder = tmp_path_factory.mktemp("marks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")

@@ -1,4 +1,6 @@
-"""The pool over a real Ray on this machine: the protocol, what it refuses, what it shows, and that nothing outlives it."""
+"""The pool over a real Ray on this machine: the protocol, what it refuses, what it shows, and that nothing
+outlives it.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,8 @@ def test_it_says_where_workers_are(shared: tuple[RayPool, Path]) -> None:
     [
         (
             {"workers": 4000},
-            r"has room for \d+ workers of 1 CPUs and 0 GPUs each, 4000 requested; it has .*: \d+ CPUs, 0 GPUs",
+            r"has room for \d+ workers of 1 CPUs and 0 GPUs each, 4000 requested; "
+            r"it has .*: \d+ CPUs, 0 GPUs",
         ),
         ({"gpus": 1.0}, r"has room for 0 workers of 1 CPUs and 1 GPUs each, at least 1 requested"),
         ({"gpus": 0.25}, r"has room for 0 workers"),
@@ -243,7 +246,7 @@ def test_closing_ends_the_workers_and_leaves_the_cluster_to_its_owner(here: Path
     assert ray.is_initialized()
 
 
-# ---- a worker with a model -------------------------------------------------------------------------------------------
+# ---- a worker with a model ---------------------------------------------------------------------------------
 
 
 def real(folder: Path) -> Worker:
@@ -273,7 +276,7 @@ def test_a_model_is_scored_as_in_this_process(here: Path, tmp_path: Path) -> Non
     assert [e.error is None for _, e in sorted(found.items())] == [True] * 4 + [False]
 
 
-# ---- a driver of its own ---------------------------------------------------------------------------------------------
+# ---- a driver of its own -----------------------------------------------------------------------------------
 
 DRIVER = """
 import functools, json, os, pathlib, signal, sys
@@ -287,7 +290,8 @@ folder = pathlib.Path(sys.argv[1])
 pool = RayPool(functools.partial(Coded, folder / "marks"), address="local", workers=1)
 pool.submit(jobs(FINE))
 while pool.out: pool.result(1.0)
-facts = {"own": all(signal.getsignal(n) is mine for n in numbers), "said": pool.describe(), "at": ray.get_runtime_context().gcs_address}
+own = all(signal.getsignal(n) is mine for n in numbers)
+facts = {"own": own, "said": pool.describe(), "at": ray.get_runtime_context().gcs_address}
 (folder / "draft").write_text(json.dumps(facts))
 (folder / "draft").rename(folder / "facts")
 pool.submit(jobs(WAITS))
@@ -385,7 +389,10 @@ def command(pid: int) -> bytes:
 
 
 def test_the_engine_is_imported_without_ray() -> None:
-    code = "import sys; sys.modules['ray'] = None; import evomerge.launch.prepare, evomerge.search.study, evomerge.workers.scheduler, evomerge.cli; print('ok')"
+    code = (
+        "import sys; sys.modules['ray'] = None; import evomerge.launch.prepare, evomerge.search.study; "
+        "import evomerge.workers.scheduler, evomerge.cli; print('ok')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPO,

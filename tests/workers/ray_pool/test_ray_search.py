@@ -1,4 +1,6 @@
-"""Whole searches on a real Ray: the rows of one process, whatever dies on the way; a preempted one is gone on with elsewhere."""
+"""Whole searches on a real Ray: the rows of one process, whatever dies on the way; a preempted one is gone on
+with elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ from tests.support.toy import (
 
 
 class Dying:
-    """Scores as the toy does; of the attempts at a recipe and its items each kills the process with a chance of `rate`."""
+    """Scores as the toy does; of the attempts at a recipe and its items each kills the process with a chance
+    of `rate`.
+    """
 
     def __init__(self, folder: Path, rate: float) -> None:
         self.folder, self.rate = folder, rate
@@ -83,7 +87,8 @@ from tests.support.coded_workers import FINE, KILLS, Coded, jobs
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.ray_pool import RayPool
 
-with RayPool(functools.partial(Coded, Path(sys.argv[1])), address="local", workers=2, limits=Limits(backoff=0.01)) as pool:
+make = functools.partial(Coded, Path(sys.argv[1]))
+with RayPool(make, address="local", workers=2, limits=Limits(backoff=0.01)) as pool:
     pool.submit(jobs(KILLS, FINE, FINE))
     while pool.out:
         pool.result(1.0)
@@ -93,7 +98,9 @@ with RayPool(functools.partial(Coded, Path(sys.argv[1])), address="local", worke
 
 @pytest.mark.cluster
 def test_what_ray_says_of_a_dead_worker_is_not_printed_among_the_results(tmp_path: Path) -> None:
-    """Ray printed '(raylet) A worker died or was killed' on stdout; the pool says it on stderr, with the cause."""
+    """Ray printed '(raylet) A worker died or was killed' on stdout; the pool says it on stderr, with the
+    cause.
+    """
     done = subprocess.run(
         [sys.executable, "-c", LOSES, str(tmp_path)],
         cwd=tmp_path,
