@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from evomerge.config.stage_kinds import STAGES
+from evomerge.evaluation.lm_harness.backends import BACKENDS, DEFAULT_BACKEND
 from evomerge.optimizers import OPTIMIZERS, optimizer_for
 
 _DEFAULT_ITEMS = 100
@@ -52,6 +53,12 @@ def _optimizer_name(value: str) -> str:
     return value
 
 
+def _backend_name(value: str) -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"should be one of {', '.join(BACKENDS)}")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 """A whole number."""
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
@@ -64,6 +71,8 @@ OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
 """A key of `evomerge.optimizers.OPTIMIZERS`."""
 StageName = Annotated[str, AfterValidator(_stage_name)]
 """A name of `evomerge.config.stage_kinds.STAGES`."""
+BackendName = Annotated[str, AfterValidator(_backend_name)]
+"""A key of `evomerge.evaluation.lm_harness.backends.BACKENDS`."""
 Measure = Literal["metric", "probability", "logprob"]
 """What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of the right answer."""
 _METRIC_ALONE: dict[Measure, float] = {"metric": 1.0}
@@ -191,7 +200,7 @@ class EvaluationConfig(Strict):
     search: Whole | None = Field(default=None, ge=1)
     """Most items of each task that generations take theirs from; all unless given."""
     splits: Literal["declared", "hash", "hash-train"] = "hash"
-    """Which items have which role: the task's own splits, or by hash, see `evomerge.evaluation.lm_harness.TaskSpec`."""
+    """Which items have which role: the task's own splits, or by hash, see `lm_harness.task_loading.TaskSpec`."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """What happens to an item in two declared splits: an error, or it is kept in the later role only."""
     allow_benchmark_test: bool = False
@@ -202,8 +211,8 @@ class EvaluationConfig(Strict):
     """What happens to items that share overlap_ngram words in a row with the training texts."""
     overlap_ngram: Whole = Field(default=13, ge=1)
     """Number of words in a row that are an overlap."""
-    backend: Literal["resident", "lm-eval"] = "resident"
-    """'resident' compiles requests for the model in memory; 'lm-eval' hands all of them to lm-eval's own HFLM."""
+    backend: BackendName = DEFAULT_BACKEND
+    """What answers tasks: 'resident' compiles requests for the model in memory; 'lm-eval' is lm-eval's own HFLM."""
     batch_size: Whole = Field(default=64, ge=1)
     """Batch size of what goes through lm-eval's HFLM."""
     include: tuple[str, ...] = ()

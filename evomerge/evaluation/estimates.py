@@ -1,8 +1,10 @@
-"""Estimates with errors from per-item scores: weighted means over tasks, paired differences, control variates.
+"""Estimates with errors from per-item scores: weighted means over tasks, paired differences, control
+variates.
 
-Items of a task are a random sample of that task, and tasks are strata: var = sum_t w_t² s_t² / n_t, with the degrees of
-freedom of Welch and Satterthwaite. Where all values of a task agree, s_t is 0 although the task's error is not: with few
-items and scores near 0 or 1 the errors are too small. Knows nothing of models, studies or stores.
+Items of a task are a random sample of that task, and tasks are strata: var = sum_t w_t² s_t² / n_t, with the
+degrees of freedom of Welch and Satterthwaite. Where all values of a task agree, s_t is 0 although the task's
+error is not: with few items and scores near 0 or 1 the errors are too small. Knows nothing of models, studies
+or stores.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from evomerge.evaluation.records import Items, ItemScore
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its standard error. n: items it rests on; freedom: degrees of freedom, None for n - 1.
+    """A mean with its standard error.
 
-    error is infinite where too few items leave it unknown (fewer than two in a task); mean is NaN where there are none.
+    Attributes:
+        mean: The mean; NaN where there are no items.
+        error: Its standard error; infinite where too few items leave it unknown (fewer than two in a task).
+        n: Number of items that it rests on.
+        freedom: Degrees of freedom; None for n - 1.
     """
 
     mean: float
@@ -29,7 +35,17 @@ class Estimate:
     freedom: float | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """(low, high) that covers the truth with probability `level` in (0, 1), by Student's t."""
+        """Computes a confidence interval by Student's t.
+
+        Args:
+            level: Probability, in (0, 1), with which the interval covers the true mean.
+
+        Returns:
+            (low, high); infinite where the error is unknown.
+
+        Raises:
+            ValueError: `level` is not in (0, 1).
+        """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must be in (0, 1), got {level}")
         if not math.isfinite(self.error):
@@ -38,7 +54,14 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def p_value(self, null: float = 0.0) -> float:
-        """Two-sided p-value in [0, 1] of the hypothesis that the truth is `null`."""
+        """Computes the two-sided p-value of a hypothesis.
+
+        Args:
+            null: The true mean under the hypothesis.
+
+        Returns:
+            A number in [0, 1]; 1 where the error is unknown.
+        """
         if not math.isfinite(self.error):
             return 1.0
         if self.error == 0.0:
@@ -51,20 +74,41 @@ class Estimate:
 
 
 def t_cdf(t: float, freedom: float) -> float:
-    """P(T <= t) of Student's t; freedom: degrees of freedom > 0, not necessarily whole."""
+    """Computes the distribution function of Student's t.
+
+    Args:
+        t: Where to evaluate it.
+        freedom: Degrees of freedom, above 0, not necessarily whole.
+
+    Returns:
+        P(T <= t).
+    """
     return float(stdtr(freedom, t))
 
 
 def t_quantile(p: float, freedom: float) -> float:
-    """The t with P(T <= t) = p, p in (0, 1)."""
+    """Computes a quantile of Student's t.
+
+    Args:
+        p: Probability, in (0, 1).
+        freedom: Degrees of freedom, above 0, not necessarily whole.
+
+    Returns:
+        The t with P(T <= t) = p.
+    """
     return float(stdtrit(freedom, p))
 
 
 def stratified(items: Sequence[ItemScore], weights: Mapping[str, float]) -> Estimate:
-    """Weighted mean over tasks of the mean over a task's items.
+    """Estimates the weighted mean over tasks of the mean over a task's items.
 
-    weights: task -> weight, below 0 where lower is better; the sum of their sizes is scaled to 1, so only their ratios
-    count. Items of other tasks are left out.
+    Args:
+        items: Scores of items; those of other tasks are left out.
+        weights: Task -> weight, below 0 where lower is better. The sum of their sizes is scaled to 1, so that
+            only their ratios count; at least one must not be 0.
+
+    Returns:
+        The estimate, with tasks as strata.
     """
     by_task: dict[str, list[float]] = {task: [] for task in weights}
     for score in items:
@@ -74,23 +118,53 @@ def stratified(items: Sequence[ItemScore], weights: Mapping[str, float]) -> Esti
 
 
 def paired(a: Sequence[ItemScore], b: Sequence[ItemScore], weights: Mapping[str, float]) -> Estimate:
-    """Weighted mean over tasks of a - b, item by item, over the items that both have. weights: as in `stratified`."""
-    other = {(s.task, s.item): s.value for s in b}
-    common = [
-        ItemScore(s.task, s.item, s.value - other[s.task, s.item]) for s in a if (s.task, s.item) in other
+    """Estimates the weighted mean over tasks of a - b, item by item.
+
+    Args:
+        a: Scores of one candidate.
+        b: Scores of another; items that only one of the two has are left out.
+        weights: As in `stratified`.
+
+    Returns:
+        The estimate of the difference.
+    """
+    other = {(score.task, score.item): score.value for score in b}
+    differences = [
+        ItemScore(score.task, score.item, score.value - other[score.task, score.item])
+        for score in a
+        if (score.task, score.item) in other
     ]
-    return stratified(common, weights)
+    return stratified(differences, weights)
 
 
 def selection_bias(search: Estimate, test: Estimate) -> Estimate:
-    """search - test, of estimates on different items: what the search score owes to having been selected."""
+    """Estimates the selection bias: what a search score owes to the candidate having been selected by it.
+
+    Args:
+        search: Estimate on items of the search.
+        test: Estimate of the same candidate on other items.
+
+    Returns:
+        search - test.
+    """
     return _sum([(1.0, search), (-1.0, test)])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values, in the order given: comparing each with α keeps the chance of any false rejection at most α.
+    """Adjusts p-values for multiple tests.
 
-    Holm 1979, "A simple sequentially rejective multiple test procedure".
+    Args:
+        p_values: Each in [0, 1].
+
+    Returns:
+        Adjusted p-values in the same order: comparing each with α keeps the probability of any false
+        rejection at most α.
+
+    Raises:
+        ValueError: A p-value is not in [0, 1].
+
+    References:
+        Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
     if any(not 0.0 <= p <= 1.0 for p in p_values):
         raise ValueError(f"p-values must be in [0, 1], got {list(p_values)}")
@@ -104,60 +178,84 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class ItemMeans:
     """How easy every item is, from all candidates that were scored on it.
 
-    means: (task, item) -> mean value. ease: (task, item) -> mean of the value less that candidate's own mean over the
-    task. The second is what `control_variate` needs: candidates of later generations are better and see other items, and
-    a mean of plain values would take their skill for the ease of their items.
+    An item's easiness is the mean of its value less each candidate's own mean over the task.
+    `control_variate` needs it rather than the plain mean value: candidates of later generations are better
+    and see other items, and means of plain values would take their skill for the easiness of their items.
+
+        means = ItemMeans()
+        for evaluation in evaluations:
+            means.add(evaluation.items)
+        control_variate(candidate.items, means, pool, weights)
     """
 
     def __init__(self) -> None:
         self._count: dict[tuple[str, str], int] = {}
         self._value: dict[tuple[str, str], float] = {}
-        self._ease: dict[tuple[str, str], float] = {}
+        self._easiness: dict[tuple[str, str], float] = {}
 
     def add(self, items: Sequence[ItemScore]) -> None:
-        """Takes in the items that one candidate was scored on."""
-        sums: dict[str, list[float]] = {}
-        for s in items:
-            sums.setdefault(s.task, []).append(s.value)
-        own = {task: math.fsum(values) / len(values) for task, values in sums.items()}
-        for s in items:
-            key = (s.task, s.item)
+        """Adds a candidate's scores.
+
+        Args:
+            items: Scores of all items that one candidate was scored on.
+        """
+        by_task: dict[str, list[float]] = {}
+        for score in items:
+            by_task.setdefault(score.task, []).append(score.value)
+        task_means = {task: math.fsum(values) / len(values) for task, values in by_task.items()}
+        for score in items:
+            key = (score.task, score.item)
             self._count[key] = self._count.get(key, 0) + 1
-            self._value[key] = self._value.get(key, 0.0) + s.value
-            self._ease[key] = self._ease.get(key, 0.0) + s.value - own[s.task]
+            self._value[key] = self._value.get(key, 0.0) + score.value
+            self._easiness[key] = self._easiness.get(key, 0.0) + score.value - task_means[score.task]
 
     @property
     def means(self) -> dict[tuple[str, str], float]:
-        """Mean value of every item that was scored."""
+        """(task, item) -> mean value, of every item that was scored."""
         return {key: total / self._count[key] for key, total in self._value.items()}
 
     @property
     def easiness(self) -> dict[tuple[str, str], float]:
-        """Mean of the value less the candidate's own mean, of every item that was scored; about 0 on average."""
-        return {key: total / self._count[key] for key, total in self._ease.items()}
+        """(task, item) -> mean of the value less the candidate's own mean, of every scored item; about 0 on
+        average.
+        """
+        return {key: total / self._count[key] for key, total in self._easiness.items()}
 
 
 def control_variate(
     items: Sequence[ItemScore], means: ItemMeans, pool: Items, weights: Mapping[str, float]
 ) -> Estimate:
-    """What a candidate would score on the whole pool: its mean, corrected by how easy its items are in the pool.
+    """Estimates what a candidate would score on a whole pool of items: its mean, corrected by how easy its
+    items are.
 
-    By task: mean_pool(ease) + mean_S(y - ease), S the items it was scored on, 0 the ease of an item that no candidate met;
-    the error is that of a sample of |S| from the |pool| items without replacement, 0 where it was scored on all. Candidates
-    scored on different items become comparable, whatever the ease is good for: it is averaged, not fitted.
+    By task: mean_pool(easiness) + mean_S(y - easiness), S the items that it was scored on, 0 the easiness of
+    an item that no candidate met. The error is that of a sample of |S| from the |pool| items without
+    replacement, 0 where it was scored on all. Candidates scored on different items become comparable whatever
+    the easiness is good for: it is averaged, not fitted.
+
+    Args:
+        items: The candidate's scores.
+        means: Easiness of items, from all candidates.
+        pool: Task -> ids of all items of the pool; at least one each.
+        weights: As in `stratified`.
+
+    Returns:
+        The estimate.
     """
     easiness = means.easiness
     parts = []
-    for task, w in weights.items():
+    for task, weight in weights.items():
         ids = set(pool[task])
-        rest = [
-            s.value - easiness.get((task, s.item), 0.0) for s in items if s.task == task and s.item in ids
+        residuals = [
+            score.value - easiness.get((task, score.item), 0.0)
+            for score in items
+            if score.task == task and score.item in ids
         ]
-        found = _moments(rest)
+        residual = _moments(residuals)
         shift = math.fsum(easiness.get((task, item), 0.0) for item in pool[task]) / len(pool[task])
-        left = 1.0 - len(rest) / len(ids)  # finite population
-        error = found.error * math.sqrt(left) if left > 0 else 0.0
-        parts.append((w, Estimate(found.mean + shift, error, found.n)))
+        unseen = 1.0 - len(residuals) / len(ids)  # correction for a finite population
+        error = residual.error * math.sqrt(unseen) if unseen > 0 else 0.0
+        parts.append((weight, Estimate(residual.mean + shift, error, residual.n)))
     return _combine(parts)
 
 
@@ -179,7 +277,10 @@ def _combine(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
 
 
 def _sum(parts: Iterable[tuple[float, Estimate]]) -> Estimate:
-    """Weighted sum of independent estimates; Satterthwaite 1946: ν = (Σ v)² / Σ v² / ν_i with v = w² error²."""
+    """Weighted sum of independent estimates.
+
+    Degrees of freedom by Satterthwaite 1946: ν = (Σ v)² / Σ (v² / ν_i) with v = w² error².
+    """
     parts = list(parts)
     mean, n = math.fsum(w * e.mean for w, e in parts), sum(e.n for _, e in parts)
     variances = [(w * e.error) ** 2 for w, e in parts]

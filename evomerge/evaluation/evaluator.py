@@ -1,37 +1,56 @@
-"""The protocols of what scores a live model."""
+"""Protocols of what scores a live model."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from evomerge.evaluation.records import Items, ItemScore, Role
+
 if TYPE_CHECKING:
     from torch import nn
-from evomerge.evaluation.records import Items, ItemScore, Role
 
 
 class Evaluator(Protocol):
-    """Scores a live model on items. Raises any exception where that is impossible; the worker makes it a value.
+    """Scores a live model on items.
 
-    A served backend (vLLM in a process of its own) fits behind the same two methods. Its `score` is called with the
-    resident model freshly merged: it pushes that model's tensors, layer by layer and by their names on disk, into the
-    serving process (shared memory or NCCL; nothing is reloaded from a folder), resets the server's prefix caches, whose
-    keys hold no weights, sends token ids and takes back log-probabilities and generated ids. The server keeps its own
-    numeric types and kernels, so that its scores are another evaluator's: a study keeps to one, and says which.
+    An evaluator raises any exception where scoring is impossible; the worker turns it into an `Evaluation`
+    with an error.
     """
 
     def items(self, role: Role) -> Items:
-        """All items of a role, in a fixed order; roles share none."""
+        """Lists all items of a role.
+
+        Args:
+            role: 'search', 'validation' or 'test'.
+
+        Returns:
+            Task -> item ids, always in the same order. Roles share no items.
+        """
         ...
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Per-item values and the metric of each task."""
+        """Scores a model.
+
+        Args:
+            model: Live model, whose weights change from candidate to candidate.
+            items: Task -> ids of the items to score.
+
+        Returns:
+            Per-item scores, and metrics by task (with soft metrics, see `Evaluation.metrics`).
+        """
         ...
 
 
 @runtime_checkable
 class Preparing(Protocol):
-    """An evaluator that makes ready, once for a module, what scoring items needs: plans, and which techniques it trusts."""
+    """An evaluator that can prepare a model once: build plans and verify optimizations."""
 
     def prepare(self, model: nn.Module, items: Items) -> None:
-        """The module may have other weights, and layers of the same kinds in another order, when it is scored."""
+        """Prepares a model for scoring items.
+
+        Args:
+            model: Live model. When it is scored it may have other weights, and layers of the same kinds in
+                another order.
+            items: Task -> ids of the items that will be scored.
+        """
         ...

@@ -1,7 +1,9 @@
-"""A user's Python function as a task: `(model, tokenizer) -> {item: score}`. It runs in this process with the user's rights.
+"""A user's Python function as a task: `(model, tokenizer) -> {item: score}`. It runs in this process with the
+user's rights.
 
-Its items are learnt from one call on the base at the start and dealt to the roles by a hash of their ids. A function
-with a third argument is given the ids to score, None for all. It must not change the model. Knows nothing of lm-eval.
+Its items are learnt from one call on the base model at the start and assigned to roles by a hash of their
+ids. A function with a third argument is given the ids to score, None for all. It must not change the model.
+Knows nothing of lm-eval.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from evomerge.evaluation.records import ROLES, Items, ItemScore, Role, role_of_h
 
 @dataclass(frozen=True, slots=True)
 class PythonSpec:
-    """A function to score by. function: 'module:function', the module installed or in the working directory."""
+    """A function to score by.
+
+    Attributes:
+        name: Name of the task.
+        function: 'module:function'; the module is installed or lies in the working directory.
+        higher_is_better: Direction of its scores.
+    """
 
     name: str
     function: str
@@ -35,18 +43,24 @@ class PythonSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Function:
-    """sha256: of its module's source. known: every item it scored for the base. items: those of each role."""
+    """sha256: of its module's source. known_items: every item it scored for the base. items: those of each
+    role.
+    """
 
     spec: PythonSpec
     call: Callable[..., Any]
     takes_items: bool
     sha256: str
-    known: frozenset[str]
+    known_items: frozenset[str]
     items: Mapping[Role, tuple[str, ...]]
 
 
 class PythonTasks:
-    """Scores models by Python functions. Satisfies `evomerge.evaluation.task_set.TaskSet`."""
+    """Scores models by Python functions. Satisfies `evomerge.evaluation.task_set.TaskSet`.
+
+    tasks = PythonTasks([PythonSpec("size", "my_scores:size")], tokenizer, base)
+    tasks.score(model, tasks.items("search"))
+    """
 
     def __init__(
         self,
@@ -56,73 +70,79 @@ class PythonTasks:
         *,
         limits: Mapping[Role, int] | None = None,
     ) -> None:
-        """Imports the functions and calls each once on the base. limits: role -> most items of each, chosen by their hash.
+        """Imports the functions and calls each once on the base.
 
-        Raises TaskError for a function that cannot be had, raises, gives no scores by item, or too few items for three roles.
+        Args:
+            specs: The functions.
+            tokenizer: What each function gets as its second argument.
+            base: Live base model, on which the items are learnt.
+            limits: Role -> most items of each task, chosen by their hash; None for all.
+
+        Raises:
+            TaskError: A function cannot be imported, raises, gives no scores by item, or too few items for
+                three roles.
         """
         self.tokenizer = tokenizer
         self._functions = {spec.name: _learn(spec, base, tokenizer, limits or {}) for spec in specs}
 
     def items(self, role: Role) -> Items:
-        """Task name -> item ids of a role, sorted."""
+        """See `Evaluator.items`. Ids are sorted."""
         return {name: function.items[role] for name, function in self._functions.items()}
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Per-item scores and their mean for each task. Raises CandidateError for items that are missing, unknown, or no finite number."""
+        """Calls the functions; a task's metric is the mean of its scores.
+
+        Args:
+            model: Live model.
+            items: Task -> ids of the items to score.
+
+        Returns:
+            Per-item scores, and metrics by task.
+
+        Raises:
+            CandidateError: A function gives no score for an item, scores another item, or gives no finite
+                number.
+        """
         scores: list[ItemScore] = []
         metrics: dict[str, float] = {}
         for name, ids in items.items():
             if not ids:
                 continue
             function = self._functions[name]
-            found = _call(function.call, function.takes_items, model, self.tokenizer, tuple(ids))
-            if not isinstance(found, Mapping):
-                raise CandidateError(
-                    f"python task '{name}' gave {type(found).__name__}; it must give a mapping of items to scores"
-                )
-            if strange := [i for i in found if i not in (ids if function.takes_items else function.known)]:
-                raise CandidateError(
-                    f"python task '{name}' scored {len(strange)} items that it was not asked for, the first {strange[0]!r}"
-                )
-            if missing := [i for i in ids if i not in found]:
-                raise CandidateError(
-                    f"python task '{name}' gave no score for {len(missing)} of {len(ids)} items, the first '{missing[0]}'"
-                )
-            values = [_number(found[item]) for item in ids]
-            if poor := [i for i, value in zip(ids, values, strict=True) if not math.isfinite(value)]:
-                raise CandidateError(
-                    f"python task '{name}' gave {found[poor[0]]!r} for item '{poor[0]}'; a score is a finite number"
-                )
+            result = _call(function.call, function.takes_items, model, self.tokenizer, tuple(ids))
+            values = _checked_values(function, result, ids)
             scores += [ItemScore(name, item, value) for item, value in zip(ids, values, strict=True)]
             metrics[name] = math.fsum(values) / len(values)
         return tuple(scores), metrics
 
     def sign(self, task: str) -> int:
-        """+1 if higher scores are better, else -1."""
+        """See `TaskSet.sign`."""
         return 1 if self._functions[task].spec.higher_is_better else -1
 
     def metric(self, task: str) -> str:
-        """What the task's number is: the mean of the function's scores."""
+        """See `TaskSet.metric`: the mean of the function's scores."""
         return f"mean of {self._functions[task].spec.function}"
 
     def soft_metrics(self, task: str) -> tuple[str, ...]:
-        """None: a function gives one score."""
+        """See `TaskSet.soft_metrics`. None: a function gives one score."""
         return ()
 
     def is_mean(self, task: str) -> bool:
-        """True: the metric is the mean of the items' scores."""
+        """See `TaskSet.is_mean`. Always true."""
         return True
 
     def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
-        """The task itself, with the whole share."""
+        """See `TaskSet.subtasks`: the task itself."""
         return ((task, 1.0),)
 
     def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
-        """None."""
+        """See `TaskSet.warnings`. None."""
         return ()
 
     def fingerprint(self) -> dict[str, str]:
-        """Task name -> SHA-256 of the module's source, the function's name and every item of every role: what resume compares."""
+        """Task -> SHA-256 of the module's source, the function's name and every item of every role: what
+        resume compares.
+        """
         return {
             name: hashlib.sha256(
                 repr((f.spec, f.sha256, [f.items[role] for role in ROLES])).encode()
@@ -131,57 +151,95 @@ class PythonTasks:
         }
 
     def backends(self, model: nn.Module) -> dict[str, str]:
-        """Task name -> the function that answers it, and the SHA-256 of its module's source file."""
+        """See `TaskSet.backends`: the function, and the SHA-256 of its module's source file."""
         return {
             name: f"python: {function.spec.function}, sha256 {function.sha256}"
             for name, function in self._functions.items()
         }
 
     def optimizations(self, model: nn.Module, items: Items) -> dict[str, Any]:
-        """None: a function asks the model as it likes."""
+        """See `TaskSet.optimizations`. None: a function calls the model in its own way."""
         return {}
 
     def samples(self, model: nn.Module, items: Items) -> list[Any]:
-        """None: a function shows no prompts."""
+        """See `TaskSet.samples`. None: a function shows no prompts."""
         return []
 
     def examples(self, count: int) -> list[tuple[str, str]]:
-        """None: a function shows no prompts."""
+        """See `TaskSet.examples`. None: a function shows no prompts."""
         return []
 
 
+def _checked_values(function: _Function, result: Any, ids: Sequence[str]) -> list[float]:
+    """The scores of the items. Raises CandidateError for items that are missing or unknown, or no finite
+    number.
+    """
+    name = function.spec.name
+    if not isinstance(result, Mapping):
+        raise CandidateError(
+            f"python task '{name}' gave {type(result).__name__}; it must give a mapping of items to scores"
+        )
+    expected = ids if function.takes_items else function.known_items
+    unexpected = [item for item in result if item not in expected]
+    if unexpected:
+        raise CandidateError(
+            f"python task '{name}' scored {len(unexpected)} items that it was not asked for, the first "
+            f"{unexpected[0]!r}"
+        )
+    missing = [item for item in ids if item not in result]
+    if missing:
+        raise CandidateError(
+            f"python task '{name}' gave no score for {len(missing)} of {len(ids)} items, the first "
+            f"'{missing[0]}'"
+        )
+    values = [_to_float(result[item]) for item in ids]
+    for item, value in zip(ids, values, strict=True):
+        if not math.isfinite(value):
+            raise CandidateError(
+                f"python task '{name}' gave {result[item]!r} for item '{item}'; a score is a finite number"
+            )
+    return values
+
+
 def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Role, int]) -> _Function:
-    call, source = _function(spec)
-    named = [
+    """Imports a function and learns its items from one call on the base."""
+    call, source = _import_function(spec)
+    positional = [
         p
         for p in inspect.signature(call).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    takes_items = len(positional) > 2
     try:
-        found = _call(call, len(named) > 2, base, tokenizer, None)
+        result = _call(call, takes_items, base, tokenizer, None)
     except Exception as error:  # a user's function can raise anything
         raise TaskError(
             f"python task '{spec.name}' fails for the base: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(found, Mapping) or not all(
-        isinstance(item, str) and math.isfinite(_number(value)) for item, value in found.items()
+    if not isinstance(result, Mapping) or not all(
+        isinstance(item, str) and math.isfinite(_to_float(value)) for item, value in result.items()
     ):
         raise TaskError(
-            f"python task '{spec.name}' must give a finite number for each item, items named by strings; got {str(found)[:80]}"
+            f"python task '{spec.name}' must give a finite number for each item, items named by strings; "
+            f"got {str(result)[:80]}"
         )
+    items = _assign_roles(spec.name, list(result), limits)
+    return _Function(spec, call, takes_items, hashlib.sha256(source).hexdigest(), frozenset(result), items)
+
+
+def _assign_roles(name: str, ids: Sequence[str], limits: Mapping[Role, int]) -> dict[Role, tuple[str, ...]]:
+    """The items of each role, by hash, those with the smallest hashes where a role is limited."""
+    hashed = sorted((hashlib.sha256(item.encode()).hexdigest(), item) for item in ids)
     items: dict[Role, tuple[str, ...]] = {}
     for role in ROLES:
-        own = sorted(
-            (digest, item)
-            for item in found
-            if role_of_hash(digest := hashlib.sha256(item.encode()).hexdigest()) == role
-        )
-        items[role] = tuple(sorted(item for _, item in own[: limits.get(role)]))
+        of_role = [item for digest, item in hashed if role_of_hash(digest) == role]
+        items[role] = tuple(sorted(of_role[: limits.get(role)]))
         if not items[role]:
             raise TaskError(
-                f"python task '{spec.name}' scores {len(found)} items, and none of them falls to {role}; let it score more"
+                f"python task '{name}' scores {len(ids)} items, and none of them falls to {role}; let "
+                "it score more"
             )
-    return _Function(spec, call, len(named) > 2, hashlib.sha256(source).hexdigest(), frozenset(found), items)
+    return items
 
 
 def _call(
@@ -195,16 +253,18 @@ def _call(
         return call(model, tokenizer, items) if takes_items else call(model, tokenizer)
 
 
-def _function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
+def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
     """(the function, its module's source)."""
     module_name, _, name = spec.function.partition(":")
-    sys.path.append(here := os.getcwd())  # last: what is installed is not hidden by what lies about
+    here = os.getcwd()
+    sys.path.append(here)  # last: files in the working directory hide no installed module
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module's own code can raise anything
         raise TaskError(
-            f"python task '{spec.name}': module '{module_name}' cannot be imported: {type(error).__name__}: {error}"
+            f"python task '{spec.name}': module '{module_name}' cannot be imported: "
+            f"{type(error).__name__}: {error}"
         ) from error
     finally:
         sys.path.remove(here)
@@ -217,7 +277,7 @@ def _function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
     return call, Path(file).read_bytes()
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

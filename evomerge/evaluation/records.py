@@ -1,34 +1,81 @@
-"""What scoring a candidate gives, and how it becomes one number and a rank. Knows nothing of lm-eval."""
+"""Records of scoring a candidate: per-item scores, evaluations, and attempts at workers.
+
+Plain frozen values that are stored, sent between processes and compared. This file knows nothing of lm-eval
+or torch.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Literal
 
 Role = Literal["search", "validation", "test"]
+"""What an item is used for. No item has two roles."""
 ROLES: tuple[Role, ...] = ("search", "validation", "test")
 TENTHS: tuple[tuple[Role, int], ...] = (("search", 6), ("validation", 8), ("test", 10))
+"""(role, first tenth that is no longer its own), for items that are assigned by hash."""
 Items = Mapping[str, Sequence[str]]
 """Task name -> ids of the items to score, in order."""
+SoftMetric = Literal["probability", "logprob"]
+SOFT_METRICS: tuple[SoftMetric, ...] = ("probability", "logprob")
+"""Metrics of how likely the right answer is, beside a task's own metric; see `ItemScore`."""
 
 
 def role_of_hash(digest: str) -> Role:
-    """The role of an item that no one declared one for: 6, 2 and 2 tenths, by the first 8 hexadecimal digits of its hash."""
+    """Assigns a role to an item that none was declared for.
+
+    Args:
+        digest: Hash of the item in hexadecimal, at least 8 digits; only the first 8 count.
+
+    Returns:
+        'search' for 6 tenths of all hashes, 'validation' and 'test' for 2 tenths each.
+    """
     tenth = int(digest[:8], 16) % 10
     return next(role for role, end in TENTHS if tenth < end)
 
 
+def soft_metric_name(task: str, soft_metric: str) -> str:
+    """Returns the key under which a task's soft metric is found in metrics.
+
+    Args:
+        task: Name of a task or group.
+        soft_metric: One of `SOFT_METRICS`.
+
+    Returns:
+        'TASK:probability' or 'TASK:logprob'.
+    """
+    return f"{task}:{soft_metric}"
+
+
+def task_of_metric(name: str) -> str:
+    """Returns the task that a key of metrics belongs to.
+
+    Args:
+        name: Key of `Evaluation.metrics`: a task's name, or one made by `soft_metric_name`.
+
+    Returns:
+        The task's name without the soft metric's suffix.
+    """
+    for soft_metric in SOFT_METRICS:
+        suffix = soft_metric_name("", soft_metric)
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class ItemScore:
-    """One item's value of its task's metric, and two soft scores beside it where the task has a right answer.
+    """One item's value of its task's metric, and two soft metrics where the task has a right answer.
 
-    probability: of the right answer, in [0, 1]: among the choices, or of the whole answer. logprob: mean log-probability
-    of a token of the right answer, in nats, at most 0.
+    Attributes:
+        task: Name of the task.
+        item: Id of the item, unique within its task.
+        value: The task's metric of this item.
+        probability: Of the right answer, in [0, 1]: among the choices of a multiple choice, else of the whole
+            answer.
+        logprob: Mean log-probability of a token of the right answer, in nats, at most 0.
     """
 
     task: str
@@ -40,11 +87,17 @@ class ItemScore:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A scored candidate, or the sentence that says why it could not be scored.
+    """A scored candidate, or the reason why it could not be scored.
 
-    metrics: task name -> the task's metric over the items; empty if `error` is set; 'TASK:probability' and 'TASK:logprob'
-    -> mean of the soft score, where the task has a right answer. seconds: stage name -> seconds. costs: 'layers' and
-    'parameters' of the model, where it was made. A candidate kept out by the gate has an error and one metric, its nats.
+    Attributes:
+        recipe_id: Id of the candidate's recipe.
+        items: Scores of every item.
+        metrics: Task -> the task's metric over the items, and `soft_metric_name` -> mean of a soft metric
+            where the task has a right answer. Empty if `error` is set, but for a candidate that the
+            perplexity screen rejected: it has one metric, its nats per token.
+        seconds: Name of a step (merging, scoring, ...) -> seconds.
+        error: Why the candidate could not be scored; None if it was.
+        costs: 'layers' and 'parameters' of the model, where it was built.
     """
 
     recipe_id: str
@@ -55,16 +108,51 @@ class Evaluation:
     costs: Mapping[str, float] = field(default_factory=dict)
 
 
+def mean_metrics(task: str, scores: Sequence[ItemScore]) -> dict[str, float]:
+    """Computes a task's metric, where that is the mean of its items, and the means of its soft metrics.
+
+    Args:
+        task: Name of the task.
+        scores: Scores of its items, at least one.
+
+    Returns:
+        Metrics by name: the task's own, then its soft metrics. A soft metric that no item has is left out;
+        one that only some items have is their mean.
+    """
+    metrics = {task: math.fsum(score.value for score in scores) / len(scores)}
+    values = {
+        "probability": [score.probability for score in scores],
+        "logprob": [score.logprob for score in scores],
+    }
+    for soft_metric in SOFT_METRICS:
+        present = [value for value in values[soft_metric] if value is not None]
+        if present:
+            metrics[soft_metric_name(task, soft_metric)] = math.fsum(present) / len(present)
+    return metrics
+
+
 CAUSES = ("done", "failed", "died", "hung", "memory", "lost", "late")
+"""How an attempt can end; see `Attempt.cause`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try of a job at a worker, as it is stored. number: of this job, from 1.
+    """One attempt at a job by a worker, as it is stored.
 
-    cause: done; failed (an Evaluation with an error); died (the worker); hung (killed at its time limit); memory (the worker
-    outgrew its limit); lost (its node); late (a result that nobody waited for any more). started: Unix seconds. log: the last
-    lines of the worker's log, secrets scrubbed.
+    Attributes:
+        recipe_id: Id of the recipe that was to be scored.
+        number: Number of the attempt at this job, from 1.
+        cause: One of `CAUSES`: 'done'; 'failed' (an `Evaluation` with an error); 'died' (the worker); 'hung'
+            (killed at its time limit); 'memory' (the worker exceeded its memory limit); 'lost' (its node);
+            'late' (a result for which nobody waited any more).
+        error: What went wrong; None if nothing did.
+        worker: Name of the worker.
+        host: Name of its machine.
+        pid: Its process id.
+        device: Its device.
+        started: Unix time in seconds.
+        seconds: How long the attempt took.
+        log: The last lines of the worker's log, with secrets removed.
     """
 
     recipe_id: str

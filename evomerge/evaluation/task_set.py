@@ -1,4 +1,4 @@
-"""What a search asks of its tasks, and several sets of tasks as one. Knows nothing of what scores them."""
+"""The protocol of a set of tasks, and several sets combined into one. Knows nothing of what scores them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,87 @@ if TYPE_CHECKING:
 
 
 def items_digest(ids: Sequence[str]) -> str:
-    """SHA-256 of item ids, in order."""
+    """Hashes item ids.
+
+    Args:
+        ids: Item ids; their order counts.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 class TaskSet(Evaluator, Protocol):
-    """An evaluator that can say what its tasks are. A task named in a search may be a group of tasks with items."""
+    """An evaluator that describes its tasks. A task that a search names may be a group of tasks with items
+    (subtasks).
+    """
 
     def sign(self, task: str) -> int:
-        """+1 if higher values of the task's metric are better, else -1."""
+        """Returns the direction of a task's metric.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            +1 if higher values are better, else -1.
+        """
         ...
 
     def metric(self, task: str) -> str:
-        """Name of the task's metric."""
+        """Names a task's metric.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            The metric's name, for people.
+        """
         ...
 
     def soft_metrics(self, task: str) -> tuple[str, ...]:
-        """Soft scores that the task has beside its metric: of 'probability' and 'logprob'."""
+        """Lists the soft metrics that a task has beside its metric.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            Some of 'probability' and 'logprob'.
+        """
         ...
 
     def is_mean(self, task: str) -> bool:
-        """Whether the task's metric is the mean of its items' values."""
+        """Returns whether a task's metric is the mean of its items' values.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            True if it is.
+        """
         ...
 
     def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
-        """(task with items, its share) of a group, shares summing to one; a task is its own leaf."""
+        """Lists the tasks with items that a task or group consists of.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            (task with items, its share) pairs, shares summing to one; a task that is no group is its own
+            subtask.
+        """
         ...
 
     def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
-        """Sentences about the items that a user should read; given a model, also which it truncates."""
+        """Lists what a user should know of the items.
+
+        Args:
+            model: If given, the items that this model truncates are named too.
+
+        Returns:
+            Sentences.
+        """
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -51,104 +103,155 @@ class TaskSet(Evaluator, Protocol):
         ...
 
     def backends(self, model: nn.Module) -> dict[str, str]:
-        """Task with items -> what answers it with this model."""
+        """Describes what answers each task.
+
+        Args:
+            model: The live model.
+
+        Returns:
+            Task with items -> what answers it with this model.
+        """
         ...
 
     def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
-        """Technique -> verdict on its use with this model."""
+        """Verifies the optimizations of scoring on a model.
+
+        Args:
+            model: The live model.
+            items: Task -> ids of the items that will be scored; their lengths count.
+
+        Returns:
+            Optimization -> its `Verification`.
+        """
         ...
 
     def samples(self, model: nn.Module, items: Items) -> list[Any]:
-        """Prompt, right answer and output of each item, where the task can show them."""
+        """Collects what a model answers.
+
+        Args:
+            model: The live model.
+            items: Task -> ids of the items to answer.
+
+        Returns:
+            Prompt, right answer and output of each item, where the task can show them.
+        """
         ...
 
     def examples(self, count: int) -> list[tuple[str, str]]:
-        """(prompt, right answer) of up to `count` items of the search, where the task has prompts."""
+        """Returns some prompts of the search's items.
+
+        Args:
+            count: How many at most.
+
+        Returns:
+            (prompt, right answer) pairs, where the task has prompts.
+        """
         ...
 
 
 class CombinedTasks:
-    """Several sets of tasks as one: each is asked for its own. Satisfies `TaskSet`."""
+    """Several task sets as one: each is asked for its own tasks. Satisfies `TaskSet`.
+
+    tasks = CombinedTasks([LmHarness(...), PythonTasks(...)])
+    """
 
     def __init__(self, sets: Sequence[TaskSet]) -> None:
-        """Raises TaskError for a task that is in two of them."""
+        """Combines task sets.
+
+        Args:
+            sets: The task sets, in the order of their scores.
+
+        Raises:
+            TaskError: A task is in two of them.
+        """
         self._sets = tuple(sets)
         self._owner: dict[str, TaskSet] = {}
-        for one in self._sets:
-            for name in dict.fromkeys([*one.fingerprint(), *one.items("search")]):
+        for task_set in self._sets:
+            for name in dict.fromkeys([*task_set.fingerprint(), *task_set.items("search")]):
                 if name in self._owner:
                     raise TaskError(f"two tasks are called '{name}'; give one of them another name")
-                self._owner[name] = one
+                self._owner[name] = task_set
 
     def items(self, role: Role) -> Items:
-        """All items of a role."""
-        return {name: ids for one in self._sets for name, ids in one.items(role).items()}
+        """See `Evaluator.items`."""
+        return {name: ids for task_set in self._sets for name, ids in task_set.items(role).items()}
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Per-item values in the order of the sets, and the metric of each task."""
+        """See `Evaluator.score`. Items come in the order of the sets."""
         scores: list[ItemScore] = []
         metrics: dict[str, float] = {}
-        for one in self._sets:
-            own = self._own(one, items)
-            if own:
-                found, values = one.score(model, own)
-                scores += found
-                metrics |= values
+        for task_set in self._sets:
+            part = self._part(task_set, items)
+            if part:
+                part_scores, part_metrics = task_set.score(model, part)
+                scores += part_scores
+                metrics |= part_metrics
         return tuple(scores), metrics
 
     def prepare(self, model: nn.Module, items: Items) -> None:
-        """Each set that can be."""
-        for one in self._sets:
-            if isinstance(one, Preparing) and (own := self._own(one, items)):
-                one.prepare(model, own)
+        """See `Preparing.prepare`. Sets that need no preparation are left out."""
+        for task_set in self._sets:
+            part = self._part(task_set, items)
+            if part and isinstance(task_set, Preparing):
+                task_set.prepare(model, part)
 
     def sign(self, task: str) -> int:
-        """Its own set's answer."""
+        """See `TaskSet.sign`."""
         return self._owner[task].sign(task)
 
     def metric(self, task: str) -> str:
-        """Its own set's answer."""
+        """See `TaskSet.metric`."""
         return self._owner[task].metric(task)
 
     def soft_metrics(self, task: str) -> tuple[str, ...]:
-        """Its own set's answer."""
+        """See `TaskSet.soft_metrics`."""
         return self._owner[task].soft_metrics(task)
 
     def is_mean(self, task: str) -> bool:
-        """Its own set's answer."""
+        """See `TaskSet.is_mean`."""
         return self._owner[task].is_mean(task)
 
     def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
-        """Its own set's answer."""
+        """See `TaskSet.subtasks`."""
         return self._owner[task].subtasks(task)
 
     def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
-        """Those of all sets."""
-        return tuple(finding for one in self._sets for finding in one.warnings(model))
+        """See `TaskSet.warnings`."""
+        return tuple(warning for task_set in self._sets for warning in task_set.warnings(model))
 
     def fingerprint(self) -> dict[str, str]:
-        """Those of all sets."""
-        return {name: digest for one in self._sets for name, digest in one.fingerprint().items()}
+        """See `TaskSet.fingerprint`."""
+        return {name: digest for task_set in self._sets for name, digest in task_set.fingerprint().items()}
 
     def backends(self, model: nn.Module) -> dict[str, str]:
-        """Those of all sets."""
-        return {name: answer for one in self._sets for name, answer in one.backends(model).items()}
-
-    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
-        """Those of all sets."""
+        """See `TaskSet.backends`."""
         return {
-            name: verdict
-            for one in self._sets
-            for name, verdict in one.optimizations(model, self._own(one, items)).items()
+            name: backend for task_set in self._sets for name, backend in task_set.backends(model).items()
         }
 
+    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Any]:
+        """See `TaskSet.optimizations`."""
+        verifications: dict[str, Any] = {}
+        for task_set in self._sets:
+            verifications |= task_set.optimizations(model, self._part(task_set, items))
+        return verifications
+
     def samples(self, model: nn.Module, items: Items) -> list[Any]:
-        """Those of all sets."""
-        return [sample for one in self._sets for sample in one.samples(model, self._own(one, items))]
+        """See `TaskSet.samples`."""
+        return [
+            sample
+            for task_set in self._sets
+            for sample in task_set.samples(model, self._part(task_set, items))
+        ]
 
     def examples(self, count: int) -> list[tuple[str, str]]:
-        """Those of the first set that has any."""
-        return next((found for one in self._sets if (found := one.examples(count))), [])
+        """See `TaskSet.examples`. They come from the first set that has any."""
+        for task_set in self._sets:
+            examples = task_set.examples(count)
+            if examples:
+                return examples
+        return []
 
-    def _own(self, one: TaskSet, items: Items) -> dict[str, Sequence[str]]:
-        return {name: ids for name, ids in items.items() if self._owner[name] is one}
+    def _part(self, task_set: TaskSet, items: Items) -> dict[str, Sequence[str]]:
+        """The items that belong to one of the sets."""
+        return {name: ids for name, ids in items.items() if self._owner[name] is task_set}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation import Evaluation, Items, ItemScore, Objective
+from evomerge.evaluation import Evaluation, Items, ItemScore, Objective, mean_metrics
 from evomerge.recipes import Recipe
 from evomerge.search.racing_statistics import Array, aligned, allocate, deviations, settle
 
@@ -193,14 +193,7 @@ def means(scores: Sequence[ItemScore], objective: Objective) -> dict[str, float]
         by_task.setdefault(s.task, []).append(s)
     metrics: dict[str, float] = {}
     for task, own in by_task.items():
-        soft = {
-            f"{task}:probability": [s.probability for s in own],
-            f"{task}:logprob": [s.logprob for s in own],
-        }
-        for name, found in ({task: [s.value for s in own]} | soft).items():
-            values = [v for v in found if v is not None]
-            if values:
-                metrics[name] = math.fsum(values) / len(values)
+        metrics |= mean_metrics(task, own)
     groups = {
         t.task: t.subtasks
         for t in objective.terms

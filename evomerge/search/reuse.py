@@ -8,7 +8,6 @@ in one of these is evaluated anew. Writes nothing.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StudyError
-from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
+from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, mean_metrics, task_of_metric
 from evomerge.recipes import Recipe
 from evomerge.store import Purpose, Store, StudyFacts, study_facts
 from evomerge.workers import Job, Pool
@@ -25,7 +24,6 @@ log = logging.getLogger(__name__)
 REUSED = "reused"
 """The stage, of 0 seconds, that an evaluation of another study is marked with."""
 _PURPOSES: tuple[Purpose, ...] = ("search", "rung", "validation", "test")
-_SOFT = (":probability", ":logprob")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +138,9 @@ class Earlier:
                     t for t, own in self._leaves.items() if set(own) <= set(items)
                 }
                 metrics = {
-                    name: value for name, value in found.evaluation.metrics.items() if _plain(name) in names
+                    name: value
+                    for name, value in found.evaluation.metrics.items()
+                    if task_of_metric(name) in names
                 }
                 return replace(found.evaluation, metrics=metrics, seconds={REUSED: 0.0})
         return None
@@ -168,13 +168,7 @@ class Earlier:
             return None
         metrics: dict[str, float] = {}
         for task in (task for task, ids in items.items() if ids):
-            own = [known[task, item] for item in items[task]]
-            metrics[task] = math.fsum(s.value for s in own) / len(own)
-            for suffix, values in zip(
-                _SOFT, ([s.probability for s in own], [s.logprob for s in own]), strict=True
-            ):
-                if there := [v for v in values if v is not None]:
-                    metrics[task + suffix] = math.fsum(there) / len(there)
+            metrics |= mean_metrics(task, [known[task, item] for item in items[task]])
         return Evaluation(recipe.id, tuple(known[key] for key in wanted), metrics, {REUSED: 0.0}, costs=costs)
 
 
@@ -256,8 +250,3 @@ def _same_term(term: str, before: StudyFacts, now: StudyFacts) -> bool:
         return False
     subtasks = [name for name, _ in now.terms[term].subtasks]
     return all(before.backends.get(name) == now.backends.get(name) for name in subtasks)
-
-
-def _plain(metric: str) -> str:
-    """The task that a metric is of."""
-    return next((metric.removesuffix(suffix) for suffix in _SOFT if metric.endswith(suffix)), metric)

@@ -1,4 +1,4 @@
-"""The overlap check against a version that compares every window with every window, and its reading of files."""
+"""The overlap check against one that compares every window with every window, and its reading of files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from random import Random
 import pytest
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.contamination import LEAST, _pieces, overlaps, read, words
+from evomerge.evaluation.contamination import MIN_WORDS, _pieces, find_overlaps, read_documents, words
 
 
 def brute_force(texts: list[str], documents: list[list[str]], ngram: int) -> tuple[list[int], list[int]]:
-    """(texts that share words in a row with a document, texts too short), by looking at every pair of windows."""
+    """(texts that share words in a row with a document, texts too short), by looking at every pair of
+    windows.
+    """
     found, short = [], []
     corpus = [words(" ".join(pieces)) for pieces in documents]
     for number, text in enumerate(texts):
@@ -55,9 +57,9 @@ def test_finds_what_brute_force_finds(ngram: int, seed: int) -> None:
             pieces.append(" ".join(stream[at : at + size]))
             at += size
         documents.append(pieces)
-    result = overlaps(texts, documents, ngram)
-    assert (list(result.found), list(result.short)) == brute_force(texts, documents, ngram)
-    for number, gram in result.found.items():
+    result = find_overlaps(texts, documents, ngram)
+    assert (list(result.matches), list(result.too_short)) == brute_force(texts, documents, ngram)
+    for number, gram in result.matches.items():
         assert f" {gram} " in f" {' '.join(words(texts[number]))} "
 
 
@@ -69,10 +71,10 @@ def test_words_are_lowercased_without_punctuation_and_split_where_no_spaces_are(
 def test_a_document_ends_where_it_ends() -> None:
     text = "one two three four five six seven eight"
     halves = [["one two three four"], ["five six seven eight"]]
-    assert len(text.split()) == LEAST
-    assert not overlaps([text], halves).found
-    assert overlaps([text], [halves[0] + halves[1]]).found == {0: text}
-    assert overlaps([text.rpartition(" ")[0]], [[text]]).short == (0,)
+    assert len(text.split()) == MIN_WORDS
+    assert not find_overlaps([text], halves).matches
+    assert find_overlaps([text], [halves[0] + halves[1]]).matches == {0: text}
+    assert find_overlaps([text.rpartition(" ")[0]], [[text]]).too_short == (0,)
 
 
 def test_lines_of_text_run_on_and_lines_of_json_do_not(tmp_path: Path) -> None:
@@ -86,9 +88,13 @@ def test_lines_of_text_run_on_and_lines_of_json_do_not(tmp_path: Path) -> None:
         + "\n"
     )
     both = f"{first} {second}"
-    assert overlaps([both], read([text])).found == {0: both}
-    assert not overlaps([both], read([rows])).found
-    assert list(overlaps([first, second, f"{second} lambda"], read([rows]), 3).found) == [0, 1, 2]
+    assert find_overlaps([both], read_documents([text])).matches == {0: both}
+    assert not find_overlaps([both], read_documents([rows])).matches
+    assert list(find_overlaps([first, second, f"{second} lambda"], read_documents([rows]), 3).matches) == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
@@ -102,6 +108,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{not json\n')
     with pytest.raises(ConfigError, match=r"broken\.jsonl:2"):
-        overlaps(["a b c d e f g h"], read([broken]))
+        find_overlaps(["a b c d e f g h"], read_documents([broken]))
     with pytest.raises(ConfigError, match="no training text"):
-        list(read([tmp_path / "none.txt"]))
+        list(read_documents([tmp_path / "none.txt"]))

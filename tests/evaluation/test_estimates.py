@@ -27,7 +27,7 @@ def scores(task: str, values: list[float] | np.ndarray, start: int = 0) -> list[
     return [ItemScore(task, str(start + i), float(v)) for i, v in enumerate(values)]
 
 
-# ---- Student's t -----------------------------------------------------------------------------------------------------
+# ---- Student's t -------------------------------------------------------------------------------------------
 
 
 def test_t_equals_the_printed_tables() -> None:
@@ -82,7 +82,7 @@ def test_a_level_is_a_probability(level: float) -> None:
         Estimate(0.0, 1.0, 9).interval(level)
 
 
-# ---- strata and pairs ------------------------------------------------------------------------------------------------
+# ---- strata and pairs --------------------------------------------------------------------------------------
 
 
 def test_strata_in_exact_fractions() -> None:
@@ -172,7 +172,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert abs(held / 2000 - 0.9) < 3.3 * math.sqrt(0.09 / 2000)
 
 
-# ---- Holm ------------------------------------------------------------------------------------------------------------
+# ---- Holm --------------------------------------------------------------------------------------------------
 
 
 def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
@@ -197,7 +197,7 @@ def test_holm_keeps_the_order_given_and_refuses_what_is_no_p_value() -> None:
             holm([0.1, bad])
 
 
-# ---- control variates ------------------------------------------------------------------------------------------------
+# ---- control variates --------------------------------------------------------------------------------------
 
 
 def test_item_means_are_means() -> None:
@@ -234,7 +234,7 @@ def test_with_no_candidate_known_the_estimate_is_the_plain_mean() -> None:
 
 
 def population(generator: np.random.Generator, items: int) -> tuple[np.ndarray, ItemMeans, list[str]]:
-    """(ease of items, their means over six earlier candidates of growing skill on windows of the pool, ids)."""
+    """(easiness of items, their means over six earlier candidates of growing skill, ids)."""
     ease, means = generator.normal(0.0, 0.3, items), ItemMeans()
     for skill in (-0.5, -0.3, -0.1, 0.1, 0.3, 0.5):
         window = generator.permutation(items)[: items // 2]
@@ -243,7 +243,9 @@ def population(generator: np.random.Generator, items: int) -> tuple[np.ndarray, 
 
 
 def test_the_estimate_is_unbiased_and_its_error_and_gain_are_true() -> None:
-    """Over 400 pools: the mean is within 3.5 of its standard errors, the stated error within 15 %, half the plain mean's at most."""
+    """Over 400 pools: the mean is within 3.5 of its standard errors, the stated error within 15 %, half the
+    plain mean's at most.
+    """
     generator = np.random.default_rng(10)
     off, stated, plain = [], [], []
     for _ in range(400):
@@ -262,7 +264,9 @@ def test_the_estimate_is_unbiased_and_its_error_and_gain_are_true() -> None:
 
 
 def test_skill_that_grows_with_the_generations_is_not_taken_for_ease() -> None:
-    """Windows of the pool, one a generation, each better than the last: a control by plain means would see no growth at all."""
+    """Windows of the pool, one a generation, each better than the last: a control by plain means would see no
+    growth at all.
+    """
     generator = np.random.default_rng(11)
     ease = generator.normal(0.0, 0.2, 400)
     means, seen = ItemMeans(), []

@@ -1,4 +1,6 @@
-"""From metrics to one number and a rank: every kind against numpy, soft scores, floors, ties, and what the search file says of them."""
+"""From metrics to one number and a rank: every kind against numpy, soft scores, floors, ties, and what the
+search file says of them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def drawn(seed: int, kind: Any, signs: bool = True) -> tuple[Objective, dict[str
     return Objective(terms, kind), {task: rng.uniform(0.05, 0.95) for task in "abcd"}
 
 
-# ---- kinds -----------------------------------------------------------------------------------------------------------
+# ---- kinds -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -98,7 +100,7 @@ def test_what_makes_no_sense_is_refused() -> None:
             bad()
 
 
-# ---- soft scores -----------------------------------------------------------------------------------------------------
+# ---- soft scores -------------------------------------------------------------------------------------------
 
 
 def test_the_search_sees_shares_and_the_report_the_metric() -> None:
@@ -153,7 +155,7 @@ def test_the_items_as_seen_average_to_the_search_score(seed: int) -> None:
     )
 
 
-# ---- ranks, floors, ties ---------------------------------------------------------------------------------------------
+# ---- ranks, floors, ties -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -210,7 +212,7 @@ def test_a_tie_is_broken_by_the_soft_scores_that_there_are() -> None:
     assert Objective((Term("c"),), tie_break="probability").tie_break_score(METRICS) == 0.0
 
 
-# ---- the search file -------------------------------------------------------------------------------------------------
+# ---- the search file ---------------------------------------------------------------------------------------
 
 
 def parsed(**changes: Any) -> config.Config:
@@ -309,8 +311,8 @@ def test_what_the_tasks_cannot_give_is_refused_at_the_start(case: str) -> None:
 def test_rungs_that_do_not_rise_to_one_are_refused() -> None:
     for rungs in ([0.5, 0.25, 1.0], [0.5], [0.0, 1.0], [0.5, 1.5]):
         with pytest.raises(ConfigError, match="rungs"):
-            objective_module._race(parsed(search={"race": {"rungs": rungs}}))
-    assert objective_module._race(parsed()) is None
+            objective_module.race_settings(parsed(search={"race": {"rungs": rungs}}))
+    assert objective_module.race_settings(parsed()) is None
 
 
 def test_shipped_searches_are_understood() -> None:

@@ -1,4 +1,6 @@
-"""Poisoned tasks end as a refusal at the start, or as a candidate with a cause: never as a crash, never as a silent zero."""
+"""Poisoned tasks end as a refusal at the start, or as a candidate with a cause: never as a crash, never as a
+silent zero.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import live_model, model_loading
 from evomerge.recipes import Mix, Recipe
 from evomerge.workers.worker import Worker
-from tests.evaluation.lm_harness.test_harness import (
+from tests.support.lm_eval_tasks import (
     BATCH,
     CHOOSE,
     GENERATE,
@@ -38,7 +40,7 @@ def tokenizer() -> Any:
     return model_loading.load_tokenizer(Checkpoint(zoo_folder() / "base"))
 
 
-# ---- every task that loads, in one harness: the model is probed once -------------------------------------------------
+# ---- every task that loads, in one harness: the model is probed once ---------------------------------------
 
 OWN = {"metric_list": [{"metric": "own", "aggregation": "mean"}]}
 METRICS = {
@@ -72,13 +74,25 @@ PLAIN = {
     ]
 }
 ODD: dict[str, Mapping[str, Any]] = {
-    "never_stops": GENERATE | {"generation_kwargs": {"until": ["never said"], "do_sample": False, "max_gen_toks": 5}},
+    "never_stops": GENERATE
+    | {"generation_kwargs": {"until": ["never said"], "do_sample": False, "max_gen_toks": 5}},
     "no_stop": GENERATE | {"generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 3}},
-    "empty_texts": GENERATE | PLAIN
-    | {"generation_kwargs": {"until": [*"0123456789", " "], "do_sample": False, "max_gen_toks": 4}, "doc_to_target": "{{'' if n % 2 else 'x'}}"},
+    "empty_texts": GENERATE
+    | PLAIN
+    | {
+        "generation_kwargs": {"until": [*"0123456789", " "], "do_sample": False, "max_gen_toks": 4},
+        "doc_to_target": "{{'' if n % 2 else 'x'}}",
+    },
     "never_found": GENERATE
-    | {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(never)"}, {"function": "take_first"}]}]},
-}  # fmt: skip
+    | {
+        "filter_list": [
+            {
+                "name": "x",
+                "filter": [{"function": "regex", "regex_pattern": "(never)"}, {"function": "take_first"}],
+            }
+        ]
+    },
+}
 TEXT = "{% if n % 2 %}{% for i in range(300) %}one {% endfor %}{% endif %}{{prompt}}"
 LONG = {
     "long_likelihood": (LIKELIHOOD, "perplexity"),
@@ -148,7 +162,7 @@ def scored(scorer: Worker, task: str) -> Evaluation:
     return scorer.evaluate(recipe, {task: scorer.evaluator.items("test")[task]})
 
 
-# ---- candidates that fail with a cause -------------------------------------------------------------------------------
+# ---- candidates that fail with a cause ---------------------------------------------------------------------
 
 CAUSES = {name: words for name, (_, words) in (METRICS | IMPOSSIBLE).items()} | {"sifted": "the filter broke"}
 
@@ -182,7 +196,7 @@ def test_nan_weights_are_the_candidates_cause(
     )
 
 
-# ---- refused at the start --------------------------------------------------------------------------------------------
+# ---- refused at the start ----------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "empty split": (GENERATE, FEW | {"test": []}),
@@ -209,7 +223,7 @@ def test_a_task_that_cannot_be_asked_is_refused_by_name(how: str, tmp_path: Path
         )
 
 
-# ---- scored, as lm-eval scores it, and said --------------------------------------------------------------------------
+# ---- scored, as lm-eval scores it, and said ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +235,12 @@ def theirs(scorer: Worker, tokenizer: Any, folder: Path) -> dict[str, dict[str, 
 
     names = [*ODD, *LONG]
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=1), tasks=names, log_samples=True, bootstrap_iters=0,
+        model=HFLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=1),
+        tasks=names,
+        log_samples=True,
+        bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-    )  # fmt: skip
+    )
     assert found is not None
     samples: dict[str, Any] = dict(found)["samples"]
     values = {}

@@ -1,4 +1,6 @@
-"""Python functions as tasks: learnt once, dealt by hash, believed only where they give every item a finite number."""
+"""Python functions as tasks: learnt once, dealt by hash, believed only where they give every item a finite
+number.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +208,7 @@ def test_several_sets_are_asked_for_their_own(module: str) -> None:
         CombinedTasks([one, one])
 
 
-# ---- in a search -----------------------------------------------------------------------------------------------------
+# ---- in a search -------------------------------------------------------------------------------------------
 
 SEARCHED = """
 def norm(model, tokenizer, items):

@@ -1,4 +1,5 @@
-"""Every response, item and metric is lm-eval's own: all kinds of tasks, on delicate architectures, in float32; trained models in bfloat16.
+"""Every response, item and metric is lm-eval's own: all kinds of tasks, on delicate architectures, in
+float32; trained models in bfloat16.
 
 scripts/validation/lm_eval_equality.py compares many more models.
 """
@@ -83,7 +84,9 @@ def test_the_tasks_can_tell(plain: tuple[Results, Results]) -> None:
 
 @pytest.mark.parametrize("name", ["gpt_neo", "lfm2"])
 def test_chat_templates_and_other_architectures(name: str, folder: Path) -> None:
-    """Few-shot examples as turns, a system prompt, a tokenizer that begins with BOS, and weights that share less or nothing."""
+    """Few-shot examples as turns, a system prompt, a tokenizer that begins with BOS, and weights that share
+    less or nothing.
+    """
     model, tokenizer, scores = (
         text_architectures.build(name),
         text_architectures.tokenizer(bos=True),

@@ -24,7 +24,7 @@ from evomerge._redaction import ScrubbedFormatter, scrub
 from evomerge.checkpoints import Checkpoint, locate, reference
 from evomerge.config import loading as loading_module
 from evomerge.errors import CheckpointError, ConfigError, EvomergeError, StudyError, TaskError
-from evomerge.evaluation.lm_harness import sandbox, task_loading
+from evomerge.evaluation.lm_harness import lm_eval_patches, sandbox, task_catalogue
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.prompts import chat_template
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
@@ -34,7 +34,7 @@ from evomerge.merging import checkpoint_writer, model_loading
 from evomerge.recipes import Mix, Recipe
 from evomerge.store.paths import store_path
 from evomerge.workers import worker
-from tests.evaluation.lm_harness.test_harness import CHOOSE, GENERATE, LIKELIHOOD, sums, write_task
+from tests.support.lm_eval_tasks import CHOOSE, GENERATE, LIKELIHOOD, sums, write_task
 from tests.support.toy import REPO, llama, search_file, zoo_folder
 
 FEW = {"search": sums(4), "validation": sums(3, 10), "test": sums(6, 20)}
@@ -207,6 +207,7 @@ def test_every_template_of_a_task_is_a_way_in(
     field: str, tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: with lm-eval's own environment the attack runs Python."""
+    lm_eval_patches.harden()  # once a process, and undone here
     monkeypatch.setattr(
         lm_utils, "env", jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     )
@@ -267,7 +268,7 @@ def test_no_chat_template_of_a_model_runs_python(how: str, mark: Path, base: Che
 def test_a_task_file_makes_no_python_objects(
     tmp_path: Path, mark: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_loading, "TREE", write_task(tmp_path / "tree", "other", GENERATE, FEW))
+    monkeypatch.setattr(task_catalogue, "TREE", write_task(tmp_path / "tree", "other", GENERATE, FEW))
     theirs = write_task(tmp_path / "theirs", "trial", GENERATE, FEW)
     with (theirs / "trial.yaml").open("a") as file:
         file.write(f"metadata: !!python/object/apply:os.mkdir [{str(mark)!r}]\n")
@@ -294,7 +295,7 @@ def test_lm_evals_tasks_that_execute_answers_are_refused_before_their_code_is_im
 ) -> None:
     """Four of these six do not declare `unsafe_code`, or not in all their tasks."""
     there = sandbox.TREE / place
-    monkeypatch.setattr(task_loading, "TREE", there)
+    monkeypatch.setattr(task_catalogue, "TREE", there)
     module = f"lm_eval.tasks.{place.replace('/', '.')}"
     with pytest.raises(TaskError, match=f"'{EXECUTING[place]}.*' executes code that models write"):
         LmHarness([TaskSpec(EXECUTING[place])], tokenizer)
@@ -305,7 +306,7 @@ def test_lm_evals_tasks_that_execute_answers_are_refused_before_their_code_is_im
 def test_a_task_that_executes_answers_hides_nowhere(
     how: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_loading, "TREE", sandbox.TREE / "humaneval")
+    monkeypatch.setattr(task_catalogue, "TREE", sandbox.TREE / "humaneval")
     given: dict[str, Any] = {
         "a group": {"group": "skills", "task": ["humaneval"]},
         "a member with other settings": {
@@ -326,7 +327,7 @@ def test_a_task_that_executes_answers_hides_nowhere(
 def test_most_of_lm_evals_tree_executes_nothing() -> None:
     """The scan tells apart: of the folders with Python, only those few are refused."""
     folders = {file.parent for file in sandbox.TREE.rglob("*.py") if file.parent != sandbox.TREE}
-    refused = {str(f.relative_to(sandbox.TREE)) for f in folders if sandbox._runs(f)}
+    refused = {str(f.relative_to(sandbox.TREE)) for f in folders if sandbox.executing_line(f)}
     assert set(EXECUTING) <= refused
     assert len(refused) < len(folders) / 10
 
@@ -516,7 +517,7 @@ def test_a_tasks_name_is_no_path(
     harness = LmHarness([TaskSpec("../../escape", splits="declared")], tokenizer, include=[inside])
     assert harness.items("test")["../../escape"]
     assert everything(tmp_path) == before
-    monkeypatch.setattr(task_loading, "TREE", write_task(tmp_path / "tree", "other", GENERATE, FEW))
+    monkeypatch.setattr(task_catalogue, "TREE", write_task(tmp_path / "tree", "other", GENERATE, FEW))
     outside = hostile_task(tmp_path / "outside", mark) / "hostile.yaml"
     for name in (str(outside), os.path.relpath(outside), "../outside/hostile", "*"):
         with pytest.raises(TaskError, match="unknown task"):

@@ -1,4 +1,5 @@
-"""What evomerge's harness and lm-eval's own `simple_evaluate` say of the same weights, item by item, and where they differ.
+"""What evomerge's harness and lm-eval's own `simple_evaluate` say of the same weights, item by item, and
+where they differ.
 
 lm-eval runs HFLM with batches of one, unless told otherwise. Knows nothing of which architectures or tasks.
 """
@@ -26,7 +27,9 @@ Answer = tuple[float, bool | None] | str
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """answers: (task, item) -> of each request the responses; values: (score, item) -> number; metrics: score -> number."""
+    """answers: (task, item) -> of each request the responses; values: (score, item) -> number; metrics: score
+    -> number.
+    """
 
     answers: dict[tuple[str, str], list[list[Answer]]]
     values: dict[tuple[Score, str], float]
@@ -43,7 +46,9 @@ class Results:
 
 @dataclass(slots=True)
 class Differences:
-    """Counts over requests, items and metrics; worst: the largest relative difference of a log-likelihood; said: the first few of each."""
+    """Counts over requests, items and metrics; worst: the largest relative difference of a log-likelihood;
+    said: the first few of each.
+    """
 
     requests: int = 0
     texts: int = 0
@@ -134,9 +139,13 @@ def their_group(
     from lm_eval.tasks import TaskManager
 
     found: Any = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), tasks=[name], bootstrap_iters=0, apply_chat_template=chat,
-        fewshot_as_multiturn=chat, task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-    )  # fmt: skip
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        tasks=[name],
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+    )
     return [float(found["groups"][name][f"{metric},none"]) for metric in metrics]
 
 
@@ -184,7 +193,9 @@ def ours(
 
 
 def compare(wanted: Results, found: Results, *, exact: bool = True) -> Differences:
-    """Where two disagree. exact: log-likelihoods must agree to RELATIVE; else only flags, texts, items and metrics count."""
+    """Where two disagree. exact: log-likelihoods must agree to RELATIVE; else only flags, texts, items and
+    metrics count.
+    """
     out = Differences()
     if wanted.answers.keys() != found.answers.keys():
         raise AssertionError(f"other items: {sorted(set(wanted.answers) ^ set(found.answers))[:4]}")
@@ -243,7 +254,9 @@ def _answer(given: Any) -> Answer:
 
 
 def number(value: Any) -> float:
-    """One number of what lm-eval logs for an item: itself, a sum over a count, whether two agree, the Brier score of a distribution."""
+    """One number of what lm-eval logs for an item: itself, a sum over a count, whether two agree, the Brier
+    score of a distribution.
+    """
     import numpy as np
 
     if isinstance(value, list | tuple) and len(value) == 2:

@@ -1,7 +1,8 @@
-"""lm-eval tasks of every kind, written at run time: documents, YAML and code, and the names of what each reports.
+"""lm-eval tasks of every kind, written at run time: documents, YAML and code, and the names of what each
+reports.
 
-A task is written twice over: once as lm-eval has it, with all its metrics and filters, and once for each metric and filter, as evomerge
-scores one of them. The documents are the same. Knows nothing of models.
+A task is written twice over: once as lm-eval has it, with all its metrics and filters, and once for each
+metric and filter, as evomerge scores one of them. The documents are the same. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_TEXT = "river stone the amber hill in winter seven birds over an inn near café she sang on then other rain for 12 €"
+_TEXT = (
+    "river stone the amber hill in winter seven birds over an inn near café she sang on then other rain "
+    "for 12 €"
+)
 WORDS = tuple(_TEXT.split())
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?!#%&*"  # as choices of one token one of them may be the likeliest of all
+# as choices of one token one of them may be the likeliest of all
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?!#%&*"
 ROLES = {"search": "training_split", "validation": "validation_split", "test": "test_split"}
 CODE = """
 def measure(doc, results):
     text = results[0] if isinstance(results[0], str) else " ".join(results[0])
-    return {"length": len(text), "letters": sum((i + 1) * ord(c) for i, c in enumerate(text)) % 9973, "same": float(text == doc["answer"])}
+    letters = sum((i + 1) * ord(c) for i, c in enumerate(text)) % 9973
+    return {"length": len(text), "letters": letters, "same": float(text == doc["answer"])}
 
 
 def texts(doc):
@@ -82,9 +88,19 @@ TASKS: dict[str, dict[str, Any]] = {
     "choose_brier": {**_CHOOSE, "num_fewshot": 1, "metric_list": [*_mean("acc"), *_metrics("brier_score")]},
     "choose_mutual": {**_CHOOSE, "metric_list": _mean("acc", "acc_mutual_info")},
     "choose_contexts": {
-        **_CHOOSE, "doc_to_text": "label", "doc_to_choice": "{{choices}}", "doc_to_target": " so {{answer}}", "metric_list": _mean("acc"),
+        **_CHOOSE,
+        "doc_to_text": "label",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": " so {{answer}}",
+        "metric_list": _mean("acc"),
     },
-    "choose_delimited": {**_CHOOSE, "target_delimiter": "", "doc_to_text": "{{prompt}} ", "fewshot_delimiter": "\n##\n", "num_fewshot": 2},
+    "choose_delimited": {
+        **_CHOOSE,
+        "target_delimiter": "",
+        "doc_to_text": "{{prompt}} ",
+        "fewshot_delimiter": "\n##\n",
+        "num_fewshot": 2,
+    },
     "choose_characters": {**_CHOOSE, "doc_to_choice": list(CHARACTERS), "target_delimiter": ""},
     "choose_long": {**_CHOOSE, "doc_to_text": "Q: {{story}} {{prompt}}\nA:"},
     "likelihood": _LIKELIHOOD,
@@ -94,38 +110,75 @@ TASKS: dict[str, dict[str, Any]] = {
     "rolling": _ROLLING,
     "rolling_long": {**_ROLLING, "doc_to_target": "{{story}}"},
     "generate": _GENERATE,
-    "generate_3shot": {**_GENERATE, "num_fewshot": 3, "generation_kwargs": _until("\n\n", "the", "Q:", new=20)},
-    "generate_stops": {**_GENERATE, "generation_kwargs": _until("e o", "ther", "er", ". ", "a", "z1", "é", new=40)},
-    "generate_none": {**_GENERATE, "generation_kwargs": {"until": [], "max_new_tokens": 24, "temperature": 0.0}},
+    "generate_3shot": {
+        **_GENERATE,
+        "num_fewshot": 3,
+        "generation_kwargs": _until("\n\n", "the", "Q:", new=20),
+    },
+    "generate_stops": {
+        **_GENERATE,
+        "generation_kwargs": _until("e o", "ther", "er", ". ", "a", "z1", "é", new=40),
+    },
+    "generate_none": {
+        **_GENERATE,
+        "generation_kwargs": {"until": [], "max_new_tokens": 24, "temperature": 0.0},
+    },
     "generate_one": {**_GENERATE, "generation_kwargs": {"until": "b", "do_sample": False, "max_gen_toks": 1}},
     "generate_filters": {
         **_GENERATE,
         "generation_kwargs": _until("Q", new=24),
         "filter_list": [
-            {"name": "letters", "filter": [{"function": "regex", "regex_pattern": "([a-z]+)", "group_select": -1}, _FIRST]},
+            {
+                "name": "letters",
+                "filter": [{"function": "regex", "regex_pattern": "([a-z]+)", "group_select": -1}, _FIRST],
+            },
             {"name": "plain", "filter": [{"function": "remove_whitespace"}, _FIRST]},
         ],
     },
     "generate_match": {
         **{k: v for k, v in _GENERATE.items() if k != "process_results"},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "regexes_to_ignore": [".+"]}],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "regexes_to_ignore": [".+"],
+            }
+        ],
     },
     "generate_repeats": {
         **_GENERATE,
         "repeats": 3,
         "generation_kwargs": _until("t", new=8),
         "filter_list": [
-            {"name": "majority", "filter": [{"function": "regex", "regex_pattern": "([A-Za-z0-9 ])"}, {"function": "majority_vote"}, _FIRST]},
+            {
+                "name": "majority",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([A-Za-z0-9 ])"},
+                    {"function": "majority_vote"},
+                    _FIRST,
+                ],
+            },
             {"name": "first", "filter": [_FIRST]},
         ],
     },
-    "generate_prefix": {**_GENERATE, "gen_prefix": "Well, ", "num_fewshot": 1, "description": "You answer.\n"},
+    "generate_prefix": {
+        **_GENERATE,
+        "gen_prefix": "Well, ",
+        "num_fewshot": 1,
+        "description": "You answer.\n",
+    },
     "generate_long": {**_GENERATE, "doc_to_text": "{{story}} {{prompt}}\nA:"},
     "generate_penalty": {**_GENERATE, "generation_kwargs": _until("\n", new=20, repetition_penalty=1.4)},
-    "generate_code": {**_GENERATE, "doc_to_text": "!function code.texts", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": 1},
+    "generate_code": {
+        **_GENERATE,
+        "doc_to_text": "!function code.texts",
+        "fewshot_config": {"sampler": "first_n"},
+        "num_fewshot": 1,
+    },
     "group_small": {**_LETTERS, "doc_to_text": "{{prompt}}?"},
     "group_large": {**_CHOOSE, "doc_to_text": "{{prompt}}?"},
-}  # fmt: skip
+}
 _SIZED = [{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}]
 GROUP: dict[str, Any] = {
     "group": "pair",
@@ -153,7 +206,9 @@ class Score:
 
 
 def documents(task: str, role: str, count: int, vocabulary: Sequence[str] = WORDS) -> list[dict[str, Any]]:
-    """Documents of a role: prompts of 2 to 14 words, choices of one to four words of which some begin alike, stories longer than a model."""
+    """Documents of a role: prompts of 2 to 14 words, choices of one to four words of which some begin alike,
+    stories longer than a model.
+    """
     rnd = random.Random(f"{task} {role}")
 
     def some(low: int, high: int) -> str:

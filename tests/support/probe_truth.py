@@ -1,7 +1,9 @@
-"""What is true of a technique or a decoder on a model: its numbers beside a slow reference that shares nothing.
+"""What is true of a technique or a decoder on a model: its numbers beside a slow reference that shares
+nothing.
 
-The reference scores one request a forward, without a cache, a mask or padding, and decodes by a whole forward for each token.
-Requests and prompts are those of real tasks: few-shot blocks, choices of several tokens, unrelated rows, rows as long as the model.
+The reference scores one request a forward, without a cache, a mask or padding, and decodes by a whole forward
+for each token. Requests and prompts are those of real tasks: few-shot blocks, choices of several tokens,
+unrelated rows, rows as long as the model.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.evaluation.inference.generation import Generator
+from evomerge.evaluation.inference.generation import GenerationLimits, Generator, TextRules
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
 from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_probe import probe
@@ -41,7 +43,9 @@ LIMITS = (
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """sums [n], greedy [n] of requests by the slow path; close [n]: whether a greedy flag hangs on less than 1e-4; rounding: of its type."""
+    """sums [n], greedy [n] of requests by the slow path; close [n]: whether a greedy flag hangs on less than
+    1e-4; rounding: of its type.
+    """
 
     sums: Tensor
     greedy: Tensor
@@ -51,7 +55,9 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict and the truth. name: of a technique or decoder; error: nats a request, or the regret of a decoder; said: both reasons."""
+    """A verdict and the truth. name: of a technique or decoder; error: nats a request, or the regret of a
+    decoder; said: both reasons.
+    """
 
     name: str
     dtype: torch.dtype
@@ -63,7 +69,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """right: whether a technique's numbers are the model's own; error: nats a request, largest (in bf16 mean); said: why if not."""
+    """right: whether a technique's numbers are the model's own; error: nats a request, largest (in bf16
+    mean); said: why if not.
+    """
 
     right: bool
     error: float
@@ -99,7 +107,9 @@ def requests(seed: int, longest: int = MAX_LENGTH) -> list[Request]:
 
 
 def likeliest(model: nn.Module, asked: Sequence[Request]) -> list[Request]:
-    """The requests, and for some of their contexts the model's own greedy continuation, so that greedy flags are not all false."""
+    """The requests, and for some of their contexts the model's own greedy continuation, so that greedy flags
+    are not all false.
+    """
     contexts = list(
         dict.fromkeys(r.context for r in asked if len(r.context) < MAX_LENGTH // 2 or len(r.continuation) > 3)
     )[:6]
@@ -148,11 +158,13 @@ def _slow(model: nn.Module, asked: Sequence[Request]) -> tuple[Tensor, Tensor, T
 
 
 def truth(model: nn.Module, technique: str, asked: Sequence[Request], wanted: Reference) -> Truth:
-    """Whether a technique scores requests as the reference does, with room for large batches and for small ones."""
+    """Whether a technique scores requests as the reference does, with room for large batches and for small
+    ones.
+    """
     single = next(model.parameters()).dtype == torch.float32
     worst = 0.0
-    for tokens, launch in ((2048, None), (400, 4)):
-        with Engine(model, pad_id=PAD, tokens=tokens, launch=launch) as engine:
+    for tokens, forward_cost in ((2048, None), (400, 4)):
+        with Engine(model, pad_id=PAD, tokens=tokens, forward_cost=forward_cost) as engine:
             try:
                 plan = engine.compile(asked, technique)  # type: ignore[arg-type]
                 scores, again = engine.run(plan), engine.run(plan)
@@ -174,7 +186,9 @@ def truth(model: nn.Module, technique: str, asked: Sequence[Request], wanted: Re
 
 
 def prompts(seed: int) -> list[tuple[int, ...]]:
-    """Fifteen prompts of five lengths, the shortest of two tokens, some of the long ones after one shared block."""
+    """Fifteen prompts of five lengths, the shortest of two tokens, some of the long ones after one shared
+    block.
+    """
     rnd = random.Random(seed)
     block = [rnd.randrange(3, VOCABULARY) for _ in range(40)]
     found = []
@@ -188,7 +202,9 @@ def prompts(seed: int) -> list[tuple[int, ...]]:
 
 @torch.inference_mode()
 def decoded(model: nn.Module, given: Sequence[Sequence[int]], new: int = NEW_TOKENS) -> list[list[int]]:
-    """Greedy continuations of at most `new` tokens, the EOS kept: rows of one length together, every token by a whole forward."""
+    """Greedy continuations of at most `new` tokens, the EOS kept: rows of one length together, every token by
+    a whole forward.
+    """
     found: dict[int, list[int]] = {}
     for length in sorted({len(prompt) for prompt in given}):
         own = [i for i, prompt in enumerate(given) if len(prompt) == length]
@@ -204,7 +220,9 @@ def decoded(model: nn.Module, given: Sequence[Sequence[int]], new: int = NEW_TOK
 
 @torch.inference_mode()
 def regret(model: nn.Module, given: Sequence[Sequence[int]], outs: Sequence[Sequence[int]]) -> float:
-    """By how much a chosen token's logit falls short of the largest, in units of the logits' standard deviation; the worst token."""
+    """By how much a chosen token's logit falls short of the largest, in units of the logits' standard
+    deviation; the worst token.
+    """
     worst = 0.0
     for prompt, out in zip(given, outs, strict=True):
         if not out:
@@ -227,14 +245,15 @@ def decoder_truth(
     *,
     shares: bool = False,
 ) -> Truth:
-    """Whether a decoder's tokens are those wanted; in bf16 whether each is the likeliest but for rounding. shares: prefixes too."""
+    """Whether a decoder's tokens are those wanted; in bf16 whether each is the likeliest but for rounding.
+    shares: prefixes too.
+    """
     limits = [LIMITS[i % len(LIMITS)] for i in range(len(given))]
     try:
         with RowHead(model) as head:
-            generator = Generator(
-                model, head, tokenizer=tokenizer(), max_length=MAX_LENGTH, pad_id=PAD, eos_ids=frozenset({EOS}), decoder=decoder,
-                shares=shares, rows=7, launch=4,
-            )  # fmt: skip
+            rules = TextRules(tokenizer(), MAX_LENGTH, PAD, frozenset({EOS}))
+            batches = GenerationLimits(rows=7, forward_cost=4)
+            generator = Generator(model, head, rules, decoder=decoder, shares=shares, limits=batches)
             plan = generator.compile(given, [], limits)
             if shares and not plan.prefixes:
                 return Truth(False, float("nan"), "nothing is shared")
@@ -294,7 +313,9 @@ def generated_together(model: Any, given: Sequence[Sequence[int]]) -> list[list[
 
 
 def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: int = 1) -> list[Outcome]:
-    """Verdict and truth of every technique and decoder of an architecture; what is wrong in float32, which comes first, is wrong in every type."""
+    """Verdict and truth of every technique and decoder of an architecture; what is wrong in float32, which
+    comes first, is wrong in every type.
+    """
     found: list[Outcome] = []
     wrong: set[str] = set()
 

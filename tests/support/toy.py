@@ -293,7 +293,7 @@ def in_process(*words: object) -> tuple[int, str, str]:
 # A process with every library imported and nothing run: what is forked from it starts in a fraction of the time.
 _PREPARED = """
 import os, sys
-import evomerge.launch.prepare, evomerge.evaluation.lm_harness, transformers.models.llama.modeling_llama
+import evomerge.launch.prepare, evomerge.evaluation.lm_harness.harness, transformers.models.llama.modeling_llama
 from evomerge.cli import main
 for line in sys.stdin:
     verb, *words = line.rstrip("\\n").split("\\t")

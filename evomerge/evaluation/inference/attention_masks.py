@@ -1,4 +1,6 @@
-"""How a model's layers limit what a token sees (windows, chunks), and explicit masks that say the same by logical position."""
+"""How a model's layers limit what a token attends to (windows, chunks), and explicit masks by logical
+position.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,13 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """window: a token sees those less than so many positions back; chunk: those in its own chunk of so many positions.
+    """Limits of attention that a model's layers have.
 
-    types: the kinds of layers, sorted, where the config lists them (`layer_types`); else None, and one mask serves all.
+    Attributes:
+        window: A token attends to those less than so many positions back; None without a limit.
+        chunk: A token attends to those in its own chunk of so many positions; None without a limit.
+        types: The kinds of layers, sorted, where the config lists them (`layer_types`); None if one mask
+            serves all layers.
     """
 
     window: int | None = None
@@ -24,28 +30,41 @@ class Windows:
 
     @property
     def span(self) -> int:
-        """Prompts must be longer than this for a window or chunk to show at all."""
+        """Prompts must be longer than this for a window or chunk to have an effect."""
         return max(self.window or 0, self.chunk or 0)
 
 
 def windows(model: nn.Module) -> Windows:
-    """What the model's text config says of its layers."""
+    """Reads the limits of attention from a model's config.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        What its text config declares.
+    """
     root: Any = model.config
     config = root.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = getattr(config, "layer_types", None)
-    return Windows(
-        window, getattr(config, "attention_chunk_size", None), tuple(sorted(set(types))) if types else None
-    )
+    chunk = getattr(config, "attention_chunk_size", None)
+    return Windows(window, chunk, tuple(sorted(set(types))) if types else None)
 
 
 def attention_mask(
     limits: Windows, seen: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """The additive mask [B, 1, Q, K] that transformers takes, one for each kind of layer where there are several.
+    """Builds the additive mask that transformers takes.
 
-    seen [B, Q, K]: what a query sees but for windows; queries [B, Q], keys [B, K]: logical positions. In the model's type:
-    eager attention adds it to the scores.
+    Args:
+        limits: The model's windows and chunks.
+        seen: [B, Q, K] of bool, what each query may attend to before windows and chunks.
+        queries: [B, Q] logical positions of queries.
+        keys: [B, K] logical positions of keys.
+        dtype: The model's type, in which eager attention adds the mask to the scores.
+
+    Returns:
+        [B, 1, Q, K], 0 or the type's minimum; one for each kind of layer where the model has several.
     """
 
     def additive(allowed: Tensor) -> Tensor:
@@ -53,14 +72,14 @@ def attention_mask(
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
     def windowed() -> Tensor:
-        return seen & (queries[:, :, None] - keys[:, None, :] < limits.window) if limits.window else seen
+        if not limits.window:
+            return seen
+        return seen & (queries[:, :, None] - keys[:, None, :] < limits.window)
 
     def chunked() -> Tensor:
-        return (
-            seen & (queries[:, :, None] // limits.chunk == keys[:, None, :] // limits.chunk)
-            if limits.chunk
-            else seen
-        )
+        if not limits.chunk:
+            return seen
+        return seen & (queries[:, :, None] // limits.chunk == keys[:, None, :] // limits.chunk)
 
     if limits.types and len(limits.types) > 1:
         kinds = {SLIDING: windowed, CHUNKED: chunked}

@@ -1,9 +1,10 @@
-"""Greedy decoding in slots: every running request has a row of one key-value buffer a layer.
+"""Continuous batching of greedy decoding: every running prompt has a row of one key-value buffer a layer.
 
-A row's tokens lie at their own positions 0, 1, ... and each new one is written at the row's next position, so that rows of
-different lengths run together without padding; what a row has not written yet is masked. A finished row's place is taken by
-the last running one, and free rows are filled by prefilling the next prompts. A shared prefix is prefilled
-once and copied into its rows (slots x prefix of memory). For models whose layers only attend.
+A row's tokens lie at their own positions 0, 1, ... and each new one is written at the row's next position, so
+that rows of different lengths run together without padding; what a row has not written yet is masked. A
+finished row's place is taken by the last running one, and free rows are filled by prefilling the next
+prompts. A shared prefix is prefilled once and copied into its rows (rows x prefix of memory). For models
+whose layers only attend.
 """
 
 from __future__ import annotations
@@ -16,28 +17,31 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from evomerge.evaluation.inference.attention_masks import FULL, attention_mask
 from evomerge.evaluation.inference.forward import Forward
-from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan, Texts, shared
+from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan, Texts, shared_cache
 
 
-class _State:
-    """Where this step's tokens go: rows [n] and positions [n], of which the first `seen` positions are attended."""
+class _WriteState:
+    """Where this step's tokens go: rows [n] and positions [n], of which the first `seen` positions are
+    attended.
+    """
 
     rows: Tensor
     positions: Tensor
     seen: int
 
 
-class _SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
-    """A layer of transformers' Cache over a buffer [slots, heads, length, width]; it takes one token a row, in place."""
+class _BufferLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
+    """A layer of transformers' Cache over a buffer [rows, heads, length, width]; it takes one token a row, in
+    place.
+    """
 
     is_croppable = False
 
-    def __init__(self, like: Any, slots: int, length: int, state: _State) -> None:
+    def __init__(self, like: Any, rows: int, length: int, state: _WriteState) -> None:
         super().__init__()
         self.lazy_initialization(like.keys, like.values)
-        self.keys, self.values = (
-            t.new_empty(slots, t.shape[1], length, t.shape[3]) for t in (like.keys, like.values)
-        )
+        self.keys = like.keys.new_empty(rows, like.keys.shape[1], length, like.keys.shape[3])
+        self.values = like.values.new_empty(rows, like.values.shape[1], length, like.values.shape[3])
         self.state = state
 
     def update(
@@ -59,11 +63,11 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
         return self.state.seen, 0
 
 
-class _Slots:
+class _Batch:
     """The buffers of a run and which request is in which row: rows [0, len(requests)) run."""
 
     def __init__(self, forward: Forward, plan: GenerationPlan) -> None:
-        self.forward, self.plan, self.state = forward, plan, _State()
+        self.forward, self.plan, self.state = forward, plan, _WriteState()
         self.requests: list[int] = []
         self.lengths: list[int] = []  # positions written
         self.last: list[int] = []  # tokens that are not written yet
@@ -72,24 +76,31 @@ class _Slots:
     def admit(self, chunk: Chunk, past: Any, places: list[int], new: list[int]) -> None:
         """Gives rows to those prompts of a chunk, prefilled in `past`, whose first token did not end them."""
         if self.past is None:
-            layers = [
-                _SlotLayer(x, self.plan.slots, self.plan.length, self.state) if x.is_initialized else x
-                for x in past.layers
-            ]
-            self.past = Cache(layers=layers)
+            self.past = self._buffers(past)
         first, count = len(self.requests), len(places)
-        every = count == len(chunk.requests)
+        whole_chunk = count == len(chunk.requests)
         index = torch.tensor(places, device=self.forward.device)
         for layer, source in zip(self.past.layers, past.layers, strict=True):
             if not source.is_initialized:
                 continue
-            for buffer, given in ((layer.keys, source.keys), (layer.values, source.values)):
-                written = given.shape[2]
-                buffer[first : first + count, :, :written] = given if every else given.index_select(0, index)
+            for buffer, prefilled in ((layer.keys, source.keys), (layer.values, source.values)):
+                written = prefilled.shape[2]
+                rows = prefilled if whole_chunk else prefilled.index_select(0, index)
+                buffer[first : first + count, :, :written] = rows
                 buffer[first : first + count, :, written:] = 0  # masked, but 0 x NaN would be NaN
-        self.requests += [chunk.requests[p] for p in places]
-        self.lengths += [chunk.lengths[p] for p in places]
-        self.last += [new[p] for p in places]
+        self.requests += [chunk.requests[place] for place in places]
+        self.lengths += [chunk.lengths[place] for place in places]
+        self.last += [new[place] for place in places]
+
+    def _buffers(self, past: Any) -> Any:
+        """A cache of buffers for layers like those of a prefilled cache."""
+        layers = [
+            _BufferLayer(layer, self.plan.rows, self.plan.length, self.state)
+            if layer.is_initialized
+            else layer
+            for layer in past.layers
+        ]
+        return Cache(layers=layers)
 
     def step(self) -> Tensor:
         """Feeds every running row its last token: logits [n, V]."""
@@ -102,57 +113,69 @@ class _Slots:
         queries = state.positions[:, None]
         seen = keys <= queries
         limits = forward.limits
-        plain = limits.types == (FULL,) or (limits.types is None and not limits.window)
+        unlimited = limits.types == (FULL,) or (limits.types is None and not limits.window)
         mask: Any = seen.long()  # [n, L] of tokens, which ALiBi models count
-        if not plain:
+        if not unlimited:
             mask = attention_mask(limits, seen[:, None], queries, keys.expand(count, -1), forward.dtype)
         logits = forward(state.rows, ids, self.past, positions=queries, mask=mask)
         self.lengths = [n + 1 for n in self.lengths]
         return logits
 
     def keep(self, going: list[int], new: list[int]) -> None:
-        """Ends all rows but `going`, whose last tokens are new; the last of them move into the places of ended ones."""
+        """Ends all rows but `going`, whose last tokens are new; the last of them move into the places of
+        ended ones.
+        """
         count, left = len(self.requests), len(going)
         if left < count:
-            stay = set(going)
-            holes = [row for row in range(left) if row not in stay]
-            movers = going[left - len(holes) :]
-            if holes:
-                most = max(self.lengths[row] for row in movers)
-                into, out = (torch.tensor(x, device=self.forward.device) for x in (holes, movers))
-                for layer in self.past.layers:
-                    if layer.is_initialized:
-                        for buffer in (layer.keys, layer.values):
-                            buffer[into, :, :most] = buffer[out, :, :most]
+            running = set(going)
+            free = [row for row in range(left) if row not in running]
+            movers = going[left - len(free) :]
+            if free:
+                self._move(movers, free)
             order = list(range(left))
-            for hole, mover in zip(holes, movers, strict=True):
-                order[hole] = mover
+            for place, mover in zip(free, movers, strict=True):
+                order[place] = mover
             self.requests = [self.requests[row] for row in order]
             self.lengths = [self.lengths[row] for row in order]
             new = [new[row] for row in order]
         self.last = new
 
+    def _move(self, sources: list[int], targets: list[int]) -> None:
+        """Copies rows of the buffers onto others."""
+        longest = max(self.lengths[row] for row in sources)
+        into = torch.tensor(targets, device=self.forward.device)
+        out = torch.tensor(sources, device=self.forward.device)
+        for layer in self.past.layers:
+            if layer.is_initialized:
+                for buffer in (layer.keys, layer.values):
+                    buffer[into, :, :longest] = buffer[out, :, :longest]
+
 
 def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
-    """Decodes every chunk of a plan into texts."""
-    slots = _Slots(forward, plan)
+    """Decodes every chunk of a plan.
+
+    Args:
+        plan: The plan.
+        forward: The model.
+        texts: Where tokens are added.
+    """
+    batch = _Batch(forward, plan)
     number, prefix = None, None
-    waiting = 0
-    while waiting < len(plan.chunks) or slots.requests:
-        while (
-            waiting < len(plan.chunks)
-            and len(slots.requests) + len(plan.chunks[waiting].requests) <= plan.slots
-        ):
+    waiting = 0  # index of the next chunk
+    while waiting < len(plan.chunks) or batch.requests:
+        while waiting < len(plan.chunks):
             chunk = plan.chunks[waiting]
+            if len(batch.requests) + len(chunk.requests) > plan.rows:
+                break
             waiting += 1
             if chunk.prefix != number:
                 number = chunk.prefix
                 prefix = None if number is None else forward.prefill(plan.prefixes[number], windowed=False)
-            past = shared(forward, chunk, prefix, windowed=False)
+            past = shared_cache(forward, chunk, prefix, windowed=False)
             logits = forward(chunk.rows, chunk.ids, past, positions=chunk.positions)
             new, going = texts.add(chunk.requests, logits)
             if going:
-                slots.admit(chunk, past, going, new)
-        if slots.requests:
-            new, going = texts.add(slots.requests, slots.step())
-            slots.keep(going, new)
+                batch.admit(chunk, past, going, new)
+        if batch.requests:
+            new, going = texts.add(batch.requests, batch.step())
+            batch.keep(going, new)

@@ -1,4 +1,6 @@
-"""One forward of a live model, at the rows that are read: the only place that says how a model is called."""
+"""One forward of a live model, with logits at selected rows only: the only place that knows how a model is
+called.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,23 @@ from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.attention_masks import Windows, windows
 from evomerge.evaluation.inference.selected_logits import RowHead, device_of, dtype_of
 
-LOGITS = 1 << 26  # elements of logits that one forward may make
+MAX_LOGITS = 1 << 26  # elements of logits that one forward may make
 
 
 class Forward:
-    """A model's forward, perhaps over a cache. vocabulary: how many logits a row has."""
+    """Calls a model, with or without a cache of past tokens.
+
+    Attributes:
+        model: The live model.
+        head: Its `RowHead`.
+        pad_id: Token id that rows are padded with.
+        device: Where its inputs go.
+        dtype: Its floating-point type.
+        limits: Windows and chunks of its attention.
+        vocabulary: Number of logits of a row.
+        argument: What its forward calls the cache; None if it takes none that can be forked.
+        takes_positions: Whether its forward takes `position_ids`.
+    """
 
     def __init__(self, model: nn.Module, head: RowHead, pad_id: int) -> None:
         self.model, self.head, self.pad_id = model, head, pad_id
@@ -28,7 +42,21 @@ class Forward:
     def __call__(
         self, rows: Tensor, ids: Tensor, past: Any, *, positions: Tensor | None = None, mask: Any = None
     ) -> Tensor:
-        """Logits [N, V] of rows [N] of ids [B, S]; `past` grows by them. positions [B, S]; mask: as the model takes it."""
+        """Runs the model.
+
+        Args:
+            rows: [N] flat indices into [B * S] of the rows whose logits are wanted.
+            ids: [B, S] token ids.
+            past: Cache of the tokens before, which grows by `ids`; None for none.
+            positions: [B, S] logical positions; None lets the model count.
+            mask: Attention mask, as the model takes it; None for none.
+
+        Returns:
+            [N, V] logits.
+
+        Raises:
+            TypeError: There is a cache, and the model takes none that can be forked.
+        """
         inputs: dict[str, Any] = {"use_cache": False}
         if past is not None:
             if self.argument is None:
@@ -41,7 +69,15 @@ class Forward:
         return self.head(rows, ids, **inputs)
 
     def prefill(self, ids: Tensor, *, windowed: bool) -> Any:
-        """The cache of tokens [1, P]. windowed: as the model keeps it; else every position in every layer."""
+        """Computes the cache of a prefix.
+
+        Args:
+            ids: [1, P] token ids.
+            windowed: True for a cache as the model keeps it; False to keep every position in every layer.
+
+        Returns:
+            The cache.
+        """
         past = kv_cache.new_cache(self.model, windowed=windowed)
         positions = torch.arange(ids.shape[1], device=self.device)[None]
         self(self.first, ids, past, positions=positions)
@@ -49,11 +85,18 @@ class Forward:
 
     @property
     def first(self) -> Tensor:
-        """[1] the row that is read where none is wanted."""
+        """[1] the row that is read where no logits are wanted."""
         return torch.zeros(1, dtype=torch.long, device=self.device)
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many tokens a model's text config knows."""
+    """Returns how many tokens a model knows.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        `vocab_size` of its text config.
+    """
     config: Any = model.config
     return int(config.get_text_config(decoder=True).vocab_size)

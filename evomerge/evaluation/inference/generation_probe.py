@@ -1,86 +1,129 @@
-"""Which decoders a model can be trusted with: random prompts are decoded, and every token is scored again by plain rows.
+"""Verifies which decoders a model can be trusted with: decodes random prompts and scores every token again by
+plain rows.
 
-Regret is the largest logit at a token's place, less the logit of the token taken, under plain teacher forcing. Where the
-decoder is right it is rounding (up to 0.06 was seen in bfloat16), where it is wrong 0.7 and more. In float32 the logits
-behind each token are compared closely: a small leak may move no token of a random prompt, and some of a real one.
+Regret is the largest logit at a token's place, less the logit of the token taken, under plain teacher
+forcing. Where the decoder is right it is rounding (up to 0.06 was seen in bfloat16), where it is wrong 0.7
+and more. In float32 the logits behind each token are compared closely: a small leak may move no token of a
+random prompt, and some of a real one.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference.forward import vocabulary
-from evomerge.evaluation.inference.generation import DECODERS, Generator
+from evomerge.evaluation.inference.generation import DECODERS, GenerationLimits, Generator, TextRules
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.selected_logits import RowHead, device_of, dtype_of
 
-_REGRET = 0.06  # logits
-_STEPS = 2.0  # rounding steps of the largest logit that a right decoder may differ by, in half precision
-_NEAR, _STEEP = (
-    0.15,
-    0.05,
-)  # half precision: logits differ by less, absolutely or beside the largest; wrong decoders by 1 and more
-_SAME, _FACTOR = (
-    1e-3,
-    8.0,
-)  # float32: logits differ by less, or by less than so many times the difference of one row alone
+_MAX_REGRET = 0.06  # logits
+_EPSILONS = 2.0  # rounding steps of the largest logit that a right decoder may differ by, in half precision
+# Half precision: logits differ by less, absolutely or relative to the largest; wrong decoders by 1 and more.
+_HALF_ABSOLUTE, _HALF_RELATIVE = 0.15, 0.05
+# float32: logits differ by less, or by less than so many times the difference of one row alone.
+_FLOAT32_TOLERANCE, _NOISE_FACTOR = 1e-3, 8.0
 _NEW = (3, 8, 5, 2, 7, 6, 4)  # new tokens of each prompt: rows end one after another
-_SLOTS = 3  # fewer than prompts: rows are filled again
+_ROWS = 3  # fewer than prompts: rows are filled again
 
 
-def choose_decoder(verdicts: Mapping[str, Verification]) -> str:
-    """The allowed decoder that is fastest; 'whole' if none is, which computes every token from the whole text by plain rows."""
-    return next((name for name in DECODERS if name in verdicts and verdicts[name].allowed), "whole")
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """regret: largest of all tokens; difference: largest of two logits; largest: the largest logit's size."""
+
+    regret: float
+    difference: float
+    largest: float
+
+
+def choose_decoder(verifications: Mapping[str, Verification]) -> str:
+    """Chooses the fastest decoder that is allowed.
+
+    Args:
+        verifications: Result of `probe_decoders`.
+
+    Returns:
+        Its name; 'whole' if none is allowed, which computes every token from the whole text by plain rows.
+    """
+    for name in DECODERS:
+        if name in verifications and verifications[name].allowed:
+            return name
+    return "whole"
 
 
 @torch.inference_mode()
 def probe_decoders(
     model: nn.Module, head: RowHead, *, span: int, pad_id: int = 0, seed: int = 0
 ) -> dict[str, Verification]:
-    """Verdicts of every decoder, and of 'prefix': whether the allowed ones may share prefixes.
+    """Verifies every decoder on a model.
 
-    span: tokens of the longest prompt and its answer that will come, so that a window or chunk which they exceed shows.
+    Args:
+        model: The live model.
+        head: Its `RowHead`.
+        span: Tokens of the longest prompt and its answer that will come, so that a window or chunk shorter
+            than that has an effect.
+        pad_id: Token id that rows are padded with.
+        seed: Of the random prompts.
+
+    Returns:
+        Decoder -> verification, and 'prefix' -> whether the allowed ones may share prefixes.
     """
     prompts = _prompts(model, random.Random(seed), span)
-    alone = _found(model, head, prompts, pad_id, "single")
-    noise = alone[1] if isinstance(alone, tuple) else 0.0
-    if isinstance(alone, tuple) and noise > _apart(
-        dtype_of(model), alone[2]
-    ):  # `generate` is then what lm-eval reports, one row at a time
-        refused = Verification(
-            False,
-            f"one row with its own cache differs from a plain forward by {noise:.1e}, and no other decoder can be told right",
-        )
-        single = Verification(True, f"as `generate` does; {refused.reason}")
-        return {**dict.fromkeys(DECODERS, refused), "single": single, "prefix": refused}
-    tolerance = max(_SAME, _FACTOR * noise)
-    verdicts = {
-        name: _verdict(_found(model, head, prompts, pad_id, name), dtype_of(model), tolerance)
-        for name in DECODERS
+    dtype = dtype_of(model)
+    single = _measure(model, head, prompts, pad_id, "single")
+    noise = single.difference if isinstance(single, _Measurement) else 0.0
+    if isinstance(single, _Measurement) and noise > _difference_limit(dtype, single.largest):
+        return _only_single(noise)
+    tolerance = max(_FLOAT32_TOLERANCE, _NOISE_FACTOR * noise)
+    verifications = {
+        name: _judged(_measure(model, head, prompts, pad_id, name), dtype, tolerance) for name in DECODERS
     }
-    allowed = [name for name in DECODERS if verdicts[name].allowed and name != "whole"]
+    allowed = [name for name in DECODERS if verifications[name].allowed and name != "whole"]
     sharing = {
-        name: _verdict(_found(model, head, prompts, pad_id, name, shares=True), dtype_of(model), tolerance)
+        name: _judged(_measure(model, head, prompts, pad_id, name, shares=True), dtype, tolerance)
         for name in allowed
     }
-    wrong = [f"{name}: {verdict.reason}" for name, verdict in sharing.items() if not verdict.allowed]
-    said = (
-        "; ".join(wrong)
-        if wrong
-        else next((v.reason for v in sharing.values()), "no decoder with a cache is allowed")
+    wrong = [f"{name}: {v.reason}" for name, v in sharing.items() if not v.allowed]
+    if wrong:
+        reason = "; ".join(wrong)
+    elif sharing:
+        reason = next(iter(sharing.values())).reason
+    else:
+        reason = "no decoder with a cache is allowed"
+    return {**verifications, "prefix": Verification(bool(allowed) and not wrong, reason)}
+
+
+def _only_single(noise: float) -> dict[str, Verification]:
+    """For a model whose single rows differ from a plain forward: `generate` is what lm-eval reports, one row
+    at a time.
+    """
+    refused = Verification(
+        False,
+        f"one row with its own cache differs from a plain forward by {noise:.1e}, "
+        "and no other decoder can be told right",
     )
-    return {**verdicts, "prefix": Verification(bool(allowed) and not wrong, said)}
+    single = Verification(True, f"as `generate` does; {refused.reason}")
+    return {**dict.fromkeys(DECODERS, refused), "single": single, "prefix": refused}
 
 
 @torch.inference_mode()
 def regrets(
     head: RowHead, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> tuple[float, list[Tensor]]:
-    """(largest regret of all tokens, logits [len(text), V] of each text) under plain teacher forcing, in float32."""
+    """Scores generated tokens by plain teacher forcing, in float32.
+
+    Args:
+        head: The model's `RowHead`.
+        prompts: Token ids of prompts.
+        texts: Token ids generated after each, at least one.
+
+    Returns:
+        (largest regret of all tokens, logits [len(text), V] of each text).
+    """
     device = device_of(head.model)
     worst, plain = 0.0, []
     for prompt, text in zip(prompts, texts, strict=True):
@@ -93,7 +136,7 @@ def regrets(
     return worst, plain
 
 
-def _found(
+def _measure(
     model: nn.Module,
     head: RowHead,
     prompts: Sequence[tuple[int, ...]],
@@ -101,21 +144,12 @@ def _found(
     decoder: str,
     *,
     shares: bool = False,
-) -> tuple[float, float, float] | str:
-    """(regret, largest difference of logits, largest logit) of a decoder on prompts; or why it cannot run."""
+) -> _Measurement | str:
+    """Measures a decoder on prompts; or says why it cannot run."""
+    rules = TextRules(tokenizer=None, max_length=1 << 30, pad_id=pad_id)
+    limits = GenerationLimits(rows=_ROWS, forward_cost=0)
     try:
-        generator = Generator(
-            model,
-            head,
-            tokenizer=None,
-            max_length=1 << 30,
-            pad_id=pad_id,
-            eos_ids=frozenset(),
-            decoder=decoder,
-            shares=shares,
-            rows=_SLOTS,
-            launch=0,
-        )
+        generator = Generator(model, head, rules, decoder=decoder, shares=shares, limits=limits)
         plan = generator.compile(prompts, (), _NEW, None)
         if shares and not plan.prefixes:
             return "no cache to share a prefix with"
@@ -124,46 +158,44 @@ def _found(
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     worst, plain = regrets(head, plan.prompts, texts.tokens)
     assert texts.trace is not None
-    pairs = [(torch.stack(own).to(want.device), want) for own, want in zip(texts.trace, plain, strict=True)]
-    return (
-        worst,
-        max(float((own - want).abs().max()) for own, want in pairs),
-        max(float(want.abs().max()) for _, want in pairs),
+    pairs = [(torch.stack(rows).to(want.device), want) for rows, want in zip(texts.trace, plain, strict=True)]
+    return _Measurement(
+        regret=worst,
+        difference=max(float((rows - want).abs().max()) for rows, want in pairs),
+        largest=max(float(want.abs().max()) for _, want in pairs),
     )
 
 
-def _verdict(found: tuple[float, float, float] | str, dtype: torch.dtype, tolerance: float) -> Verification:
-    if isinstance(found, str):
-        return Verification(False, found)
-    regret, difference, largest = found
-    said = f"regret {regret:.1e}, logits differ by {difference:.1e}"
+def _judged(measured: _Measurement | str, dtype: torch.dtype, tolerance: float) -> Verification:
+    """Whether a decoder is right. NaN compares as wrong."""
+    if isinstance(measured, str):
+        return Verification(False, measured)
+    reason = f"regret {measured.regret:.1e}, logits differ by {measured.difference:.1e}"
     if dtype in (torch.float32, torch.float64):
-        return Verification(
-            difference <= tolerance * max(1.0, largest) and regret <= _REGRET, said
-        )  # NaN compares as wrong
-    return Verification(
-        regret <= max(_REGRET, _STEPS * torch.finfo(dtype).eps * largest)
-        and difference <= _apart(dtype, largest),
-        said,
-    )
+        exact = measured.difference <= tolerance * max(1.0, measured.largest)
+        return Verification(exact and measured.regret <= _MAX_REGRET, reason)
+    rounding = _EPSILONS * torch.finfo(dtype).eps * measured.largest
+    near = measured.difference <= _difference_limit(dtype, measured.largest)
+    return Verification(measured.regret <= max(_MAX_REGRET, rounding) and near, reason)
 
 
-def _apart(dtype: torch.dtype, largest: float) -> float:
+def _difference_limit(dtype: torch.dtype, largest: float) -> float:
     """By how much logits, the largest of them so large, differ where more than rounding is at work."""
-    return (
-        1e-2 * max(1.0, largest) if dtype in (torch.float32, torch.float64) else max(_NEAR, _STEEP * largest)
-    )
+    if dtype in (torch.float32, torch.float64):
+        return 1e-2 * max(1.0, largest)
+    return max(_HALF_ABSOLUTE, _HALF_RELATIVE * largest)
 
 
 def _prompts(model: nn.Module, rnd: random.Random, span: int) -> list[tuple[int, ...]]:
-    """Seven prompts: three that begin alike, one of them as long as span, and four short ones of different lengths."""
+    """Seven prompts: three that begin alike, one of them as long as span, and four short ones of different
+    lengths.
+    """
     size = vocabulary(model)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(rnd.randrange(size) for _ in range(count))
 
-    most = max(_NEW)
-    shared = tokens(max(16, span - most - 16))
+    shared = tokens(max(16, span - max(_NEW) - 16))
     return [
         shared + tokens(4),
         tokens(9),

@@ -1,8 +1,8 @@
-"""A model's cache of past tokens: made, and forked over a batch without touching the original.
+"""A model's cache of past tokens: made, and forked over a batch without changing the original.
 
-An attention layer of transformers binds new keys and values at every update (`keys = cat(keys, new)`) and writes in place
-nowhere, so that a fork is a shallow copy of the layer with its tensors expanded (stride 0). Recurrent layers write their
-states in place, so that each fork gets states of its own.
+An attention layer of transformers binds new keys and values at every update (`keys = cat(keys, new)`) and
+writes in place nowhere, so that a fork is a shallow copy of the layer with its tensors expanded (stride 0).
+Recurrent layers write their states in place, so that each fork gets states of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 
 def new_cache(model: nn.Module, *, windowed: bool = True) -> Any:
-    """An empty cache. windowed: layers with a window or a state as the model has them; else full length in every layer."""
+    """Makes an empty cache.
+
+    Args:
+        model: A transformers model.
+        windowed: True for layers with a window or a state as the model has them; False for full length in
+            every layer.
+
+    Returns:
+        A transformers `DynamicCache`.
+    """
     from transformers import DynamicCache
 
     config: Any = model.config
@@ -23,41 +32,62 @@ def new_cache(model: nn.Module, *, windowed: bool = True) -> Any:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """What the model's forward calls its cache; None if it takes none that can be forked.
+    """Returns what a model's forward calls its cache.
 
-    Read from the signature: a wrong name vanishes in **kwargs, and the prefix would be ignored without a word.
+    It is read from the signature: a wrong name would vanish in **kwargs, and the prefix be ignored silently.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        'past_key_values' or 'cache_params'; None if it takes no cache that can be forked.
     """
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward has `position_ids`; if so they are always given: some count them wrongly by themselves."""
+    """Returns whether a model's forward has `position_ids`. If so they are always given, since some models
+    miscount.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        True if it has.
+    """
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def fork(cache: Any, *, rows: int = 1, index: Tensor | None = None) -> Any:
-    """A cache over other rows; the original stays as it is. index [n]: those rows; else a cache of one row for `rows`."""
+    """Copies a cache over other rows. The original stays as it is.
+
+    Args:
+        cache: A transformers cache.
+        rows: If `index` is None: number of rows that a cache of one row is spread to.
+        index: [n] rows of the cache that the copy's rows continue.
+
+    Returns:
+        The copy.
+    """
     forked = copy.copy(cache)
-    forked.layers = [_fork(layer, rows, index) for layer in cache.layers]
+    forked.layers = [_fork_layer(layer, rows, index) for layer in cache.layers]
     return forked
 
 
-def _fork(layer: Any, rows: int, index: Tensor | None) -> Any:
+def _fork_layer(layer: Any, rows: int, index: Tensor | None) -> Any:
     new = copy.copy(layer)
     for name, value in list(vars(new).items()):
         if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
-            setattr(
-                new,
-                name,
-                value.index_select(0, index) if index is not None else value.expand(rows, *value.shape[1:]),
-            )
+            expanded = value.expand(rows, *value.shape[1:]) if index is None else value.index_select(0, index)
+            setattr(new, name, expanded)
         elif isinstance(value, dict):
-            setattr(new, name, {key: _own(item, rows, index) for key, item in value.items()})
+            setattr(new, name, {key: _fork_state(item, rows, index) for key, item in value.items()})
     return new
 
 
-def _own(state: Any, rows: int, index: Tensor | None) -> Any:
+def _fork_state(state: Any, rows: int, index: Tensor | None) -> Any:
+    """A recurrent state of its own for each row."""
     if not isinstance(state, Tensor) or state.dim() < 2:
         return state
     return state.index_select(0, index) if index is not None else state.expand(rows, *state.shape[1:]).clone()

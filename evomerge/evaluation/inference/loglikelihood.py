@@ -1,4 +1,6 @@
-"""Runs plans on a live model: log-likelihoods of continuations, the same numbers as one request at a time."""
+"""Log-likelihoods of continuations on a live model: runs plans, and gives the numbers of one request at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,48 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from evomerge.evaluation.inference import kv_cache, loglikelihood_plan
-from evomerge.evaluation.inference.forward import LOGITS, Forward
+from evomerge.evaluation.inference import kv_cache
+from evomerge.evaluation.inference.forward import MAX_LOGITS, Forward
 from evomerge.evaluation.inference.loglikelihood_plan import (
     OPTIMIZATIONS,
-    Facts,
+    ForwardStep,
+    LoglikelihoodPlan,
+    ModelFacts,
     Optimization,
-    Plan,
     Reads,
-    Step,
+    make_plan,
 )
 from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
 
 Rounding = Literal["float32", "model"]
+"""How log-probabilities are rounded; see `Engine.run`."""
 _PIECE = 512  # rows whose float32 logits are held at once
+_TOKENS_CPU, _TOKENS_ACCELERATOR = 1024, 16384  # inputs of one forward; on a CPU more is no faster
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """sums [n]: log-likelihood of each continuation, in nats, float64; greedy [n]: whether each of its tokens is the likeliest."""
+    """Scores of n requests.
+
+    Attributes:
+        sums: [n] of float64, log-likelihood of each continuation in nats.
+        greedy: [n] of bool, whether each token of the continuation is the likeliest.
+    """
 
     sums: Tensor
     greedy: Tensor
 
 
 class Engine:
-    """Scores requests on one model, whose weights may change between two runs. A context manager: leaving it takes its hook off."""
+    """Scores requests on one model, whose weights may change between two runs of a plan.
+
+    A context manager: leaving it removes its hook from the model.
+
+        with Engine(model, verifications=probe(model)) as engine:
+            plan = engine.compile(requests)
+            scores = engine.run(plan)
+    """
 
     def __init__(
         self,
@@ -44,23 +61,33 @@ class Engine:
         *,
         pad_id: int = 0,
         tokens: int | None = None,
-        launch: int | None = None,
-        verdicts: Mapping[str, Verification] | None = None,
+        forward_cost: int | None = None,
+        verifications: Mapping[str, Verification] | None = None,
     ) -> None:
-        """tokens: most inputs of one forward (None: 1,024 on a CPU, where more is no faster, else 16,384); launch: what a
-        forward costs, in tokens (None: the default); verdicts: of the probe.
+        """Wraps a model.
 
-        Without verdicts only plain rows are used unless a technique is asked for.
+        Args:
+            model: The live model.
+            pad_id: Token id that rows are padded with.
+            tokens: Most input tokens of one forward; None for 1,024 on a CPU, where more is no faster, else
+                16,384.
+            forward_cost: What one more forward costs, in tokens; None for the default.
+            verifications: Result of `loglikelihood_probe.probe`. Without it only plain rows are used unless
+                an optimization is named.
         """
-        self.model, self.head, self.verdicts = model, RowHead(model), verdicts or {}
+        self.model, self.head, self.verifications = model, RowHead(model), verifications or {}
         self.forward = forward = Forward(model, self.head, pad_id)
-        tokens = tokens or (1024 if forward.device.type == "cpu" else 16384)
-        rows = max(64, LOGITS // forward.vocabulary)
-        self.facts = Facts(
-            forward.dtype, forward.device, forward.limits, forward.takes_positions, pad_id, tokens, rows
+        self.facts = ModelFacts(
+            dtype=forward.dtype,
+            device=forward.device,
+            windows=forward.limits,
+            positions=forward.takes_positions,
+            pad_id=pad_id,
+            tokens=tokens or (_TOKENS_CPU if forward.device.type == "cpu" else _TOKENS_ACCELERATOR),
+            rows=max(64, MAX_LOGITS // forward.vocabulary),
         )
-        if launch is not None:
-            self.facts = replace(self.facts, launch=launch)
+        if forward_cost is not None:
+            self.facts = replace(self.facts, forward_cost=forward_cost)
 
     def __enter__(self) -> Engine:
         return self
@@ -72,70 +99,97 @@ class Engine:
 
     @property
     def best(self) -> Optimization:
-        """The allowed technique that shares most."""
-        return next(
-            t for t in OPTIMIZATIONS if t == "plain" or (t in self.verdicts and self.verdicts[t].allowed)
-        )
+        """The allowed optimization that shares most; 'plain' if none is allowed."""
+        for optimization in OPTIMIZATIONS:
+            verification = self.verifications.get(optimization)
+            if verification is not None and verification.allowed:
+                return optimization
+        return "plain"
 
-    def compile(self, requests: Sequence[Request], technique: Optimization | None = None) -> Plan:
-        """The plan for requests: with None by the best technique that the verdicts allow."""
-        return loglikelihood_plan.make(requests, technique or self.best, self.facts)
+    def compile(
+        self, requests: Sequence[Request], optimization: Optimization | None = None
+    ) -> LoglikelihoodPlan:
+        """Plans the forwards that score requests.
+
+        Args:
+            requests: The requests.
+            optimization: How to share computation; None for the best that is allowed.
+
+        Returns:
+            A plan that can be run any number of times.
+        """
+        return make_plan(requests, optimization or self.best, self.facts)
 
     @torch.inference_mode()
-    def run(self, todo: Plan, rounding: Rounding = "float32") -> Scores:
-        """Scores the requests of a plan, in the order asked.
+    def run(self, plan: LoglikelihoodPlan, rounding: Rounding = "float32") -> Scores:
+        """Scores the requests of a plan. Raises whatever the model raises.
 
-        rounding: 'float32' sums log-probabilities of the model's logits in full; 'model' rounds each and their sum to the
-        logits' type, as lm-eval's HFLM does by default. Raises whatever the model raises.
+        Args:
+            plan: Result of `compile`.
+            rounding: 'float32' sums log-probabilities of the model's logits in full; 'model' rounds each of
+                them and their sum to the logits' type, as lm-eval's HFLM does by default.
+
+        Returns:
+            Scores in the order of the requests.
         """
         device = self.facts.device
-        sums = torch.zeros(todo.size, dtype=torch.float64, device=device)
-        wrong = torch.zeros(todo.size, dtype=torch.long, device=device)
-        kept: dict[int, Any] = {}
+        sums = torch.zeros(plan.size, dtype=torch.float64, device=device)
+        mismatches = torch.zeros(plan.size, dtype=torch.long, device=device)
+        caches: dict[int, Any] = {}
         dtype = torch.float32
-        for step in todo.steps:
-            logits = self._forward(step, kept)
+        for step in plan.steps:
+            logits = self._forward(step, caches)
             if step.reads is not None:
                 dtype = logits.dtype
-                chosen, likeliest = _chosen(logits, step.reads, rounding)
-                sums.index_add_(0, step.reads.request, chosen.double())
-                wrong.index_add_(0, step.reads.request, (likeliest != step.reads.target).long())
+                logprobs, likeliest = _target_logprobs(logits, step.reads, rounding)
+                sums.index_add_(0, step.reads.request, logprobs.double())
+                mismatches.index_add_(0, step.reads.request, (likeliest != step.reads.target).long())
             for number in step.drop:
-                del kept[number]
+                del caches[number]
         if rounding == "model":
             sums = sums.to(dtype).double()
-        places = todo.places.to(device)
-        return Scores(sums[places].cpu(), (wrong == 0)[places].cpu())
+        places = plan.places.to(device)
+        return Scores(sums[places].cpu(), (mismatches == 0)[places].cpu())
 
     def score(
         self,
         requests: Sequence[Request],
-        technique: Optimization | None = None,
+        optimization: Optimization | None = None,
         rounding: Rounding = "float32",
     ) -> Scores:
-        """Compiles and runs at once."""
-        return self.run(self.compile(requests, technique), rounding)
+        """Plans and scores requests at once.
 
-    def _forward(self, step: Step, kept: dict[int, Any]) -> Tensor:
+        Args:
+            requests: The requests.
+            optimization: As in `compile`.
+            rounding: As in `run`.
+
+        Returns:
+            Scores in the order of the requests.
+        """
+        return self.run(self.compile(requests, optimization), rounding)
+
+    def _forward(self, step: ForwardStep, caches: dict[int, Any]) -> Tensor:
         """Logits [N, V] of the rows that a step reads; of its first row where it reads none."""
         past = None
         if step.source is not None:
-            past = kv_cache.fork(kept[step.source], rows=step.spread, index=step.index)
+            past = kv_cache.fork(caches[step.source], rows=step.spread, index=step.index)
         elif step.keep is not None:
             past = kv_cache.new_cache(self.model, windowed=step.windowed)
         rows = step.reads.rows if step.reads is not None else self.forward.first
         logits = self.forward(rows, step.ids, past, positions=step.positions, mask=step.mask)
         if step.keep is not None:
-            kept[step.keep] = past
+            caches[step.keep] = past
         return logits
 
 
-def _chosen(logits: Tensor, reads: Reads, rounding: Rounding) -> tuple[Tensor, Tensor]:
+def _target_logprobs(logits: Tensor, reads: Reads, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """(log-probability of each target, likeliest token at its row), both [M]."""
+    pieces = torch.split(logits, _PIECE)
     if rounding == "model":
-        rounded = torch.cat([torch.log_softmax(piece, -1) for piece in torch.split(logits, _PIECE)])
-        return rounded[reads.row, reads.target], rounded.argmax(-1)[
-            reads.row
-        ]  # rounding makes ties, and the first of them wins
-    whole = torch.cat([torch.logsumexp(piece.float(), -1) for piece in torch.split(logits, _PIECE)])
-    return logits[reads.row, reads.target].float() - whole[reads.row], logits.argmax(-1)[reads.row]
+        rounded = torch.cat([torch.log_softmax(piece, -1) for piece in pieces])
+        likeliest = rounded.argmax(-1)  # rounding makes ties, and the first of them wins
+        return rounded[reads.row, reads.target], likeliest[reads.row]
+    normalizers = torch.cat([torch.logsumexp(piece.float(), -1) for piece in pieces])
+    logprobs = logits[reads.row, reads.target].float() - normalizers[reads.row]
+    return logprobs, logits.argmax(-1)[reads.row]

@@ -1,13 +1,16 @@
-"""Which techniques a model can be trusted with: decided by numbers on random tokens, never by a list of names.
+"""Verifies which optimizations of scoring a model can be trusted with: by numbers on random tokens, not by a
+list of names.
 
-A technique is allowed if its scores equal the plain rows' (equality), if a row's scores do not move when its neighbours'
-tokens change (isolation), and if it really computed fewer tokens: a technique that fell back to plain rows proves nothing.
+An optimization is allowed if its scores equal the plain rows' (equality), if a row's scores do not move when
+its neighbours' tokens change (isolation), and if it really computed fewer tokens: one that fell back to plain
+rows proves nothing.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,75 +20,91 @@ from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_plan import OPTIMIZATIONS, Optimization
 from evomerge.evaluation.inference.requests import Request, Verification
 
-_FLOOR = {
-    torch.float32: 2e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 6e-2,
-}  # nats a token that rounding alone may move
-_FACTOR = 8.0  # tolerance over the spread of plain scores between batch compositions
-_CONTEXT, _SHARED = 16, 24
+_TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Nats per token that rounding alone may move a score by."""
+_NOISE_FACTOR = 8.0  # tolerance over the spread of plain scores between batch compositions
+_CONTEXT, _SHARED = 16, 24  # tokens of a context and of the prefix that contexts share
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What every optimization is tried on.
+
+    requests: the requests; changed: the same with other tokens but in the requests `unchanged`; expected,
+    lengths [n]: plain sums and tokens of each request; tolerance: in nats per token.
+    """
+
+    requests: Sequence[Request]
+    changed: Sequence[Request]
+    unchanged: Sequence[int]
+    expected: Tensor
+    lengths: Tensor
+    tolerance: float
 
 
 def probe(
     model: nn.Module, *, span: int = 0, max_length: int = 1 << 20, pad_id: int = 0, seed: int = 0
 ) -> dict[str, Verification]:
-    """Technique -> verdict. span: length of the longest request that will come, so that windows show; the model's weights matter little."""
+    """Verifies every optimization on a model.
+
+    Args:
+        model: The live model; its weights matter little.
+        span: Length of the longest request that will come, so that windows have an effect.
+        max_length: Number of the model's positions.
+        pad_id: Token id that rows are padded with.
+        seed: Of the random tokens.
+
+    Returns:
+        Optimization -> verification.
+    """
     rnd = random.Random(seed)
     shared = max(16, min(max(_SHARED, span - _CONTEXT), max_length - 2 * _CONTEXT - 8))
     requests, changed = _requests(model, rnd, shared)
-    lengths = torch.tensor([len(r.continuation) for r in requests])
-    own = [i for i, r in enumerate(requests) if r.context == requests[0].context]
-    with Engine(model, pad_id=pad_id, launch=0) as engine:
+    lengths = torch.tensor([len(request.continuation) for request in requests])
+    with Engine(model, pad_id=pad_id, forward_cost=0) as engine:
         plain = engine.compile(requests, "plain")
-        rows = engine.compile(
-            requests, "prefix"
-        ).tokens  # forks and trees must save more than the prefix alone
-        wanted = engine.run(plain).sums
-        alone = torch.cat([engine.score([r], "plain").sums for r in requests])
-        noise = float(((wanted - alone).abs() / lengths).max())
-        tolerance = max(_FACTOR * noise, _FLOOR.get(engine.facts.dtype, 1e-2))
-        found = {"plain": Verification(True, f"differs by {noise:.1e} nats a token between batches")}
-        for technique in OPTIMIZATIONS[:-1]:
-            found[technique] = _verdict(
-                engine,
-                technique,
-                requests,
-                changed,
-                wanted,
-                lengths,
-                own,
-                plain.tokens if technique == "prefix" else rows,
-                tolerance,
-            )
-    return found
+        # forks and trees must save more than the prefix alone
+        prefix_tokens = engine.compile(requests, "prefix").tokens
+        expected = engine.run(plain).sums
+        alone = torch.cat([engine.score([request], "plain").sums for request in requests])
+        noise = float(((expected - alone).abs() / lengths).max())
+        trial = _Trial(
+            requests,
+            changed,
+            [i for i, request in enumerate(requests) if request.context == requests[0].context],
+            expected,
+            lengths,
+            tolerance=max(_NOISE_FACTOR * noise, _TOLERANCE.get(engine.facts.dtype, 1e-2)),
+        )
+        reason = f"differs by {noise:.1e} nats a token between batches"
+        verifications = {"plain": Verification(True, reason)}
+        for optimization in OPTIMIZATIONS[:-1]:
+            limit = plain.tokens if optimization == "prefix" else prefix_tokens
+            verifications[optimization] = _verify(engine, optimization, trial, limit)
+    return verifications
 
 
-def _verdict(
-    engine: Engine,
-    technique: Optimization,
-    requests: Sequence[Request],
-    changed: Sequence[Request],
-    wanted: Tensor,
-    lengths: Tensor,
-    own: Sequence[int],
-    most: int,
-    tolerance: float,
-) -> Verification:
-    """One technique: own are the requests whose tokens are the same in `changed`; most: tokens that it has to stay under."""
+def _verify(engine: Engine, optimization: Optimization, trial: _Trial, token_limit: int) -> Verification:
+    """Verifies one optimization, which must compute fewer tokens than `token_limit`."""
     try:
-        plan = engine.compile(requests, technique)
+        plan = engine.compile(trial.requests, optimization)
         scores = engine.run(plan).sums
-        moved = engine.score(changed, technique).sums
+        moved = engine.score(trial.changed, optimization).sums
     except Exception as error:  # a model may raise anything at inputs it was not made for
         return Verification(False, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}")
-    difference = float(((scores - wanted).abs() / lengths).max())
-    leak = float(((moved - scores).abs() / lengths)[own].max())
-    said = f"differs by {difference:.1e}, leaks {leak:.1e} nats a token, {plan.tokens} of {most} tokens"
-    return Verification(difference <= tolerance and leak <= tolerance and plan.tokens < most, said)
+    difference = float(((scores - trial.expected).abs() / trial.lengths).max())
+    leak = float(((moved - scores).abs() / trial.lengths)[trial.unchanged].max())
+    reason = (
+        f"differs by {difference:.1e}, leaks {leak:.1e} nats a token, {plan.tokens} of {token_limit} tokens"
+    )
+    exact = difference <= trial.tolerance and leak <= trial.tolerance  # NaN compares as wrong
+    return Verification(exact and plan.tokens < token_limit, reason)
 
 
 def _requests(model: nn.Module, rnd: random.Random, shared: int) -> tuple[list[Request], list[Request]]:
-    """Four contexts after one prefix with three continuations each, and the same with all but the first item's tokens changed."""
+    """Four contexts after one prefix, three continuations each, and the same with other tokens in all but the
+    first item.
+    """
     size = vocabulary(model)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -99,7 +118,7 @@ def _requests(model: nn.Module, rnd: random.Random, shared: int) -> tuple[list[R
         context = prefix + tokens(length)
         continuations = [tokens(rnd.randrange(2, 6)) for _ in range(3)]
         continuations[1] = continuations[0][:1] + tokens(2)  # two that begin alike
-        requests += [Request(context, c) for c in continuations]
+        requests += [Request(context, continuation) for continuation in continuations]
         other = context if item == 0 else prefix + tokens(length)
         changed += [Request(other, c if item == 0 else tokens(len(c))) for c in continuations]
     return requests, changed

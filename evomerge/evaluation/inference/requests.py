@@ -1,4 +1,4 @@
-"""What is asked of a model: the log-likelihood of a continuation after a context, in token ids."""
+"""Log-likelihood requests in token ids, and the result of verifying an optimization."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Score `continuation` [k], k >= 1, given `context` [c], c >= 1 unless the continuation was cut from the left."""
+    """Asks for the log-likelihood of a continuation after a context.
+
+    Attributes:
+        context: [c] token ids, c >= 1 unless the continuation was cut from the left.
+        continuation: [k] token ids, k >= 1.
+    """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
     def fitted(self, max_length: int) -> Request:
-        """The request cut from the left to what a model of that many positions sees: its last max_length + 1 tokens.
+        """Cuts the request from the left to what a model sees.
 
-        Raises ValueError for a continuation longer than max_length, as lm-eval does.
+        Args:
+            max_length: Number of the model's positions.
+
+        Returns:
+            The request with at most its last max_length + 1 tokens.
+
+        Raises:
+            ValueError: The continuation alone is longer than max_length, which lm-eval refuses too.
         """
         size = len(self.continuation)
         if size > max_length:
@@ -25,7 +37,7 @@ class Request:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """[c + k - 1] what the model is given: all but the last token."""
+        """[c + k - 1] token ids that the model is given: all but the last."""
         return self.context + self.continuation[:-1]
 
     @property
@@ -35,7 +47,14 @@ class Request:
 
 
 def distinct(requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
-    """(each different request once, for every request its number among them)."""
+    """Removes repeated requests.
+
+    Args:
+        requests: Any requests.
+
+    Returns:
+        (each different request once, for every given request its index among them).
+    """
     numbers: dict[Request, int] = {}
     places = [numbers.setdefault(request, len(numbers)) for request in requests]
     return list(numbers), places
@@ -43,7 +62,12 @@ def distinct(requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """allowed: whether the technique gives this model's own numbers; reason: what was measured, or why it cannot run."""
+    """Whether an optimization can be trusted with a model.
+
+    Attributes:
+        allowed: Whether it gives the model's own numbers.
+        reason: What was measured, or why it cannot run.
+    """
 
     allowed: bool
     reason: str

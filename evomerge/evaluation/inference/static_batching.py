@@ -1,9 +1,11 @@
-"""Greedy decoding of batches in step: every row of a batch takes one token at each forward, over the model's own cache.
+"""Static batching of greedy decoding: every row of a batch takes one token at each forward, over the model's
+own cache.
 
-Two ways to batch prompts of different lengths. Padded, as transformers' `generate` does it: padding on the left, masked.
-Unpadded: what all rows have is prefilled, then the longer prompts are fed token by token while the shorter ones already
-generate. Nothing is masked and no position differs between rows, so that it is right for whatever can decode one row.
-Ended rows are dropped by forking the cache. For recurrent and hybrid models.
+Two ways to batch prompts of different lengths. Padded, as transformers' `generate` does it: padding on the
+left, masked. Unpadded: as many tokens as the shortest row has are prefilled, then the longer prompts are fed
+token by token while the shorter ones already generate. Nothing is masked and no position differs between
+rows, so that it is right for whatever can decode one row. Finished rows are dropped by forking the cache. For
+recurrent and hybrid models.
 """
 
 from __future__ import annotations
@@ -15,13 +17,19 @@ from torch import Tensor
 
 from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.forward import Forward
-from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan, Texts, shared
+from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan, Texts, shared_cache
 
-_CROWD = 0.75  # a batch is cut to its running rows when they are fewer than this part of it
+_SHRINK_BELOW = 0.75  # a batch is cut to its running rows when they are fewer than this part of it
 
 
 def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
-    """Decodes every chunk of a plan into texts."""
+    """Decodes every chunk of a plan.
+
+    Args:
+        plan: The plan.
+        forward: The model.
+        texts: Where tokens are added.
+    """
     number, prefix = None, None
     for chunk in plan.chunks:
         if chunk.prefix != number:
@@ -46,7 +54,7 @@ def _padded(chunk: Chunk, forward: Forward, texts: Texts) -> None:
     positions = mask.sum(1, keepdim=True)  # [n, 1]
     places = going  # rows of the batch that run; of each, `requests` holds the prompt
     while places:
-        if len(places) < _CROWD * len(rows):
+        if len(places) < _SHRINK_BELOW * len(rows):
             index = torch.tensor(places, device=forward.device)
             past, mask, positions = kv_cache.fork(past, index=index), mask[index], positions[index]
             requests, new = [requests[p] for p in places], [new[p] for p in places]
@@ -54,9 +62,8 @@ def _padded(chunk: Chunk, forward: Forward, texts: Texts) -> None:
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         ids = torch.tensor(new, device=forward.device)[:, None]
         read = torch.tensor(places, device=forward.device)
-        seen = (
-            None if forward.argument == "cache_params" else mask
-        )  # purely recurrent: a generated token is no padding
+        # purely recurrent models take no mask here: a generated token is no padding
+        seen = None if forward.argument == "cache_params" else mask
         logits = forward(read, ids, past, positions=positions, mask=seen)
         positions = positions + 1
         places, new = _add(texts, requests, places, new, logits)
@@ -66,7 +73,7 @@ def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts
     """One batch without padding: chunk.ids ends where the shortest prompt does."""
     requests, lengths = list(chunk.requests), list(chunk.lengths)
     ids, seen = chunk.ids, min(chunk.lengths)
-    past = None if forward.argument is None else shared(forward, chunk, prefix, windowed=True)
+    past = None if forward.argument is None else shared_cache(forward, chunk, prefix, windowed=True)
     whole = ids  # all tokens of each row, for models without a cache that can be forked
     new = [0] * len(requests)
     places = list(range(len(requests)))
@@ -84,7 +91,7 @@ def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts
             if lengths[p] > seen:
                 new[p] = plan.prompts[requests[p]][seen]
         places = [p for p in places if p in going]
-        if len(places) < _CROWD * len(requests):
+        if len(places) < _SHRINK_BELOW * len(requests):
             index = torch.tensor(places, dtype=torch.long, device=forward.device)
             past = kv_cache.fork(past, index=index) if past is not None and places else past
             requests, lengths, new = ([column[p] for p in places] for column in (requests, lengths, new))
@@ -98,7 +105,9 @@ def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts
 def _add(
     texts: Texts, requests: list[int], places: list[int], new: list[int], logits: Tensor
 ) -> tuple[list[int], list[int]]:
-    """Adds a token to the requests at places from logits [len(places), V]: (places that go on, last token of every row)."""
+    """Adds a token to the requests at places from logits [len(places), V]: (places that go on, last token of
+    every row).
+    """
     tokens, going = texts.add([requests[p] for p in places], logits)
     new = list(new)
     for p, token in zip(places, tokens, strict=True):

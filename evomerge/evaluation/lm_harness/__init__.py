@@ -1,9 +1,10 @@
-"""lm-eval tasks as an `Evaluator`. The only package that imports lm_eval."""
+"""lm-eval tasks as a set of tasks that score live models. The only package that imports lm_eval.
 
-from __future__ import annotations
+- `harness`: `LmHarness`, the task set. `backends`: what answers the requests, a registry by name.
+- `task_catalogue`, `task_loading`, `items`, `prompts`, `groups`: from a task's name to items, roles and
+  requests.
+- `results`, `samples`, `truncation`: from responses to values, samples and warnings.
+- `lm_eval_patches`: the only file that replaces anything of lm-eval's; `sandbox`: what task files may not do.
 
-from evomerge.evaluation.lm_harness.harness import LmHarness
-from evomerge.evaluation.lm_harness.items import ItemRules
-from evomerge.evaluation.lm_harness.task_loading import TaskSpec
-
-__all__ = ["ItemRules", "LmHarness", "TaskSpec"]
+Nothing is imported here, so that `backends` can be read without loading lm-eval and torch.
+"""

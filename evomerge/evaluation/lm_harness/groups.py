@@ -1,4 +1,4 @@
-"""Groups of tasks as lm-eval aggregates them: one number from the metrics of the leaves."""
+"""Groups of tasks as lm-eval aggregates them: one number from the metrics of their subtasks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
+from evomerge.evaluation.records import SOFT_METRICS, soft_metric_name
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """A group or tag that is one term of the objective.
 
-    members: its leaf tasks, sub-groups' included. sizes: weight of each in the group's metric: with lm-eval's
-    `weight_by_size` the number of the leaf's test items before any limit, so that a share is the same in every role and
-    the whole test split gives lm-eval's own number; else 1.
+    Attributes:
+        name: Its name.
+        members: Its subtasks, those of its sub-groups included.
+        sizes: Weight of each member in the group's metric. With lm-eval's `weight_by_size` that is the number
+            of the member's test items before any limit, so that a share is the same in every role and the
+            whole test split gives lm-eval's own number; else 1.
+        metric: Name of the metric.
+        higher_is_better: Its direction.
     """
 
     name: str
@@ -26,7 +32,7 @@ class Group:
     higher_is_better: bool
 
     def shares(self) -> tuple[tuple[str, float], ...]:
-        """(leaf, share of the group's metric) with shares that sum to one, each leaf once."""
+        """(subtask, share of the group's metric) pairs, shares summing to one, each subtask once."""
         total: dict[str, int] = {}
         for member, size in zip(self.members, self.sizes, strict=True):
             total[member] = total.get(member, 0) + size
@@ -34,10 +40,15 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a group says of its number. metric, filter: None for each leaf's first; by_size: whether large leaves weigh more.
+class GroupMetric:
+    """Which number of a group is wanted.
 
-    aggregated: False where lm-eval reports no number for it (a tag, or a group without `aggregate_metric_list`).
+    Attributes:
+        metric: Name of the metric; None for the first of each subtask.
+        filter: Name of the filter; None for the first of each subtask.
+        by_size: Whether subtasks weigh by their number of items.
+        aggregated: False where lm-eval reports no number for it (a tag, or a group without
+            `aggregate_metric_list`).
     """
 
     metric: str | None
@@ -47,37 +58,65 @@ class Wish:
 
 
 def group_metric(values: Sequence[float], sizes: Sequence[int]) -> float:
-    """lm-eval's mean of its leaves' metrics [n] with weights [n], operation by operation (`aggregate_subtask_metrics`)."""
+    """Aggregates metrics as lm-eval does, operation by operation (`aggregate_subtask_metrics`).
+
+    Args:
+        values: [n] metrics of the members.
+        sizes: [n] their weights.
+
+    Returns:
+        The weighted mean.
+    """
     return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
-def add_groups(metrics: dict[str, float], groups: Mapping[str, Group]) -> None:
-    """Adds each group's metric, and its soft scores, to metrics that hold those of all its leaves."""
+def add_group_metrics(metrics: dict[str, float], groups: Mapping[str, Group]) -> None:
+    """Adds each group's metric and soft metrics, where all of its members have them.
+
+    Args:
+        metrics: Metrics of the members by name, which are extended.
+        groups: Name -> group.
+    """
     for name, group in groups.items():
-        for suffix in ("", ":probability", ":logprob"):
-            values = [metrics.get(f"{member}{suffix}") for member in group.members]
-            known = [value for value in values if value is not None]
-            if len(known) == len(values):
-                metrics[f"{name}{suffix}"] = group_metric(known, group.sizes)
+        keys = [(name, list(group.members))]
+        for soft_metric in SOFT_METRICS:
+            members = [soft_metric_name(member, soft_metric) for member in group.members]
+            keys.append((soft_metric_name(name, soft_metric), members))
+        for key, members in keys:
+            if all(member in metrics for member in members):
+                metrics[key] = group_metric([metrics[member] for member in members], group.sizes)
 
 
-def wish(name: str, group: Any | None, metric: str | None, filter_name: str | None) -> Wish:
-    """The number that is asked of a group: the metric of that name, or its first. group: lm-eval's, None for a tag.
+def choose_group_metric(
+    name: str, group: Any | None, metric: str | None, filter_name: str | None
+) -> GroupMetric:
+    """Chooses the number that is wanted of a group.
 
-    Raises TaskError for a metric or filter that the group does not aggregate.
+    Args:
+        name: Name of the group or tag.
+        group: lm-eval's group; None for a tag.
+        metric: The metric that is asked for; None for the group's first.
+        filter_name: The filter that is asked for; None for the group's first.
+
+    Returns:
+        The choice.
+
+    Raises:
+        TaskError: The group does not aggregate that metric or filter.
     """
     listed = list(group.aggregate_metric_list or ()) if group is not None else []
     if not listed:
-        return Wish(metric, filter_name, by_size=False, aggregated=False)
-    found = [
-        a
-        for a in listed
-        if metric in (None, a.metric)
-        and (filter_name is None or a.filter_list is None or filter_name in a.filter_list)
+        return GroupMetric(metric, filter_name, by_size=False, aggregated=False)
+    matching = [
+        entry
+        for entry in listed
+        if metric in (None, entry.metric)
+        and (filter_name is None or entry.filter_list is None or filter_name in entry.filter_list)
     ]
-    if not found:
-        known = [f"{a.metric}" for a in listed]
+    if not matching:
         wanted = metric or filter_name or ""
-        raise TaskError(f"group '{name}' aggregates no '{wanted}'. {suggest(wanted, known)}")
-    chosen = filter_name or (found[0].filter_list[0] if found[0].filter_list else None)
-    return Wish(found[0].metric, chosen, found[0].weight_by_size, aggregated=True)
+        available = [str(entry.metric) for entry in listed]
+        raise TaskError(f"group '{name}' aggregates no '{wanted}'. {suggest(wanted, available)}")
+    first = matching[0]
+    chosen_filter = filter_name or (first.filter_list[0] if first.filter_list else None)
+    return GroupMetric(first.metric, chosen_filter, first.weight_by_size, aggregated=True)

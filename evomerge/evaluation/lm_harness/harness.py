@@ -1,7 +1,8 @@
-"""lm-eval tasks as an `Evaluator`: prompts, metrics and filters are lm-eval's own, the forward passes the engine's.
+"""lm-eval tasks as a task set: prompts, metrics and filters are lm-eval's own, the forward passes a
+backend's.
 
-Tasks are loaded and their requests built once; a set of items is compiled once and replayed for every candidate. Knows
-nothing of merging.
+Tasks are loaded and their requests built once; a set of items is prepared once and answered for every
+candidate. Knows nothing of merging.
 """
 
 from __future__ import annotations
@@ -12,57 +13,77 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from evomerge.errors import CandidateError
+from evomerge.evaluation.inference.loglikelihood import Rounding
 from evomerge.evaluation.inference.requests import Verification
-from evomerge.evaluation.lm_harness import truncation
+from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND, find_backend
 from evomerge.evaluation.lm_harness.backends.base import Backend
-from evomerge.evaluation.lm_harness.backends.compiled import CompiledBackend
-from evomerge.evaluation.lm_harness.backends.hflm import HFLMBackend, hflm
-from evomerge.evaluation.lm_harness.groups import Group, add_groups
+from evomerge.evaluation.lm_harness.backends.hflm import make_hflm
+from evomerge.evaluation.lm_harness.groups import Group, add_group_metrics
 from evomerge.evaluation.lm_harness.items import ItemRules
+from evomerge.evaluation.lm_harness.lm_eval_patches import cache_document_rendering
 from evomerge.evaluation.lm_harness.prompts import Prompting
 from evomerge.evaluation.lm_harness.results import (
-    Outcomes,
-    check,
-    gold_requests,
-    measures,
-    number,
-    remember_documents,
-    soft,
+    TaskValues,
+    check_not_nan,
+    item_value,
+    right_answer_requests,
+    soft_metrics,
+    soft_scores,
 )
-from evomerge.evaluation.lm_harness.samples import Sample, passage, sample
-from evomerge.evaluation.lm_harness.task_loading import Loaded, TaskSpec, load
-from evomerge.evaluation.records import Items, ItemScore, Role
+from evomerge.evaluation.lm_harness.samples import Sample, example, sample
+from evomerge.evaluation.lm_harness.task_loading import LoadedTask, TaskSpec, load
+from evomerge.evaluation.lm_harness.truncation import truncation_warnings
+from evomerge.evaluation.records import Items, ItemScore, Role, soft_metric_name
 
 log = logging.getLogger(__name__)
-_COMPILED = 8  # sets of items whose plans are kept
-_MODELS = 8  # live models that are kept ready
+_PREPARED = 8  # sets of items that stay prepared for a model
+_MODELS = 8  # live models that stay ready
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An item with its requests, and those of its right answers where a generated text has soft metrics."""
+
+    item: str
+    requests: list[Any]
+    right_answers: list[Any]
 
 
 @dataclass(slots=True)
-class _Compiled:
-    """Items ready to be asked. rows: by task, (item, its requests, requests of its right answers); prepared: of a backend."""
+class _PreparedItems:
+    """Items ready to be answered. rows: by task; prepared: what the backend made of their requests."""
 
-    rows: dict[str, list[tuple[str, list[Any], list[Any]]]]
+    rows: dict[str, list[_Row]]
     requests: list[Any]
     prepared: Any
 
 
 @dataclass(slots=True)
 class _Model:
-    """A live model with what is ready for it."""
+    """A live model, its backend, and the sets of items that are prepared for it."""
 
     model: nn.Module
     backend: Backend
-    compiled: OrderedDict[tuple[Any, ...], _Compiled] = field(default_factory=OrderedDict)
+    prepared: OrderedDict[tuple[Any, ...], _PreparedItems] = field(default_factory=OrderedDict)
 
 
 class LmHarness:
-    """Scores models on lm-eval tasks. Satisfies `evomerge.evaluation.evaluator.Evaluator`."""
+    """Scores models on lm-eval tasks. Satisfies `evomerge.evaluation.task_set.TaskSet`.
+
+        harness = LmHarness([TaskSpec("gsm8k", splits="hash-train")], tokenizer)
+        scores, metrics = harness.score(model, harness.items("search"))
+
+    Attributes:
+        tokenizer: The models' tokenizer.
+        batch_size: Batch size of what goes through HFLM.
+        tasks: Name -> task with items.
+        groups: Name -> group.
+    """
 
     def __init__(
         self,
@@ -76,180 +97,232 @@ class LmHarness:
         system_instruction: str | None = None,
         limits: Mapping[Role, int] | None = None,
         rules: ItemRules | None = None,
-        backend: Literal["resident", "lm-eval"] = "resident",
+        backend: str = DEFAULT_BACKEND,
     ) -> None:
         """Loads tasks and builds every request.
 
-        include: folders of task YAML files besides the shipped ones. limits: role -> most items of each task, chosen
-        by their hash. rules: which documents may become items. backend: 'resident' compiles the requests for the live
-        model, 'lm-eval' hands all to HFLM. batch_size: of what goes through HFLM. Raises TaskError for unknown tasks or
-        metrics, for roles left without items, and for what the rules refuse.
+        Args:
+            specs: What is scored.
+            tokenizer: The models' tokenizer.
+            batch_size: Batch size of what goes through HFLM.
+            include: Folders of task YAML files besides the shipped ones.
+            apply_chat_template: Whether prompts are rendered by the tokenizer's chat template.
+            fewshot_as_multiturn: Whether few-shot examples are turns of a conversation.
+            system_instruction: Text before every prompt; None for none.
+            limits: Role -> most items of each task, chosen by their hash; None for all.
+            rules: Which documents may become items; None for the defaults.
+            backend: What answers the requests, a key of `evomerge.evaluation.lm_harness.backends.BACKENDS`.
+
+        Raises:
+            ConfigError: There is no such backend.
+            TaskError: A task or metric is unknown, a role is left without items, or the rules refuse
+                something.
         """
+        self._backend_entry = find_backend(backend)
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        found = load(
-            specs,
-            Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction),
-            include,
-            rules,
-            limits,
-        )
-        self.tasks, self.groups, self._found = found.leaves, found.groups, found
-        self._outcomes = {name: Outcomes(loaded) for name, loaded in self.tasks.items()}
-        self._searched = {
+        prompting = Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction)
+        self._loaded = load(specs, prompting, include, rules, limits)
+        self.tasks, self.groups = self._loaded.tasks, self._loaded.groups
+        self._values = {name: TaskValues(loaded) for name, loaded in self.tasks.items()}
+        self._search_items = {
             (name, item) for name, loaded in self.tasks.items() for item in loaded.items["search"]
         }
         for loaded in self.tasks.values():
-            remember_documents(loaded.task)
-        self._kind = backend
+            cache_document_rendering(loaded.task)
         self._models: OrderedDict[int, _Model] = OrderedDict()
-        self._backend: Backend
+
+    # ---- what the tasks are --------------------------------------------------------------------------------
 
     def items(self, role: Role) -> Items:
-        """Task name -> item ids of a role, in the order of the task's documents."""
+        """See `Evaluator.items`. Ids are in the order of the task's documents."""
         return {name: loaded.items[role] for name, loaded in self.tasks.items()}
 
     def sign(self, task: str) -> int:
-        """+1 if higher values of the metric of a task or group are better, else -1."""
-        return 1 if self._named(task).higher_is_better else -1
+        """See `TaskSet.sign`."""
+        return 1 if self._task_or_group(task).higher_is_better else -1
 
     def metric(self, task: str) -> str:
-        """Name of the metric of a task or group that is scored."""
-        return self._named(task).metric
+        """See `TaskSet.metric`."""
+        return self._task_or_group(task).metric
 
     def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
-        """(task with items, its share) of a group, shares summing to one; a task is its own leaf."""
+        """See `TaskSet.subtasks`."""
         return self.groups[task].shares() if task in self.groups else ((task, 1.0),)
 
     def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
-        """Sentences about the items that a user should read: what occurs twice or is given away, and what the model truncates."""
-        cut = (
-            truncation.findings(self.tasks, hflm(model, self.tokenizer, self.batch_size))
-            if model is not None
-            else ()
-        )
-        return (*self._found.findings, *cut)
-
-    def _named(self, task: str) -> Loaded | Group:
-        return self.groups[task] if task in self.groups else self.tasks[task]
+        """See `TaskSet.warnings`: items that occur twice or are in training texts, and those that the model
+        truncates.
+        """
+        if model is None:
+            return self._loaded.warnings
+        lm = make_hflm(model, self.tokenizer, self.batch_size)
+        return (*self._loaded.warnings, *truncation_warnings(self.tasks, lm))
 
     def soft_metrics(self, task: str) -> tuple[str, ...]:
-        """Soft scores that a task, or every task of a group, has beside its metric: of 'probability' and 'logprob'."""
-        own = [measures(self.tasks[leaf]) for leaf, _ in self.subtasks(task)]
-        return tuple(m for m in own[0] if all(m in others for others in own))
+        """See `TaskSet.soft_metrics`: those that every task of a group has."""
+        by_task = [soft_metrics(self.tasks[subtask]) for subtask, _ in self.subtasks(task)]
+        return tuple(name for name in by_task[0] if all(name in names for names in by_task))
 
     def is_mean(self, task: str) -> bool:
-        """Whether the metric of a task, or of every task of a group, is the mean of its items' values."""
-        own = [self.tasks[leaf] for leaf, _ in self.subtasks(task)]
+        """See `TaskSet.is_mean`: of a group, whether that holds for every task."""
         return all(
-            getattr(loaded.task.aggregation()[loaded.metric], "__name__", "") == "mean" for loaded in own
+            getattr(self._aggregation(subtask), "__name__", "") == "mean"
+            for subtask, _ in self.subtasks(task)
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """Name of a task or group -> SHA-256 of its settings, every item of every role and every request: what resume compares."""
-        return {name: self._found.fingerprint(name) for name in self._found.terms}
-
-    def backends(self, model: nn.Module) -> dict[str, str]:
-        """Task name -> what answers it: 'compiled', or 'lm-eval: ' and why, in so far as its search items say."""
-        found = {}
-        for name, loaded in self.tasks.items():
-            self._compile(model, {name: loaded.items["search"][:1]})
-            reason = self._backend.fallback_reason(name)
-            found[name] = "compiled" if reason is None else f"lm-eval: {reason}"
-        return found
-
-    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Verification]:
-        """Technique -> the numeric probe's verdict on this model, at the lengths of these items; none where lm-eval answers all."""
-        self._compile(model, items)
-        return self._backend.optimizations()
-
-    def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Per-item values and each task's metric as lm-eval computes them, and means of the soft scores as 'TASK:probability', 'TASK:logprob'.
-
-        Items of the search are scored by float32 sums, which tie less; all others with lm-eval's rounding. Raises
-        CandidateError for NaN log-likelihoods and for requests that the model cannot take.
+        """Task or group -> SHA-256 of its settings, every item of every role and every request: what resume
+        compares.
         """
-        compiled = self._answered(model, items)
-        scores: list[ItemScore] = []
-        metrics: dict[str, float] = {}
-        for name, rows in compiled.rows.items():
-            loaded = self.tasks[name]
-            values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
-            metrics[name] = float(loaded.task.aggregation()[loaded.metric](list(values)))
-            own = []
-            for (item, requests, gold), value in zip(rows, values, strict=True):
-                found = number(value, loaded.task.aggregation()[loaded.metric])
-                if math.isnan(found):
-                    raise CandidateError(f"task '{name}' gave {value!r} for item {item}")
-                own.append(ItemScore(name, item, found, *soft(loaded, requests, gold, self._backend.tokens)))
-            scores += own
-            for measure in measures(loaded):
-                known = [v for s in own if (v := getattr(s, measure)) is not None]
-                if known:
-                    metrics[f"{name}:{measure}"] = math.fsum(known) / len(known)
-        add_groups(metrics, self.groups)
-        return tuple(scores), metrics
-
-    def samples(self, model: nn.Module, items: Items) -> list[Sample]:
-        """Prompt, right answer, the model's output and its value, item by item."""
-        found: list[Sample] = []
-        for name, rows in self._answered(model, items).rows.items():
-            values = self._outcomes[name].values([(item, requests) for item, requests, _ in rows])
-            mean = self.tasks[name].task.aggregation()[self.tasks[name].metric]
-            found += [
-                sample(self.tasks[name], item, requests, number(value, mean))
-                for (item, requests, _), value in zip(rows, values, strict=True)
-            ]
-        return found
-
-    def _answered(self, model: nn.Module, items: Items) -> _Compiled:
-        """Items whose requests hold the model's responses."""
-        compiled = self._compile(model, items)
-        searched = all(
-            (name, item) in self._searched for name, rows in compiled.rows.items() for item, _, _ in rows
-        )
-        for request, answers in zip(
-            compiled.requests,
-            self._backend.answer(compiled.prepared, "float32" if searched else "model"),
-            strict=True,
-        ):
-            request.resps, request.filtered_resps = answers, {}
-        for name, rows in compiled.rows.items():
-            for item, requests, gold in rows:
-                check(self.tasks[name], item, [*requests, *gold])
-        return compiled
-
-    def prepare(self, model: nn.Module, items: Items) -> None:
-        """Compiles the items' requests for a model, and probes it where it is new."""
-        self._compile(model, items)
+        return {name: self._loaded.fingerprint(name) for name in self._loaded.terms}
 
     def examples(self, count: int) -> list[tuple[str, str]]:
-        """(prompt, right answer) of items of the search, `count` at most, of one task after the other."""
-        rows = [
-            [passage(loaded, loaded.requests[item]) for item in loaded.items["search"][:count]]
+        """See `TaskSet.examples`. Items of one task after the other."""
+        by_task = [
+            [example(loaded, loaded.requests[item]) for item in loaded.items["search"][:count]]
             for loaded in self.tasks.values()
         ]
-        return [row for group in zip(*rows, strict=False) for row in group][:count]
+        return [pair for pairs in zip(*by_task, strict=False) for pair in pairs][:count]
 
-    def _compile(self, model: nn.Module, items: Items) -> _Compiled:
-        """The items' requests prepared for the model; the latest models and sets are kept."""
-        own = self._models.get(id(model))
-        if own is None or own.model is not model:
-            kind = CompiledBackend if self._kind == "resident" else HFLMBackend
-            own = self._models[id(model)] = _Model(model, kind(model, self.tokenizer, self.batch_size))
+    def _task_or_group(self, task: str) -> LoadedTask | Group:
+        return self.groups[task] if task in self.groups else self.tasks[task]
+
+    def _aggregation(self, task: str) -> Any:
+        """The function by which lm-eval aggregates a task's metric over items."""
+        loaded = self.tasks[task]
+        return loaded.task.aggregation()[loaded.metric]
+
+    # ---- scoring -------------------------------------------------------------------------------------------
+
+    def backends(self, model: nn.Module) -> dict[str, str]:
+        """Describes what answers each task, in so far as its first search item shows.
+
+        Args:
+            model: The live model.
+
+        Returns:
+            Task with items -> 'compiled', or 'lm-eval: ' and why.
+        """
+        answered_by = {}
+        for name, loaded in self.tasks.items():
+            backend, _ = self._prepared(model, {name: loaded.items["search"][:1]})
+            reason = backend.fallback_reason(name)
+            answered_by[name] = "compiled" if reason is None else f"lm-eval: {reason}"
+        return answered_by
+
+    def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Verification]:
+        """See `TaskSet.optimizations`. None where lm-eval answers all."""
+        backend, _ = self._prepared(model, items)
+        return backend.optimizations()
+
+    def prepare(self, model: nn.Module, items: Items) -> None:
+        """See `Preparing.prepare`: plans the items' requests, and verifies optimizations where the model is
+        new.
+        """
+        self._prepared(model, items)
+
+    def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
+        """Scores a model. Items of the search are scored by float32 sums, which tie less; all others with
+        lm-eval's rounding.
+
+        Args:
+            model: The live model.
+            items: Task -> ids of the items to score.
+
+        Returns:
+            Per-item scores, and each task's metric as lm-eval computes it, with means of the soft metrics.
+
+        Raises:
+            CandidateError: A log-likelihood is NaN, or the model cannot take a request.
+        """
+        backend, prepared = self._answered(model, items)
+        scores: list[ItemScore] = []
+        metrics: dict[str, float] = {}
+        for name, rows in prepared.rows.items():
+            values = self._values[name].values([(row.item, row.requests) for row in rows])
+            metrics[name] = float(self._aggregation(name)(list(values)))
+            task_scores = self._item_scores(name, rows, values, backend)
+            scores += task_scores
+            for soft_metric in soft_metrics(self.tasks[name]):
+                present = [v for score in task_scores if (v := getattr(score, soft_metric)) is not None]
+                if present:
+                    metrics[soft_metric_name(name, soft_metric)] = math.fsum(present) / len(present)
+        add_group_metrics(metrics, self.groups)
+        return tuple(scores), metrics
+
+    def _item_scores(
+        self, name: str, rows: Sequence[_Row], values: Sequence[Any], backend: Backend
+    ) -> list[ItemScore]:
+        """The scores of a task's answered items."""
+        loaded, aggregate = self.tasks[name], self._aggregation(name)
+        scores = []
+        for row, value in zip(rows, values, strict=True):
+            number = item_value(value, aggregate)
+            if math.isnan(number):
+                raise CandidateError(f"task '{name}' gave {value!r} for item {row.item}")
+            soft = soft_scores(loaded, row.requests, row.right_answers, backend.tokens)
+            scores.append(ItemScore(name, row.item, number, *soft))
+        return scores
+
+    def samples(self, model: nn.Module, items: Items) -> list[Sample]:
+        """See `TaskSet.samples`."""
+        _, prepared = self._answered(model, items)
+        samples: list[Sample] = []
+        for name, rows in prepared.rows.items():
+            values = self._values[name].values([(row.item, row.requests) for row in rows])
+            aggregate = self._aggregation(name)
+            samples += [
+                sample(self.tasks[name], row.item, row.requests, item_value(value, aggregate))
+                for row, value in zip(rows, values, strict=True)
+            ]
+        return samples
+
+    def _answered(self, model: nn.Module, items: Items) -> tuple[Backend, _PreparedItems]:
+        """Items whose requests hold the model's responses."""
+        backend, prepared = self._prepared(model, items)
+        only_search = all(
+            (name, row.item) in self._search_items for name, rows in prepared.rows.items() for row in rows
+        )
+        rounding: Rounding = "float32" if only_search else "model"
+        answers = backend.answer(prepared.prepared, rounding)
+        for request, responses in zip(prepared.requests, answers, strict=True):
+            request.resps, request.filtered_resps = responses, {}
+        for name, rows in prepared.rows.items():
+            for row in rows:
+                check_not_nan(self.tasks[name], row.item, [*row.requests, *row.right_answers])
+        return backend, prepared
+
+    def _prepared(self, model: nn.Module, items: Items) -> tuple[Backend, _PreparedItems]:
+        """The model's backend, and the items' requests prepared for it; the latest models and sets stay
+        ready.
+        """
+        state = self._model(model)
+        key = tuple((name, tuple(ids)) for name, ids in items.items() if ids)
+        if key not in state.prepared:
+            rows = {name: [self._row(name, item) for item in ids] for name, ids in key}
+            requests = [
+                request
+                for of_task in rows.values()
+                for row in of_task
+                for request in (*row.requests, *row.right_answers)
+            ]
+            state.prepared[key] = _PreparedItems(rows, requests, state.backend.prepare(requests))
+            if len(state.prepared) > _PREPARED:
+                state.prepared.popitem(last=False)
+        state.prepared.move_to_end(key)
+        return state.backend, state.prepared[key]
+
+    def _model(self, model: nn.Module) -> _Model:
+        """The state of a live model. Of too many models the one used longest ago is closed."""
+        state = self._models.get(id(model))
+        if state is None or state.model is not model:
+            backend = self._backend_entry.load()(model, self.tokenizer, self.batch_size)
+            state = self._models[id(model)] = _Model(model, backend)
             if len(self._models) > _MODELS:
                 self._models.popitem(last=False)[1].backend.close()
         self._models.move_to_end(id(model))
-        self._backend = own.backend
-        key = tuple((name, tuple(ids)) for name, ids in items.items() if ids)
-        if key not in own.compiled:
-            rows = {name: [self._row(name, item) for item in ids] for name, ids in key}
-            requests = [r for found in rows.values() for _, asked, gold in found for r in (*asked, *gold)]
-            own.compiled[key] = _Compiled(rows, requests, self._backend.prepare(requests))
-            if len(own.compiled) > _COMPILED:
-                own.compiled.popitem(last=False)
-        own.compiled.move_to_end(key)
-        return own.compiled[key]
+        return state
 
-    def _row(self, name: str, item: str) -> tuple[str, list[Any], list[Any]]:
+    def _row(self, name: str, item: str) -> _Row:
         requests = self.tasks[name].requests[item]
-        return item, requests, gold_requests(self.tasks[name], requests)
+        return _Row(item, requests, right_answer_requests(self.tasks[name], requests))

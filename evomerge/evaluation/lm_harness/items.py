@@ -1,4 +1,6 @@
-"""Which documents are the items of which role: dealt by a hash of their content or declared, each in one role and once."""
+"""Which documents are the items of which role: assigned by a hash of their content or declared, each in one
+role and once.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,9 @@ from evomerge.evaluation.contamination import NGRAM
 from evomerge.evaluation.records import ROLES, Role, role_of_hash
 
 Splits = Literal["declared", "hash", "hash-train"]
-_KEEPS: tuple[Role, ...] = (
-    "test",
-    "validation",
-    "search",
-)  # who keeps an item of several roles: what is tested was not searched
+"""How a task's documents become items; see `TaskSpec.splits`."""
+_PRECEDENCE: tuple[Role, ...] = ("test", "validation", "search")
+"""Which role keeps an item of several roles: what is tested was not searched."""
 _NAMED = 3  # items that a sentence names
 
 
@@ -26,10 +26,14 @@ _NAMED = 3  # items that a sentence names
 class ItemRules:
     """Which documents may become items.
 
-    duplicates: 'refuse' raises for an item in two declared splits, 'drop' keeps it in the later role only (test, then
-    validation). allow_benchmark_test: lets a task of lm-eval's own tree be dealt by hash, so that the search optimises
-    on the benchmark's own test items. training_texts: files that items are compared with; overlap: 'warn' names the
-    items that share `overlap_ngram` words in a row with them, 'drop' also leaves them out.
+    Attributes:
+        duplicates: 'refuse' raises for an item in two declared splits, 'drop' keeps it in the later role only
+            (test, then validation).
+        allow_benchmark_test: Allows a task of lm-eval's own tree to be assigned by hash, so that the search
+            optimises on the benchmark's own test items.
+        training_texts: Files that items are compared with.
+        overlap_ngram: Words in a row that an item and a training text must share to overlap.
+        overlap: 'warn' names the items that overlap, 'drop' also leaves them out.
     """
 
     duplicates: Literal["refuse", "drop"] = "refuse"
@@ -40,11 +44,15 @@ class ItemRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A document and what is asked about it.
+class TaskDocument:
+    """A document of a task with its requests.
 
-    item: its id; content: hash of its rendered question, choices and answer; number: its place in its split, as lm-eval
-    counts; text: question and right answer, for people and for comparison with training texts.
+    Attributes:
+        item: Its id.
+        content: Hash of its rendered question, choices and answer.
+        number: Its index in its split, as lm-eval counts.
+        text: Question and right answer, for people and for comparison with training texts.
+        requests: lm-eval's `Instance` objects, in order.
     """
 
     item: str
@@ -56,17 +64,36 @@ class Asked:
     @property
     def opening(self) -> str:
         """The first words, quoted."""
-        found = self.text.split()
-        return f"'{' '.join(found[:8])}{' …' if len(found) > 8 else ''}'"
+        words = self.text.split()
+        return f"'{' '.join(words[:8])}{' …' if len(words) > 8 else ''}'"
 
 
 def item_id(doc: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a document's canonical JSON."""
+    """Computes a document's id.
+
+    Args:
+        doc: A document, JSON or what `str` makes of it.
+
+    Returns:
+        16 hexadecimal digits of the SHA-256 of its canonical JSON.
+    """
     return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | list[Any]:
-    """The documents of each role as the task declares them, or those of one split, to be dealt. Raises TaskError for a role without."""
+def split_documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | list[Any]:
+    """Reads a task's documents.
+
+    Args:
+        task: lm-eval's task.
+        name: Its name, for errors.
+        splits: Which documents, see `TaskSpec.splits`.
+
+    Returns:
+        The documents of each role as the task declares them, or those of one split, to be assigned by hash.
+
+    Raises:
+        TaskError: A role has no documents.
+    """
     if splits == "hash":
         return list(task.eval_docs)
     if splits == "hash-train":
@@ -75,120 +102,163 @@ def documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | l
                 f"task '{name}' has no training documents to deal; use splits: hash or another task"
             )
         return list(task.training_docs())
-    found = {
+    declared = {
         "search": task.has_training_docs() and task.training_docs(),
         "validation": task.has_validation_docs() and task.validation_docs(),
         "test": task.has_test_docs() and task.test_docs(),
     }
-    missing = [role for role, docs in found.items() if not docs]
+    missing = [role for role, docs in declared.items() if not docs]
     if missing:
         raise TaskError(f"task '{name}' declares no documents for {', '.join(missing)}; use splits: hash")
-    return {role: list(found[role]) for role in ROLES}
+    return {role: list(declared[role]) for role in ROLES}
 
 
-def deal(
+def assign_roles(
     name: str,
-    asked: Mapping[Role, Sequence[Asked]] | Sequence[Asked],
+    documents: Mapping[Role, Sequence[TaskDocument]] | Sequence[TaskDocument],
     chosen: Mapping[Role, Sequence[int | str]],
-) -> dict[Role, list[Asked]]:
-    """The documents of each role. chosen: role -> numbers or ids of exactly its documents, in place of the split's or the dealt ones.
+) -> dict[Role, list[TaskDocument]]:
+    """Assigns documents to roles.
 
-    Raises TaskError for a choice that is empty, unknown, or in two roles.
+    Args:
+        name: Name of the task, for errors.
+        documents: By role where splits are declared; else a list, which is assigned by hash.
+        chosen: Role -> numbers or ids of exactly its documents, in place of the declared or hashed ones.
+
+    Returns:
+        The documents of each role.
+
+    Raises:
+        TaskError: A choice is empty, unknown, or in two roles.
     """
-    if isinstance(asked, Mapping):
+    if isinstance(documents, Mapping):
         return {
-            role: _choose(name, role, asked[role], chosen[role]) if role in chosen else list(asked[role])
+            role: _choose(name, role, documents[role], chosen[role])
+            if role in chosen
+            else list(documents[role])
             for role in ROLES
         }
-    own = {role: _choose(name, role, asked, chosen[role]) for role in ROLES if role in chosen}
+    by_choice = {role: _choose(name, role, documents, chosen[role]) for role in ROLES if role in chosen}
     taken: dict[str, Role] = {}
-    for role, rows in own.items():
+    for role, rows in by_choice.items():
         for row in rows:
             if taken.setdefault(row.item, role) != role:
                 raise TaskError(
-                    f"task '{name}': item {row.item} is listed for {taken[row.item]} and for {role}; list it once"
+                    f"task '{name}': item {row.item} is listed for {taken[row.item]} and for {role}; "
+                    "list it once"
                 )
     return {
-        role: own[role]
-        if role in own
-        else [row for row in asked if row.item not in taken and role_of_hash(row.item) == role]
+        role: by_choice[role]
+        if role in by_choice
+        else [row for row in documents if row.item not in taken and role_of_hash(row.item) == role]
         for role in ROLES
     }
 
 
-def without_twins(
-    name: str, roles: Mapping[Role, Sequence[Asked]], *, refuse: bool
-) -> tuple[dict[Role, list[Asked]], list[str]]:
-    """(roles in which no item occurs twice, what was found). Twins are the same document, or ask the same and expect the same.
+def remove_duplicates(
+    name: str, roles: Mapping[Role, Sequence[TaskDocument]], *, refuse: bool
+) -> tuple[dict[Role, list[TaskDocument]], list[str]]:
+    """Removes items that occur twice: the same document, or documents that ask the same and expect the same.
 
-    Of twins in a role the first stays; of twins in several roles the one of the test, else of validation. refuse: raise
-    TaskError for the latter.
+    Args:
+        name: Name of the task.
+        roles: The documents of each role. Of duplicates within a role the first stays; of duplicates in
+            several roles the one of the test, else of validation.
+        refuse: Whether duplicates in several roles are an error.
+
+    Returns:
+        (the documents of each role, warnings about what was removed).
+
+    Raises:
+        TaskError: An item is in several roles and `refuse` is set.
     """
-    first: dict[str, tuple[Role, Asked]] = {}
-    kept: dict[Role, list[Asked]] = {}
+    first: dict[str, tuple[Role, TaskDocument]] = {}
+    unique: dict[Role, list[TaskDocument]] = {}
     within: dict[Role, list[str]] = {role: [] for role in ROLES}
     across: list[str] = []
-    for role in _KEEPS:
-        kept[role] = []
+    for role in _PRECEDENCE:
+        unique[role] = []
         for row in roles[role]:
-            there = first.get(row.item) or first.get(row.content)
-            if there is None:
+            other = first.get(row.item) or first.get(row.content)
+            if other is None:
                 first[row.item] = first[row.content] = (role, row)
-                kept[role].append(row)
-            elif there[0] == role:
-                within[role].append(f"{row.opening} (documents {there[1].number} and {row.number})")
+                unique[role].append(row)
+            elif other[0] == role:
+                within[role].append(f"{row.opening} (documents {other[1].number} and {row.number})")
             else:
-                across.append(f"{row.opening} ({role} {row.number} and {there[0]} {there[1].number})")
+                across.append(f"{row.opening} ({role} {row.number} and {other[0]} {other[1].number})")
     if across and refuse:
         raise TaskError(
             f"task '{name}' has {_count(across)} in more than one split: {_some(across)}; correct its data, "
             "or write evaluation.duplicates: drop to keep each in the later split only"
         )
-    findings = [
-        f"task '{name}': {_count(found)} of {role} repeated, scored once: {_some(found)}"
-        for role, found in within.items()
-        if found
+    warnings = [
+        f"task '{name}': {_count(repeated)} of {role} repeated, scored once: {_some(repeated)}"
+        for role, repeated in within.items()
+        if repeated
     ]
     if across:
-        findings.append(
-            f"task '{name}': {_count(across)} in more than one role, kept in the later one only: {_some(across)}"
+        warnings.append(
+            f"task '{name}': {_count(across)} in more than one role, kept in the later one only: "
+            f"{_some(across)}"
         )
-    return {role: kept[role] for role in ROLES}, findings
+    return {role: unique[role] for role in ROLES}, warnings
 
 
-def limited(rows: Sequence[Asked], most: int | None) -> list[Asked]:
-    """At most so many of the rows, those with the smallest ids, in the order of the documents, as lm-eval batches them."""
-    among = {row.item for row in (rows if most is None else sorted(rows, key=lambda row: row.item)[:most])}
-    return [row for row in rows if row.item in among]
+def limited(documents: Sequence[TaskDocument], most: int | None) -> list[TaskDocument]:
+    """Limits the number of documents.
+
+    Args:
+        documents: The documents.
+        most: How many at most; None for all.
+
+    Returns:
+        Those with the smallest ids, in the order of the documents, as lm-eval batches them.
+    """
+    if most is None:
+        return list(documents)
+    chosen = {document.item for document in sorted(documents, key=lambda document: document.item)[:most]}
+    return [document for document in documents if document.item in chosen]
 
 
-def named(rows: Sequence[Asked]) -> str:
-    """A few of the rows, for a sentence."""
-    return _some([f"{row.opening} (document {row.number})" for row in rows])
+def describe(documents: Sequence[TaskDocument]) -> str:
+    """Names a few documents.
+
+    Args:
+        documents: The documents.
+
+    Returns:
+        Their openings and numbers, for a sentence.
+    """
+    return _some([f"{document.opening} (document {document.number})" for document in documents])
 
 
-def _choose(name: str, role: Role, rows: Sequence[Asked], wanted: Sequence[int | str]) -> list[Asked]:
+def _choose(
+    name: str, role: Role, documents: Sequence[TaskDocument], wanted: Sequence[int | str]
+) -> list[TaskDocument]:
     if not wanted:
         raise TaskError(
             f"task '{name}': the list of items for {role} is empty; list some, or leave it out to use all"
         )
-    numbers = {row.number: row for row in rows}
-    ids = {row.item: row for row in reversed(rows)}
+    numbers = {document.number: document for document in documents}
+    ids = {document.item: document for document in reversed(documents)}
     unknown = [str(w) for w in wanted if (w not in numbers if isinstance(w, int) else w not in ids)]
     if unknown:
-        some = ", ".join(unknown[:_NAMED]) + (
-            f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
-        )
+        some = ", ".join(unknown[:_NAMED])
+        if len(unknown) > _NAMED:
+            some += f" and {len(unknown) - _NAMED} more"
         raise TaskError(
-            f"task '{name}' has no item {some} for {role}; list document numbers (0 to {len(rows) - 1}) or item ids of 16 hexadecimal digits"
+            f"task '{name}' has no item {some} for {role}; list document numbers (0 to {len(documents) - 1}) "
+            "or item ids of 16 hexadecimal digits"
         )
-    found = {(numbers[w] if isinstance(w, int) else ids[w]).number for w in wanted}
-    return [row for row in rows if row.number in found]
+    chosen = {(numbers[w] if isinstance(w, int) else ids[w]).number for w in wanted}
+    return [document for document in documents if document.number in chosen]
 
 
-def _count(found: Sequence[str]) -> str:
-    return f"{len(found)} item{'s' if len(found) > 1 else ''}"
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} item{'s' if len(names) > 1 else ''}"
 
 
-def _some(found: Sequence[str]) -> str:
-    return "; ".join(found[:_NAMED]) + (f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+def _some(names: Sequence[str]) -> str:
+    text = "; ".join(names[:_NAMED])
+    return f"{text}; and {len(names) - _NAMED} more" if len(names) > _NAMED else text

@@ -1,4 +1,6 @@
-"""Responses -> values: a task's own filters and `process_results`, remembered where they depend on text alone; soft scores."""
+"""From responses to values: a task's own filters and `process_results`, cached where they depend on text
+alone; soft metrics.
+"""
 
 from __future__ import annotations
 
@@ -7,93 +9,95 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.lm_harness.task_loading import Loaded
+from evomerge.evaluation.lm_harness.task_loading import LoadedTask
+from evomerge.evaluation.records import SOFT_METRICS
 
 Rows = Sequence[tuple[str, list[Any]]]
-"""(item id, its lm-eval requests, answered)."""
+"""(item id, its answered lm-eval requests) pairs."""
 
 
-def remember_documents(task: Any) -> None:
-    """Makes a task render each document's choices and target once: they depend on the document alone."""
-    for name in ("doc_to_choice", "doc_to_target"):
-        if callable(getattr(task, name, None)):
-            setattr(task, name, _once(getattr(task, name)))
+class TaskValues:
+    """Computes the values of one task's metric. Generated texts that were seen before are not filtered and
+    judged again.
+    """
 
+    def __init__(self, loaded: LoadedTask) -> None:
+        """Prepares a task.
 
-def _once(render: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[int, tuple[Any, Any]] = {}
-
-    def rendered(doc: Any, *more: Any, **named: Any) -> Any:
-        if more or named:
-            return render(doc, *more, **named)
-        found = known.get(id(doc))
-        if found is None or found[0] is not doc:
-            found = known[id(doc)] = (doc, render(doc))
-        return found[1]
-
-    return rendered
-
-
-class Outcomes:
-    """The values of one task's metric. Texts that were seen before are not filtered and judged again."""
-
-    def __init__(self, loaded: Loaded) -> None:
+        Args:
+            loaded: The task.
+        """
         self._loaded = loaded
         steps = [step for ensemble in loaded.task._filters for step in ensemble.filters]
-        modules = {
-            getattr(step, "func", step).__module__ for step in steps
-        }  # an ensemble holds partials of filter classes
-        own = all(
+        # an ensemble holds partials of filter classes
+        modules = {getattr(step, "func", step).__module__ for step in steps}
+        # a filter of the user's may look across items, so that its answer is not of one text alone
+        cacheable = loaded.task.OUTPUT_TYPE == "generate_until" and all(
             module.startswith("lm_eval.filters") for module in modules
-        )  # one of the user's may look across items
-        self._known: dict[tuple[str, tuple[Any, ...]], Any] | None = (
-            {} if loaded.task.OUTPUT_TYPE == "generate_until" and own else None
         )
+        self._cache: dict[tuple[str, tuple[Any, ...]], Any] | None = {} if cacheable else None
 
     def values(self, rows: Rows) -> list[Any]:
-        """The metric's value of each item, as lm-eval's aggregation takes it. Raises TaskError where the task reports none."""
-        if self._known is None:
+        """Computes the metric's value of each item.
+
+        Args:
+            rows: Items with answered requests.
+
+        Returns:
+            Values as lm-eval's aggregation takes them.
+
+        Raises:
+            CandidateError: The task's own code cannot judge an answer.
+            TaskError: The task reports no such metric.
+        """
+        if self._cache is None:
             return self._judge(rows)
         keys = [
-            (item, tuple(answer for request in requests for answer in request.resps))
+            (item, tuple(response for request in requests for response in request.resps))
             for item, requests in rows
         ]
-        new = [at for at, key in enumerate(keys) if key not in self._known]
+        new = [i for i, key in enumerate(keys) if key not in self._cache]
         if new:
-            for at, value in zip(new, self._judge([rows[at] for at in new]), strict=True):
-                self._known[keys[at]] = value
-        return [self._known[key] for key in keys]
+            for i, value in zip(new, self._judge([rows[i] for i in new]), strict=True):
+                self._cache[keys[i]] = value
+        return [self._cache[key] for key in keys]
 
     def _judge(self, rows: Rows) -> list[Any]:
         loaded, task = self._loaded, self._loaded.task
         task._instances = [request for _, requests in rows for request in requests]
-        outcomes: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
         try:
             task.apply_filters()
             for _, requests in rows:
-                outcomes.append(
-                    task.process_results(
-                        requests[0].doc, [request.filtered_resps[loaded.filter] for request in requests]
-                    )
-                )
+                responses = [request.filtered_resps[loaded.filter] for request in requests]
+                results.append(task.process_results(requests[0].doc, responses))
         except Exception as error:  # filters and metrics are a task's own code and can raise anything
             raise CandidateError(
-                f"task '{loaded.spec.task}' cannot judge an answer, after {len(outcomes)} of {len(rows)}: {type(error).__name__}: {error}"
+                f"task '{loaded.spec.task}' cannot judge an answer, after {len(results)} of {len(rows)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         values = []
-        for (item, _), outcome in zip(rows, outcomes, strict=True):
-            if loaded.metric not in outcome:
+        for (item, _), result in zip(rows, results, strict=True):
+            if loaded.metric not in result:
                 raise TaskError(
-                    f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; it reports {sorted(outcome)}"
+                    f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; "
+                    f"it reports {sorted(result)}"
                 )
-            values.append(outcome[loaded.metric])
+            values.append(result[loaded.metric])
         return values
 
 
-def number(value: Any, aggregate: Callable[[list[Any]], Any]) -> float:
-    """One number for an item's value: itself; whether a (gold, predicted) pair agrees; a (sum, count) pair's ratio.
+def item_value(value: Any, aggregate: Callable[[list[Any]], Any]) -> float:
+    """Makes one number of an item's value.
 
-    aggregate: the metric's own over items, for what is none of these, such as a Brier score's (gold, probabilities).
+    Args:
+        value: What `process_results` gives: a number; a (gold, predicted) pair, whose number is whether they
+            agree; a (sum, count) pair, whose number is the ratio; or what the metric alone understands, such
+            as a Brier score's (gold, probabilities).
+        aggregate: The metric's own aggregation over items.
+
+    Returns:
+        The number; NaN where there is none.
     """
     try:
         if isinstance(value, tuple) and len(value) == 2:
@@ -108,37 +112,59 @@ def number(value: Any, aggregate: Callable[[list[Any]], Any]) -> float:
         return math.nan
 
 
-def check(loaded: Loaded, item: str, requests: Sequence[Any]) -> None:
-    """Raises CandidateError for a log-likelihood that is NaN."""
+def check_not_nan(loaded: LoadedTask, item: str, requests: Sequence[Any]) -> None:
+    """Checks the responses of an item.
+
+    Args:
+        loaded: The task.
+        item: The item's id.
+        requests: Its answered requests.
+
+    Raises:
+        CandidateError: A log-likelihood is NaN.
+    """
     for request in requests:
-        for answer in request.resps:
-            found = answer[0] if isinstance(answer, tuple) else answer
-            if isinstance(found, float) and math.isnan(found):
+        for response in request.resps:
+            value = response[0] if isinstance(response, tuple) else response
+            if isinstance(value, float) and math.isnan(value):
                 raise CandidateError(
                     f"the model gives NaN log-likelihoods in task '{loaded.spec.task}', item {item}"
                 )
 
 
-# ---- soft scores ---------------------------------------------------------------------------------------------------------
+# ---- soft metrics ------------------------------------------------------------------------------------------
 
-Soft = tuple[float | None, float | None]
+SoftScores = tuple[float | None, float | None]
 """(probability of the right answer in [0, 1], mean log-probability of its tokens in nats)."""
 
 
-def measures(loaded: Loaded) -> tuple[str, ...]:
-    """Which soft scores a task has: of 'probability' and 'logprob'."""
+def soft_metrics(loaded: LoadedTask) -> tuple[str, ...]:
+    """Lists the soft metrics that a task has.
+
+    Args:
+        loaded: The task.
+
+    Returns:
+        Some of `SOFT_METRICS`. A task of generated texts has them only with `TaskSpec.soft`.
+    """
     kind = loaded.task.OUTPUT_TYPE
     if kind == "loglikelihood_rolling":
         return ("logprob",)
-    if kind == "generate_until" and not loaded.spec.soft:
-        return ()
-    return (
-        ("probability", "logprob") if kind in ("multiple_choice", "loglikelihood", "generate_until") else ()
-    )
+    if kind in ("multiple_choice", "loglikelihood") or (kind == "generate_until" and loaded.spec.soft):
+        return SOFT_METRICS
+    return ()
 
 
-def gold_requests(loaded: Loaded, requests: Sequence[Any]) -> list[Any]:
-    """For an item of generated text: log-likelihood requests of its right answers after the same prompt."""
+def right_answer_requests(loaded: LoadedTask, requests: Sequence[Any]) -> list[Any]:
+    """Builds log-likelihood requests of an item's right answers after its prompt, for generated texts.
+
+    Args:
+        loaded: The task.
+        requests: The item's requests.
+
+    Returns:
+        lm-eval requests; none for other kinds of tasks, and without `TaskSpec.soft`.
+    """
     from lm_eval.api.instance import Instance
 
     if loaded.task.OUTPUT_TYPE != "generate_until" or not loaded.spec.soft:
@@ -146,61 +172,81 @@ def gold_requests(loaded: Loaded, requests: Sequence[Any]) -> list[Any]:
     task, first = loaded.task, requests[0]
     target = task.doc_to_target(first.doc)
     delimiter = task.config.target_delimiter
-    texts = [
-        f"{delimiter}{t}" if not str(t).startswith(delimiter) else str(t)
-        for t in (target if isinstance(target, list) else [target])
-    ]
+    answers = [str(answer) for answer in (target if isinstance(target, list) else [target])]
+    texts = [answer if answer.startswith(delimiter) else f"{delimiter}{answer}" for answer in answers]
     return [
         Instance(
             request_type="loglikelihood",
             doc=first.doc,
             arguments=(first.args[0], text),
-            idx=at,
+            idx=i,
             metadata=(loaded.spec.task, first.doc_id, 1),
         )
-        for at, text in enumerate(texts)
+        for i, text in enumerate(texts)
     ]
 
 
-def soft(loaded: Loaded, requests: Sequence[Any], gold: Sequence[Any], tokens: Callable[[Any], int]) -> Soft:
-    """The soft scores of one item. gold: the answered `gold_requests`; tokens: how many tokens of a request are scored.
+def soft_scores(
+    loaded: LoadedTask,
+    requests: Sequence[Any],
+    right_answers: Sequence[Any],
+    count_tokens: Callable[[Any], int],
+) -> SoftScores:
+    """Computes the soft metrics of one item.
 
-    Of several right answers the probabilities add up among choices, and the likeliest counts elsewhere.
+    Args:
+        loaded: The task.
+        requests: The item's answered requests.
+        right_answers: Its answered `right_answer_requests`.
+        count_tokens: Request -> number of tokens that it scores.
+
+    Returns:
+        Probability and log-probability. Of several right answers the probabilities add up among choices;
+        elsewhere the likeliest counts.
     """
     kind = loaded.task.OUTPUT_TYPE
     if kind == "loglikelihood_rolling":
-        return None, float(requests[0].resps[0]) / tokens(requests[0])
+        return None, float(requests[0].resps[0]) / count_tokens(requests[0])
     if kind == "multiple_choice":
-        return _of_choices(loaded.task, requests, tokens)
-    right = requests if kind == "loglikelihood" else gold
+        return _soft_scores_of_choices(loaded.task, requests, count_tokens)
+    right = requests if kind == "loglikelihood" else right_answers
     if not right:
         return None, None
     best = max(right, key=lambda request: float(request.resps[0][0]))
     total = float(best.resps[0][0])
-    return math.exp(min(0.0, total)), total / tokens(best)
+    return math.exp(min(0.0, total)), total / count_tokens(best)
 
 
-def right_places(task: Any, doc: Any) -> list[int]:
-    """Which choices of a document are right, by number."""
+def right_choices(task: Any, doc: Any) -> list[int]:
+    """Returns which choices of a document are right.
+
+    Args:
+        task: lm-eval's task of multiple choice.
+        doc: The document.
+
+    Returns:
+        Indices of choices.
+    """
     options = task.doc_to_choice(doc)
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    places = [
-        options.index(t) if isinstance(t, str) and t in options else t
-        for t in (target if isinstance(target, list) else [target])
+    indices = [
+        options.index(right) if isinstance(right, str) and right in options else right
+        for right in (target if isinstance(target, list) else [target])
     ]
-    return [place for place in places if isinstance(place, int) and 0 <= place < len(options)]
+    return [i for i in indices if isinstance(i, int) and 0 <= i < len(options)]
 
 
-def _of_choices(task: Any, requests: Sequence[Any], tokens: Callable[[Any], int]) -> Soft:
-    right = right_places(task, requests[0].doc)
+def _soft_scores_of_choices(
+    task: Any, requests: Sequence[Any], count_tokens: Callable[[Any], int]
+) -> SoftScores:
+    right = right_choices(task, requests[0].doc)
     if not right:
         return None, None
-    sums = [
-        float(request.resps[0][0]) for request in requests[: len(task.doc_to_choice(requests[0].doc))]
-    ]  # what follows asks for choices without context
+    # requests beyond the choices ask for choices without context
+    count = len(task.doc_to_choice(requests[0].doc))
+    sums = [float(request.resps[0][0]) for request in requests[:count]]
     top = max(sums)
     weights = [math.exp(s - top) for s in sums]
-    best = max(right, key=lambda place: sums[place])
-    return math.fsum(weights[place] for place in right) / math.fsum(weights), sums[best] / tokens(
-        requests[best]
-    )
+    probability = math.fsum(weights[i] for i in right) / math.fsum(weights)
+    best = max(right, key=lambda i: sums[i])
+    return probability, sums[best] / count_tokens(requests[best])

@@ -1,4 +1,4 @@
-"""What a model said: prompt, right answer and output of an item, for people to read."""
+"""Samples of what a model answers: prompt, right answer and output of an item, for people to read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.evaluation.lm_harness.results import right_places
-from evomerge.evaluation.lm_harness.task_loading import Loaded
+from evomerge.evaluation.lm_harness.results import right_choices
+from evomerge.evaluation.lm_harness.task_loading import LoadedTask
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A choice of an item. probability: among the choices, in [0, 1]; right: whether it is a right answer; chosen: by the model."""
+    """A choice of an item.
+
+    Attributes:
+        text: The choice.
+        probability: Among the choices, in [0, 1].
+        right: Whether it is a right answer.
+        chosen: Whether the model chose it.
+    """
 
     text: str
     probability: float
@@ -23,8 +30,17 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One item as one model answered it. target: the right answer, '' where a task has none; output: the generated text, the
-    text of the chosen option, or the log-likelihood in words; value: of the task's metric; options: of a multiple choice."""
+    """One item as one model answered it.
+
+    Attributes:
+        task: Name of the task.
+        item: Id of the item.
+        prompt: The prompt.
+        target: The right answer; '' where a task has none.
+        output: The generated text, the text of the chosen option, or the log-likelihood in words.
+        value: Of the task's metric.
+        options: Of a multiple choice.
+    """
 
     task: str
     item: str
@@ -35,8 +51,18 @@ class Sample:
     options: tuple[Option, ...] = ()
 
 
-def sample(loaded: Loaded, item: str, requests: Sequence[Any], value: float) -> Sample:
-    """The sample of an item whose lm-eval requests hold their responses."""
+def sample(loaded: LoadedTask, item: str, requests: Sequence[Any], value: float) -> Sample:
+    """Describes how an item was answered.
+
+    Args:
+        loaded: The task.
+        item: Id of the item.
+        requests: Its lm-eval requests with their responses.
+        value: Its value of the task's metric.
+
+    Returns:
+        The sample.
+    """
     task, first = loaded.task, requests[0]
     name, prompt = loaded.spec.task, str(first.args[0])
     kind = task.OUTPUT_TYPE
@@ -44,19 +70,12 @@ def sample(loaded: Loaded, item: str, requests: Sequence[Any], value: float) -> 
         options = _options(loaded, requests)
         if task.multiple_input:  # the contexts are the choices, and one continuation follows all
             prompt = str(first.args[1])
-        right, chosen = (
-            " | ".join(o.text for o in options if getattr(o, mark)) for mark in ("right", "chosen")
-        )
+        right = " | ".join(option.text for option in options if option.right)
+        chosen = " | ".join(option.text for option in options if option.chosen)
         return Sample(name, item, prompt, right, chosen, value, options)
     if kind == "generate_until":
-        return Sample(
-            name,
-            item,
-            prompt,
-            _text(task.doc_to_target(first.doc)),
-            " | ".join(str(r) for r in first.resps),
-            value,
-        )
+        output = " | ".join(str(response) for response in first.resps)
+        return Sample(name, item, prompt, _joined(task.doc_to_target(first.doc)), output, value)
     if kind == "loglikelihood":
         total, greedy = first.resps[0]
         output = f"log-likelihood {float(total):.3f}{', the likeliest text' if greedy else ''}"
@@ -64,48 +83,59 @@ def sample(loaded: Loaded, item: str, requests: Sequence[Any], value: float) -> 
     return Sample(name, item, prompt, "", f"log-likelihood {float(first.resps[0]):.3f}", value)
 
 
-def _options(loaded: Loaded, requests: Sequence[Any]) -> tuple[Option, ...]:
+def _options(loaded: LoadedTask, requests: Sequence[Any]) -> tuple[Option, ...]:
     task, doc = loaded.task, requests[0].doc
     texts = [str(choice) for choice in task.doc_to_choice(doc)]
     target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     right = [
-        texts.index(t) if isinstance(t, str) and t in texts else t
-        for t in (target if isinstance(target, list) else [target])
+        texts.index(answer) if isinstance(answer, str) and answer in texts else answer
+        for answer in (target if isinstance(target, list) else [target])
     ]
-    sums = [
-        float(request.resps[0][0]) for request in requests[: len(texts)]
-    ]  # what follows asks for choices without context
-    lengths = {"acc_norm": [len(t) for t in texts], "acc_bytes": [len(t.encode()) for t in texts]}.get(
-        loaded.metric, [1] * len(texts)
-    )
-    marks = [s / max(1, n) for s, n in zip(sums, lengths, strict=True)]
+    # requests beyond the choices ask for choices without context
+    sums = [float(request.resps[0][0]) for request in requests[: len(texts)]]
+    lengths = [1] * len(texts)
+    if loaded.metric == "acc_norm":
+        lengths = [len(text) for text in texts]
+    elif loaded.metric == "acc_bytes":
+        lengths = [len(text.encode()) for text in texts]
+    scores = [s / max(1, n) for s, n in zip(sums, lengths, strict=True)]
     weights = [math.exp(s - max(sums)) for s in sums]
-    total, best = math.fsum(weights), marks.index(max(marks))
+    total, best = math.fsum(weights), scores.index(max(scores))
     return tuple(
-        Option(text, w / total, at in right, at == best)
-        for at, (text, w) in enumerate(zip(texts, weights, strict=True))
+        Option(text, weight / total, i in right, i == best)
+        for i, (text, weight) in enumerate(zip(texts, weights, strict=True))
     )
 
 
-def _text(target: Any) -> str:
-    return " | ".join(str(t) for t in target) if isinstance(target, list) else str(target)
+def _joined(target: Any) -> str:
+    return " | ".join(str(answer) for answer in target) if isinstance(target, list) else str(target)
 
 
-def passage(loaded: Loaded, requests: Sequence[Any]) -> tuple[str, str]:
-    """(prompt, right answer) of an item; a text without a prompt is all answer, an item without a right answer all prompt."""
+def example(loaded: LoadedTask, requests: Sequence[Any]) -> tuple[str, str]:
+    """Returns an item's prompt and right answer, for the perplexity screen.
+
+    Args:
+        loaded: The task.
+        requests: The item's lm-eval requests.
+
+    Returns:
+        (prompt, right answer). A text without a prompt is all answer, an item without a right answer all
+        prompt.
+    """
     task, first = loaded.task, requests[0]
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return "", str(first.args[0])
     if task.OUTPUT_TYPE == "loglikelihood":
         return str(first.args[0]), str(first.args[1])
     if task.OUTPUT_TYPE == "multiple_choice":
-        right = right_places(task, first.doc)
-        return (
-            (str(requests[right[0]].args[0]), str(requests[right[0]].args[1]))
-            if right
-            else (str(first.args[0]), "")
-        )
+        right = right_choices(task, first.doc)
+        if not right:
+            return str(first.args[0]), ""
+        request = requests[right[0]]
+        return str(request.args[0]), str(request.args[1])
     target = task.doc_to_target(first.doc)
-    answer = str((target[0] if target else "") if isinstance(target, list) else target)
+    if isinstance(target, list):
+        target = target[0] if target else ""
+    answer = str(target)
     delimiter = str(task.config.target_delimiter or "")
     return str(first.args[0]), answer if answer.startswith(delimiter) else delimiter + answer

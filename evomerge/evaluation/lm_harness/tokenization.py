@@ -8,50 +8,74 @@ from lm_eval import utils as lm_utils
 
 from evomerge.errors import CandidateError
 from evomerge.evaluation.inference.requests import Request
+from evomerge.evaluation.lm_harness.lm_eval_patches import captured_token_pairs
 
 
-class Encoding:
-    """Tokenises each different request once. lm: an HFLM, whose tokenizer and rules are used."""
+class RequestTokenizer:
+    """Tokenises each different request once."""
 
     def __init__(self, lm: Any) -> None:
+        """Wraps a model of lm-eval's.
+
+        Args:
+            lm: An `HFLM`, whose tokenizer and rules are used.
+        """
         self._lm = lm
-        self._known: dict[tuple[str, ...], list[Request]] = {}
+        self._cache: dict[tuple[str, ...], list[Request]] = {}
 
     def __call__(self, request: Any) -> list[Request]:
-        """The request's pieces: one, or the windows of a rolling one. Raises CandidateError for what no model of that length can score."""
+        """Tokenises a request.
+
+        Args:
+            request: lm-eval's log-likelihood request.
+
+        Returns:
+            Its pieces: one, or the windows of a rolling log-likelihood.
+
+        Raises:
+            CandidateError: No model of that length can score it.
+        """
         key = (request.request_type, *request.args)
-        if key not in self._known:
+        if key not in self._cache:
             rolling = request.request_type == "loglikelihood_rolling"
             try:
                 pairs = _windows(self._lm, request.args[0]) if rolling else [token_pair(self._lm, request)]
                 if not all(continuation for _, continuation in pairs):
                     raise ValueError("it has no tokens to score")
-                self._known[key] = [Request(tuple(c), tuple(k)).fitted(self._lm.max_length) for c, k in pairs]
+                self._cache[key] = [
+                    Request(tuple(context), tuple(continuation)).fitted(self._lm.max_length)
+                    for context, continuation in pairs
+                ]
             except (ValueError, IndexError) as error:
                 raise CandidateError(
                     f"a request of task '{request.task_name}' cannot be scored: {error}"
                 ) from None
-        return self._known[key]
+        return self._cache[key]
 
     def tokens(self, request: Any) -> int:
-        """How many tokens of the request are scored."""
+        """Counts the tokens that a request scores.
+
+        Args:
+            request: lm-eval's log-likelihood request.
+
+        Returns:
+            Their number.
+        """
         return sum(len(piece.continuation) for piece in self(request))
 
 
 def token_pair(lm: Any, request: Any) -> tuple[list[int], list[int]]:
-    """(context, continuation) as lm-eval's own `loglikelihood` tokenises them."""
-    found: list[Any] = []
+    """Tokenises a request as lm-eval's own `loglikelihood` does.
 
-    def caught(pairs: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        found.extend(pairs)
-        return [(0.0, False)] * len(pairs)
+    Args:
+        lm: An `HFLM`.
+        request: A log-likelihood request.
 
-    lm._loglikelihood_tokens = caught
-    try:
-        lm.loglikelihood([request], disable_tqdm=True)
-    finally:
-        del lm._loglikelihood_tokens
-    return found[0][1], found[0][2]
+    Returns:
+        Token ids of (context, continuation).
+    """
+    _, context, continuation = captured_token_pairs(lm, request)[0]
+    return context, continuation
 
 
 def _windows(lm: Any, text: str) -> list[tuple[list[int], list[int]]]:

@@ -1,4 +1,4 @@
-"""Which items a model sees only in part: lm-eval cuts what is longer than the model from the left, and says nothing."""
+"""Which items a model sees only in part: lm-eval silently cuts what is too long from the left."""
 
 from __future__ import annotations
 
@@ -7,52 +7,69 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from evomerge.evaluation.lm_harness.task_loading import Loaded
+from evomerge.evaluation.lm_harness.task_loading import LoadedTask
 from evomerge.evaluation.lm_harness.tokenization import token_pair
 from evomerge.evaluation.records import ROLES
 
-_SPECIAL = 4  # tokens that a tokenizer may add to a text
-_NAMED = 3
+_SPECIAL = 4  # most tokens that a tokenizer adds to a text
+_NAMED = 3  # items that a sentence names
 
 
-def truncated(loaded: Loaded, lm: Any) -> dict[str, int]:
-    """Item -> tokens that are cut off its longest request, for items that do not fit. lm: an HFLM, whose rules count.
+def truncated_items(loaded: LoadedTask, lm: Any) -> dict[str, int]:
+    """Finds the items that do not fit a model.
 
-    Rolling log-likelihoods are read in windows and never cut. A text has no more tokens than bytes (and those a tokenizer
-    adds), so that short ones are not tokenised.
+    Rolling log-likelihoods are read in windows and never cut. A text has no more tokens than bytes (and those
+    that a tokenizer adds), so that short ones are not tokenised.
+
+    Args:
+        loaded: The task.
+        lm: An `HFLM`, whose rules count.
+
+    Returns:
+        Item -> tokens that are cut off its longest request.
     """
-    found: dict[str, int] = {}
+    truncated: dict[str, int] = {}
     for item, requests in loaded.requests.items():
-        over = max(_over(request, lm) for request in requests)
-        if over > 0:
-            found[item] = over
-    return found
+        excess = max(_excess(request, lm) for request in requests)
+        if excess > 0:
+            truncated[item] = excess
+    return truncated
 
 
-def findings(tasks: Mapping[str, Loaded], lm: Any) -> tuple[str, ...]:
-    """A sentence for each task and role with truncated items."""
-    sentences = []
+def truncation_warnings(tasks: Mapping[str, LoadedTask], lm: Any) -> tuple[str, ...]:
+    """Words the warnings about truncated items.
+
+    Args:
+        tasks: Name -> task.
+        lm: An `HFLM`, whose rules count.
+
+    Returns:
+        A sentence for each task and role with truncated items.
+    """
+    warnings = []
     for name, loaded in tasks.items():
-        cut = truncated(loaded, lm)
+        truncated = truncated_items(loaded, lm)
         for role in ROLES:
-            own = [item for item in loaded.items[role] if item in cut]
-            if own:
-                some = ", ".join(f"{item} by {cut[item]}" for item in own[:_NAMED]) + (
-                    ", …" if len(own) > _NAMED else ""
-                )
-                sentences.append(
-                    f"task '{name}': {len(own)} of {len(loaded.items[role])} items of {role} are truncated, longer than the "
-                    f"model's {lm.max_length} tokens and cut from the left as lm-eval does: {some} tokens"
-                )
-    return tuple(sentences)
+            items = [item for item in loaded.items[role] if item in truncated]
+            if not items:
+                continue
+            some = ", ".join(f"{item} by {truncated[item]}" for item in items[:_NAMED])
+            if len(items) > _NAMED:
+                some += ", …"
+            warnings.append(
+                f"task '{name}': {len(items)} of {len(loaded.items[role])} items of {role} are "
+                "truncated, longer "
+                f"than the model's {lm.max_length} tokens and cut from the left as lm-eval does: "
+                f"{some} tokens"
+            )
+    return tuple(warnings)
 
 
-def _over(request: Any, lm: Any) -> int:
-    """Tokens by which a request is too long."""
+def _excess(request: Any, lm: Any) -> int:
+    """Tokens by which a request is too long; 0 or less for one that fits."""
     if request.request_type == "generate_until":
-        room: int = lm.max_length - int(
-            normalize_gen_kwargs(dict(request.args[1]), lm.max_gen_toks)["max_gen_toks"]
-        )
+        settings = normalize_gen_kwargs(dict(request.args[1]), lm.max_gen_toks)
+        room = int(lm.max_length) - int(settings["max_gen_toks"])
         if _surely_fits(request.args[0], room):
             return 0
         ids, _ = lm.tok_batch_encode([request.args[0]])

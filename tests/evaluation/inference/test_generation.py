@@ -1,4 +1,6 @@
-"""Greedy generation: token by token what transformers' `generate` gives one prompt at a time, and text by text what HFLM gives."""
+"""Greedy generation: token by token what transformers' `generate` gives one prompt at a time, and text by
+text what HFLM gives.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from evomerge.evaluation.inference.generation import Generator
+from evomerge.evaluation.inference.generation import GenerationLimits, Generator, TextRules
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders, regrets
-from evomerge.evaluation.inference.logits_processors import refusal
+from evomerge.evaluation.inference.logits_processors import unsupported_reason
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
-from evomerge.evaluation.inference.shared_prefill import cuts, levels
+from evomerge.evaluation.inference.shared_prefill import cut_depths, levels
 from evomerge.evaluation.inference.stop_strings import Stops
 from tests.support.text_architectures import EOS, PAD, VOCABULARY, build, tokenizer
 from tests.support.toy import REPO, zoo_folder
@@ -69,16 +71,10 @@ def generated(model: Any, prompt: Sequence[int], new: int = NEW, **settings: Any
 
 
 def make(model: Any, head: RowHead, decoder: str, **more: Any) -> Generator:
-    settings = {
-        "tokenizer": tokenizer(),
-        "max_length": 256,
-        "pad_id": PAD,
-        "eos_ids": frozenset([EOS]),
-        "rows": 4,
-        "launch": 4,
-        **more,
-    }
-    return Generator(model, head, decoder=decoder, **settings)
+    shares = more.pop("shares", False)
+    rules = TextRules(tokenizer(), more.pop("max_length", 256), PAD, frozenset([EOS]))
+    limits = GenerationLimits(**{"rows": 4, "forward_cost": 4, **more})
+    return Generator(model, head, rules, decoder=decoder, shares=shares, limits=limits)
 
 
 def hflm(model: Any, words: Any, batch: int = 1) -> Any:
@@ -144,7 +140,9 @@ def test_what_the_probe_refuses_gives_other_tokens() -> None:
 
 
 def test_a_window_shows_only_to_prompts_that_exceed_it() -> None:
-    """gpt_neo's local layers: the slots' mask is wrong from the window on, so a probe of short prompts lets it pass."""
+    """gpt_neo's local layers: the slots' mask is wrong from the window on, so a probe of short prompts lets
+    it pass.
+    """
     from transformers import AutoModelForCausalLM, GPTNeoConfig
 
     torch.manual_seed(0)
@@ -183,7 +181,7 @@ def test_limits_of_each_prompt_and_memory_for_one_row_alone(decoder: str) -> Non
         assert any(len(tokens) < new for tokens, new in zip(wanted, limits, strict=True)), "one ends with EOS"
         generator = make(model, head, decoder, memory=1, shares=True)
         plan = generator.compile(asked, (), limits)
-        assert plan.slots == 1
+        assert plan.rows == 1
         assert generator.run(plan) == wanted
         assert make(model, head, decoder).run(make(model, head, decoder).compile(asked, (), limits)) == wanted
         assert generator.run(generator.compile([], (), 4)) == []
@@ -217,7 +215,7 @@ def test_the_models_own_generation_config_is_honoured(settings: dict[str, Any]) 
         setattr(model.generation_config, name, value)
     wanted = [generated(model, p) for p in prompts()]
     assert wanted != bare, "it changes the texts"
-    assert refusal({"do_sample": False, "temperature": 0.0}, model) is None
+    assert unsupported_reason({"do_sample": False, "temperature": 0.0}, model) is None
     with RowHead(model) as head:
         for decoder in ("slots", "padded", "equal"):
             generator = make(model, head, decoder, shares=True)
@@ -270,7 +268,7 @@ def test_what_cannot_be_honoured_is_refused_with_its_name(
     model = build("llama")
     for name, value in config.items():
         setattr(model.generation_config, name, value)
-    reason = refusal(asked, model)
+    reason = unsupported_reason(asked, model)
     assert (reason is None) if said is None else (reason is not None and said in reason), reason
 
 
@@ -302,20 +300,13 @@ def test_texts_of_the_zoo_are_those_of_hflm() -> None:
     words = AutoTokenizer.from_pretrained(folder)
     lines = (REPO / "evaluators" / "zoo" / "zoo_arithmetic.test.jsonl").read_text().splitlines()[:96]
     contexts = [json.loads(line)["prompt"] for line in lines]
-    # in float32: on CPUs without bfloat16 arithmetic a row's rounding depends on its batch, and near ties fall either way
+    # in float32: on CPUs without bfloat16 arithmetic a row's rounding depends on its batch, and near ties
+    # fall either way
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lm = hflm(model, words, 32)
     with RowHead(model) as head:
-        generator = Generator(
-            model,
-            head,
-            tokenizer=words,
-            max_length=128,
-            pad_id=0,
-            eos_ids=frozenset([2]),
-            decoder="slots",
-            shares=True,
-        )
+        rules = TextRules(words, max_length=128, pad_id=0, eos_ids=frozenset([2]))
+        generator = Generator(model, head, rules, decoder="slots", shares=True)
         assert our_texts(lm, generator, contexts, ["\n"], 4) == texts_of_hflm(lm, contexts, ["\n"], 4)
 
 
@@ -378,21 +369,21 @@ def test_tokens_and_prompts_that_do_not_fit_are_refused_or_cut_as_in_hflm() -> N
             make(model, head, "beam")
 
 
-@pytest.mark.parametrize("launch", [0, 3, 50, 10**6])
-def test_levels_spell_every_prompt_and_cost_no_more_than_one_forward_over_all(launch: int) -> None:
+@pytest.mark.parametrize("forward_cost", [0, 3, 50, 10**6])
+def test_levels_spell_every_prompt_and_cost_no_more_than_one_forward_over_all(forward_cost: int) -> None:
     rnd = random.Random(2)
     for _ in range(30):
         asked = sorted(
             {tuple(rnd.randrange(3) for _ in range(rnd.randrange(4, 9))) for _ in range(rnd.randrange(1, 20))}
         )
         width = max(map(len, asked))
-        depths = cuts(asked, width, launch)
+        depths = cut_depths(asked, width, forward_cost)
         assert all(0 < d < min(map(len, asked)) for d in depths)
         rows: list[tuple[int, ...]] = []
         cost = 0
         for tokens, index in levels(asked, depths):
             rows = [before + more for before, more in zip(rows or [()] * len(tokens), tokens, strict=True)]
-            cost += len(tokens) * len(tokens[0]) + launch
+            cost += len(tokens) * len(tokens[0]) + forward_cost
             rows = [rows[i] for i in index]
         depth = depths[-1] if depths else 0
         assert [r + p[depth:] for r, p in zip(rows or [()] * len(asked), asked, strict=True)] == asked

@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.attention_masks import Windows, attention_mask, windows
 from evomerge.evaluation.inference.loglikelihood import Engine
-from evomerge.evaluation.inference.loglikelihood_plan import OPTIMIZATIONS, Plan
+from evomerge.evaluation.inference.loglikelihood_plan import OPTIMIZATIONS, LoglikelihoodPlan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
-from evomerge.evaluation.inference.prefix_tree import LAUNCH, common, shared_prefixes, tree, visible
+from evomerge.evaluation.inference.prefix_tree import (
+    FORWARD_COST,
+    common_prefix_length,
+    shared_prefixes,
+    token_tree,
+    visibility,
+)
 from evomerge.evaluation.inference.requests import Request, Verification, distinct
 from evomerge.evaluation.inference.selected_logits import RowHead
 from tests.support.text_architectures import VOCABULARY, build, tokenizer
@@ -60,17 +66,17 @@ def looped(model: Any, asked: Sequence[Request]) -> tuple[torch.Tensor, list[boo
     return torch.stack(sums), greedy
 
 
-# ---- requests and trees ------------------------------------------------------------------------------------------------
+# ---- requests and trees ------------------------------------------------------------------------------------
 
 
 @given(SHORT, SHORT)
 def test_common_is_the_longest_common_prefix(a: Tokens, b: Tokens) -> None:
-    assert common(a, b) == max(k for k in range(len(a) + 1) if a[:k] == b[:k])
+    assert common_prefix_length(a, b) == max(k for k in range(len(a) + 1) if a[:k] == b[:k])
 
 
 @given(st.lists(SHORT.filter(len), min_size=1, max_size=12))
 def test_a_tree_holds_each_distinct_prefix_once_and_every_path(sequences: list[Tokens]) -> None:
-    t = tree(sequences)
+    t = token_tree(sequences)
     prefixes = {s[: k + 1] for s in sequences for k in range(len(s))}
     assert len(t.tokens) == len(prefixes)
     for sequence, path in zip(sequences, t.paths, strict=True):
@@ -82,7 +88,7 @@ def test_a_tree_holds_each_distinct_prefix_once_and_every_path(sequences: list[T
 
 
 def test_a_node_sees_the_prefix_and_its_ancestors_and_padding_sees_itself() -> None:
-    mask, queries, keys = visible([tree([(5, 6), (5, 7, 8)]), tree([(9,)])], past=2, width=4)
+    mask, queries, keys = visibility([token_tree([(5, 6), (5, 7, 8)]), token_tree([(9,)])], past=2, width=4)
     assert mask.shape == (2, 4, 6)
     seen = [[set(torch.nonzero(mask[b, q]).flatten().tolist()) for q in range(4)] for b in range(2)]
     assert seen[0] == [{0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 4}, {0, 1, 2, 4, 5}]
@@ -91,8 +97,8 @@ def test_a_node_sees_the_prefix_and_its_ancestors_and_padding_sees_itself() -> N
     assert keys[0].tolist() == [0, 1, 2, 3, 3, 4]
 
 
-def saved(contexts: Sequence[Tokens], groups: Sequence[tuple[int, list[int]]], launch: int) -> int:
-    return sum((len(members) - 1) * length - launch for length, members in groups)
+def saved(contexts: Sequence[Tokens], groups: Sequence[tuple[int, list[int]]], forward_cost: int) -> int:
+    return sum((len(members) - 1) * length - forward_cost for length, members in groups)
 
 
 @given(
@@ -103,12 +109,12 @@ def saved(contexts: Sequence[Tokens], groups: Sequence[tuple[int, list[int]]], l
 )
 @settings(max_examples=60)
 def test_the_groups_save_as_many_tokens_as_any_choice_of_prefixes_can(
-    heads: list[Tokens], launch: int
+    heads: list[Tokens], forward_cost: int
 ) -> None:
     contexts = [
         (*tuple(t for h in head for t in [h] * 8), 9 + i) for i, head in enumerate(heads)
     ]  # prefixes of 8, 16, ... tokens
-    groups, left = shared_prefixes(contexts, launch)
+    groups, left = shared_prefixes(contexts, forward_cost)
     assert sorted([i for _, members in groups for i in members] + left) == list(range(len(contexts)))
     for length, members in groups:
         assert len({contexts[i][:length] for i in members}) == 1
@@ -117,9 +123,9 @@ def test_the_groups_save_as_many_tokens_as_any_choice_of_prefixes_can(
     def best(own: list[int], depth: int) -> int:  # over the radix tree, by trying every cut
         found = 0
         if len(own) > 1:
-            shared = min(common(contexts[own[0]], contexts[i]) for i in own)
+            shared = min(common_prefix_length(contexts[own[0]], contexts[i]) for i in own)
             if shared >= 16:
-                found = max(0, (len(own) - 1) * shared - launch)
+                found = max(0, (len(own) - 1) * shared - forward_cost)
             by: dict[Any, list[int]] = {}
             for i in own:
                 by.setdefault(contexts[i][shared] if len(contexts[i]) > shared else ("end", i), []).append(i)
@@ -127,14 +133,14 @@ def test_the_groups_save_as_many_tokens_as_any_choice_of_prefixes_can(
                 found = max(found, sum(best(part, shared) for part in by.values()))
         return found
 
-    assert saved(contexts, groups, launch) == best(list(range(len(contexts))), 0)
+    assert saved(contexts, groups, forward_cost) == best(list(range(len(contexts))), 0)
 
 
 def test_a_few_shot_block_is_found_when_several_tasks_are_in_one_call() -> None:
     rnd = random.Random(0)
     blocks = [tuple(rnd.randrange(100) for _ in range(300)) for _ in range(3)]
     contexts = [(*b, 100 + k, rnd.randrange(100)) for b in blocks for k in range(20)]
-    groups, left = shared_prefixes(contexts, LAUNCH)
+    groups, left = shared_prefixes(contexts, FORWARD_COST)
     assert [length for length, _ in sorted(groups, key=lambda g: g[1][0])] == [300, 300, 300]
     assert not left
 
@@ -155,17 +161,17 @@ def test_equal_requests_are_one() -> None:
     assert distinct([a, b, a, a]) == ([a, b], [0, 1, 0, 0])
 
 
-# ---- plans and engine ---------------------------------------------------------------------------------------------------
+# ---- plans and engine --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("technique", OPTIMIZATIONS)
+@pytest.mark.parametrize("optimization", OPTIMIZATIONS)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "llama4_text", "gemma3_text"])
-def test_every_technique_gives_the_sums_of_a_loop(kind: str, technique: Any) -> None:
+def test_every_technique_gives_the_sums_of_a_loop(kind: str, optimization: Any) -> None:
     model = build(kind)
     asked = requests(1)
     sums, greedy = looped(model, asked)
     with Engine(model, tokens=300) as engine:
-        plan = engine.compile(asked, technique)
+        plan = engine.compile(asked, optimization)
         found = engine.run(plan)
         again = engine.run(plan)
     assert torch.allclose(found.sums, sums, atol=2e-5)
@@ -183,7 +189,7 @@ def test_a_plan_is_replayed_on_other_weights() -> None:
         assert torch.allclose(engine.run(plan).sums, looped(other, asked)[0], atol=2e-5)
 
 
-def shape(plan: Plan) -> tuple[int, int]:
+def shape(plan: LoglikelihoodPlan) -> tuple[int, int]:
     return plan.tokens, max(step.ids.numel() for step in plan.steps)
 
 
@@ -193,8 +199,8 @@ def test_sharing_saves_tokens_and_batches_keep_their_bounds() -> None:
         tokens = {t: engine.compile(asked, t).tokens for t in OPTIMIZATIONS}
         assert tokens["tree"] < tokens["fork"] < tokens["prefix"] < tokens["plain"]
         assert tokens["plain"] <= sum(len(r.inputs) for r in asked) * 2, "padding included"
-        for technique in OPTIMIZATIONS:
-            assert shape(engine.compile(asked, technique))[1] <= 256
+        for optimization in OPTIMIZATIONS:
+            assert shape(engine.compile(asked, optimization))[1] <= 256
     distinct_tokens = {(r.inputs[: k + 1]) for r in asked for k in range(len(r.inputs))}
     assert tokens["tree"] >= len(distinct_tokens)
 
@@ -211,13 +217,13 @@ def test_without_verdicts_only_plain_rows_are_used() -> None:
     model = build("llama")
     with Engine(model) as engine:
         assert engine.best == "plain"
-        engine.verdicts = {
+        engine.verifications = {
             "tree": Verification(False, "no"),
             "fork": Verification(True, "yes"),
             "prefix": Verification(True, "yes"),
         }
         assert engine.best == "fork"
-        engine.verdicts = probe(model, span=60)
+        engine.verifications = probe(model, span=60)
         assert engine.best == "tree"
 
 
@@ -240,12 +246,12 @@ def test_model_rounding_is_hflms(dtype: torch.dtype) -> None:
 
 
 def test_greedy_in_bfloat16_is_the_first_of_the_tokens_that_rounding_makes_equal() -> None:
-    from evomerge.evaluation.inference.loglikelihood import _chosen
+    from evomerge.evaluation.inference.loglikelihood import _target_logprobs
     from evomerge.evaluation.inference.loglikelihood_plan import Reads
 
     logits = torch.randn(4000, 400, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     every = torch.arange(len(logits))
-    _, likeliest = _chosen(logits, Reads(every, every, every % 400, every), "model")
+    _, likeliest = _target_logprobs(logits, Reads(every, every, every % 400, every), "model")
     assert torch.equal(likeliest, torch.log_softmax(logits, -1).argmax(-1))
     assert not torch.equal(likeliest, logits.argmax(-1)), "some rows tie"
 
@@ -259,7 +265,7 @@ def test_float32_sums_keep_apart_what_the_models_type_makes_equal() -> None:
     assert torch.allclose(fine, rough, rtol=2e-2)
 
 
-# ---- row head, caches, masks ---------------------------------------------------------------------------------------------
+# ---- row head, caches, masks -------------------------------------------------------------------------------
 
 
 def test_the_row_head_makes_only_the_rows_asked_for_and_leaves_the_model_as_it_was() -> None:

@@ -1,6 +1,7 @@
 """The probe allows no technique and no decoder that gives other numbers than the model itself.
 
-A dozen architectures, those at which some technique fails without a word among them; scripts/validation/probe_verdicts.py tries them all.
+A dozen architectures, those at which some technique fails without a word among them;
+scripts/validation/probe_verdicts.py tries them all.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ from tests.support.probe_truth import DECODERS, OPTIMIZATIONS, Truth, truth
 from tests.support.text_architectures import build
 
 NAMES = (
-    "llama", "mistral", "gemma2", "llama4_chunk", "gpt_neo", "bloom", "mpt", "mamba", "jamba", "lfm2", "minimax",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "gemma2",
+    "llama4_chunk",
+    "gpt_neo",
+    "bloom",
+    "mpt",
+    "mamba",
+    "jamba",
+    "lfm2",
+    "minimax",
+)
 SILENT = {  # techniques that run on an architecture and give other numbers
     "gpt_neo": {"tree"},
     "mpt": {"tree"},

@@ -1,4 +1,6 @@
-"""What answers a task: the compiled requests, lm-eval's own path on the same model, and soft scores against plain loops."""
+"""What answers a task: the compiled requests, lm-eval's own path on the same model, and soft scores against
+plain loops.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import model_loading
-from tests.evaluation.lm_harness.test_harness import (
+from tests.support.lm_eval_tasks import (
     CHOOSE,
     GENERATE,
     LIKELIHOOD,

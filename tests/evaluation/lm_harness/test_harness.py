@@ -1,13 +1,14 @@
-"""lm-eval tasks as an evaluator: item by item what lm-eval itself reports, and no silent zero for a broken task."""
+"""lm-eval tasks as an evaluator: item by item what lm-eval itself reports, and no silent zero for a broken
+task.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,22 @@ from evomerge.evaluation import ROLES, Role
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import model_loading
+from tests.support.lm_eval_tasks import (
+    BATCH,
+    CHOOSE,
+    GENERATE,
+    LIKELIHOOD,
+    ROLLING,
+    lm_eval_itself,
+    load,
+    own_id,
+    sums,
+    write_task,
+)
 from tests.support.toy import REPO, environment, zoo_folder
 
 ZOO_TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 DECLARED = [TaskSpec(task, splits="declared") for task in ZOO_TASKS]
-BATCH = 64
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +48,6 @@ def model() -> Any:
     return model_loading.load(Checkpoint(zoo_folder() / "math"), "float32")
 
 
-def own_id(doc: Mapping[str, Any]) -> str:
-    """What an item's id is said to be: 16 digits of the SHA-256 of the document's canonical JSON."""
-    return hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def documents(task: str, role: str) -> list[dict[str, Any]]:
     return [
         json.loads(line)
@@ -48,29 +55,7 @@ def documents(task: str, role: str) -> list[dict[str, Any]]:
     ]
 
 
-def lm_eval_itself(
-    model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path, metrics: Mapping[str, str], **more: Any
-) -> dict[str, Any]:
-    """(item id -> value, prompts by item, metric) per task, as `lm_eval.simple_evaluate` gives them."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), tasks=list(tasks), log_samples=True, bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False), **more,
-    )  # fmt: skip
-    out = {}
-    for task in tasks:
-        metric, first = metrics[task], found["samples"][task][0]["filter"]
-        rows = [r for r in found["samples"][task] if r["filter"] == first]
-        values = {own_id(r["doc"]): r[metric] for r in rows}
-        prompts = {own_id(r["doc"]): [arguments[0] for arguments in r["arguments"]] for r in rows}
-        out[task] = (values, prompts, found["results"][task][f"{metric},{first}"])
-    return out
-
-
-# ---- the shipped tasks -----------------------------------------------------------------------------------------------
+# ---- the shipped tasks -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -163,100 +148,7 @@ def test_ids_and_fingerprints_are_the_same_in_every_process(zoo_harness: LmHarne
     assert json.loads(done.stdout.splitlines()[-1]) == ours
 
 
-# ---- tasks of the test's own -----------------------------------------------------------------------------------------
-
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-
-def sums(n: int, first: int = 0) -> list[dict[str, Any]]:
-    """Documents that the zoo's models can read."""
-    docs = []
-    for i in range(first, first + n):
-        a, b = divmod(i, 10)
-        choices = [str(a + b + d) for d in (0, 1, 2, 3)]
-        docs.append(
-            {
-                "prompt": f"Q: {WORDS[a % 10]} plus {WORDS[b]} A:",
-                "answer": str(a + b),
-                "choices": choices,
-                "label": 0,
-                "n": i,
-            }
-        )
-    return docs
-
-
-GENERATE: dict[str, Any] = {
-    "output_type": "generate_until",
-    "doc_to_text": "{{prompt}}",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4},
-    "filter_list": [
-        {
-            "name": "number",
-            "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}],
-        },
-        {"name": "plain", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
-    ],
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-}
-CHOOSE: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{prompt}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-    "metric_list": [
-        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
-    ],
-}
-LIKELIHOOD: dict[str, Any] = {
-    "output_type": "loglikelihood",
-    "doc_to_text": "{{prompt}}",
-    "doc_to_target": " {{answer}}",
-    "metric_list": [
-        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        {"metric": "acc"},
-    ],
-}
-ROLLING: dict[str, Any] = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{prompt}} {{answer}}",
-    "metric_list": [{"metric": "word_perplexity"}],
-}
-SPLITS: dict[Role, str] = {"search": "training_split", "validation": "validation_split", "test": "test_split"}
-
-
-def write_task(
-    folder: Path, name: str, settings: Mapping[str, Any], docs: Mapping[str, Sequence[Any]] | None = None
-) -> Path:
-    """Writes a task: YAML and a JSON-lines file for each role."""
-    folder.mkdir(parents=True, exist_ok=True)
-    docs = (
-        docs if docs is not None else {"search": sums(30), "validation": sums(20, 30), "test": sums(40, 50)}
-    )
-    files = {}
-    for role, rows in docs.items():
-        file = folder / f"{name}-{role}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files[role] = str(file)
-    given = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        **{SPLITS[r]: r for r in docs if r in SPLITS},
-        **settings,
-    }
-    lines = [
-        f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}\n"
-        for key, value in given.items()
-    ]
-    (folder / f"{name}.yaml").write_text("".join(lines))
-    return folder
-
-
-def load(folder: Path, tokenizer: Any, *specs: TaskSpec, **more: Any) -> LmHarness:
-    return LmHarness(list(specs), tokenizer, batch_size=BATCH, include=[folder], **more)
+# ---- tasks of the test's own -------------------------------------------------------------------------------
 
 
 def test_every_kind_of_request_and_metric_is_lm_evals(tmp_path: Path, tokenizer: Any, model: Any) -> None:
@@ -334,7 +226,7 @@ def test_few_shot_examples_of_declared_splits_come_from_the_search_items(
         assert question not in known
 
 
-# ---- one split dealt by hash -----------------------------------------------------------------------------------------
+# ---- one split dealt by hash -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("only", ["test", "validation"])
@@ -384,7 +276,7 @@ def test_a_smaller_limit_takes_a_part_of_a_larger_one(tmp_path: Path, tokenizer:
     assert few < more < most
 
 
-# ---- what resume compares --------------------------------------------------------------------------------------------
+# ---- what resume compares ----------------------------------------------------------------------------------
 
 CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "prompt": lambda s: s | {"doc_to_text": "{{prompt}} "},
@@ -458,7 +350,7 @@ def test_changed_documents_and_choices_have_another_fingerprint(tmp_path: Path, 
     assert len({first["trial"], *others}) == 6
 
 
-# ---- mistakes and poison ---------------------------------------------------------------------------------------------
+# ---- mistakes and poison -----------------------------------------------------------------------------------
 
 
 def test_an_unknown_task_names_the_nearest(tokenizer: Any) -> None:
@@ -483,17 +375,37 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "template that raises for one document": (GENERATE | {"doc_to_text": "{{7 // (n - 25)}}"}, None),
     "target of a missing field": (LIKELIHOOD | {"doc_to_target": "{{anwser}}"}, None),
     "choices of a missing field": (CHOOSE | {"doc_to_choice": "{{chioces}}"}, None),
-    "unknown filter function": (GENERATE | {"filter_list": [{"name": "x", "filter": [{"function": "no_such_filter"}]}]}, None),
+    "unknown filter function": (
+        GENERATE | {"filter_list": [{"name": "x", "filter": [{"function": "no_such_filter"}]}]},
+        None,
+    ),
     "unknown kind of request": (GENERATE | {"output_type": "generate_some"}, None),
     "split that is not there": (GENERATE | {"test_split": "tset"}, None),
     "empty split": (GENERATE, {"search": sums(10), "validation": sums(10, 10), "test": []}),
     "no search split": (GENERATE, {"validation": sums(10, 10), "test": sums(10)}),
-    "item in two roles": (GENERATE, {"search": sums(10), "validation": sums(10, 10), "test": [*sums(10, 20), *sums(1)]}),
-    "gold missing": (CHOOSE, {"search": sums(10), "validation": sums(10, 10), "test": [*sums(9, 20), sums(1, 40)[0] | {"label": None}]}),
-    "gold out of range": (CHOOSE, {"search": sums(10), "validation": sums(10, 10), "test": [*sums(9, 20), sums(1, 40)[0] | {"label": 9}]}),
+    "item in two roles": (
+        GENERATE,
+        {"search": sums(10), "validation": sums(10, 10), "test": [*sums(10, 20), *sums(1)]},
+    ),
+    "gold missing": (
+        CHOOSE,
+        {
+            "search": sums(10),
+            "validation": sums(10, 10),
+            "test": [*sums(9, 20), sums(1, 40)[0] | {"label": None}],
+        },
+    ),
+    "gold out of range": (
+        CHOOSE,
+        {
+            "search": sums(10),
+            "validation": sums(10, 10),
+            "test": [*sums(9, 20), sums(1, 40)[0] | {"label": 9}],
+        },
+    ),
     "gold that is no choice": (CHOOSE | {"doc_to_target": "{{answer}}th"}, None),
     "code that models write": (GENERATE | {"unsafe_code": True}, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", BROKEN)

@@ -1,4 +1,6 @@
-"""Which documents are items: each once, in one role; benchmarks not searched on; groups and prompts as lm-eval has them."""
+"""Which documents are items: each once, in one role; benchmarks not searched on; groups and prompts as
+lm-eval has them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from evomerge.evaluation.task_set import items_digest
 from evomerge.launch import opening
 from evomerge.launch.tasks import listed_items
 from evomerge.merging import model_loading
-from tests.evaluation.lm_harness.test_harness import (
+from tests.support.lm_eval_tasks import (
     BATCH,
     CHOOSE,
     GENERATE,
@@ -64,7 +66,7 @@ def prompts(harness: LmHarness, role: Role, name: str = "trial") -> list[str]:
     return [harness.tasks[name].requests[item][0].args[0] for item in harness.items(role)[name]]
 
 
-# ---- twins -----------------------------------------------------------------------------------------------------------
+# ---- twins -------------------------------------------------------------------------------------------------
 
 
 def test_twins_within_a_role_are_scored_once_and_named(tmp_path: Path, tokenizer: Any) -> None:
@@ -110,7 +112,8 @@ def test_twins_across_declared_splits_are_refused_by_name_or_kept_in_the_later(
     write_task(tmp_path, "trial", PLAIN, docs)
     with pytest.raises(
         TaskError,
-        match=r"'trial' has 6 items in more than one split: .*\(validation 6 and test 5\).*and 3 more.*duplicates: drop",
+        match=r"'trial' has 6 items in more than one split: .*\(validation 6 and test 5\)"
+        r".*and 3 more.*duplicates: drop",
     ):
         load(tmp_path, tokenizer, declared())
     harness = load(tmp_path, tokenizer, declared(), rules=DROP)
@@ -135,7 +138,7 @@ def test_twins_of_one_split_end_in_one_role(tmp_path: Path, tokenizer: Any) -> N
         assert doc["prompt"] in prompts(harness, best), "the later role keeps it"
 
 
-# ---- which items -----------------------------------------------------------------------------------------------------
+# ---- which items -------------------------------------------------------------------------------------------
 
 
 def test_training_documents_are_dealt_and_no_document_is_its_own_example(
@@ -244,7 +247,7 @@ def test_items_of_a_training_text_are_named_and_may_be_dropped(
     assert any("too short to compare" in f for f in short.warnings())
 
 
-# ---- benchmarks ------------------------------------------------------------------------------------------------------
+# ---- benchmarks --------------------------------------------------------------------------------------------
 
 BENCHMARKS: list[dict[str, Any]] = [
     {"test": sums(60)},
@@ -269,7 +272,8 @@ def test_a_benchmark_is_not_searched_on_unasked(
     for name in ("bench", "benches", "mine"):
         with pytest.raises(
             TaskError,
-            match=f"'bench' is lm-eval's: .*optimise on the benchmark's own {which} items.*{instead}.*allow_benchmark_test",
+            match=f"'bench' is lm-eval's: .*optimise on the benchmark's own {which} items.*{instead}"
+            ".*allow_benchmark_test",
         ):
             load(tmp_path / "own", tokenizer, TaskSpec(name))
     assert load(
@@ -285,7 +289,7 @@ def test_a_benchmark_is_not_searched_on_unasked(
         ]
 
 
-# ---- groups ----------------------------------------------------------------------------------------------------------
+# ---- groups ------------------------------------------------------------------------------------------------
 
 
 def lm_eval_says(model: Any, tokenizer: Any, names: list[str], folder: Path, **more: Any) -> dict[str, Any]:
@@ -294,9 +298,12 @@ def lm_eval_says(model: Any, tokenizer: Any, names: list[str], folder: Path, **m
     from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), tasks=names, bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False), **more,
-    )  # fmt: skip
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+        tasks=names,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        **more,
+    )
     assert found is not None
     return dict(found)
 
@@ -338,9 +345,14 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         aggregate_metric_list=[{"metric": "acc_norm", "weight_by_size": False}],
     )
     write_group(
-        folder, "outer", task=["inner", "three", "other"],
-        aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}],
-    )  # fmt: skip
+        folder,
+        "outer",
+        task=["inner", "three", "other"],
+        aggregate_metric_list=[
+            {"metric": "acc", "weight_by_size": True},
+            {"metric": "acc_norm", "weight_by_size": False},
+        ],
+    )
     return folder
 
 
@@ -459,10 +471,11 @@ def test_the_groups_mean_is_weighted_by_hand() -> None:
     assert group_metric([0.5, 0.25, 1.0], group.sizes) == (1.5 + 1.0 + 1.0) / 8
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if not loop.last %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}\n<assistant>{% endif %}"
 )
 NO_SYSTEM = (
@@ -498,13 +511,19 @@ def test_prompts_are_lm_evals(
                 task.set_config(key="num_fewshot", value=few)
                 task.set_fewshot_seed(seed=1234)
                 task.build_all_requests(
-                    system_instruction=said, apply_chat_template=chat is not None, fewshot_as_multiturn=multiturn,
-                    chat_template=hflm(tokenizer) if chat else None,
-                )  # fmt: skip
-                harness = load(
-                    tmp_path, tokenizer, declared(num_fewshot=few), apply_chat_template=chat is not None, fewshot_as_multiturn=multiturn,
                     system_instruction=said,
-                )  # fmt: skip
+                    apply_chat_template=chat is not None,
+                    fewshot_as_multiturn=multiturn,
+                    chat_template=hflm(tokenizer) if chat else None,
+                )
+                harness = load(
+                    tmp_path,
+                    tokenizer,
+                    declared(num_fewshot=few),
+                    apply_chat_template=chat is not None,
+                    fewshot_as_multiturn=multiturn,
+                    system_instruction=said,
+                )
                 own = harness.tasks["trial"].requests
                 ours = [request.args for item in harness.items("test")["trial"] for request in own[item]]
                 assert ours == [request.args for request in task.instances]

@@ -1,15 +1,15 @@
-"""What answers lm-eval's requests: the protocol, and lm-eval's own HFLM behind it."""
+"""The protocol of a backend: what answers lm-eval's requests with one live model."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from torch import nn
 
 from evomerge.evaluation.inference.loglikelihood import Rounding
 from evomerge.evaluation.inference.requests import Verification
 
-log = logging.getLogger(__name__)
 Answers = list[list[Any]]
 """Of each request its responses, one a repeat: (log-likelihood, greedy) pairs, log-likelihoods or texts."""
 
@@ -17,33 +17,82 @@ Answers = list[list[Any]]
 class Backend(Protocol):
     """Answers requests with one live model, whose weights change from candidate to candidate.
 
-    `prepare` is called once for a set of requests, `answer` once a candidate. A served backend fits here too: a vLLM
-    worker process that owns the engine. Its `prepare` tokenises and keeps the prompts; before `answer` the candidate's
-    tensors are pushed into the serving process (its weight-update call over shared memory or NCCL, named as on disk, one
-    layer at a time) and never reloaded from a folder; prefix caches are reset with each push, since their keys hold no
-    weights; `answer` then sends token ids and takes back log-probabilities of prompt tokens and generated ids.
+    `prepare` is called once for a set of requests, `answer` once a candidate. A failure of the model is an
+    exception: the worker turns it into an `Evaluation` with an error, and the backend stays usable for the
+    next candidate.
     """
 
     def prepare(self, requests: Sequence[Any]) -> Any:
-        """What can be done once: tokens, plans, tensors."""
+        """Does what can be done once: tokens, plans, tensors.
+
+        Args:
+            requests: lm-eval's `Instance` objects.
+
+        Returns:
+            What `answer` takes.
+
+        Raises:
+            CandidateError: The model cannot take a request at all.
+        """
         ...
 
     def answer(self, prepared: Any, rounding: Rounding) -> Answers:
-        """The responses of every prepared request, in order."""
+        """Answers prepared requests with the model's present weights.
+
+        Args:
+            prepared: Result of `prepare`.
+            rounding: 'model' for lm-eval's rounding of log-likelihoods, 'float32' for sums that tie less.
+
+        Returns:
+            The responses of every request, in order.
+        """
         ...
 
     def tokens(self, request: Any) -> int:
-        """How many tokens of a log-likelihood request are scored."""
+        """Counts the tokens that a log-likelihood request scores.
+
+        Args:
+            request: lm-eval's `Instance`.
+
+        Returns:
+            Their number, at least 1.
+        """
         ...
 
     def optimizations(self) -> Mapping[str, Verification]:
-        """Technique -> whether it is used with this model, and why; none where there are none to choose from."""
+        """Optimization -> whether it is used with this model, and why; empty where there are none to choose
+        from.
+        """
         ...
 
     def close(self) -> None:
-        """Lets go of the model."""
+        """Releases the model: hooks are removed."""
         ...
 
     def fallback_reason(self, task: str) -> str | None:
-        """Why a task's requests went through lm-eval's own path; None if none did."""
+        """Explains why a task's requests went through lm-eval's own path.
+
+        Args:
+            task: Name of a task with prepared requests.
+
+        Returns:
+            The reason; None if none did.
+        """
+        ...
+
+
+class BackendFactory(Protocol):
+    """What a line of the registry names: a callable that wraps a live model."""
+
+    def __call__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> Backend:
+        """Wraps a model.
+
+        Args:
+            model: The live model.
+            tokenizer: Its tokenizer.
+            batch_size: Batch size of what goes through HFLM.
+
+        Returns:
+            The backend.
+        """
         ...

@@ -1,6 +1,8 @@
-"""Requests compiled for a live model: tokenised by HFLM's own rules, scored by the engine, texts cut as HFLM cuts them.
+"""Requests compiled for a live model: tokenised by HFLM's own rules, scored by our inference, texts cut as
+HFLM cuts them.
 
-What the engine cannot honour exactly (sampling, beams) goes to HFLM on the same model, and is said.
+What our inference cannot honour exactly (sampling, beams) goes to HFLM on the same model, and
+`fallback_reason` says why.
 """
 
 from __future__ import annotations
@@ -16,228 +18,272 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import nn
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.inference.generation import Generator
+from evomerge.evaluation.inference.generation import Generator, TextRules
+from evomerge.evaluation.inference.generation_plan import GenerationPlan
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
-from evomerge.evaluation.inference.logits_processors import refusal
+from evomerge.evaluation.inference.logits_processors import unsupported_reason
 from evomerge.evaluation.inference.loglikelihood import Engine, Rounding
-from evomerge.evaluation.inference.loglikelihood_plan import Plan
+from evomerge.evaluation.inference.loglikelihood_plan import LoglikelihoodPlan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
 from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.lm_harness.backends.base import Answers
-from evomerge.evaluation.lm_harness.backends.hflm import ask, hflm
-from evomerge.evaluation.lm_harness.tokenization import Encoding
+from evomerge.evaluation.lm_harness.backends.hflm import answer_by_hflm, make_hflm
+from evomerge.evaluation.lm_harness.tokenization import RequestTokenizer
 
 log = logging.getLogger(__name__)
-_TEXTS = 1 << 18  # decoded answers that are remembered
+_TEXTS = 1 << 18  # decoded answers that are cached
 
 
 @dataclass(frozen=True, slots=True)
 class _Generation:
-    """Requests with one set of generation settings. numbers: of the requests; until: stop strings, the EOS text last."""
+    """Requests with one set of generation settings. numbers: of the requests; until: stop strings, the EOS
+    text last.
+    """
 
-    plan: Any
+    plan: GenerationPlan
     numbers: tuple[int, ...]
     until: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """Prompts of requests with one set of generation settings. max_new: most new tokens; ids: of each
+    request.
+    """
+
+    settings: Mapping[str, Any]
+    until: tuple[str, ...]
+    max_new: int
+    numbers: tuple[int, ...]
+    ids: list[list[int]]
+
+
 @dataclass(slots=True)
 class Prepared:
-    """A set of requests, ready to be answered again and again. spans: of each request scored, its place in the plan."""
+    """A set of requests, ready to be answered again and again.
+
+    Attributes:
+        requests: lm-eval's requests.
+        plan: Of all log-likelihoods; None without any.
+        spans: Number of a log-likelihood request -> (start, end) of its pieces in the plan.
+        generations: Requests of generated texts, by their settings.
+        by_hflm: Numbers of the requests that HFLM answers.
+    """
 
     requests: list[Any]
-    plan: Plan | None = None
+    plan: LoglikelihoodPlan | None = None
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     generations: list[_Generation] = field(default_factory=list)
-    handed: list[int] = field(default_factory=list)
+    by_hflm: list[int] = field(default_factory=list)
 
 
 class CompiledBackend:
-    """Answers requests on one live transformers model. Satisfies `evomerge.evaluation.lm_harness.backends.base.Backend`."""
+    """Answers requests on one live transformers model. Satisfies
+    `evomerge.evaluation.lm_harness.backends.base.Backend`.
+
+    Attributes:
+        model: The live model.
+        tokenizer: Its tokenizer.
+        lm: An `HFLM` over the model, for its rules and as fallback.
+        pad_id: Token id that rows are padded with.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
-        """batch_size: of what goes through HFLM; the engine sizes its own batches."""
+        """See `BackendFactory`.
+
+        Our inference sizes its own batches; batch_size is of what goes through HFLM.
+        """
         self.model, self.tokenizer = model, tokenizer
-        self.lm = hflm(model, tokenizer, batch_size)
+        self.lm = make_hflm(model, tokenizer, batch_size)
         self.pad_id = tokenizer.pad_token_id or 0
         self._engine: Engine | None = None
         self._generator: Generator | None = None
-        self._verdicts: dict[str, Verification] = {}
+        self._verifications: dict[str, Verification] = {}
         self._decoders: dict[str, Verification] = {}
-        self._span = -1
-        self._reasons: dict[str, str] = {}
-        self._refusals: dict[str, str | None] = {}
-        self._encoding = Encoding(self.lm)
-        self._prompts: dict[tuple[str, int], list[int]] = {}
+        self._span = -1  # length of requests that the verifications hold for
+        self._fallback_reasons: dict[str, str] = {}  # by task
+        self._unsupported: dict[str, str | None] = {}  # by generation settings
+        self._tokenize = RequestTokenizer(self.lm)
+        self._prompt_ids: dict[tuple[str, int], list[int]] = {}
         self._text = functools.lru_cache(maxsize=_TEXTS)(self._decode)
 
     def close(self) -> None:
-        """Takes the engine's hook off the model."""
+        """See `Backend.close`."""
         if self._engine is not None:
             self._engine.head.close()
 
     def optimizations(self) -> Mapping[str, Verification]:
-        """What the probe found of this model, for requests as long as those prepared so far."""
-        return {
-            **self._verdicts,
-            **{f"decoding: {name}": verdict for name, verdict in self._decoders.items()},
-        }
+        """See `Backend.optimizations`. They hold for requests as long as those prepared so far."""
+        decoders = {f"decoding: {name}": verification for name, verification in self._decoders.items()}
+        return {**self._verifications, **decoders}
 
     def fallback_reason(self, task: str) -> str | None:
-        """Why some of a task's requests go through HFLM; None if none do."""
-        return self._reasons.get(task)
+        """See `Backend.fallback_reason`."""
+        return self._fallback_reasons.get(task)
 
     def tokens(self, request: Any) -> int:
-        """How many tokens of a log-likelihood request are scored."""
-        return self._encoding.tokens(request)
+        """See `Backend.tokens`."""
+        return self._tokenize.tokens(request)
 
     def prepare(self, requests: Sequence[Any]) -> Prepared:
-        """Token ids, plans and tensors of requests. Raises CandidateError for one that the model cannot take at all."""
+        """See `Backend.prepare`. Verifies optimizations where the model is new or requests are longer than
+        before.
+        """
         prepared = Prepared(list(requests))
         scored: list[Request] = []
-        prompts: dict[str, list[int]] = defaultdict(list)
+        generated: dict[str, list[int]] = defaultdict(list)  # by generation settings
         for number, request in enumerate(prepared.requests):
-            reason = self._refused(request)
+            reason = self._unsupported_reason(request)
             if request.request_type in ("loglikelihood", "loglikelihood_rolling"):
-                found = self._encoding(request)
-                prepared.spans[number] = (len(scored), len(scored) + len(found))
-                scored += found
+                pieces = self._tokenize(request)
+                prepared.spans[number] = (len(scored), len(scored) + len(pieces))
+                scored += pieces
             elif request.request_type == "generate_until" and reason is None:
-                prompts[repr(request.args[1])].append(number)
+                generated[repr(request.args[1])].append(number)
             else:
-                self._reasons[request.task_name] = reason or f"requests of type {request.request_type}"
-                prepared.handed.append(number)
-        asked = [self._asked(prepared.requests[numbers[0]].args[1]) for numbers in prompts.values()]
-        encoded = [
-            [self._prompt(prepared.requests[n], most) for n in numbers]
-            for (_, most), numbers in zip(asked, prompts.values(), strict=True)
-        ]
-        longest = [len(r.context) + len(r.continuation) for r in scored]
-        longest += [len(p) + most for (_, most), group in zip(asked, encoded, strict=True) for p in group]
-        if scored or encoded:
-            engine = self._ready(max(longest), bool(encoded))
-            if scored:
-                prepared.plan = engine.compile(scored)
-            for (until, most), group, numbers in zip(asked, encoded, prompts.values(), strict=True):
-                assert self._generator is not None
-                plan = self._generator.compile(
-                    group, until, most, self._settings(prepared.requests[numbers[0]])
-                )
-                prepared.generations.append(_Generation(plan, tuple(numbers), until))
+                reason = reason or f"requests of type {request.request_type}"
+                self._fallback_reasons[request.task_name] = reason
+                prepared.by_hflm.append(number)
+        prompts = [self._prompts(prepared.requests, numbers) for numbers in generated.values()]
+        lengths = [len(request.context) + len(request.continuation) for request in scored]
+        lengths += [len(ids) + group.max_new for group in prompts for ids in group.ids]
+        if not lengths:
+            return prepared
+        engine = self._verified_engine(max(lengths))
+        if scored:
+            prepared.plan = engine.compile(scored)
+        if prompts:
+            generator = self._verified_generator(engine)
+            for group in prompts:
+                plan = generator.compile(group.ids, group.until, group.max_new, group.settings)
+                prepared.generations.append(_Generation(plan, group.numbers, group.until))
         return prepared
 
     def answer(self, prepared: Prepared, rounding: Rounding) -> Answers:
-        """The responses of every request, in order. Raises CandidateError for NaN log-likelihoods."""
+        """See `Backend.answer`."""
         answers: Answers = [[] for _ in prepared.requests]
         if prepared.plan is not None:
-            assert self._engine is not None
-            scores = self._engine.run(prepared.plan, rounding)
-            sums, greedy = scores.sums.tolist(), scores.greedy.tolist()
-            for number, (start, end) in prepared.spans.items():
-                request = prepared.requests[number]
-                found = (
-                    (sums[start], greedy[start])
-                    if request.request_type == "loglikelihood"
-                    else sum(sums[start:end])
-                )
-                answers[number] = [found] * (request.repeats or 1)
+            self._answer_loglikelihoods(prepared, prepared.plan, rounding, answers)
         for generation in prepared.generations:
             assert self._generator is not None
-            for number, tokens in zip(generation.numbers, self._generator.run(generation.plan), strict=True):
+            texts = self._generator.run(generation.plan)
+            for number, tokens in zip(generation.numbers, texts, strict=True):
                 text = self._text(tuple(tokens), generation.until)
                 answers[number] = [text] * (prepared.requests[number].repeats or 1)
-        if prepared.handed:
-            for number, own in zip(
-                prepared.handed,
-                ask(self.lm, [prepared.requests[n] for n in prepared.handed], rounding),
-                strict=True,
+        if prepared.by_hflm:
+            requests = [prepared.requests[number] for number in prepared.by_hflm]
+            for number, responses in zip(
+                prepared.by_hflm, answer_by_hflm(self.lm, requests, rounding), strict=True
             ):
-                answers[number] = own
+                answers[number] = responses
         return answers
 
-    # ---- the engine, ready for requests of a length ------------------------------------------------------------------------
+    def _answer_loglikelihoods(
+        self, prepared: Prepared, plan: LoglikelihoodPlan, rounding: Rounding, answers: Answers
+    ) -> None:
+        """Scores the plan and writes the responses of its requests."""
+        assert self._engine is not None
+        scores = self._engine.run(plan, rounding)
+        sums, greedy = scores.sums.tolist(), scores.greedy.tolist()
+        for number, (start, end) in prepared.spans.items():
+            request = prepared.requests[number]
+            response: Any = (sums[start], greedy[start])
+            if request.request_type == "loglikelihood_rolling":
+                response = sum(sums[start:end])
+            answers[number] = [response] * (request.repeats or 1)
 
-    def _ready(self, span: int, generates: bool) -> Engine:
-        """The engine, probed anew where requests grow longer than every probe so far."""
-        most = self.lm.max_length
+    # ---- verified inference, for requests of a length ------------------------------------------------------
+
+    def _verified_engine(self, span: int) -> Engine:
+        """The engine, verified anew where requests are longer than all before."""
         if span > self._span:
-            self._span = min(most, max(span, 2 * self._span))
-            self._verdicts = probe(self.model, span=self._span, max_length=most, pad_id=self.pad_id)
-            self._decoders = {}
-            log.info(
-                "techniques: %s",
-                "; ".join(f"{name}: {v.allowed}, {v.reason}" for name, v in self._verdicts.items()),
+            self._span = min(self.lm.max_length, max(span, 2 * self._span))
+            self._verifications = probe(
+                self.model, span=self._span, max_length=self.lm.max_length, pad_id=self.pad_id
             )
+            self._decoders = {}
+            _log_verifications("optimizations", self._verifications)
         if self._engine is None:
             self._engine = Engine(self.model, pad_id=self.pad_id)
-        self._engine.verdicts = self._verdicts
-        if generates and not self._decoders:
-            self._decoders = probe_decoders(
-                self.model, self._engine.head, span=self._span, pad_id=self.pad_id
-            )
-            log.info(
-                "decoders: %s",
-                "; ".join(f"{name}: {v.allowed}, {v.reason}" for name, v in self._decoders.items()),
-            )
+        self._engine.verifications = self._verifications
+        return self._engine
+
+    def _verified_generator(self, engine: Engine) -> Generator:
+        """The generator with the fastest decoder that is allowed."""
+        if self._generator is None or not self._decoders:
+            self._decoders = probe_decoders(self.model, engine.head, span=self._span, pad_id=self.pad_id)
+            _log_verifications("decoders", self._decoders)
+            rules = TextRules(self.tokenizer, self.lm.max_length, self.pad_id, self._eos_ids())
             self._generator = Generator(
                 self.model,
-                self._engine.head,
-                tokenizer=self.tokenizer,
-                max_length=most,
-                pad_id=self.pad_id,
-                eos_ids=self._eos(),
+                engine.head,
+                rules,
                 decoder=choose_decoder(self._decoders),
                 shares=self._decoders["prefix"].allowed,
             )
-        return self._engine
+        return self._generator
 
-    def _eos(self) -> frozenset[int]:
-        """Ids that end a generation: the generation config's and, as HFLM stops at its text, the tokenizer's own."""
-        given: Any = getattr(self.model, "generation_config", None)
-        ids = getattr(given, "eos_token_id", None)
-        own = self.lm.eot_token_id
-        return frozenset(
-            [
-                *([] if ids is None else [ids] if isinstance(ids, int) else ids),
-                *([] if own is None else [own]),
-            ]
-        )
+    def _eos_ids(self) -> frozenset[int]:
+        """Ids that end a generation: the generation config's and, as HFLM stops at its text, the tokenizer's
+        own.
+        """
+        config: Any = getattr(self.model, "generation_config", None)
+        configured = getattr(config, "eos_token_id", None)
+        ids: set[int] = set()
+        if isinstance(configured, int):
+            ids.add(configured)
+        elif configured is not None:
+            ids.update(configured)
+        if self.lm.eot_token_id is not None:
+            ids.add(self.lm.eot_token_id)
+        return frozenset(ids)
 
-    # ---- HFLM's own rules --------------------------------------------------------------------------------------------------
+    # ---- HFLM's own rules ----------------------------------------------------------------------------------
 
-    def _prompt(self, request: Any, most: int) -> list[int]:
-        """Token ids of a prompt, cut from the left so that `most` new tokens fit."""
-        key = (request.args[0], most)
-        if key not in self._prompts:
-            room = self.lm.max_length - most
+    def _prompts(self, requests: Sequence[Any], numbers: Sequence[int]) -> _Prompts:
+        """The prompts of requests that have one set of generation settings."""
+        first = requests[numbers[0]]
+        known = normalize_gen_kwargs(dict(first.args[1]), self.lm.max_gen_toks)
+        eos = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
+        until = tuple(handle_stop_sequences(known.get("until"), eos=eos))
+        max_new = int(known["max_gen_toks"])
+        ids = [self._tokenized_prompt(requests[number], max_new) for number in numbers]
+        return _Prompts(self._generation_settings(first), until, max_new, tuple(numbers), ids)
+
+    def _tokenized_prompt(self, request: Any, max_new: int) -> list[int]:
+        """Token ids of a prompt, cut from the left so that its new tokens fit."""
+        key = (request.args[0], max_new)
+        if key not in self._prompt_ids:
+            room = self.lm.max_length - max_new
             if room <= 0:
                 raise CandidateError(
-                    f"task '{request.task_name}' asks for {most} new tokens of a model with {self.lm.max_length} positions; lower max_gen_toks"
+                    f"task '{request.task_name}' asks for {max_new} new tokens of a model with "
+                    f"{self.lm.max_length} positions; lower max_gen_toks"
                 )
             ids, _ = self.lm.tok_batch_encode(
                 [request.args[0]], left_truncate_len=room, truncation=self.lm.truncation
             )
-            self._prompts[key] = ids[0].tolist()
-        return self._prompts[key]
+            self._prompt_ids[key] = ids[0].tolist()
+        return self._prompt_ids[key]
 
-    def _asked(self, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-        """(stop strings, most new tokens) of generation settings."""
-        known = normalize_gen_kwargs(dict(settings), self.lm.max_gen_toks)
-        eos = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
-        return tuple(handle_stop_sequences(known.get("until"), eos=eos)), int(known["max_gen_toks"])
-
-    def _settings(self, request: Any) -> dict[str, Any]:
+    def _generation_settings(self, request: Any) -> dict[str, Any]:
         """What lm-eval would pass on to `generate` beside stop strings and the number of new tokens."""
         known = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
         return {name: value for name, value in known.items() if name not in ("until", "max_gen_toks")}
 
-    def _refused(self, request: Any) -> str | None:
+    def _unsupported_reason(self, request: Any) -> str | None:
         """Why HFLM itself has to generate; None if it need not."""
         if request.request_type != "generate_until":
             return None
         key = repr(request.args[1])
-        if key not in self._refusals:
-            self._refusals[key] = refusal(self._settings(request), self.model)
-        return self._refusals[key]
+        if key not in self._unsupported:
+            self._unsupported[key] = unsupported_reason(self._generation_settings(request), self.model)
+        return self._unsupported[key]
 
     def _decode(self, tokens: tuple[int, ...], until: tuple[str, ...]) -> str:
         return str(postprocess_generated_text(self.lm.tok_decode(list(tokens)), list(until), None))
+
+
+def _log_verifications(what: str, verifications: Mapping[str, Verification]) -> None:
+    parts = [f"{name}: {v.allowed}, {v.reason}" for name, v in verifications.items()]
+    log.info("%s: %s", what, "; ".join(parts))
