@@ -208,7 +208,7 @@ def test_item_means_are_means() -> None:
         means.add(scores("a", row))
     for i in range(12):
         assert means.means["a", str(i)] == pytest.approx(table[:, i].mean())
-        assert means.ease["a", str(i)] == pytest.approx(
+        assert means.easiness["a", str(i)] == pytest.approx(
             (table - table.mean(axis=1, keepdims=True))[:, i].mean()
         )
 

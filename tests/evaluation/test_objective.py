@@ -19,6 +19,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import ItemScore, Objective, Standing, Term, ranks
 from evomerge.launch import objective as objective_module
 from evomerge.optimizers.cma_es import CmaEs
+from evomerge.store.study_facts import TermFacts
 
 METRICS = {"a": 0.4, "b": 0.7, "c": 3.0, "a:probability": 0.3, "a:logprob": -1.5, "b:probability": 0.6}
 
@@ -226,9 +227,12 @@ def parsed(**changes: Any) -> config.Config:
     return loading.check(_yaml.parse(json.dumps(document | changes, indent=1), "trial.yaml"))
 
 
-SAID: dict[str, dict[str, Any]] = {
-    "a": {"sign": 1, "mean": True, "measures": ["probability", "logprob"], "leaves": [["a", 1.0]]},
-    "b": {"sign": -1, "mean": False, "measures": [], "leaves": [["b1", 0.5], ["b2", 0.5]]},
+TERM_FACTS = {
+    task: TermFacts.from_json(facts)
+    for task, facts in {
+        "a": {"sign": 1, "mean": True, "measures": ["probability", "logprob"], "leaves": [["a", 1.0]]},
+        "b": {"sign": -1, "mean": False, "measures": [], "leaves": [["b1", 0.5], ["b2", 0.5]]},
+    }.items()
 }
 
 
@@ -238,7 +242,7 @@ def test_the_search_file_says_the_objective() -> None:
         keep={"a": 0.02},
         search={"tie_break": "none"},
     )
-    objective = objective_module.make_objective(settings, SAID)
+    objective = objective_module.make_objective(settings, TERM_FACTS)
     assert objective == Objective(
         (
             Term("a", 2.0, 1, (("metric", 0.7), ("probability", 0.3)), (("a", 1.0),), True),
@@ -246,7 +250,7 @@ def test_the_search_file_says_the_objective() -> None:
         ),
         "mean", (("a", 0.02),), "none",
     )  # fmt: skip
-    assert objective_module.make_objective(parsed(), SAID).tie_break == "probability", (
+    assert objective_module.make_objective(parsed(), TERM_FACTS).tie_break == "probability", (
         "where it is there, it is used"
     )
     assert objective_module.per_generation(settings, objective) == {"a": 100, "b1": 100, "b2": 100}
@@ -305,7 +309,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_the_tasks_cannot_give_is_refused_at_the_start(case: str) -> None:
     changes, sentence = REFUSED[case]
     with pytest.raises(ConfigError, match=sentence):
-        objective_module.make_objective(parsed(**changes), SAID)
+        objective_module.make_objective(parsed(**changes), TERM_FACTS)
 
 
 def test_rungs_that_do_not_rise_to_one_are_refused() -> None:
