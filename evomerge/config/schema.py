@@ -350,7 +350,7 @@ class RoutesConfig(Strict):
 
 
 class LimitsConfig(Strict):
-    """What ends a candidate or a worker, see `evomerge.workers.scheduler.Limits`."""
+    """What ends a candidate or a worker, see `evomerge.workers.Limits`."""
 
     factor: Number = Field(default=4.0, gt=1)
     """How many times the running median a candidate may take."""
