@@ -1,4 +1,4 @@
-"""Candidates beside one another on the items that all were scored on: each against the first, paired. Knows nothing of models.
+"""Candidates beside one another on the items that all were scored on: each against the first, paired. Opens no model.
 
 What is compared is what the studies' files hold, or what the caller has scored beside them.
 """
@@ -21,8 +21,16 @@ from evomerge.store import Store, StudyFacts, Trial
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A candidate to compare. name: as the user wrote it; study: the folder of its study; scores: of every item that it was
-    scored on in the role, from all of its evaluations there."""
+    """A candidate to compare.
+
+    Attributes:
+        name: As the user wrote it.
+        study: Folder of its study.
+        trial: Its trial.
+        recipe: Its recipe.
+        scores: (task, item) -> score of every item that it was scored on in the role, from all of `evaluations`.
+        evaluations: Its evaluations in the role that did not fail.
+    """
 
     name: str
     study: str
@@ -33,165 +41,264 @@ class Contender:
 
 
 def contender(store: Store, name: str, reference: str, role: Role) -> Contender:
-    """The candidate of a study that a reference names, with all that the study's file holds of it in a role."""
+    """Reads a candidate with all that a study's file holds of it in a role.
+
+    Args:
+        store: An open study.
+        name: What the candidate is called in the comparison.
+        reference: See `evomerge.reports.resolve`.
+        role: Role of the items.
+
+    Returns:
+        The candidate.
+
+    Raises:
+        StudyError: There is no such candidate.
+    """
     trial = resolve(store, reference)
     evaluations = tuple(
-        s.evaluation
-        for r, s in store.evaluations(trial.recipe_id)
-        if r == role and s.evaluation.error is None
+        scored.evaluation
+        for scored_role, scored in store.evaluations(trial.recipe_id)
+        if scored_role == role and scored.evaluation.error is None
     )
-    scores = {(s.task, s.item): s for e in evaluations for s in e.items}
+    scores = {(score.task, score.item): score for evaluation in evaluations for score in evaluation.items}
     return Contender(name, store.path.parent.name, trial, store.recipe(trial.recipe_id), scores, evaluations)
 
 
-def check(facts: Mapping[str, StudyFacts], task: str | None) -> list[str]:
-    """What a reader should know of studies compared. facts: study -> its stored facts. Raises StudyError unless all have the
-    same tasks by the same metrics, and ConfigError for a task that they lack."""
+def check_comparable(facts: Mapping[str, StudyFacts], task: str | None) -> list[str]:
+    """Checks that candidates of several studies can be compared.
+
+    Args:
+        facts: Study -> its facts, at least one.
+        task: The one task to compare on, None for all.
+
+    Returns:
+        Sentences on what a reader should know of the studies.
+
+    Raises:
+        StudyError: The studies have different tasks, or different metrics of one.
+        ConfigError: They lack the task.
+    """
     first, *others = facts
+    metrics, hashes = facts[first].metrics, facts[first].tasks
     notes = []
     for other in others:
-        mine, theirs = facts[first].metrics, facts[other].metrics
-        if mine != theirs:
-            differing = sorted(t for t in {*mine, *theirs} if mine.get(t) != theirs.get(t))
+        other_metrics = facts[other].metrics
+        if metrics != other_metrics:
+            differing = sorted(t for t in {*metrics, *other_metrics} if metrics.get(t) != other_metrics.get(t))
             raise StudyError(
-                f"{first} and {other} cannot be compared: they differ in {', '.join(differing)}; compare studies with the same tasks and metrics"
+                f"{first} and {other} cannot be compared: they differ in {', '.join(differing)}; "
+                "compare studies with the same tasks and metrics"
             )
-        changed = [t for t in mine if facts[first].tasks[t] != facts[other].tasks[t]]
+        changed = [name for name in metrics if hashes[name] != facts[other].tasks[name]]
         if changed:
-            named = ", ".join(changed)
             notes.append(
-                f"{named}: items, prompts or settings of {other} are not those of {first}; only items with the same content are joined"
+                f"{', '.join(changed)}: items, prompts or settings of {other} are not those of {first}; "
+                "only items with the same content are joined"
             )
-    leaves = [leaf for term in facts[first].terms.values() for leaf, _ in term.subtasks]
-    if task is not None and task not in (*facts[first].metrics, *leaves):
-        raise ConfigError(f"{first} has no task '{task}'. {suggest(task, [*facts[first].metrics, *leaves])}")
+    subtasks = [name for term in facts[first].terms.values() for name, _ in term.subtasks]
+    known = [*metrics, *subtasks]
+    if task is not None and task not in known:
+        raise ConfigError(f"{first} has no task '{task}'. {suggest(task, known)}")
     return notes
 
 
-def missing(contenders: Sequence[Contender]) -> list[dict[str, tuple[str, ...]]]:
-    """Of each candidate the items, by task, that another was scored on and it was not."""
-    everything = list(dict.fromkeys(key for c in contenders for key in c.scores))
-    found = []
-    for c in contenders:
+def missing_items(contenders: Sequence[Contender]) -> list[dict[str, tuple[str, ...]]]:
+    """Finds the items of each candidate that another was scored on and it was not.
+
+    Args:
+        contenders: Candidates.
+
+    Returns:
+        For each candidate task -> items.
+    """
+    everything = list(dict.fromkeys(key for contender in contenders for key in contender.scores))
+    missing = []
+    for one in contenders:
         lacking: dict[str, tuple[str, ...]] = {}
         for task, item in everything:
-            if (task, item) not in c.scores:
+            if (task, item) not in one.scores:
                 lacking[task] = (*lacking.get(task, ()), item)
-        found.append(lacking)
-    return found
+        missing.append(lacking)
+    return missing
 
 
-def common(contenders: Sequence[Contender], task: str | None = None) -> Items:
-    """The items that all were scored on, by task. Raises StudyError where there are none, saying who lacks what."""
+def common_items(contenders: Sequence[Contender], task: str | None = None) -> Items:
+    """Finds the items that all candidates were scored on.
+
+    Args:
+        contenders: Candidates, at least one.
+        task: The one task to compare on, None for all.
+
+    Returns:
+        Task -> items.
+
+    Raises:
+        StudyError: There are none; the message says who lacks how many.
+    """
     shared: dict[str, tuple[str, ...]] = {}
     for name, item in contenders[0].scores:
-        if all((name, item) in c.scores for c in contenders[1:]) and task in (None, name):
+        if task in (None, name) and all((name, item) in other.scores for other in contenders[1:]):
             shared[name] = (*shared.get(name, ()), item)
-    if not shared:
-        lacks = [
-            f"{c.name} lacks {n}"
-            for c, m in zip(contenders, missing(contenders), strict=True)
-            if (n := sum(map(len, m.values())))
-        ]
-        what = "; ".join(lacks) or "none was scored on any"
-        raise StudyError(
-            f"there are no items of this role that all were scored on: {what}; add --score, or choose another --role"
-        )
-    return shared
+    if shared:
+        return shared
+    counts = [
+        (one.name, sum(map(len, lacking.values())))
+        for one, lacking in zip(contenders, missing_items(contenders), strict=True)
+    ]
+    lacks = "; ".join(f"{name} lacks {count}" for name, count in counts if count)
+    raise StudyError(
+        f"there are no items of this role that all were scored on: {lacks or 'none was scored on any'}; "
+        "add --score, or choose another --role"
+    )
 
 
 def compare(contenders: Sequence[Contender], objective: Objective, task: str | None = None) -> dict[str, Any]:
-    """Scores on the common items by task and of the objective, and each candidate's paired difference to the first.
+    """Compares candidates on their common items: scores, and the paired difference of each to the first.
 
-    rows: one a task, then the objective (unless `task` asks for one alone), each with `scores` [candidates] and, for each
-    candidate but the first, `differences`: mean, error, p, and p corrected by Holm for all differences in the answer. A
-    score or difference is None where the items do not tell it: a metric that is no mean of them, over other items than
-    those stored, or an objective of another kind than a mean. Differences are in the metric's own direction; in the objective higher is better.
+    Args:
+        contenders: Candidates, at least two.
+        objective: What weighs the tasks.
+        task: The one task to compare on, None for all.
+
+    Returns:
+        `candidates`; `items`: number of common items; `rows`: one for each task, then the objective (unless `task` asks for one
+        alone), each with `scores` [candidates] and, for each candidate but the first, `differences`: mean, error, p, and p
+        corrected by Holm for all differences of the answer. A score or difference is None where the items do not determine it: a
+        metric that is no mean of them, over other items than those stored, or an objective of another kind than a mean.
+        Differences are in the metric's own direction; of the objective higher is better.
+
+    Raises:
+        StudyError: There are no common items.
     """
-    items = common(contenders, task)
-    kept = [[c.scores[t, i] for t, ids in items.items() for i in ids] for c in contenders]
-    known = [_metrics(c, items, objective) for c in contenders]
-    rows = []
-    for term in objective.terms:
-        shares = {leaf: share for leaf, share in term.strata if leaf in items}
-        if shares and (task in (None, term.task) or task in shares):
-            row: dict[str, Any] = {
-                "task": term.task if task is None else task,
-                "items": sum(len(items[leaf]) for leaf in shares),
-            }
-            row |= {"higher_is_better": term.sign > 0, "scores": [m.get(term.task) for m in known]}
-            rows.append(
-                row | {"differences": [paired(k, kept[0], shares) if term.mean else None for k in kept[1:]]}
-            )
+    items = common_items(contenders, task)
+    scores = [[one.scores[name, item] for name, ids in items.items() for item in ids] for one in contenders]
+    metrics = [_metrics(one, items, objective) for one in contenders]
+    rows = _task_rows(scores, metrics, items, objective, task)
     if task is None:
-        whole = [_objective(m, objective) for m in known]
-        told = objective.is_mean_of_items and all(w is not None for w in whole)
-        differences = [paired(k, kept[0], objective.shares()) if told else None for k in kept[1:]]
-        rows.append(
-            {
-                "task": "objective",
-                "items": len(kept[0]),
-                "higher_is_better": True,
-                "scores": whole,
-                "differences": differences,
-            }
-        )
+        rows.append(_objective_row(scores, metrics, objective))
     estimates: list[Estimate] = [d for row in rows for d in row["differences"] if d is not None]
-    corrected = iter(holm([d.p_value() for d in estimates]))
+    corrected = iter(holm([estimate.p_value() for estimate in estimates]))
     for row in rows:
         row["differences"] = [
-            None if d is None else _plain(d) | {"p_holm": next(corrected)} for d in row["differences"]
+            None if difference is None else _difference_data(difference) | {"p_holm": next(corrected)}
+            for difference in row["differences"]
         ]
     candidates = [
         {
-            "name": c.name,
-            "study": c.study,
-            "id": c.trial.id,
-            "label": c.trial.label,
-            "recipe": c.recipe.id,
-            "scored": len(c.scores),
+            "name": one.name,
+            "study": one.study,
+            "id": one.trial.id,
+            "label": one.trial.label,
+            "recipe": one.recipe.id,
+            "scored": len(one.scores),
         }
-        for c in contenders
+        for one in contenders
     ]
     return {"candidates": candidates, "items": sum(map(len, items.values())), "rows": rows}
 
 
-def telling(contenders: Sequence[Contender], items: Items, count: int) -> dict[str, tuple[str, ...]]:
-    """`count` of the items to look at, by task: those whose values differ most come first, among equals a hash decides."""
+def most_different_items(
+    contenders: Sequence[Contender], items: Items, count: int
+) -> dict[str, tuple[str, ...]]:
+    """Chooses items whose outputs are worth reading: those whose values differ most, among equals by a hash.
+
+    Args:
+        contenders: Candidates that were scored on all of `items`.
+        items: Items to choose from.
+        count: How many to choose, from 1.
+
+    Returns:
+        Task -> chosen items.
+
+    Raises:
+        ConfigError: The count is below 1.
+    """
     if count < 1:
         raise ConfigError(f"--samples takes a number of items from 1, got {count}")
 
-    def place(key: tuple[str, str]) -> tuple[float, bytes]:
-        values = [c.scores[key].value for c in contenders]
+    def order(key: tuple[str, str]) -> tuple[float, bytes]:
+        values = [one.scores[key].value for one in contenders]
         return min(values) - max(values), hashlib.sha256("/".join(key).encode()).digest()
 
-    chosen = sorted(((t, i) for t, ids in items.items() for i in ids), key=place)[:count]
-    return {t: ids for t in items if (ids := tuple(i for task, i in chosen if task == t))}
+    chosen = sorted(((task, item) for task, ids in items.items() for item in ids), key=order)[:count]
+    by_task = {name: tuple(item for task, item in chosen if task == name) for name in items}
+    return {name: ids for name, ids in by_task.items() if ids}
 
 
-def _metrics(c: Contender, items: Items, objective: Objective) -> dict[str, float]:
-    """Task -> metric over the items, where they tell it."""
-    out: dict[str, float] = {}
+def _task_rows(
+    scores: Sequence[Sequence[ItemScore]],
+    metrics: Sequence[Mapping[str, float]],
+    items: Items,
+    objective: Objective,
+    task: str | None,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for term in objective.terms:
-        leaves = [(leaf, share) for leaf, share in term.strata if leaf in items]
-        if term.mean and len(leaves) == len(term.strata):
-            values = [(share, [c.scores[leaf, i].value for i in items[leaf]]) for leaf, share in leaves]
-            out[term.task] = math.fsum(share * math.fsum(v) / len(v) for share, v in values)
+        shares = {subtask: share for subtask, share in term.strata if subtask in items}
+        if not shares or (task not in (None, term.task) and task not in shares):
+            continue
+        differences = [paired(other, scores[0], shares) if term.mean else None for other in scores[1:]]
+        rows.append(
+            {
+                "task": term.task if task is None else task,
+                "items": sum(len(items[subtask]) for subtask in shares),
+                "higher_is_better": term.sign > 0,
+                "scores": [metric.get(term.task) for metric in metrics],
+                "differences": differences,
+            }
+        )
+    return rows
+
+
+def _objective_row(
+    scores: Sequence[Sequence[ItemScore]], metrics: Sequence[Mapping[str, float]], objective: Objective
+) -> dict[str, Any]:
+    values = [_objective_score(metric, objective) for metric in metrics]
+    is_determined = objective.is_mean_of_items and all(value is not None for value in values)
+    differences = [
+        paired(other, scores[0], objective.shares()) if is_determined else None for other in scores[1:]
+    ]
+    return {
+        "task": "objective",
+        "items": len(scores[0]),
+        "higher_is_better": True,
+        "scores": values,
+        "differences": differences,
+    }
+
+
+def _metrics(one: Contender, items: Items, objective: Objective) -> dict[str, float]:
+    """Task -> metric over the items, where they determine it."""
+    metrics: dict[str, float] = {}
+    for term in objective.terms:
+        subtasks = [(subtask, share) for subtask, share in term.strata if subtask in items]
+        if term.mean and len(subtasks) == len(term.strata):
+            parts = []
+            for subtask, share in subtasks:
+                values = [one.scores[subtask, item].value for item in items[subtask]]
+                parts.append(share * math.fsum(values) / len(values))
+            metrics[term.task] = math.fsum(parts)
         elif not term.mean:
-            wanted = {(leaf, item) for leaf, _ in term.strata for item in items.get(leaf, ())}
-            tasks = [leaf for leaf, _ in term.strata]
-            whole = [
-                e for e in c.evaluations if {(s.task, s.item) for s in e.items if s.task in tasks} == wanted
+            names = [subtask for subtask, _ in term.strata]
+            wanted = {(subtask, item) for subtask in names for item in items.get(subtask, ())}
+            on_these = [
+                evaluation
+                for evaluation in one.evaluations
+                if {(score.task, score.item) for score in evaluation.items if score.task in names} == wanted
             ]
-            if whole:
-                out[term.task] = whole[-1].metrics[term.task]
-    return out
+            if on_these:
+                metrics[term.task] = on_these[-1].metrics[term.task]
+    return metrics
 
 
-def _objective(metrics: Mapping[str, float], objective: Objective) -> float | None:
-    score = objective(metrics) if all(t.task in metrics for t in objective.terms) else math.nan
+def _objective_score(metrics: Mapping[str, float], objective: Objective) -> float | None:
+    if any(term.task not in metrics for term in objective.terms):
+        return None
+    score = objective(metrics)
     return score if math.isfinite(score) else None
 
 
-def _plain(d: Estimate) -> dict[str, Any]:
-    return {"mean": d.mean, "error": d.error if math.isfinite(d.error) else None, "p": d.p_value()}
+def _difference_data(difference: Estimate) -> dict[str, Any]:
+    error = difference.error if math.isfinite(difference.error) else None
+    return {"mean": difference.mean, "error": error, "p": difference.p_value()}

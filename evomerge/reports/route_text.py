@@ -1,4 +1,4 @@
-"""Routes in words, what depth is worth, and how a search went from stage to stage."""
+"""Text about routes of layers: a route in words, scores by depth, and how a search went from stage to stage."""
 
 from __future__ import annotations
 
@@ -11,95 +11,147 @@ from evomerge.store import Outcome, Store, Trial
 
 
 def depths(store: Store) -> dict[str, int]:
-    """The depth of a study's base for `Recipe.is_route`: that of the parents it scored first, which are of the base's shape."""
-    parents = (store.recipe(t.recipe_id) for t in store.trials() if t.origin == "parent")
+    """Looks up the depth of a study's base for `Recipe.is_route`.
+
+    Args:
+        store: An open study.
+
+    Returns:
+        Base -> number of layers: that of the parents, which were scored first and have the base's shape.
+    """
+    parents = (store.recipe(trial.recipe_id) for trial in store.trials() if trial.origin == "parent")
     return {recipe.base: len(recipe.layers) for recipe in parents}
 
 
 def hops(recipe: Recipe) -> str:
-    """'math 0-3, lang 2 x 1.05, math 4-5': runs of layers with the factor of the hidden state that enters them."""
+    """Writes a route in words.
+
+    Args:
+        recipe: A recipe of layers taken over or merged.
+
+    Returns:
+        Runs of layers with the factor of the hidden state that enters them: 'math 0-3, lang 2 x 1.05, math 4-5'.
+    """
     scales = recipe.scales or (1.0,) * len(recipe.layers)
-    runs: list[tuple[str, int, int, float]] = []
+    runs: list[tuple[str, int, int, float]] = []  # model or merge, first layer, last layer, factor
     for mix, scale in zip(recipe.layers, scales, strict=True):
-        model, layer = mix.sources[0]
+        model, source_layer = mix.sources[0]
         name = model if mix.method == "passthrough" else f"{mix.method} of {', '.join(mix.models)}"
-        at = -1 if layer is None else layer
-        if runs and runs[-1][0] == name and runs[-1][2] + 1 == at and scale == 1.0:
-            runs[-1] = (name, runs[-1][1], at, runs[-1][3])
+        layer = -1 if source_layer is None else source_layer
+        if runs and runs[-1][0] == name and runs[-1][2] + 1 == layer and scale == 1.0:
+            runs[-1] = (name, runs[-1][1], layer, runs[-1][3])
         else:
-            runs.append((name, at, at, scale))
-    parts = [
-        f"{name} {a if a == b else f'{a}-{b}'}" + (f" x {scale:g}" if scale != 1 else "")
-        for name, a, b, scale in runs
-    ]
+            runs.append((name, layer, layer, scale))
+    parts = []
+    for name, first, last, scale in runs:
+        layers = str(first) if first == last else f"{first}-{last}"
+        factor = f" x {scale:g}" if scale != 1 else ""
+        parts.append(f"{name} {layers}{factor}")
     return ", ".join(parts)
 
 
-def described(recipe: Recipe) -> list[str]:
-    """The route, and where its embeddings and head come from."""
-    outer = (
-        recipe.embeddings.sources[0][0]
-        if recipe.embeddings.method == "passthrough"
-        else recipe.embeddings.method
-    )
+def route_lines(recipe: Recipe) -> list[str]:
+    """Describes a route for a report.
+
+    Args:
+        recipe: A route.
+
+    Returns:
+        Lines of Markdown: where its embeddings and head come from, and its layers.
+    """
+    embeddings = recipe.embeddings
+    outer = embeddings.sources[0][0] if embeddings.method == "passthrough" else embeddings.method
     return [
-        f"Route of {len(recipe.layers)} layers, embeddings and head of {outer}; a factor is of the hidden state that enters a layer:",
+        f"Route of {len(recipe.layers)} layers, embeddings and head of {outer}; "
+        "a factor is of the hidden state that enters a layer:",
         "",
         hops(recipe),
     ]
 
 
-def stages_read(recipe: Recipe) -> list[str]:
-    """Which merge each stage is that a recipe reads like a model."""
-    return [
-        line
-        for name, stage in recipe.stages
-        for line in (f"`{name}` is recipe `{stage.id}`, of the stage before.", "")
-    ]
+def intermediate_merges(recipe: Recipe) -> list[str]:
+    """Names the intermediate merges that a recipe reads like models.
+
+    Args:
+        recipe: Any recipe.
+
+    Returns:
+        Lines of Markdown, empty without intermediate merges.
+    """
+    lines = []
+    for name, merge in recipe.stages:
+        lines += [f"`{name}` is recipe `{merge.id}`, of the stage before.", ""]
+    return lines
 
 
-def depth(trials: Sequence[Trial]) -> list[str]:
-    """Score against depth: of each number of layers how many candidates there were, how many the gate kept out, and their scores."""
-    rows: dict[int, list[Trial]] = {}
+def scores_by_depth(trials: Sequence[Trial]) -> list[str]:
+    """Tabulates scores by number of layers.
+
+    Args:
+        trials: Candidates of a search, without parents and hand recipes.
+
+    Returns:
+        Lines of Markdown with a row for each number of layers: how many candidates there were, how many were rejected by the
+        perplexity screen or failed, their scores and seconds; empty where all have the same number.
+    """
+    by_layers: dict[int, list[Trial]] = {}
     for trial in trials:
         if "layers" in trial.costs:
-            rows.setdefault(int(trial.costs["layers"]), []).append(trial)
-    if len(rows) < 2:
+            by_layers.setdefault(int(trial.costs["layers"]), []).append(trial)
+    if len(by_layers) < 2:
         return []
-    out = [
-        "## Score against depth", "",
-        "Search scores, each on its generation's items; seconds are of the scoring alone, median.", "",
-        "| layers | parameters | candidates | kept out or failed | best | median | seconds |", "| --- | --- | --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
-    for layers, own in sorted(rows.items()):
-        scores = [t.reported for t in own if t.reported is not None]
-        seconds = [t.seconds["score"] for t in own if t.score is not None and "score" in t.seconds]
-        numbers = f"{max(scores):.3f} | {statistics.median(scores):.3f}" if scores else "– | –"
-        spent = f"{statistics.median(seconds):.3f}" if seconds else "–"
-        out.append(
-            f"| {layers} | {own[0].costs['parameters']:,.0f} | {len(own)} | {len(own) - len(scores)} | {numbers} | {spent} |"
-        )
-    return [*out, ""]
+    lines = [
+        "## Score against depth",
+        "",
+        "Search scores, each on its generation's items; seconds are of the scoring alone, median.",
+        "",
+        "| layers | parameters | candidates | screened out or failed | best | median | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_depth_row(layers, same_depth) for layers, same_depth in sorted(by_layers.items())]
+    return [*lines, ""]
 
 
-def stages(outcome: Outcome, finalists: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One row a stage: its generations and its best finalist on validation."""
+def _depth_row(layers: int, trials: Sequence[Trial]) -> str:
+    scores = [trial.reported for trial in trials if trial.reported is not None]
+    seconds = [
+        trial.seconds["score"] for trial in trials if trial.score is not None and "score" in trial.seconds
+    ]
+    best = f"{max(scores):.3f}" if scores else "–"
+    median = f"{statistics.median(scores):.3f}" if scores else "–"
+    median_seconds = f"{statistics.median(seconds):.3f}" if seconds else "–"
+    parameters = f"{trials[0].costs['parameters']:,.0f}"
+    rejected = len(trials) - len(scores)
+    cells = [str(layers), parameters, str(len(trials)), str(rejected), best, median, median_seconds]
+    return f"| {' | '.join(cells)} |"
+
+
+def stage_table(outcome: Outcome, finalists: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tabulates the stages of a finished search.
+
+    Args:
+        outcome: What the search found.
+        finalists: Rows of its finalists.
+
+    Returns:
+        Lines of Markdown with a row for each stage: its generations and its best finalist on validation; empty for one stage.
+    """
     if len(outcome.stages) < 2:
         return []
-    known = {f["id"]: f for f in finalists}
-    out = [
+    by_id = {finalist["id"]: finalist for finalist in finalists}
+    lines = [
         "## Stages",
         "",
         "| stage | generations | best finalist | validation |",
         "| --- | --- | --- | --- |",
     ]
     for stage in outcome.stages:
-        finalist = {} if stage.best is None else known.get(stage.best, {})
+        finalist = {} if stage.best is None else by_id.get(stage.best, {})
         score = finalist.get("validation")
         validation = "–" if score is None else f"{score:.3f}"
-        out.append(f"| {stage.stage} | {stage.first} to {stage.last} | {stage.best} | {validation} |")
+        lines.append(f"| {stage.stage} | {stage.first} to {stage.last} | {stage.best} | {validation} |")
     return [
-        *out,
+        *lines,
         "",
         "Each stage but the first began at what was best on validation so far, parents and hand recipes among it.",
         "",

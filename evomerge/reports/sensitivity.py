@@ -1,6 +1,6 @@
-"""How a candidate answers to each of its coefficients: one axis of the space is moved in steps, all others are kept.
+"""Sensitivity of a candidate to each of its coefficients: one axis of the space is moved in steps, all others are kept.
 
-Knows nothing of models: what scores a recipe is passed in, what has been scored is in the study's file.
+Opens no model: what scores a recipe is passed in, what has been scored is in the study's file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ if TYPE_CHECKING:
     from evomerge.spaces import Axis, WeightSpace
 
 
-CENTRE = ""  # the name that the candidate itself is stored under, where a point has its axis
-STEEP = 0.05  # an axis is steep where the likeliest of its steps to differ has a smaller p-value, corrected for their number
-_MOST = 100  # steps to a side
+CENTRE = ""
+"""What the candidate itself is stored under, in place of the name of an axis."""
+STEEP = 0.05
+"""An axis is steep where the smallest p-value of its steps, corrected for their number, is below this."""
+_MOST_STEPS = 100  # to each side
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The candidate with one coefficient changed. axis: its name; value: the coefficient, in the parameter's own units."""
+    """The candidate with one coefficient changed.
+
+    Attributes:
+        axis: Name of the coefficient.
+        value: What it is changed to, in the parameter's own units.
+        recipe: The changed recipe.
+    """
 
     axis: str
     value: float
@@ -38,9 +46,31 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Scan:
+    """What is scanned, and what it is scored on.
+
+    Attributes:
+        centre: The candidate's recipe.
+        role: Role of the items.
+        items: Task -> items.
+    """
+
+    centre: Recipe
+    role: Role
+    items: Items
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """A scored point of a curve. score: the objective, None where it failed, see `error`; difference: to the candidate,
-    paired on items; p: two-sided p-value of it, corrected by Holm for the steps of its axis."""
+    """A scored point of a curve.
+
+    Attributes:
+        value: The coefficient.
+        score: The objective, None where it failed, see `error`.
+        difference: Difference to the candidate, paired on items, None for the candidate itself.
+        p: Two-sided p-value of the difference, corrected by Holm for the steps of its axis.
+        error: Why it failed, None where it did not.
+    """
 
     value: float
     score: float | None
@@ -51,9 +81,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The scores along one axis. value: the candidate's own; steps: by value, the candidate among them; best: value of the
-    highest; slope: of the least-squares line through the weighted mean of the tasks, by unit of the parameter, with the
-    error over items; steep: whether any step differs from the candidate by more than chance, see `STEEP`."""
+    """The scores along one axis.
+
+    Attributes:
+        axis: Name of the coefficient.
+        value: The candidate's own value.
+        steps: Scored points by value, the candidate among them.
+        best: Value of the highest score.
+        slope: Slope of the least-squares line through the weighted mean of the tasks, by unit of the parameter, with its error
+            over items; None where no step could be scored.
+        steep: Whether a step differs from the candidate by more than chance, see `STEEP`.
+    """
 
     axis: str
     value: float
@@ -64,103 +102,164 @@ class Curve:
 
 
 def genome_of(space: WeightSpace, recipe: Recipe, genome: Sequence[float] | None) -> tuple[float, ...]:
-    """The candidate's genome, or that of the space's nearest recipe. Raises StudyError where the space holds none."""
+    """Finds the genome of a candidate.
+
+    Args:
+        space: The space of the search.
+        recipe: The candidate's recipe.
+        genome: Its stored genome, None where it came from none.
+
+    Returns:
+        The stored genome, or that of the space's nearest recipe.
+
+    Raises:
+        StudyError: The space holds no such recipe.
+    """
     if genome is not None:
         return tuple(genome)
-    found = space.encode(recipe)
-    if found is None:
+    nearest = space.encode(recipe)
+    if nearest is None:
         raise StudyError(
-            f"recipe {recipe.id} is no point of this space ({space.method.name} of {', '.join(space.models)}), so it has no coefficients to move; "
-            "choose a candidate that the search sampled"
+            f"recipe {recipe.id} is no point of this space ({space.method.name} of {', '.join(space.models)}), "
+            "so it has no coefficients to move; choose a candidate that the search sampled"
         )
-    return found
+    return nearest
 
 
-def matching(axes: Sequence[Axis], pattern: str | None) -> list[int]:
-    """Places of the axes whose name matches a pattern with * and ?, or holds it as a part; all for None."""
+def matching_axes(axes: Sequence[Axis], pattern: str | None) -> list[int]:
+    """Finds axes by name.
+
+    Args:
+        axes: Axes of a space.
+        pattern: Part of the names, or a pattern with * and ?; None for all.
+
+    Returns:
+        Places of the axes that match.
+
+    Raises:
+        ConfigError: None matches.
+    """
     names = [axis.name for axis in axes]
-    found = [
-        i
-        for i, name in enumerate(names)
-        if pattern is None or fnmatch.fnmatchcase(name, pattern) or pattern in name
-    ]
-    if not found:
+    if pattern is None:
+        places = list(range(len(names)))
+    else:
+        places = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern) or pattern in name]
+    if not places:
         raise ConfigError(f"no axis of the space matches '{pattern}'. {suggest(pattern or '', names)}")
-    return found
+    return places
 
 
 def points(
     space: WeightSpace, genome: Sequence[float], places: Sequence[int], step: float, span: float
 ) -> list[Point]:
-    """The candidate's neighbours on the axes at `places`: value ± step, ± 2 step, … up to span, inside the axis' bounds.
+    """Makes the candidate's neighbours on some axes: value ± step, ± 2 step, … up to span, inside the axis' bounds.
 
     Values that the parameter's grid rounds to one another or to the candidate's are taken once.
+
+    Args:
+        space: The space of the search.
+        genome: The candidate's genes, [axes].
+        places: Which axes are moved.
+        step: Distance of neighbours, in the parameter's own units, above 0.
+        span: Largest distance from the candidate, at least `step` and at most 100 steps.
+
+    Returns:
+        The neighbours, axis by axis.
+
+    Raises:
+        ConfigError: Step and span do not fit, or no step stays inside the bounds.
     """
     if not (math.isfinite(step) and math.isfinite(span) and 0 < step <= span):
         raise ConfigError(f"a scan needs 0 < step <= span, got step {step:g} and span {span:g}")
     count = int(span / step + 1e-9)
-    if count > _MOST:
+    if count > _MOST_STEPS:
         raise ConfigError(
-            f"steps of {step:g} up to {span:g} are {count} to a side, at most {_MOST} are taken; choose larger steps"
+            f"steps of {step:g} up to {span:g} are {count} to a side, at most {_MOST_STEPS} are taken; "
+            "choose larger steps"
         )
-    own = space.decode(genome).id
-    found: list[Point] = []
+    centre_id = space.decode(genome).id
+    neighbours: list[Point] = []
     for place in places:
         axis = space.axes[place]
-        start, seen = axis.value(genome[place]), {own}
-        for k in (k for k in range(-count, count + 1) if k):
-            wanted = start + k * step
-            if not axis.low <= wanted <= axis.high:
+        start = axis.value(genome[place])
+        recipe_ids = {centre_id}
+        for multiple in range(-count, count + 1):
+            value = start + multiple * step
+            if not multiple or not axis.low <= value <= axis.high:
                 continue
-            gene = axis.gene(wanted)
+            gene = axis.gene(value)
             recipe = space.decode([*genome[:place], gene, *genome[place + 1 :]])
-            if recipe.id not in seen:
-                seen.add(recipe.id)
-                found.append(Point(axis.name, axis.value(gene), recipe))
-    if not found:
+            if recipe.id not in recipe_ids:
+                recipe_ids.add(recipe.id)
+                neighbours.append(Point(axis.name, axis.value(gene), recipe))
+    if not neighbours:
         raise ConfigError(
             f"no step of {step:g} stays inside the bounds of the chosen axes; choose a smaller one"
         )
-    return found
+    return neighbours
 
 
-def subset(pool: Items, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """The same items of each task whenever it is asked: the first of a hash, as many as `sizes` says or as there are."""
-    if few := [f"{task}: {size}" for task, size in sizes.items() if size < 2]:
-        raise ConfigError(f"a scan needs at least 2 items of each task for an error, got {', '.join(few)}")
+def scan_items(pool: Items, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Chooses the items of a scan: always the same ones, the first by a hash.
 
-    def place(task: str, item: str) -> bytes:
+    Args:
+        pool: Task -> items to choose from.
+        sizes: Task -> how many to choose, at least 2.
+
+    Returns:
+        Task -> chosen items, as many as there are where that is fewer.
+
+    Raises:
+        ConfigError: A size is below 2, so that there would be no error.
+    """
+    too_few = [f"{task}: {size}" for task, size in sizes.items() if size < 2]
+    if too_few:
+        raise ConfigError(f"a scan needs at least 2 items of each task for an error, got {', '.join(too_few)}")
+
+    def order(task: str, item: str) -> bytes:
         return hashlib.sha256(f"sensitivity/{task}/{item}".encode()).digest()
 
-    return {
-        task: tuple(sorted(ids, key=lambda item: place(task, item))[: sizes[task]])
-        for task, ids in pool.items()
-    }
+    chosen = {}
+    for task, ids in pool.items():
+        in_order = sorted(ids, key=lambda item: order(task, item))
+        chosen[task] = tuple(in_order[: sizes[task]])
+    return chosen
 
 
 def scan(
     store: Store,
-    centre: Recipe,
+    what: Scan,
     neighbours: Sequence[Point],
-    role: Role,
-    items: Items,
     evaluate: Callable[[Recipe, Items], Evaluation],
     score: Callable[[Evaluation], float | None],
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Scores the candidate and its neighbours and stores each at once; returns how many were not stored yet.
+    """Scores the candidate and its neighbours, and stores each at once; what is stored already is not scored again.
 
-    score: the objective of an evaluation, None where it has none. Raises StudyError if the candidate itself fails.
+    Args:
+        store: The study, open for writing.
+        what: The candidate and the items.
+        neighbours: See `points`.
+        evaluate: Evaluates a recipe on items.
+        score: The objective of an evaluation, None where it has none.
+        show: Called with the number of points that are done, and of all to do.
+
+    Returns:
+        How many points were scored.
+
+    Raises:
+        StudyError: The candidate itself cannot be scored.
     """
-    known = store.sensitivity(centre.id, role, items)
-    todo = [p for p in (Point(CENTRE, 0.0, centre), *neighbours) if (p.axis, p.value) not in known]
-    for done, point in enumerate(todo):
-        evaluation = evaluate(point.recipe, items)
+    stored = store.sensitivity(what.centre.id, what.role, what.items)
+    all_points = (Point(CENTRE, 0.0, what.centre), *neighbours)
+    todo = [point for point in all_points if (point.axis, point.value) not in stored]
+    for done, point in enumerate(todo, start=1):
+        evaluation = evaluate(point.recipe, what.items)
         if point.axis == CENTRE and evaluation.error is not None:
             raise StudyError(f"the candidate itself cannot be scored: {evaluation.error}")
-        changed = NewEvaluation(point.recipe, role, items, evaluation, score(evaluation))
-        store.add_sensitivity(NewSensitivity(centre, point.axis, point.value, changed))
-        show(done + 1, len(todo))
+        changed = NewEvaluation(point.recipe, what.role, what.items, evaluation, score(evaluation))
+        store.add_sensitivity(NewSensitivity(what.centre, point.axis, point.value, changed))
+        show(done, len(todo))
     return len(todo)
 
 
@@ -168,76 +267,85 @@ def curves(
     space: WeightSpace,
     genome: Sequence[float],
     neighbours: Sequence[Point],
-    known: Mapping[tuple[str, float], Scored],
+    stored: Mapping[tuple[str, float], Scored],
     weights: Mapping[str, float],
 ) -> list[Curve]:
-    """The curves of the axes of `neighbours`, in the order of the space, from what is stored.
+    """Makes curves of what is stored.
 
-    weights: task -> share in the weighted mean that differences and slopes are of, with the sign of its metric.
+    Args:
+        space: The space of the search.
+        genome: The candidate's genes, [axes].
+        neighbours: Points of the curves.
+        stored: (axis, value) -> scores, of the candidate and all neighbours, see `Store.sensitivity`.
+        weights: Task -> share in the weighted mean that differences and slopes are of, with the sign of its metric.
+
+    Returns:
+        A curve for each axis of the neighbours, in the order of the space.
     """
-    centre = known[CENTRE, 0.0]
+    centre = stored[CENTRE, 0.0]
     found = []
     for place, axis in enumerate(space.axes):
-        values = sorted(p.value for p in neighbours if p.axis == axis.name)
+        values = sorted(point.value for point in neighbours if point.axis == axis.name)
         if values:
-            found.append(
-                _curve(
-                    axis, axis.value(genome[place]), centre, {v: known[axis.name, v] for v in values}, weights
-                )
-            )
+            around = {value: stored[axis.name, value] for value in values}
+            found.append(_curve(axis.name, axis.value(genome[place]), centre, around, weights))
     return found
 
 
-def as_data(curve: Curve) -> dict[str, Any]:
-    """A curve as plain data."""
+def curve_data(curve: Curve) -> dict[str, Any]:
+    """Writes a curve as plain data.
+
+    Args:
+        curve: A curve.
+
+    Returns:
+        Its attributes by name; a step has `difference`, `error` and `p`, or a `cause` where it failed.
+    """
     steps = []
-    for s in curve.steps:
-        row: dict[str, Any] = {"value": s.value, "score": s.score}
-        if s.difference is not None:
-            row |= {"difference": s.difference.mean, "error": s.difference.error, "p": s.p}
-        steps.append(row | ({"cause": s.error} if s.error else {}))
-    slope = {} if curve.slope is None else {"slope": curve.slope.mean, "slope_error": curve.slope.error}
-    return {
-        "axis": curve.axis,
-        "value": curve.value,
-        "best": curve.best,
-        **slope,
-        "steep": curve.steep,
-        "steps": steps,
-    }
+    for step in curve.steps:
+        row: dict[str, Any] = {"value": step.value, "score": step.score}
+        if step.difference is not None:
+            row |= {"difference": step.difference.mean, "error": step.difference.error, "p": step.p}
+        if step.error:
+            row["cause"] = step.error
+        steps.append(row)
+    data: dict[str, Any] = {"axis": curve.axis, "value": curve.value, "best": curve.best}
+    if curve.slope is not None:
+        data |= {"slope": curve.slope.mean, "slope_error": curve.slope.error}
+    return data | {"steep": curve.steep, "steps": steps}
 
 
 def _curve(
-    axis: Axis, value: float, centre: Scored, around: Mapping[float, Scored], weights: Mapping[str, float]
+    axis: str, value: float, centre: Scored, around: Mapping[float, Scored], weights: Mapping[str, float]
 ) -> Curve:
-    own = centre.evaluation.items
-    scored = {v: s.evaluation.items for v, s in around.items() if s.evaluation.error is None}
-    differences = {v: paired(items, own, weights) for v, items in scored.items()}
-    corrected = (
-        dict(zip(differences, holm([d.p_value() for d in differences.values()]), strict=True))
-        if differences
-        else {}
-    )
+    centre_items = centre.evaluation.items
+    items = {v: scored.evaluation.items for v, scored in around.items() if scored.evaluation.error is None}
+    differences = {v: paired(scores, centre_items, weights) for v, scores in items.items()}
+    corrected: dict[float, float] = {}
+    if differences:
+        p_values = holm([difference.p_value() for difference in differences.values()])
+        corrected = dict(zip(differences, p_values, strict=True))
     steps = [Step(value, centre.score, None, None)]
-    steps += [
-        Step(v, s.score, differences.get(v), corrected.get(v), s.evaluation.error) for v, s in around.items()
-    ]
-    steps.sort(key=lambda s: s.value)
-    best = max(
-        steps, key=lambda s: (-math.inf if s.score is None else round(s.score, 9), s.difference is None)
-    )  # sums of the same differ by bits
-    slope = stratified(_slopes({**scored, value: own}), weights) if scored else None
-    return Curve(
-        axis.name, value, tuple(steps), best.value, slope, any(p < STEEP for p in corrected.values())
-    )
+    for v, scored in around.items():
+        steps.append(Step(v, scored.score, differences.get(v), corrected.get(v), scored.evaluation.error))
+    steps.sort(key=lambda step: step.value)
+    slope = stratified(_slopes({**items, value: centre_items}), weights) if items else None
+    steep = any(p < STEEP for p in corrected.values())
+    return Curve(axis, value, tuple(steps), max(steps, key=_rank).value, slope, steep)
+
+
+def _rank(step: Step) -> tuple[float, bool]:
+    """Orders steps by score; rounded, since sums of the same differ by bits, and among equals the candidate is best."""
+    score = -math.inf if step.score is None else round(step.score, 9)
+    return score, step.difference is None
 
 
 def _slopes(items: Mapping[float, Sequence[ItemScore]]) -> list[ItemScore]:
     """Of every item the slope of the least-squares line through its values: their mean is the slope of the mean."""
     values: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for x, scores in items.items():
-        for s in scores:
-            values[s.task, s.item].append((x, s.value))
+        for score in scores:
+            values[score.task, score.item].append((x, score.value))
     middle = math.fsum(items) / len(items)
     spread = math.fsum((x - middle) ** 2 for x in items)
     return [

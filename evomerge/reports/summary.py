@@ -7,144 +7,170 @@ from typing import Any
 
 from evomerge.errors import StudyError
 from evomerge.reports.route_text import depths, hops
-from evomerge.store import Store, Trial
+from evomerge.store import Scored, Store, StudyRow, Trial
 
 
 def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
-    """State, counts, best and every parent and hand recipe with search, validation and test scores, front and retention.
+    """Summarizes a study: state, counts, the best candidate and what it is compared with.
 
-    state: running, interrupted (running, but its process is gone), paused, failed or done. search: the objective by the
-    tasks' metrics, also where candidates are ranked by soft scores. dropped: candidates that a race took out; partial:
-    those that it scored on a part of the items. store: what its check found, 'not checked' unless check. pareto: ids of the
-    candidates on the front, see `front`. retention: the outcome's rows, empty before the end.
+    Args:
+        store: An open study.
+        check: Check the whole file, which takes about a second for 100 MB.
+
+    Returns:
+        `state`: 'running', 'interrupted' (running, but its process is gone), 'paused', 'failed' or 'done'. `evaluations`:
+        candidates of the search, of which `failed` failed, a race dropped `dropped` and scored `partial` on a part of the items.
+        `store`: what the check found, 'not checked' without one. `pareto`: ids of the candidates on the front, see `front`.
+        `best`, `references` (parents and hand recipes) and `finalists`: rows with scores by role, of which `search` is the
+        objective by the tasks' metrics, also where candidates are ranked by soft metrics. `retention`: by task and parent what
+        the winner has lost, empty before the end.
+
+    Raises:
+        StudyError: The file holds no study yet.
     """
-    study = store.study()
-    if study is None:
-        raise StudyError(f"{store.path} holds no study yet")
+    study = _study(store)
     trials = store.trials()
     counts = store.count_evaluations()
-    searched = [t for t in trials if t.generation > 0 and t.origin != "mean"]
-    out: dict[str, Any] = {
+    searched = [trial for trial in trials if trial.generation > 0 and trial.origin != "mean"]
+    interrupted = study.state == "running" and not store.is_driven()
+    data: dict[str, Any] = {
         "study": study.name,
-        "state": "interrupted" if study.state == "running" and not store.is_driven() else study.state,
+        "state": "interrupted" if interrupted else study.state,
         "seed": study.seed,
         "evaluations": len(searched),
         "failed": counts.get("failed", 0),
-        "dropped": sum(t.dropped is not None for t in searched),
-        "partial": sum(t.whole is not None for t in searched),
-        "generations": max((t.generation for t in searched), default=0),
-        "evaluations_by_role": {role: n for role, n in counts.items() if role != "failed"},
+        "dropped": sum(trial.dropped is not None for trial in searched),
+        "partial": sum(trial.whole is not None for trial in searched),
+        "generations": max((trial.generation for trial in searched), default=0),
+        "evaluations_by_role": {role: count for role, count in counts.items() if role != "failed"},
         "store": store.check() if check else "not checked",
-        "pareto": [t.id for t in _front(store)[1]],
+        "pareto": [trial.id for trial in _front(store)[1]],
         "retention": [] if study.outcome is None else list(study.outcome.retention),
     }
     if study.outcome is not None:
-        outcome = study.outcome
-        return out | {
-            "best": outcome.best,
-            "references": list(outcome.references),
-            "finalists": list(outcome.finalists),
+        return data | {
+            "best": study.outcome.best,
+            "references": list(study.outcome.references),
+            "finalists": list(study.outcome.finalists),
         }
-    standing = [t for t in trials if t.score is not None and t.dropped is None]
-    leader = max(standing, key=lambda t: (-t.violation, t.score or 0.0, -t.id), default=None)
-    rows = [_row(t) for t in trials if t.generation == 0]
-    return out | {"best": _row(leader) if leader else None, "references": rows, "finalists": []}
+    scored = [trial for trial in trials if trial.score is not None and trial.dropped is None]
+    leader = max(scored, key=lambda trial: (-trial.violation, trial.score or 0.0, -trial.id), default=None)
+    return data | {
+        "best": _row(leader) if leader else None,
+        "references": [_row(trial) for trial in trials if trial.generation == 0],
+        "finalists": [],
+    }
 
 
 def resolve(store: Store, reference: str) -> Trial:
-    """The trial that 'best', a number or the label of a parent or hand recipe names."""
-    study = store.study()
-    if study is None:
-        raise StudyError(f"{store.path} holds no study yet")
+    """Looks up a candidate.
+
+    Args:
+        store: An open study.
+        reference: 'best', the number of a candidate, or the label of a parent or hand recipe.
+
+    Returns:
+        The trial.
+
+    Raises:
+        StudyError: There is no such candidate.
+    """
+    study = _study(store)
     if reference == "best":
         best = study_summary(store, check=False)["best"]
         if best is None:
             raise StudyError(f"{study.name} has no scored candidate yet")
         return store.trial(int(best["id"]))
-    if not (reference.isascii() and reference.isdigit() and len(reference) < 18):
-        labelled = {t.label: t for t in reversed(store.trials()) if t.origin in ("parent", "hand")}
-        if reference not in labelled:
-            raise StudyError(
-                f"'{reference}' names no candidate of {study.name}; use a number, 'best', or a parent's or hand recipe's name"
-            )
-        return labelled[reference]
-    return store.trial(int(reference))
+    if reference.isascii() and reference.isdigit() and len(reference) < 18:
+        return store.trial(int(reference))
+    labelled = {
+        trial.label: trial for trial in reversed(store.trials()) if trial.origin in ("parent", "hand")
+    }
+    if reference not in labelled:
+        raise StudyError(
+            f"'{reference}' names no candidate of {study.name}; "
+            "use a number, 'best', or a parent's or hand recipe's name"
+        )
+    return labelled[reference]
 
 
 def front(store: Store) -> dict[str, Any]:
-    """The Pareto front over tasks: candidates that none of those scored on the same items equals or betters everywhere.
+    """Reads the Pareto front over tasks: candidates that no other is as good as in every task and better than in one.
 
-    Of a finished search, finalists, parents and hand recipes on the validation items; before, the last generation. Scores
-    on different items are not compared, so that there is no front across generations.
+    Scores on different items are not compared, so that there is no front across generations.
+
+    Args:
+        store: An open study.
+
+    Returns:
+        `items`: 'validation' in a finished search, whose front is of finalists, parents and hand recipes; before, the last
+        generation; 'none' without a front. `tasks`: their names. `candidates`: rows with objective and metrics on these items.
+
+    Raises:
+        StudyError: The file holds no study yet.
     """
-    study = store.study()
-    if study is None:
-        raise StudyError(f"{store.path} holds no study yet")
-    where, trials = _front(store)
-    tasks, rows = list(study.facts.tasks), []
+    study = _study(store)
+    items, trials = _front(store)
+    tasks = list(study.facts.tasks)
+    candidates = []
     for trial in trials:
-        scored = (
-            [s for role, s in store.evaluations(trial.recipe_id) if role == "validation"]
-            if where == "validation"
-            else []
+        metrics, objective = trial.metrics, trial.reported
+        validated = _validation(store, trial) if items == "validation" else None
+        if validated is not None:
+            metrics, objective = validated.evaluation.metrics, validated.reported
+        candidates.append(
+            {
+                "id": trial.id,
+                "origin": trial.origin,
+                "label": trial.label,
+                "generation": trial.generation,
+                "recipe": trial.recipe_id,
+                "objective": objective,
+                "metrics": {task: metrics[task] for task in tasks if task in metrics},
+            }
         )
-        metrics, objective = (
-            (scored[0].evaluation.metrics, scored[0].reported) if scored else (trial.metrics, trial.reported)
-        )
-        name = {
-            "id": trial.id,
-            "origin": trial.origin,
-            "label": trial.label,
-            "generation": trial.generation,
-            "recipe": trial.recipe_id,
-        }
-        rows.append(
-            name
-            | {"objective": objective, "metrics": {task: metrics[task] for task in tasks if task in metrics}}
-        )
-    return {"study": study.name, "items": where, "tasks": tasks, "candidates": rows}
+    return {"study": study.name, "items": items, "tasks": tasks, "candidates": candidates}
 
 
 def lost_skills(retention: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence for the skills of parents that the winner has lost on the test items, '' where nothing is known.
+    """Says which skills of parents the winner has lost on the test items.
 
-    Of a task only the largest fall is named.
+    Args:
+        retention: Rows of `Outcome.retention`.
+
+    Returns:
+        A sentence with the largest fall of each task, 'no skill lost', or '' where nothing is known.
     """
     if not retention:
         return ""
-    worst: dict[str, Mapping[str, Any]] = {}
-    for r in sorted((r for r in retention if r["lost"]), key=lambda r: float(r["difference"])):
-        worst.setdefault(r["task"], r)
-    rows = [
-        f"task {t} {r['difference']:+.3f} ± {r['error']:.3f} against {r['parent']}" for t, r in worst.items()
+    largest: dict[str, Mapping[str, Any]] = {}
+    lost_rows = [row for row in retention if row["lost"]]
+    for row in sorted(lost_rows, key=lambda row: float(row["difference"])):
+        largest.setdefault(row["task"], row)
+    falls = [
+        f"task {task} {row['difference']:+.3f} ± {row['error']:.3f} against {row['parent']}"
+        for task, row in largest.items()
     ]
-    return f"LOST: {', '.join(rows)}" if rows else "no skill lost"
+    return f"LOST: {', '.join(falls)}" if falls else "no skill lost"
 
 
 def candidate(store: Store, trial: Trial) -> dict[str, Any]:
-    """One candidate: where it comes from, its recipe, its scores by role, or why it failed.
+    """Collects what is stored of a candidate.
 
-    partial: how many of its generation's items a race scored it on, None for all; estimate: (mean, standard error) over
-    all search items, of the leaders of a finished search; violation: by how much it breaks the search's `keep`; costs: its
-    layers and parameters; route: its layers in words, None for a merge of whole models.
+    Args:
+        store: An open study.
+        trial: One of its trials.
+
+    Returns:
+        Where it comes from, its recipe and genome, its `scores` by role, or the `error` that it failed by. `partial`: how many
+        of its generation's items a race scored it on, None for all. `estimate`: (mean, standard error) over all search items, of
+        the leaders of a finished search. `violation`: by how much it breaks the retention constraints. `costs`: its layers and
+        parameters. `route`: its layers in words, None for a merge of whole models.
     """
     study = store.study()
-    recipe = store.recipe(trial.recipe_id)
-    is_route = recipe.is_route(depths(store))
     outcome = None if study is None else study.outcome
     estimate = None if outcome is None else outcome.estimates.get(trial.id)
-    scores = []
-    for role, scored in store.evaluations(trial.recipe_id):
-        e = scored.evaluation
-        row = {
-            "role": role,
-            "objective": scored.reported,
-            "ranked_by": scored.score,
-            "metrics": dict(e.metrics),
-            "items": len(e.items),
-            "seconds": dict(e.seconds),
-        }
-        scores.append(row | ({"error": e.error} if e.error else {}))
+    recipe = store.recipe(trial.recipe_id)
     return {
         "id": trial.id,
         "generation": trial.generation,
@@ -158,12 +184,19 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "partial": _partial(store, trial),
         "violation": trial.violation,
         "estimate": None if estimate is None else list(estimate),
-        "scores": scores,
+        "scores": [_score_row(role, scored) for role, scored in store.evaluations(trial.recipe_id)],
         "genome": trial.genome,
         "stage": trial.stage,
         "costs": dict(trial.costs),
-        "route": hops(recipe) if is_route else None,
+        "route": hops(recipe) if recipe.is_route(depths(store)) else None,
     }
+
+
+def _study(store: Store) -> StudyRow:
+    study = store.study()
+    if study is None:
+        raise StudyError(f"{store.path} holds no study yet")
+    return study
 
 
 def _front(store: Store) -> tuple[str, list[Trial]]:
@@ -172,14 +205,39 @@ def _front(store: Store) -> tuple[str, list[Trial]]:
     if validated:
         return "validation", validated
     newest = store.front("search")
-    return (f"generation {max(t.generation for t in newest)}" if newest else "none"), newest
+    if newest:
+        return f"generation {max(trial.generation for trial in newest)}", newest
+    return "none", newest
+
+
+def _validation(store: Store, trial: Trial) -> Scored | None:
+    """The first evaluation of a candidate on validation items."""
+    for role, scored in store.evaluations(trial.recipe_id):
+        if role == "validation":
+            return scored
+    return None
 
 
 def _partial(store: Store, trial: Trial) -> str | None:
     """'25 of 100 items' for a candidate that a race scored on a part of them."""
-    return (
-        None if trial.whole is None else f"{len(store.scored(trial).evaluation.items)} of {trial.whole} items"
-    )
+    if trial.whole is None:
+        return None
+    return f"{len(store.scored(trial).evaluation.items)} of {trial.whole} items"
+
+
+def _score_row(role: str, scored: Scored) -> dict[str, Any]:
+    evaluation = scored.evaluation
+    row = {
+        "role": role,
+        "objective": scored.reported,
+        "ranked_by": scored.score,
+        "metrics": dict(evaluation.metrics),
+        "items": len(evaluation.items),
+        "seconds": dict(evaluation.seconds),
+    }
+    if evaluation.error:
+        row["error"] = evaluation.error
+    return row
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -190,4 +248,6 @@ def _row(trial: Trial) -> dict[str, Any]:
         "recipe": trial.recipe_id,
         "search": trial.reported,
     }
-    return row | ({"error": trial.error} if trial.error else {})
+    if trial.error:
+        row["error"] = trial.error
+    return row
