@@ -103,7 +103,7 @@ def compare(
         ]
         rows = {study: row for study, store in stores.items() if (row := store.study()) is not None}
         objectives = {study: objective_module.stored_objective(row) for study, row in rows.items()}
-        notes = comparison.check({study: row.facts for study, row in rows.items()}, request.task)
+        notes = comparison.check_comparable({study: row.facts for study, row in rows.items()}, request.task)
         models = _Models(stores, allowed)
         if request.score:
             contenders = models.score(contenders, request.role, show)
@@ -113,8 +113,8 @@ def compare(
         data = comparison.compare(contenders, objectives[first], request.task)
         data |= {"role": request.role, "notes": notes}
         if request.samples is not None:
-            shared = comparison.common(contenders, request.task)
-            chosen = comparison.telling(contenders, shared, request.samples)
+            shared = comparison.common_items(contenders, request.task)
+            chosen = comparison.most_different_items(contenders, shared, request.samples)
             data["samples"] = models.samples(contenders, chosen, show)
     return data
 
@@ -183,7 +183,7 @@ class _Scan:
     def of(cls, store: Store, trial: Trial, opened: Opened, request: ScanRequest) -> _Scan:
         recipe, space = store.recipe(trial.recipe_id), opened.space
         genome = scanning.genome_of(space, recipe, trial.genome)
-        axes = scanning.matching(space.axes, request.pattern)
+        axes = scanning.matching_axes(space.axes, request.pattern)
         neighbours = scanning.points(space, genome, axes, request.step, request.span)
         centre = space.decode(genome)
         notes = []
@@ -217,7 +217,12 @@ class _Scan:
 
         objective, role = self.opened.objective, self.request.role
         return scanning.scan(
-            store, self.centre, self.neighbours, role, self.items, evaluate, objective.reported_score, show
+            store,
+            scanning.Scan(self.centre, role, self.items),
+            self.neighbours,
+            evaluate,
+            objective.reported_score,
+            show,
         )
 
     def curves(self, store: Store) -> list[scanning.Curve]:
@@ -240,7 +245,7 @@ class _Scan:
             "evaluated": evaluated,
             "stored": len(self.neighbours) + 1 - evaluated,
             "notes": list(self.notes),
-            "axes": [scanning.as_data(curve) for curve in self.curves(store)],
+            "axes": [scanning.curve_data(curve) for curve in self.curves(store)],
         }
 
 
@@ -253,7 +258,7 @@ def _scan_items(opened: Opened, request: ScanRequest) -> Items:
         search = opened.harness.items("search")
         generation = objective_module.first_items(search, opened.settings, opened.objective)
         sizes = {task: len(ids) for task, ids in generation.items()}
-    return scanning.subset(pool, sizes)
+    return scanning.scan_items(pool, sizes)
 
 
 class _Models:
@@ -270,7 +275,7 @@ class _Models:
         those items."""
         any_scored = any(contender.scores for contender in contenders)
         requested = []
-        for contender, missing in zip(contenders, comparison.missing(contenders), strict=True):
+        for contender, missing in zip(contenders, comparison.missing_items(contenders), strict=True):
             if not any_scored:
                 requested.append(self._items(contender.study, role))
             elif missing:

@@ -85,7 +85,9 @@ def check_comparable(facts: Mapping[str, StudyFacts], task: str | None) -> list[
     for other in others:
         other_metrics = facts[other].metrics
         if metrics != other_metrics:
-            differing = sorted(t for t in {*metrics, *other_metrics} if metrics.get(t) != other_metrics.get(t))
+            differing = sorted(
+                t for t in {*metrics, *other_metrics} if metrics.get(t) != other_metrics.get(t)
+            )
             raise StudyError(
                 f"{first} and {other} cannot be compared: they differ in {', '.join(differing)}; "
                 "compare studies with the same tasks and metrics"

@@ -214,7 +214,9 @@ def scan_items(pool: Items, sizes: Mapping[str, int]) -> dict[str, tuple[str, ..
     """
     too_few = [f"{task}: {size}" for task, size in sizes.items() if size < 2]
     if too_few:
-        raise ConfigError(f"a scan needs at least 2 items of each task for an error, got {', '.join(too_few)}")
+        raise ConfigError(
+            f"a scan needs at least 2 items of each task for an error, got {', '.join(too_few)}"
+        )
 
     def order(task: str, item: str) -> bytes:
         return hashlib.sha256(f"sensitivity/{task}/{item}".encode()).digest()

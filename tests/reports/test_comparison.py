@@ -86,7 +86,7 @@ def test_only_items_that_all_have_count() -> None:
     assert first["scores"][0] == pytest.approx(np.mean([a[k] for k in shared]))
     assert whole["scores"] == [None, None]  # nothing is known of task two
     with pytest.raises(StudyError, match="b lacks 30; add --score"):
-        comparison.common([invented("a", values("a", {"one": 30})), invented("b", {})])
+        comparison.common_items([invented("a", values("a", {"one": 30})), invented("b", {})])
 
 
 def test_a_metric_that_is_no_mean_is_shown_where_it_was_reported_and_has_no_error() -> None:
@@ -112,15 +112,19 @@ def test_items_that_tell_candidates_apart_are_shown_first() -> None:
     a = values("a", {"one": 40, "two": 40})
     b = values("b", {"one": 40, "two": 40})
     contenders = [invented("a", a), invented("b", b)]
-    items = comparison.common(contenders)
+    items = comparison.common_items(contenders)
     differing = {key for key in a if a[key] != b[key]}
-    chosen = {(t, i) for t, ids in comparison.telling(contenders, items, len(differing)).items() for i in ids}
+    chosen = {
+        (t, i)
+        for t, ids in comparison.most_different_items(contenders, items, len(differing)).items()
+        for i in ids
+    }
     assert chosen == differing
-    few = {(t, i) for t, ids in comparison.telling(contenders, items, 5).items() for i in ids}
+    few = {(t, i) for t, ids in comparison.most_different_items(contenders, items, 5).items() for i in ids}
     assert len(few) == 5
     assert few < differing
     with pytest.raises(ConfigError, match="from 1"):
-        comparison.telling(contenders, items, 0)
+        comparison.most_different_items(contenders, items, 0)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from evomerge.errors import ConfigError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
 from evomerge.reports import sensitivity
-from evomerge.reports.sensitivity import CENTRE, Point
+from evomerge.reports.sensitivity import CENTRE, Point, Scan
 from evomerge.search import Study
 from evomerge.spaces import Range, baselines
 from evomerge.store import Store, StudyFacts
@@ -122,15 +122,15 @@ def test_bounds_that_leave_no_step_are_said() -> None:
 
 def test_axes_are_chosen_by_pattern_or_part() -> None:
     names = [axis.name for axis in SPACE.axes]
-    assert [names[i] for i in sensitivity.matching(SPACE.axes, "weight of a in*mlp")] == [
+    assert [names[i] for i in sensitivity.matching_axes(SPACE.axes, "weight of a in*mlp")] == [
         n for n in names if " a in" in n and n.endswith("mlp")
     ]
-    assert [names[i] for i in sensitivity.matching(SPACE.axes, "embeddings")] == [
+    assert [names[i] for i in sensitivity.matching_axes(SPACE.axes, "embeddings")] == [
         n for n in names if "embeddings" in n
     ]
-    assert sensitivity.matching(SPACE.axes, None) == list(EVERY)
+    assert sensitivity.matching_axes(SPACE.axes, None) == list(EVERY)
     with pytest.raises(ConfigError, match="no axis of the space matches 'layer 9'"):
-        sensitivity.matching(SPACE.axes, "layer 9")
+        sensitivity.matching_axes(SPACE.axes, "layer 9")
 
 
 def test_a_recipe_of_another_space_has_no_coefficients() -> None:
@@ -151,7 +151,7 @@ def test_curves_are_least_squares_and_paired_tests(tmp_path: Path) -> None:
     evaluate = landscape(place, lambda v: 0.5 + 0.8 * (v - values_of(centre)[place]))
     with begun(tmp_path / "s") as store:
         assert (
-            sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective)
+            sensitivity.scan(store, Scan(centre, "search", ITEMS), neighbours, evaluate, objective)
             == len(neighbours) + 1
         )
         steep, flat = sensitivity.curves(
@@ -208,10 +208,8 @@ def test_a_peak_is_steep_though_its_slope_is_flat(tmp_path: Path) -> None:
     with begun(tmp_path / "s") as store:
         sensitivity.scan(
             store,
-            centre,
+            Scan(centre, "search", ITEMS),
             neighbours,
-            "search",
-            ITEMS,
             landscape(place, lambda v: 0.9 - 5 * (v - top) ** 2),
             objective,
         )
@@ -230,7 +228,11 @@ def test_a_point_that_fails_is_a_gap_and_a_candidate_that_fails_an_error(tmp_pat
     bad = neighbours[-1].recipe.id
     with begun(tmp_path / "s") as store:
         sensitivity.scan(
-            store, centre, neighbours, "search", ITEMS, ToyPool(lambda r: r.id == bad).evaluate, objective
+            store,
+            Scan(centre, "search", ITEMS),
+            neighbours,
+            ToyPool(lambda r: r.id == bad).evaluate,
+            objective,
         )
         (curve,) = sensitivity.curves(
             SPACE, GENOME, neighbours, store.sensitivity(centre.id, "search", ITEMS), WEIGHTS
@@ -240,7 +242,11 @@ def test_a_point_that_fails_is_a_gap_and_a_candidate_that_fails_an_error(tmp_pat
         assert all(s.score is not None for s in curve.steps[:-1])
         with pytest.raises(StudyError, match="fails on purpose"):
             sensitivity.scan(
-                store, centre, neighbours, "validation", ITEMS, ToyPool(lambda r: True).evaluate, objective
+                store,
+                Scan(centre, "validation", ITEMS),
+                neighbours,
+                ToyPool(lambda r: True).evaluate,
+                objective,
             )
 
 
@@ -260,19 +266,23 @@ def test_a_scan_that_was_stopped_goes_on(tmp_path: Path) -> None:
         return ToyPool().evaluate(recipe, items)
 
     with begun(tmp_path / "s") as store, pytest.raises(KeyboardInterrupt):
-        sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective)
+        sensitivity.scan(store, Scan(centre, "search", ITEMS), neighbours, evaluate, objective)
     with begun(tmp_path / "s") as store:
         assert (
-            sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective)
+            sensitivity.scan(store, Scan(centre, "search", ITEMS), neighbours, evaluate, objective)
             == len(neighbours) + 1 - 7
         )
-        assert sensitivity.scan(store, centre, neighbours, "search", ITEMS, evaluate, objective) == 0
+        assert sensitivity.scan(store, Scan(centre, "search", ITEMS), neighbours, evaluate, objective) == 0
         known = store.sensitivity(centre.id, "search", ITEMS)
         wider = sensitivity.points(SPACE, GENOME, [0], 0.1, 0.4)
-        assert sensitivity.scan(store, centre, wider, "search", ITEMS, evaluate, objective) == len(wider) - 4
+        assert (
+            sensitivity.scan(store, Scan(centre, "search", ITEMS), wider, evaluate, objective)
+            == len(wider) - 4
+        )
         fewer = {task: ids[:9] for task, ids in ITEMS.items()}
         assert (
-            sensitivity.scan(store, centre, wider, "search", fewer, evaluate, objective) == len(wider) + 1
+            sensitivity.scan(store, Scan(centre, "search", fewer), wider, evaluate, objective)
+            == len(wider) + 1
         ), "other items are another scan"
     made.remove("stopped")
     assert made[: len(neighbours) + 1] == [p.recipe.id for p in (Point(CENTRE, 0.0, centre), *neighbours)]
@@ -294,11 +304,15 @@ def test_a_scan_leaves_the_search_as_it_was(tmp_path: Path) -> None:
     with begun(tmp_path / "scanned") as store:
         trial = next(t for t in store.trials() if t.origin == "sampled")
         genome = sensitivity.genome_of(SPACE, store.recipe(trial.recipe_id), trial.genome)
-        items = sensitivity.subset(plan().items["search"], {"first": 8, "second": 8})
+        items = sensitivity.scan_items(plan().items["search"], {"first": 8, "second": 8})
         neighbours = sensitivity.points(SPACE, genome, EVERY, 0.1, 0.2)
         before = {t: stored_rows(store.path)[t] for t in tables}
         sensitivity.scan(
-            store, store.recipe(trial.recipe_id), neighbours, "search", items, ToyPool().evaluate, objective
+            store,
+            Scan(store.recipe(trial.recipe_id), "search", items),
+            neighbours,
+            ToyPool().evaluate,
+            objective,
         )
         assert {t: stored_rows(store.path)[t] for t in tables} == before
         assert count_rows(store.path, "sensitivity") == len(neighbours) + 1
@@ -311,14 +325,14 @@ def test_a_scan_leaves_the_search_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_items_are_the_same_whenever_asked_and_as_many() -> None:
-    found = sensitivity.subset(ITEMS, {"first": 10, "second": 1000})
-    assert found == sensitivity.subset(
+    found = sensitivity.scan_items(ITEMS, {"first": 10, "second": 1000})
+    assert found == sensitivity.scan_items(
         {t: tuple(reversed(ids)) for t, ids in ITEMS.items()}, {"first": 10, "second": 1000}
     )
     assert (len(found["first"]), len(found["second"])) == (10, 60)
-    assert set(sensitivity.subset(ITEMS, {"first": 5, "second": 5})["first"]) < set(found["first"])
+    assert set(sensitivity.scan_items(ITEMS, {"first": 5, "second": 5})["first"]) < set(found["first"])
     with pytest.raises(ConfigError, match="at least 2 items"):
-        sensitivity.subset(ITEMS, {"first": 1, "second": 5})
+        sensitivity.scan_items(ITEMS, {"first": 1, "second": 5})
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
