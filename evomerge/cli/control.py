@@ -133,7 +133,8 @@ def activity_lines(data: Mapping[str, Any]) -> list[str]:
     """Driver, time, workers, failures, early ends and backup of a study.
 
     Args:
-        data: As `evomerge.reports.study_summary` and `evomerge.reports.study_activity` give it, in one mapping.
+        data: As `evomerge.reports.study_summary` and `evomerge.reports.study_activity` give it, in one
+        mapping.
 
     Returns:
         The lines.

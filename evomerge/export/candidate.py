@@ -1,4 +1,5 @@
-"""A stored candidate -> a folder others can use: mergekit recipe, card, lineage, and the weights if asked."""
+"""A stored candidate -> a folder that others can use: mergekit recipe, model card, lineage, and the weights
+if asked."""
 
 from __future__ import annotations
 
@@ -8,14 +9,15 @@ from pathlib import Path
 
 from evomerge import __version__
 from evomerge.checkpoints import Parent
-from evomerge.errors import NothingToExport, RecipeError
+from evomerge.errors import RecipeError
 from evomerge.export import open_route
-from evomerge.export.lineage import lineage
-from evomerge.export.model_card import card, references
+from evomerge.export.lineage import candidate_lineage
+from evomerge.export.model_card import render_card
+from evomerge.export.stored_candidate import StoredCandidate
 from evomerge.merging import atomic_folder, checkpoint_writer, merge
 from evomerge.methods import method
-from evomerge.recipes import Recipe, mergekit_yaml
-from evomerge.store import Store, StudyRow, Trial
+from evomerge.recipes import mergekit_yaml
+from evomerge.store import Store, Trial
 
 
 def export_candidate(
@@ -29,64 +31,94 @@ def export_candidate(
 ) -> None:
     """Writes recipe.yaml, recipe.json, lineage.json and README.md, and the merged checkpoint if `weights`.
 
-    Of a route recipe.yaml is written with the shell folder that it needs, for architectures where mergekit was seen to do
-    the same; where it is not, README.md says why. The checkpoint of a route is loaded in a fresh process and compared. The
-    folder appears whole or not at all. Raises SetupError if it exists, NothingToExport for a failed candidate.
+    Of a route recipe.yaml is written with the shell folder that it needs, for architectures where mergekit
+    was seen to do the same; where it is not, README.md says why. The checkpoint of a route is loaded in a
+    fresh process and compared.
+
+    Args:
+        store: The store of the candidate's study.
+        trial: The candidate.
+        parents: The study's models, open.
+        directory: Folder to make; it appears whole or not at all.
+        weights: Write the merged checkpoint too.
+        progress: Called with the numbers of tensors written and to write.
+
+    Raises:
+        SetupError: If the folder exists.
+        NothingToExport: If the candidate failed, or its checkpoint would not compute what was scored.
     """
-    if trial.score is None:
-        raise NothingToExport(f"candidate {trial.id} failed ({trial.error}); choose another")
-    study = store.study()
-    assert study is not None
-    recipe = store.recipe(trial.recipe_id)
-    is_route = recipe.is_route({name: parent.layout.num_layers for name, parent in parents.items()})
+    candidate = StoredCandidate.of(store, trial, parents)
     with atomic_folder.whole(directory) as staging:
-        notes = []
-        if is_route:
-            route = open_route.open_route(recipe, parents)
-            if weights:
-                notes.append(
-                    f"Loaded in a process of its own, beside the route that was scored: {route.checkpoint_into(staging)}."
-                )
-            notes.append(route.mergekit(staging, references(study, parents), _header(recipe, study, trial)))
+        if candidate.is_route:
+            notes = _write_route(candidate, staging, weights)
         else:
-            if weights:
-                checkpoint_writer.write_into(merge.Merge(recipe, parents), staging, progress)
-            try:
-                (staging / "recipe.yaml").write_text(recipe_yaml(recipe, study, trial, parents))
-            except RecipeError as error:  # such as one model's layers between another's embeddings and head
-                notes.append(
-                    f"There is no recipe.yaml for mergekit: {error}. `evomerge merge` of recipe.json makes the model."
-                )
-        (staging / "recipe.json").write_text(recipe.canonical() + "\n")
-        (staging / "lineage.json").write_text(json.dumps(lineage(store, study, trial), indent=2) + "\n")
-        (staging / "README.md").write_text(
-            card(store, study, trial, recipe, is_route, [note for note in notes if note])
-        )
+            notes = _write_merge(candidate, staging, weights, progress)
+        (staging / "recipe.json").write_text(candidate.recipe.canonical() + "\n")
+        lineage = candidate_lineage(store, candidate.study, trial)
+        (staging / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
+        (staging / "README.md").write_text(render_card(candidate, notes))
 
 
-def recipe_yaml(recipe: Recipe, study: StudyRow, trial: Trial, parents: Mapping[str, Parent]) -> str:
-    """The mergekit YAML of a candidate, with where it comes from as a comment."""
-    shell = parents[recipe.base]
+def recipe_yaml(candidate: StoredCandidate) -> str:
+    """The mergekit YAML of a candidate, with where it comes from as a comment.
+
+    Args:
+        candidate: A merge, no route.
+
+    Returns:
+        The text of the file.
+
+    Raises:
+        RecipeError: If mergekit cannot express it.
+    """
+    layout = candidate.parents[candidate.recipe.base].layout
     named = mergekit_yaml.with_outer_filters(
-        recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
+        candidate.recipe, layout.outer_names("embeddings"), layout.outer_names("head")
     )
-    return mergekit_yaml.dump(named, references(study, parents), _header(recipe, study, trial))
+    return mergekit_yaml.dump(named, candidate.references, _header(candidate))
 
 
-def _header(recipe: Recipe, study: StudyRow, trial: Trial) -> list[str]:
-    program = (
-        "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
-        if recipe.stages
-        else "mergekit-yaml recipe.yaml OUT"
-    )
+def _write_route(candidate: StoredCandidate, directory: Path, weights: bool) -> list[str]:
+    """Writes the files of a route; returns sentences about them for the model card."""
+    notes = []
+    route = open_route.open_route(candidate.recipe, candidate.parents)
+    if weights:
+        agreement = route.checkpoint_into(directory)
+        notes.append(f"Loaded in a process of its own, beside the route that was scored: {agreement}.")
+    reason = route.mergekit(directory, candidate.references, _header(candidate))
+    return [*notes, reason] if reason else notes
+
+
+def _write_merge(
+    candidate: StoredCandidate,
+    directory: Path,
+    weights: bool,
+    progress: checkpoint_writer.Progress | None,
+) -> list[str]:
+    """Writes the files of a merge; returns sentences about them for the model card."""
+    if weights:
+        merged = merge.Merge(candidate.recipe, candidate.parents)
+        checkpoint_writer.write_into(merged, directory, progress)
+    try:
+        (directory / "recipe.yaml").write_text(recipe_yaml(candidate))
+    except RecipeError as error:  # such as one model's layers between another's embeddings and head
+        advice = "`evomerge merge` of recipe.json makes the model."
+        return [f"There is no recipe.yaml for mergekit: {error}. {advice}"]
+    return []
+
+
+def _header(candidate: StoredCandidate) -> list[str]:
+    """Comment lines of a recipe.yaml: where it comes from and how to merge it."""
+    study, trial = candidate.study, candidate.trial
+    origin = f"study {study.name}, candidate {trial.id}, recipe {candidate.recipe.id}, seed {study.seed}"
+    score = f"objective on search items {trial.reported:.4f}; more in lineage.json"
     header = [
-        f"evomerge {__version__}, study {study.name}, candidate {trial.id}, recipe {recipe.id}, seed {study.seed}",
-        f"objective on search items {trial.reported:.4f}; more in lineage.json. For mergekit 0.1.5: {program}",
+        f"evomerge {__version__}, {origin}",
+        f"{score}. For mergekit 0.1.5: {candidate.mergekit_command}",
     ]
-    if any(
-        method(m.method).randomized for r in (recipe, *(stage for _, stage in recipe.stages)) for m in r.mixes
-    ):
+    if any(method(name).randomized for name in candidate.methods):
         header.append(
-            "mergekit draws its own random masks: its model is like the scored one, not equal; `evomerge merge` of recipe.json is."
+            "mergekit draws its own random masks: its model is like the scored one, not equal; "
+            "`evomerge merge` of recipe.json is."
         )
     return header

@@ -1,4 +1,4 @@
-"""Where an exported candidate comes from: settings, parents, ancestors, scores."""
+"""Where an exported candidate comes from, for programs: settings, parents, ancestors, scores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from evomerge import __version__
 from evomerge.store import Store, StudyRow, Trial
 
 
-def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
-    """Everything needed to know how a candidate came about."""
+def candidate_lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
+    """Everything needed to know how a candidate came about.
+
+    Args:
+        store: The store of its study.
+        study: The study's row.
+        trial: The candidate.
+
+    Returns:
+        Plain data: genome, parents and scores by role, the study's facts and its search file.
+    """
     return {
         "evomerge": __version__,
         "study": study.name,
@@ -25,11 +34,11 @@ def lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
         "scores": [
             {
                 "role": role,
-                "objective": s.reported,
-                "metrics": dict(s.evaluation.metrics),
-                "items": len(s.evaluation.items),
+                "objective": scored.reported,
+                "metrics": dict(scored.evaluation.metrics),
+                "items": len(scored.evaluation.items),
             }
-            for role, s in store.evaluations(trial.recipe_id)
+            for role, scored in store.evaluations(trial.recipe_id)
         ],
         "facts": study.facts.to_json(),
         "config": study.config,

@@ -52,7 +52,8 @@ def merge_recipe_file(
     if file.suffix == ".json":
         if policy != "float32":
             raise RecipeError(
-                f"{file} says its own arithmetic policy; '{policy}' can be asked of a YAML, such as the recipe.yaml beside it"
+                f"{file} says its own arithmetic policy; '{policy}' can be asked of a YAML, "
+                "such as the recipe.yaml beside it"
             )
         recipe, names = _exported(file)
         opened = {name: parent(reference) for name, reference in names.items()}
@@ -107,9 +108,8 @@ def _check_layers(recipe: Recipe, parents: Mapping[str, Parent]) -> None:
     for mix in recipe.mixes:
         for model, layer in (*mix.sources, *([mix.base] if mix.base else [])):
             if layer is not None and model in parents and layer >= parents[model].layout.num_layers:
-                raise RecipeError(
-                    f"the recipe reads layer {layer} of '{model}', which has {parents[model].layout.num_layers}"
-                )
+                depth = parents[model].layout.num_layers
+                raise RecipeError(f"the recipe reads layer {layer} of '{model}', which has {depth}")
 
 
 def _warnings(recipe: Recipe, parents: Mapping[str, Parent]) -> tuple[str, ...]:
@@ -117,16 +117,14 @@ def _warnings(recipe: Recipe, parents: Mapping[str, Parent]) -> tuple[str, ...]:
     if recipe.tokenizer is None and recipe.base in parents:
         try:
             difference = check_rows(parents, recipe.base)
-        except (
-            CheckpointError
-        ) as error:  # a broken tokenizer cannot be compared; rows that differ are refused later
+        except CheckpointError as error:
+            # a broken tokenizer cannot be compared; rows that differ are refused when the merge is planned
             difference = str(error)
         warnings += [difference] if difference else []
     towers = parents[recipe.base].layout.outer_names("tower") if recipe.base in parents else ()
     if towers and len(recipe.models) > 1:
-        warnings.append(
-            f"{len(towers)} tensors outside the language model, such as '{towers[0]}', come from '{recipe.base}' unmerged"
-        )
+        outside = f"{len(towers)} tensors outside the language model, such as '{towers[0]}'"
+        warnings.append(f"{outside}, come from '{recipe.base}' unmerged")
     return tuple(warnings)
 
 

@@ -140,8 +140,8 @@ class AskTell:
         asked = self._pending.get(candidate.slot)
         if asked is None or candidate.generation != self._generation or asked.recipe != candidate.recipe:
             raise ConfigError(
-                f"candidate {candidate.slot} of generation {candidate.generation} is not waiting for a score; "
-                "tell each candidate of `ask` once"
+                f"candidate {candidate.slot} of generation {candidate.generation} is not waiting for a "
+                "score; tell each candidate of `ask` once"
             )
         metrics = dict(score) if isinstance(score, Mapping) else None
         value = self._objective(score) if isinstance(score, Mapping) else score
@@ -195,8 +195,8 @@ class AskTell:
             if stored is not None and stored.recipe != candidate.recipe:
                 raise StudyError(
                     f"the store holds recipe {stored.recipe.id} as candidate {slot} of generation "
-                    f"{self._generation}, this search asks for {candidate.recipe.id}: it was begun with other "
-                    "settings; use another file"
+                    f"{self._generation}, this search asks for {candidate.recipe.id}: it was begun with "
+                    "other settings; use another file"
                 )
             self._pending[slot] = candidate
             if candidate.recipe.id in self._known:

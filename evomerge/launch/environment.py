@@ -1,5 +1,4 @@
-"""The environment that searches would run in, looked over before the night: versions, devices, compiler,
-memory, disk, locks.
+"""Examines the environment that searches would run in: versions, devices, compiler, memory, disk, locks.
 
 Starts nothing and writes one file, for a moment, beside the studies.
 """
@@ -10,6 +9,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,23 +21,30 @@ from packaging.specifiers import SpecifierSet
 from evomerge.errors import ConfigError
 from evomerge.store import file_systems
 
+_FOR_DEVELOPMENT = ("dev", "docs")  # extras that no search needs
 _SMALL_DISK = 5_000_000_000  # bytes below which a search may not end
 
 
 def examine(root: Path) -> dict[str, Any]:
-    """What was found, with 'problems' that keep a search from running and 'notes' that do not. Sizes in
-    bytes. root: of the studies."""
-    found: dict[str, Any] = {
+    """Examines this machine and its installation.
+
+    Args:
+        root: Folder of the studies; need not exist.
+
+    Returns:
+        Plain data, sizes in bytes; 'problems' keep a search from running, 'notes' do not.
+    """
+    data: dict[str, Any] = {
         "python": _python(),
         "packages": _packages(),
         "devices": _devices(),
         "compiler": _compiler(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": _cores(),
         "memory": _memory(),
         "studies": _studies(root),
         "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
     }
-    return found | {"problems": _problems(found), "notes": _notes(found)}
+    return data | {"problems": _problems(data), "notes": _notes(data)}
 
 
 def _python() -> dict[str, Any]:
@@ -50,30 +57,40 @@ def _python() -> dict[str, Any]:
 
 
 def _packages() -> list[dict[str, Any]]:
-    """What evomerge asks for, extras last; found is None where it is not installed. Those for its development
-    are left out."""
+    """The packages that evomerge needs, those of its extras last, without those for its development.
+
+    'found' is the version, None where it is not installed.
+    """
     rows = []
     for line in importlib.metadata.requires("evomerge") or ():
-        need = Requirement(line)
-        extra = next(
-            (
-                name
-                for name in ("ray", "plots", "dev")
-                if need.marker and not need.marker.evaluate({"extra": ""}) and name in str(need.marker)
-            ),
-            "",
-        )
-        if extra == "dev":
+        requirement = Requirement(line)
+        extra = _extra(requirement)
+        if extra in _FOR_DEVELOPMENT:
             continue
         try:
-            version: str | None = importlib.metadata.version(need.name)
+            version: str | None = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = None
-        fits = version is not None and need.specifier.contains(version, prereleases=True)
+        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
         rows.append(
-            {"name": need.name, "wanted": str(need.specifier), "found": version, "fits": fits, "extra": extra}
+            {
+                "name": requirement.name,
+                "wanted": str(requirement.specifier),
+                "found": version,
+                "fits": fits,
+                "extra": extra,
+            }
         )
     return sorted(rows, key=lambda row: (str(row["extra"]), str(row["name"]).lower()))
+
+
+def _extra(requirement: Requirement) -> str:
+    """The extra that a package belongs to; '' for one that is always needed."""
+    marker = requirement.marker
+    if marker is None or marker.evaluate({"extra": ""}):
+        return ""
+    named = re.search(r"""extra == ["']([\w-]+)["']""", str(marker))
+    return named[1] if named else ""
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -97,32 +114,38 @@ def _devices() -> list[dict[str, Any]]:
     return rows
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _compiler() -> str | None:
-    return next(
-        (
-            found
-            for name in (os.environ.get("CC"), "cc", "gcc", "clang")
-            if name and (found := shutil.which(name))
-        ),
-        None,
-    )
+    """Path of the first C compiler that is there: $CC, cc, gcc, clang."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
 
 
 def _memory() -> dict[str, int]:
     """total and available, as far as the machine says; a container's limit counts as its total."""
-    found: dict[str, int] = {}
+    memory: dict[str, int] = {}
+    names = {"MemTotal": "total", "MemAvailable": "available"}
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             name, _, rest = line.partition(":")
-            if name in ("MemTotal", "MemAvailable"):
-                found["total" if name == "MemTotal" else "available"] = int(rest.split()[0]) * 1024
+            if name in names:
+                memory[names[name]] = int(rest.split()[0]) * 1024
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdigit() and int(limit) < found["total"]:
+        if limit.isdigit() and int(limit) < memory["total"]:
             used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            found = {"total": int(limit), "available": min(found["available"], max(0, int(limit) - used))}
+            free = max(0, int(limit) - used)
+            memory = {"total": int(limit), "available": min(memory["available"], free)}
     except (OSError, ValueError, KeyError):
-        return found
-    return found
+        return memory
+    return memory
 
 
 def _studies(root: Path) -> dict[str, Any]:
@@ -157,37 +180,39 @@ def _studies(root: Path) -> dict[str, Any]:
     }
 
 
-def _problems(found: dict[str, Any]) -> list[str]:
-    python, studies = found["python"], found["studies"]
-    problems = (
-        [] if python["fits"] else [f"Python {python['version']} does not fit {python['wanted']}: use another"]
-    )
-    for row in found["packages"]:
+def _problems(data: dict[str, Any]) -> list[str]:
+    """What keeps a search from running, and what to do about it."""
+    python, studies = data["python"], data["studies"]
+    problems = []
+    if not python["fits"]:
+        problems.append(f"Python {python['version']} does not fit {python['wanted']}: use another")
+    for row in data["packages"]:
         if not row["extra"] and not row["fits"]:
-            problems.append(
-                f"{row['name']}{row['wanted']} is needed, {row['found'] or 'not installed'}: pip install '{row['name']}{row['wanted']}'"
-            )
-    problems += [d["what"] for d in found["devices"] if d["name"] == "none"]
+            package, version = row["name"] + row["wanted"], row["found"] or "not installed"
+            problems.append(f"{package} is needed, {version}: pip install '{package}'")
+    problems += [device["what"] for device in data["devices"] if device["name"] == "none"]
     if studies["writable"] != "yes":
         problems.append(
-            f"{studies['root']} cannot be written ({studies['writable']}): choose another folder with --root or $EVOMERGE_ROOT"
+            f"{studies['root']} cannot be written ({studies['writable']}): "
+            "choose another folder with --root or $EVOMERGE_ROOT"
         )
     if studies["journal"] not in ("WAL", "DELETE"):
         problems.append(studies["journal"])
     return problems
 
 
-def _notes(found: dict[str, Any]) -> list[str]:
-    studies, notes = found["studies"], []
-    for row in found["packages"]:
+def _notes(data: dict[str, Any]) -> list[str]:
+    """What makes a search slower or less safe, or what cannot be used."""
+    studies, notes = data["studies"], []
+    for row in data["packages"]:
         if row["extra"] and not row["fits"]:
             state = f"{row['found']} is installed" if row["found"] else "not installed"
-            notes.append(
-                f"{row['name']}{row['wanted']} ({state}): pip install 'evomerge[{row['extra']}]' for {_USES[row['extra']]}"
-            )
-    if len(found["devices"]) == 1:
+            use = _USES.get(row["extra"], row["extra"])
+            advice = f"pip install 'evomerge[{row['extra']}]' for {use}"
+            notes.append(f"{row['name']}{row['wanted']} ({state}): {advice}")
+    if len(data["devices"]) == 1:
         notes.append("no GPU: candidates are evaluated on the CPU")
-    if found["compiler"] is None:
+    if data["compiler"] is None:
         notes.append(
             "no C compiler: merges run in torch, about five times slower; install gcc or clang, or set CC"
         )
@@ -199,3 +224,4 @@ def _notes(found: dict[str, Any]) -> list[str]:
 
 
 _USES = {"ray": "a cluster", "plots": "plots"}
+"""Extra -> what it is for."""

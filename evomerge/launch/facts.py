@@ -87,7 +87,8 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
         if len(differences) > _SHOWN:
             shown += f"; and {len(differences) - _SHOWN} more"
         raise StudyError(
-            f"study '{settings.study}' was begun with other settings, so this would be another search: {shown}"
+            f"study '{settings.study}' was begun with other settings, "
+            f"so this would be another search: {shown}"
         )
     store.set_config(request.text, request.overrides)
 

@@ -38,7 +38,8 @@ def read_stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Re
     )
     if any(mix.method != "passthrough" for mix in stack.mixes):
         raise ConfigError(
-            f"routes.stacks: {file} is no stack of layers passed through; write it with merge_method: passthrough"
+            f"routes.stacks: {file} is no stack of layers passed through; "
+            "write it with merge_method: passthrough"
         )
 
     def renamed(mix: Mix) -> Mix:

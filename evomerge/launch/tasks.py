@@ -45,8 +45,8 @@ def open_tasks(
     if python_tasks and not allow_python:
         first = python_tasks[0]
         raise ConfigError(
-            f"task '{first.task}' runs the Python function {first.python} in this process, with all your rights; "
-            "read it, then allow that with --allow-python"
+            f"task '{first.task}' runs the Python function {first.python} in this process, "
+            "with all your rights; read it, then allow that with --allow-python"
         )
     foreign = [folder for folder in settings.evaluation.include if not _shipped(folder)]
     if foreign and not allow_tasks:
