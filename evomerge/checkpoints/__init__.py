@@ -1,10 +1,13 @@
-"""Parent models on disk. Every file is taken to be written by a stranger, and no code from a model folder is run.
+"""Parent models on disk.
+
+Every file is taken to be written by a stranger, and no code from a model folder is run.
 
 * `parent`: the interface of a parent, and functions over it (sizes, equality, compatibility with a base).
 * `layout`: where each tensor belongs: embeddings, layer, head, another tower.
 * `checkpoint`: a model folder with memory-mapped safetensors files.
 * `lora`, `lora_config`: a LoRA adapter folded into a base as its tensors are read.
-* `reference`, `hub`: 'model[@revision][+adapter]' -> an opened parent, from a folder or the Hugging Face cache.
+* `reference`, `hub`: 'model[@revision][+adapter]' -> an opened parent, from a folder or the Hugging Face
+  cache.
 * `safetensors_headers`, `tensor_names`: what headers and names say before a weight is read.
 """
 

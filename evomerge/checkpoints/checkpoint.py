@@ -1,4 +1,4 @@
-"""A model folder on disk: safetensors files, memory-mapped, and the layout of their tensors. Knows nothing of recipes."""
+"""A model folder on disk: safetensors files, memory-mapped, and the layout of their tensors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Checkpoint:
         return tensor
 
     def content_hash(self) -> str:
-        """SHA-256 over config and weight files, by which a study recognises a parent. Reads every byte once."""
+        """See `Parent.content_hash`; over config and weight files, reads every byte once."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted(self._handles):
             with (self.path / file).open("rb") as stream:
@@ -95,10 +95,11 @@ def file_stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
 def _layout(
     path: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], text: Mapping[str, Any]
 ) -> Layout:
-    """The layout of a folder's tensors. Raises CheckpointError unless its stack is as deep as the config says."""
+    """The layout of a folder's tensors. Raises CheckpointError unless its depth is the config's."""
     depth = _depth(text, len(tensors), path)
     broken = CheckpointError(
-        f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model again"
+        f"{path}: no stack of {depth} layers, as config.json says, among the tensor names; fetch the model "
+        "again"
     )
     language = find_towers({name: info.shape for name, info in tensors.items()}, config)
     if language is None:
@@ -136,7 +137,7 @@ def _advice_without_config(path: Path) -> str:
 
 
 def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The part of a config that describes the language model. Raises CheckpointError for a quantised model."""
+    """The language model's part of a config. Raises CheckpointError for a quantised model."""
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise CheckpointError(
@@ -151,14 +152,14 @@ def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def _depth(text: Mapping[str, Any], tensors: int, path: Path) -> int | None:
-    """Number of decoder layers that a config names, None if it names none; each layer has at least one tensor."""
+    """Number of decoder layers that a config names, None if it names none. Each has at least one tensor."""
     key = next((key for key in ("num_hidden_layers", "n_layer") if key in text), None)
     if key is None:
         return None
     depth = text[key]
     if type(depth) is not int or not 0 < depth <= tensors:
         raise CheckpointError(
-            f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of tensors, "
-            f"got {depth!r:.80}"
+            f"{path / 'config.json'}: {key} must be a whole number from 1 to {tensors}, the number of "
+            f"tensors, got {depth!r:.80}"
         )
     return depth

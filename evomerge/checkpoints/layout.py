@@ -1,4 +1,4 @@
-"""Where each tensor of a model belongs: before the decoder stack, in one of its layers, after it, or in another tower."""
+"""Where each tensor of a model belongs: before, in or after the decoder stack, or in another tower."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TensorPlace:
     """Where a tensor belongs, read off its name.
 
     Attributes:
-        part: 'embeddings' before the decoder stack, 'layer' in it, 'head' after it, 'tower' for a tensor that is no part
-            of the language model, such as one of a vision tower or a projector.
+        part: 'embeddings' before the decoder stack, 'layer' in it, 'head' after it, 'tower' for a tensor that
+            is no part of the language model, such as one of a vision tower or a projector.
         layer: Index in the decoder stack, None outside it.
         component: One of `COMPONENTS`.
         suffix: The name after 'stack.N.' inside the stack, the whole name outside it.

@@ -1,6 +1,7 @@
-"""LoRA adapters as parents: a base checkpoint whose tensors are read with the adapter folded in, one at a time.
+"""LoRA adapters as parents: a base checkpoint whose tensors are read with the adapter folded in.
 
-W + s (B A), in float32 and rounded once to the type of W; s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling.
+W + s (B A), in float32 and rounded once to the type of W; s = alpha / r, or alpha / sqrt(r) with
+rank-stabilised scaling.
 
 References:
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
@@ -49,7 +50,10 @@ class _Change:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A [r, in] and B [out, r] of one module. stem: what their names share; is_embedding: whether A holds tokens."""
+    """A [r, in] and B [out, r] of one module.
+
+    stem: what their names share; is_embedding: whether A has one column a token.
+    """
 
     stem: str
     a: str
@@ -170,7 +174,8 @@ def _changes(
         transposed = _is_transposed(base, target, pair, inputs_first, file)
         if target in changes:
             raise CheckpointError(
-                f"{file} changes '{target}' twice, by '{changes[target].a}' and '{name}'; save the adapter again"
+                f"{file} changes '{target}' twice, by '{changes[target].a}' and '{name}'; save the adapter "
+                "again"
             )
         scale = config.scale(pair.module, pair.a_shape[0])
         changes[target] = _Change(None, pair.a, pair.b, scale, transposed)
@@ -195,7 +200,7 @@ def _take_pair(rest: dict[str, TensorInfo], name: str, ending: str, file: Path) 
 def _replace_whole(
     changes: dict[str, _Change], base: Checkpoint, name: str, info: TensorInfo, config: LoraConfig, file: Path
 ) -> None:
-    """Notes in `changes` a tensor of the adapter that stands for a whole one of the base: a bias, a saved module."""
+    """Notes in `changes` a tensor of the adapter that replaces one of the base: a bias, a saved module."""
     plain = name.removeprefix(_PREFIX)
     tensor = plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
     target = _target(base, tensor, name, file)
@@ -216,13 +221,15 @@ def _replace_whole(
 def _target(base: Checkpoint, wanted: str, name: str, file: Path) -> str:
     """The base's tensor that a name inside the adapter's model means.
 
-    A checkpoint of the bare decoder lacks the first word of the name, an adapter of the bare decoder lacks the base's.
+    A checkpoint of the bare decoder lacks the first word of the name, an adapter of the bare decoder lacks
+    the base's.
     """
     for candidate in (wanted, wanted.partition(".")[2], f"{base.layout.stack.split('.')[0]}.{wanted}"):
         if candidate in base.tensors:
             return candidate
     raise CheckpointError(
-        f"'{name}' of {file} matches no tensor of base {base.path}; give the base that the adapter was trained on"
+        f"'{name}' of {file} matches no tensor of base {base.path}; give the base that the adapter was "
+        "trained on"
     )
 
 
@@ -246,9 +253,10 @@ def _is_transposed(base: Checkpoint, target: str, pair: _Pair, inputs_first: boo
 
 
 def _keeps_inputs_first(base: Checkpoint) -> bool:
-    """Whether the stack's weights are [in, out], as GPT-2's: some oblong weight has a bias as long as its columns.
+    """Whether the stack's weights are [in, out], as GPT-2's: an oblong one has a bias as long as its columns.
 
-    A square weight does not show it, and an adapter's fan_in_fan_out may be wrong: peft goes by the layer's class.
+    A square weight does not show it, and an adapter's fan_in_fan_out may be wrong: peft goes by the layer's
+    class.
     """
     for name, info in base.tensors.items():
         bias = base.tensors.get(name.removesuffix("weight") + "bias")

@@ -1,4 +1,7 @@
-"""adapter_config.json of a LoRA adapter: rank and scale of each module, and refusals of everything that is more than LoRA."""
+"""The adapter_config.json of a LoRA adapter: rank and scale of each module.
+
+Everything that is more than plain LoRA is refused.
+"""
 
 from __future__ import annotations
 
@@ -92,14 +95,14 @@ def _check_plain(data: Mapping[str, Any], file: Path) -> None:
     for key, technique in _REFUSED.items():
         if data.get(key):
             raise CheckpointError(
-                f"{file} sets {key} ({technique}), which cannot be folded in as plain LoRA; merge the adapter "
-                "with peft first"
+                f"{file} sets {key} ({technique}), which cannot be folded in as plain LoRA; merge the "
+                "adapter with peft first"
             )
     start = data.get("init_lora_weights")
     if not any(start is plain or (isinstance(start, str) and start == plain) for plain in _PLAIN_STARTS):
         raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r:.60}, which changes the base's weights as it loads; merge "
-            "the adapter with peft first"
+            f"{file}: init_lora_weights is {start!r:.60}, which changes the base's weights as it loads; "
+            "merge the adapter with peft first"
         )
     if data.get("bias", "none") not in ("none", "lora_only", "all"):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The interface of a parent model, and functions over it: sizes, stored type, equality, compatibility with a base."""
+"""The interface of a parent model, and functions over it: size, stored type, equality, compatibility."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def equal_tensors(one: Parent, other: Parent) -> Iterator[str]:
         other: Another one.
 
     Yields:
-        Names of the tensors that are equal in both, in the order of the first; one with a NaN is equal to nothing.
+        Names of the tensors that are equal in both, in the order of the first; one with a NaN is equal to
+        nothing.
     """
     for name, info in one.tensors.items():
         twin = other.tensors.get(name)
@@ -113,7 +114,8 @@ def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
         base: Name of the base.
 
     Raises:
-        CheckpointError: A tensor is missing or has another shape; names the model, the tensor and both shapes.
+        CheckpointError: A tensor is missing or has another shape; names the model, the tensor and both
+            shapes.
     """
     expected = parents[base]
     for name, parent in parents.items():

@@ -1,7 +1,7 @@
-"""What a model folder says before a weight is read: its JSON files, its shards, and their safetensors headers.
+"""What a model folder says before a weight is read: JSON files, shards, safetensors headers.
 
-Every file is taken to be written by a stranger: a fault in it is one CheckpointError that names the file and says what
-to do. Knows nothing of layers, and reads no weights.
+Every file is taken to be written by a stranger: a fault in it is one CheckpointError that names the file and
+says what to do. Knows nothing of layers, and reads no weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 MAX_HEADER = 16_000_000
 """Bytes of a header; the format's own limit is 100 MB."""
 MAX_TENSORS = 50_000
-"""Tensors of a file: the largest public models have ninety thousand in 160 files; each takes some 20 microseconds."""
+"""Tensors of a file; the largest public models have 90,000 in 160 files. Each takes some 20 microseconds."""
 MAX_FOLDER = 200_000
 """Tensors of all files of a folder together."""
 MAX_JSON = 32_000_000
@@ -66,7 +66,8 @@ def read_json_object(file: Path, advice: str) -> dict[str, Any]:
         The object.
 
     Raises:
-        CheckpointError: The file is missing, too large (`MAX_JSON`), outside its folder, or holds no JSON object.
+        CheckpointError: The file is missing, too large (`MAX_JSON`), outside its folder, or holds no JSON
+            object.
     """
     if os.path.lexists(file):
         check_file(file)
@@ -225,7 +226,8 @@ def _weight_files(path: Path) -> list[str]:
         numbered = re.fullmatch(r"(.*-)(\d{1,9})-of-(\d{1,9})\.safetensors", name)
         if numbered and sum(other.startswith(numbered[1]) for other in names) != int(numbered[3]):
             raise CheckpointError(
-                f"{path / name} is one of {int(numbered[3])} shards, and some are missing; fetch the model again"
+                f"{path / name} is one of {int(numbered[3])} shards, and some are missing; fetch the model "
+                "again"
             )
     if names:
         return names
@@ -245,8 +247,8 @@ def _join(files: list[Path]) -> dict[str, TensorInfo]:
         for name, info in read_header(file).items():
             if name in infos:
                 raise CheckpointError(
-                    f"{file} and {infos[name].file} both hold the tensor {name!r}; remove the file that is not "
-                    "part of the model"
+                    f"{file} and {infos[name].file} both hold the tensor {name!r}; remove the file that is "
+                    "not part of the model"
                 )
             infos[name] = info
         if len(infos) > MAX_FOLDER:
@@ -271,7 +273,8 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     item = ITEM_BYTES.get(entry["dtype"])
     if item and prod(shape) * item != end - first:
         raise ValueError(
-            f"{_shown(name)}, {entry['dtype']} {str(shape)[:80]}, takes {end - first} bytes, which is not its size"
+            f"{_shown(name)}, {entry['dtype']} {str(shape)[:80]}, takes {end - first} bytes, which is not "
+            "its size"
         )
     return first, end, name
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the language model's, from their names and shapes. Knows no architecture by name."""
+"""Which tensors of a checkpoint are the language model's, from names and shapes, for any architecture."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def find_towers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Tower
 
     Args:
         shapes: Name on disk -> shape.
-        config: config.json. Where it leaves depth, width or vocabulary to transformers' defaults, the tensors answer.
+        config: config.json. Where it leaves depth, width or vocabulary to transformers' defaults, the tensors
+            answer.
 
     Returns:
-        The stack and the tensors outside the language model; None if no numbered family of tensors has the depth that
-        the config says.
+        The stack and the tensors outside the language model; None if no numbered family of tensors has the
+        depth that the config says.
     """
     text = _text(config)
     width = _number(text, "hidden_size", "n_embd")
@@ -79,7 +80,10 @@ def _token_tables(shapes: Mapping[str, Shape], vocabulary: int | None, width: in
 
 
 def _stack(shapes: Mapping[str, Shape], depth: int | None, widths: set[int], tables: list[str]) -> str | None:
-    """Prefix of a numbered family of that depth: as wide as the language model, nearest the embeddings, the largest."""
+    """Prefix of a numbered family of that depth.
+
+    Of several: as wide as the language model, then nearest the embeddings, then the largest.
+    """
     counts: dict[str, dict[int, int]] = {}  # prefix -> index -> number of tensors
     fitting: dict[str, int] = {}  # prefix -> tensors with an axis as long as the language model is wide
     for name, shape in shapes.items():

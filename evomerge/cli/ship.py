@@ -66,14 +66,14 @@ def merge(
 
     memory_bytes = _bytes(memory)
     if check_against is not None and recipe.is_file():
-        mergekit_check.program(recipe, check_against)  # fails before a long merge where there is no mergekit
+        mergekit_check.find_program(recipe, check_against)  # fails before a long merge where there is no mergekit
     with progress_module.bar("tensors") as progress:
         warnings = merge_recipe_file(recipe, directory, progress, policy=policy, memory=memory_bytes)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     print(f"{directory}: merged by {recipe}")
     if check_against is not None:
-        comparison = mergekit_check.against_mergekit(recipe, directory, check_against)
+        comparison = mergekit_check.compare_with_mergekit(recipe, directory, check_against)
         print(f"against mergekit: {comparison}")
         if not comparison.agrees:
             raise typer.Exit(1)

@@ -48,7 +48,7 @@ def export_candidate(
         NothingToExport: If the candidate failed, or its checkpoint would not compute what was scored.
     """
     candidate = StoredCandidate.of(store, trial, parents)
-    with atomic_folder.whole(directory) as staging:
+    with atomic_folder.new_folder(directory) as staging:
         if candidate.is_route:
             notes = _write_route(candidate, staging, weights)
         else:

@@ -14,8 +14,8 @@ from evomerge.export import route_checkpoint, route_mergekit
 from evomerge.export.route_checkpoint import Agreement
 from evomerge.merging import atomic_folder
 from evomerge.merging.live_model import CandidateModel, ModelBuilder
-from evomerge.merging.model_loading import load
-from evomerge.merging.routing.routed_model import Routed
+from evomerge.merging.model_loading import load_base
+from evomerge.merging.routing.routed_model import RoutedModel
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe, mergekit_yaml
 
@@ -29,7 +29,7 @@ class OpenRoute:
     view: CandidateModel
 
     @property
-    def routed(self) -> Routed:
+    def routed(self) -> RoutedModel:
         """The module of the route, installed."""
         if self.view.routed is None:
             raise NothingToExport("the recipe is no route")
@@ -89,10 +89,10 @@ def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
             "a route gets the tokenizer and chat template of its base; merge without scales for others, or leave them out"
         )
     base = recipe.stages[0][1].base if recipe.stages else recipe.base
-    skeleton = load(parents[base], recipe.out_dtype)
+    skeleton = load_base(parents[base], recipe.out_dtype)
     live = ModelBuilder(parents, parents, base, skeleton, recipe.out_dtype, "cpu", MagnitudeTables())
     with torch.no_grad():
-        return OpenRoute(recipe, parents, live.view(recipe))
+        return OpenRoute(recipe, parents, live.build(recipe))
 
 
 def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path) -> Agreement:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError
+from evomerge.merging.model_loading import load_model
 
 ROWS, LENGTH, NEW = 3, 12, 16  # token rows, tokens in a row, tokens generated
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A checkpoint as transformers loads it. missing: tensors that the model has and the folder does not, left at random;
-    surplus: those that the folder alone has; misshapen: those whose shapes differ, left at random."""
-
-    model: nn.Module
-    missing: tuple[str, ...]
-    surplus: tuple[str, ...]
-    misshapen: tuple[str, ...]
-
-    @property
-    def faults(self) -> tuple[str, ...]:
-        """A phrase for each tensor that is not the model's own."""
-        found = [f"{name} is missing" for name in self.missing] + [
-            f"{name} is one too many" for name in self.surplus
-        ]
-        return (*found, *(f"{name} has another shape" for name in self.misshapen))
-
-
-def load(path: Path, dtype: str, attention: str | None = None) -> Loaded:
-    """A Hugging Face folder as a live model in evaluation mode; never runs code from it. attention: implementation, None for the default.
-
-    Raises CheckpointError if transformers refuses it.
-    """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    asked: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    refusal = ""
-    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        try:
-            model, said = kind.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **asked,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            refusal = refusal or str(error).splitlines()[0]
-            continue
-        misshapen = [name if isinstance(name, str) else name[0] for name in said["mismatched_keys"]]
-        live: nn.Module = model.eval().requires_grad_(False)
-        return Loaded(
-            live,
-            *(tuple(sorted(names)) for names in (said["missing_keys"], said["unexpected_keys"], misshapen)),
-        )
-    raise CheckpointError(f"transformers cannot load {path}: {refusal}")
 
 
 def questions(model: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     with safe_open(asked, framework="pt") as file:
         settings = file.metadata()
     torch.set_num_threads(int(settings["threads"]))
-    loaded = load(Path(folder), settings["dtype"], settings["attention"])
+    loaded = load_model(Path(folder), settings["dtype"], settings["attention"])
     if loaded.faults:
         raise CheckpointError(
             f"{len(loaded.faults)} tensors of {folder} are not the model's: {'; '.join(loaded.faults[:3])}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from evomerge.errors import NothingToExport
 from evomerge.export import reload_check
 from evomerge.merging import atomic_folder, companion_files
-from evomerge.merging.routing import plain_checkpoint
+from evomerge.merging.routing import computed_lists, plain_checkpoint
 from evomerge.merging.routing.decoder_layers import stack
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 
 _REPORT = "tell the authors of evomerge which models these are"
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -54,7 +53,7 @@ class Agreement:
 
 
 def checkpoint(
-    routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path, tolerance: float | None = None
+    routed: RoutedModel, hops: Sequence[Hop], directory: Path, donor: Path, tolerance: float | None = None
 ) -> Agreement:
     """Writes a route as a folder that transformers loads without code of ours, and verifies it.
 
@@ -63,12 +62,12 @@ def checkpoint(
     all. Raises NothingToExport with every reason why the route is no plain checkpoint, or if the folder computes something
     else; SetupError if the directory exists.
     """
-    with atomic_folder.whole(directory) as staging:
+    with atomic_folder.new_folder(directory) as staging:
         write_into(routed, hops, staging, donor)
         return verify(staging, routed, tolerance)
 
 
-def write_into(routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path) -> None:
+def write_into(routed: RoutedModel, hops: Sequence[Hop], directory: Path, donor: Path) -> None:
     """Like `checkpoint`, without the proof and into a directory that exists; the caller makes it whole."""
     routed.install(hops)
     if reasons := plain_checkpoint.reasons(routed):
@@ -80,10 +79,10 @@ def write_into(routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path
     (directory / "generation_config.json").unlink(
         missing_ok=True
     )  # transformers' guess; the donor's is copied if it has one
-    companions(donor, directory)
+    companion_files.copy_companion_files(donor, directory)
 
 
-def plain(routed: Routed) -> nn.Module:
+def plain(routed: RoutedModel) -> nn.Module:
     """An ordinary model of the gathered config that holds what the installed route computes with; only layers that the
     route takes twice and tensors with a gain are copies."""
     model: Any = routed.model
@@ -103,8 +102,7 @@ def plain(routed: Routed) -> nn.Module:
 
 def fresh(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A model of a transformers class that holds these tensors, by their names in it, none copied."""
-    text = config.get_text_config(decoder=True)
-    text.__class__ = getattr(type(text), "_evomerge_written", type(text))  # a routed model's is made for it
+    computed_lists.restore_class(config.get_text_config(decoder=True))
     with torch.device("meta"):
         found: Any = kind(config)
     found.load_state_dict(tensors, strict=True, assign=True)
@@ -113,14 +111,7 @@ def fresh(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def companions(donor: Path, directory: Path) -> None:
-    """Copies tokenizer, generation config, chat template and processor files of a model's folder."""
-    for pattern in (*companion_files.TOKENIZER, *companion_files.PROCESSORS, "generation_config.json"):
-        for file in sorted(donor.glob(pattern)):
-            shutil.copyfile(file, directory / file.name)
-
-
-def verify(directory: Path, routed: Routed, tolerance: float | None = None) -> Agreement:
+def verify(directory: Path, routed: RoutedModel, tolerance: float | None = None) -> Agreement:
     """Loads a folder in a fresh process, on the live model's device, and compares it with the installed route.
 
     Every tensor must have the same bits. Logits of random tokens and of steps over a cache may differ by the tolerance, in

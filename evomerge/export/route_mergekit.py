@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.checkpoints import Checkpoint, Parent, stored_dtype
-from evomerge.errors import RecipeError, SetupError
-from evomerge.export import reload_check, route_checkpoint
-from evomerge.merging import mergekit_check
+from evomerge.errors import RecipeError
+from evomerge.export import route_checkpoint
+from evomerge.merging import companion_files, mergekit_check, model_loading
 from evomerge.merging.mergekit_check import Comparison
 from evomerge.merging.routing import scale_folding
 from evomerge.merging.routing.decoder_layers import stack
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from evomerge.recipes import Mix, Recipe, Source, mergekit_yaml
 
 VERIFIED = ("gemma2", "llama", "mixtral", "olmo2", "phi3", "qwen3")
@@ -61,7 +59,7 @@ def yaml_document(
 ) -> str:
     """mergekit YAML that rebuilds a route; with stages, a document for each, for mergekit-multi.
 
-    hops: the route as `Routed.install` takes it, gains included. parents: for the names of tensors outside the stack.
+    hops: the route as `RoutedModel.install` takes it, gains included. parents: for the names of tensors outside the stack.
     references: model name -> what to write for it. shell: the folder of `write_shell`, as seen from where mergekit is run.
     Raises RecipeError for a recipe that mergekit cannot express, FoldError for a gain that a layer cannot take up.
     """
@@ -112,7 +110,7 @@ def in_shell(hops: Sequence[Hop]) -> tuple[int, ...]:
     )
 
 
-def write_shell(routed: Routed, hops: Sequence[Hop], directory: Path, donor: Path) -> None:
+def write_shell(routed: RoutedModel, hops: Sequence[Hop], directory: Path, donor: Path) -> None:
     """Writes the shell into a new folder: the route's config, the donor's tokenizer, the layers of `in_shell`.
 
     Their tensors are the bits that the live model computes with. mergekit opens no model without tensors: there is one more,
@@ -124,7 +122,7 @@ def write_shell(routed: Routed, hops: Sequence[Hop], directory: Path, donor: Pat
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
     config.save_pretrained(directory)
-    route_checkpoint.companions(donor, directory)
+    companion_files.copy_companion_files(donor, directory)
     path, layers = stack(model)
     tensors: dict[str, Tensor] = {"shell": torch.zeros(1)}
     for i in in_shell(hops):
@@ -141,14 +139,15 @@ def check_with_mergekit(environment: Path, recipe: Path, expected: Path) -> Comp
     """
     with tempfile.TemporaryDirectory(dir=expected.parent, prefix=".mergekit-") as scratch:
         out = Path(scratch) / "out"
-        run_mergekit(environment, recipe, out)
+        program = mergekit_check.find_program(recipe, environment)
+        mergekit_check.run_mergekit(program, recipe, out, in_own_folder=True)
         return compare(expected, out)
 
 
 def compare(expected: Path, found: Path) -> Comparison:
     """The checkpoint of a route and what mergekit made of its YAML, tensor by tensor under the names of the first."""
     ours = Checkpoint(expected)
-    loaded = reload_check.load(found, stored_dtype(ours))
+    loaded = model_loading.load_model(found, stored_dtype(ours))
     if loaded.faults:
         return Comparison(0, 0, 0, 0, 0.0, loaded.faults)
     with tempfile.TemporaryDirectory(dir=found.parent) as scratch:
@@ -157,31 +156,6 @@ def compare(expected: Path, found: Path) -> Comparison:
         )
         model.save_pretrained(scratch)  # under the names that any checkpoint of this kind gets
         return mergekit_check.compare(ours, Checkpoint(Path(scratch)))
-
-
-def run_mergekit(environment: Path, recipe: Path, out: Path) -> None:
-    """Merges a written YAML into a new folder, run where the YAML is so that the shell is found; stages are removed again.
-
-    Raises SetupError if there is no mergekit, or if it fails.
-    """
-    command = mergekit_check.program(recipe, environment)
-    with tempfile.TemporaryDirectory(dir=out.parent) as stages:
-        words = (
-            ["--out-path", str(out.absolute()), "-I", stages]
-            if command.name == "mergekit-multi"
-            else [str(out.absolute())]
-        )
-        done = subprocess.run(
-            [str(command), recipe.name, *words, "--quiet"],
-            cwd=recipe.parent,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode or not (out / "config.json").is_file():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SetupError(f"mergekit failed on {recipe}: {last[:300]}")
 
 
 def _stage(name: str, stage: Recipe, parents: Mapping[str, Parent], references: Mapping[str, str]) -> str:

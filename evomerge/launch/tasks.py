@@ -100,7 +100,7 @@ def _python_tasks(settings: Config, tokenizer: Any, base: Parent, device: str) -
     """The tasks that are Python functions, each tried on the base."""
     from evomerge.evaluation.python_tasks import PythonSpec, PythonTasks
 
-    model = model_loading.load(base, settings.out_dtype).to(device)
+    model = model_loading.load_base(base, settings.out_dtype).to(device)
     specs = [PythonSpec(t.task, t.python, t.higher_is_better) for t in settings.tasks if t.python is not None]
     return PythonTasks(specs, tokenizer, model, limits=_limits(settings))
 

@@ -1,4 +1,11 @@
-"""Recipe and parents -> tensors: in a live model (`live_model`) or in a folder (`checkpoint_writer`).
+"""Recipe and parents -> tensors, in a live model or in a folder of files.
 
-`routing` builds models from other models' layers; `vocabulary` aligns parents whose tokenizers differ.
+* `merge`, `tensor_plan`, `merged_config`: a recipe checked, planned from headers, and merged tensor by
+  tensor.
+* `merged_parent`, `parent_placement`: parents that are merges themselves, or that are kept on the device.
+* `weight_map`: where a tensor on disk lands in a live transformers model.
+* `live_model`: recipe -> module, over models that are loaded once; what a worker scores.
+* `checkpoint_writer`, `companion_files`, `atomic_folder`: recipe -> Hugging Face folder, whole or not at all.
+* `model_loading`, `mergekit_check`: folders loaded by transformers, and merges compared with mergekit's.
+* `routing`: models built of other models' layers. `vocabulary`: parents whose tokenizers differ.
 """

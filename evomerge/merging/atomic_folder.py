@@ -1,4 +1,4 @@
-"""Output folders that exist whole or not at all."""
+"""Output folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,32 @@ from evomerge.errors import SetupError
 
 
 def check_new(directory: Path) -> None:
-    """Raises SetupError if the directory exists."""
+    """Checks that an output folder does not exist yet.
+
+    Args:
+        directory: The folder.
+
+    Raises:
+        SetupError: It exists.
+    """
     if directory.exists():
         raise SetupError(f"{directory} exists; choose another folder or remove it")
 
 
 @contextmanager
-def whole(directory: Path) -> Iterator[Path]:
-    """A folder to fill beside `directory`, renamed to it at the end; whatever is raised, nothing is left."""
+def new_folder(directory: Path) -> Iterator[Path]:
+    """A context in which a new folder is filled.
+
+    Args:
+        directory: The folder to create; missing parent folders are created too.
+
+    Yields:
+        A folder beside it to fill, which is renamed to `directory` at the end; whatever is raised, nothing is
+        left.
+
+    Raises:
+        SetupError: `directory` exists.
+    """
     check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))

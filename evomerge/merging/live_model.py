@@ -1,65 +1,80 @@
 """A recipe made live: the module that computes it, over models loaded once. Knows nothing of scoring.
 
-A weight merge of the base's shape is written into the resident skeleton. Any other recipe is a route: layers of parents
-stay where they are and are taken by reference, merged ones come from a skeleton.
+A weight merge of the base's shape is written into a skeleton, a copy of the base. Any other recipe is a
+route: layers of parents stay where they are and are taken by reference, merged ones come from a skeleton.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent
-from evomerge.errors import CandidateError
-from evomerge.merging import merge, tensor_plan
+from evomerge.merging.merge import Merge, merge_into, write_steps
 from evomerge.merging.merged_config import layer_changes
 from evomerge.merging.model_loading import load_parent
-from evomerge.merging.routing import checks, decoder_layers, layer_config, plain_checkpoint, routed_model
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing import checks, decoder_layers, plain_checkpoint, routed_model
+from evomerge.merging.routing.fingerprint import signature
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
+from evomerge.merging.tensor_plan import Step, layer_index
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
-from evomerge.methods.fused.magnitude_tables import MagnitudeTables
+from evomerge.methods.fused import MagnitudeTables
 from evomerge.recipes import Filtered, Mix, Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateModel:
-    """A candidate's module. routed: None for the skeleton itself; hops: its route; usual: a route of the same kinds of layers
-    that is the same for every candidate, on which techniques are probed."""
+    """A candidate's module.
+
+    Attributes:
+        module: The module.
+        routed: The routed model that it belongs to, None for the skeleton itself.
+        hops: The candidate's route.
+        reference_hops: A route of the same kinds of layers that is the same for every candidate, on which
+            optimizations of the evaluation are verified.
+    """
 
     module: nn.Module
-    routed: Routed | None = None
+    routed: RoutedModel | None = None
     hops: tuple[Hop, ...] = ()
-    usual: tuple[Hop, ...] = ()
+    reference_hops: tuple[Hop, ...] = ()
 
-    def settle(self) -> None:
-        """Makes the module the usual route."""
+    def install_reference(self) -> None:
+        """Makes the module the reference route; nothing for the skeleton."""
         if self.routed is not None:
-            self.routed.install(self.usual)
+            self.routed.install(self.reference_hops)
 
     def install(self) -> None:
-        """Makes the module the candidate."""
+        """Makes the module the candidate; nothing for the skeleton, which is it already."""
         if self.routed is not None:
             self.routed.install(self.hops)
 
 
 @dataclass(slots=True)
 class _Skeleton:
-    """A model that merges are written into. holds: id of the recipe whose weights it has, if it is one recipe's."""
+    """A model that merges are written into.
+
+    recipe_id: of the recipe whose weights it has, None if they are not one recipe's.
+    """
 
     model: nn.Module
-    resident: WeightMap
-    holds: str | None = None
+    weights: WeightMap
+    recipe_id: str | None = None
 
 
 class ModelBuilder:
-    """The models of one worker: recipe -> module."""
+    """The models of one worker: recipe -> module.
+
+    builder = ModelBuilder(parents, parents, "base", skeleton, "bfloat16", "cpu", MagnitudeTables())
+    candidate = builder.build(recipe)
+    candidate.install()
+    logits = candidate.module(input_ids=tokens).logits
+    """
 
     def __init__(
         self,
@@ -69,230 +84,267 @@ class ModelBuilder:
         skeleton: nn.Module,
         dtype: str,
         device: str,
-        known: MagnitudeTables,
+        tables: MagnitudeTables,
     ) -> None:
-        """files: the parents as they are on disk; parents: where merges read them, see `evomerge.merging.parent_placement`. skeleton: the
-        base, loaded on the device; it is written to. dtype: of the tensors that are scored and shipped."""
-        self._files, self._parents, self._base, self._dtype, self._device, self._known = (
-            files,
-            parents,
-            base,
-            dtype,
-            device,
-            known,
-        )
+        """Takes over the loaded base; other models are loaded when a recipe needs them.
+
+        Args:
+            files: Name -> parent, as it is on disk.
+            parents: The same where merges read them, see `evomerge.merging.parent_placement`.
+            base: Name of the base.
+            skeleton: The base, loaded on the device; it is written to.
+            dtype: torch's name of the type of the tensors that are scored and shipped.
+            device: torch's name of the device.
+            tables: Tables that merges share.
+
+        Raises:
+            CheckpointError: The base's tensors do not fit the skeleton.
+        """
+        self._files = files
+        self._parents = parents
+        self._base = base
+        self._dtype = dtype
+        self._device = device
+        self._tables = tables
         self._skeletons = [_Skeleton(skeleton, WeightMap(skeleton, parents[base].tensors))]
         self._models: dict[str, nn.Module] = {}
-        self._shells: dict[tuple[int, frozenset[str]], Routed] = {}
+        self._routed: dict[tuple[int, frozenset[str]], RoutedModel] = {}
         self._kinds: dict[tuple[int, int], str] = {}
         self._reasons: dict[tuple[int, tuple[str, ...]], tuple[str, ...]] = {}
 
-    def view(self, recipe: Recipe) -> CandidateModel:
-        """The module of a recipe, merged as far as it has to be; `install` makes it ready.
+    def build(self, recipe: Recipe) -> CandidateModel:
+        """Builds the module of a recipe; `CandidateModel.install` makes it ready.
 
-        Raises what a merge raises, RouteError for layers that do not fit together.
+        Args:
+            recipe: The recipe.
+
+        Returns:
+            The candidate, valid until the next recipe is built.
+
+        Raises:
+            RouteError: Layers do not fit together.
+            CandidateError: A merge fails.
+            RecipeError: No method accepts the recipe.
         """
-        if self._is_skeleton(recipe):
+        if self._has_base_shape(recipe):
             self._skeletons[
                 0
-            ].holds = None  # each candidate is merged anew, whatever the one before it left behind
+            ].recipe_id = None  # each candidate is merged anew, whatever the one before left behind
             return CandidateModel(self._filled(0, recipe).model)
-        stages = {
+        intermediate = {
             name: self._filled(number, stage).model for number, (name, stage) in enumerate(recipe.stages)
         }
-        hops, outer = self._hops(recipe, stages)
+        hops, outer = self._hops(recipe, intermediate)
         gains = routed_model.gains(recipe.scales, len(hops))
         hops = [replace(hop, gain=gain) for hop, gain in zip(hops, gains, strict=True)]
         kinds = frozenset(self._kind(hop) for hop in hops)
-        routed = self._shells.get((id(outer), kinds))
-        if routed is None:
-            routed = self._shells[id(outer), kinds] = Routed(
-                outer, list(dict.fromkeys(h.model for h in hops))
-            )
-        return CandidateModel(routed.model, routed, tuple(hops), self._usual(outer, hops, kinds))
+        key = (id(outer), kinds)
+        if key not in self._routed:
+            self._routed[key] = RoutedModel(outer, list(dict.fromkeys(hop.model for hop in hops)))
+        routed = self._routed[key]
+        return CandidateModel(routed.model, routed, tuple(hops), self._reference_hops(outer, hops, kinds))
 
-    def reasons(self, view: CandidateModel) -> tuple[str, ...]:
-        """Why an installed route is not a plain checkpoint; none for one that is."""
-        if view.routed is None:
+    def reasons(self, candidate: CandidateModel) -> tuple[str, ...]:
+        """Why an installed candidate is not a plain checkpoint.
+
+        Args:
+            candidate: The candidate, whose module is installed.
+
+        Returns:
+            Sentences; none for a plain checkpoint.
+        """
+        if candidate.routed is None:
             return ()
-        key = (id(view.routed), tuple(self._kind(hop) for hop in view.hops))
+        key = (id(candidate.routed), tuple(self._kind(hop) for hop in candidate.hops))
         if key not in self._reasons:
-            self._reasons[key] = plain_checkpoint.reasons(view.routed)
+            self._reasons[key] = plain_checkpoint.reasons(candidate.routed)
         return self._reasons[key]
 
-    def costs(self, view: CandidateModel) -> dict[str, float]:
-        """'layers' and 'parameters' of a candidate as it is shipped: a layer taken twice counts twice."""
-        _, layers = decoder_layers.stack(view.module)
-        return {
-            "layers": float(len(layers)),
-            "parameters": float(sum(p.numel() for p in view.module.parameters()) + _repeated(list(layers))),
-        }
+    def costs(self, candidate: CandidateModel) -> dict[str, float]:
+        """The size of an installed candidate as it is shipped.
+
+        Args:
+            candidate: The candidate, whose module is installed.
+
+        Returns:
+            'layers' and 'parameters'; a layer taken twice counts twice.
+        """
+        _, layers = decoder_layers.stack(candidate.module)
+        unique = sum(parameter.numel() for parameter in candidate.module.parameters())
+        return {"layers": float(len(layers)), "parameters": float(unique + _repeated(list(layers)))}
 
     def check_routable(self, names: Sequence[str], scaled: bool) -> None:
-        """Raises RouteError or FoldError unless layers of these models can be routed, with scales if asked: by structure and by numbers."""
+        """Checks by structure and by numbers that layers of models can be routed.
+
+        Args:
+            names: The models; the first gives the shell.
+            scaled: Whether hidden states are to be scaled too.
+
+        Raises:
+            RouteError: The layers cannot be routed.
+            FoldError: A layer cannot take up a gain.
+        """
         models = {name: self.model(name) for name in names}
         checks.check_routable(models, names[0])
         for model in models.values():
-            checks.routable_by_numbers(model)
+            checks.check_routable_numerically(model)
         if scaled:
             for model in models.values():
                 checks.check_scalable(model)
 
     def model(self, name: str) -> nn.Module:
-        """A parent as it is, loaded at first use."""
+        """A parent as a live model, loaded at first use.
+
+        Args:
+            name: Name of the parent.
+
+        Returns:
+            The model, which is never written to.
+
+        Raises:
+            CheckpointError: It cannot be loaded.
+        """
         if name not in self._models:
             self._models[name] = load_parent(self._files[name], self._dtype).to(self._device)
         return self._models[name]
 
-    # ---- a route's layers --------------------------------------------------------------------------------------------------
+    # ---- a route's layers ----
 
-    def _hops(self, recipe: Recipe, stages: Mapping[str, nn.Module]) -> tuple[list[Hop], nn.Module]:
+    def _hops(self, recipe: Recipe, intermediate: Mapping[str, nn.Module]) -> tuple[list[Hop], nn.Module]:
         """The route, and the model whose embeddings and head it has."""
-        found: dict[int, Hop] = {}
+        hops: dict[int, Hop] = {}
         mixed: dict[int, Mix] = {}
         for position, mix in enumerate(recipe.layers):
             source = mix.passed
             if source is None:
                 mixed[position] = mix
             else:
-                model, layer = source
-                found[position] = Hop(stages[model] if model in stages else self.model(model), _index(layer))
-        outer = self._outer(recipe, stages)
+                name, layer = source
+                model = intermediate[name] if name in intermediate else self.model(name)
+                hops[position] = Hop(model, layer_index(layer))
+        outer = self._outer_model(recipe, intermediate)
         if mixed or outer is None:
-            merged, number = self._merge(recipe, mixed, len(stages), outer is None)
-            found |= merged
-            outer = self._skeleton(number).model if outer is None else outer
-        return [found[position] for position in range(len(recipe.layers))], outer
+            first = len(intermediate)
+            hops |= self._merge(recipe, mixed, first, merge_outer=outer is None)
+            if outer is None:
+                outer = self._skeleton(first).model
+        return [hops[position] for position in range(len(recipe.layers))], outer
 
-    def _outer(self, recipe: Recipe, stages: Mapping[str, nn.Module]) -> nn.Module | None:
+    def _outer_model(self, recipe: Recipe, intermediate: Mapping[str, nn.Module]) -> nn.Module | None:
         """The model whose tensors outside the stack a recipe takes over whole, None if it mixes them."""
-        sources = [recipe.embeddings.passed, recipe.head.passed]
-        if sources[0] is None or sources[1] is None or sources[0][0] != sources[1][0]:
+        embeddings, head = recipe.embeddings.passed, recipe.head.passed
+        if embeddings is None or head is None or embeddings[0] != head[0]:
             return None
-        name = sources[0][0]
-        if name in stages:
-            return stages[name]
-        return (
-            self.model(name)
-            if name == recipe.base or not self._parents[name].layout.outer_names("tower")
-            else None
-        )
+        name = embeddings[0]
+        if name in intermediate:
+            return intermediate[name]
+        has_towers = bool(self._parents[name].layout.outer_names("tower"))
+        return None if has_towers and name != recipe.base else self.model(name)
 
     def _merge(
-        self, recipe: Recipe, mixed: Mapping[int, Mix], first: int, outer: bool
-    ) -> tuple[dict[int, Hop], int]:
-        """Merges mixed layers, each into its first source's place of a skeleton, a further skeleton where that is taken.
+        self, recipe: Recipe, mixed: Mapping[int, Mix], first: int, merge_outer: bool
+    ) -> dict[int, Hop]:
+        """Merges mixed layers, each into its first source's place of a skeleton that is free there.
 
-        Equal mixes share a place, unless their numbers or masks depend on the position.
+        Equal mixes share a place, unless their numbers or masks depend on the position. mixed: position ->
+        mix; first: number of the first skeleton that may be used; merge_outer: whether what is outside the
+        stack is merged too.
         """
-        plan = merge.Merge(replace(recipe, scales=()), self._parents, self._known, self._device)
-        shell = self._parents[recipe.base]
-        steps: dict[int | None, list[tensor_plan.Step]] = {}
+        plan = Merge(replace(recipe, scales=()), self._parents, self._tables, self._device)
+        layout = self._parents[recipe.base].layout
+        steps: dict[int | None, list[Step]] = {}
         for step in plan.steps:
             if step.mix is not None:
-                steps.setdefault(shell.layout.place(step.name).layer, []).append(step)
+                steps.setdefault(layout.place(step.name).layer, []).append(step)
         taken: Counter[int] = Counter()
         places: dict[Any, Hop] = {}
         hops: dict[int, Hop] = {}
         for position, mix in mixed.items():
             key = (mix, position if _depends_on_position(mix) else None)
             if key not in places:
-                home = _index(mix.sources[0][1])
-                skeleton = self._skeleton(first + taken[home])
-                taken[home] += 1
-                self._write(plan, steps[position], skeleton, functools.partial(_at_layer, shell, home))
-                places[key] = Hop(skeleton.model, home)
+                layer = layer_index(mix.sources[0][1])
+                skeleton = self._skeleton(first + taken[layer])
+                taken[layer] += 1
+                skeleton.recipe_id = None
+                targets = [
+                    (step, layout.layer_name(layer, layout.place(step.name).suffix))
+                    for step in steps[position]
+                ]
+                write_steps(plan, targets, skeleton.weights)
+                places[key] = Hop(skeleton.model, layer)
             hops[position] = places[key]
-        if outer:
-            self._write(plan, steps.get(None, []), self._skeleton(first), lambda name: name)
-        return hops, first
+        if merge_outer:
+            skeleton = self._skeleton(first)
+            skeleton.recipe_id = None
+            write_steps(plan, [(step, step.name) for step in steps.get(None, [])], skeleton.weights)
+        return hops
 
-    def _write(
-        self,
-        plan: merge.Merge,
-        steps: Sequence[tensor_plan.Step],
-        skeleton: _Skeleton,
-        place: Callable[[str], str],
-    ) -> None:
-        skeleton.holds = None
-        with torch.no_grad():
-            for step in steps:
-                name = place(step.name)
-                slot = skeleton.resident.slot(name, tensor_plan.DTYPES[plan.recipe.out_dtype])
-                tensor = plan.tensor(step, slot)
-                if tensor is not slot:
-                    skeleton.resident.put(name, tensor)
-
-    def _usual(self, outer: nn.Module, hops: Sequence[Hop], kinds: frozenset[str]) -> tuple[Hop, ...]:
+    def _reference_hops(
+        self, outer: nn.Module, hops: Sequence[Hop], kinds: frozenset[str]
+    ) -> tuple[Hop, ...]:
+        """The outer model's layers of these kinds; if they lack a kind, one of each from the route."""
         _, layers = decoder_layers.stack(outer)
-        own = [hop for i in range(len(layers)) if self._kind(hop := Hop(outer, i)) in kinds]
+        own = [Hop(outer, i) for i in range(len(layers))]
+        own = [hop for hop in own if self._kind(hop) in kinds]
         if {self._kind(hop) for hop in own} == kinds:
             return tuple(own)
-        first = {self._kind(hop): replace(hop, gain=1.0) for hop in reversed(hops)}
-        return tuple(first[kind] for kind in sorted(kinds))
+        first_of_kind = {self._kind(hop): replace(hop, gain=1.0) for hop in reversed(hops)}
+        return tuple(first_of_kind[kind] for kind in sorted(kinds))
 
     def _kind(self, hop: Hop) -> str:
         key = (id(hop.model), hop.layer)
         if key not in self._kinds:
-            self._kinds[key] = layer_config.signature(hop.model, hop.layer)
+            self._kinds[key] = signature(hop.model, hop.layer)
         return self._kinds[key]
 
-    # ---- skeletons ---------------------------------------------------------------------------------------------------------
+    # ---- skeletons ----
 
-    def _is_skeleton(self, recipe: Recipe) -> bool:
-        """Whether a recipe is the base's shape, layer for layer, and its config says of them what the base's does."""
-        depth = self._parents[self._base].layout.num_layers
+    def _has_base_shape(self, recipe: Recipe) -> bool:
+        """Whether a recipe has the base's shape, layer for layer, and its layers the base's config."""
+        base = self._parents[self._base]
+        depth = base.layout.num_layers
         if len(recipe.layers) != depth or recipe.is_route({recipe.base: depth}):
             return False
-        stages = dict.fromkeys(
-            (name for name, _ in recipe.stages), self._parents[self._base]
-        )  # which `_filled` gives the base's shape
-        return layer_changes(recipe, {**self._parents, **stages}) is None
+        intermediate = dict.fromkeys(
+            (name for name, _ in recipe.stages), base
+        )  # `_filled` gives them its shape
+        return layer_changes(recipe, {**self._parents, **intermediate}) is None
 
     def _filled(self, number: int, recipe: Recipe) -> _Skeleton:
         """The skeleton with a recipe's weights."""
         skeleton = self._skeleton(number)
-        if skeleton.holds != recipe.id:
-            skeleton.holds = None
-            merge.merge_into(recipe, self._parents, skeleton.resident, self._known, self._device)
-            skeleton.holds = recipe.id
+        if skeleton.recipe_id != recipe.id:
+            skeleton.recipe_id = None
+            merge_into(recipe, self._parents, skeleton.weights, self._tables, self._device)
+            skeleton.recipe_id = recipe.id
         return skeleton
 
     def _skeleton(self, number: int) -> _Skeleton:
-        while (
-            len(self._skeletons) <= number
-        ):  # the exception: stages and mixes in one recipe, or two mixes of one layer
+        """A skeleton, loaded at first use.
+
+        There is more than one for intermediate and other merges in one recipe, or two mixes of one layer.
+        """
+        while len(self._skeletons) <= number:
             model = load_parent(self._files[self._base], self._dtype).to(self._device)
             self._skeletons.append(_Skeleton(model, WeightMap(model, self._parents[self._base].tensors)))
         return self._skeletons[number]
 
 
 def _depends_on_position(mix: Mix) -> bool:
-    """Whether a mix gives other tensors at another output layer: random masks, or filters that may name a layer."""
-    values = [v for _, value in mix.params for v in (value if isinstance(value, tuple) else (value,))]
-    digits = any(
-        any(c.isdigit() for c in text) for v in values if isinstance(v, Filtered) for text, _ in v.cases
-    )
-    return digits or method(mix.method).randomized
-
-
-def _at_layer(shell: Parent, layer: int, name: str) -> str:
-    """The tensor of the same suffix in another layer."""
-    return shell.layout.layer_name(layer, shell.layout.place(name).suffix)
-
-
-def _index(layer: int | None) -> int:
-    if layer is None:
-        raise CandidateError("a layer of a route names no layer of its model")
-    return layer
+    """Whether a mix differs between output layers: it has random masks, or filters that may name a layer."""
+    if method(mix.method).randomized:
+        return True
+    settings = [s for _, value in mix.params for s in (value if isinstance(value, tuple) else (value,))]
+    filters = [text for s in settings if isinstance(s, Filtered) for text, _ in s.cases]
+    return any(character.isdigit() for text in filters for character in text)
 
 
 def _repeated(layers: Sequence[nn.Module]) -> int:
     """Parameters of the layers that share theirs with an earlier one: `parameters()` counts them once."""
-    seen: set[int] = set()
+    counted: set[int] = set()
     repeated = 0
     for layer in layers:
-        own = {id(p): p.numel() for p in layer.parameters()}
-        repeated += sum(n for i, n in own.items() if i in seen)
-        seen |= set(own)
+        sizes = {id(parameter): parameter.numel() for parameter in layer.parameters()}
+        repeated += sum(size for key, size in sizes.items() if key in counted)
+        counted |= set(sizes)
     return repeated

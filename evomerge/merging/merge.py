@@ -1,7 +1,8 @@
 """Recipe + parents -> merged tensors: one code path, into a live model, to disk, or as an iterator.
 
-Under the policy 'float32' inputs are upcast, merged and rounded once to the recipe's out_dtype; under 'mergekit' the
-types and operations are mergekit's. What a worker scores is what `evomerge.merging.checkpoint_writer` ships, bit for bit.
+Under the policy 'float32' inputs are upcast, merged and rounded once to the recipe's out_dtype; under
+'mergekit' the types and operations are mergekit's. What a worker scores is what
+`evomerge.merging.checkpoint_writer` ships, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from evomerge.errors import CandidateError, RecipeError, suggest
 from evomerge.merging.merged_config import layer_changes, merged_config
 from evomerge.merging.merged_parent import MergedParent, check_intermediate
 from evomerge.merging.tensor_plan import DTYPES, Step, check, plan, resized_tensors
-from evomerge.merging.vocabulary.alignment import Vocabulary, vocabulary_tensors
+from evomerge.merging.vocabulary.alignment import Vocabulary
+from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import Method, Values, method
 from evomerge.methods.fused import MagnitudeTables, MergeInputs, combine_by_dot_products, merge_tensor
@@ -28,7 +30,7 @@ from evomerge.recipes import STORED, Filtered, Mix, Recipe, Setting
 
 
 class Merge:
-    """A recipe that has been checked and planned from headers alone; `tensor` then merges one output at a time.
+    """A recipe, checked and planned from headers alone; `tensor` then merges one output at a time.
 
         for name, tensor in Merge(recipe, parents):
             ...
@@ -52,8 +54,8 @@ class Merge:
         Args:
             recipe: The recipe.
             parents: Name -> parent, for every model that the recipe reads.
-            tables: Tables that a search shares between merges; they make merges faster and never different. None: empty
-                ones.
+            tables: Tables that a search shares between merges; they make merges faster and never different.
+                None: empty ones.
             device: torch's name of the device that merges.
 
         Raises:
@@ -84,7 +86,7 @@ class Merge:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json of the merged model, see `merged_config`. Raises CheckpointError for configs that do not fit."""
+        """The merged model's config.json, see `merged_config`. Raises CheckpointError."""
         return merged_config(self.recipe, self.parents, self.vocabulary)
 
     def tensor(self, step: Step, out: Tensor | None = None) -> Tensor:
@@ -92,8 +94,8 @@ class Merge:
 
         Args:
             step: One of `steps`.
-            out: Where to write it if possible: a contiguous tensor of the step's shape and the recipe's out_dtype on the
-                merging device. None: a new tensor.
+            out: Where to write it if possible: a contiguous tensor of the step's shape and the recipe's
+                out_dtype on the merging device. None: a new tensor.
 
         Returns:
             The tensor; `out` itself only if it was used.
@@ -123,7 +125,7 @@ class Merge:
         return merged
 
     def combines(self, step: Step) -> bool:
-        """Whether a step's result is a combination of its inputs whose coefficients come from their dot products.
+        """Whether a step combines whole inputs with coefficients that come from their dot products.
 
         Args:
             step: One of `steps`.
@@ -139,7 +141,7 @@ class Merge:
         return rule.coefficients(alike, _values(rule, step.mix, step.name, step.inputs)) is not None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """(output tensor name, tensor of out_dtype), one at a time: embeddings, layers in order, head, other towers."""
+        """Merges all tensors: (output tensor name, tensor of out_dtype), in the order of `steps`."""
         for step in self.steps:
             yield step.name, self.tensor(step)
 
@@ -189,7 +191,7 @@ class Merge:
     def _aligned(
         self, mix: Mix, tensors: Sequence[Tensor], base: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """The tensors with the output vocabulary's rows. As in mergekit, rows are averaged in the arithmetic type."""
+        """The tensors with the output's rows; averaged in the arithmetic type, as mergekit does."""
         assert self.vocabulary is not None
         dtype = DTYPES.get(self.recipe.dtype)
         tables = {
@@ -199,15 +201,15 @@ class Merge:
         base_name = mix.base[0] if mix.base else None
         if base_name is not None and base is not None:
             tables.setdefault(base_name, base.to(dtype) if dtype else base)
-        aligned = self.vocabulary.aligned(tables, base=base_name)
+        aligned = self.vocabulary.align(tables, base=base_name)
         sources = [aligned[model].contiguous() for model, _ in mix.sources]
         return sources, None if base_name is None else aligned[base_name].contiguous()
 
     def _cache_ids(self, step: Step) -> list[Hashable]:
         """For each source, what `MagnitudeTables` caches its difference from the base under.
 
-        None where an intermediate merge makes one of the two tensors, or the vocabulary's rows are aligned: those are
-        the recipe's own.
+        None where an intermediate merge makes one of the two tensors, or the vocabulary's rows are aligned:
+        those are the recipe's own.
         """
         if step.mix is None or step.mix.base is None:
             return []
@@ -260,13 +262,14 @@ def merge_into(
     depth = parents[recipe.base].layout.num_layers
     if len(recipe.layers) != depth:
         raise CandidateError(
-            f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the base's depth"
+            f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the "
+            "base's depth"
         )
     merge = Merge(recipe, parents, tables, device)
     if layer_changes(recipe, merge.parents) is not None:
         raise CandidateError(
-            "the configs of the recipe's models say other things of its layers than the base's, which a resident "
-            "model has"
+            "the configs of the recipe's models say other things of its layers than the base's, which a "
+            "resident model has"
         )
     if merge.vocabulary is not None:
         base = parents[recipe.base]
@@ -291,7 +294,7 @@ def write_steps(merge: Merge, steps: Sequence[tuple[Step, str]], weights: Weight
     dtype = DTYPES[merge.recipe.out_dtype]
     with torch.no_grad():
         for step, name in steps:
-            parameter = weights.slot(name, dtype)
+            parameter = weights.parameter(name, dtype)
             tensor = merge.tensor(step, parameter)
             if tensor is not parameter:
                 weights.put(name, tensor)
@@ -319,7 +322,10 @@ def _vocabulary(recipe: Recipe, parents: Mapping[str, Parent]) -> Vocabulary | N
 
 
 def _values(rule: Method, mix: Mix, output: str, inputs: Sequence[str]) -> Values:
-    """Numbers for one tensor: filters see the output name for merge parameters, the model's own for model parameters."""
+    """The values of all parameters for one tensor.
+
+    Filters see the output name for a parameter of the merge, the model's own name for one of each model.
+    """
     given = dict(mix.params)
     values: dict[str, float | tuple[float, ...]] = {}
     for param in rule.params:

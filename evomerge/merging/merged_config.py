@@ -1,4 +1,4 @@
-"""config.json of a merged model: the base's, with depth, values of each layer, vocabulary and type of the recipe."""
+"""The config.json of a merged model: the base's, with the recipe's depth, layers, vocabulary and type."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.checkpoints import Parent
-from evomerge.merging.routing import layer_config
-from evomerge.merging.routing.layer_config import Changes
+from evomerge.merging.routing import file_config, layer_config
+from evomerge.merging.routing.layer_config import ConfigChanges
 from evomerge.merging.tensor_plan import layer_index
 from evomerge.merging.vocabulary.alignment import Vocabulary
 from evomerge.recipes import Recipe
@@ -28,7 +28,8 @@ def merged_config(
         A new config; everything that the recipe does not decide is the base's.
 
     Raises:
-        CheckpointError: The models' configs say different things of their layers that cannot be brought together.
+        CheckpointError: The models' configs say different things of their layers that cannot be brought
+            together.
     """
     donor = parents[recipe.base]
     config = vocabulary.config(donor.config) if vocabulary else copy.deepcopy(donor.config)
@@ -36,18 +37,18 @@ def merged_config(
     text["n_layer" if "n_layer" in text else "num_hidden_layers"] = len(recipe.layers)
     changes = layer_changes(recipe, parents)
     if changes is not None:
-        layer_config.write_file(config, changes)
+        file_config.write_changes_to_file(config, changes)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = recipe.out_dtype
     return config
 
 
-def layer_changes(recipe: Recipe, parents: Mapping[str, Parent]) -> Changes | None:
+def layer_changes(recipe: Recipe, parents: Mapping[str, Parent]) -> ConfigChanges | None:
     """What a recipe's layers change in the text config of its base.
 
-    A layer that is taken over has the values of its own model. A mixed one has the base's, at the number of its first
-    source, as where it is scored; its first source's where the base is not as deep.
+    A layer that is taken over has the values of its own model. A mixed one has the base's, at the number of
+    its first source, as where it is scored; its first source's where the base is not as deep.
 
     Args:
         recipe: The recipe.
@@ -71,9 +72,9 @@ def layer_changes(recipe: Recipe, parents: Mapping[str, Parent]) -> Changes | No
         return None
     names = dict.fromkeys([recipe.base, *(model for model, _ in origins)])
     configs = {
-        name: layer_config.of_file(name, parents[name].config, parents[name].layout.num_layers)
+        name: file_config.layer_config_of_file(name, parents[name].config, parents[name].layout.num_layers)
         for name in names
     }
     base = configs[recipe.base]
-    changes = layer_config.gathered(base, [(configs[model], layer) for model, layer in origins])
+    changes = layer_config.gather(base, [(configs[model], layer) for model, layer in origins])
     return None if layer_config.is_unchanged(base, changes) else changes

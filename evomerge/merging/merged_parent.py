@@ -74,6 +74,6 @@ def check_intermediate(name: str, recipe: Recipe) -> None:
     """
     if recipe.tokenizer is not None or recipe.chat_template is not None:
         raise RecipeError(
-            f"stage '{name}' has a tokenizer or chat template of its own; merge it to a folder first, or give it to "
-            "the last stage"
+            f"stage '{name}' has a tokenizer or chat template of its own; merge it to a folder first, or "
+            "give it to the last stage"
         )

@@ -1,7 +1,8 @@
-"""mergekit as an independent witness: runs it on the same recipe in an environment of its own and compares the results."""
+"""An independent check: mergekit runs the same recipe in an environment of its own, results are compared."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -17,12 +18,21 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import SetupError
 
 _ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""One unit in the last place of a type, of the number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """tensors, elements: compared; unequal: elements that differ; further: those that differ by more than one unit in the
-    last place; largest: greatest absolute difference; only: names that one side alone has."""
+    """Two checkpoints, compared element by element.
+
+    Attributes:
+        tensors: Number of tensors compared.
+        elements: Number of elements compared.
+        unequal: Number of elements that differ.
+        further: Number of elements that differ by more than one unit in the last place.
+        largest: Greatest absolute difference.
+        only: Names that one side alone has, and tensors whose shapes differ.
+    """
 
     tensors: int
     elements: int
@@ -46,80 +56,134 @@ class Comparison:
         )
 
 
-def program(recipe: Path, environment: Path) -> Path:
-    """The mergekit command of a virtual environment that merges a recipe. Raises SetupError if there is none."""
+def find_program(recipe: Path, environment: Path) -> Path:
+    """Finds the mergekit command that merges a recipe.
+
+    Args:
+        recipe: A mergekit YAML; one of several documents needs mergekit-multi.
+        environment: A virtual environment with mergekit 0.1.5.
+
+    Returns:
+        The command.
+
+    Raises:
+        SetupError: There is no such command, or mergekit cannot read the recipe.
+    """
     if recipe.suffix == ".json":
         raise SetupError(
-            f"mergekit cannot read {recipe}; with --check-against, merge by the recipe.yaml that was exported beside it"
+            f"mergekit cannot read {recipe}; with --check-against, merge by the recipe.yaml that was "
+            "exported beside it"
         )
-    several = len(_yaml.read_all(recipe)) > 1
-    found = environment / "bin" / ("mergekit-multi" if several else "mergekit-yaml")
-    if not found.is_file():
+    is_multi = len(_yaml.read_all(recipe)) > 1
+    program = environment / "bin" / ("mergekit-multi" if is_multi else "mergekit-yaml")
+    if not program.is_file():
         raise SetupError(
-            f"{found} is missing; --check-against takes a virtual environment with mergekit 0.1.5 (scripts/make_mergekit_env makes one)"
+            f"{program} is missing; --check-against takes a virtual environment with mergekit 0.1.5 "
+            "(scripts/make_mergekit_env makes one)"
         )
-    return found.absolute()
+    return program.absolute()
 
 
-def against_mergekit(recipe: Path, ours: Path, environment: Path) -> Comparison:
-    """Merges the recipe with the mergekit of a virtual environment, into a folder that is removed again, and compares.
+def run_mergekit(
+    program: Path, recipe: Path, out: Path, shown: Path | None = None, in_own_folder: bool = False
+) -> None:
+    """Merges a recipe with mergekit into a new folder; intermediate merges are removed again.
 
-    Raises SetupError if there is no mergekit, or if it fails on the recipe.
+    Args:
+        program: The command, as `find_program` finds it.
+        recipe: The YAML.
+        out: Folder to create.
+        shown: The recipe that errors name, None for `recipe`.
+        in_own_folder: Whether mergekit runs in the recipe's folder, so that paths relative to it are found,
+            and offline; else it runs in the current folder and may fetch models.
+
+    Raises:
+        SetupError: mergekit fails.
     """
-    command = program(recipe, environment)
+    with tempfile.TemporaryDirectory(dir=out.parent) as intermediate:
+        if program.name == "mergekit-multi":
+            destination = ["--out-path", str(out.absolute()), "-I", str(Path(intermediate).absolute())]
+        else:
+            destination = [str(out.absolute())]
+        source = recipe.name if in_own_folder else str(recipe.absolute())
+        finished = subprocess.run(
+            [str(program), source, *destination, "--quiet"],
+            cwd=recipe.parent if in_own_folder else None,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} if in_own_folder else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if finished.returncode or not (out / "config.json").is_file():
+        last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SetupError(f"mergekit failed on {shown or recipe}: {last_line[:300]}")
+
+
+def compare_with_mergekit(recipe: Path, ours: Path, environment: Path) -> Comparison:
+    """Merges a recipe with mergekit, into a folder that is removed again, and compares.
+
+    Args:
+        recipe: A mergekit YAML.
+        ours: Folder that we merged it to.
+        environment: A virtual environment with mergekit 0.1.5.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        SetupError: There is no mergekit, or it fails on the recipe.
+    """
+    program = find_program(recipe, environment)
     with tempfile.TemporaryDirectory(dir=ours.parent, prefix=".mergekit-") as scratch:
         out = Path(scratch) / "out"
-        several = command.name == "mergekit-multi"
         copy = Path(scratch) / "recipe.yaml"
-        copy.write_text(
-            yaml.safe_dump_all([_absolute(d.data) for d in _yaml.read_all(recipe)], sort_keys=False)
-        )
-        words = [
-            str(command),
-            str(copy),
-            *(["--out-path", str(out), "-I", f"{scratch}/stages"] if several else [str(out)]),
-        ]
-        done = subprocess.run([*words, "--quiet"], capture_output=True, text=True, check=False)
-        if done.returncode or not (out / "config.json").is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SetupError(f"mergekit failed on {recipe}: {last[:300]}")
+        documents = [_with_absolute_folders(document.data) for document in _yaml.read_all(recipe)]
+        copy.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+        run_mergekit(program, copy, out, shown=recipe)
         return compare(Checkpoint(ours), Checkpoint(out))
 
 
-def _absolute(value: Any) -> Any:
-    """The same document with folders by their full path: mergekit takes some relative ones for repositories."""
-    if isinstance(value, dict):
-        return {key: _absolute(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_absolute(entry) for entry in value]
-    return (
-        str(Path(value).absolute())
-        if isinstance(value, str) and "/" in value and len(value) < 4096 and Path(value).is_dir()
-        else value
-    )
-
-
 def compare(one: Checkpoint, other: Checkpoint) -> Comparison:
-    """Element by element, over all tensors of two checkpoints."""
-    only = tuple(sorted(one.tensors.keys() ^ other.tensors.keys()))
+    """Compares two checkpoints element by element, over all tensors.
+
+    Args:
+        one: A checkpoint.
+        other: Another one.
+
+    Returns:
+        The comparison; a NaN counts as further than one unit in the last place from anything.
+    """
+    only = sorted(one.tensors.keys() ^ other.tensors.keys())
     shared = sorted(one.tensors.keys() & other.tensors.keys())
     elements = unequal = further = 0
     largest = 0.0
     for name in shared:
         a, b = one.tensor(name), other.tensor(name)
         if a.shape != b.shape:
-            only += (f"{name} ({list(a.shape)} and {list(b.shape)})",)
+            only.append(f"{name} ({list(a.shape)} and {list(b.shape)})")
             continue
         difference = (a.double() - b.double()).abs()
         unit = _unit(torch.maximum(a.double().abs(), b.double().abs()), [a.dtype, b.dtype])
         elements += a.numel()
         unequal += int((difference != 0).sum())
         further += int((~(difference <= unit)).sum())  # NaN is further
-        largest = max(largest, float(difference.max())) if a.numel() else largest
-    return Comparison(len(shared), elements, unequal, further, largest, only)
+        if a.numel():
+            largest = max(largest, float(difference.max()))
+    return Comparison(len(shared), elements, unequal, further, largest, tuple(only))
 
 
-def _unit(size: torch.Tensor, kinds: Sequence[torch.dtype]) -> torch.Tensor:
+def _with_absolute_folders(value: Any) -> Any:
+    """The document with full paths of folders: mergekit takes some relative ones for repositories."""
+    if isinstance(value, dict):
+        return {key: _with_absolute_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_absolute_folders(entry) for entry in value]
+    if isinstance(value, str) and "/" in value and len(value) < 4096 and Path(value).is_dir():
+        return str(Path(value).absolute())
+    return value
+
+
+def _unit(size: torch.Tensor, types: Sequence[torch.dtype]) -> torch.Tensor:
     """One unit in the last place of numbers of this size, in the coarser of two types."""
-    relative = max(_ULP.get(kind, 2.0**-52) for kind in kinds)
+    relative = max(_ULP.get(dtype, 2.0**-52) for dtype in types)
     return torch.exp2(torch.floor(torch.log2(size.clamp(min=2.0**-126)))) * relative

@@ -1,64 +1,158 @@
-"""Parents' folders -> transformers models and tokenizers in memory."""
+"""Folders of models -> transformers models and tokenizers in memory. Never runs code from a folder."""
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.lora import AdaptedCheckpoint
-from evomerge.errors import SetupError
+from evomerge.errors import CheckpointError, SetupError
 from evomerge.merging.weight_map import WeightMap
 
 
-def load(checkpoint: Parent, dtype: str) -> nn.Module:
-    """The checkpoint as a live transformers model in evaluation mode. Never runs code from the checkpoint."""
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A folder as transformers loads it.
+
+    Attributes:
+        model: The model, in evaluation mode and without gradients.
+        missing: Names of the tensors that the model has and the folder does not; they are left at random.
+        surplus: Names of the tensors that the folder alone has.
+        misshapen: Names of the tensors whose shapes differ; they are left at random.
+    """
+
+    model: nn.Module
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """A phrase for each tensor that is not the model's own."""
+        return (
+            *(f"{name} is missing" for name in self.missing),
+            *(f"{name} is one too many" for name in self.surplus),
+            *(f"{name} has another shape" for name in self.misshapen),
+        )
+
+
+def load_model(path: Path, dtype: str, attention: str | None = None) -> LoadedModel:
+    """Loads a Hugging Face folder with transformers.
+
+    Args:
+        path: The folder.
+        dtype: torch's name of the type that the model computes in.
+        attention: transformers' name of the attention implementation, None for the default.
+
+    Returns:
+        The model, and which of its tensors are not the folder's.
+
+    Raises:
+        CheckpointError: transformers refuses the folder.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     refusal = ""
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         try:
-            model = kind.from_pretrained(
-                checkpoint.path,
+            model, info = kind.from_pretrained(
+                path,
                 dtype=getattr(torch, dtype),
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
-        except (OSError, ValueError, KeyError) as error:
-            refusal = refusal or str(error).splitlines()[0]
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            refusal = refusal or _first_line(error)
             continue
-        module: nn.Module = model.eval()
-        return module.requires_grad_(False)
-    raise SetupError(f"transformers cannot load {checkpoint.path}: {refusal}")
+        misshapen = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+        module: nn.Module = model.eval().requires_grad_(False)
+        return LoadedModel(
+            module,
+            tuple(sorted(info["missing_keys"])),
+            tuple(sorted(info["unexpected_keys"])),
+            tuple(sorted(misshapen)),
+        )
+    raise CheckpointError(f"transformers cannot load {path}: {refusal}")
+
+
+def load_base(parent: Parent, dtype: str) -> nn.Module:
+    """Loads the folder of a parent, without its adapter if it has one.
+
+    Args:
+        parent: The parent.
+        dtype: torch's name of the type that the model computes in.
+
+    Returns:
+        The model, in evaluation mode and without gradients.
+
+    Raises:
+        CheckpointError: transformers refuses the folder, or a tensor has another shape than the model's.
+    """
+    loaded = load_model(parent.path, dtype)
+    if loaded.misshapen:
+        raise CheckpointError(
+            f"transformers cannot load {parent.path}: {loaded.misshapen[0]} has another shape than "
+            "config.json says"
+        )
+    return loaded.model
 
 
 def load_parent(parent: Parent, dtype: str) -> nn.Module:
-    """A parent as a live model, its adapter folded in where it has one."""
-    model = load(parent, dtype)
+    """Loads a parent, its adapter folded in if it has one.
+
+    Args:
+        parent: The parent, as it is on disk.
+        dtype: torch's name of the type that the model computes in.
+
+    Returns:
+        The model, in evaluation mode and without gradients.
+
+    Raises:
+        CheckpointError: transformers refuses the folder.
+    """
+    model = load_base(parent, dtype)
     if isinstance(parent, AdaptedCheckpoint):
-        resident = WeightMap(model, parent.tensors)
+        weights = WeightMap(model, parent.tensors)
         for name in parent.tensors:
-            if name not in resident.ignored:
-                resident.put(name, parent.tensor(name).to(getattr(torch, dtype)))
+            if name not in weights.ignored:
+                weights.put(name, parent.tensor(name).to(getattr(torch, dtype)))
     return model
 
 
-log = logging.getLogger(__name__)
+def load_tokenizer(parent: Parent) -> object:
+    """Loads the tokenizer of a parent with transformers.
 
+    Args:
+        parent: The parent.
 
-def load_tokenizer(checkpoint: Parent) -> object:
-    """The checkpoint's tokenizer."""
+    Returns:
+        The tokenizer.
+
+    Raises:
+        SetupError: transformers refuses it.
+    """
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.path, trust_remote_code=False, local_files_only=True
+            parent.path, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise SetupError(
-            f"transformers cannot load the tokenizer of {checkpoint.path}: {str(error).splitlines()[0]}"
+            f"transformers cannot load the tokenizer of {parent.path}: {_first_line(error)}"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
-"""Where the parents of a search are kept: on the device that merges, in pinned memory, or on disk behind the page cache.
+"""Where the parents of a search are kept: on the merging device, in pinned memory, or on disk.
 
-On a CPU every parent stays memory-mapped, so that processes of one machine share its pages; of small ones the tensors are
-kept once they were read: opening them again costs more than merging them.
+On a CPU every parent stays memory-mapped, so that processes of one machine share its pages; of small ones the
+tensors are kept once they were read: opening them again costs more than merging them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SLACK = 0.8  # of the free memory that parents may fill; the rest is for scorin
 
 
 class PlacedParent:
-    """A parent whose tensors are copied to the device or to pinned memory when they are first read, and stay there.
+    """A parent whose tensors are copied to the device or to pinned memory at their first read.
 
     Attributes:
         path: Of the parent, as are `files`, `config`, `tensors` and `layout`.
@@ -54,7 +54,9 @@ class PlacedParent:
 def choose_placements(
     sizes: Mapping[str, int], base: str, device_free: int, host_free: int
 ) -> dict[str, Placement]:
-    """Decides where each parent is kept: the base first, since every merge reads it, then the others while they fit.
+    """Decides where each parent is kept.
+
+    The base is placed first, since every merge reads it, then the others as long as they fit.
 
     Args:
         sizes: Model -> bytes, in the order in which they are placed.

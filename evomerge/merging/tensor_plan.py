@@ -1,4 +1,4 @@
-"""What every output tensor of a recipe is made of, checked and planned from headers before anything is computed."""
+"""What every output tensor of a recipe is made of, checked and planned from headers alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError, RecipeError, suggest
-from evomerge.merging.vocabulary.alignment import Vocabulary, vocabulary_tensors
+from evomerge.merging.vocabulary.alignment import Vocabulary
+from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.methods import Method, method
 from evomerge.recipes import STORED, Filtered, Mix, ParamValue, Recipe
 
@@ -147,7 +148,7 @@ class _Planner:
         return sorted(suffixes)
 
     def step(self, mix: Mix, output: str, suffix: str | None) -> Step:
-        """The plan of one merged tensor. suffix: its name inside a layer, None for a tensor outside the stack."""
+        """The plan of one merged tensor. suffix: its name inside a layer, None outside the stack."""
         models = [*mix.sources, *([mix.base] if mix.base else [])]
         names = [self._name(model, layer, output, suffix) for model, layer in models]
         infos = [self.parents[model].tensors[name] for (model, _), name in zip(models, names, strict=True)]
@@ -159,8 +160,8 @@ class _Planner:
                 if suffix:
                     reason = "the architectures differ"
                 raise CheckpointError(
-                    f"'{output}' is {list(info.shape)} in '{model}' and {list(last.shape)} in '{models[-1][0]}'; "
-                    f"{reason}"
+                    f"'{output}' is {list(info.shape)} in '{model}' and {list(last.shape)} in "
+                    f"'{models[-1][0]}'; {reason}"
                 )
         shape = last.shape
         if is_resized and self.vocabulary is not None:
@@ -174,7 +175,7 @@ class _Planner:
         return Step(name, self._header(self.parents[self.recipe.base].tensors[name]))
 
     def _name(self, model: str, layer: int | None, output: str, suffix: str | None) -> str:
-        """The name in a model of what an output tensor is made of; a head tied to the embeddings is the embeddings."""
+        """A model's name of an output tensor's input; the embeddings for a head that is tied to them."""
         parent = self.parents[model]
         name = output if suffix is None else parent.layout.layer_name(layer_index(layer), suffix)
         if name in parent.tensors:

@@ -23,7 +23,7 @@ from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Prepari
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
 from evomerge.merging.live_model import ModelBuilder
-from evomerge.merging.model_loading import load
+from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 
@@ -74,7 +74,7 @@ class Worker:
         self.device = device
         self.screen = screen
         self.tables = MagnitudeTables(build=True, ranks_bytes=_free_memory() // _TABLES_SHARE)
-        self.model = load(parents[base], dtype).to(device)
+        self.model = load_base(parents[base], dtype).to(device)
         # on a CPU the page cache serves all processes; a copy would not
         host_memory = 0 if device == "cpu" else _free_memory()
         self.placements = parent_placement.choose_placements(
@@ -142,21 +142,21 @@ class Worker:
         Raises:
             CandidateError: for a route that no plain checkpoint can hold, and whatever a merge raises.
         """
-        view = self.builder.view(recipe)
-        self._watch_head(view.module)
-        if view.routed is not None and isinstance(self.evaluator, Preparing):
-            key = (id(view.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))
+        candidate = self.builder.build(recipe)
+        self._watch_head(candidate.module)
+        if candidate.routed is not None and isinstance(self.evaluator, Preparing):
+            key = (id(candidate.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))
             if key not in self._prepared:
                 # optimizations are verified on the same route in every worker, whatever it scores first
-                view.settle()
-                self.evaluator.prepare(view.module, items)
+                candidate.install_reference()
+                self.evaluator.prepare(candidate.module, items)
                 self._prepared.add(key)
-        view.install()
-        if reasons := self.builder.reasons(view):
+        candidate.install()
+        if reasons := self.builder.reasons(candidate):
             raise CandidateError(f"this route is no plain checkpoint: {'; '.join(reasons[:_MOST_REASONS])}")
         if costs is not None:
-            costs |= self.builder.costs(view)
-        return view.module
+            costs |= self.builder.costs(candidate)
+        return candidate.module
 
     def _check_parent_files(self) -> None:
         """Raises CheckpointError for a parent's file that was changed since it was opened."""

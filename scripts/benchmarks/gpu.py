@@ -33,7 +33,7 @@ from evomerge.checkpoints import Checkpoint, stored_dtype, total_bytes
 from evomerge.merging import merge
 from evomerge.merging.parent_placement import place_parent
 from evomerge.merging.routing import routed_model
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import mergekit_yaml
@@ -165,8 +165,8 @@ def routes(models: list[Path], args: argparse.Namespace) -> Iterator[str]:
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if args.device != "cpu" else 0
-        made: list[Routed] = []
-        first = clock(args.device, lambda made=made: made.append(Routed(one, [one, other])))
+        made: list[RoutedModel] = []
+        first = clock(args.device, lambda made=made: made.append(RoutedModel(one, [one, other])))
         first += clock(args.device, lambda made=made, hops=hops: made[0].install(hops))
         again = statistics.median(
             clock(args.device, lambda made=made, hops=hops: made[0].install(hops))

@@ -224,7 +224,7 @@ def trained_models(folder: Path) -> list[Row]:
     for name in ("base", "math", "lang", "string"):
 
         def load(dtype: torch.dtype, name: str = name) -> Any:
-            return model_loading.load(Checkpoint(zoo / name), str(dtype).removeprefix("torch."))
+            return model_loading.load_base(Checkpoint(zoo / name), str(dtype).removeprefix("torch."))
 
         model = load(torch.bfloat16)
         for shots, harness in harnesses.items():

@@ -22,7 +22,7 @@ from torch import nn
 
 from evomerge.errors import FoldError, RouteError
 from evomerge.merging.routing import checks, decoder_layers, plain_checkpoint, routed_model
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures, vision_architectures
 
@@ -70,11 +70,11 @@ def sweep(name: str, build: Build) -> Row:
     try:
         checks.check_routable({"a": models[0], "b": models[1]}, "a")
         for model in models:
-            checks.routable_by_numbers(model)
+            checks.check_routable_numerically(model)
     except RouteError as error:
         row.refused = f"refused: {error}"
         return row
-    routed = Routed(models[0], models)
+    routed = RoutedModel(models[0], models)
     route = _plain_route(routed, models, row)
     _compare(routed, models, route, row)
     try:
@@ -88,7 +88,7 @@ def sweep(name: str, build: Build) -> Row:
     return row
 
 
-def _plain_route(routed: Routed, models: list[nn.Module], row: Row) -> tuple[tuple[int, int], ...]:
+def _plain_route(routed: RoutedModel, models: list[nn.Module], row: Row) -> tuple[tuple[int, int], ...]:
     """The first of the routes that is a plain checkpoint, the first of all if none is."""
     for label, route in _ROUTES:
         routed.install(oracle.hops(models, route))
@@ -100,7 +100,9 @@ def _plain_route(routed: Routed, models: list[nn.Module], row: Row) -> tuple[tup
     return oracle.MIXED
 
 
-def _compare(routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int], ...], row: Row) -> None:
+def _compare(
+    routed: RoutedModel, models: list[nn.Module], route: tuple[tuple[int, int], ...], row: Row
+) -> None:
     hops = oracle.hops(models, route)
     routed.install(hops)
     inputs = oracle.batch()
@@ -131,12 +133,14 @@ def _cache_error(model: nn.Module) -> tuple[float, list[torch.Tensor]]:
     return error if torch.equal(a, b) or error > 0.1 else float("inf"), steps
 
 
-def _scaled(routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int], ...], row: Row) -> None:
+def _scaled(
+    routed: RoutedModel, models: list[nn.Module], route: tuple[tuple[int, int], ...], row: Row
+) -> None:
     error, found = _fold_error(routed, models, route)
     row.scaled = f"{error:.0e}"
     if error > 5e-4:  # is it the norms' epsilon, which hidden states that are scaled see and gains do not?
         kept = _epsilons(models, 1e-3)
-        exact, _ = _fold_error(Routed(models[0], models), models, route)
+        exact, _ = _fold_error(RoutedModel(models[0], models), models, route)
         _restore(kept)
         row.scaled = (
             f"{error:.0e}, {exact:.0e} at ε/1000"
@@ -152,7 +156,7 @@ def _scaled(routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int
 
 
 def _fold_error(
-    routed: Routed, models: list[nn.Module], route: tuple[tuple[int, int], ...]
+    routed: RoutedModel, models: list[nn.Module], route: tuple[tuple[int, int], ...]
 ) -> tuple[float, torch.Tensor]:
     """Gains in the weights against hidden states that are scaled: (error, logits with gains)."""
     scales = oracle.SCALES[: len(route)]
@@ -195,7 +199,7 @@ def _bfloat16(name: str, build: Build, route: tuple[tuple[int, int], ...], row: 
     models = [build(name, dtype=torch.bfloat16, seed=seed) for seed in (0, 1)]
     gained = oracle.hops(models, route, routed_model.gains(oracle.SCALES[: len(route)], len(route)))
     try:
-        routed = Routed(models[0], models)
+        routed = RoutedModel(models[0], models)
         routed.install(gained)
         expected = oracle.logits(
             oracle.copied(models[0], decoder_layers.stack(models[0])[0], gained), oracle.batch()
@@ -219,7 +223,7 @@ def half_billion() -> Iterator[str]:
     weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     routes = [[(i * 7 + 3 * k) % 48 for i in range(65)] for k in range(3)]
     for what, check in (
-        ("routable_by_numbers", checks.routable_by_numbers),
+        ("check_routable_numerically", checks.check_routable_numerically),
         ("check_scalable", checks.check_scalable),
     ):
         start = time.perf_counter()
@@ -231,7 +235,7 @@ def half_billion() -> Iterator[str]:
     scaled = [
         [Hop(models[j // 24], j % 24, g) for j, g in zip(route, gains, strict=True)] for route in routes
     ]
-    routed = Routed(models[0], models)
+    routed = RoutedModel(models[0], models)
     for what, hops in (
         ("another route", plain[1]),
         ("the same route again", plain[1]),
@@ -249,7 +253,7 @@ def half_billion() -> Iterator[str]:
     del routed
     gc.collect()
     tracemalloc.start()
-    routed = Routed(models[0], models)
+    routed = RoutedModel(models[0], models)
     routed.install(plain[0])
     yield f"| Python memory of an unscaled view, of {weights / 2**30:.2f} GiB of weights | {tracemalloc.get_traced_memory()[0] / weights:.3%} |"
     routed.install(scaled[0])

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints import Checkpoint, stored_dtype
 from evomerge.errors import EvomergeError
 from evomerge.evaluation import Evaluation
 from evomerge.evaluation.lm_harness.items import item_id
 from evomerge.export import reload_check, route_checkpoint, route_mergekit
+from evomerge.merging import mergekit_check, model_loading
 from evomerge.recipes import Recipe
 from evomerge.store import Store, paths
 
@@ -59,14 +60,15 @@ def mergekit(ours: Path, scratch: Path) -> tuple[list[str], bool]:
         return [*lines, said[0] if said else "No mergekit file."], True
     theirs = scratch / "mergekit"
     try:
-        route_mergekit.run_mergekit(MERGEKIT, ours / "recipe.yaml", theirs)
+        program = mergekit_check.find_program(ours / "recipe.yaml", MERGEKIT)
+        mergekit_check.run_mergekit(program, ours / "recipe.yaml", theirs, in_own_folder=True)
     except EvomergeError as error:
         return [*lines, str(error)], False
     tensors = route_mergekit.compare(ours, theirs)
     if tensors.only:
         return [*lines, f"{tensors}."], False
-    dtype = Checkpoint(ours).dtype
-    one, other = (reload_check.load(path, dtype).model for path in (ours, theirs))
+    dtype = stored_dtype(Checkpoint(ours))
+    one, other = (model_loading.load_model(path, dtype).model for path in (ours, theirs))
     asked = reload_check.questions(one)
     apart = route_checkpoint.compare(reload_check.answers(one, asked), reload_check.answers(other, asked))
     return [*lines, f"{tensors}.", "", f"{str(apart).capitalize()}."], max(apart.logits, apart.steps) <= (
@@ -83,7 +85,7 @@ def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) ->
         "--model",
         "hf",
         "--model_args",
-        f"pretrained={ours},dtype={Checkpoint(ours).dtype}",
+        f"pretrained={ours},dtype={stored_dtype(Checkpoint(ours))}",
         "--batch_size",
         "256",
         "--device",

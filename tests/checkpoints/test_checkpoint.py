@@ -1,4 +1,6 @@
-"""Parents on disk: what their files say, and that every file a stranger may have written is read or refused in one line."""
+"""Parents on disk: what their files say, and that every file a stranger may have written is read or refused
+in one line.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def shards(folder: Path, count: int = 2) -> Path:
 
 
 def refused(folder: Path, said: str, named: str = "") -> None:
-    """Opening raises one CheckpointError of one line that says `said` and names the folder and the file in it."""
+    """Opening raises one CheckpointError of one line that says `said` and names the folder and the file in
+    it.
+    """
     with pytest.raises(CheckpointError, match=said) as error:
         Checkpoint(folder)
     text = str(error.value)
@@ -185,13 +189,17 @@ HEADERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: f.write_bytes(b""), "truncated or no safetensors file: it has 0 bytes;"),
     "seven bytes": (lambda f: f.write_bytes(b"\0" * 7), "it has 7 bytes;"),
     "cut in the header": (lambda f: f.write_bytes(f.read_bytes()[:500]), "is truncated"),
-    "cut in the data": (lambda f: f.write_bytes(f.read_bytes()[:-1]), r"the tensors take \d+ bytes, the file has \d+"),
+    "cut in the data": (lambda f: f.write_bytes(f.read_bytes()[:-1]),
+        r"the tensors take \d+ bytes, the file has \d+"),
     "cut by half": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "broken header"),
     "bytes after the end": (lambda f: f.write_bytes(f.read_bytes() + b"\0"), r"the tensors take \d+ bytes"),
-    "header longer than the file": (lambda f: f.write_bytes(struct.pack("<Q", 10**6) + b"{}"), "its header is said to take 1000000"),
-    "header of an absurd length": (lambda f: f.write_bytes(b"\xff" * 64), "its header is said to take 18446744073709551615"),
+    "header longer than the file": (lambda f: f.write_bytes(struct.pack("<Q", 10**6) + b"{}"),
+        "its header is said to take 1000000"),
+    "header of an absurd length": (lambda f: f.write_bytes(b"\xff" * 64),
+        "its header is said to take 18446744073709551615"),
     "header over the limit": (lambda f: os.truncate(f, 0) or sparse(f), "a header of 16000001 bytes"),
-    "text": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), "is truncated"),
+    "text": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+        "is truncated"),
     "not JSON": (lambda f: write(f, b"{'a': 1}", b""), "broken header"),
     "not UTF-8": (lambda f: write(f, b'{"\xff": 1}', b""), "broken header"),
     "a list": (lambda f: write(f, [], b""), "a mapping was expected, got list"),
@@ -199,7 +207,8 @@ HEADERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tensors": (lambda f: write(f, {"__metadata__": {"format": "pt"}}, b""), "holds no tensors"),
     "a name twice": (lambda f: write(f, b'{"a": 1, "a": 2}', b""), "a name stands in it twice"),
     "a name with a line break": (damage(lambda h: h.update({"a\nb": h.pop(Q)})), r"'a\\nb' is no name"),
-    "a name with half a character": (damage(lambda h: h.update({"\ud800": h.pop(Q)})), r"'\\ud800' is no name"),
+    "a name with half a character": (damage(lambda h: h.update({"\ud800": h.pop(Q)})),
+        r"'\\ud800' is no name"),
     "an empty name": (damage(lambda h: h.update({"": h.pop(Q)})), "'' is no name"),
     "a long name": (damage(lambda h: h.update({"a" * 5000: h.pop(Q)})), "is no name"),
     "an entry that is a number": (damage(lambda h: h.update({Q: 3})), "has no dtype"),
@@ -214,7 +223,8 @@ HEADERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a nested shape": (damage(lambda h: h[Q].update(shape=[[32], 32])), "has a shape that is no list"),
     "a huge shape": (damage(lambda h: h[Q].update(shape=[2**62, 2**62])), "which is not its size"),
     "a wrong shape": (damage(lambda h: h[Q].update(shape=[32, 31])), "which is not its size"),
-    "a number of 5000 digits": (lambda f: write(f, b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}", b""), "broken header"),
+    "a number of 5000 digits": (lambda f: write(f,
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}", b""), "broken header"),
     "no offsets": (damage(lambda h: h[Q].pop("data_offsets")), r"no \[first, end\]"),
     "three offsets": (damage(lambda h: h[Q].update(data_offsets=[0, 1, 2])), r"no \[first, end\]"),
     "offsets backwards": (damage(lambda h: h[Q]["data_offsets"].reverse()), r"no \[first, end\]"),
@@ -222,8 +232,10 @@ HEADERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "with a hole": (damage(moved(16)), "starts at byte"),
     "outside the file": (damage(moved(10**9)), "starts at byte"),
     "a tensor left out": (damage(lambda h: h.pop(Q)), "starts at byte"),
-    "F8": (damage(lambda h: h[Q].update(dtype="F8_E4M3", shape=[32, 64])), "as 'F8_E4M3', which cannot be merged; dequantise"),
-    "I8": (damage(lambda h: h[Q].update(dtype="I8", shape=[32, 64])), "as 'I8', which cannot be merged; dequantise"),
+    "F8": (damage(lambda h: h[Q].update(dtype="F8_E4M3", shape=[32, 64])),
+        "as 'F8_E4M3', which cannot be merged; dequantise"),
+    "I8": (damage(lambda h: h[Q].update(dtype="I8", shape=[32, 64])),
+        "as 'I8', which cannot be merged; dequantise"),
 }  # fmt: skip
 
 
@@ -257,13 +269,21 @@ INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an empty map": (lambda d: d["weight_map"].clear(), "must hold a weight_map"),
     "a list": (lambda d: d.update(weight_map=[1]), "must hold a weight_map"),
     "a number for a file": (lambda d: d["weight_map"].update({Q: 1}), "must hold a weight_map"),
-    "a file outside": (lambda d: d["weight_map"].update({Q: "../model.safetensors"}), r"no \.safetensors file of its folder"),
-    "a file of the root": (lambda d: d["weight_map"].update({Q: "/etc/x.safetensors"}), r"no \.safetensors file of its folder"),
+    "a file outside": (lambda d: d["weight_map"].update({Q: "../model.safetensors"}),
+        r"no \.safetensors file of its folder"),
+    "a file of the root": (lambda d: d["weight_map"].update({Q: "/etc/x.safetensors"}),
+        r"no \.safetensors file of its folder"),
     "a pickle": (lambda d: d["weight_map"].update({Q: "model.bin"}), r"no \.safetensors file of its folder"),
-    "a name with a NUL": (lambda d: d["weight_map"].update({Q: "a\0.safetensors"}), r"no \.safetensors file of its folder"),
-    "half a character": (lambda d: d["weight_map"].update({Q: "\ud800.safetensors"}), r"no \.safetensors file of its folder"),
-    "a long name": (lambda d: d["weight_map"].update({Q: "a" * 4000 + ".safetensors"}), r"no \.safetensors file of its folder"),
-    "a tensor that is in no shard": (lambda d: d["weight_map"].update({"x\n": "model-00001-of-00002.safetensors"}), "holds the tensor 'x"),
+    "a name with a NUL": (lambda d: d["weight_map"].update({Q: "a\0.safetensors"}),
+        r"no \.safetensors file of its folder"),
+    "half a character": (lambda d: d["weight_map"].update({Q: "\ud800.safetensors"}),
+        r"no \.safetensors file of its folder"),
+    "a long name": (lambda d: d["weight_map"].update({Q: "a" * 4000 + ".safetensors"}),
+        r"no \.safetensors file of its folder"),
+    "a tensor that is in no shard": (
+        lambda d: d["weight_map"].update({"x\n": "model-00001-of-00002.safetensors"}),
+        "holds the tensor 'x",
+    ),
 }  # fmt: skip
 
 
@@ -386,8 +406,10 @@ CONFIGS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "nested": ({"num_hidden_layers": [[4]]}, r"got \[\[4\]\]"),
     "a list of a million": ({"num_hidden_layers": [4] * 10_000}, r"got \[4, 4"),
     "text_config": ({"text_config": [1]}, "text_config must be an object, got list"),
-    "quantised": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "dequantise the model first"),
-    "quantised text": ({"text_config": {"num_hidden_layers": 4, "quantization_config": {"bits": 4}}}, "dequantise the model first"),
+    "quantised": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "dequantise the model first"),
+    "quantised text": ({"text_config": {"num_hidden_layers": 4, "quantization_config": {"bits": 4}}},
+        "dequantise the model first"),
 }  # fmt: skip
 
 

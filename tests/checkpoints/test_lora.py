@@ -1,4 +1,6 @@
-"""LoRA adapters folded into a base, against float64 loops; what is refused; and references. peft is asked in test_lora_peft.py."""
+"""LoRA adapters folded into a base, against float64 loops; what is refused; and references. peft is asked in
+test_lora_peft.py.
+"""
 
 from __future__ import annotations
 
@@ -205,7 +207,9 @@ def gpt2(folder: Path, *, prefix: str = "transformer.", width: int = 8) -> Path:
 def test_weights_that_keep_inputs_first_are_changed_transposed(
     name: str, prefix: str, flag: bool, tmp_path: Path
 ) -> None:
-    """The square attn.c_proj too, whatever the adapter's fan_in_fan_out says; and for names without 'transformer.'."""
+    """The square attn.c_proj too, whatever the adapter's fan_in_fan_out says; and for names without
+    'transformer.'.
+    """
     base = Checkpoint(gpt2(tmp_path / "base", prefix=prefix))
     module = f"transformer.h.1.{name}"
     columns, rows = base.tensors[f"{prefix}h.1.{name}.weight"].shape
@@ -365,17 +369,22 @@ STRAY: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "magnitude": (pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": noise(32)}, "matches no tensor of base"),
     "A alone": ({f"{PREFIX}{Q}.lora_A.weight": noise(4, 32)}, "without its 'lora_B.weight'"),
     "B alone": ({f"{PREFIX}{Q}.lora_B.weight": noise(32, 4)}, "matches no tensor of base"),
-    "ranks differ": ({f"{PREFIX}{Q}.lora_A.weight": noise(4, 32), f"{PREFIX}{Q}.lora_B.weight": noise(32, 3)}, r"A \[4, 32\] and B \[32, 3\]"),
+    "ranks differ": ({f"{PREFIX}{Q}.lora_A.weight": noise(4, 32), f"{PREFIX}{Q}.lora_B.weight": noise(32, 3)},
+        r"A \[4, 32\] and B \[32, 3\]"),
     "wide": (pair(Q, shape=(32, 48)), r"is \[32, 32\]"),
     "vector": ({f"{PREFIX}{Q}.lora_A.weight": noise(4), f"{PREFIX}{Q}.lora_B.weight": noise(32)}, r"A \[4\]"),
     "norm": (pair("model.norm", shape=(32, 1)), r"is \[32\]"),
     "rank nought": (pair(Q, 0), r"A \[0, 32\]"),
-    "whole of another shape": ({f"{PREFIX}{HEAD}.weight": noise(65, 32)}, r"is \[65, 32\], 'lm_head.weight' of base .* is \[64, 32\]"),
+    "whole of another shape": ({f"{PREFIX}{HEAD}.weight": noise(65, 32)},
+        r"is \[65, 32\], 'lm_head.weight' of base .* is \[64, 32\]"),
     "embedding the other way": (
-        {f"{PREFIX}{EMBEDDING}.lora_embedding_A": noise(4, 32), f"{PREFIX}{EMBEDDING}.lora_embedding_B": noise(64, 4)}, r"A \[4, 32\]"
+        {f"{PREFIX}{EMBEDDING}.lora_embedding_A": noise(4, 32),
+            f"{PREFIX}{EMBEDDING}.lora_embedding_B": noise(64, 4)}, r"A \[4, 32\]"
     ),
-    "whole twice": ({f"{PREFIX}{HEAD}.weight": noise(64, 32), f"{PREFIX}{HEAD}.base_layer.weight": noise(64, 32)}, "has both"),
-    "one tensor by two names": (pair(Q) | pair(Q.removeprefix("model."), shape=(32, 32)), "changes 'model.layers.1.self_attn.q_proj.weight' twice"),
+    "whole twice": ({f"{PREFIX}{HEAD}.weight": noise(64, 32),
+        f"{PREFIX}{HEAD}.base_layer.weight": noise(64, 32)}, "has both"),
+    "one tensor by two names": (pair(Q) | pair(Q.removeprefix("model."), shape=(32, 32)),
+        "changes 'model.layers.1.self_attn.q_proj.weight' twice"),
     "integers": ({f"{PREFIX}{HEAD}.weight": torch.ones(64, 32, dtype=torch.int32)}, "as I32"),
 }  # fmt: skip
 

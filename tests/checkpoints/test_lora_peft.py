@@ -23,13 +23,16 @@ LLAMA: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
     "all-linear": {"target_modules": "all-linear", "r": 3, "lora_alpha": 5, "use_rslora": True},
     "patterns": {
-        "target_modules": ["q_proj", "up_proj", "down_proj"], "r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.*": 6},
+        "target_modules": ["q_proj", "up_proj", "down_proj"], "r": 4, "lora_alpha": 8,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.*": 6},
         "alpha_pattern": {"model.layers.2.self_attn.q_proj": 3, "up_proj": 1}, "use_rslora": True,
     },
     "outer": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 4, "lora_alpha": 8},
-    "saved": {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
+    "saved": {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 8,
+        "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
     "square-flag": {"target_modules": ["q_proj", "o_proj"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
-    "gaussian": {"target_modules": ["gate_proj"], "r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian", "layers_to_transform": [1, 3]},
+    "gaussian": {"target_modules": ["gate_proj"], "r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian",
+        "layers_to_transform": [1, 3]},
 }  # fmt: skip
 GPT2: dict[str, dict[str, Any]] = {
     "conv": {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
@@ -49,9 +52,11 @@ from mergekit.options import MergeOptions
 torch.set_num_threads(1)
 job = json.load(sys.stdin)
 torch.manual_seed(0)
-GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)).save_pretrained(job["gpt2"])
+GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2,
+    n_head=2)).save_pretrained(job["gpt2"])
 for base, adapter, merged, settings in job["cases"]:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **settings))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(len(adapter))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,7 +77,9 @@ def base(tiny32: dict[str, Path]) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def theirs(tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters made, saved, loaded and merged by peft, and a merge of mergekit's with two of them: one process for all."""
+    """Adapters made, saved, loaded and merged by peft, and a merge of mergekit's with two of them: one
+    process for all.
+    """
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         pytest.skip(f"there is no mergekit (and so no peft) in {ENVIRONMENT}; run scripts/make_mergekit_env")
@@ -101,7 +108,8 @@ def theirs(tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         "cache": str(root / "cache"),
     }
     done = subprocess.run(
-        [str(python), "-c", DRIVER], input=json.dumps(job), capture_output=True, text=True, timeout=280, check=False,
+        [str(python), "-c", DRIVER], input=json.dumps(job), capture_output=True, text=True, timeout=280,
+        check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

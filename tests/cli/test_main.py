@@ -481,7 +481,7 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     parents = {name: Checkpoint(zoo / name) for name in ("base", "math", "lang", "string")}
     with Store.open(small.root / "small" / "study.db") as store:
         recipe = store.recipe(store.study().outcome.best["recipe"])  # type: ignore[union-attr]
-    model = model_loading.load(parents["base"], "bfloat16")
+    model = model_loading.load_base(parents["base"], "bfloat16")
     merge.merge_into(recipe, parents, WeightMap(model, parents["base"].tensors))
     shipped = load_file(small.weights / "model.safetensors")
     inside = dict(model.named_parameters())

@@ -53,7 +53,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> list[A
 
 def make_model(folder: str = "math") -> Any:
     """In float32: in bfloat16 some CPUs give a row another value in another batch."""
-    return model_loading.load(Checkpoint(zoo_folder() / folder), "float32")
+    return model_loading.load_base(Checkpoint(zoo_folder() / folder), "float32")
 
 
 @pytest.fixture

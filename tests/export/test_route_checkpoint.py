@@ -18,10 +18,10 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateError, NothingToExport, SetupError
 from evomerge.evaluation import Evaluation, ItemScore
 from evomerge.export import candidate, open_route, reload_check, route_checkpoint
-from evomerge.merging import atomic_folder, checkpoint_writer, merge
-from evomerge.merging.model_loading import load
+from evomerge.merging import atomic_folder, checkpoint_writer, companion_files, merge, model_loading
+from evomerge.merging.model_loading import load_base
 from evomerge.merging.routing.decoder_layers import stack
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from evomerge.merging.weight_map import WeightMap
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.store import NewTrial, Store, StudyFacts
@@ -83,7 +83,9 @@ def test_the_folder_scales_the_hidden_state_that_enters_each_layer(kind: str, tm
         case = shipped_routes.case(opened, scaled)
         (tmp_path / str(scaled)).mkdir()
         route_checkpoint.write_into(case.routed, case.hops, tmp_path / str(scaled), case.donor)
-    shipped, plain = (reload_check.load(tmp_path / str(scaled), "float32").model for scaled in (True, False))
+    shipped, plain = (
+        model_loading.load_model(tmp_path / str(scaled), "float32").model for scaled in (True, False)
+    )
     asked = reload_check.questions(plain)
     for model in (shipped, plain):
         for norm in [m for m in model.modules() if "norm" in type(m).__name__.lower()]:
@@ -186,7 +188,7 @@ def test_a_damaged_folder_is_caught(case_: str, llama: Case, tmp_path: Path) -> 
 
 def test_what_fails_the_proof_leaves_no_folder(llama: Case, tmp_path: Path) -> None:
     """The live model computes something that its weights and config do not say."""
-    routed = Routed(llama.models["base"])
+    routed = RoutedModel(llama.models["base"])
     handle = routed.model.get_output_embeddings().register_forward_hook(
         lambda module, given, logits: logits * 1.01
     )  # type: ignore[operator]
@@ -205,7 +207,7 @@ def test_a_route_that_no_config_can_say_is_refused_with_the_reason(tmp_path: Pat
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24, decoder_sparse_step=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
-    routed = Routed(model)
+    routed = RoutedModel(model)
     with pytest.raises(NothingToExport, match=r"the route is no plain checkpoint: .*layer 1"):
         route_checkpoint.checkpoint(
             routed, [Hop(model, layer) for layer in (0, 0, 1, 1)], tmp_path / "out", tmp_path
@@ -240,8 +242,8 @@ def test_files_of_a_processor_and_a_chat_template_come_along(llama: Case, tmp_pa
     for name in names:
         (donor / name).write_text('{"from": "the donor"}')
     (donor / "model.safetensors").write_text("not copied")
-    with atomic_folder.whole(tmp_path / "out") as staging:
-        route_checkpoint.companions(donor, staging)
+    with atomic_folder.new_folder(tmp_path / "out") as staging:
+        companion_files.copy_companion_files(donor, staging)
     assert {file.name for file in (tmp_path / "out").iterdir()} == set(names)
 
 
@@ -383,6 +385,6 @@ def test_layers_in_place_of_a_model_with_other_types_compute_with_their_own(tmp_
     assert merged["layer_types"][0] == F
     own = files["base"].config["layer_types"]
     assert merged["layer_types"] == [F, *own[1:3], F]
-    skeleton = WeightMap(load(files["base"], "float32"), files["base"].tensors)
+    skeleton = WeightMap(load_base(files["base"], "float32"), files["base"].tensors)
     with pytest.raises(CandidateError, match="say other things of its layers than the base's"):
         merge.merge_into(recipe, files, skeleton)

@@ -16,8 +16,8 @@ import yaml
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import RecipeError, SetupError
 from evomerge.export import reload_check, route_checkpoint, route_mergekit
-from evomerge.merging import checkpoint_writer, model_loading
-from evomerge.merging.routing.routed_model import Hop, Routed, gains
+from evomerge.merging import checkpoint_writer, mergekit_check, model_loading
+from evomerge.merging.routing.routed_model import Hop, RoutedModel, gains
 from evomerge.recipes import Mix, Recipe, params
 from tests.support import parity_cases, shipped_routes
 from tests.support.shipped_routes import ROUTE, SIX, Case
@@ -73,7 +73,7 @@ def test_mergekit_makes_the_same_model(
     kind: str, scaled: bool, dtype: str, made: dict[tuple[str, bool, str], Made]
 ) -> None:
     found = made[kind, scaled, dtype]
-    loaded = reload_check.load(found.theirs, dtype)
+    loaded = model_loading.load_model(found.theirs, dtype)
     assert loaded.faults == ()
     apart = route_checkpoint.compare(
         found.answers, reload_check.answers(loaded.model, reload_check.questions(loaded.model))
@@ -171,7 +171,7 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
     )
     checkpoint_writer.write(merge, opened, into)
     files = {"merged": Checkpoint(into), "math": opened["math"]}
-    models = {name: model_loading.load(file, dtype) for name, file in files.items()}
+    models = {name: model_loading.load_base(file, dtype) for name, file in files.items()}
     route = [({"base": "merged"}.get(model, model), layer) for model, layer in ROUTE]
     outer = Mix("passthrough", (("merged", None),))
     layers = tuple(Mix("passthrough", (source,)) for source in route)
@@ -180,7 +180,7 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
     hops = tuple(
         Hop(models[m], layer, gain) for (m, layer), gain in zip(route, gains(scales, len(route)), strict=True)
     )
-    return Case(recipe, Routed(models["merged"]), hops, opened, models)
+    return Case(recipe, RoutedModel(models["merged"]), hops, opened, models)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,12 @@ def test_mergekit_that_fails_or_is_missing_is_an_error_that_says_so(tmp_path: Pa
     out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
     recipe.write_text("merge_method: passthrough\n")
     with pytest.raises(SetupError, match="make_mergekit_env"):
-        route_mergekit.run_mergekit(tmp_path, recipe, out)
+        mergekit_check.find_program(recipe, tmp_path)
     program = tmp_path / "env" / "bin" / "mergekit-yaml"
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\npwd >&2\necho "of frames: $1" >&2\nexit 1\n')
     program.chmod(0o755)
+    assert mergekit_check.find_program(recipe, tmp_path / "env") == program
     with pytest.raises(SetupError, match=r"mergekit failed on .*recipe.yaml: of frames: recipe.yaml"):
-        route_mergekit.run_mergekit(tmp_path / "env", recipe, out)
+        mergekit_check.run_mergekit(program, recipe, out, in_own_folder=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "recipe.yaml"]

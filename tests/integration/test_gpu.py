@@ -18,10 +18,10 @@ from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.evaluation import Items, ItemScore
 from evomerge.merging import checkpoint_writer, model_loading
 from evomerge.merging.live_model import ModelBuilder
-from evomerge.merging.model_loading import load
+from evomerge.merging.model_loading import load_base
 from evomerge.merging.parent_placement import Placement, place_parent
 from evomerge.merging.routing import decoder_layers, routed_model
-from evomerge.merging.routing.routed_model import Routed
+from evomerge.merging.routing.routed_model import RoutedModel
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.store import Store
@@ -61,7 +61,7 @@ def on_gpu(parents: dict[str, Parent], place: Placement) -> ModelBuilder:
         parents,
         kept,
         "base",
-        load(parents["base"], "bfloat16").cuda(),
+        load_base(parents["base"], "bfloat16").cuda(),
         "bfloat16",
         "cuda",
         MagnitudeTables(build=True),
@@ -85,8 +85,8 @@ def test_a_live_recipe_is_the_model_that_the_cpu_writes(
     live = on_gpu(parents, place)
     for number, recipe in enumerate([*RECIPES.values(), *map(merged, METHODS)]):
         checkpoint_writer.write(recipe, parents, tmp_path / str(number))
-        written = load(Checkpoint(tmp_path / str(number)), "bfloat16").state_dict()
-        view = live.view(recipe)
+        written = load_base(Checkpoint(tmp_path / str(number)), "bfloat16").state_dict()
+        view = live.build(recipe)
         view.install()
         found = view.module.state_dict()
         assert found.keys() == written.keys()
@@ -102,7 +102,7 @@ def test_a_route_computes_the_bits_of_a_physical_copy(name: str, dtype: torch.dt
     inputs = {key: tensor.cuda() for key, tensor in oracle.batch().items()}
     for gains in (None, routed_model.gains(oracle.SCALES[:7], 7)):
         hops = oracle.hops(models, oracle.MIXED, gains)
-        routed = Routed(models[0], models)
+        routed = RoutedModel(models[0], models)
         routed.install(hops)
         copied = oracle.copied(models[0], decoder_layers.stack(models[0])[0], hops).cuda()
         assert torch.equal(oracle.logits(routed.model, inputs), oracle.logits(copied, inputs))
@@ -126,7 +126,7 @@ def test_trained_weights_in_bfloat16_give_lm_evals_scores(tmp_path: Path) -> Non
     tasks, scores = equality_tasks.write(tmp_path / "tasks", count=4), equality_tasks.scores(SOME)
     checkpoint = Checkpoint(zoo_folder() / "math")
     model, tokenizer = (
-        model_loading.load(checkpoint, "bfloat16").cuda(),
+        model_loading.load_base(checkpoint, "bfloat16").cuda(),
         model_loading.load_tokenizer(checkpoint),
     )
     wanted = equality_oracle.theirs(model, tokenizer, tasks, scores)

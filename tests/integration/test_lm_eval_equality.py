@@ -141,7 +141,7 @@ def test_trained_weights_in_bfloat16_give_no_other_result(folder: Path) -> None:
     """Random weights have near ties at every token; trained ones do not."""
     checkpoint = Checkpoint(zoo_folder() / "math")
     model, tokenizer, scores = (
-        model_loading.load(checkpoint, "bfloat16"),
+        model_loading.load_base(checkpoint, "bfloat16"),
         model_loading.load_tokenizer(checkpoint),
         tasks.scores(SOME),
     )

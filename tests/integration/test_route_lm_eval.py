@@ -17,7 +17,7 @@ from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.export import route_checkpoint
 from evomerge.merging import model_loading
 from evomerge.merging.model_loading import load_tokenizer
-from evomerge.merging.routing.routed_model import Hop, Routed, gains
+from evomerge.merging.routing.routed_model import Hop, RoutedModel, gains
 from tests.support.equality_oracle import item_id
 from tests.support.toy import REPO, environment, zoo_folder
 
@@ -75,7 +75,7 @@ def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_score
 ) -> None:
     torch.set_num_threads(1)
     files = {name: Checkpoint(zoo_folder() / name) for name in ("math", "lang")}
-    models = {name: model_loading.load(file, dtype) for name, file in files.items()}
+    models = {name: model_loading.load_base(file, dtype) for name, file in files.items()}
     depth = files["math"].layout.num_layers
     route = [("math", i) for i in range(depth)]
     route.insert(depth // 2, ("lang", depth // 2))
@@ -83,7 +83,7 @@ def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_score
     hops = [
         Hop(models[m], layer, gain) for (m, layer), gain in zip(route, gains(scales, len(route)), strict=True)
     ]
-    routed = Routed(models["math"])
+    routed = RoutedModel(models["math"])
     route_checkpoint.checkpoint(routed, hops, tmp_path / "out", files["math"].path)
     metrics, responses = command_line(tmp_path / "out", dtype, tmp_path / "results")
 

@@ -20,7 +20,7 @@ from evomerge.launch import route_stages
 from evomerge.launch import stages as stages_module
 from evomerge.merging import checkpoint_writer
 from evomerge.merging.live_model import ModelBuilder
-from evomerge.merging.model_loading import load
+from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.search import Start
@@ -295,10 +295,10 @@ def test_a_small_step_from_a_route_is_a_small_change_of_its_weights(parents: dic
         at["b"][4],
     ]
     live = ModelBuilder(
-        parents, parents, "base", load(parents["base"], "float32"), "float32", "cpu", MagnitudeTables()
+        parents, parents, "base", load_base(parents["base"], "float32"), "float32", "cpu", MagnitudeTables()
     )
     unscaled = Recipe(recipe.base, recipe.layers, recipe.embeddings, recipe.head, out_dtype="float32")
-    view = live.view(unscaled)
+    view = live.build(unscaled)
     view.install()
     layers: Any = view.module.get_submodule("model.layers")
     for layer, expected in zip(layers, wanted, strict=True):

@@ -1,4 +1,6 @@
-"""A merge as a folder: streamed, in shards, refused before it begins; what lies beside the weights; parents with adapters, towers, other words."""
+"""A merge as a folder: streamed, in shards, refused before it begins; what lies beside the weights; parents
+with adapters, towers, other words.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def linear(base: Path | str, *models: Path | str, **more: Any) -> dict[str, Any]
 
 
 def header(file: Path) -> tuple[dict[str, Any], int]:
-    """(entries, bytes of data) of a safetensors file, by the format's own words: eight bytes of length, JSON, data."""
+    """(entries, bytes of data) of a safetensors file, by the format's own words: eight bytes of length, JSON,
+    data.
+    """
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     return json.loads(raw[8 : 8 + length]), len(raw) - 8 - length
@@ -146,7 +150,7 @@ def test_too_little_memory_is_said_before_anything_is_read_and_leaves_nothing(
 
 def test_enough_memory_is_that_of_the_largest_tensor(parents: Parents, tmp_path: Path) -> None:
     planned = merge.Merge(candidate("ties"), parents)
-    least = max(checkpoint_writer.need(planned, step) for step in planned.steps)
+    least = max(checkpoint_writer.peak_bytes(planned, step) for step in planned.steps)
     checkpoint_writer.write(candidate("ties"), parents, tmp_path / "out", memory=least)
     with pytest.raises(SetupError):
         checkpoint_writer.write(candidate("ties"), parents, tmp_path / "no", memory=least - 1)
@@ -478,8 +482,8 @@ def test_a_template_by_name_is_that_formats_and_by_text_is_the_text(
         assert load_model(tmp_path / name) is not None
     assert said["own"] == "[S][U][A]"
     assert (
-        said["chatml"]
-        == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        said["chatml"] == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n"
     )
     assert (
         speaks(tmp_path / "chatml", add_generation_prompt=True) == said["chatml"] + "<|im_start|>assistant\n"

@@ -1,4 +1,6 @@
-"""A recipe made live is the model that the same recipe writes to disk; parents are taken by reference; routes pass a gate first."""
+"""A recipe made live is the model that the same recipe writes to disk; parents are taken by reference; routes
+pass a gate first.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScre
 from evomerge.merging import checkpoint_writer
 from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.merge import Merge
-from evomerge.merging.model_loading import load
+from evomerge.merging.model_loading import load_base
 from evomerge.merging.routing.decoder_layers import stack
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Filtered, Mix, Recipe, params
@@ -43,7 +45,7 @@ def live(parents: dict[str, Parent]) -> ModelBuilder:
         parents,
         parents,
         "base",
-        load(parents["base"], "bfloat16"),
+        load_base(parents["base"], "bfloat16"),
         "bfloat16",
         "cpu",
         MagnitudeTables(build=True),
@@ -124,16 +126,16 @@ def test_a_live_recipe_is_the_model_on_disk(
     name: str, parents: dict[str, Parent], live: ModelBuilder, tmp_path: Path
 ) -> None:
     checkpoint_writer.write(RECIPES[name], parents, tmp_path / "written")
-    wanted = logits(load(Checkpoint(tmp_path / "written"), "bfloat16"))
+    wanted = logits(load_base(Checkpoint(tmp_path / "written"), "bfloat16"))
     for _ in range(2):
-        view = live.view(RECIPES[name])
+        view = live.build(RECIPES[name])
         view.install()
         assert torch.equal(logits(view.module), wanted)
-        live.view(merged())  # what the skeleton holds in between is another model
+        live.build(merged())  # what the skeleton holds in between is another model
 
 
 def test_layers_that_are_passed_through_are_the_parents_own(live: ModelBuilder) -> None:
-    view = live.view(RECIPES["repeats, skips, two parents"])
+    view = live.build(RECIPES["repeats, skips, two parents"])
     view.install()
     sources = {p.data_ptr() for name in ("a", "b") for p in live.model(name).parameters()}
     assert {p.data_ptr() for p in view.module.parameters()} <= sources
@@ -145,18 +147,18 @@ def test_layers_that_are_passed_through_are_the_parents_own(live: ModelBuilder) 
 
 
 def test_routes_of_one_kind_share_a_module_and_weight_merges_the_skeleton(live: ModelBuilder) -> None:
-    one, other = live.view(RECIPES["shorter"]), live.view(RECIPES["repeats, skips, two parents"])
+    one, other = live.build(RECIPES["shorter"]), live.build(RECIPES["repeats, skips, two parents"])
     assert one.module is other.module
-    assert live.view(merged()).module is not one.module
-    assert [h.layer for h in one.usual] == [0, 1, 2, 3, 4]
-    assert one.usual == other.usual
+    assert live.build(merged()).module is not one.module
+    assert [h.layer for h in one.reference_hops] == [0, 1, 2, 3, 4]
+    assert one.reference_hops == other.reference_hops
 
 
 def test_scales_change_a_route_and_ones_do_not(live: ModelBuilder) -> None:
     hops = (("a", 0), ("b", 1), ("a", 2))
     found = []
     for scales in ((), (1.0, 1.0, 1.0), (1.0, 0.5, 1.2)):
-        view = live.view(route(*hops, scales=scales))
+        view = live.build(route(*hops, scales=scales))
         view.install()
         found.append(logits(view.module))
     assert torch.equal(found[0], found[1])
@@ -168,11 +170,13 @@ def test_scales_are_not_dropped_where_they_cannot_be_written(parents: dict[str, 
         Merge(route(("a", 0), ("b", 1), scales=(1.0, 0.5)), parents)
 
 
-# ---- in a worker ---------------------------------------------------------------------------------------------------------
+# ---- in a worker
 
 
 class Watching:
-    """Scores a model by one logit, and remembers which layers the module had when it was made ready and when it was scored."""
+    """Scores a model by one logit, and remembers which layers the module had when it was made ready and when
+    it was scored.
+    """
 
     def __init__(self) -> None:
         self.prepared: list[list[int]] = []
@@ -242,13 +246,13 @@ def test_a_route_that_the_gate_keeps_out_is_not_scored_and_says_how_bad_it_is(
 
 
 def installed(worker: Worker, recipe: Recipe) -> nn.Module:
-    view = worker.builder.view(recipe)
+    view = worker.builder.build(recipe)
     view.install()
     return view.module
 
 
 def test_nats_are_those_of_the_tokens_that_count(parents: dict[str, Parent]) -> None:
-    model = load(parents["a"], "float32")
+    model = load_base(parents["a"], "float32")
     some: Sequence[ScreenText] = (*rows(), ScreenText((3, 4), 1))
     total, count = 0.0, 0
     for row in some:  # token by token
@@ -273,7 +277,7 @@ def test_rows_hold_the_answers_and_as_many_tokens_as_asked() -> None:
 
 
 def test_logits_that_are_not_finite_do_not_pass(parents: dict[str, Parent]) -> None:
-    model = load(parents["a"], "float32")
+    model = load_base(parents["a"], "float32")
     with torch.no_grad():
         stack(model)[1][2].get_parameter("mlp.down_proj.weight")[0, 0] = float("nan")
     assert perplexity_screen.nats_per_token(model, rows()) == float("inf")

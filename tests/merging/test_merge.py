@@ -123,7 +123,9 @@ def test_what_a_search_scores_with_tables_is_what_is_shipped_without(method, par
     "method", [m for m in METHODS if m != "model_stock"]
 )  # which takes short task vectors for unrelated ones
 def test_policies_differ_by_rounding_alone_or_by_a_fault_that_is_written_down(method, parents):
-    """In float32 from float32 inputs both policies mean the same sum, but for the order of operations and mergekit's faults."""
+    """In float32 from float32 inputs both policies mean the same sum, but for the order of operations and
+    mergekit's faults.
+    """
     recipe = candidate(method, out_dtype="float32")
     ours, theirs = (
         dict(merge.merged_tensors(r, parents)) for r in (recipe, replace(recipe, policy="mergekit"))
@@ -368,7 +370,8 @@ def test_another_depth_and_a_type_for_each_layer_agree_or_are_refused(tiny, tmp_
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"merge_method: passthrough\nslices:\n"
-        f"- sources: [{{model: {tmp_path / 'math'}, layer_range: [0, 4]}}]\n- sources: [{{model: {tmp_path / 'math'}, layer_range: [2, 4]}}]\n"
+        f"- sources: [{{model: {tmp_path / 'math'}, layer_range: [0, 4]}}]\n- sources: [{{model: "
+        f"{tmp_path / 'math'}, layer_range: [2, 4]}}]\n"
     )
     try:
         merge_recipe_file(file, tmp_path / "out")
@@ -569,7 +572,8 @@ def test_a_vocabulary_of_another_size_is_an_error_of_ours(method, rows, tiny, tm
     other = tiny["base"] if method != "linear" else tiny["code"]
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"merge_method: {method}\nbase_model: {other}\nmodels: [{{model: {other}}}, {{model: {odd}}}]\nparameters: {{{number}}}\n"
+        f"merge_method: {method}\nbase_model: {other}\nmodels: [{{model: {other}}}, {{model: "
+        f"{odd}}}]\nparameters: {{{number}}}\n"
     )
     with pytest.raises(EvomergeError, match=r"model\.embed_tokens\.weight"):
         merge_recipe_file(file, tmp_path / "out")
@@ -582,7 +586,8 @@ def test_a_tensor_that_a_parent_lacks_is_an_error_of_ours(tiny, tmp_path):
     for models in ([tiny["code"], odd], [odd, tiny["code"]]):
         listed = ", ".join(f"{{model: {m}}}" for m in models)
         file.write_text(
-            f"merge_method: linear\nbase_model: {tiny['code']}\nmodels: [{listed}]\nparameters: {{weight: 0.5}}\n"
+            f"merge_method: linear\nbase_model: {tiny['code']}\nmodels: [{listed}]\nparameters: {{weight: "
+            f"0.5}}\n"
         )
         with pytest.raises(EvomergeError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
             merge_recipe_file(file, tmp_path / "out")

@@ -1,4 +1,6 @@
-"""mergekit as a witness, and the options of the verb merge: one clear line for whatever is wrong, before anything is merged."""
+"""mergekit as a witness, and the options of the verb merge: one clear line for whatever is wrong, before
+anything is merged.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.support.toy import REPO, in_process
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
 UP, HEAD = "model.layers.2.mlp.up_proj.weight", "lm_head.weight"
-SIZE = 35_104  # elements of a tiny model, counted by hand: 2 * 64 * 32 + 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+# elements of a tiny model, counted by hand:
+# 2 * 64 * 32 + 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+SIZE = 35_104
 
 
 @pytest.fixture
@@ -158,7 +162,8 @@ def test_a_warning_goes_to_standard_error_and_the_merge_goes_on(
 def mergekit(monkeypatch: pytest.MonkeyPatch) -> Path:
     if not (ENVIRONMENT / "bin" / "mergekit-yaml").is_file():
         pytest.skip(
-            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to where it made one)"
+            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point "
+            "EVOMERGE_MERGEKIT_ENV to where it made one)"
         )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return ENVIRONMENT

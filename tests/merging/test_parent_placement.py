@@ -1,4 +1,4 @@
-"""Where parents are kept: the rule on made-up machines, and that a parent kept elsewhere is the same parent."""
+"""Where parents are kept: the rule on made-up machines, and a parent kept elsewhere is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is put by its name on disk lands where transformers' own loader puts it, bit for bit, in every architecture."""
+"""What is put by its name on disk lands where transformers' own loader puts it, bit for bit, in every
+architecture.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.checkpoints.tensor_names import find_towers
 from evomerge.errors import CheckpointError
-from evomerge.merging import weight_map as room
+from evomerge.merging import observed_rearrangement
 from evomerge.merging.weight_map import WeightMap
 from tests.support import architectures
 
@@ -90,7 +92,7 @@ def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_law(kind: str, own: Folder, other: Folder) -> None:
-    """A model loaded from `own`, into which every tensor of `other` is put, is the model loaded from `other`."""
+    """A model from `own`, into which every tensor of `other` is put, is the model from `other`."""
     model, wanted = loaded(own, kind), bits(loaded(other, kind))
     objects = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     assert not all(torch.equal(tensor, wanted[name]) for name, tensor in bits(model).items())
@@ -297,14 +299,16 @@ OTHERS = {
 @pytest.mark.parametrize("bits_a_pass", [31, 3])
 @pytest.mark.parametrize("name", REARRANGEMENTS)
 def test_a_rearrangement_is_observed(monkeypatch: pytest.MonkeyPatch, name: str, bits_a_pass: int) -> None:
-    monkeypatch.setattr(room, "_DIGIT", bits_a_pass)
+    monkeypatch.setattr(observed_rearrangement, "_DIGIT", bits_a_pass)
     rearrange, sources = REARRANGEMENTS[name], [torch.randn(4, 6), torch.randn(4, 6)]
     wanted = rearrange(*sources)
-    learned = room._observe(lambda tensors: rearrange(*tensors), [(4, 6), (4, 6)], list(wanted))
+    learned = observed_rearrangement.observe(
+        lambda tensors: rearrange(*tensors), [(4, 6), (4, 6)], list(wanted)
+    )
     assert learned is not None
     filled = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted.values()]
-    for source, (number, strides, offset) in zip(sources, learned, strict=True):
-        filled[number].as_strided((4, 6), strides, offset).copy_(source)
+    for source, part in zip(sources, learned, strict=True):
+        filled[part.target].as_strided((4, 6), part.strides, part.offset).copy_(source)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(filled, wanted.values(), strict=True))
 
 
@@ -312,7 +316,9 @@ def test_a_rearrangement_is_observed(monkeypatch: pytest.MonkeyPatch, name: str,
 def test_what_is_no_rearrangement_by_strides_is_refused(name: str) -> None:
     rearrange = OTHERS[name]
     targets = list(rearrange(torch.zeros(4, 6), torch.zeros(4, 6)))
-    assert room._observe(lambda tensors: rearrange(*tensors), [(4, 6), (4, 6)], targets) is None
+    assert (
+        observed_rearrangement.observe(lambda tensors: rearrange(*tensors), [(4, 6), (4, 6)], targets) is None
+    )
 
 
 def test_an_architecture_that_mixes_tensors_is_refused(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +358,9 @@ def test_one_tensor_that_becomes_several(zoo: Any, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("kind", architectures.KINDS)
 def test_the_language_tower_is_found_among_the_names(zoo: Any, kind: str) -> None:
-    """Against the model itself: the language tower's layers, and the modules that are not the language model's."""
+    """Against the model itself: the language tower's layers, and the modules that are not the language
+    model's.
+    """
     folder, model = zoo(kind), loaded(zoo(kind), kind)
     found = find_towers(folder.shapes, folder.config)
     assert found is not None
@@ -366,7 +374,7 @@ def test_the_language_tower_is_found_among_the_names(zoo: Any, kind: str) -> Non
     in_stack = {id(p) for p in layers.state_dict(keep_vars=True).values()}
     for name in folder.tensors:
         if name not in resident.ignored:
-            slot = id(resident._slots[resident._places[name].slot])
+            slot = id(resident._parameters[resident._places[name].parameter])
             assert name.startswith(found.stack + ".") == (slot in in_stack), name
             assert (name in found.others) == (slot not in own), name
     assert bool(found.others) == (kind in architectures.VISION)

@@ -1,4 +1,4 @@
-"""Tiny models of many architectures for tests: a base and three fine-tunes each, on disk as the hub has them."""
+"""Tiny models of many architectures for tests: a base and three fine-tunes each, on disk as on the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def build(
     seed: int = 0,
     shards: str = "",
 ) -> dict[str, Path]:
-    """Saves a base and its fine-tunes under a folder; model name -> its folder. The same arguments give the same bits.
+    """Saves a base and its fine-tunes under a folder; model name -> its folder. The same arguments give the
+    same bits.
 
     shards: the most that one file holds, such as '20KB'; empty: one file a model.
     """
@@ -171,7 +172,8 @@ def _floats(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 def _as_on_the_hub(path: Path, kind: str) -> None:
     """What the hub's older repositories have and save_pretrained does not write.
 
-    GPT-2: causal masks, no 'transformer.' prefix; GPT-NeoX: masks and rotary buffers; LLaVA, Gemma 3: one more level in the vision tower.
+    GPT-2: causal masks, no 'transformer.' prefix; GPT-NeoX: masks and rotary buffers; LLaVA, Gemma 3: one
+    more level in the vision tower.
     """
     from safetensors.torch import load_file, save_file
 

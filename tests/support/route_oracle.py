@@ -1,4 +1,6 @@
-"""What a route must compute: physically copied models, hidden states really scaled, generation without a cache."""
+"""What a route must compute: physically copied models, hidden states really scaled, generation without a
+cache.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def hops(
 
 
 def copied(shell: nn.Module, path: str, route: Sequence[Hop], config: Any = None) -> nn.Module:
-    """A model of its own with copies of the route's weights, gains folded in, as a checkpoint would hold them. path: of the stack."""
+    """A model of its own with copies of the route's weights, gains folded in, as a checkpoint would hold
+    them. path: of the stack.
+    """
     config = copy.deepcopy(routed_config(shell, route) if config is None else config)
     made = type(shell)._from_config(config, attn_implementation=shell.config._attn_implementation)
     made = made.to(next(shell.parameters()).dtype).eval()

@@ -10,7 +10,7 @@ from torch import nn
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging import model_loading
-from evomerge.merging.routing.routed_model import Hop, Routed, gains
+from evomerge.merging.routing.routed_model import Hop, RoutedModel, gains
 from evomerge.recipes import Mix, Recipe
 from tests.support import architectures, text_architectures
 
@@ -31,7 +31,7 @@ class Case:
     """A route and the models that it is over. files: the models' folders; models: the same, live."""
 
     recipe: Recipe
-    routed: Routed
+    routed: RoutedModel
     hops: tuple[Hop, ...]
     files: dict[str, Checkpoint]
     models: dict[str, nn.Module]
@@ -60,12 +60,12 @@ def files(folder: Path, kind: str, dtype: str) -> dict[str, Checkpoint]:
 
 
 def case(opened: dict[str, Checkpoint], scaled: bool = True, dtype: str = "float32") -> Case:
-    models = {name: model_loading.load(file, dtype) for name, file in opened.items()}
+    models = {name: model_loading.load_base(file, dtype) for name, file in opened.items()}
     asked = recipe(scaled, dtype)
     hops = tuple(
         Hop(models[m], layer, gain)
         for (m, layer), gain in zip(ROUTE, gains(asked.scales, len(ROUTE)), strict=True)
     )
-    routed = Routed(models["base"])
+    routed = RoutedModel(models["base"])
     routed.install(hops)
     return Case(asked, routed, hops, opened, models)

@@ -1,7 +1,8 @@
-"""Tiny random text models of many architectures, built from transformers' own configs, and a tokenizer for all of them.
+"""Tiny random text models of many architectures, built from transformers' own configs, and a tokenizer for
+all of them.
 
-Weights are random and of effect: logits move by nats when a token does, norms and biases are not trivial. Windows are 6 and
-chunks 16 tokens long, so that ordinary prompts exceed them. Knows nothing of evomerge.
+Weights are random and of effect: logits move by nats when a token does, norms and biases are not trivial.
+Windows are 6 and chunks 16 tokens long, so that ordinary prompts exceed them. Knows nothing of evomerge.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import nn
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, MAX_LENGTH = 128, 32, 64, 4, 256
 PAD, BOS, EOS, WINDOW, CHUNK = 0, 1, 2, 6, 16
 _MERGES = (
-    "t h", "Ġ t", "h e", "i n", "e r", "Ġ a", "o n", "r e", "Ġt he", "Ġ s", "Ġ b", "o r", "a n", "e n", "Ġ 1", "Ġ 2", "Ċ Ċ", "Ċ Q", "Ġ A", "Q :",
+    "t h", "Ġ t", "h e", "i n", "e r", "Ġ a", "o n", "r e", "Ġt he", "Ġ s", "Ġ b", "o r", "a n", "e n", "Ġ 1",
+    "Ġ 2", "Ċ Ċ", "Ċ Q", "Ġ A", "Q :",
     "A :", ". Ċ", "y Ċ",
 )  # fmt: skip
-_BYTES = "Ã©¼âĤ¬"  # parts of é, ü and the euro sign in the alphabet of byte-level BPE, so that decoding may end within a letter
+# parts of é, ü and the euro sign in the alphabet of byte-level BPE, so that decoding may end within a letter
+_BYTES = "Ã©¼âĤ¬"
 _CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}"
-    "{% if not (loop.last and continue_final_message) %}\n[/]\n{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    "{% if not (loop.last and continue_final_message) %}\n[/]\n{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}[assistant]\n{% endif %}"
 )
 _IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -117,23 +121,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nanochat": _DENSE,
     "opt": {**_DENSE, "ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN},
     "xglm": {
-        **_IDS, "vocab_size": VOCABULARY, "d_model": HIDDEN, "ffn_dim": 64, "num_layers": LAYERS, "attention_heads": 4,
+        **_IDS, "vocab_size": VOCABULARY, "d_model": HIDDEN, "ffn_dim": 64, "num_layers": LAYERS,
+        "attention_heads": 4,
         "max_position_embeddings": MAX_LENGTH,
     },
     "falcon": {**_WHOLE, "multi_query": True},
     # ALiBi
     "bloom": {**_IDS, "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4},
     "falcon_alibi": {**_WHOLE, "model_type": "falcon", "alibi": True, "multi_query": False},
-    "mpt": {**_IDS, "vocab_size": VOCABULARY, "d_model": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": MAX_LENGTH},
+    "mpt": {**_IDS, "vocab_size": VOCABULARY, "d_model": HIDDEN, "n_layers": LAYERS, "n_heads": 4,
+        "max_seq_len": MAX_LENGTH},
     # windows and chunks
     "mistral": {**_DENSE, "sliding_window": WINDOW},
     "ministral": {**_DENSE, "sliding_window": WINDOW, "layer_types": _SLIDING},
-    "qwen2_swa": {**_DENSE, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen2_swa": {**_DENSE, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": WINDOW,
+        "max_window_layers": 2},
     "gemma2": {**_DENSE, "sliding_window": WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**_DENSE, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
     "gemma3n_text": {
-        **_DENSE, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2,
+        **_DENSE, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+        "altup_num_inputs": 2,
     },
     "vaultgemma": {**_DENSE, "sliding_window": WINDOW, "query_pre_attn_scalar": 8},
     "cohere2": {**_DENSE, "sliding_window": WINDOW, "logit_scale": 1.0},
@@ -142,11 +151,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3_swa": {**_DENSE, "model_type": "phi3", "sliding_window": WINDOW},
     "gpt_oss": {**_DENSE, **_EXPERTS, "sliding_window": WINDOW},
     "gpt_neo": {
-        **_IDS, "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4, "intermediate_size": 64,
-        "window_size": WINDOW, "attention_types": [[["global", "local"], 2]], "max_position_embeddings": MAX_LENGTH,
+        **_IDS, "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4,
+        "intermediate_size": 64,
+        "window_size": WINDOW, "attention_types": [[["global", "local"], 2]],
+        "max_position_embeddings": MAX_LENGTH,
     },
     "llama4_chunk": {
-        **_DENSE, "model_type": "llama4_text", "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1,
+        **_DENSE, "model_type": "llama4_text", "intermediate_size_mlp": 64, "num_local_experts": 4,
+        "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 2, "attention_chunk_size": CHUNK,
     },
     # mixtures of experts
@@ -159,37 +171,48 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_EQUAL, **_LATENT, **_ROUTED, "n_group": 2, "topk_group": 1},
     "glm4_moe": {**_DENSE, **_ROUTED},
     "dots1": {**_DENSE, **_ROUTED},
-    "ernie4_5_moe": {**_DENSE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    "ernie4_5_moe": {**_DENSE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 1},
     "hunyuan_v1_moe": {**_DENSE, **_EXPERTS, "moe_topk": 2},
     "llama4_text": {
-        **_DENSE, "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+        **_DENSE, "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
     },
     # states: recurrent and hybrid
     "mamba": {**_SIZES, "state_size": 8, "time_step_rank": 4},
     "falcon_mamba": {**_SIZES, "state_size": 8, "time_step_rank": 4},
-    "mamba2": {**_SIZES, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
+    "mamba2": {**_SIZES, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2,
+        "chunk_size": 8},
     "rwkv": {**_SIZES, "attention_hidden_size": HIDDEN, "context_length": MAX_LENGTH},
     "jamba": {
-        **_DENSE, **_EXPERTS, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+        **_DENSE, **_EXPERTS, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2,
+        "attn_layer_offset": 1, "use_mamba_kernels": False,
     },
-    "recurrent_gemma": {**_DENSE, "lru_width": HIDDEN, "attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {**_DENSE, "lru_width": HIDDEN, "attention_window_size": WINDOW,
+        "block_types": ["recurrent", "attention"]},
     "bamba": {**_DENSE, **_SSD, "attn_layer_indices": [1, 3]},
     "falcon_h1": {**_DENSE, **_SSD, "mamba_d_ssm": 64},
     "granitemoehybrid": {
-        **_DENSE, **_SSD, **_EXPERTS, "shared_intermediate_size": 32, "layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "rope",
+        **_DENSE, **_SSD, **_EXPERTS, "shared_intermediate_size": 32,
+        "layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "rope",
     },
     "nemotron_h": {
-        **_DENSE, "layers_block_type": ["mamba", "attention", "mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8,
+        **_DENSE, "layers_block_type": ["mamba", "attention", "mamba", "attention"], "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
         "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8, "use_mamba_kernels": False,
     },
     "zamba2": {
-        **_EQUAL, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "chunk_size": 8, "mamba_expand": 2,
-        "attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+        **_EQUAL, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8,
+        "chunk_size": 8, "mamba_expand": 2,
+        "attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
         "num_mem_blocks": 1, "use_mamba_kernels": False,
     },
-    "qwen3_next": {**_DENSE, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32, "layer_types": _HYBRID},
+    "qwen3_next": {**_DENSE, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32,
+        "layer_types": _HYBRID},
     "qwen3_5_text": {**_DENSE, **_DELTA, "layer_types": _HYBRID},
-    "qwen3_5_moe_text": {**_DENSE, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32, "layer_types": _HYBRID},
+    "qwen3_5_moe_text": {**_DENSE, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32,
+        "layer_types": _HYBRID},
     "olmo_hybrid": {**_DENSE, **_DELTA, "layer_types": _HYBRID},
     "lfm2": {**_DENSE, "layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {**_DENSE, **_EXPERTS, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
@@ -198,7 +221,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A random model in evaluation mode; the same arguments give the same weights. Raises KeyError for an unknown name."""
+    """A random model in evaluation mode; the same arguments give the same weights. Raises KeyError for an
+    unknown name.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -223,7 +248,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
 
 
 def tokenizer(*, bos: bool = False) -> Any:
-    """A byte-level tokenizer of VOCABULARY tokens with a chat template. bos: whether encoding begins with the BOS token by itself."""
+    """A byte-level tokenizer of VOCABULARY tokens with a chat template. bos: whether encoding begins with the
+    BOS token by itself.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -25,7 +25,7 @@ from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.launch.prepare import prepare_study
 from evomerge.launch.search_request import SearchRequest
 from evomerge.merging import merge
-from evomerge.merging.model_loading import load, load_tokenizer
+from evomerge.merging.model_loading import load_base, load_tokenizer
 from evomerge.methods import METHODS, Method, Param
 from evomerge.recipes import Filtered, Mix, Recipe, params
 from evomerge.store import Store
@@ -385,7 +385,7 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "no_such_architecture"}))
     with pytest.raises(SetupError, match="strange"):
-        load(Checkpoint(folder), "bfloat16")
+        load_base(Checkpoint(folder), "bfloat16")
     with pytest.raises(SetupError, match=r"tokenizer of .*plain"):
         load_tokenizer(Checkpoint(llama(tmp_path / "plain", 0)))
 

@@ -10,215 +10,257 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import FoldError, RouteError
+from evomerge.merging.refusals import REFUSALS
 from evomerge.merging.routing import scale_folding
-from evomerge.merging.routing.decoder_layers import calls, sample
-from evomerge.merging.routing.decoder_layers import stack as stack
-from evomerge.merging.routing.layer_config import Source, source
-from evomerge.merging.routing.layer_config import signature as signature
-from evomerge.merging.routing.routed_model import REFUSALS, SCALED, Hop, Routed, gains
+from evomerge.merging.routing.decoder_layers import calls, sample, stack
+from evomerge.merging.routing.layer_source import LayerSource, layer_source
+from evomerge.merging.routing.routed_model import Hop, RoutedModel, gains
 
+SCALED = 5e-4
+"""Largest accepted difference between gains in a model's weights and scaled hidden states, of the logits'
+deviation.
+"""
 _ROUNDINGS = 64  # of a type with few bits that may add up to such a difference
 _DRAWS = 3  # of scales
 _LONG = 8  # hops of the route that is tried, at least
 
 
 def check_routable(models: Mapping[str, nn.Module], base: str) -> None:
-    """Raises RouteError, naming the model and what differs, unless layers of the models can be stacked into the base's shell.
+    """Checks by structure that layers of several models can be stacked into the base's shell.
 
-    Their stacks must be owned by the same class, be as wide, and rotate positions and compute attention alike: rotary
-    embeddings belong to the stack, and a layer carries only its own weights.
+    Their stacks must be owned by the same class, be as wide, and rotate positions and compute attention
+    alike: rotary embeddings belong to the stack, and a layer carries only its own weights.
+
+    Args:
+        models: Name -> live model, the base among them.
+        base: Name of the base.
+
+    Raises:
+        RouteError: Something differs; names the model and what it is.
     """
-    shell = source(models[base])
+    shell = layer_source(models[base])
+    expected = _structure(shell)
     for name, model in models.items():
-        for what, own, expected in zip(_WHAT, _kind(source(model)), _kind(shell), strict=True):
-            if own != expected:
+        for what, value in _structure(layer_source(model)).items():
+            if value != expected[what]:
                 raise RouteError(
-                    f"{what} of '{name}' is {own}, of '{base}' {expected}; their layers cannot be stacked, leave '{name}' out"
+                    f"{what} of '{name}' is {value}, of '{base}' {expected[what]}; their layers cannot be "
+                    f"stacked, leave '{name}' out"
                 )
     for name, model in models.items():
-        _check_rotary(name, source(model), base, shell)
+        _check_rotary(name, layer_source(model), base, shell)
 
 
-def routable_by_numbers(model: nn.Module) -> None:
-    """Raises RouteError unless a route of a model's own layers gives its own logits, bit for bit, and a route with repeats
-    generates with a cache what it does without one and leaves the model as it was. A few forwards of 12 tokens."""
+def check_routable_numerically(model: nn.Module) -> None:
+    """Checks by numbers that a model's layers can be routed; takes a few forwards of 12 tokens.
+
+    A route of its own layers must give its own logits, bit for bit, and a route with repeats must generate
+    with a cache what it does without one and leave the model as it was.
+
+    Args:
+        model: A live transformers model.
+
+    Raises:
+        RouteError: The model fails; says how.
+    """
     try:
-        reason = _by_numbers(model)
+        reason = _routing_fault(model)
     except REFUSALS as error:
-        reason = (
-            f"with repeated layers does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        )
+        first_line = str(error).partition("\n")[0]
+        reason = f"with repeated layers does not run: {type(error).__name__}: {first_line}"
     if reason:
         raise RouteError(f"{type(model).__name__} {reason}; it cannot be routed")
 
 
 def check_scalable(model: nn.Module) -> None:
-    """Raises FoldError unless gains do what scaled hidden states do: in each layer, see `folding.check_scalable`, and in the logits of the
-    model with seven random scales in [0.4, 1.5]. Norms whose epsilon is not small beside a scaled hidden state fail there."""
+    """Checks by numbers that gains do what scaled hidden states do.
+
+    In each layer, see `scale_folding.check_scalable`, and in the logits of the model with seven random scales
+    in [0.4, 1.5]. Norms whose epsilon is not small beside a scaled hidden state fail there.
+
+    Args:
+        model: A live transformers model.
+
+    Raises:
+        FoldError: The model fails; says how.
+    """
     scale_folding.check_scalable(model)
     try:
         error = _scaled_error(model)
-    except REFUSALS as raised:
+    except REFUSALS as refusal:
         raise FoldError(
-            f"{type(model).__name__} with scaled hidden states does not run: {type(raised).__name__}: {raised}"
-        ) from raised
-    most = max(SCALED, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
-    if not error <= most:
+            f"{type(model).__name__} with scaled hidden states does not run: {type(refusal).__name__}: "
+            f"{refusal}"
+        ) from refusal
+    limit = max(SCALED, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
+    if not error <= limit:
         raise FoldError(
-            f"{type(model).__name__}: gains in its weights and scaled hidden states differ by {error:.1e} of the logits' deviation, at most "
-            f"{most:.0e} is exact, the epsilon of its norms is not small beside them; scales are not possible, set `scales: none`"
+            f"{type(model).__name__}: gains in its weights and scaled hidden states differ by {error:.1e} of "
+            f"the logits' deviation, at most {limit:.0e} is exact, the epsilon of its norms is not small "
+            "beside them; scales are not possible, set `scales: none`"
         )
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------------
+def _structure(source: LayerSource) -> dict[str, Any]:
+    """What has to be equal in the models of a route, under the words of the message."""
+    return {
+        "the class of the stack": type(source.owner).__name__,
+        "the attention implementation": source.text._attn_implementation,
+        "the width": source.text.hidden_size,
+    }
 
-_WHAT = ("the class of the stack", "the attention implementation", "the width")
 
-
-def _by_numbers(model: nn.Module) -> str | None:
-    """What a routed model does wrong."""
+def _routing_fault(model: nn.Module) -> str | None:
+    """What a routed model does wrong, None for nothing."""
     depth = len(stack(model)[1])
-    routed = Routed(model)
+    routed = RoutedModel(model)
     tokens = sample(model)
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    own, found = _logits(model, tokens, mask), _logits(routed.model, tokens, mask)
-    if not torch.equal(own, found):
-        error = float((own - found).abs().max() / own.float().std())
+    own, through_route = _logits(model, tokens, mask), _logits(routed.model, tokens, mask)
+    if not torch.equal(own, through_route):
+        error = float((own - through_route).abs().max() / own.float().std())
         return f"routed through its own layers differs from itself by {error:.1e} of its logits' deviation"
-    expected = _cache_error(model, tokens[1:])
+    unrouted_error = _cache_error(model, tokens[1:])
     longer = [*range(depth), depth - 1, 0]
     longer += [i % depth for i in range(_LONG - len(longer))]
     routed.install([Hop(model, i) for i in longer])
     error = _cache_error(routed.model, tokens[1:])
-    if not error <= 10 * expected + 1e-3:
-        return f"with repeated layers generates other logits with its cache than without, by {error:.1e} of their deviation ({expected:.1e} as it is)"
-    if (broken := _broken(routed.model, tokens)) is not None:
-        return f"changes the hidden state between layers {broken} and {broken + 1} of a route"
+    if not error <= 10 * unrouted_error + 1e-3:
+        return (
+            f"with repeated layers generates other logits with its cache than without, by {error:.1e} of "
+            f"their deviation ({unrouted_error:.1e} as it is)"
+        )
+    changed = _changed_between_layers(routed.model, tokens)
+    if changed is not None:
+        return f"changes the hidden state between layers {changed} and {changed + 1} of a route"
     if not torch.equal(own, _logits(model, tokens, mask)):
         return "is changed by a route through its layers: it writes to its weights in a forward"
     return None
 
 
-def _broken(model: nn.Module, tokens: Tensor) -> int | None:
-    """The first layer whose output is not what the next one reads."""
-    left: list[Tensor] = []
+def _changed_between_layers(model: nn.Module, tokens: Tensor) -> int | None:
+    """The first layer whose output is not what the next one reads, None if there is none."""
+    outputs: list[Tensor] = []
 
-    def note(module: nn.Module, read: Any, out: Any) -> None:
-        left.append(out[0] if isinstance(out, (tuple, list)) else out)
+    def note(module: nn.Module, arguments: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
 
     handles = [layer.register_forward_hook(note) for layer in stack(model)[1]]
     entered = [call.hidden for call in calls(model, tokens)[1:]]
     for handle in handles:
         handle.remove()
-    return next(
-        (i for i, (out, read) in enumerate(zip(left, entered, strict=False)) if not torch.equal(out, read)),
-        None,
-    )
+    for i, (output, hidden) in enumerate(zip(outputs, entered, strict=False)):
+        if not torch.equal(output, hidden):
+            return i
+    return None
 
 
 def _scaled_error(model: nn.Module) -> float:
-    """Largest difference of the logits between gains in the weights and scaled hidden states, of their deviation."""
+    """Largest difference of logits between gains in weights and scaled hidden states, of their deviation."""
     tokens, depth = sample(model), len(stack(model)[1])
     mask, random = torch.ones_like(tokens), torch.Generator().manual_seed(0)
     layers = [*range(depth), *(i % depth for i in range(_LONG - depth))]
-    routed, worst = Routed(model), 0.0
+    routed, worst = RoutedModel(model), 0.0
     for _ in range(_DRAWS):
         scales = [1.0] * len(layers)
         for i in range(1, _LONG):
             scales[i * (len(layers) - 1) // (_LONG - 1)] = 0.4 + 1.1 * float(torch.rand((), generator=random))
         routed.install([Hop(model, i) for i in layers])
         hooked = zip(stack(routed.model)[1], scales, strict=True)
-        handles = [layer.register_forward_pre_hook(_multiplied(by), with_kwargs=True) for layer, by in hooked]
+        handles = [
+            layer.register_forward_pre_hook(_scaling_hook(scale), with_kwargs=True) for layer, scale in hooked
+        ]
         try:
             expected = _logits(routed.model, tokens, mask)
         finally:
             for handle in handles:
                 handle.remove()
-        routed.install(
-            [Hop(model, i, gain) for i, gain in zip(layers, gains(scales, len(layers)), strict=True)]
-        )
-        error = float(
-            (_logits(routed.model, tokens, mask).float() - expected.float()).abs().max()
-            / expected.float().std()
-        )
-        worst = max(worst, error if error == error else math.inf)
+        gained = zip(layers, gains(scales, len(layers)), strict=True)
+        routed.install([Hop(model, i, gain) for i, gain in gained])
+        difference = (_logits(routed.model, tokens, mask).float() - expected.float()).abs().max()
+        error = float(difference / expected.float().std())
+        worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 
-def _multiplied(by: float) -> Callable[..., Any]:
+def _scaling_hook(scale: float) -> Callable[..., Any]:
     """A hook that multiplies the hidden state as it enters a layer."""
 
     def hook(
-        module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if given:
-            return (given[0] * by, *given[1:]), named
-        return given, {**named, "hidden_states": named["hidden_states"] * by}
+        if arguments:
+            return (arguments[0] * scale, *arguments[1:]), named
+        return arguments, {**named, "hidden_states": named["hidden_states"] * scale}
 
     return hook
 
 
 def _logits(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    return found
+        logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    return logits
 
 
-def _kind(of: Source) -> tuple[Any, ...]:
-    return type(of.owner).__name__, of.text._attn_implementation, of.text.hidden_size
-
-
-def _check_rotary(name: str, own: Source, base: str, shell: Source) -> None:
-    mine, expected = _rotary(own), _rotary(shell)
-    keys = sorted(key for key in mine.keys() | expected.keys() if not _same(mine.get(key), expected.get(key)))
+def _check_rotary(name: str, source: LayerSource, base: str, shell: LayerSource) -> None:
+    rotary, expected = _rotary(source), _rotary(shell)
+    keys = sorted(
+        key for key in rotary.keys() | expected.keys() if not _is_equal(rotary.get(key), expected.get(key))
+    )
     if keys:
         raise RouteError(
-            f"the rotary embeddings of '{name}' and '{base}' differ in {', '.join(keys[:3])}; their layers cannot be stacked"
+            f"the rotary embeddings of '{name}' and '{base}' differ in {', '.join(keys[:3])}; "
+            "their layers cannot be stacked"
         )
 
 
-def _rotary(of: Source) -> dict[str, Any]:
-    """Buffers and numbers of the modules that the stack's owner gives to all its layers, such as rotary embeddings."""
-    found: dict[str, Any] = {}
-    for path, module in of.owner.named_modules():
-        if not path or f"{of.stack_name}." in f"{path}." or any(True for _ in module.parameters()):
+def _rotary(source: LayerSource) -> dict[str, Any]:
+    """Buffers and numbers of modules that all layers of a stack share, such as rotary embeddings."""
+    facts: dict[str, Any] = {}
+    for path, module in source.owner.named_modules():
+        is_stack = f"{source.stack_name}." in f"{path}."
+        if not path or is_stack or any(True for _ in module.parameters()):
             continue
-        found |= {f"{path}.{k}": v for k, v in module._buffers.items() if v is not None}
-        found |= {
-            f"{path}.{k}": v
-            for k, v in vars(module).items()
-            if isinstance(v, (float, str)) and not k.startswith("_")
-        }
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                facts[f"{path}.{key}"] = buffer
+        for key, value in vars(module).items():
+            if isinstance(value, (float, str)) and not key.startswith("_"):
+                facts[f"{path}.{key}"] = value
     for key in ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"):
-        if getattr(of.text, key, None) is not None:
-            found[key] = getattr(of.text, key)
-    return found
+        if getattr(source.text, key, None) is not None:
+            facts[key] = getattr(source.text, key)
+    return facts
 
 
-def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a.cpu(), b.cpu()) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+def _is_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a.cpu(), b.cpu())
+    return bool(a == b)
 
 
 def _cache_error(model: nn.Module, tokens: Tensor, steps: int = 3) -> float:
-    """Largest difference between the logits of greedy generation with and without a cache, of the uncached logits' deviation."""
+    """Largest difference of logits of greedy generation with and without a cache, of their deviation."""
     from transformers import GenerationConfig
 
-    found = []
-    for cached in (True, False):
-        asked = GenerationConfig(
+    generations = []
+    for use_cache in (True, False):
+        config = GenerationConfig(
             max_new_tokens=steps,
             do_sample=False,
-            use_cache=cached,
+            use_cache=use_cache,
             output_logits=True,
             return_dict_in_generate=True,
             pad_token_id=0,
         )
-        found.append(model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=asked))  # type: ignore[operator]
+        mask = torch.ones_like(tokens)
+        generations.append(model.generate(tokens, attention_mask=mask, generation_config=config))  # type: ignore[operator]
+    cached, uncached = generations
     worst = 0.0
-    for i, (a, b) in enumerate(zip(found[0].logits, found[1].logits, strict=False)):
+    for i, (a, b) in enumerate(zip(cached.logits, uncached.logits, strict=False)):
         length = tokens.shape[1] + i
-        if not torch.equal(found[0].sequences[:, :length], found[1].sequences[:, :length]):
+        if not torch.equal(cached.sequences[:, :length], uncached.sequences[:, :length]):
             break
         worst = max(worst, float((a - b).abs().max() / b.float().std()))
     return worst

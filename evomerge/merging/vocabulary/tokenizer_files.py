@@ -1,4 +1,4 @@
-"""A parent's tokenizer files: which tokens have rows, and the output's tokenizer made from them. Knows no weights."""
+"""Tokenizer files of parents: which tokens have rows, and the output's tokenizer made from them."""
 
 from __future__ import annotations
 
@@ -14,118 +14,180 @@ from typing import Any
 
 from evomerge.checkpoints import Parent
 from evomerge.errors import CheckpointError
+from evomerge.merging.vocabulary.embedding_tables import embedding_rows
 from evomerge.recipes import WHOLE, TokenizerSpec
 
-_FILES = (
-    "tokenizer.json",
-    "*.model",
-    "vocab.*",
-    "tekken.json",
-    "*.tiktoken",
-)  # any of them holds a vocabulary
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
+"""Patterns of files of which any holds a vocabulary."""
+_FURTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """A parent's tokens that have a row. rows: token → row; added: its added tokens with their settings, by row."""
+class ParentTokens:
+    """A parent's tokens that have a row.
+
+    Attributes:
+        rows: Token -> row.
+        added: Its added tokens with their settings (transformers' AddedToken), by row.
+    """
 
     rows: dict[str, int]
     added: tuple[Any, ...]
 
     def at(self, row: int) -> str:
-        """The token of a row, quoted, for a message."""
-        return next((f"'{token}'" for token, own in self.rows.items() if own == row), "no token")
+        """The token of a row, for a message.
+
+        Args:
+            row: The row.
+
+        Returns:
+            The token in quotes, or 'no token'.
+        """
+        return next((f"'{token}'" for token, number in self.rows.items() if number == row), "no token")
 
 
-def rows_of(parent: Parent) -> int:
-    """Number of rows of the embedding, tokens and padding: the config's vocab_size.
+def read_tokens(parents: Mapping[str, Parent]) -> dict[str, ParentTokens | None]:
+    """Reads the tokens of parents; equal files are read once.
 
-    Some configs leave it to their class; then it is the rows of the tallest table outside the layer stack.
+    Args:
+        parents: Name -> parent.
+
+    Returns:
+        Name -> tokens, None for a parent without tokenizer files.
+
+    Raises:
+        CheckpointError: A tokenizer cannot be read; names the folder.
     """
-    size = (parent.config.get("text_config") or parent.config).get(
-        "vocab_size", parent.config.get("vocab_size")
-    )
-    if size is None:
-        outside = [
-            info.shape for name, info in parent.tensors.items() if parent.layout.place(name).layer is None
-        ]
-        size = max((shape[0] for shape in outside if len(shape) == 2), default=None)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise CheckpointError(
-            f"{parent.path / 'config.json'}: vocab_size must be a whole number of at least 1, got {size!r}"
-        )
-    return size
+    by_content: dict[tuple[Any, ...], ParentTokens] = {}
+    tokens_of: dict[str, ParentTokens | None] = {}
+    for name, parent in parents.items():
+        if not _files(parent, _VOCABULARY_FILES):
+            tokens_of[name] = None
+            continue
+        size = embedding_rows(parent)
+        files = _files(parent, _VOCABULARY_FILES + _FURTHER_FILES)
+        key = (size, *((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in files))
+        if key not in by_content:
+            by_content[key] = _tokens(parent, size)
+        tokens_of[name] = by_content[key]
+    return tokens_of
 
 
-def output(spec: TokenizerSpec, base: str, parents: Mapping[str, Parent], own: Mapping[str, Tokens]) -> Any:
-    """The output's tokenizer (a transformers one): the base's or a model's, cut to its rows, then the further tokens."""
-    source = base if spec.source in WHOLE else spec.source
-    tokenizer, lost = _cut(_load(parents[source]), parents[source])
+def fill_missing(
+    tokens_of: Mapping[str, ParentTokens | None], base: str, parents: Mapping[str, Parent]
+) -> dict[str, ParentTokens]:
+    """Gives parents without tokenizer files the base's tokens.
+
+    Args:
+        tokens_of: Name -> tokens, as `read_tokens` reads them.
+        base: Name of the base.
+        parents: Name -> parent.
+
+    Returns:
+        Name -> tokens.
+
+    Raises:
+        CheckpointError: A parent without tokenizer files has another number of rows than the base, or the
+            base has none.
+    """
+    filled = {}
+    for name, own in tokens_of.items():
+        tokens = own or tokens_of[base]
+        has_base_rows = own is not None or embedding_rows(parents[name]) == embedding_rows(parents[base])
+        if tokens is None or not has_base_rows:
+            raise _no_tokenizer(parents[name])
+        filled[name] = tokens
+    return filled
+
+
+def output_tokenizer(
+    spec: TokenizerSpec, base: str, parents: Mapping[str, Parent], tokens_of: Mapping[str, ParentTokens]
+) -> Any:
+    """Makes the output's tokenizer: the base's or a model's, cut to its rows, then the further tokens.
+
+    Args:
+        spec: The tokenizer of the recipe.
+        base: Name of the base.
+        parents: Name -> parent.
+        tokens_of: Name -> tokens, for every parent.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        CheckpointError: The source's tokenizer cannot be read or cut; names the folder.
+    """
+    source = parents[base if spec.source in WHOLE else spec.source]
+    tokenizer, lost_roles = _cut(_load(source), source)
     if spec.source == "union":
-        vocabulary = tokenizer.get_vocab()
-        others = [own[base], *(tokens for name, tokens in own.items() if name != base)]
-        settings: dict[str, Any] = {}
-        for tokens in others:
-            for info in tokens.added:
-                if settings.setdefault(info.content, info) != info:
-                    _LOG.warning(
-                        "token '%s' is added with several settings; those of the first model that has it are taken",
-                        info.content,
-                    )
-        plain = [
-            token
-            for tokens in others
-            for _, token in sorted((row, token) for token, row in tokens.rows.items())
-        ]
-        tokenizer.add_tokens(
-            [token for token in dict.fromkeys(plain) if token not in vocabulary and token not in settings]
-        )
-        tokenizer.add_tokens(list(settings.values()))
+        _add_union(tokenizer, [tokens_of[base], *(own for name, own in tokens_of.items() if name != base)])
     vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token, _ in spec.tokens if token not in vocabulary])
     vocabulary = tokenizer.get_vocab()
-    for role, token in lost.items():
+    for role, token in lost_roles.items():
         if token in vocabulary:
             setattr(tokenizer, role, token)
     return tokenizer
 
 
+def _add_union(tokenizer: Any, parents: list[ParentTokens]) -> None:
+    """Adds the tokens of all parents in order: ordinary ones by row, then added ones with their settings."""
+    settings: dict[str, Any] = {}
+    for tokens in parents:
+        for info in tokens.added:
+            if settings.setdefault(info.content, info) != info:
+                _LOG.warning(
+                    "token '%s' is added with several settings; those of the first model that has it are "
+                    "taken",
+                    info.content,
+                )
+    ordinary = [
+        token for tokens in parents for _, token in sorted((row, token) for token, row in tokens.rows.items())
+    ]
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.add_tokens(
+        [token for token in dict.fromkeys(ordinary) if token not in vocabulary and token not in settings]
+    )
+    tokenizer.add_tokens(list(settings.values()))
+
+
 def _cut(tokenizer: Any, parent: Parent) -> tuple[Any, dict[str, str]]:
-    """(the tokenizer without tokens that have no row, the roles they had: role → token)."""
-    size = rows_of(parent)
+    """(the tokenizer without tokens that have no row, the roles that they had: role -> token)."""
+    size = embedding_rows(parent)
     gone = {token for token, number in tokenizer.get_vocab().items() if number >= size}
     if not gone:
         return tokenizer, {}
-    what = f"the tokenizer in {parent.path} has {len(gone)} tokens, such as '{min(gone)}', beyond the embedding's {size} rows"
+    what = (
+        f"the tokenizer in {parent.path} has {len(gone)} tokens, such as '{min(gone)}', beyond the "
+        f"embedding's {size} rows"
+    )
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"{what} and no tokenizer.json from which they could be removed; remove them by hand"
         )
-    lost = {
+    lost_roles = {
         role: token
         for role, token in tokenizer.special_tokens_map.items()
         if isinstance(token, str) and token in gone
     }
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        _edit(Path(folder) / "tokenizer.json", partial(_without, gone=gone, size=size))
+        _edit(Path(folder) / "tokenizer.json", partial(_without_tokens, gone=gone, size=size))
         _edit(Path(folder) / "tokenizer_config.json", partial(_without_roles, gone=gone))
         out = _from_folder(Path(folder), parent.path)
     if set(out.get_vocab()) & gone:
         raise CheckpointError(f"{what}, and they could not be removed; remove them by hand")
-    return out, lost
+    return out, lost_roles
 
 
 def _edit(file: Path, change: Callable[[Any], Any]) -> None:
-    file.write_text(
-        json.dumps(change(json.loads(file.read_text(encoding="utf-8"))), ensure_ascii=False), encoding="utf-8"
-    )
+    data = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
-def _without(data: Any, gone: set[str], size: int) -> Any:
-    """A tokenizer.json without the tokens: added ones, ordinary ones, and the merges that make or use them."""
+def _without_tokens(data: Any, gone: set[str], size: int) -> Any:
+    """A tokenizer.json without the tokens and without the merges that make or use them."""
     model = data["model"]
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < size]
     if isinstance(model["vocab"], dict):
@@ -133,72 +195,41 @@ def _without(data: Any, gone: set[str], size: int) -> Any:
     else:  # Unigram: [token, score] in the order of numbers
         model["vocab"] = model["vocab"][:size]
 
-    def kept(merge: Any) -> bool:
+    def stays(merge: Any) -> bool:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         return not gone & {left, right, left + right}
 
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if kept(merge)]
+        model["merges"] = [merge for merge in model["merges"] if stays(merge)]
     return data
 
 
 def _without_roles(data: Any, gone: set[str]) -> Any:
-    """A tokenizer_config.json in which no role names one of the tokens, as loading it would add them again."""
+    """A tokenizer_config.json whose roles name none of the tokens, which loading would add again."""
 
-    def text(value: Any) -> Any:
-        return value.get("content") if isinstance(value, dict) else value
+    def is_gone(value: Any) -> bool:
+        text = value.get("content") if isinstance(value, dict) else value
+        return isinstance(text, str) and text in gone
 
-    kept: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, list):
-            kept[key] = [item for item in value if not (isinstance(text(item), str) and text(item) in gone)]
+            out[key] = [item for item in value if not is_gone(item)]
         elif key == "added_tokens_decoder":
-            kept[key] = {number: info for number, info in value.items() if text(info) not in gone}
-        elif not (isinstance(text(value), str) and text(value) in gone and key.endswith("_token")):
-            kept[key] = value
-    return kept
-
-
-def read(parents: Mapping[str, Parent]) -> dict[str, Tokens | None]:
-    """Each parent's tokens, None for one without tokenizer files; equal files are read once."""
-    seen: dict[tuple[Any, ...], Tokens] = {}
-    out: dict[str, Tokens | None] = {}
-    for name, parent in parents.items():
-        if not _files(parent, _FILES):
-            out[name] = None
-            continue
-        size = rows_of(parent)
-        key = (
-            size,
-            *(
-                (file.name, hashlib.sha256(file.read_bytes()).digest())
-                for file in _files(parent, _FILES + _BESIDE)
-            ),
-        )
-        if key not in seen:
-            tokenizer = _load(parent)
-            added = sorted(
-                (number, token) for number, token in tokenizer.added_tokens_decoder.items() if number < size
-            )
-            seen[key] = Tokens(
-                {t: i for t, i in tokenizer.get_vocab().items() if i < size},
-                tuple(token for _, token in added),
-            )
-        out[name] = seen[key]
+            out[key] = {number: info for number, info in value.items() if not is_gone(info)}
+        elif not (is_gone(value) and key.endswith("_token")):
+            out[key] = value
     return out
 
 
-def filled(read: Mapping[str, Tokens | None], base: str, parents: Mapping[str, Parent]) -> dict[str, Tokens]:
-    """Each parent's tokens; the base's for one without tokenizer files, if it has as many rows."""
-    out = {}
-    for name, tokens in read.items():
-        own = tokens or read[base]
-        if own is None or (tokens is None and rows_of(parents[name]) != rows_of(parents[base])):
-            raise CheckpointError(
-                f"{parents[name].path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there"
-            )
-        out[name] = own
-    return out
+def _tokens(parent: Parent, size: int) -> ParentTokens:
+    """The tokens of a parent's tokenizer among its `size` rows."""
+    tokenizer = _load(parent)
+    rows = {token: number for token, number in tokenizer.get_vocab().items() if number < size}
+    added = sorted(
+        (number, token) for number, token in tokenizer.added_tokens_decoder.items() if number < size
+    )
+    return ParentTokens(rows, tuple(token for _, token in added))
 
 
 def _files(parent: Parent, patterns: tuple[str, ...]) -> list[Path]:
@@ -206,14 +237,19 @@ def _files(parent: Parent, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _load(parent: Parent) -> Any:
-    if not _files(parent, _FILES):
-        raise CheckpointError(
-            f"{parent.path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there"
-        )
+    if not _files(parent, _VOCABULARY_FILES):
+        raise _no_tokenizer(parent)
     return _from_folder(parent.path, parent.path)
 
 
+def _no_tokenizer(parent: Parent) -> CheckpointError:
+    return CheckpointError(
+        f"{parent.path} has no tokenizer (tokenizer.json); put the files of the one it was trained with there"
+    )
+
+
 def _from_folder(folder: Path, named: Path) -> Any:
+    """The tokenizer of a folder. named: the folder that an error names."""
     from transformers import AutoTokenizer
 
     try:

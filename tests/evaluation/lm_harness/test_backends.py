@@ -44,13 +44,13 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return model_loading.load(Checkpoint(zoo_folder() / "math"), "bfloat16")
+    return model_loading.load_base(Checkpoint(zoo_folder() / "math"), "bfloat16")
 
 
 @pytest.fixture(scope="module")
 def exact() -> Any:
     """In float32: in bfloat16 some CPUs give a row another value in another batch."""
-    return model_loading.load(Checkpoint(zoo_folder() / "math"), "float32")
+    return model_loading.load_base(Checkpoint(zoo_folder() / "math"), "float32")
 
 
 @pytest.fixture(scope="module")

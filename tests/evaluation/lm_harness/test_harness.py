@@ -45,7 +45,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return model_loading.load(Checkpoint(zoo_folder() / "math"), "float32")
+    return model_loading.load_base(Checkpoint(zoo_folder() / "math"), "float32")
 
 
 def documents(task: str, role: str) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def test_a_part_of_the_items_can_be_scored(zoo_harness: LmHarness, model: Any) -
 
 
 def test_another_model_is_scored_as_itself(zoo_harness: LmHarness, scored: Any, model: Any) -> None:
-    other = model_loading.load(Checkpoint(zoo_folder() / "lang"), "float32")
+    other = model_loading.load_base(Checkpoint(zoo_folder() / "lang"), "float32")
     part = {task: zoo_harness.items("test")[task][:30] for task in ("zoo_lookup", "zoo_arithmetic")}
     _, metrics = zoo_harness.score(other, part)
     assert metrics["zoo_lookup"] > scored[1]["zoo_lookup"] + 0.3
@@ -470,7 +470,7 @@ def test_nan_weights_are_an_error_not_a_score(
 
     part = {task: zoo_harness.items("test")[task]}
     before = zoo_harness.score(model, part)
-    sick = model_loading.load(Checkpoint(zoo_folder() / "math"), "float32")
+    sick = model_loading.load_base(Checkpoint(zoo_folder() / "math"), "float32")
     with torch.no_grad():
         sick.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = math.nan
     with pytest.raises(CandidateError, match=f"NaN log-likelihoods in task '{task}'"):

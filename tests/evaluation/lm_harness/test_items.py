@@ -51,7 +51,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return model_loading.load(Checkpoint(zoo_folder() / "math"), "float32")
+    return model_loading.load_base(Checkpoint(zoo_folder() / "math"), "float32")
 
 
 def load(folder: Path, tokenizer: Any, *specs: TaskSpec, **more: Any) -> LmHarness:

@@ -74,7 +74,7 @@ def test_lm_eval_takes_metrics_by_the_function_that_is_replaced(tmp_path: Path) 
 def test_hflms_loglikelihood_passes_token_ids_to_the_method_that_is_replaced() -> None:
     folder = Checkpoint(zoo_folder() / "base")
     tokenizer = model_loading.load_tokenizer(folder)
-    lm = HFLM(pretrained=model_loading.load(folder, "float32"), tokenizer=tokenizer, batch_size=1)
+    lm = HFLM(pretrained=model_loading.load_base(folder, "float32"), tokenizer=tokenizer, batch_size=1)
     request = Instance(request_type="loglikelihood", doc={}, arguments=("one plus", " two"), idx=0)
     ((_, context, continuation),) = lm_eval_patches.captured_token_pairs(lm, request)
     assert [*context, *continuation] == tokenizer.encode("one plus two")

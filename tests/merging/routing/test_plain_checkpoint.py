@@ -11,15 +11,15 @@ from torch import nn
 
 from evomerge.merging.routing import decoder_layers, routed_model
 from evomerge.merging.routing.plain_checkpoint import reasons
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures
 
 
 def routed_of(
     models: list[nn.Module], route: tuple[tuple[int, int], ...], gains: tuple[float, ...] | None = None
-) -> Routed:
-    routed = Routed(models[0], models)
+) -> RoutedModel:
+    routed = RoutedModel(models[0], models)
     routed.install(oracle.hops(models, route, gains))
     return routed
 
@@ -62,7 +62,7 @@ def _gpt2(**changed: Any) -> nn.Module:
 
 def test_attention_scaled_by_the_layers_number_is_a_reason_at_another_number_only() -> None:
     model = _gpt2(scale_attn_by_inverse_layer_idx=True)
-    routed = Routed(model)
+    routed = RoutedModel(model)
     assert reasons(routed) == ()
     routed.install([Hop(model, i) for i in (0, 2, 2)])
     assert len(reasons(routed)) == 1

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from evomerge.errors import FoldError, RouteError
-from evomerge.merging.routing import checks, decoder_layers, layer_config, routed_model, scale_folding
-from evomerge.merging.routing.routed_model import Hop, Routed
+from evomerge.merging.routing import checks, decoder_layers, fingerprint, routed_model, scale_folding
+from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures, vision_architectures
 
@@ -46,14 +46,14 @@ def path_of(model: nn.Module) -> str:
     return decoder_layers.stack(model)[0]
 
 
-# ---- what a route computes -------------------------------------------------------------------------------------------------
+# ---- what a route computes
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_route_computes_the_bits_of_a_physical_copy_and_generates_the_same(name: str) -> None:
     models = parents(name)
     hops = oracle.hops(models, oracle.MIXED)
-    routed = Routed(models[0], models)
+    routed = RoutedModel(models[0], models)
     routed.install(hops)
     copied = oracle.copied(models[0], path_of(models[0]), hops)
     assert torch.equal(oracle.logits(routed.model, oracle.batch()), oracle.logits(copied, oracle.batch()))
@@ -66,7 +66,7 @@ def test_a_route_computes_the_bits_of_a_physical_copy_and_generates_the_same(nam
 @pytest.mark.parametrize("name", ALL)
 def test_repeated_layers_generate_with_a_cache_what_they_do_without(name: str) -> None:
     models = parents(name)
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install(oracle.hops(models, oracle.MIXED))
     (tokens, steps), (expected, others) = (
         oracle.generated(routed.model, oracle.batch(), cached) for cached in (True, False)
@@ -78,7 +78,7 @@ def test_repeated_layers_generate_with_a_cache_what_they_do_without(name: str) -
 @pytest.mark.parametrize("name", ALL)
 def test_gains_compute_what_hidden_states_that_are_scaled_do(name: str) -> None:
     models = parents(name)
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install(oracle.hops(models, oracle.MIXED))
     plain = oracle.logits(routed.model, oracle.batch())
     handles = oracle.scale(routed.model, path_of(models[0]), oracle.SCALES[:7])
@@ -95,7 +95,7 @@ def test_gains_compute_what_hidden_states_that_are_scaled_do(name: str) -> None:
 def test_gains_are_evaluated_with_the_very_tensors_that_are_exported(name: str, dtype: torch.dtype) -> None:
     models = parents(name, dtype)
     hops = oracle.hops(models, oracle.MIXED, GAINS)
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install(hops)
     copied = oracle.copied(models[0], path_of(models[0]), hops)
     assert torch.equal(oracle.logits(routed.model, oracle.batch()), oracle.logits(copied, oracle.batch()))
@@ -138,7 +138,7 @@ def test_the_config_of_a_route_is_one_written_by_hand(name: str) -> None:
     assert {key: getattr(found, key) for key in (*HAND[name], depth)} == {
         key: getattr(config, key) for key in (*HAND[name], depth)
     }
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install(hops)
     copied = oracle.copied(models[0], path_of(models[0]), hops, config)
     assert torch.equal(oracle.logits(routed.model, oracle.batch()), oracle.logits(copied, oracle.batch()))
@@ -156,7 +156,7 @@ def test_other_layer_types_would_compute_something_else() -> None:
 
 def test_lists_that_only_the_config_class_can_compute_follow_the_route_too() -> None:
     models = parents("jamba")
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install([Hop(models[0], 1), Hop(models[1], 0), Hop(models[0], 0)])
     assert routed.model.config.layers_block_type == ["attention", "mamba", "mamba"]
     assert models[0].config.layers_block_type == ["mamba", "attention"] * 2
@@ -177,12 +177,12 @@ def test_index_sets_are_renumbered() -> None:
     ]
 
 
-# ---- a module that stays ---------------------------------------------------------------------------------------------------
+# ---- a module that stays
 
 
 def test_the_module_its_config_and_its_hooks_stay_over_routes() -> None:
     models = parents("gemma3_text")
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     module, config, layers = routed.model, routed.model.config, decoder_layers.stack(routed.model)[1]
     seen: list[int] = []
     module.get_output_embeddings().register_forward_pre_hook(lambda m, a: seen.append(1))
@@ -201,7 +201,7 @@ def test_routes_leave_the_models_as_they_were(name: str) -> None:
     models = parents(name)
     before = [oracle.logits(model, oracle.batch()) for model in models]
     said = [str(model.config) for model in models]
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install(oracle.hops(models, oracle.MIXED, GAINS))
     oracle.generated(routed.model, oracle.batch(), cached=True)
     assert [str(model.config) for model in models] == said
@@ -212,7 +212,7 @@ def test_routes_leave_the_models_as_they_were(name: str) -> None:
 
 def test_a_route_comes_back_to_its_bits_after_others() -> None:
     models = parents("gemma3_text")
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     own = oracle.logits(models[0], oracle.batch())
     for gains in (GAINS, None):
         routed.install(oracle.hops(models, oracle.MIXED, gains))
@@ -226,7 +226,7 @@ def test_weights_written_in_place_are_seen_scaled_or_not() -> None:
     other = text_architectures.build("gemma2", seed=2)
     for gains in (None, GAINS):
         hops = oracle.hops(models, oracle.MIXED, gains)
-        routed = Routed(models[0])
+        routed = RoutedModel(models[0])
         routed.install(hops)
         before = oracle.logits(routed.model, oracle.batch())
         with torch.no_grad():
@@ -244,7 +244,7 @@ def test_a_view_holds_no_tensor_of_its_own_scaled_or_not() -> None:
     own = {
         t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())
     }
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     for gains in (None, GAINS):
         routed.install(oracle.hops(models, oracle.MIXED, gains))
         oracle.generated(routed.model, oracle.batch(), cached=True)
@@ -272,7 +272,7 @@ def _values(module: nn.Module) -> list[Any]:
 
 def test_clones_of_old_routes_are_let_go() -> None:
     models = parents("llama")
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     kind = type(decoder_layers.stack(models[0])[1][0])
     for start in range(40):
         routed.install([Hop(models[(start + i) % 2], (start * i) % 4) for i in range(3 + start % 5)])
@@ -287,7 +287,7 @@ def test_clones_of_old_routes_are_let_go() -> None:
 
 def test_a_route_that_fails_leaves_the_one_before() -> None:
     models = parents("minimax")
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install([Hop(models[1], 1), Hop(models[0], 0)])
     before = oracle.logits(routed.model, oracle.batch())
     for bad, error in (
@@ -301,13 +301,13 @@ def test_a_route_that_fails_leaves_the_one_before() -> None:
         assert torch.equal(oracle.logits(routed.model, oracle.batch()), before)
 
 
-# ---- vision-language models ------------------------------------------------------------------------------------------------
+# ---- vision-language models
 
 
 @pytest.mark.parametrize("name", VISION)
 def test_the_language_tower_is_routed_and_the_rest_is_the_shells(name: str) -> None:
     models = parents(name)
-    routed = Routed(models[0])
+    routed = RoutedModel(models[0])
     routed.install(oracle.hops(models, oracle.MIXED))
     path = path_of(models[0])
     assert "language" in path
@@ -319,7 +319,7 @@ def test_the_language_tower_is_routed_and_the_rest_is_the_shells(name: str) -> N
     assert str(routed.model.config.vision_config) == str(models[0].config.vision_config)
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------------
+# ---- what is refused
 
 
 def _llama(**changed: Any) -> nn.Module:
@@ -359,18 +359,20 @@ def test_parents_of_other_depth_or_weights_are_routable_other_classes_are_not() 
 @pytest.mark.parametrize("name", ["gemma3n_text", "zamba2", "rwkv"])
 def test_models_whose_layers_reach_into_each_other_are_refused_by_numbers(name: str) -> None:
     with pytest.raises(RouteError, match="cannot be routed"):
-        checks.routable_by_numbers(text_architectures.build(name))
+        checks.check_routable_numerically(text_architectures.build(name))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "gemma3"])
 def test_models_whose_routes_are_exact_pass_by_numbers(name: str) -> None:
-    checks.routable_by_numbers(parents(name)[0])
+    checks.check_routable_numerically(parents(name)[0])
     checks.check_scalable(parents(name)[0])
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
 def test_scales_are_refused_where_the_epsilon_of_norms_is_not_small(name: str) -> None:
-    """Each layer's fold is exact, but the logits of scaled hidden states differ: with a smaller epsilon the same model passes."""
+    """Each layer's fold is exact, but the logits of scaled hidden states differ: with a smaller epsilon the
+    same model passes.
+    """
     model = text_architectures.build(name)
     scale_folding.check_scalable(model)
     with pytest.raises(
@@ -391,7 +393,7 @@ def test_a_model_without_layers_is_refused() -> None:
         decoder_layers.stack(model)
 
 
-# ---- numbers and kinds -----------------------------------------------------------------------------------------------------
+# ---- numbers and kinds
 
 
 def test_gains_are_the_inverse_of_the_product_of_the_scales_so_far() -> None:
@@ -409,12 +411,12 @@ def test_scales_that_are_not_exact_are_refused(scales: tuple[float, ...]) -> Non
 
 def test_signatures_tell_kinds_of_layers_apart_and_not_places_or_weights() -> None:
     models = parents("gemma3_text")
-    sliding, full = layer_config.signature(models[0], 0), layer_config.signature(models[0], 2)
+    sliding, full = fingerprint.signature(models[0], 0), fingerprint.signature(models[0], 2)
     assert sliding != full
-    assert [layer_config.signature(models[1], i) for i in range(4)] == [sliding, sliding, full, sliding]
+    assert [fingerprint.signature(models[1], i) for i in range(4)] == [sliding, sliding, full, sliding]
     mixture = parents("deepseek_v3")[0]
     assert (
-        layer_config.signature(mixture, 0)
-        != layer_config.signature(mixture, 1)
-        == layer_config.signature(mixture, 3)
+        fingerprint.signature(mixture, 0)
+        != fingerprint.signature(mixture, 1)
+        == fingerprint.signature(mixture, 3)
     )

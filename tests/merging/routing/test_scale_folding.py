@@ -1,4 +1,4 @@
-"""Gains in weights: a layer that reads g x adds g times as much, and a plan that does not do so is refused."""
+"""Gains in weights: a layer that reads g x adds g times as much, and a fold that does not is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Vocabularies joined as mergekit 0.1.5 joins them, row by row; what it leaves to chance or gets wrong is a law here."""
+"""Vocabularies joined as mergekit 0.1.5 joins them, row by row; what it leaves to chance or gets wrong is a
+law here.
+"""
 
 import json
 import os
@@ -14,7 +16,8 @@ from safetensors.torch import load_file
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CheckpointError, RecipeError
-from evomerge.merging.vocabulary.alignment import Vocabulary, check_rows, vocabulary_tensors
+from evomerge.merging.vocabulary.alignment import Vocabulary, check_rows
+from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.recipes import TokenDonor, TokenizerSpec
 
 REPO = Path(__file__).resolve().parents[3]
@@ -45,7 +48,9 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Kind:
-    """A tiny model. letters, words: its BPE; added: ((text, settings), ...); rows: of the embedding, more or fewer than tokens by `spare`."""
+    """A tiny model. letters, words: its BPE; added: ((text, settings), ...); rows: of the embedding, more or
+    fewer than tokens by `spare`.
+    """
 
     letters: str
     words: tuple[str, ...]
@@ -111,8 +116,10 @@ def make(folder: Path, kind: Kind, seed: int) -> Path:
     tokenizer = bpe(kind)
     rows = len(tokenizer.get_vocab()) + kind.spare
     config = LlamaConfig(
-        vocab_size=rows, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=16, tie_word_embeddings=kind.tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=rows, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16, tie_word_embeddings=kind.tied, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(kind.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +147,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 
 @dataclass(frozen=True)
 class Case:
-    """A merge by `linear` of one slice. weights: model → weight, in order; exact: whether mergekit's numbering is not up to chance."""
+    """A merge by `linear` of one slice. weights: model → weight, in order; exact: whether mergekit's
+    numbering is not up to chance.
+    """
 
     spec: TokenizerSpec
     weights: dict[str, float]
@@ -250,7 +259,8 @@ def theirs(zoo: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory)
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         pytest.skip(
-            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to where it made one)"
+            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point "
+            "EVOMERGE_MERGEKIT_ENV to where it made one)"
         )
     folder = tmp_path_factory.mktemp("mergekit")
     for name, case in CASES.items():
@@ -316,7 +326,7 @@ def test_rows_tokenizer_and_config_are_mergekits(
     own = list(vocabulary.tokens.values())
     for tensor in (EMBED,) if zoo[case.base].config["tie_word_embeddings"] else (EMBED, HEAD):
         ours = linear(
-            vocabulary.aligned({m: zoo[m].tensor(tensor).float() for m in case.weights}), case.weights
+            vocabulary.align({m: zoo[m].tensor(tensor).float() for m in case.weights}), case.weights
         )
         assert ours.shape == merged[tensor].shape
         assert torch.equal(ours[own], merged[tensor][number])
@@ -379,7 +389,7 @@ def test_aligned_is_the_rules_a_row_at_a_time(zoo: dict[str, Checkpoint], name: 
     tables = {m: zoo[m].tensor(EMBED) for m in case.weights}
     for base in (None, next(reversed(case.weights))):
         expected = by_loop(vocabulary, zoo, {m: t.double() for m, t in tables.items()}, base or case.base)
-        found = vocabulary.aligned(tables, base=base)
+        found = vocabulary.align(tables, base=base)
         wide = torch.bfloat16 if set(case.weights) == {"root"} else torch.float32
         assert list(found) == list(tables)
         for model in tables:
@@ -395,9 +405,9 @@ def test_aligned_is_the_rules_a_row_at_a_time(zoo: dict[str, Checkpoint], name: 
 def test_rows_along_another_axis_and_a_bias(zoo: dict[str, Checkpoint]):
     vocabulary = Vocabulary(TokenizerSpec("union", (), 8), "root", {m: zoo[m] for m in THREE})
     tables = {m: zoo[m].tensor(EMBED) for m in THREE}
-    plain = vocabulary.aligned(tables)
-    across = vocabulary.aligned({m: t.T.contiguous() for m, t in tables.items()}, axis=1)
-    biases = vocabulary.aligned({m: t[:, 3] for m, t in tables.items()})
+    plain = vocabulary.align(tables)
+    across = vocabulary.align({m: t.T.contiguous() for m, t in tables.items()}, axis=1)
+    biases = vocabulary.align({m: t[:, 3] for m, t in tables.items()})
     for model in THREE:
         assert torch.equal(across[model].T, plain[model])
         torch.testing.assert_close(biases[model], plain[model][:, 3])
@@ -411,20 +421,20 @@ def test_equal_vocabularies_keep_their_rows_unchanged(zoo: dict[str, Checkpoint]
     vocabulary = Vocabulary(TokenizerSpec(source), "root", {m: zoo[m] for m in ("root", "same")})
     tables = {m: zoo[m].tensor(EMBED) for m in ("root", "same")}
     tokens = len(bpe(KINDS["root"]).get_vocab())
-    for model, table in vocabulary.aligned(tables).items():
+    for model, table in vocabulary.align(tables).items():
         assert torch.equal(table, tables[model][:tokens].float())
     exact = Vocabulary(
         TokenizerSpec("base"), "math", {"math": zoo["math"]}
     )  # a row for each token: nothing is even copied
     table = zoo["math"].tensor(EMBED)
-    assert exact.aligned({"math": table})["math"].data_ptr() == table.data_ptr()
+    assert exact.align({"math": table})["math"].data_ptr() == table.data_ptr()
 
 
 @pytest.mark.parametrize("source", ["base", "union", "math"])
 def test_every_token_of_a_parent_has_the_parents_own_row(zoo: dict[str, Checkpoint], source: str):
     vocabulary = Vocabulary(TokenizerSpec(source, (), 32), "root", {m: zoo[m] for m in THREE})
     tables = {m: zoo[m].tensor(EMBED) for m in THREE}
-    found = vocabulary.aligned(tables)
+    found = vocabulary.align(tables)
     for model, table in found.items():
         own = bpe(KINDS[model]).get_vocab()
         shared = [token for token in own if token in vocabulary.tokens]
@@ -452,15 +462,17 @@ def test_listed_tokens_are_new_rows_of_the_base_too(zoo: dict[str, Checkpoint]):
     vocabulary = Vocabulary(spec, "root", {m: zoo[m] for m in ("root", "math")})
     tables = {m: zoo[m].tensor(EMBED) for m in ("root", "math")}
     think = tables["math"][bpe(KINDS["math"]).get_vocab()["<think>"]]
-    for table in vocabulary.aligned(tables).values():
+    for table in vocabulary.align(tables).values():
         assert torch.equal(table[vocabulary.tokens["<new>"]], think)
 
 
 def test_a_token_without_a_row_counts_as_lacking(zoo: dict[str, Checkpoint]):
-    """mergekit crashes if the model without that row is not the base, or if the token is one that BPE merges to."""
+    """mergekit crashes if the model without that row is not the base, or if the token is one that BPE merges
+    to.
+    """
     parents = {m: zoo[m] for m in ("root", "wider")}
     vocabulary = Vocabulary(TokenizerSpec("base"), "root", parents)
-    found = vocabulary.aligned({m: zoo[m].tensor(EMBED) for m in parents})
+    found = vocabulary.align({m: zoo[m].tensor(EMBED) for m in parents})
     for token in ("de", "<call>"):
         row = vocabulary.tokens[token]
         assert torch.equal(found["wider"][row], found["root"][row])
@@ -514,7 +526,7 @@ def test_numbers_without_a_token_get_the_mean_row(zoo: dict[str, Checkpoint], tm
     gap = Checkpoint(tmp_path)
     vocabulary = Vocabulary(TokenizerSpec("base"), "gap", {"gap": gap})
     table = gap.tensor(EMBED)
-    found = vocabulary.aligned({"gap": table})["gap"]
+    found = vocabulary.align({"gap": table})["gap"]
     others = [i for i in range(vocabulary.size) if i != number]
     assert vocabulary.size == len(bpe(KINDS["chat"]).get_vocab()) == len(vocabulary.tokens) + 1
     assert torch.equal(found[others], table[others])
@@ -592,7 +604,7 @@ def test_a_wish_that_cannot_be_met_is_one_sentence(
 ):
     extra = ("few",) if "few" in spec.models else ()
     with pytest.raises(RecipeError, match=message):
-        Vocabulary(spec, "root", {m: zoo[m] for m in (*THREE, *extra)}).aligned(
+        Vocabulary(spec, "root", {m: zoo[m] for m in (*THREE, *extra)}).align(
             {m: zoo[m].tensor(EMBED) for m in THREE}
         )
 
@@ -600,20 +612,20 @@ def test_a_wish_that_cannot_be_met_is_one_sentence(
 def test_tokens_that_none_of_the_mixed_models_has_are_refused(zoo: dict[str, Checkpoint]):
     vocabulary = Vocabulary(TokenizerSpec("base"), "root", {m: zoo[m] for m in THREE})
     with pytest.raises(RecipeError, match=r"no row for token 'abc' \(and \d more\).*none of code has it"):
-        vocabulary.aligned({"code": zoo["code"].tensor(EMBED)})
-    assert vocabulary.aligned({}) == {}
+        vocabulary.align({"code": zoo["code"].tensor(EMBED)})
+    assert vocabulary.align({}) == {}
 
 
 def test_a_table_that_does_not_fit_is_named(zoo: dict[str, Checkpoint]):
     vocabulary = Vocabulary(TokenizerSpec("base"), "root", {m: zoo[m] for m in THREE})
     with pytest.raises(CheckpointError, match=r"of 'math' is \[8, 18\]; 18 rows were expected along axis 0"):
-        vocabulary.aligned({"math": zoo["math"].tensor(EMBED).T})
+        vocabulary.align({"math": zoo["math"].tensor(EMBED).T})
     with pytest.raises(
         CheckpointError, match=r"\[18, 4\] in 'math' and \[19, 8\] in 'root'; only the rows may differ"
     ):
-        vocabulary.aligned({"root": zoo["root"].tensor(EMBED), "math": zoo["math"].tensor(EMBED)[:, :4]})
+        vocabulary.align({"root": zoo["root"].tensor(EMBED), "math": zoo["math"].tensor(EMBED)[:, :4]})
     with pytest.raises(RecipeError, match="'chat' is not among"):
-        vocabulary.aligned({"chat": zoo["chat"].tensor(EMBED)})
+        vocabulary.align({"chat": zoo["chat"].tensor(EMBED)})
 
 
 def test_a_broken_tokenizer_and_a_doubtful_name_are_said(zoo: dict[str, Checkpoint], tmp_path: Path):
@@ -631,7 +643,10 @@ def test_a_broken_tokenizer_and_a_doubtful_name_are_said(zoo: dict[str, Checkpoi
 def test_vocabularies_that_differ_in_equal_shapes_are_told(zoo: dict[str, Checkpoint]):
     assert check_rows({m: zoo[m] for m in ("root", "same")}, "root") is None
     warning = check_rows({m: zoo[m] for m in ("root", "same", "swapped", "few")}, "same")
-    expected = "the vocabularies of 'swapped', 'few' and base 'same' differ though all have 19 rows: row 14 is 'de' in 'same' and 'fg' in 'swapped'"
+    expected = (
+        "the vocabularies of 'swapped', 'few' and base 'same' differ though all have 19 rows: "
+        "row 14 is 'de' in 'same' and 'fg' in 'swapped'"
+    )
     assert warning is not None
     assert warning.startswith(expected)
     extra = check_rows({m: zoo[m] for m in ("root", "few")}, "root")
@@ -704,13 +719,20 @@ PLAIN = {"source": "union", "tokens": [], "pad_to_multiple_of": None}
 @pytest.mark.parametrize(
     "data",
     [
-        None, [], {}, PLAIN | {"more": 1}, PLAIN | {"source": None}, PLAIN | {"source": ""}, PLAIN | {"pad_to_multiple_of": 0},
-        PLAIN | {"pad_to_multiple_of": True}, PLAIN | {"pad_to_multiple_of": 1.5}, PLAIN | {"tokens": {"a": {}}}, PLAIN | {"tokens": ["ab"]},
-        PLAIN | {"tokens": [["a", {"source": "zero"}]]}, PLAIN | {"tokens": [["a", {"source": 3, "force": False}]]},
-        PLAIN | {"tokens": [["a", {"source": ["m", -1], "force": False}]]}, PLAIN | {"tokens": [["a", {"source": ["m", True], "force": False}]]},
-        PLAIN | {"tokens": [["a", {"source": ["m"], "force": False}]]}, PLAIN | {"tokens": [["a", {"source": "zero", "force": 1}]]},
-        PLAIN | {"tokens": [["a", {"source": None, "force": True}]]}, PLAIN | {"tokens": [["", {"source": "zero", "force": False}]]},
-        PLAIN | {"tokens": [[3, {"source": "zero", "force": False}]]}, PLAIN | {"tokens": [["a", {"source": "m", "force": False}]] * 2},
+        None, [], {}, PLAIN | {"more": 1}, PLAIN | {"source": None}, PLAIN | {"source": ""},
+        PLAIN | {"pad_to_multiple_of": 0},
+        PLAIN | {"pad_to_multiple_of": True}, PLAIN | {"pad_to_multiple_of": 1.5},
+        PLAIN | {"tokens": {"a": {}}}, PLAIN | {"tokens": ["ab"]},
+        PLAIN | {"tokens": [["a", {"source": "zero"}]]},
+        PLAIN | {"tokens": [["a", {"source": 3, "force": False}]]},
+        PLAIN | {"tokens": [["a", {"source": ["m", -1], "force": False}]]},
+        PLAIN | {"tokens": [["a", {"source": ["m", True], "force": False}]]},
+        PLAIN | {"tokens": [["a", {"source": ["m"], "force": False}]]},
+        PLAIN | {"tokens": [["a", {"source": "zero", "force": 1}]]},
+        PLAIN | {"tokens": [["a", {"source": None, "force": True}]]},
+        PLAIN | {"tokens": [["", {"source": "zero", "force": False}]]},
+        PLAIN | {"tokens": [[3, {"source": "zero", "force": False}]]},
+        PLAIN | {"tokens": [["a", {"source": "m", "force": False}]] * 2},
     ],
 )  # fmt: skip
 def test_any_other_text_is_refused(data: Any):
@@ -719,5 +741,8 @@ def test_any_other_text_is_refused(data: Any):
 
 
 def test_the_wish_needs_neither_torch_nor_transformers():
-    code = "import sys, evomerge.recipes.tokenizer_spec; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, evomerge.recipes.tokenizer_spec; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([os.sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0  # type: ignore[attr-defined]
