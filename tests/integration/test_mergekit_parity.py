@@ -24,9 +24,8 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import EvomergeError
 from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge
-from evomerge.methods import METHODS
 from evomerge.recipes import Recipe, mergekit_yaml
-from evomerge.spaces import Range, WeightSpace
+from tests.support.merge_cases import space
 from tests.support.parity_cases import finish, start, ulps
 
 # ---- recipes that both must read alike; $base, $math, $code, $chat are folders
@@ -412,24 +411,6 @@ DARE_ONE = {
 }
 
 # ---- the way back: points of a search space, written as YAML
-
-
-def space(method: str, out_dtype: str) -> WeightSpace:
-    rule = METHODS[method]
-    ranges = {p.name: Range(p.low, p.high, 0.4 * p.low + 0.6 * p.high) for p in rule.params if not p.flag}
-    models = ("math", "code", "chat")[: rule.models[1]]
-    segments = (("self_attn.", "attention"), (".mlp.", "mlp"))
-    return WeightSpace(
-        rule,
-        "base",
-        models,
-        (1, 2, 1),
-        ("attention", "mlp"),
-        segments,
-        ranges,
-        out_dtype=out_dtype,
-        searchable=bool(ranges),
-    )
 
 
 def points():

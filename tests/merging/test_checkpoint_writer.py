@@ -24,12 +24,13 @@ from evomerge.errors import CandidateError, CheckpointError, EvomergeError, Reci
 from evomerge.evaluation import Items
 from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge
+from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import METHODS
 from evomerge.recipes import chat_templates
 from evomerge.workers.worker import Worker
-from tests.checkpoints.test_lora import Q, adapter, looped, pair, tensors_of
-from tests.merging.test_merge import WeightMap, assert_equal, candidate, files, live, load_model
 from tests.support import architectures
+from tests.support.lora_adapters import Q, adapter, looped, pair, tensors_of
+from tests.support.merge_cases import assert_equal, candidate, files, live, load_model
 
 Parents = dict[str, Checkpoint]
 SHARD = 20_000  # bytes; the largest tensor of the tiny models has 4096

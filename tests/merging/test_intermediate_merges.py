@@ -22,7 +22,7 @@ from evomerge.merging import checkpoint_writer, merge
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, TokenizerSpec, params
 from evomerge.recipes.mergekit_yaml import dump, load, with_outer_filters
-from tests.merging.test_merge import assert_equal, candidate, files, live
+from tests.support.merge_cases import assert_equal, candidate, files, live
 
 
 def stage(

@@ -19,16 +19,10 @@ from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import METHODS
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import STORED, Filtered, Mix, Recipe, params
-from tests.integration.test_mergekit_parity import space
+from tests.support.merge_cases import assert_equal, candidate, files, live, load_model
 from tests.support.tiny_models import build
 
 MODELS = ("math", "code", "chat")
-
-
-def candidate(method: str, seed: int = 0, out_dtype: str = "bfloat16") -> Recipe:
-    of = space(method, out_dtype)
-    recipe = of.decode(torch.randn(len(of.axes), generator=torch.Generator().manual_seed(seed)).tolist())
-    return replace(recipe, seed=seed)
 
 
 def stack(*sources: tuple[str, int], values: dict | None = None, outer: str = "math", **fields) -> Recipe:
@@ -55,33 +49,6 @@ def parents(tiny: dict[str, Path]) -> dict[str, Checkpoint]:
 @pytest.fixture
 def resident(tiny: dict[str, Path]) -> WeightMap:
     return live(tiny["base"])
-
-
-def live(path: Path) -> WeightMap:
-    return WeightMap(load_model(path), Checkpoint(path).tensors)
-
-
-def load_model(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder)
-
-
-def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert sorted(one) == sorted(two)
-    for name, tensor in one.items():
-        assert tensor.dtype == two[name].dtype, name
-        assert torch.equal(tensor, two[name]), name
-
-
-def files(path: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
 
 
 # ---- one code path
