@@ -1,6 +1,6 @@
 """Parent models on disk.
 
-Every file is taken to be written by a stranger, and no code from a model folder is run.
+No file is trusted, and no code from a model folder is run.
 
 * `parent`: the interface of a parent, and functions over it (sizes, equality, compatibility with a base).
 * `layout`: where each tensor belongs: embeddings, layer, head, another tower.

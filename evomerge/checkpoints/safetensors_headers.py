@@ -1,6 +1,6 @@
 """What a model folder says before a weight is read: JSON files, shards, safetensors headers.
 
-Every file is taken to be written by a stranger: a fault in it is one CheckpointError that names the file and
+No file is trusted: a fault in it is one CheckpointError that names the file and
 says what to do. Knows nothing of layers, and reads no weights.
 """
 
@@ -292,7 +292,7 @@ def _check_cover(spans: list[tuple[int, int, str]], size: int) -> None:
 
 
 def _shown(name: str) -> str:
-    """A name that a stranger gave, in one line."""
+    """A name from an untrusted file, in one line."""
     return ascii(name[:200])
 
 

@@ -262,14 +262,14 @@ def merge_into(
     depth = parents[recipe.base].layout.num_layers
     if len(recipe.layers) != depth:
         raise CandidateError(
-            f"the recipe has {len(recipe.layers)} layers, the resident model {depth}; a search keeps the "
+            f"the recipe has {len(recipe.layers)} layers, the live model {depth}; a search keeps the "
             "base's depth"
         )
     merge = Merge(recipe, parents, tables, device)
     if layer_changes(recipe, merge.parents) is not None:
         raise CandidateError(
             "the configs of the recipe's models say other things of its layers than the base's, which a "
-            "resident model has"
+            "live model has"
         )
     if merge.vocabulary is not None:
         base = parents[recipe.base]

@@ -117,7 +117,7 @@ def _is_proved(
             )
             if min(part.strides, default=0) < 0 or last >= values[part.target].numel():
                 return False
-            found = values[part.target].as_strided(shape, part.strides, part.offset)
-            if not torch.equal(found, numbered(source, shift)):
+            moved = values[part.target].as_strided(shape, part.strides, part.offset)
+            if not torch.equal(moved, numbered(source, shift)):
                 return False
     return True

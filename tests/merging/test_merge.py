@@ -432,7 +432,7 @@ def test_a_number_too_large_for_the_output_fails_the_candidate(parents):
 
 
 def test_a_live_model_keeps_its_depth(parents, resident):
-    with pytest.raises(CandidateError, match="the recipe has 2 layers, the resident model 4"):
+    with pytest.raises(CandidateError, match="the recipe has 2 layers, the live model 4"):
         merge.merge_into(stack(("math", 0), ("math", 1)), parents, resident)
 
 

@@ -100,9 +100,9 @@ def plan_rows(table: TokenTable, models: tuple[str, ...], base: str) -> RowPlan:
     averaged = ((giver < 0) & ~is_zero).nonzero()[:, 0]
     own, lent, single, shared = {}, {}, {}, []
     for i, model in enumerate(models):
-        kept = (has[i] & ~donors.is_forced).nonzero()[:, 0]
+        rows_of_own = (has[i] & ~donors.is_forced).nonzero()[:, 0]
         replaced = (~has[i] | donors.is_forced).nonzero()[:, 0]
-        own[model] = table.numbers[kept], rows[i, kept]
+        own[model] = table.numbers[rows_of_own], rows[i, rows_of_own]
         lent[model] = table.numbers[replaced], position[replaced]
         from_it = ((giver == i) & ~is_zero).nonzero()[:, 0]
         single[model] = from_it, given[from_it]
