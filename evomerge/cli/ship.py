@@ -66,7 +66,9 @@ def merge(
 
     memory_bytes = _bytes(memory)
     if check_against is not None and recipe.is_file():
-        mergekit_check.find_program(recipe, check_against)  # fails before a long merge where there is no mergekit
+        mergekit_check.find_program(
+            recipe, check_against
+        )  # fails before a long merge where there is no mergekit
     with progress_module.bar("tensors") as progress:
         warnings = merge_recipe_file(recipe, directory, progress, policy=policy, memory=memory_bytes)
     for warning in warnings:
