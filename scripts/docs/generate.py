@@ -14,10 +14,10 @@ from typing import Any
 
 import typer
 
-from evomerge.cli.main import app
+from evomerge.cli.app import app
 from evomerge.config.reference import rows as key_rows
 from evomerge.evaluation.lm_harness.backends import BACKENDS
-from evomerge.launch.stages import STAGES
+from evomerge.config.stage_kinds import STAGES
 from evomerge.methods import METHODS
 from evomerge.methods.fused.one_pass import BACKENDS as KERNEL_BACKENDS
 from evomerge.optimizers import OPTIMIZERS
@@ -117,6 +117,11 @@ def optimizers() -> str:
     )
 
 
+def summary(entry: Any) -> str:
+    """One line about a registry entry; of a module, the first sentence of its docstring."""
+    return entry.summary if hasattr(entry, "summary") else (entry.__doc__ or "").split("\n\n")[0]
+
+
 def registries() -> str:
     """The page of stages, evaluation backends, kernel backends and pools."""
     sections: list[tuple[str, str, Iterable[tuple[str, Any]]]] = [
@@ -131,7 +136,7 @@ def registries() -> str:
     ]
     parts = ["# Stages, backends and pools"]
     for title, text, entries in sections:
-        rows = [(code(name), entry.summary) for name, entry in entries]
+        rows = [(code(name), summary(entry)) for name, entry in entries]
         parts += [f"## {title}", text, table(("name", "what it is"), rows)]
     return "\n\n".join(parts)
 

@@ -18,7 +18,7 @@ EXAMPLES = {
         "median and (float64 or zero or order or reference)",
     ),
     "optimizer": (["tests/contracts/test_optimizers.py"], "comma and (same or replay or injected or failed)"),
-    "stage": (["tests/launch/test_stages.py"], ""),
+    "stage": (["tests/launch/test_stages.py", "tests/launch/test_refine_stage.py"], ""),
     "backend": (["tests/contracts/test_backends.py"], ""),
     "kernel": (["tests/contracts/test_kernel_backends.py"], ""),
 }

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from evomerge.cli.main import app
+from evomerge.cli.app import app
 from evomerge.config.reference import rows
 from evomerge.evaluation.lm_harness.backends import BACKENDS
-from evomerge.launch.stages import STAGES
+from evomerge.config.stage_kinds import STAGES
 from evomerge.methods import METHODS
 from evomerge.methods.fused.one_pass import BACKENDS as KERNEL_BACKENDS
 from evomerge.optimizers import OPTIMIZERS
