@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evomerge.recipes import Recipe
     from evomerge.store import Store
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = [
     "METHODS",
     "OPTIMIZERS",

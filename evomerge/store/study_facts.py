@@ -173,7 +173,19 @@ class StudyFacts:
         Returns:
             'key was X, is Y' for every value that differs, empty where all agree.
         """
-        return differences(self.to_json(), other.to_json())
+        return differences(_with_one_name_for_same_rows(self), _with_one_name_for_same_rows(other))
+
+
+_SAME_ROWS = ("0.5.0", "0.6.0")
+"""Versions of evomerge that store the same rows for the same search: a study of one goes on with another."""
+
+
+def _with_one_name_for_same_rows(facts: StudyFacts) -> dict[str, Any]:
+    """The facts as stored, with one version of evomerge for all that store the same rows."""
+    data = facts.to_json()
+    if data["versions"].get("evomerge") in _SAME_ROWS:
+        data["versions"]["evomerge"] = _SAME_ROWS[-1]
+    return data
 
 
 _FACT_OF_KEY = {"gate": "max_nats_per_token", "depth": "base_layers", "crew": "num_workers"}

@@ -1,7 +1,7 @@
 """Writes docs/reference from the code: search file, merge methods, optimizers, registries, commands.
 
-    python scripts/docs/generate.py           # writes the pages
-    python scripts/docs/generate.py --check   # exit 1 if a page differs from what would be written
+python scripts/docs/generate.py           # writes the pages
+python scripts/docs/generate.py --check   # exit 1 if a page differs from what would be written
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import typer
 
 from evomerge.cli.app import app
 from evomerge.config.reference import rows as key_rows
-from evomerge.evaluation.lm_harness.backends import BACKENDS
 from evomerge.config.stage_kinds import STAGES
+from evomerge.evaluation.lm_harness.backends import BACKENDS
 from evomerge.methods import METHODS
 from evomerge.methods.fused.one_pass import BACKENDS as KERNEL_BACKENDS
 from evomerge.optimizers import OPTIMIZERS
@@ -110,8 +110,8 @@ def optimizers() -> str:
     return "\n\n".join(
         (
             "# Optimizers",
-            "`search.optimizer` names the optimizer of a stage of weights, `routes.optimizer` that of a stage "
-            "of routes. Both are given numbers where the genome is numbers, choices where it is choices.",
+            "`search.optimizer` names the optimizer of a stage of weights, `routes.optimizer` that of a "
+            "stage of routes. Both are given numbers where the genome is numbers, choices where it is choices.",
             table(header, rows),
         )
     )
@@ -179,7 +179,10 @@ def main() -> int:
         elif not check:
             file.write_text(text)
     if stale:
-        print(f"docs/reference is stale: {', '.join(stale)}; run python scripts/docs/generate.py", file=sys.stderr)
+        print(
+            f"docs/reference is stale: {', '.join(stale)}; run python scripts/docs/generate.py",
+            file=sys.stderr,
+        )
     return 1 if stale else 0
 
 

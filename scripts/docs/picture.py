@@ -1,6 +1,6 @@
-"""Draws the picture of the README from a finished study: score against evaluations, beside parents and hand recipes.
+"""Draws the picture of the README from a finished study: score against evaluations, beside the references.
 
-    python scripts/docs/picture.py results/demo/study.db docs/images/demo.svg
+python scripts/docs/picture.py results/demo/study.db docs/images/demo.svg
 """
 
 from __future__ import annotations

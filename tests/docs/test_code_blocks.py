@@ -57,7 +57,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("place", "words"), COMMANDS, ids=[place for place, _ in COMMANDS])
-def test_a_command_runs(place: str, words: list[str], checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_runs(
+    place: str, words: list[str], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert words[0] in OWN_COMMANDS or "=" in words[0] or words[0] == "python" or words[0] == "mkdocs", place
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("EVOMERGE_ROOT", raising=False)

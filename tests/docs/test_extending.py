@@ -1,4 +1,4 @@
-"""The examples of docs/extending: each diff applies to a copy of the repository, and the tests it names pass there."""
+"""The examples of docs/extending: each diff applies to a copy of the repository, where its tests pass."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_a_diff_adds_no_branch_and_few_files(name: str) -> None:
     text = (EXTENDING / f"{name}.diff").read_text()
     files = [line for line in text.splitlines() if line.startswith("+++ b/")]
     code = [line for line in files if line.startswith("+++ b/evomerge/")]
-    changed = [line for line in text.splitlines() if line.startswith(("-", "+")) and line[:3] not in ("---", "+++")]
+    changed = [
+        line for line in text.splitlines() if line.startswith(("-", "+")) and line[:3] not in ("---", "+++")
+    ]
     assert len(code) <= 2
     assert len(files) <= 3
     assert len([line for line in changed if line.startswith("-")]) <= 3
@@ -56,7 +58,9 @@ def test_a_diff_applies_and_its_contract_passes(name: str, tmp_path: Path) -> No
     files, chosen = EXAMPLES[name]
     folder = copy_of_the_repository(tmp_path)
     diff = (EXTENDING / f"{name}.diff").read_bytes()
-    applied = subprocess.run(["git", "apply", "--verbose", "-"], cwd=folder, input=diff, capture_output=True, check=False)
+    applied = subprocess.run(
+        ["git", "apply", "--verbose", "-"], cwd=folder, input=diff, capture_output=True, check=False
+    )
     assert applied.returncode == 0, applied.stderr.decode()
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     program += ["-k", chosen] if chosen else []

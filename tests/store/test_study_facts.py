@@ -101,3 +101,10 @@ def test_what_differs_is_named_with_both_values() -> None:
 def test_facts_of_another_form_are_refused(data: dict[str, Any]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
         StudyFacts.from_json(data)
+
+
+@pytest.mark.parametrize(("before", "differs"), [("0.5.0", False), ("0.4.0", True)])
+def test_a_study_of_0_5_0_goes_on_and_one_of_an_older_version_is_refused(before: str, differs: bool) -> None:
+    stored = StudyFacts(versions={"evomerge": before, "torch": "2.13.0"})
+    now = StudyFacts(versions={"evomerge": "0.6.0", "torch": "2.13.0"})
+    assert bool(stored.differences(now)) is differs
