@@ -1,4 +1,4 @@
-"""What is wrong in a search file beyond single keys: names that no block defines, values that a method does not take.
+"""Checks of a search file beyond single keys: undefined names, values that a method does not take.
 
 A function for each block yields (path of the key, sentence) for everything that is wrong in it.
 """

@@ -1,4 +1,7 @@
-"""Reads a search file: one YAML document, checked key by key; an error names file, line, column and the nearest right key."""
+"""Reads a search file: one YAML document, checked key by key.
+
+An error names file, line, column and the nearest right key.
+"""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _is_misspelt(error: Any, path: _yaml.Key) -> bool:
 
 
 def _path(location: Sequence[str | int], data: Any) -> _yaml.Key:
-    """pydantic's location without the names of its own types: steps that the document has, and a last missing key."""
+    """pydantic's location without names of types: steps that the document has, and a last missing key."""
     path: list[str | int] = []
     for i, part in enumerate(location):
         in_mapping = isinstance(data, dict) and part in data

@@ -1,4 +1,4 @@
-"""The reference of the search file: every key with its type, default and description, from the schema itself."""
+"""The reference of the search file: every key with its type, default and description, from the schema."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from evomerge.config.messages import block_of
 from evomerge.config.renamed_keys import RENAMED
 from evomerge.config.schema import Config
 from evomerge.config.stage_kinds import STAGES
+from evomerge.evaluation.lm_harness.backends import BACKENDS
 from evomerge.optimizers import OPTIMIZERS
 
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
@@ -29,6 +30,8 @@ _IN_WORDS = {
     "evaluation.items": "whole number from 1, or task -> whole number from 1",
     "tasks[].search": "metric, probability or logprob, or one of these -> number above 0",
     "tasks[].items": "role -> list of document numbers or item ids, or path of a file; or null",
+    "evaluation.backend": ", ".join(BACKENDS),
+    "stages[].stage": ", ".join(STAGES),
     "search.optimizer": ", ".join(OPTIMIZERS),
     "stages[].stage": " or ".join(STAGES),
     "routes.optimizer": f"{', '.join(OPTIMIZERS)} or null",
@@ -41,7 +44,8 @@ class KeyRow:
     """A key of the search file.
 
     Attributes:
-        path: Path such as `search.race.error`; NAME stands for a name that the user gives, [] for an entry of a list.
+        path: Path such as `search.race.error`; NAME stands for a name that the user gives, [] for an entry of
+            a list.
         type: What the value is, in words.
         default: The value where the key is left out, as YAML; 'required' where it must be given.
         description: One sentence.

@@ -1,4 +1,4 @@
-"""Keys of the search file that have another name now. The old name is read for one version more, with a warning."""
+"""Keys of the search file with another name now; the old name is read for one version, with a warning."""
 
 from __future__ import annotations
 

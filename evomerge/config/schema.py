@@ -1,87 +1,32 @@
-"""The blocks of a search file as pydantic models: every key with its type, bounds, default and a line of description.
+"""The blocks of a search file as pydantic models: every key with its type, bounds, default and description.
 
-The text under a key is its description, from which `evomerge.config.reference` makes the reference of all keys; pydantic does not
-read it, since that would cost a tenth of a second at every start. A block checks what it can tell of itself alone;
-`evomerge.config.checks` checks blocks against one another.
+The text under a key is its description, from which `evomerge.config.reference` makes the reference of all
+keys; pydantic does not read it, since that would cost a tenth of a second at every start. A block checks what
+it can tell of itself alone; `evomerge.config.checks` checks blocks against one another.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from evomerge.config.stage_kinds import STAGES
-from evomerge.evaluation.lm_harness.backends import BACKENDS, DEFAULT_BACKEND
-from evomerge.optimizers import OPTIMIZERS, optimizer_for
+from evomerge.config.value_types import (
+    BackendName,
+    Counts,
+    Measure,
+    Number,
+    OptimizerName,
+    Positive,
+    Shares,
+    StageName,
+    Whole,
+)
+from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND
+from evomerge.optimizers import optimizer_for
 
 _DEFAULT_ITEMS = 100
-
-
-def _no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("should be a number")
-    return value
-
-
-def _counts(value: Any) -> Any:
-    for count in value.values() if isinstance(value, dict) else (value,):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(
-                f"should be a whole number of at least 1, or one for each task named, got {count!r}"
-            )
-    return value
-
-
-def _stage_name(value: str) -> str:
-    if value not in STAGES:
-        raise ValueError(f"should be one of {', '.join(STAGES)}")
-    return value
-
-
-def _optimizer_name(value: str) -> str:
-    if value not in OPTIMIZERS:
-        raise ValueError(f"should be one of {', '.join(OPTIMIZERS)}")
-    return value
-
-
-def _backend_name(value: str) -> str:
-    if value not in BACKENDS:
-        raise ValueError(f"should be one of {', '.join(BACKENDS)}")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_truth_value)]
-"""A whole number."""
-Number = Annotated[float, BeforeValidator(_no_truth_value)]
-"""A finite number."""
-Positive = Annotated[Number, Field(gt=0)]
-"""A number above 0."""
-Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
-"""A count, or one for each task that is named."""
-OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
-"""A key of `evomerge.optimizers.OPTIMIZERS`."""
-StageName = Annotated[str, AfterValidator(_stage_name)]
-"""A name of `evomerge.config.stage_kinds.STAGES`."""
-BackendName = Annotated[str, AfterValidator(_backend_name)]
-"""A key of `evomerge.evaluation.lm_harness.backends.BACKENDS`."""
-Measure = Literal["metric", "probability", "logprob"]
-"""What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of the right answer."""
 _METRIC_ALONE: dict[Measure, float] = {"metric": 1.0}
-Shares = Annotated[
-    dict[Measure, Positive],
-    Field(min_length=1),
-    BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
-]
-"""Measure -> share of it in what a search sees; a measure alone has all of it."""
 
 
 class Strict(BaseModel):
@@ -124,13 +69,15 @@ class SpaceConfig(Strict):
     components: tuple[Literal["attention", "mlp", "other"], ...] = Field(
         default=("attention", "mlp"), min_length=1
     )
-    """Parts of a layer that are searched, each with coefficients of its own; 'other' is neither of the first two."""
+    """Parts of a layer that are searched, each with coefficients of its own; 'other' is neither of the first
+    two."""
     embeddings: bool = True
     """Whether the embeddings are searched, with coefficients of their own."""
     head: bool = True
     """Whether the output head is searched, with coefficients of its own."""
     parameters: dict[str, RangeConfig | bool | float] = Field(default_factory=dict)
-    """Parameter of the method -> its range, or a number that fixes it; weights are searched also where left out."""
+    """Parameter of the method -> its range, or a number that fixes it; weights are searched also where left
+    out."""
 
 
 class TaskConfig(Strict):
@@ -145,7 +92,8 @@ class TaskConfig(Strict):
     weight: Number = Field(default=1.0, gt=0)
     """Weight of the task in the objective."""
     search: Shares = Field(default_factory=lambda: dict(_METRIC_ALONE))
-    """What candidates are ranked by: metric, probability or logprob of the right answer, or a share of each."""
+    """What candidates are ranked by: metric, probability or logprob of the right answer, or a share of
+    each."""
     num_fewshot: Whole | None = Field(default=None, ge=0)
     """Number of examples in a prompt; the task's own unless given."""
     items: (
@@ -155,7 +103,8 @@ class TaskConfig(Strict):
         ]
         | None
     ) = None
-    """Role -> exactly its items, as document numbers or item ids, or a file with one a line; dealt by a rule unless given."""
+    """Role -> exactly its items, as document numbers or item ids, or a file with one a line; dealt by a rule
+    unless given."""
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """'module:function' that scores candidates in place of a task, see `evomerge.evaluation.python_tasks`."""
     name: str | None = Field(default=None, min_length=1)
@@ -189,10 +138,11 @@ class TaskConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """How tasks are evaluated and which of their items have which role. Of a group, counts are of each of its tasks."""
+    """How tasks are evaluated, and the roles of their items. Of a group, counts are of each of its tasks."""
 
     items: Counts = _DEFAULT_ITEMS
-    """Items of each task that a generation is scored on, or task -> items, 100 of a task that is not named."""
+    """Items of each task that a generation is scored on, or task -> items, 100 of a task that is not
+    named."""
     validation: Whole | None = Field(default=None, ge=2)
     """Most items of each task that finalists are chosen by; all unless given."""
     test: Whole | None = Field(default=None, ge=2)
@@ -200,11 +150,13 @@ class EvaluationConfig(Strict):
     search: Whole | None = Field(default=None, ge=1)
     """Most items of each task that generations take theirs from; all unless given."""
     splits: Literal["declared", "hash", "hash-train"] = "hash"
-    """Which items have which role: the task's own splits, or by hash, see `lm_harness.task_loading.TaskSpec`."""
+    """Which items have which role: the task's own splits, or by hash, see
+    `lm_harness.task_loading.TaskSpec`."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """What happens to an item in two declared splits: an error, or it is kept in the later role only."""
     allow_benchmark_test: bool = False
-    """Whether a task of lm-eval may be dealt by hash, so that the search sees the benchmark's own test items."""
+    """Whether a task of lm-eval may be dealt by hash, so that the search sees the benchmark's own test
+    items."""
     training_texts: tuple[str, ...] = ()
     """Files of texts that models were trained on, in which items are looked for."""
     overlap: Literal["warn", "drop"] = "warn"
@@ -212,7 +164,8 @@ class EvaluationConfig(Strict):
     overlap_ngram: Whole = Field(default=13, ge=1)
     """Number of words in a row that are an overlap."""
     backend: BackendName = DEFAULT_BACKEND
-    """What answers tasks: 'resident' compiles requests for the model in memory; 'lm-eval' is lm-eval's own HFLM."""
+    """What answers tasks: 'resident' compiles requests for the model in memory; 'lm-eval' is lm-eval's own
+    HFLM."""
     batch_size: Whole = Field(default=64, ge=1)
     """Batch size of what goes through lm-eval's HFLM."""
     include: tuple[str, ...] = ()
@@ -237,7 +190,7 @@ class EvaluationConfig(Strict):
 
 
 class RaceConfig(Strict):
-    """Racing: candidates that are clearly behind are dropped before all items are scored, see `evomerge.search.racing`."""
+    """Racing: candidates that are clearly behind are dropped on few items, see `evomerge.search.racing`."""
 
     rungs: tuple[Number, ...] = Field(default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0), min_length=1)
     """Shares of a generation's items after which candidates are dropped; the last is 1."""
@@ -251,15 +204,18 @@ class SearchConfig(Strict):
     evaluations: Whole = Field(default=500, ge=1)
     """Budget of candidates; parents and hand recipes are not counted."""
     population: Annotated[Whole, Field(ge=4)] | Literal["auto"] | None = None
-    """Candidates of a generation; CMA-ES' default unless given; 'auto' keeps the workers busy that the study begins with."""
+    """Candidates of a generation; CMA-ES' default unless given; 'auto' keeps the workers busy that the study
+    begins with."""
     sigma: Number = Field(default=0.15, gt=0)
     """Initial standard deviation, in ranges of the parameters."""
     seed: Whole = Field(default=0, ge=0, lt=2**31)
     """Seed of everything that is random."""
     diagonal: bool | None = None
-    """Whether the covariance matrix is diagonal; unless given, it is with fewer than 20 evaluations for each gene."""
+    """Whether the covariance matrix is diagonal; unless given, it is with fewer than 20 evaluations for each
+    gene."""
     start: Literal["space", "best"] = "space"
-    """'space' starts at the parameters' own starts, 'best' at the best hand recipe that the space can hold."""
+    """'space' starts at the parameters' own starts, 'best' at the best hand recipe that the space can
+    hold."""
     finalists: Whole = Field(default=6, ge=1)
     """Candidates that are scored again on validation items, the distribution's mean always among them."""
     tie_break: Literal["probability", "logprob", "none"] | None = None
@@ -267,9 +223,11 @@ class SearchConfig(Strict):
     race: RaceConfig | None = None
     """Drops candidates on few items; each is scored on all items of its generation where left out."""
     islands: Annotated[Whole, Field(ge=1, le=64)] | Literal["auto"] = 1
-    """Searches side by side that share budget and workers; 'auto' keeps the workers busy that the study begins with."""
+    """Searches side by side that share budget and workers; 'auto' keeps the workers busy that the study
+    begins with."""
     pipelined: bool = False
-    """Asks each generation before the last results of the one before, so that no worker waits; takes more evaluations."""
+    """Asks each generation before the last results of the one before, so that no worker waits; takes more
+    evaluations."""
     optimizer: OptimizerName = "cma"
     """Optimizer of searches of weights, which takes numbers alone; routes have their own."""
 
@@ -297,7 +255,8 @@ class PerplexityScreenConfig(Strict):
     """Early rejection of routes whose perplexity on right answers is far above the parents'."""
 
     tokens: Whole | None = Field(default=None, ge=16)
-    """Tokens that a route is screened on; a hundredth of what a candidate is scored on, 64 to 2,000, unless given."""
+    """Tokens that a route is screened on; a hundredth of what a candidate is scored on, 64 to 2,000, unless
+    given."""
     factor: Number = Field(default=20.0, gt=1)
     """How many times the best parent's perplexity a route may have."""
 
@@ -306,7 +265,8 @@ class RoutesConfig(Strict):
     """Routes of layers, see `evomerge.spaces.routes`."""
 
     genome: Literal["categorical", "conditional", "indicator"] = "categorical"
-    """A choice at each position of one model's path, the same as numbers, or switches of all layers (arXiv 2403.13187)."""
+    """A choice at each position of one model's path, the same as numbers, or switches of all layers (arXiv
+    2403.13187)."""
     start: str = "best"
     """Model that gives embeddings and head, and whose path a route begins at; 'best' is the best so far."""
     embeddings: Literal["any", "start"] = "any"
@@ -364,7 +324,8 @@ class ClusterConfig(Strict):
     """Where candidates are evaluated; may change from run to run."""
 
     ray: str | None = None
-    """'local' starts a Ray cluster on this machine, 'auto' joins the one it belongs to, else an address; null uses no Ray."""
+    """'local' starts a Ray cluster on this machine, 'auto' joins the one it belongs to, else an address; null
+    uses no Ray."""
     workers: Whole | None = Field(default=None, ge=1)
     """Number of workers; as many as fit unless given."""
     gpus: Number | None = Field(default=None, ge=0, le=1)  # a model over several is not built
@@ -422,7 +383,8 @@ class Config(Strict):
     objective: Literal["mean", "geometric", "worst"] = "mean"
     """Weighted mean or geometric mean of the tasks, or the worst of them."""
     keep: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
-    """Retention constraints, task -> x: who falls more than x below the best parent there ranks after all who do not."""
+    """Retention constraints, task -> x: who falls more than x below the best parent there ranks after all who
+    do not."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """How tasks are evaluated and which of their items have which role."""
     search: SearchConfig = Field(default_factory=SearchConfig)

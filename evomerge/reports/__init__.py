@@ -1,9 +1,10 @@
 """Stored rows -> plain data, Markdown, plots. Runs no search and loads no torch.
 
-`summary` turns a study or a candidate into plain data, `activity` adds who drives it and what its workers did, `markdown` writes
-the report of a finished study, with `route_text` for routes of layers. `comparison` puts candidates beside one another on the
-items that all were scored on; `sensitivity` scans the coefficients of one candidate, and `plots` draws the scan. What the last
-two score is passed in: this package opens no model.
+`summary` turns a study or a candidate into plain data, `activity` adds who drives it and what its workers
+did, `markdown` writes the report of a finished study, with `route_text` for routes of layers. `comparison`
+puts candidates beside one another on the items that all were scored on; `sensitivity` scans the coefficients
+of one candidate, and `plots` draws the scan. What the last two score is passed in: this package opens no
+model.
 """
 
 from __future__ import annotations

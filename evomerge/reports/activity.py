@@ -1,4 +1,4 @@
-"""What is going on in a study, as plain data: who drives it, what its workers did, what failed, how recent its backup is."""
+"""Activity of a study as plain data: its driver, what its workers did, what failed, its last backup."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def study_activity(store: Store) -> dict[str, Any]:
         store: An open study.
 
     Returns:
-        `driver`: host, pid and whether it is alive, None of that where it cannot be known from this machine; None where nobody
-        ever drove the study. `stop_requested`: whether `evomerge stop` was asked. `workers`: what each did, with `busy` and
-        `span` in seconds, `utilisation` in [0, 1] and times in Unix seconds; `utilisation`: of all together. `failures`: cause,
-        number of attempts and last error. `runs`: of drivers. `ended`: stage, island and cause of a used-up budget. `backup`:
-        path, time, age in seconds and size, None without one; `way_back`: how to go back to it, in words.
+        `driver`: host, pid and whether it is alive, None of that where it cannot be known from this machine;
+        None where nobody ever drove the study. `stop_requested`: whether `evomerge stop` was asked.
+        `workers`: what each did, with `busy` and `span` in seconds, `utilisation` in [0, 1] and times in Unix
+        seconds; `utilisation`: of all together. `failures`: cause, number of attempts and last error. `runs`:
+        of drivers. `ended`: stage, island and cause of a used-up budget. `backup`: path, time, age in seconds
+        and size, None without one; `way_back`: how to go back to it, in words.
     """
     driver = locks.driver(store.path)
     workers = [asdict(use) | {"utilisation": use.utilisation} for use in store.activity.worker_uses()]

@@ -1,6 +1,6 @@
-"""Candidates beside one another on the items that all were scored on: each against the first, paired. Opens no model.
+"""Candidates beside one another on the items that all were scored on: each against the first, paired.
 
-What is compared is what the studies' files hold, or what the caller has scored beside them.
+Opens no model. What is compared is what the studies' files hold, or what the caller has scored beside them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Contender:
         study: Folder of its study.
         trial: Its trial.
         recipe: Its recipe.
-        scores: (task, item) -> score of every item that it was scored on in the role, from all of `evaluations`.
+        scores: (task, item) -> score of every item that it was scored on in the role, from all of
+            `evaluations`.
         evaluations: Its evaluations in the role that did not fail.
     """
 
@@ -164,11 +165,12 @@ def compare(contenders: Sequence[Contender], objective: Objective, task: str | N
         task: The one task to compare on, None for all.
 
     Returns:
-        `candidates`; `items`: number of common items; `rows`: one for each task, then the objective (unless `task` asks for one
-        alone), each with `scores` [candidates] and, for each candidate but the first, `differences`: mean, error, p, and p
-        corrected by Holm for all differences of the answer. A score or difference is None where the items do not determine it: a
-        metric that is no mean of them, over other items than those stored, or an objective of another kind than a mean.
-        Differences are in the metric's own direction; of the objective higher is better.
+        `candidates`; `items`: number of common items; `rows`: one for each task, then the objective (unless
+        `task` asks for one alone), each with `scores` [candidates] and, for each candidate but the first,
+        `differences`: mean, error, p, and p corrected by Holm for all differences of the answer. A score or
+        difference is None where the items do not determine it: a metric that is no mean of them, over other
+        items than those stored, or an objective of another kind than a mean. Differences are in the metric's
+        own direction; of the objective higher is better.
 
     Raises:
         StudyError: There are no common items.

@@ -19,7 +19,8 @@ def study_markdown(store: Store) -> str:
         store: An open study that is done.
 
     Returns:
-        Markdown: the verdict, scores of the best beside parents and hand recipes, finalists, retention, trade-offs, what the
+        Markdown: the verdict, scores of the best beside parents and hand recipes, finalists, retention,
+            trade-offs, what the
         best is made of, and how the search went.
 
     Raises:
@@ -144,9 +145,9 @@ def _finalists(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "| --- | --- | --- | --- | --- |",
         *(_finalist_row(row) for row in rows),
         "",
-        "The estimate is of the objective over all search items, as the search sees it: what compares candidates "
-        "of different generations. p: two-sided, of the difference to the winner on validation, paired, corrected "
-        "by Holm for their number.",
+        "The estimate is of the objective over all search items, as the search sees it: what compares "
+        "candidates of different generations. p: two-sided, of the difference to the winner on validation, "
+        "paired, corrected by Holm for their number.",
         "",
     ]
 
@@ -185,8 +186,9 @@ def _retention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "## Skills kept",
         "",
-        f"Retention: {lost_skills(rows)}. The winner against each parent on the test items, paired, higher is better; "
-        "lost where it falls by more than 1.96 errors (2.5 % a cell, not corrected for their number).",
+        f"Retention: {lost_skills(rows)}. The winner against each parent on the test items, paired, "
+        "higher is better; lost where it falls by more than 1.96 errors (2.5 % a cell, not corrected for "
+        "their number).",
         "",
         f"| task | {' | '.join(parents)} |",
         "| --- " * (1 + len(parents)) + "|",
@@ -210,7 +212,8 @@ def _trade_offs(store: Store) -> list[str]:
     return [
         "## Trade-offs",
         "",
-        f"No candidate scored on the same items ({data['items']}) is at least as good in every task and better in one.",
+        f"No candidate scored on the same items ({data['items']}) is at least as good in every task "
+        "and better in one.",
         "",
         f"| | objective | {' | '.join(tasks)} |",
         "| --- " * (2 + len(tasks)) + "|",
@@ -220,7 +223,7 @@ def _trade_offs(store: Store) -> list[str]:
 
 
 def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
-    """One row for each run of places that are mixed alike: parameters by model. depths: see `Recipe.is_route`."""
+    """Parameters by model, a row for each run of places mixed alike. depths: see `Recipe.is_route`."""
     lines = [f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {recipe.base}, {recipe.out_dtype}.", ""]
     is_route = recipe.is_route(depths)
     if is_route:

@@ -1,4 +1,4 @@
-"""Curves of a sensitivity scan drawn to a file. The only module that imports matplotlib, which is optional."""
+"""Curves of a sensitivity scan drawn to a file. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check(file: Path) -> None:
 
 
 def sensitivity(curves: Sequence[Curve], title: str, file: Path) -> None:
-    """Draws a panel for each axis: the score over the coefficient, bars of ± 2 paired errors, the candidate as a line.
+    """Draws for each axis the score over the coefficient, bars of ± 2 paired errors, a line at the candidate.
 
     Args:
         curves: Curves of a scan, at least one; steep ones are red.

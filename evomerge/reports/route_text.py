@@ -1,4 +1,4 @@
-"""Text about routes of layers: a route in words, scores by depth, and how a search went from stage to stage."""
+"""Text about routes of layers: a route in words, scores by depth, the stages of a search."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def hops(recipe: Recipe) -> str:
         recipe: A recipe of layers taken over or merged.
 
     Returns:
-        Runs of layers with the factor of the hidden state that enters them: 'math 0-3, lang 2 x 1.05, math 4-5'.
+        Runs of layers with the factor of the hidden state that enters them: 'math 0-3, lang 2 x 1.05, math
+        4-5'.
     """
     scales = recipe.scales or (1.0,) * len(recipe.layers)
     runs: list[tuple[str, int, int, float]] = []  # model or merge, first layer, last layer, factor
@@ -91,8 +92,9 @@ def scores_by_depth(trials: Sequence[Trial]) -> list[str]:
         trials: Candidates of a search, without parents and hand recipes.
 
     Returns:
-        Lines of Markdown with a row for each number of layers: how many candidates there were, how many were rejected by the
-        perplexity screen or failed, their scores and seconds; empty where all have the same number.
+        Lines of Markdown with a row for each number of layers: how many candidates there were, how many were
+        rejected by the perplexity screen or failed, their scores and seconds; empty where all have the same
+        number.
     """
     by_layers: dict[int, list[Trial]] = {}
     for trial in trials:
@@ -134,7 +136,8 @@ def stage_table(outcome: Outcome, finalists: Sequence[Mapping[str, Any]]) -> lis
         finalists: Rows of its finalists.
 
     Returns:
-        Lines of Markdown with a row for each stage: its generations and its best finalist on validation; empty for one stage.
+        Lines of Markdown with a row for each stage: its generations and its best finalist on validation;
+        empty for one stage.
     """
     if len(outcome.stages) < 2:
         return []
@@ -153,6 +156,7 @@ def stage_table(outcome: Outcome, finalists: Sequence[Mapping[str, Any]]) -> lis
     return [
         *lines,
         "",
-        "Each stage but the first began at what was best on validation so far, parents and hand recipes among it.",
+        "Each stage but the first began at what was best on validation so far, parents and hand recipes "
+        "among it.",
         "",
     ]

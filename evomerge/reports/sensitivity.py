@@ -1,4 +1,4 @@
-"""Sensitivity of a candidate to each of its coefficients: one axis of the space is moved in steps, all others are kept.
+"""Sensitivity of a candidate to its coefficients: one axis of the space is moved in steps, others are kept.
 
 Opens no model: what scores a recipe is passed in, what has been scored is in the study's file.
 """
@@ -88,8 +88,8 @@ class Curve:
         value: The candidate's own value.
         steps: Scored points by value, the candidate among them.
         best: Value of the highest score.
-        slope: Slope of the least-squares line through the weighted mean of the tasks, by unit of the parameter, with its error
-            over items; None where no step could be scored.
+        slope: Slope of the least-squares line through the weighted mean of the tasks, by unit of the
+            parameter, with its error over items; None where no step could be scored.
         steep: Whether a step differs from the candidate by more than chance, see `STEEP`.
     """
 
@@ -120,8 +120,9 @@ def genome_of(space: WeightSpace, recipe: Recipe, genome: Sequence[float] | None
     nearest = space.encode(recipe)
     if nearest is None:
         raise StudyError(
-            f"recipe {recipe.id} is no point of this space ({space.method.name} of {', '.join(space.models)}), "
-            "so it has no coefficients to move; choose a candidate that the search sampled"
+            f"recipe {recipe.id} is no point of this space "
+            f"({space.method.name} of {', '.join(space.models)}), so it has no coefficients to "
+            "move; choose a candidate that the search sampled"
         )
     return nearest
 
@@ -152,9 +153,10 @@ def matching_axes(axes: Sequence[Axis], pattern: str | None) -> list[int]:
 def points(
     space: WeightSpace, genome: Sequence[float], places: Sequence[int], step: float, span: float
 ) -> list[Point]:
-    """Makes the candidate's neighbours on some axes: value ± step, ± 2 step, … up to span, inside the axis' bounds.
+    """Makes the candidate's neighbours on some axes: value ± step, ± 2 step, … up to span.
 
-    Values that the parameter's grid rounds to one another or to the candidate's are taken once.
+    They lie inside the bounds of their axis. Values that the parameter's grid rounds to one another or to the
+    candidate's are taken once.
 
     Args:
         space: The space of the search.
@@ -236,7 +238,9 @@ def scan(
     score: Callable[[Evaluation], float | None],
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Scores the candidate and its neighbours, and stores each at once; what is stored already is not scored again.
+    """Scores the candidate and its neighbours, and stores each at once.
+
+    What is stored already is not scored again.
 
     Args:
         store: The study, open for writing.
@@ -279,7 +283,8 @@ def curves(
         genome: The candidate's genes, [axes].
         neighbours: Points of the curves.
         stored: (axis, value) -> scores, of the candidate and all neighbours, see `Store.sensitivity`.
-        weights: Task -> share in the weighted mean that differences and slopes are of, with the sign of its metric.
+        weights: Task -> share in the weighted mean that differences and slopes are of, with the sign of its
+            metric.
 
     Returns:
         A curve for each axis of the neighbours, in the order of the space.
@@ -337,13 +342,13 @@ def _curve(
 
 
 def _rank(step: Step) -> tuple[float, bool]:
-    """Orders steps by score; rounded, since sums of the same differ by bits, and among equals the candidate is best."""
+    """Orders steps by score, rounded as sums of the same differ by bits; of equals the candidate is best."""
     score = -math.inf if step.score is None else round(step.score, 9)
     return score, step.difference is None
 
 
 def _slopes(items: Mapping[float, Sequence[ItemScore]]) -> list[ItemScore]:
-    """Of every item the slope of the least-squares line through its values: their mean is the slope of the mean."""
+    """Least-squares slope of every item through its values: their mean is the slope of the mean."""
     values: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for x, scores in items.items():
         for score in scores:

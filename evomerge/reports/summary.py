@@ -18,12 +18,13 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         check: Check the whole file, which takes about a second for 100 MB.
 
     Returns:
-        `state`: 'running', 'interrupted' (running, but its process is gone), 'paused', 'failed' or 'done'. `evaluations`:
-        candidates of the search, of which `failed` failed, a race dropped `dropped` and scored `partial` on a part of the items.
-        `store`: what the check found, 'not checked' without one. `pareto`: ids of the candidates on the front, see `front`.
-        `best`, `references` (parents and hand recipes) and `finalists`: rows with scores by role, of which `search` is the
-        objective by the tasks' metrics, also where candidates are ranked by soft metrics. `retention`: by task and parent what
-        the winner has lost, empty before the end.
+        `state`: 'running', 'interrupted' (running, but its process is gone), 'paused', 'failed' or 'done'.
+        `evaluations`: candidates of the search, of which `failed` failed, a race dropped `dropped` and scored
+        `partial` on a part of the items. `store`: what the check found, 'not checked' without one. `pareto`:
+        ids of the candidates on the front, see `front`. `best`, `references` (parents and hand recipes) and
+        `finalists`: rows with scores by role, of which `search` is the objective by the tasks' metrics, also
+        where candidates are ranked by soft metrics. `retention`: by task and parent what the winner has lost,
+        empty before the end.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -95,16 +96,18 @@ def resolve(store: Store, reference: str) -> Trial:
 
 
 def front(store: Store) -> dict[str, Any]:
-    """Reads the Pareto front over tasks: candidates that no other is as good as in every task and better than in one.
+    """Reads the Pareto front over tasks.
 
-    Scores on different items are not compared, so that there is no front across generations.
+    On it are candidates that no other equals or betters in every task and betters in one. Scores on different
+    items are not compared, so that there is no front across generations.
 
     Args:
         store: An open study.
 
     Returns:
-        `items`: 'validation' in a finished search, whose front is of finalists, parents and hand recipes; before, the last
-        generation; 'none' without a front. `tasks`: their names. `candidates`: rows with objective and metrics on these items.
+        `items`: 'validation' in a finished search, whose front is of finalists, parents and hand recipes;
+        before, the last generation; 'none' without a front. `tasks`: their names. `candidates`: rows with
+        objective and metrics on these items.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -162,10 +165,11 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         trial: One of its trials.
 
     Returns:
-        Where it comes from, its recipe and genome, its `scores` by role, or the `error` that it failed by. `partial`: how many
-        of its generation's items a race scored it on, None for all. `estimate`: (mean, standard error) over all search items, of
-        the leaders of a finished search. `violation`: by how much it breaks the retention constraints. `costs`: its layers and
-        parameters. `route`: its layers in words, None for a merge of whole models.
+        Where it comes from, its recipe and genome, its `scores` by role, or the `error` that it failed by.
+        `partial`: how many of its generation's items a race scored it on, None for all. `estimate`: (mean,
+        standard error) over all search items, of the leaders of a finished search. `violation`: by how much
+        it breaks the retention constraints. `costs`: its layers and parameters. `route`: its layers in words,
+        None for a merge of whole models.
     """
     study = store.study()
     outcome = None if study is None else study.outcome

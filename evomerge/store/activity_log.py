@@ -1,4 +1,4 @@
-"""What happened in a study beside its scores: attempts, worker time, runs of drivers, and islands that a budget ended."""
+"""Activity in a study: attempts, worker time, runs of drivers, and islands that a budget ended."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ActivityLog:
             return [rows.attempt(row) for row in self._file.rows("SELECT * FROM attempts ORDER BY id")]
 
     def failures(self) -> list[tuple[str, int, str]]:
-        """(cause, number of attempts, error of the last) of attempts that were not done, the most frequent cause first."""
+        """(cause, number of attempts, last error) of those that were not done, the most frequent first."""
         sql = (
             "SELECT cause, count(*), error, max(id) FROM attempts WHERE cause != 'done' "
             "GROUP BY cause ORDER BY count(*) DESC, cause"

@@ -14,10 +14,16 @@ from evomerge.store.paths import BACKUP
 
 
 def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
-    """Copies an open file: written beside, checked, synced and renamed, so that a copy that is there is whole.
+    """Copies an open file; the copy is written beside, checked, synced and renamed, so that it is whole.
 
-    Raises StudyError, and leaves the copy before in its place, where what would be copied is damaged; sqlite3.Error or
-    OSError where it cannot be written.
+    Args:
+        db: Connection to the file.
+        store: The file.
+        to: The copy.
+
+    Raises:
+        StudyError: What would be copied is damaged; the copy before stays.
+        sqlite3.Error, OSError: The copy cannot be written; the copy before stays.
     """
     beside = to.with_name(f"{to.name}.partial")
     beside.unlink(missing_ok=True)
@@ -27,9 +33,9 @@ def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
         with contextlib.closing(copy):
             db.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, whatever the original's journal
-            found = integrity.check(copy, store)
-        if found != "ok":
-            raise damaged(store, found)
+            finding = integrity.check(copy, store)
+        if finding != "ok":
+            raise damaged(store, finding)
         with beside.open("rb") as handle:
             os.fsync(handle.fileno())
         beside.replace(to)
@@ -45,18 +51,33 @@ def write(db: sqlite3.Connection, store: Path, to: Path) -> None:
 
 
 def damaged(store: Path, what: object) -> StudyError:
-    """The error for a file that is not what was stored, with the way back to its backup."""
-    return StudyError(
-        f"{store} is damaged, or not a study file: {' '.join(str(what).split())[:1000]}; {way_back(store)}"
-    )
+    """Makes the error for a file that is not what was stored.
+
+    Args:
+        store: The file.
+        what: What was found, of which 1,000 characters are shown.
+
+    Returns:
+        The error, with the way back to the backup.
+    """
+    finding = " ".join(str(what).split())[:1000]
+    return StudyError(f"{store} is damaged, or not a study file: {finding}; {way_back(store)}")
 
 
 def way_back(store: Path) -> str:
-    """How to go back to the backup of a study's file, in a sentence."""
+    """Says how to go back to the backup of a study's file.
+
+    Args:
+        store: The file.
+
+    Returns:
+        A sentence with the commands, or that there is no backup.
+    """
     copy = store.with_name(BACKUP)
     if store.name == BACKUP or not copy.is_file():
         return f"there is no backup beside it ({BACKUP}), bring one back"
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(copy.stat().st_mtime))
+    made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(copy.stat().st_mtime))
     name = store.name
-    way = f"mv {name} {name}.damaged; rm -f {name}-wal {name}-shm {name}-journal {name}.rows; cp {BACKUP} {name}"
-    return f"its backup is {copy} of {at}. To go on from there, in {store.parent}: {way}"
+    beside = f"{name}-wal {name}-shm {name}-journal {name}.rows"
+    commands = f"mv {name} {name}.damaged; rm -f {beside}; cp {BACKUP} {name}"
+    return f"its backup is {copy} of {made}. To go on from there, in {store.parent}: {commands}"

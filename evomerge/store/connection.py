@@ -1,4 +1,7 @@
-"""A study's file, open: its journal, its lock, its transactions, and what becomes of SQLite's errors. Knows no table by name."""
+"""An open study file: its journal, lock and transactions, and which errors SQLite's errors become.
+
+Knows no table by name.
+"""
 
 from __future__ import annotations
 
@@ -26,48 +29,74 @@ _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class StudyFile:
-    """An open connection. lock: held by the one that writes, None for a reader."""
+    """An open study file, as `StudyFile.open` gives it.
+
+    Attributes:
+        db: The connection.
+        path: The file.
+    """
 
     def __init__(self, db: sqlite3.Connection, path: Path, lock: IO[str] | None) -> None:
-        self.db, self.path, self._lock = db, path, lock
-        self._rows, self._added = (integrity.count_rows(db) if lock else 0), 0
-        self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT, 0o644) if lock else -1
+        """Takes an open connection.
+
+        Args:
+            db: The connection.
+            path: The file.
+            lock: The lock of a process that writes, None for a reader.
+        """
+        self.db = db
+        self.path = path
+        self._lock = lock
+        self._added = 0  # rows that this transaction has added
+        self._rows = 0  # rows that are acknowledged
+        self._count = -1  # descriptor of the file with that count
+        if lock is not None:
+            self._rows = integrity.count_rows(db)
+            self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT, 0o644)
         self._acknowledge()
 
     @classmethod
     def open(cls, path: Path, write: bool) -> StudyFile:
-        """Raises StudyError if the file is missing, damaged, newer or locked; NoRoom if it cannot be written."""
+        """Opens a file, and brings its tables up to date where it is opened for writing.
+
+        Args:
+            path: The file.
+            write: Open it for writing, and create it where it is missing.
+
+        Returns:
+            The open file.
+
+        Raises:
+            StudyError: The file is missing, damaged, of a newer version, or another process writes it.
+            NoRoom: It cannot be written.
+            SetupError: Another program holds it.
+        """
         if not write and not path.is_file():
             raise StudyError(f"there is no study at {path}")
-        held: IO[str] | None = None
+        lock: IO[str] | None = None
         db: sqlite3.Connection | None = None
         try:
-            held = locks.lock(locks.lock_path(path)) if write else None
-            if held is None:
-                db = _reader(path)
-            else:
+            if write:
+                lock = locks.lock(locks.lock_path(path))
                 if path.is_file():
                     _refuse_damaged(path)
                 db = _writer(path)
+            else:
+                db = _reader(path)
             _migrate(db, path, write)
-            return cls(db, path, held)
+            return cls(db, path, lock)
         except BaseException as error:
             if db is not None:
                 db.close()
-            if held is not None:
-                locks.unlock(held)
-            if isinstance(error, sqlite3.DatabaseError):
-                raise (_explained(path, error) if write else None) or damaged(path, error) from None
-            if isinstance(error, UnicodeDecodeError):  # of a table's own text, in SQLite's message
-                raise damaged(path, error) from None
-            if isinstance(error, OSError) and error.errno in _ERRNO:
-                raise NoRoom(
-                    f"{path} cannot be written: {error.strerror}; make room, or make it writable, and start again"
-                ) from None
-            raise
+            if lock is not None:
+                locks.unlock(lock)
+            explained = _explained_opening(path, error, write)
+            if explained is None:
+                raise
+            raise explained from None
 
     def close(self) -> None:
-        """Closes the file and lets another driver in."""
+        """Closes the file and releases its lock."""
         self.db.close()
         if self._lock:
             os.close(self._count)
@@ -75,20 +104,46 @@ class StudyFile:
             self._lock = None
 
     def rows(self, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
-        """All rows of a query; raises StudyError where the file is damaged or another program's."""
+        """Runs a query.
+
+        Args:
+            sql: The query, with ? for values.
+            values: The values.
+
+        Returns:
+            All rows.
+
+        Raises:
+            StudyError: The file is damaged, or another program's.
+        """
         try:
             return self.db.execute(sql, values).fetchall()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise damaged(self.path, error) from None
 
     def row(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
-        """The first row of a query, None if there is none."""
+        """Runs a query for one row.
+
+        Args:
+            sql: The query, with ? for values.
+            values: The values.
+
+        Returns:
+            The first row, None if there is none.
+
+        Raises:
+            StudyError: The file is damaged, or another program's.
+        """
         rows = self.rows(sql, values)
         return rows[0] if rows else None
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Raises StudyError where what was read cannot be understood."""
+        """Context in which rows become values.
+
+        Raises:
+            StudyError: What was read cannot be understood.
+        """
         try:
             yield
         except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -96,7 +151,13 @@ class StudyFile:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, synced at its end. Raises NoRoom where the disk is full or read-only: nothing of it is stored then."""
+        """Context of which all is stored or nothing, synced at its end.
+
+        Raises:
+            NoRoom: The disk is full or read-only; nothing is stored.
+            StudyError: The file is open readonly, or damaged.
+            SetupError: Another program holds the file.
+        """
         if self._lock is None:
             raise StudyError(f"{self.path} is open readonly")
         self._added = 0
@@ -108,15 +169,25 @@ class StudyFile:
             if self.db.in_transaction:  # SQLite has rolled back by itself where the disk is full
                 with contextlib.suppress(sqlite3.Error):
                     self.db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.DatabaseError) and (known := _explained(self.path, error)):
-                raise known from None
-            raise
+            explained = _explained(self.path, error) if isinstance(error, sqlite3.DatabaseError) else None
+            if explained is None:
+                raise
+            raise explained from None
         if self._added:
             self._rows += self._added
             self._acknowledge()
 
     def insert(self, table: str, grows: bool = False, **values: Any) -> int:
-        """Adds a row with its digest, within a transaction, and returns its number. grows: the table's rows are counted."""
+        """Adds a row with its digest, within a transaction.
+
+        Args:
+            table: Name of the table.
+            grows: Count the row, in a table whose rows are only ever added.
+            **values: Column -> value.
+
+        Returns:
+            Number of the row.
+        """
         sql = f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})"
         rowid = self.db.execute(sql, tuple(values.values())).lastrowid
         assert rowid is not None
@@ -125,19 +196,37 @@ class StudyFile:
         return rowid
 
     def change(self, table: str, rowid: int, **values: Any) -> None:
-        """Changes a row, and its digest, within a transaction."""
-        self.db.execute(
-            f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in values)} WHERE rowid = ?",
-            (*values.values(), rowid),
-        )
+        """Changes a row and its digest, within a transaction.
+
+        Args:
+            table: Name of the table.
+            rowid: Number of the row; nothing happens where there is none.
+            **values: Column -> new value.
+        """
+        assignments = ", ".join(f"{name} = ?" for name in values)
+        self.db.execute(f"UPDATE {table} SET {assignments} WHERE rowid = ?", (*values.values(), rowid))
         if self.db.execute(f"SELECT 1 FROM {table} WHERE rowid = ?", (rowid,)).fetchone():
             integrity.seal(self.db, table, rowid)
 
     def _acknowledge(self) -> None:
-        """Writes how many rows there are: after they are synced and not synced itself, so that it never says too many."""
+        """Writes how many rows there are, after they are synced and not synced itself: never too many."""
         if self._lock:
             with contextlib.suppress(OSError):  # no room: it says too few, and the check is the weaker
                 os.pwrite(self._count, integrity.count_text(self._rows), 0)
+
+
+def _explained_opening(path: Path, error: BaseException, write: bool) -> EvomergeError | None:
+    """What to raise for an error of opening a file; None for the error itself."""
+    if isinstance(error, sqlite3.DatabaseError):
+        explained = _explained(path, error) if write else None
+        return explained or damaged(path, error)
+    if isinstance(error, UnicodeDecodeError):  # of a table's own text, in SQLite's message
+        return damaged(path, error)
+    if isinstance(error, OSError) and error.errno in _ERRNO:
+        return NoRoom(
+            f"{path} cannot be written: {error.strerror}; make room, or make it writable, and start again"
+        )
+    return None
 
 
 def _explained(path: Path, error: sqlite3.DatabaseError) -> EvomergeError | None:
@@ -173,7 +262,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _reader(path: Path) -> sqlite3.Connection:
-    """A connection that writes nothing, but for rolling back what a killed driver left half done where the journal is no log."""
+    """A connection that writes nothing, but rolls back what a killed driver left in a rollback journal."""
     db = _connect(path, "ro")
     try:
         db.execute("SELECT 1 FROM sqlite_master").fetchone()
@@ -194,9 +283,8 @@ def _reader(path: Path) -> sqlite3.Connection:
             ahead.is_file() and ahead.stat().st_size
         ):
             raise
-    return _connect(
-        path, "ro&immutable=1"
-    )  # a read-only disk has no place for what readers of a log share; here is no log
+    # a read-only disk has no place for the memory that readers of a log share; here is no log
+    return _connect(path, "ro&immutable=1")
 
 
 def _refuse_damaged(path: Path) -> None:
@@ -204,13 +292,13 @@ def _refuse_damaged(path: Path) -> None:
     with contextlib.closing(_reader(path)) as db:
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
         _refuse_newer(version, path)
-        found = integrity.check(db, path)
-    if found != "ok":
-        raise damaged(path, found)
+        finding = integrity.check(db, path)
+    if finding != "ok":
+        raise damaged(path, finding)
 
 
 def _writer(path: Path) -> sqlite3.Connection:
-    """A connection whose commits are on the disk when they return, with the journal that the file system can keep."""
+    """A connection whose commits are on the disk when they return; its journal suits the file system."""
     db = _connect(path, "rwc")
     try:
         if file_systems.journal_mode(path.parent) == "WAL":
@@ -244,13 +332,14 @@ def _leave_log(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     db.execute("PRAGMA journal_mode = DELETE")
     db.execute("PRAGMA locking_mode = NORMAL")
-    db.execute("SELECT 1 FROM sqlite_master").fetchone()  # lets go of the exclusive lock
+    db.execute("SELECT 1 FROM sqlite_master").fetchone()  # releases the exclusive lock
 
 
 def _refuse_newer(version: int, path: Path) -> None:
     if version > len(MIGRATIONS):
         raise StudyError(
-            f"{path} was written by a newer evomerge (schema {version}, this one knows {len(MIGRATIONS)}); upgrade evomerge"
+            f"{path} was written by a newer evomerge (schema {version}, this one knows {len(MIGRATIONS)}); "
+            "upgrade evomerge"
         )
 
 
@@ -259,7 +348,8 @@ def _migrate(db: sqlite3.Connection, path: Path, write: bool) -> None:
     _refuse_newer(version, path)
     if version < len(MIGRATIONS) and not write:
         raise StudyError(
-            f"{path} was written by an older evomerge (schema {version}); run or resume it once to bring it up to date"
+            f"{path} was written by an older evomerge (schema {version}); "
+            "run or resume it once to bring it up to date"
         )
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number};")

@@ -17,7 +17,9 @@ from evomerge.store.records import NewEvaluation, NewSensitivity, Scored
 
 
 def add(file: StudyFile, new: NewEvaluation) -> int:
-    """Stores an evaluation, its recipe and its items, and keeps the Pareto front; one that is stored already stands.
+    """Stores an evaluation, its recipe and its items, and updates the Pareto front.
+
+    An evaluation of the same recipe, role and items that is stored already stands.
 
     Args:
         file: The study's file, within a transaction.

@@ -9,7 +9,7 @@ from pathlib import Path
 from evomerge.errors import ConfigError
 
 LOCAL = frozenset(
-    (
+    [
         "ext2",
         "ext3",
         "ext4",
@@ -27,35 +27,53 @@ LOCAL = frozenset(
         "apfs",
         "hfs",
         "ufs",
-    )
+    ]
 )
-"""File systems of one machine, whose locks and shared memory SQLite's write-ahead log may trust."""
-
-
-# ---- the file system ---------------------------------------------------------------------------------------------------
+"""File systems of one machine, whose locks and shared memory SQLite's write-ahead log can rely on."""
 
 
 def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Type of the file system that a folder is on, such as 'ext4' or 'nfs4'; None where the machine does not say."""
-    place, found, longest = os.path.realpath(folder), None, -1
+    """Finds the type of the file system that a folder is on.
+
+    Args:
+        folder: Any folder.
+        mounts: The machine's list of mounts.
+
+    Returns:
+        Type such as 'ext4' or 'nfs4'; None where the machine does not say.
+    """
     try:
         lines = mounts.read_text(errors="replace").splitlines()
     except OSError:
         return None
+    place = os.path.realpath(folder)
+    kind: str | None = None
+    longest = -1
     for line in lines:  # id parent major:minor root mount-point options … - type source options
         left, _, right = line.partition(" - ")
         if len(left.split()) < 5 or not right:
             continue
-        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-        if (place == point or place.startswith(point.rstrip("/") + "/")) and len(point) >= longest:
-            found, longest = right.split()[0], len(point)  # of two on one point the later one is on top
-    return found
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), left.split()[4])
+        is_above = place == point or place.startswith(point.rstrip("/") + "/")
+        if is_above and len(point) >= longest:  # of two mounts on one point the later one is on top
+            kind = right.split()[0]
+            longest = len(point)
+    return kind
 
 
 def journal_mode(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """'WAL' on a local disk, 'DELETE' where files are shared by machines (NFS, Lustre, GPFS, FUSE, …) or of a type not known.
+    """Chooses SQLite's journal for a folder; $EVOMERGE_JOURNAL overrules the choice.
 
-    $EVOMERGE_JOURNAL overrules it; raises ConfigError where that is another word. Machines that name no type: WAL.
+    Args:
+        folder: Folder of a study.
+        mounts: The machine's list of mounts.
+
+    Returns:
+        'WAL' on a local disk, and where the machine names no type; 'DELETE' where machines share files (NFS,
+        Lustre, GPFS, FUSE, …) or the type is not known.
+
+    Raises:
+        ConfigError: $EVOMERGE_JOURNAL is another word.
     """
     forced = os.environ.get("EVOMERGE_JOURNAL", "").upper()
     if forced:

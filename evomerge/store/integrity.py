@@ -1,5 +1,7 @@
-"""Digests of rows, and everything that can be checked of a study's file. SQLite itself checks how pages hang together, not what
-is in them: a flipped bit in a score is a score to it."""
+"""Digests of rows, and everything that can be checked of a study's file.
+
+SQLite itself checks how pages are linked, not what is in them: a flipped bit in a score is a score to it.
+"""
 
 from __future__ import annotations
 
@@ -16,91 +18,152 @@ from evomerge.store.rows import short_hash
 SEALED = ("study", "evaluations", "trials", "sensitivity", "front", "attempts", "ends", "runs")
 _GROWING = ("evaluations", "trials", "sensitivity", "attempts")  # rows are only ever added
 _SHOWN = 5  # findings that are listed
+_UNREADABLE = (sqlite3.DatabaseError, ValueError, TypeError, LookupError, AttributeError)
+"""Errors of reading damaged rows, such as a text that is a number now."""
 
 
 def seal(db: sqlite3.Connection, table: str, rowid: int) -> None:
-    """Stores a row's digest with it."""
+    """Stores a row's digest with it.
+
+    Args:
+        db: Connection within a transaction.
+        table: The row's table.
+        rowid: The row's number.
+    """
     row = db.execute(f"SELECT * FROM {table} WHERE rowid = ?", (rowid,)).fetchone()
     db.execute(f"UPDATE {table} SET digest = ? WHERE rowid = ?", (digest(row), rowid))
 
 
 def seal_all(db: sqlite3.Connection) -> None:
-    """Seals the rows of a file that has just been given the column."""
+    """Stores the digests of all rows that have none, as the column is added to a file.
+
+    Args:
+        db: Connection within a transaction.
+    """
     for table in SEALED:
         for row in db.execute(f"SELECT rowid FROM {table} WHERE digest IS NULL").fetchall():
             seal(db, table, row[0])
 
 
 def digest(row: sqlite3.Row) -> str:
-    """16 hexadecimal digits of a whole row's names, values and types; without what is NULL, so that a column can be added."""
+    """Hashes a row's names, values and types; without what is NULL, so that a column can be added later.
+
+    Args:
+        row: A whole row.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     held = {name: row[name] for name in row.keys() if name != "digest" and row[name] is not None}  # noqa: SIM118
     return short_hash(json.dumps(held, sort_keys=True, default=repr))
 
 
 def intact(row: sqlite3.Row) -> bool:
-    """Whether a whole row is what was stored."""
+    """Compares a row with its stored digest.
+
+    Args:
+        row: A whole row.
+
+    Returns:
+        Whether it is what was stored.
+    """
     return bool(row["digest"] == digest(row))
 
 
-# ---- how many rows were acknowledged -----------------------------------------------------------------------------------
+# ---- how many rows were acknowledged ---------------------------------------------------------------------
 
 
 def count_path(store: Path) -> Path:
-    """Beside a study's file: how many rows it holds at least. A log file that is deleted or damaged takes rows with it, and
-    what is left is whole."""
+    """Names the file beside a study's that says how many rows it holds at least.
+
+    A write-ahead log that is deleted or damaged takes rows with it, and what is left is whole: only a count
+    can tell.
+
+    Args:
+        store: The study's file.
+
+    Returns:
+        The file with the count.
+    """
     return store.with_name(store.name + ".rows")
 
 
 def count_rows(db: sqlite3.Connection) -> int:
-    """Rows of the tables that only grow."""
+    """Counts the rows of the tables that only grow.
+
+    Args:
+        db: Connection to the file.
+
+    Returns:
+        Their number.
+    """
     return sum(int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]) for table in _GROWING)
 
 
 def count_text(rows: int) -> bytes:
-    """A count as it is written, of one length, so that it is written in place."""
+    """Writes a count with its digest, always of one length, so that it is written in place.
+
+    Args:
+        rows: The count.
+
+    Returns:
+        One line.
+    """
     return f"{rows:016d} {short_hash(str(rows))}\n".encode()
 
 
 def acknowledged(store: Path) -> int:
-    """How many rows a study's file held at least; 0 where that is not known."""
+    """Reads how many rows a study's file held at least.
+
+    Args:
+        store: The study's file.
+
+    Returns:
+        The count, 0 where it is not known.
+    """
     try:
-        found = re.fullmatch(rb"(\d{16}) ([0-9a-f]{16})\n", count_path(store).read_bytes())
+        match = re.fullmatch(rb"(\d{16}) ([0-9a-f]{16})\n", count_path(store).read_bytes())
     except OSError:
         return 0
-    rows = int(found[1]) if found else 0
-    return rows if found and count_text(rows) == found[0] else 0
+    if match is None:
+        return 0
+    rows = int(match[1])
+    return rows if count_text(rows) == match[0] else 0
 
 
-# ---- the check ---------------------------------------------------------------------------------------------------------
+# ---- the check -------------------------------------------------------------------------------------------
 
 
 def check(db: sqlite3.Connection, store: Path) -> str:
-    """'ok', or what is damaged: pages, references, tables, rows, contents of recipes and items, rows that are gone.
+    """Checks pages, references, tables, rows, contents of recipes and items, and whether rows are gone.
 
     Reads the whole file: about a second for 100 MB.
+
+    Args:
+        db: Connection to the file, also while a driver writes it.
+        store: The file.
+
+    Returns:
+        'ok', or what is damaged.
     """
     least = acknowledged(store)  # read before the rows, which a driver may be adding to
-    found: list[str] = []
-    own = not db.in_transaction
+    findings: list[str] = []
+    starts_transaction = not db.in_transaction
     try:
-        if own:
+        if starts_transaction:
             db.execute("BEGIN")  # one moment of a file that a driver may be writing
         for finding in _findings(db, least):
-            found.append(finding)
-            if len(found) > _SHOWN:
+            findings.append(finding)
+            if len(findings) > _SHOWN:
                 break
-    except (
-        sqlite3.DatabaseError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:  # a text that is a number now
-        found.append(f"unreadable: {' '.join(str(error).split())[:200]}")
+    except _UNREADABLE as error:
+        findings.append(f"unreadable: {' '.join(str(error).split())[:200]}")
     finally:
-        if own and db.in_transaction:
+        if starts_transaction and db.in_transaction:
             db.execute("ROLLBACK")
-    return "; ".join(found[:_SHOWN] + ["and more"] * (len(found) > _SHOWN)) or "ok"
+    if len(findings) > _SHOWN:
+        findings[_SHOWN:] = ["and more"]
+    return "; ".join(findings) or "ok"
 
 
 def _findings(db: sqlite3.Connection, least: int) -> Iterator[str]:
@@ -115,15 +178,19 @@ def _findings(db: sqlite3.Connection, least: int) -> Iterator[str]:
     )
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     current = version == len(MIGRATIONS)
-    if (left := count_rows(db) if current else 0) < least and (current or not version):
-        yield f"{least - left} of {least} stored rows are gone (was the log beside it, -wal or -journal, deleted, or an older file put in its place?)"
-    there = {row["name"]: row["sql"] for row in db.execute("SELECT name, sql FROM sqlite_master")}
+    left = count_rows(db) if current else 0
+    if left < least and (current or not version):
+        yield (
+            f"{least - left} of {least} stored rows are gone (was the log beside it, -wal or -journal, "
+            "deleted, or an older file put in its place?)"
+        )
+    schema = {row["name"]: row["sql"] for row in db.execute("SELECT name, sql FROM sqlite_master")}
     yield from (
         f"table or index {name} is not what it was"
         for name, sql in _schema(version).items()
-        if there.get(name) != sql
+        if schema.get(name) != sql
     )
-    if not version and there:
+    if not version and schema:
         yield "it holds another program's tables"
     for table in SEALED if current else ():
         rows = db.execute(f"SELECT * FROM {table}")
@@ -156,6 +223,6 @@ def _schema(version: int) -> dict[str, str | None]:
     db = sqlite3.connect(":memory:")
     for script in MIGRATIONS[:version]:
         db.executescript(script)
-    found = dict(db.execute("SELECT name, sql FROM sqlite_master").fetchall())
+    schema = dict(db.execute("SELECT name, sql FROM sqlite_master").fetchall())
     db.close()
-    return found
+    return schema

@@ -16,39 +16,58 @@ from typing import IO
 
 from evomerge.errors import StudyError
 
-_BUSY = (
-    errno.EWOULDBLOCK,
-    errno.EAGAIN,
-    errno.EACCES,
-)  # of flock: somebody holds it; anything else: it cannot be had here
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""Errors of flock where another process holds the lock; any other means that there are no locks here."""
+_ATTEMPTS = 20  # a reader that asks who drives holds the lock for a moment
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """The process that writes a study, or the last one that did. alive: None where that cannot be known from this machine."""
+    """The process that writes a study, or the last one that did.
+
+    Attributes:
+        host: Its machine.
+        pid: Its process id.
+        alive: Whether it runs, None where that cannot be known from this machine.
+    """
 
     host: str
     pid: int
     alive: bool | None
 
 
-# ---- one driver --------------------------------------------------------------------------------------------------------
-
-
 def lock_path(store: Path) -> Path:
-    """The lock beside a study's file."""
+    """Names the lock of a study.
+
+    Args:
+        store: The study's file.
+
+    Returns:
+        The file beside it that is locked.
+    """
     return store.with_name(store.name + ".lock")
 
 
 def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]:
-    """An exclusive lock for as long as the file is open; the kernel drops it when the process dies. Raises StudyError where it is held.
+    """Takes an exclusive lock for as long as the file is open; the kernel drops it when the process dies.
 
-    Where the file system has no locks (`flock` fails otherwise), a lease beside it names the holder instead; that of a
-    dead process of this machine is taken over, one of another machine has to be deleted by hand. Two that find a dead one's at
-    the same instant may both take it: it is not as good as a lock.
+    Where the file system has no locks (`flock` fails otherwise), a lease beside it names the holder instead;
+    that of a dead process of this machine is taken over, one of another machine has to be deleted by hand.
+    Two processes that find a dead one's lease at the same instant may both take it: it is not as good as a
+    lock.
+
+    Args:
+        path: The file to lock, see `lock_path`.
+        flock: Takes (file descriptor, operation).
+
+    Returns:
+        The open file.
+
+    Raises:
+        StudyError: Another process holds the lock.
     """
     handle = path.open("a+")
-    for attempt in range(20):  # a reader that asks who drives holds it for a moment
+    for attempt in range(_ATTEMPTS):
         try:
             flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
@@ -56,13 +75,15 @@ def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]
             if error.errno not in _BUSY:
                 _lease(path, handle)
                 break
-            time.sleep(0.01 * (attempt < 19))
+            if attempt < _ATTEMPTS - 1:
+                time.sleep(0.01)
     else:
         handle.seek(0)
         holder = handle.read().strip() or "unknown"
         handle.close()
         raise StudyError(
-            f"another process is writing {path.parent.name} ({holder}); stop it first, or choose another study name"
+            f"another process is writing {path.parent.name} ({holder}); "
+            "stop it first, or choose another study name"
         ) from None
     handle.truncate(0)
     handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
@@ -71,7 +92,11 @@ def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]
 
 
 def unlock(handle: IO[str]) -> None:
-    """Lets another driver in."""
+    """Releases a lock, so that another process can take it.
+
+    Args:
+        handle: What `lock` returned.
+    """
     lease = Path(handle.name + ".lease")
     if _named(lease) == (socket.gethostname(), os.getpid()):
         lease.unlink(missing_ok=True)
@@ -82,10 +107,8 @@ def _lease(path: Path, handle: IO[str]) -> None:
     """Makes the lease file, or raises StudyError where somebody else has it."""
     lease = Path(str(path) + ".lease")
     for _ in range(2):
-        with (
-            contextlib.suppress(FileExistsError),
-            lease.open("x") as file,
-        ):  # made by one process alone, on every file system
+        # on every file system one process alone makes a file that was not there
+        with contextlib.suppress(FileExistsError), lease.open("x") as file:
             file.write(f"host {socket.gethostname()}, pid {os.getpid()}")
             return
         holder = _named(lease)
@@ -96,12 +119,21 @@ def _lease(path: Path, handle: IO[str]) -> None:
     handle.close()
     who = f"host {holder[0]}, pid {holder[1]}" if holder else "unknown"
     raise StudyError(
-        f"another process is writing {path.parent.name} ({who}); stop it first. If it is dead, delete {lease}: this disk has no locks"
+        f"another process is writing {path.parent.name} ({who}); stop it first. "
+        f"If it is dead, delete {lease}: this disk has no locks"
     )
 
 
 def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driver | None:
-    """Who writes a study now, or did last; None where nobody ever did."""
+    """Finds who writes a study now, or did last.
+
+    Args:
+        store: The study's file.
+        flock: Takes (file descriptor, operation).
+
+    Returns:
+        The process, None where nobody ever wrote the study.
+    """
     path = lock_path(store)
     holder = _named(path)
     alive: bool | None = False
@@ -115,21 +147,22 @@ def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driv
             alive = True
         else:
             holder = _named(Path(str(path) + ".lease"))
-            alive = (
-                None
-                if holder and holder[0] != socket.gethostname()
-                else holder is not None and _runs(holder[1])
-            )
+            if holder is None:
+                alive = False
+            elif holder[0] != socket.gethostname():
+                alive = None
+            else:
+                alive = _runs(holder[1])
     return Driver(*(holder or ("unknown", 0)), alive)
 
 
 def _named(path: Path) -> tuple[str, int] | None:
     """(host, pid) that a lock or a lease names."""
     try:
-        found = re.fullmatch(r"host (.+), pid (\d+)", path.read_text().strip())
+        match = re.fullmatch(r"host (.+), pid (\d+)", path.read_text().strip())
     except (OSError, ValueError):
         return None
-    return (found[1], int(found[2])) if found else None
+    return (match[1], int(match[2])) if match else None
 
 
 def _runs(pid: int) -> bool:

@@ -1,7 +1,7 @@
 """The Pareto front over tasks, kept up to date as evaluations are stored.
 
-Of each role and set of items the file keeps the evaluations that no other dominates. Candidates are compared with those
-scored on the same items alone: for the search, those of one generation.
+Of each role and set of items the file keeps the evaluations that no other dominates. Candidates are compared
+with those scored on the same items alone: for the search, those of one generation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def add(
         item_set: Id of its items.
         task_values: Values of the tasks, higher is better.
     """
-    sql = "SELECT f.* FROM front f JOIN evaluations e ON e.id = f.evaluation WHERE e.role = ? AND e.item_set = ?"
+    sql = (
+        "SELECT f.* FROM front f JOIN evaluations e ON e.id = f.evaluation "
+        "WHERE e.role = ? AND e.item_set = ?"
+    )
     front = [
         (int(row["evaluation"]), tuple(json.loads(row["point"]))) for row in file.rows(sql, (role, item_set))
     ]
@@ -55,8 +58,8 @@ def trial_ids(file: StudyFile, role: Role) -> list[int]:
         return []
     same_trial = "t.evaluation = e.id" if role == "search" else "t.recipe = e.recipe"
     sql = (
-        f"SELECT min(t.id) FROM front f JOIN evaluations e ON e.id = f.evaluation JOIN trials t ON {same_trial} "
-        "WHERE e.role = ? AND e.item_set = ? GROUP BY e.id ORDER BY min(t.id)"
+        "SELECT min(t.id) FROM front f JOIN evaluations e ON e.id = f.evaluation "
+        f"JOIN trials t ON {same_trial} WHERE e.role = ? AND e.item_set = ? GROUP BY e.id ORDER BY min(t.id)"
     )
     return [int(row[0]) for row in file.rows(sql, (role, newest[0]))]
 

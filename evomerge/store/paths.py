@@ -1,4 +1,4 @@
-"""Where studies live on disk, who drives them, and what is asked of a driver. Light: imported before anything heavy is."""
+"""Where the files of studies are on disk. Loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,43 @@ BACKUP = "study.backup.db"
 
 
 def root(given: Path | None = None) -> Path:
-    """Folder of the studies: `given`, else $EVOMERGE_ROOT, else results/ in the working directory."""
+    """Chooses the folder of the studies.
+
+    Args:
+        given: What the user gave, None for nothing.
+
+    Returns:
+        `given`, else $EVOMERGE_ROOT, else results/ in the working directory.
+    """
     return given or Path(os.environ.get("EVOMERGE_ROOT", "results"))
 
 
 def studies(folder: Path) -> list[str]:
-    """Names of the studies in a folder, sorted."""
+    """Lists the studies in a folder.
+
+    Args:
+        folder: Folder of the studies.
+
+    Returns:
+        Their names, sorted.
+    """
     return sorted(file.parent.name for file in folder.glob(f"*/{STORE}"))
 
 
 def store_path(study: str, folder: Path, *, new: bool = False) -> Path:
-    """File of a study; raises StudyError for a name that is not one, or unless `new` that is not there."""
+    """Finds the file of a study.
+
+    Args:
+        study: Name of the study.
+        folder: Folder of the studies.
+        new: The file may be missing.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        StudyError: The name is none, or there is no such study.
+    """
     if Path(study).name != study or study in ("", ".", ".."):
         raise StudyError(f"'{study}' is not the name of a study; use letters, digits, '.', '_' and '-'")
     path = folder / study / STORE

@@ -11,7 +11,8 @@ from evomerge.recipes import Recipe
 from evomerge.store.study_facts import Outcome, StudyFacts
 
 Purpose = Role | Literal["rung"]
-"""What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a generation's."""
+"""What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a
+generation's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,10 @@ class Trial:
         seconds: Phase of the evaluation -> seconds.
         reported: The objective by the tasks' metrics.
         dropped: Rung, from 1, at which a race dropped it, None where none did.
-        whole: Number of items that its generation was raced on, where it was scored on a part of them: `reported` is then of
-            that part, and `score` the prediction for all of them.
-        violation: By how much it breaks the retention constraints (`keep` of the search file), 0 where it meets them.
+        whole: Number of items that its generation was raced on, where it was scored on a part of them:
+            `reported` is then of that part, and `score` the prediction for all of them.
+        violation: By how much it breaks the retention constraints (`keep` of the search file), 0 where it
+            meets them.
         stage: Stage of the search, from 0.
         costs: 'layers' and 'parameters' of the model, where they were recorded.
         island: Island of the stage, from 0.
@@ -111,7 +113,8 @@ class NewEvaluation:
         evaluation: The evaluation.
         score: The score that ranks it, None where it has none.
         reported: The objective by the tasks' metrics, None where that is the score.
-        task_values: Values of the tasks, higher is better, for the Pareto front of its role and items; None keeps it off.
+        task_values: Values of the tasks, higher is better, for the Pareto front of its role and items; None
+            keeps it off.
     """
 
     recipe: Recipe
@@ -190,8 +193,8 @@ class WorkerUse:
         device: Device that it used.
         jobs: Attempts that ended with a result.
         busy: Seconds at work.
-        span: Seconds from the begin of the first attempt to the end of the last, added up over its processes, so that it
-            includes no pause of the study.
+        span: Seconds from the begin of the first attempt to the end of the last, added up over its processes,
+            so that it includes no pause of the study.
         first: Begin of the first attempt, in Unix seconds.
         last: End of the last attempt, in Unix seconds.
         failures: Cause -> number of attempts that ended without a result.

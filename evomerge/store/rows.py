@@ -131,7 +131,7 @@ def trial(row: sqlite3.Row) -> Trial:
 
 
 def scored(row: sqlite3.Row, item_set: str) -> Scored:
-    """Reads an evaluation, or a point of a sensitivity scan, which has no soft metrics, costs or reported score.
+    """Reads an evaluation, or a point of a scan, which has no soft metrics, costs or reported score.
 
     Args:
         row: Of the table `evaluations` or `sensitivity`.

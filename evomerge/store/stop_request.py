@@ -13,30 +13,43 @@ from evomerge.store.locks import Driver, driver
 STOP = "stop"
 
 
-# ---- a request to stop -------------------------------------------------------------------------------------------------
-
-
 def ask_to_stop(store: Path) -> Driver | None:
-    """Asks a study's driver to end, by a file beside the study that it looks for every second, on this machine or another.
+    """Asks a study's driver to end, on any machine, by a file that it looks for every second.
 
-    Returns the driver; None, and asks for nothing, where none runs. There is no signal: to the driver that would be a
-    preemption, after which a batch system starts it again.
+    No signal is sent: to the driver that would be a preemption, after which a batch system starts it again.
+
+    Args:
+        store: The study's file.
+
+    Returns:
+        The driver; None, and nothing is asked, where none runs.
     """
-    found = driver(store)
-    if found is None or found.alive is False:
+    running = driver(store)
+    if running is None or running.alive is False:
         return None
     request = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     beside = store.with_name(f"{STOP}.{os.getpid()}")
     beside.write_text(json.dumps(request))
     beside.replace(store.with_name(STOP))
-    return found
+    return running
 
 
 def stop_requested(folder: Path) -> bool:
-    """Whether `evomerge stop` has asked the driver of the study in that folder to end."""
+    """Looks for a request to stop.
+
+    Args:
+        folder: Folder of a study.
+
+    Returns:
+        Whether `evomerge stop` has asked its driver to end.
+    """
     return (folder / STOP).exists()
 
 
 def clear_stop(folder: Path) -> None:
-    """Takes the request back: as a driver starts, and as it ends."""
+    """Removes a request to stop, as a driver starts and as it ends.
+
+    Args:
+        folder: Folder of a study.
+    """
     (folder / STOP).unlink(missing_ok=True)

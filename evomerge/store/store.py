@@ -87,7 +87,7 @@ class Store:
         """Closes the file and releases its lock."""
         self._file.close()
 
-    # ---- the study's own row -------------------------------------------------------------------------------
+    # ---- the study's own row ------------------------------------------------------------------------------
 
     def begin(
         self, name: str, seed: int, config: str, overrides: Mapping[str, int], facts: StudyFacts
@@ -151,7 +151,7 @@ class Store:
         with self._file.transaction():
             self._file.change("study", 1, **values)
 
-    # ---- writing trials and evaluations --------------------------------------------------------------------
+    # ---- writing trials and evaluations -------------------------------------------------------------------
 
     def add_trial(self, trial: NewTrial) -> Trial:
         """Stores a trial with its recipe and search evaluation, in one transaction.
@@ -205,7 +205,7 @@ class Store:
         with self._writing():
             evaluation_rows.add_sensitivity(self._file, point)
 
-    # ---- reading trials and evaluations --------------------------------------------------------------------
+    # ---- reading trials and evaluations -------------------------------------------------------------------
 
     def evaluation(self, recipe_id: str, role: Purpose, items: Items) -> Scored | None:
         """Looks up an evaluation of a recipe on exactly some items.
@@ -364,7 +364,7 @@ class Store:
             raise backup.damaged(self.path, f"recipe {recipe_id} is another, {recipe.id}")
         return recipe
 
-    # ---- the file ------------------------------------------------------------------------------------------
+    # ---- the file -----------------------------------------------------------------------------------------
 
     def is_driven(self) -> bool:
         """Whether a process holds the study open for writing now."""
@@ -397,7 +397,7 @@ class Store:
         return to
 
     def backup_every(self, minutes: float) -> Path | None:
-        """Backs up if it is time, and something was stored since the last backup, or since the store was opened.
+        """Backs up if it is time, and something was stored since the last backup or the store was opened.
 
         Cheap to call between results. A copy that cannot be written is a warning: the search goes on.
 
@@ -419,7 +419,7 @@ class Store:
             log.warning("%s could not be backed up: %s", self.path, error)
             return None
 
-    # ---- parts of a transaction ----------------------------------------------------------------------------
+    # ---- parts of a transaction ---------------------------------------------------------------------------
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

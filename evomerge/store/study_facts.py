@@ -1,8 +1,8 @@
 """What a study stores about itself: the facts that its scores depend on, and the outcome of its search.
 
-Both are stored as JSON in the study's own row. Keys and attributes have the same name, except where a docstring says otherwise.
-A key that this version does not know is kept in `extra`, and a key that an older version did not write reads as the default of
-its attribute, which is empty or zero.
+Both are stored as JSON in the study's own row. Keys and attributes have the same name, except where a
+docstring says otherwise. A key that this version does not know is kept in `extra`, and a key that an older
+version did not write reads as the default of its attribute, which is empty or zero.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class TermFacts:
         sign: 1 where a higher metric is better, -1 where a lower one is.
         mean: Whether the metric is a mean over items.
         soft_metrics: Soft metrics that the task has, such as 'probability'; stored as `measures`.
-        subtasks: (name, share of the metric) of the tasks that the items belong to, the task itself where it is no group;
-            stored as `leaves`.
+        subtasks: (name, share of the metric) of the tasks that the items belong to, the task itself where it
+            is no group; stored as `leaves`.
     """
 
     sign: int
@@ -87,8 +87,10 @@ class StudyFacts:
         axes: Names of the first stage's search dimensions, where it searches weights.
         diagonal: Whether weight searches adapt a diagonal covariance matrix.
         budgets: Evaluations of each stage; empty for a study of a version that did not store them.
-        scoring: How scores are computed: base, dtype, device, backend, batch_size, tokenizer; empty where not stored.
-        max_nats_per_token: Limit of the perplexity screen for routes, None without a screen; stored as `gate`.
+        scoring: How scores are computed: base, dtype, device, backend, batch_size, tokenizer; empty where not
+            stored.
+        max_nats_per_token: Limit of the perplexity screen for routes, None without a screen; stored as
+            `gate`.
         num_workers: Number of workers that 'auto' settings were chosen for; 0.5.0 stored it as `crew`.
         base_layers: Number of layers of the base model, which cost no size penalty; stored as `depth`.
         threads: Number of CPU threads of a merge and of a score; 0 where not stored.
@@ -213,7 +215,8 @@ class Outcome:
     """What a finished search found.
 
     Attributes:
-        best: The winner's row: id, origin, label, recipe and its scores by role, see `evomerge.search.selection.row`.
+        best: The winner's row: id, origin, label, recipe and its scores by role, see
+            `evomerge.search.selection.row`.
         references: Rows of parents and hand recipes, with the winner's lead over each on the test items.
         finalists: Rows of the candidates that were scored on the validation items.
         retention: By task and parent how much of the parent's skill the winner has lost.

@@ -84,7 +84,8 @@ def test_no_message_of_pydantic_reaches_a_user(kind: str, context: dict[str, obj
 
 
 def test_what_is_wrong_is_found_in_every_block_at_once() -> None:
-    text = "study: a\nmodels: {a: a, b: b}\nbase: c\nmethod: linear\ntasks: [{task: x}, {task: x}]\nkeep: {y: 0.1}\n"
+    text = "study: a\nmodels: {a: a, b: b}\nbase: c\nmethod: linear\n"
+    text += "tasks: [{task: x}, {task: x}]\nkeep: {y: 0.1}\n"
     settings = Config.model_validate(_yaml.parse(text, "text").data)
     paths = [path for path, _ in checks.problems(settings)]
     assert paths == [("base",), ("tasks", 1, "task"), ("keep", "y")]

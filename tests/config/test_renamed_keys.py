@@ -1,4 +1,4 @@
-"""A key that has another name now is read under both, with a warning, and studies stored under the old one go on."""
+"""A key with another name now is read under both, with a warning; studies stored under the old one open."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def values(name: str, sizes: Mapping[str, int], p: float = 0.5) -> dict[tuple[st
     return {(task, str(i)): float(uniform(name, task, i) < p) for task, n in sizes.items() for i in range(n)}
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------
 
 
 def test_a_task_is_compared_as_a_paired_t_test_does() -> None:
@@ -127,7 +127,7 @@ def test_items_that_tell_candidates_apart_are_shown_first() -> None:
         comparison.most_different_items(contenders, items, 0)
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------
 
 
 def stored_values(root: Path, trial: int, role: str) -> dict[tuple[str, str], float]:
@@ -178,8 +178,8 @@ def test_what_is_missing_is_named_and_scored_only_if_asked(finished: Path) -> No
         code, out, err = in_process("compare", "small/math", f"small/{trial.id}", "--root", finished)
         assert (code, out) == (2, "")
         assert (
-            f"error[E300] there are no items of this role that all were scored on: small/{trial.id} lacks 32; add --score"
-            in err
+            "error[E300] there are no items of this role that all were scored on: "
+            f"small/{trial.id} lacks 32; add --score" in err
         )
         code, out, err = in_process(
             "compare", "small/math", f"small/{trial.id}", "--root", finished, "--score", "--json"

@@ -1,4 +1,4 @@
-"""Scans of coefficients: points against brute force, slopes and errors against least squares, going on after a stop."""
+"""Scans of coefficients: points against brute force, slopes against least squares, going on after a stop."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def begun(folder: Path) -> Store:
     return store
 
 
-# ---- points ----------------------------------------------------------------------------------------------------------
+# ---- points ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("step", "span"), [(0.1, 0.3), (0.07, 0.5), (0.5, 3.0), (0.1, 0.1)])
@@ -142,7 +142,7 @@ def test_a_recipe_of_another_space_has_no_coefficients() -> None:
     assert SPACE.decode(known).id == hand["task arithmetic 0.5"].id
 
 
-# ---- curves ----------------------------------------------------------------------------------------------------------
+# ---- curves ----------------------------------------------------------------------------------------------
 
 
 def test_curves_are_least_squares_and_paired_tests(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_point_that_fails_is_a_gap_and_a_candidate_that_fails_an_error(tmp_pat
             )
 
 
-# ---- stored, and gone on with ----------------------------------------------------------------------------------------
+# ---- stored, and gone on with ----------------------------------------------------------------------------
 
 
 def test_a_scan_that_was_stopped_goes_on(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_the_items_are_the_same_whenever_asked_and_as_many() -> None:
         sensitivity.scan_items(ITEMS, {"first": 1, "second": 5})
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

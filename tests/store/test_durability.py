@@ -1,4 +1,4 @@
-"""What can happen to a study's file: damage, a full disk, a read-only one, a log that is gone, a disk without locks, kill -9 anywhere."""
+"""Faults of a study's file: damage, a full or read-only disk, a lost log, no locks, kill -9 anywhere."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def killed(file: Path, work: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
+# ---- damage ----------------------------------------------------------------------------------------------
 
 
 def test_a_whole_store_is_ok(filled: Path) -> None:
@@ -266,7 +266,7 @@ def damages(rng: random.Random, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damaged", ["study.db", "study.db-wal", "study.db.rows"])
 def test_no_damage_is_silent(damaged: str, file: Path) -> None:
-    """Random bits, cuts, zeros, swaps and tails: all rows are right, or an error of ours says that they are not."""
+    """Random bits, cuts, zeros, swaps, tails: all rows are right, or an error of ours says they are not."""
     left_open(file)
     true = everything(file)
     names = ("study.db", "study.db-wal", "study.db-shm", "study.db.rows")
@@ -348,7 +348,7 @@ def test_a_check_beside_a_driver_finds_nothing(file: Path) -> None:
     assert len(seen) > 3
 
 
-# ---- backup ----------------------------------------------------------------------------------------------------------
+# ---- backup ----------------------------------------------------------------------------------------------
 
 
 def test_a_backup_is_the_store_in_one_file(filled: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_backup_killed_anywhere_leaves_a_whole_one(filled: Path) -> None:
         assert everything(copy) == rows
 
 
-# ---- a full disk, and one that is read-only --------------------------------------------------------------------------
+# ---- a full disk, and one that is read-only --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -497,7 +497,7 @@ def test_a_disk_that_became_read_only_pauses(small_disk: Path) -> None:
     read(file)
 
 
-# ---- the journal -----------------------------------------------------------------------------------------------------
+# ---- the journal -----------------------------------------------------------------------------------------
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:30 / /home rw - nfs4 server:/home rw
@@ -515,8 +515,10 @@ MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 @pytest.mark.parametrize(
     ("folder", "kind", "journal"),
     [
-        ("/srv/x", "ext4", "WAL"), ("/home/me", "nfs4", "DELETE"), ("/home", "nfs4", "DELETE"), ("/homely", "ext4", "WAL"),
-        ("/home/fast disk/x", "xfs", "WAL"), ("/scratch/x", "lustre", "DELETE"), ("/gp", "gpfs", "DELETE"), ("/remote/x", "fuse.sshfs", "DELETE"),
+        ("/srv/x", "ext4", "WAL"), ("/home/me", "nfs4", "DELETE"), ("/home", "nfs4", "DELETE"),
+        ("/homely", "ext4", "WAL"),
+        ("/home/fast disk/x", "xfs", "WAL"), ("/scratch/x", "lustre", "DELETE"), ("/gp", "gpfs", "DELETE"),
+        ("/remote/x", "fuse.sshfs", "DELETE"),
         ("/plan/x", "9p", "DELETE"), ("/new/x", "somethingfs", "DELETE"), ("/twice/x", "nfs", "DELETE"),
     ],
 )  # fmt: skip
@@ -657,7 +659,7 @@ def test_a_reader_rolls_a_half_done_commit_back(file: Path, monkeypatch: pytest.
     assert everything(file) == true
 
 
-# ---- one driver ------------------------------------------------------------------------------------------------------
+# ---- one driver ------------------------------------------------------------------------------------------
 
 
 def no_locks(handle: int, how: int) -> None:
@@ -692,7 +694,7 @@ def test_the_lease_of_a_dead_process_is_taken_over_here_and_not_elsewhere(file: 
         locks.lock(path, no_locks)
 
 
-# ---- stop ------------------------------------------------------------------------------------------------------------
+# ---- stop ------------------------------------------------------------------------------------------------
 
 
 def test_a_stop_reaches_the_driver_as_a_file(filled: Path) -> None:
@@ -712,7 +714,7 @@ def test_a_stop_of_nothing_leaves_no_request(filled: Path) -> None:
     assert not stop_request.stop_requested(filled.parent)
 
 
-# ---- attempts, runs, ends --------------------------------------------------------------------------------------------
+# ---- attempts, runs, ends --------------------------------------------------------------------------------
 
 
 def test_attempts_come_back_and_say_what_workers_did(file: Path) -> None:

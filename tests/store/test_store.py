@@ -83,7 +83,7 @@ def store(file: Path):
         yield opened
 
 
-# ---- what goes in comes out ------------------------------------------------------------------------------------------
+# ---- what goes in comes out ------------------------------------------------------------------------------
 
 
 def test_the_study_row_comes_back(store: Store) -> None:
@@ -220,7 +220,7 @@ def test_rungs_are_kept_apart_from_what_is_shown(store: Store) -> None:
     assert store.count_evaluations() == {"rung": 2, "failed": 0}
 
 
-# ---- what is equal is stored once ------------------------------------------------------------------------------------
+# ---- what is equal is stored once ------------------------------------------------------------------------
 
 
 def test_a_recipe_on_the_same_items_is_stored_once(store: Store, file: Path) -> None:
@@ -308,11 +308,11 @@ def test_a_full_disk_is_said_and_leaves_no_half_record(store: Store, file: Path)
     assert store.check() == "ok"
 
 
-# ---- one writer, many readers ----------------------------------------------------------------------------------------
+# ---- one writer, many readers ----------------------------------------------------------------------------
 
 
 class Child:
-    """A forked process that runs `work`, which gets a function to send text to `lines`; dies with the test at the latest."""
+    """A process that runs `work`, which gets a function to send text to `lines`; ends with the test."""
 
     def __init__(self, work: Callable[[Callable[[object], None]], None]) -> None:
         reading, writing = os.pipe()
@@ -412,7 +412,7 @@ def test_any_folder_name_will_do(folder: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [folder]
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
+# ---- damage ----------------------------------------------------------------------------------------------
 
 
 def read_everything(file: Path) -> None:
@@ -553,7 +553,7 @@ def test_a_missing_file_is_not_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+# ---- kill -9 ---------------------------------------------------------------------------------------------
 
 
 def test_a_killed_writer_loses_no_acknowledged_row(file: Path) -> None:

@@ -31,7 +31,8 @@ FACTS_OF_0_5_0: dict[str, Any] = json.loads("""{
 }""")
 
 OUTCOME_OF_0_5_0: dict[str, Any] = json.loads("""{
- "best": {"id": 7, "label": null, "origin": "mean", "recipe": "r7", "search": 0.75, "test": 0.5, "validation": 0.6},
+ "best": {"id": 7, "label": null, "origin": "mean", "recipe": "r7", "search": 0.75, "test": 0.5,
+  "validation": 0.6},
  "estimates": {"3": [0.5, 0.01], "12": [0.25, 0.02]},
  "finalists": [{"id": 7, "origin": "mean", "search": 0.75}],
  "generations": 4,

@@ -1,0 +1,69 @@
+"""Types of values in a search file, with the checks that pydantic's own types lack."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from evomerge.config.stage_kinds import STAGES
+from evomerge.evaluation.lm_harness.backends import BACKENDS
+from evomerge.optimizers import OPTIMIZERS
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+def _counts(value: Any) -> Any:
+    for count in value.values() if isinstance(value, dict) else (value,):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"should be a whole number of at least 1, or one for each task named, got {count!r}"
+            )
+    return value
+
+
+def _stage_name(value: str) -> str:
+    if value not in STAGES:
+        raise ValueError(f"should be one of {', '.join(STAGES)}")
+    return value
+
+
+def _optimizer_name(value: str) -> str:
+    if value not in OPTIMIZERS:
+        raise ValueError(f"should be one of {', '.join(OPTIMIZERS)}")
+    return value
+
+
+def _backend_name(value: str) -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"should be one of {', '.join(BACKENDS)}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+"""A whole number."""
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+"""A finite number."""
+Positive = Annotated[Number, Field(gt=0)]
+"""A number above 0."""
+Counts = Annotated[int | dict[str, int], BeforeValidator(_counts)]
+"""A count, or one for each task that is named."""
+OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
+"""A key of `evomerge.optimizers.OPTIMIZERS`."""
+StageName = Annotated[str, AfterValidator(_stage_name)]
+"""A name of `evomerge.config.stage_kinds.STAGES`."""
+BackendName = Annotated[str, AfterValidator(_backend_name)]
+"""A key of `evomerge.evaluation.lm_harness.backends.BACKENDS`."""
+Measure = Literal["metric", "probability", "logprob"]
+"""What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of
+the right answer."""
+Shares = Annotated[
+    dict[Measure, Positive],
+    Field(min_length=1),
+    BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
+]
+"""Measure -> share of it in what a search sees; a measure alone has all of it."""
