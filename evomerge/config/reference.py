@@ -31,7 +31,6 @@ _IN_WORDS = {
     "tasks[].search": "metric, probability or logprob, or one of these -> number above 0",
     "tasks[].items": "role -> list of document numbers or item ids, or path of a file; or null",
     "evaluation.backend": ", ".join(BACKENDS),
-    "stages[].stage": ", ".join(STAGES),
     "search.optimizer": ", ".join(OPTIMIZERS),
     "stages[].stage": " or ".join(STAGES),
     "routes.optimizer": f"{', '.join(OPTIMIZERS)} or null",
