@@ -14,18 +14,16 @@ usage: python scripts/benchmarks/cluster.py [--real | --only-real] [--seeds 2] [
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import heapq
 import logging
 import math
 import os
-import platform
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -40,6 +38,7 @@ from evomerge.recipes import Mix, Recipe
 from evomerge.workers import Job, Limits, Pool
 from evomerge.workers.scheduler import Scheduler, Try
 from evomerge.workers.worker_table import WorkerSlot
+from scripts.benchmarks import machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PASS = Mix("passthrough", (("base", None),), ())
@@ -141,9 +140,8 @@ def simulate(
     numbers = count(1)
     for i in range(workers):
         scheduler.join(WorkerSlot(next(numbers), f"w{i}", f"host{i // 8} cuda:{i % 8}"), now)
-    events: list[
-        tuple[float, int, Try | WorkerSlot]
-    ] = []  # what ends when: a try, or the opening of a worker
+    # what ends when: a try, or the opening of a worker
+    events: list[tuple[float, int, Try | WorkerSlot]] = []
     order, next_look = count(), now
     total, results, failed = islands * population * generations, 0, 0
     spans: list[tuple[float, float, bool]] = []
@@ -237,7 +235,10 @@ def cell(workers: int, islands: int, each: int, limits: Limits, seeds: int, pipe
 
 def delay() -> list[str]:
     """What it costs to learn a generation later."""
-    what = f"{GAIN:g} times nearer to the best of an ellipsoid of {GENES} genes (condition 100), median of {SEEDS} seeds"
+    what = (
+        f"{GAIN:g} times nearer to the best of an ellipsoid of {GENES} genes (condition 100), median of "
+        f"{SEEDS} seeds"
+    )
     lines = ["", f"Evaluations that a CMA-ES takes to come {what}:"]
     lines += ["", "| population | evaluations | pipelined | more |", "| ---: | ---: | ---: | ---: |"]
     for population in (16, 32, 64):
@@ -250,7 +251,9 @@ def delay() -> list[str]:
 
 
 def taken(population: int, ahead: int, seed: int) -> int:
-    """Evaluations until the mean of the distribution has the share 1 / GAIN of the loss that it began with."""
+    """Evaluations until the mean of the distribution has the share 1 / GAIN of the loss that it began
+    with.
+    """
     weights = np.logspace(0, 2, GENES)
     es = CmaEs([0.0] * GENES, 0.15, population=population, diagonal=True, seed=seed)
 
@@ -384,19 +387,17 @@ def main() -> None:
     )  # a limit that is passed is a number here, no news
     if not args.only_real:
         head = ["# Workers kept busy", "", " ".join((__doc__ or "").split("\n\n")[1].split())]
-        simulated = ["## Simulated", "", stamp(""), *shares(args.seeds), *delay(), *load(args.evaluations)]
+        simulated = ["## Simulated", "", stamp(), *shares(args.seeds), *delay(), *load(args.evaluations)]
         args.out.write_text("\n".join([*head, "", *simulated]) + "\n")
     if args.real or args.only_real:
         kept = args.out.read_text().partition("\n## Real")[0].rstrip()
-        args.out.write_text(
-            "\n".join([kept, "", "## Real", "", stamp(f", Ray {version('ray')}"), *real()]) + "\n"
-        )
+        args.out.write_text("\n".join([kept, "", "## Real", "", stamp("ray"), *real()]) + "\n")
 
 
-def stamp(more: str) -> str:
+def stamp(*packages: str) -> str:
     """What was run, when and with what."""
-    command = f"`python scripts/benchmarks/cluster.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
-    return f"{command}, {datetime.date.today()}, evomerge {version('evomerge')}, Python {platform.python_version()}{more}, {os.cpu_count()} cores."
+    command = shlex.join(["python", "scripts/benchmarks/cluster.py", *sys.argv[1:]])
+    return f"`{command}`, {machine.stamp(*packages)}."
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import itertools
 import logging
 import math
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -28,9 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +45,7 @@ from evomerge.evaluation.inference.selected_logits import RowHead
 from evomerge.evaluation.lm_harness.backends.compiled import CompiledBackend
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
+from scripts.benchmarks import machine
 
 REPO = Path(__file__).resolve().parents[2]
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
@@ -261,17 +259,6 @@ def zoo_row(
         loaded = transformers.AutoModelForCausalLM.from_pretrained(current[0], dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
 
-    def simple() -> dict[str, float]:
-        settings = {"pretrained": str(current[0]), "dtype": "bfloat16", "use_cache": True}
-        results: Any = lm_eval.simple_evaluate(
-            "huggingface", settings, tasks=list(TASKS), limit=items, batch_size=INCUMBENT_BATCH, device=args.device,
-            log_samples=False, verbosity="WARNING", task_manager=manager,
-        )  # fmt: skip
-        return {
-            t: next(v for k, v in results["results"][t].items() if k.startswith(("acc,", "exact_match,")))
-            for t in TASKS
-        }
-
     def ours() -> dict[str, float]:
         _, metrics = harness.score(model, wanted)
         return {t: metrics[t] for t in TASKS}
@@ -280,7 +267,11 @@ def zoo_row(
         differ[0] += sum(not found["a"][t] == found["c"][t] == found["b"][t] for t in TASKS)
 
     took, shares = race(
-        {"a": simple, "b": lambda: judged(cached, tasks), "c": ours},
+        {
+            "a": lambda: simple(current[0], items, args.device, manager),
+            "b": lambda: judged(cached, tasks),
+            "c": ours,
+        },
         range(args.repeats + 1),
         resident,
         renew,
@@ -298,6 +289,25 @@ def zoo_row(
         note,
         note if differ[0] else "",
     )
+
+
+def simple(folder: Path, items: int, device: str, manager: Any) -> dict[str, float]:
+    """Task -> metric of a model's folder by lm_eval.simple_evaluate, on the first items of each."""
+    results: Any = lm_eval.simple_evaluate(
+        "huggingface",
+        {"pretrained": str(folder), "dtype": "bfloat16", "use_cache": True},
+        tasks=list(TASKS),
+        limit=items,
+        batch_size=INCUMBENT_BATCH,
+        device=device,
+        log_samples=False,
+        verbosity="WARNING",
+        task_manager=manager,
+    )
+    return {
+        t: next(v for k, v in results["results"][t].items() if k.startswith(("acc,", "exact_match,")))
+        for t in TASKS
+    }
 
 
 def judged(cached: CachedHflm, tasks: dict[str, Any]) -> dict[str, float]:
@@ -417,10 +427,20 @@ def random_model(quick: bool) -> tuple[Any, Any]:
     )
     heads, layers = (2, 2) if quick else (10, 16)
     config = transformers.Qwen3Config(
-        vocab_size=vocabulary, hidden_size=64 * heads, intermediate_size=176 * heads, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=vocabulary,
+        hidden_size=64 * heads,
+        intermediate_size=176 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
         initializer_range=WIDE,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = (
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -523,11 +543,20 @@ def generation_row(
                 if len(new) > 1:  # the last may be a word that lost its full stop
                     regret[way] = max(regret[way], regrets(head, [ids], [new[:-1]])[0])
     mean = {way: statistics.mean(own) for way, own in lengths.items()}
-    note = f"{differ} of {len(requests) * args.repeats} texts differ; mean length {mean['b']:.1f} and {mean['c']:.1f} tokens"
+    note = (
+        f"{differ} of {len(requests) * args.repeats} texts differ; mean length {mean['b']:.1f} and "
+        f"{mean['c']:.1f} tokens"
+    )
     if unlike:
-        note += f"; regret of {len(unlike)} that differ, scored again in plain rows: HFLM {regret['b']:.3f}, ours {regret['c']:.3f} logits"
+        note += (
+            f"; regret of {len(unlike)} that differ, scored again in plain rows: HFLM {regret['b']:.3f}, "
+            f"ours {regret['c']:.3f} logits"
+        )
     plan = prepared.generations[0].plan
-    note += f"; decoder {plan.decoder}, {len(plan.prefixes)} shared prefix{'es' if len(plan.prefixes) != 1 else ''}"
+    note += (
+        f"; decoder {plan.decoder}, {len(plan.prefixes)} shared "
+        f"prefix{'es' if len(plan.prefixes) != 1 else ''}"
+    )
     wrong = f"a token of ours is {regret['c']:.3f} below the likeliest" if regret["c"] > REGRET else ""
     return Row(name, took, shares, once.wall, "b", goal, SHARE, note, wrong)
 
@@ -536,68 +565,18 @@ def generation_row(
 
 
 def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, seconds: float) -> str:
+    """The text of results/bench_eval.md.
+
+    Args:
+        rows: of the table.
+        parameters: of the larger model, 0 where it was not timed.
+        args: of the command line.
+        seconds: that all took.
+    """
     cpu = args.device == "cpu"
-    flags = " --quick" * args.quick + f" --device {args.device}" * (not cpu) + f" --repeats {args.repeats}"
-    flags += f" --only {' '.join(args.only)}" * (len(args.only) < 3)
-    larger_one = (
-        f"On the larger model (a random Qwen3 of {parameters / 1e6:.0f} M parameters, bfloat16) (b) and (c) "
-        "answer the requests, and before every "
-        "repeat\nthe rows of its head move on by one, which makes another model of it."
-    )
     lines = [
-        "# Scoring one candidate", "",
-        f"`python scripts/benchmarks/evaluation.py{flags}`, {datetime.now(UTC):%Y-%m-%d}, "
-        f"{seconds / 60:.1f} minutes, 1 thread; {machine()}"
-        f"{'' if cpu else f', {torch.cuda.get_device_name()}'}.", "",
-        *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
-        "Seconds are medians of the repeats: by the clock / of the processor, with child processes. A ratio "
-        "is the median over repeats of two times",
-        "that were taken one after the other.", "",
-        "- (a) `lm_eval.simple_evaluate` on the folder of a merged model, as mergekit-evolve calls it: "
-        "bfloat16, batch size "
-        f"{INCUMBENT_BATCH}, its task manager kept.",
-        f"- (b) HFLM at batch size {HFLM_BATCH} on the resident model; requests built, log-likelihood "
-        "requests tokenised beforehand.",
-        "- (c) ours: the same requests compiled beforehand and replayed, with lm-eval's rounding.", "",
-        "On the zoo (1.3 M parameters) all three end with the metrics of the tasks, and every repeat scores "
-        "another merge of it.",
-        *([larger_one] if parameters else []),
-        f"Forwards: {'processor time' if cpu else 'time'} between a hook before and a hook after the "
-        "model's forward, "
-        "its head included, as a share of (c).",
-        "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first "
-        "scoring; a search compiles once a generation.",
-        "",
-        "| workload | (a) s | (b) s | (c) s | ratio, clock | ratio, processor | goal | | forwards in (c) | "
-        "goal | | once s |", "| --- " * 12 + "|",
-    ]  # fmt: skip
-    for row in rows:
-        cells = [row.workload]
-        for way in "abc":
-            own = row.took.get(way)
-            cells.append(
-                ""
-                if own is None
-                else " / ".join(
-                    f"{statistics.median(getattr(t, c) for t in own):.3f}" for c in ("wall", "processor")
-                )
-            )
-        ratios = [row.ratio(row.against, clock) for clock in ("wall", "processor")]
-        cells += [f"{r:.1f} × ({row.against})" for r in ratios]
-        cells += (
-            ["", ""] if row.goal is None or not cpu else [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
-        )
-        share = statistics.median(row.shares)
-        cells += [
-            f"{share:.0%}",
-            *(
-                ["", ""]
-                if row.share_goal is None or not cpu
-                else [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]]
-            ),
-        ]
-        lines.append("| " + " | ".join([*cells, f"{row.once:.2f}"]) + " |")
-    lines += [
+        *_heading(parameters, args, seconds),
+        *(_table_row(row, goals=cpu) for row in rows),
         "",
         "A goal is held if both ratios reach it. What was compared:",
         "",
@@ -606,16 +585,75 @@ def report(rows: Sequence[Row], parameters: int, args: argparse.Namespace, secon
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
-    """Processor, cores, memory and versions; no names."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+def _heading(parameters: int, args: argparse.Namespace, seconds: float) -> list[str]:
+    cpu = args.device == "cpu"
+    flags = " --quick" * args.quick + f" --device {args.device}" * (not cpu) + f" --repeats {args.repeats}"
+    flags += f" --only {' '.join(args.only)}" * (len(args.only) < 3)
+    card = "" if cpu else f", {torch.cuda.get_device_name()}"
+    larger_model = [
+        f"On the larger model (a random Qwen3 of {parameters / 1e6:.0f} M parameters, bfloat16) (b) and (c)",
+        "answer the requests, and before every repeat the rows of its head move on by one, which makes "
+        "another",
+        "model of it.",
     ]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lm_eval"))
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {versions}"
+    return [
+        "# Scoring one candidate",
+        "",
+        f"`python scripts/benchmarks/evaluation.py{flags}`, {seconds / 60:.1f} minutes, 1 thread;",
+        f"{machine.stamp('torch', 'transformers', 'lm_eval')}{card}.",
+        "",
+        *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
+        "Seconds are medians of the repeats: by the clock / of the processor, with child processes. A ratio "
+        "is",
+        "the median over repeats of two times that were taken one after the other.",
+        "",
+        "- (a) `lm_eval.simple_evaluate` on the folder of a merged model, as mergekit-evolve calls it:",
+        f"  bfloat16, batch size {INCUMBENT_BATCH}, its task manager kept.",
+        f"- (b) HFLM at batch size {HFLM_BATCH} on the resident model; requests built, log-likelihood "
+        "requests",
+        "  tokenised beforehand.",
+        "- (c) ours: the same requests compiled beforehand and replayed, with lm-eval's rounding.",
+        "",
+        "On the zoo (1.3 M parameters) all three end with the metrics of the tasks, and every repeat scores",
+        "another merge of it.",
+        *(larger_model if parameters else []),
+        f"Forwards: {'processor time' if cpu else 'time'} between a hook before and a hook after the model's",
+        "forward, its head included, as a share of (c).",
+        "Once: seconds before any replay, for probing the model and compiling, on the zoo with a first "
+        "scoring;",
+        "a search compiles once a generation.",
+        "",
+        "| workload | (a) s | (b) s | (c) s | ratio, clock | ratio, processor | goal | | forwards in (c) "
+        "| goal | | once s |",
+        "| --- " * 12 + "|",
+    ]
+
+
+def _table_row(row: Row, *, goals: bool) -> str:
+    """A line of the table; goals: whether they are shown, which are of the CPU."""
+    cells = [row.workload, *(_seconds(row.took.get(way)) for way in "abc")]
+    ratios = [row.ratio(row.against, clock) for clock in ("wall", "processor")]
+    cells += [f"{ratio:.1f} × ({row.against})" for ratio in ratios]
+    if goals and row.goal is not None:
+        cells += [f"{row.goal:g} ×", HELD[min(ratios) >= row.goal]]
+    else:
+        cells += ["", ""]
+    share = statistics.median(row.shares)
+    cells.append(f"{share:.0%}")
+    if goals and row.share_goal is not None:
+        cells += [f"{row.share_goal:.0%}", HELD[share >= row.share_goal]]
+    else:
+        cells += ["", ""]
+    return "| " + " | ".join([*cells, f"{row.once:.2f}"]) + " |"
+
+
+def _seconds(took: Sequence[Took] | None) -> str:
+    """Medians by the clock / of the processor, '' of a way that was not timed."""
+    if took is None:
+        return ""
+    return (
+        f"{statistics.median(t.wall for t in took):.3f} / {statistics.median(t.processor for t in took):.3f}"
+    )
 
 
 if __name__ == "__main__":

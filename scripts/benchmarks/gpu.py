@@ -15,14 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import mergekit_yaml
+from scripts.benchmarks import machine
 from scripts.benchmarks import merge as bench_merge
 from scripts.benchmarks import search as bench_search
 
@@ -65,9 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     lines = [
         "# On a GPU", "",
-        f"`python scripts/benchmarks/gpu.py`, {datetime.now(UTC):%Y-%m-%d}, {card(args.device)}, "
-        f"{os.cpu_count()} cores ({bench_merge.processor()}), "
-        f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval")) + ".",
+        f"`python scripts/benchmarks/gpu.py`, {card(args.device)}, "
+        f"{machine.stamp('torch', 'transformers', 'lm_eval')}.",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         models = (

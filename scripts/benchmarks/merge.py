@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,8 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ from evomerge.merging.weight_map import WeightMap
 from evomerge.methods.fused import c_library
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import mergekit_yaml
+from scripts.benchmarks import machine
 
 REPO = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
@@ -67,7 +65,8 @@ torch.set_num_threads(int(sys.argv[1]))
 repeats, budget = int(sys.argv[2]), float(sys.argv[3])
 peak = 0
 def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 def watch(stop):
     global peak
     while not stop.wait(0.02):
@@ -224,10 +223,20 @@ def make(scratch: Path, layers: int, device: str = "cpu") -> list[Path]:
         }
         shapes |= {f"{stem}.{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary, "tie_word_embeddings": True, "dtype": "bfloat16",
-        "max_position_embeddings": 1024, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-    }  # fmt: skip
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 1024,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+    }
     base: dict[str, torch.Tensor] = {}
     paths = []
     for number, name in enumerate(("base", "one", "two", "three")):
@@ -343,9 +352,7 @@ def report(rows: dict[str, Any], args: argparse.Namespace) -> str:
         "# Merging a ~0.5 B-parameter model", "",
         f"`python scripts/benchmarks/merge.py --threads {args.threads} --repeats {args.repeats} --seconds "
         f"{args.seconds:g}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, {args.threads} threads, {processor()}, Python "
-        f"{platform.python_version()}, "
-        f"torch {version('torch')}, transformers {version('transformers')}, mergekit 0.1.5; C pass: "
+        f"{machine.stamp('torch', 'transformers')}, {args.threads} threads, mergekit 0.1.5; C pass: "
         f"{'yes' if c_library.library() else 'no'}.", "",
         f"Base and three random perturbations (no fine-tunes), {rows['parameters'] / 1e6:.0f} M parameters, "
         "bf16, files in the page cache. Medians; "
@@ -389,15 +396,6 @@ def said(cell: dict[str, Any], args: argparse.Namespace, digits: int) -> str:
     return f"{cell['seconds']:.{digits}f}" + (
         f" ({cell['runs']} runs)" if cell["runs"] < args.repeats else ""
     )
-
-
-def processor() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 from scipy import stats
+
+from scripts.benchmarks import machine
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS = "".join(
@@ -110,7 +110,10 @@ def interval(values: list[float]) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
-    return f"{mean:.3f} ± {stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+    return (
+        f"{mean:.3f} ± "
+        f"{stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+    )
 
 
 def best(found: dict[str, object], origin: str) -> float:
@@ -118,15 +121,15 @@ def best(found: dict[str, object], origin: str) -> float:
     return max(r["test"] for r in found["references"] if r["origin"] == origin and r.get("test") is not None)  # type: ignore[attr-defined]
 
 
+Outcomes = dict[str, list[dict[str, object]]]  # arm -> the state of its study, a seed each
+
+
 def main() -> None:
     """Runs what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--first",
-        type=int,
-        default=20,
-        help="the first seed; the elitist evolution was tuned on seeds below 20",
+        "--first", type=int, default=20, help="the first seed; elitist evolution was tuned on seeds below 20"
     )
     parser.add_argument("--evaluations", type=int, default=240)
     parser.add_argument("--root", type=Path, default=REPO / "results" / "routes")
@@ -136,67 +139,87 @@ def main() -> None:
     seeds = range(args.first, args.first + args.seeds)
     jobs = [(arm, seed) for seed in seeds for arm in args.arms]
     with ThreadPoolExecutor(2) as pool:
-        outcomes = dict(
-            zip(jobs, pool.map(lambda job: study(*job, args.evaluations, args.root), jobs), strict=True)
-        )
-    found = {arm: [outcomes[arm, seed] for seed in seeds] for arm in args.arms}
-    tests = {arm: [o["best"]["test"] for o in own] for arm, own in found.items()}  # type: ignore[index]
-    lines = [
+        states = list(pool.map(lambda job: study(*job, args.evaluations, args.root), jobs))
+    of_job = dict(zip(jobs, states, strict=True))
+    outcomes = {arm: [of_job[arm, seed] for seed in seeds] for arm in args.arms}
+    tests = {arm: [o["best"]["test"] for o in own] for arm, own in outcomes.items()}  # type: ignore[index]
+    lines = [*heading(args), *table(outcomes, tests, args.root), *by_seed(tests, seeds)]
+    (REPO / "results" / "routes.md").write_text("\n".join(lines) + "\n")
+
+
+def heading(args: argparse.Namespace) -> list[str]:
+    """What was run."""
+    flags = f"--first {args.first} --seeds {args.seeds} --evaluations {args.evaluations}"
+    return [
         "# Weights, routes, and both, on the zoo",
         "",
-        f"`python scripts/benchmarks/routes.py --first {args.first} --seeds {args.seeds} --evaluations "
-        f"{args.evaluations}`, "
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, "
-        + ", ".join(
-            f"{p} {version(p)}" for p in ("torch", "transformers", "lm_eval", "cma", "cmaes", "numpy")
-        )
-        + ".",
+        f"`python scripts/benchmarks/routes.py {flags}`,",
+        f"{machine.stamp('torch', 'transformers', 'lm_eval', 'cma', 'cmaes', 'numpy')}.",
         "",
         f"Each study: {args.evaluations} candidates x 160 search items (parents and recipes by hand not "
-        "counted), 600 validation items, "
-        f"1,600 test items, float32, seeds {args.first} to {args.first + args.seeds - 1}. Mean of four "
-        "skills. "
-        "± is half of a 95 % interval of the mean over seeds (Student's t); "
-        "it holds the search's chance, not the items', which are the same for all (a study's own test score "
-        "has a standard error of about .01).",
+        "counted),",
+        f"600 validation items, 1,600 test items, float32, seeds {args.first} to "
+        f"{args.first + args.seeds - 1}. Mean",
+        "of four skills. ± is half of a 95 % interval of the mean over seeds (Student's t); it holds the "
+        "search's",
+        "chance, not the items', which are the same for all (a study's own test score has a standard error "
+        "of",
+        "about .01).",
         "",
-        "| | test | over the best parent | over routes at random | over its best hand-written recipe | "
-        "search - test | layers of the best |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    parent = best(next(iter(found.values()))[0], "parent")
-    lines.append(f"| best parent | {parent:.3f} | | | | | 6 |")
-    for arm, own in found.items():
-        over = interval([t - best(o, "parent") for t, o in zip(tests[arm], own, strict=True)])
-        other = "random" if arm in ("dfs", "ps-dfs") else "random-fixed"
-        paired = (
-            interval([a - b for a, b in zip(tests[arm], tests[other], strict=False)])
-            if other in tests and arm not in ("ps", "random", other)
-            else ""
-        )
-        hand = interval([t - best(o, "hand") for t, o in zip(tests[arm], own, strict=True)])
-        luck = interval([o["best"]["search"] - t for t, o in zip(tests[arm], own, strict=True)])  # type: ignore[index]
-        layers = ", ".join(str(depth(o, args.root)) for o in own)
-        lines.append(
-            f"| {ARMS[arm][0]} | {interval(tests[arm])} | {over} | {paired} | {hand} | {luck} | {layers} |"
-        )
-    lines += [
+
+
+def table(outcomes: Outcomes, tests: dict[str, list[float]], root: Path) -> list[str]:
+    """A row for each arm."""
+    parent = best(next(iter(outcomes.values()))[0], "parent")
+    lines = [
+        "| | test | over the best parent | over routes at random | over its best hand-written recipe "
+        "| search - test | layers of the best |",
+        "| --- " * 7 + "|",
+        f"| best parent | {parent:.3f} | | | | | 6 |",
+    ]
+    for arm, own in outcomes.items():
+        over_parent = [t - best(o, "parent") for t, o in zip(tests[arm], own, strict=True)]
+        over_hand = [t - best(o, "hand") for t, o in zip(tests[arm], own, strict=True)]
+        bias = [o["best"]["search"] - t for t, o in zip(tests[arm], own, strict=True)]  # type: ignore[index]
+        cells = [
+            ARMS[arm][0],
+            interval(tests[arm]),
+            interval(over_parent),
+            over_random(arm, tests),
+            interval(over_hand),
+            interval(bias),
+            ", ".join(str(depth(o, root)) for o in own),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def over_random(arm: str, tests: dict[str, list[float]]) -> str:
+    """The lead over routes at random in the same setting, paired by seed; '' where there is none to
+    compare.
+    """
+    other = "random" if arm in ("dfs", "ps-dfs") else "random-fixed"
+    if other not in tests or arm in ("ps", "random", other):
+        return ""
+    return interval([a - b for a, b in zip(tests[arm], tests[other], strict=False)])
+
+
+def by_seed(tests: dict[str, list[float]], seeds: range) -> list[str]:
+    """The test scores of every study, and routes after weights over weights alone."""
+    lines = [
         "",
         "By seed:",
         "",
         "| | " + " | ".join(str(s) for s in seeds) + " |",
-        "| --- " * (args.seeds + 1) + "|",
+        "| --- " * (len(seeds) + 1) + "|",
     ]
-    lines += [
-        f"| {ARMS[arm][0]} | " + " | ".join(f"{t:.3f}" for t in own) + " |" for arm, own in tests.items()
-    ]
+    for arm, own in tests.items():
+        lines.append(f"| {ARMS[arm][0]} | " + " | ".join(f"{t:.3f}" for t in own) + " |")
     if {"ps", "ps-dfs"} <= set(tests):
-        lines += [
-            "",
-            "Weights then routes over weights alone, paired by seed: "
-            f"{interval([a - b for a, b in zip(tests['ps-dfs'], tests['ps'], strict=True)])}.",
-        ]
-    (REPO / "results" / "routes.md").write_text("\n".join(lines) + "\n")
+        lead = interval([a - b for a, b in zip(tests["ps-dfs"], tests["ps"], strict=True)])
+        lines += ["", f"Weights then routes over weights alone, paired by seed: {lead}."]
+    return lines
 
 
 def depth(outcome: dict[str, object], root: Path) -> int:

@@ -17,7 +17,6 @@ import functools
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmarks import machine
 
 REPO = Path(__file__).resolve().parents[2]
 # mergekit-evolve 0.1.5 on two cores of this class, two workers, 1.3 M-parameter models, dare_ties, 4 tasks:
@@ -238,104 +237,114 @@ def report(
     args: argparse.Namespace,
     seconds: float,
 ) -> str:
-    flags = "".join(
-        [
-            f" --items {' '.join(map(str, args.items))}",
-            f" --modes {' '.join(args.modes)}",
-            f" --repeats {args.repeats}",
-        ]
-    )
-    lines = [
-        "# Whole searches",
-        "",
-        f"`python scripts/benchmarks/search.py{flags}{' --quick' if args.quick else ''}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.1f} minutes;",
-        f"{machine()}.",
-        "",
-        *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
-        "CMA-ES over DARE-TIES merges of three 1.3 M-parameter experts, six layers in groups of two, "
-        f"population {POPULATION}, four tasks;",
-        f"candidates a minute, medians of {args.repeats}.",
-        "",
-        "- Clock: from the start of the process, parents and hand recipes scored on the way, to the end of "
-        "the last generation.",
-        "- Steady: from the end of the first generation to the end of the last. Every trial is committed to "
-        "the store in both.",
-        f"- Selection, the validation of finalists and the test of the winner on {FINAL} items a task each, "
-        "comes after; the incumbent has none.",
-        "- With 1 worker a search is one process on one thread; with 2 (`--workers 2`) two more processes "
-        "of one thread each evaluate candidates,",
-        "  and the first decides and stores: its own processor time is what is shown.",
-        "- The incumbent is mergekit-evolve 0.1.5, patched by hand to run on a CPU, two workers on two "
-        "cores of this class; models, tasks, items and",
-        "  method of this kind (8 layers in groups of two). Its figures were measured earlier, not in this "
-        "run.",
-        "",
-        "| items × 4 tasks | mode | candidates | start s | clock | steady | incumbent, clock / steady | "
-        "ratio, clock | ratio, steady | goal | | "
-        "selection s | processor ms a candidate | failed |",
-        "| --- " * 14 + "|",
-    ]
-    for (items, mode), own in rates.items():
-        middle = {name: statistics.median(found[name] for found in own) for name in own[0]}
-        clock, steady = INCUMBENT.get(items, (None, None))
-        cells = [
-            str(items),
-            MODES[mode],
-            f"{middle['candidates']:.0f}",
-            f"{middle['start']:.1f}",
-            f"{middle['wall']:.0f}",
-            f"{middle['steady']:.0f}",
-        ]
-        if clock and steady:
-            ratio = middle["steady"] / steady
-            cells += [
-                f"{clock} / {steady}",
-                f"{middle['wall'] / clock:.1f} ×",
-                f"{ratio:.1f} ×",
-                f"{GOALS[items]} ×",
-            ]
-            cells.append("held" if ratio >= GOALS[items] else "**not held**")
-        else:
-            cells += [""] * 5
-        cells += [
-            f"{middle['selection']:.1f}",
-            f"{middle['processor']:.0f}",
-            f"{sum(found['failed'] for found in own):.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    """The text of results/bench_search.md.
+
+    Args:
+        rates: (items a task, mode) -> what each repeat measured.
+        parts: items a task -> milliseconds of a candidate by what they went to.
+        args: of the command line.
+        seconds: that all took.
+    """
+    lines = _heading(args, seconds)
+    lines += [_rate_row(items, mode, own) for (items, mode), own in rates.items()]
     lines += [
         "",
         "Where a candidate's processor time goes, 1 worker and steady: a run apart, by functions around "
-        "ours and hooks around forwards.",
+        "ours and",
+        "hooks around forwards.",
         "",
         "| items × 4 tasks | candidate ms | forwards | scoring beside forwards, compiling | compiling | "
-        "merging | storing | rest |",
+        "merging "
+        "| storing | rest |",
         "| --- " * 8 + "|",
     ]
-    for items, own in parts.items():
-        total = own["candidate"]
-        between = own["scoring"] - own["forwards"] - own["compiling"]
-        rest = total - own["scoring"] - own["merging"] - own["storing"]
-        shares = [own["forwards"], between, own["compiling"], own["merging"], own["storing"], rest]
-        lines.append(
-            f"| {items} | {total:.1f} | "
-            + " | ".join(f"{share:.1f} ({share / total:.0%})" for share in shares)
-            + " |"
-        )
+    lines += [_part_row(items, own) for items, own in parts.items()]
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
-    """Processor, cores, memory and versions; no names."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+def _heading(args: argparse.Namespace, seconds: float) -> list[str]:
+    flags = (
+        f"--items {' '.join(map(str, args.items))} --modes {' '.join(args.modes)} --repeats {args.repeats}"
+    )
+    quick = " --quick" if args.quick else ""
+    return [
+        "# Whole searches",
+        "",
+        f"`python scripts/benchmarks/search.py {flags}{quick}`, {seconds / 60:.1f} minutes;",
+        f"{machine.stamp('torch', 'transformers', 'lm_eval', 'cma')}.",
+        "",
+        *(["**A quick run: sizes are tiny and the figures mean nothing.**", ""] if args.quick else []),
+        "CMA-ES over DARE-TIES merges of three 1.3 M-parameter experts, six layers in groups of two, "
+        "population",
+        f"{POPULATION}, four tasks; candidates a minute, medians of {args.repeats}.",
+        "",
+        "- Clock: from the start of the process, parents and hand recipes scored on the way, to the end of "
+        "the last",
+        "  generation.",
+        "- Steady: from the end of the first generation to the end of the last. Every trial is committed to "
+        "the",
+        "  store in both.",
+        f"- Selection, the validation of finalists and the test of the winner on {FINAL} items a task each, "
+        "comes",
+        "  after; the incumbent has none.",
+        "- With 1 worker a search is one process on one thread; with 2 (`--workers 2`) two more processes "
+        "of one",
+        "  thread each evaluate candidates, and the first decides and stores: its own processor time is "
+        "what is",
+        "  shown.",
+        "- The incumbent is mergekit-evolve 0.1.5, patched by hand to run on a CPU, two workers on two "
+        "cores of this",
+        "  class; models, tasks, items and method of this kind (8 layers in groups of two). Its figures were",
+        "  measured earlier, not in this run.",
+        "",
+        "| items × 4 tasks | mode | candidates | start s | clock | steady | incumbent, clock / steady "
+        "| ratio, clock | ratio, steady | goal | | selection s | processor ms a candidate | failed |",
+        "| --- " * 14 + "|",
     ]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lm_eval", "cma"))
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {versions}"
+
+
+def _rate_row(items: int, mode: str, repeats: Sequence[Mapping[str, float]]) -> str:
+    median = {name: statistics.median(repeat[name] for repeat in repeats) for name in repeats[0]}
+    cells = [
+        str(items),
+        MODES[mode],
+        f"{median['candidates']:.0f}",
+        f"{median['start']:.1f}",
+        f"{median['wall']:.0f}",
+        f"{median['steady']:.0f}",
+    ]
+    if items in INCUMBENT:
+        clock, steady = INCUMBENT[items]
+        ratio = median["steady"] / steady
+        cells += [
+            f"{clock} / {steady}",
+            f"{median['wall'] / clock:.1f} ×",
+            f"{ratio:.1f} ×",
+            f"{GOALS[items]} ×",
+            "held" if ratio >= GOALS[items] else "**not held**",
+        ]
+    else:
+        cells += [""] * 5
+    cells += [
+        f"{median['selection']:.1f}",
+        f"{median['processor']:.0f}",
+        f"{sum(repeat['failed'] for repeat in repeats):.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _part_row(items: int, parts: Mapping[str, float]) -> str:
+    total = parts["candidate"]
+    shares = [
+        parts["forwards"],
+        parts["scoring"] - parts["forwards"] - parts["compiling"],
+        parts["compiling"],
+        parts["merging"],
+        parts["storing"],
+        total - parts["scoring"] - parts["merging"] - parts["storing"],
+    ]
+    cells = [f"{share:.1f} ({share / total:.0%})" for share in shares]
+    return f"| {items} | {total:.1f} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

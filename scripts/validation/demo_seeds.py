@@ -6,13 +6,13 @@ usage: python scripts/validation/demo_seeds.py [--root results] [--seeds 0 1 2]
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmarks import machine
 
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -106,7 +106,10 @@ def main() -> None:
     parts = []
     for seed in args.seeds:
         data, seconds = search(seed, args.root)
-        counts = f"{data['evaluations']} candidates in {data['generations']} generations, {data['failed']} failed evaluations"
+        counts = (
+            f"{data['evaluations']} candidates in {data['generations']} generations, {data['failed']} "
+            "failed evaluations"
+        )
         parts += [
             f"## Seed {seed}",
             "",
@@ -127,8 +130,7 @@ def main() -> None:
         "scores are on different",
         "items per generation.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; "
-        f"zoo `{zoo['settings_hash']}`.",
+        f"{machine.stamp('torch', 'transformers', 'lm_eval', 'cma')}; zoo `{zoo['settings_hash']}`.",
         "",
     ]
     Path(args.out).write_text("\n".join(head + parts))

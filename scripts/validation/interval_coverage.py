@@ -12,16 +12,13 @@ usage: python scripts/validation/interval_coverage.py [--studies 400] [--out res
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import itertools
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +34,7 @@ from evomerge.search.racing import Race
 from evomerge.spaces import Range, WeightSpace, baselines
 from evomerge.store import Store, StudyFacts
 from evomerge.workers import InProcessPool
+from scripts.benchmarks import machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = {"search": 400, "validation": 200, "test": 500}  # items of each task
@@ -141,14 +139,28 @@ def items(seed: int) -> dict[str, Items]:
 def plan(seed: int, race: Race | None = None) -> Plan:
     """A search of the landscape, the optimizer and the items of its own."""
     space = WeightSpace(
-        method=method("task_arithmetic"), base="base", models=tuple(GOALS), groups=(2, 1), components=("attention", "mlp"),
-        segments=((".self_attn.", "attention"), (".mlp.", "mlp")), ranges={"weight": Range(-0.5, 2.0, 0.3)},
-    )  # fmt: skip
+        method=method("task_arithmetic"),
+        base="base",
+        models=tuple(GOALS),
+        groups=(2, 1),
+        components=("attention", "mlp"),
+        segments=((".self_attn.", "attention"), (".mlp.", "mlp")),
+        ranges={"weight": Range(-0.5, 2.0, 0.3)},
+    )
     return Plan(
-        baselines=baselines(space), objective=Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items())),
-        stages=one_stage(space, lambda start: CmaEs(start, 0.2, population=POPULATION, diagonal=True, seed=seed), GENERATIONS * POPULATION),
-        items=items(seed), per_generation=PER_GENERATION, finalists=FINALISTS, seed=seed, race=race,
-    )  # fmt: skip
+        baselines=baselines(space),
+        objective=Objective(tuple(Term(task, weight) for task, weight in WEIGHTS.items())),
+        stages=one_stage(
+            space,
+            lambda start: CmaEs(start, 0.2, population=POPULATION, diagonal=True, seed=seed),
+            GENERATIONS * POPULATION,
+        ),
+        items=items(seed),
+        per_generation=PER_GENERATION,
+        finalists=FINALISTS,
+        seed=seed,
+        race=race,
+    )
 
 
 def study(seed: int, folder: Path) -> Outcome:
@@ -247,7 +259,6 @@ def main() -> None:
     started = time.monotonic()
     outcomes = run(args.studies)
     seconds = time.monotonic() - started
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "cma"))
     weights = " and ".join(f"'{task}' (weight {w:g})" for task, w in WEIGHTS.items())
     sizes = ", ".join(f"{n} for {role}" for role, n in SIZES.items())
     head = [
@@ -262,8 +273,7 @@ def main() -> None:
         "report prints,",
         "`statistics.stratified(test items, weights).interval()`.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; "
-        f"{versions}.",
+        f"{machine.stamp('numpy', 'scipy', 'cma')}.",
         "",
     ]
     Path(args.out).write_text("\n".join(head + report(outcomes, seconds)) + "\n")

@@ -6,20 +6,17 @@ usage: python scripts/validation/lm_eval_equality.py [--rows FILE] [NAME ...]   
 
 --rows: where what is done is kept, one model a line; run again with the same file, it goes on from there.
 
-Random models of tests/text_architectures.py on the tasks of tests/equality_tasks.py, and the trained models
-of results/zoo on the shipped tasks and on the same kinds of tasks in their words.
+Random models of tests/support/text_architectures.py on the tasks of tests/support/equality_tasks.py, and the
+trained models of results/zoo on the shipped tasks and on the same kinds of tasks in their words.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -36,6 +33,8 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import model_loading
+from scripts.benchmarks import machine
+from scripts.validation import row_file
 from tests.support import equality_oracle as oracle
 from tests.support import equality_tasks as tasks
 from tests.support import text_architectures
@@ -49,8 +48,8 @@ ARCHITECTURES = tuple(f"{NAMED} {DELICATE}".split())
 SHIPPED = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 SHOTS = {
     0: 200
-    # examples before an item of the shipped tasks: items of each; with examples take all, lm-eval draws others
-    # for a part of the items
+    # examples before an item of the shipped tasks: items of each; with examples take all, lm-eval draws
+    # others for a part of the items
 }
 
 
@@ -268,20 +267,28 @@ def say(rows: Sequence[Row]) -> None:
     sys.stdout.flush()
 
 
-def read(file: Path) -> dict[str, tuple[list[Row], float]]:
+def read(file: Path | None) -> dict[str, tuple[list[Row], float]]:
     """Name -> (rows, seconds of processor time) of a file of rows."""
-    found = {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        kept = json.loads(line)
+    done = {}
+    for line in row_file.read(file):
         rows = [
             Row(
-                row["name"], row["how"], {task: Differences(**own) for task, own in row["by_task"].items()},
-                row["noise"] and Differences(**row["noise"]), row["used"],
+                row["name"],
+                row["how"],
+                {task: Differences(**differences) for task, differences in row["by_task"].items()},
+                Differences(**row["noise"]) if row["noise"] else None,
+                row["used"],
             )
-            for row in kept["rows"]
-        ]  # fmt: skip
-        found[kept["name"]] = rows, kept["seconds"]
-    return found
+            for row in line["rows"]
+        ]
+        done[line["name"]] = rows, line["seconds"]
+    return done
+
+
+def write(file: Path | None, name: str, rows: Sequence[Row], seconds: float) -> None:
+    """Adds a model to a file of rows."""
+    plain = [dataclasses.asdict(row) for row in rows]
+    row_file.append(file, [{"name": name, "seconds": seconds, "rows": plain}])
 
 
 def counted(found: Differences) -> str:
@@ -295,53 +302,66 @@ def counted(found: Differences) -> str:
 
 def report(rows: Sequence[Row], seconds: float) -> list[str]:
     """The lines of results/equality.md."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("lm_eval", "torch", "transformers")
-    )
     single = [row for row in rows if row.how.startswith("float32")]
     trained = [row for row in rows if row.how.startswith("bfloat16, shipped")]
+    lines = [*_heading(rows, single, trained, seconds), *_float32(single), *_bfloat16(rows)]
+    different = [(row, message) for row in [*single, *trained] for message in row.total.said]
+    if different:
+        lines += ["", "## What differs (float32, and bfloat16 on the shipped tasks)", ""]
+        lines += [f"- {row.name}, {row.how}: {message[:300]}" for row, message in different]
+    return lines
+
+
+def _heading(rows: Sequence[Row], single: Sequence[Row], trained: Sequence[Row], seconds: float) -> list[str]:
     meaningless = [row for row in rows if row.how.startswith("bfloat16, meaningless")]
-    lines = [
+    return [
         "# lm-eval's results and ours, item by item",
         "",
-        "Written by `python scripts/validation/lm_eval_equality.py`: the same weights and tasks through "
-        "`lm_eval.simple_evaluate` with HFLM at batch size 1",
-        "and through our harness; every response, every item's value and every metric compared.",
+        "Written by `python scripts/validation/lm_eval_equality.py`: the same weights and tasks through",
+        "`lm_eval.simple_evaluate` with HFLM at batch size 1 and through our harness; every response, every "
+        "item's",
+        "value and every metric compared.",
         "",
-        f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python "
-        f"{platform.python_version()}, {versions};",
+        f"{machine.stamp('lm_eval', 'torch', 'transformers')}; one thread;",
         f"{seconds / 60:.0f} minutes of processor time.",
         "",
         f"{len({row.name for row in rows})} models, {len(tasks.TASKS)} task configurations and a group, "
-        "with and without chat template",
-        "(then few-shot examples are turns). Random models: windows of 6 and chunks of 16 tokens, 256 "
-        "positions; every other one with a tokenizer",
-        "that begins with BOS. The zoo: 1.3 M parameters each, trained (scripts/zoo/make_zoo.py).",
+        "with and",
+        "without chat template (then few-shot examples are turns). Random models: windows of 6 and chunks "
+        "of 16",
+        "tokens, 256 positions; every other one with a tokenizer that begins with BOS. The zoo: 1.3 M "
+        "parameters",
+        "each, trained (scripts/zoo/make_zoo.py).",
         f"Sums differ if by more than {oracle.RELATIVE:.0e} of themselves (float32). flags: whether a "
-        "continuation is the likeliest.",
+        "continuation",
+        "is the likeliest.",
         "",
         f"- **float32**: {counted(total(single))}.",
         f"- **bfloat16, trained models on the shipped tasks**: {counted(total(trained))}.",
         "- bfloat16, trained models on meaningless sequences of their words, where choices and tokens "
-        f"nearly tie: {counted(total(meaningless))}.",
+        "nearly tie: "
+        f"{counted(total(meaningless))}.",
         *(f"- **Could not be compared**: {row.name}: {row.how}" for row in rows if not row.by_task),
+    ]
+
+
+def _float32(rows: Sequence[Row]) -> list[str]:
+    """A row for each model and way of asking, then one for each task."""
+    lines = [
         "",
         "## float32",
         "",
         "used: technique of scoring and decoder that the probe allowed.",
         "",
-        "| model | how | other flags | other texts | other sums | other items | other metrics | of "
-        "requests, texts, items, metrics "
-        "| worst sum | used |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | how | other flags | other texts | other sums | other items | other metrics "
+        "| of requests, texts, items, metrics | worst sum | used |",
+        "| --- " * 10 + "|",
     ]
-    for row in single:
+    for row in rows:
         t = row.total
         counts = f"{t.other_flags} | {t.other_texts} | {t.other_sums} | {t.other_items} | {t.other_metrics}"
-        lines.append(
-            f"| {row.name} | {row.how} | {counts} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | "
-            f"{t.worst:.1e} | {row.used} |"
-        )
+        of = f"{t.requests}, {t.texts}, {t.items}, {t.metrics}"
+        lines.append(f"| {row.name} | {row.how} | {counts} | {of} | {t.worst:.1e} | {row.used} |")
     lines += [
         "",
         "By task configuration, over all models:",
@@ -349,41 +369,43 @@ def report(rows: Sequence[Row], seconds: float) -> list[str]:
         "| task | requests and texts | differences | worst sum |",
         "| --- | --- | --- | --- |",
     ]
-    for task in dict.fromkeys(task for row in single for task in row.by_task):
-        t = total([Row("", "", {task: row.by_task[task]}) for row in single if task in row.by_task])
+    for task in dict.fromkeys(task for row in rows for task in row.by_task):
+        t = total([Row("", "", {task: row.by_task[task]}) for row in rows if task in row.by_task])
         wrong = t.other_flags + t.other_texts + t.other_sums + t.other_items + t.other_metrics
         lines.append(f"| {task} | {t.requests + t.texts} | {wrong} | {t.worst:.1e} |")
-    lines += [
+    return lines
+
+
+def _bfloat16(rows: Sequence[Row]) -> list[str]:
+    """Ours beside what HFLM's own batches differ by."""
+    lines = [
         "",
         "## bfloat16",
         "",
         "Ours against HFLM at batch size 1, and beside it HFLM at batch size 16 against itself at 1. Random "
-        "weights have near ties everywhere.",
+        "weights",
+        "have near ties everywhere.",
         "",
-        "| model | how | flags: ours, HFLM 16 | texts | items | metrics | of requests, texts, items, "
-        "metrics | worst sum | used |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | how | flags: ours, HFLM 16 | texts | items | metrics | of requests, texts, items, metrics "
+        "| worst sum | used |",
+        "| --- " * 9 + "|",
     ]
     for row in rows:
-        if row.how.startswith("bfloat16") and row.noise is not None:
-            t, n = row.total, row.noise
-            pairs = ", ".join(
-                f"{a} / {b}"
-                for a, b in (
-                    (t.other_flags, n.other_flags),
-                    (t.other_texts, n.other_texts),
-                    (t.other_items, n.other_items),
-                    (t.other_metrics, n.other_metrics),
-                )
-            ).replace(", ", " | ")
-            lines.append(
-                f"| {row.name} | {row.how} | {pairs} | {t.requests}, {t.texts}, {t.items}, {t.metrics} | "
-                f"{t.worst:.1e} / {n.worst:.1e} | {row.used} |"
-            )
-    odd = [(row, said) for row in [*single, *trained] for said in row.total.said]
-    if odd:
-        lines += ["", "## What differs (float32, and bfloat16 on the shipped tasks)", ""]
-        lines += [f"- {row.name}, {row.how}: {said[:300]}" for row, said in odd]
+        if not row.how.startswith("bfloat16") or row.noise is None:
+            continue
+        ours, noise = row.total, row.noise
+        cells = [
+            row.name,
+            row.how,
+            f"{ours.other_flags} / {noise.other_flags}",
+            f"{ours.other_texts} / {noise.other_texts}",
+            f"{ours.other_items} / {noise.other_items}",
+            f"{ours.other_metrics} / {noise.other_metrics}",
+            f"{ours.requests}, {ours.texts}, {ours.items}, {ours.metrics}",
+            f"{ours.worst:.1e} / {noise.worst:.1e}",
+            row.used,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -402,33 +424,26 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=Path)
     parser.add_argument("names", nargs="*")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     for name in ("lm_eval", "transformers", "evomerge"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    done = read(given.rows) if given.rows else {}
+    done = read(args.rows)
     rows: list[Row] = []
     seconds = 0.0
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(tasks.write(Path(folder) / "tasks"))
-        for name in given.names or [*ARCHITECTURES, *VARIANTS, "zoo"]:
+        for name in args.names or [*ARCHITECTURES, *VARIANTS, "zoo"]:
             if name not in done:
-                worked = time.process_time()
-                own = trained_models(Path(folder)) if name == "zoo" else random_model(name, sweep)
-                done[name] = own, time.process_time() - worked
-                say(own)
-                if given.rows:
-                    kept = {
-                        "name": name,
-                        "seconds": done[name][1],
-                        "rows": [dataclasses.asdict(row) for row in own],
-                    }
-                    with given.rows.open("a") as file:
-                        file.write(json.dumps(kept) + "\n")
+                began = time.process_time()
+                new = trained_models(Path(folder)) if name == "zoo" else random_model(name, sweep)
+                done[name] = new, time.process_time() - began
+                say(new)
+                write(args.rows, name, *done[name])
             rows += done[name][0]
             seconds += done[name][1]
     lines = report(rows, seconds)
-    if given.names:
+    if args.names:
         print("\n".join(lines))
     else:
         (REPOSITORY / "results" / "equality.md").write_text("\n".join(lines) + "\n")

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,50 +52,34 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
     return {"tensors": len(a), "elements": total, "unequal": unequal, "largest_ulp": largest}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def lm_eval_scores(model: Path, tasks: Iterable[str], out: Path) -> dict[str, dict[str, float]]:
+    """Task -> the metrics that lm_eval's command line gives a checkpoint; out: a folder for its results."""
+    run(
+        "lm_eval",
+        "run",
+        *("--model", "hf"),
+        *("--model_args", f"pretrained={model},dtype=bfloat16"),
+        *("--batch_size", "256"),
+        *("--device", "cpu"),
+        *("--tasks", ",".join(tasks)),
+        *("--include_path", "evaluators"),
+        *("--output_path", str(out)),
     )
-    parser.add_argument("study", nargs="?", default="demo")
-    parser.add_argument("--root", default="results")
-    parser.add_argument("--out", default=str(REPOSITORY / "results" / "export.md"))
-    args = parser.parse_args()
-    mergekit = (
-        Path(os.environ.get("EVOMERGE_MERGEKIT_ENV", REPOSITORY / ".venv-mergekit")) / "bin" / "mergekit-yaml"
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        ours, theirs, results = Path(scratch, "ours"), Path(scratch, "theirs"), Path(scratch, "lm_eval")
-        run("evomerge", "export", f"{args.study}/best", str(ours), "--weights", "--root", args.root)
-        run(str(mergekit), str(ours / "recipe.yaml"), str(theirs))
-        tensors = compare(ours, theirs)
-        shown = json.loads(run("evomerge", "show", f"{args.study}/best", "--json", "--root", args.root))
-        stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
-        model = (
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={ours},dtype=bfloat16",
-            "--batch_size",
-            "256",
-            "--device",
-            "cpu",
-        )
-        run(
-            "lm_eval",
-            "run",
-            *model,
-            "--tasks",
-            ",".join(stored),
-            "--include_path",
-            "evaluators",
-            "--output_path",
-            str(results),
-        )
-        found = json.loads(next(results.rglob("results*.json")).read_text())["results"]
+    return json.loads(next(out.rglob("results*.json")).read_text())["results"]
+
+
+def stored_scores(candidate: str, root: str) -> dict[str, float]:
+    """Task -> the candidate's stored test score."""
+    shown = json.loads(run("evomerge", "show", candidate, "--json", "--root", root))
+    return next(score["metrics"] for score in shown["scores"] if score["role"] == "test")
+
+
+def report(study: str, tensors: dict[str, Any], differences: dict[str, tuple[float, float]]) -> list[str]:
+    """The lines of results/export.md; differences: task -> (stored score, lm_eval's)."""
     lines = [
-        f"# Export of {args.study}/best, checked",
+        f"# Export of {study}/best, checked",
         "",
-        f"Written by `python scripts/validation/mergekit_export.py {args.study}`.",
+        f"Written by `python scripts/validation/mergekit_export.py {study}`.",
         "",
         "mergekit 0.1.5 on the exported recipe.yaml against the exported checkpoint: "
         f"{tensors['tensors']} tensors, {tensors['elements']} elements, {tensors['unequal']} unequal, "
@@ -103,13 +88,37 @@ def main() -> None:
         "| task | stored test score | lm_eval on the checkpoint | difference |",
         "| --- | --- | --- | --- |",
     ]
-    worst = 0.0
+    for task, (stored, theirs) in differences.items():
+        lines.append(f"| {task} | {stored:.6f} | {theirs:.6f} | {abs(stored - theirs):.1e} |")
+    return lines
+
+
+def main() -> None:
+    """Exports, checks and writes the report; exits with 1 where the export does not agree."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", nargs="?", default="demo")
+    parser.add_argument("--root", default="results")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "export.md")
+    args = parser.parse_args()
+    environment = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV", REPOSITORY / ".venv-mergekit"))
+    candidate = f"{args.study}/best"
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, theirs, results = Path(scratch, "ours"), Path(scratch, "theirs"), Path(scratch, "lm_eval")
+        run("evomerge", "export", candidate, str(ours), "--weights", "--root", args.root)
+        run(str(environment / "bin" / "mergekit-yaml"), str(ours / "recipe.yaml"), str(theirs))
+        tensors = compare(ours, theirs)
+        stored = stored_scores(candidate, args.root)
+        metrics = lm_eval_scores(ours, stored, results)
+    differences = {}
     for task, value in stored.items():
-        theirs_value = next(v for k, v in found[task].items() if k.split(",")[0] in ("exact_match", "acc"))
-        worst = max(worst, abs(value - theirs_value))
-        lines.append(f"| {task} | {value:.6f} | {theirs_value:.6f} | {abs(value - theirs_value):.1e} |")
-    Path(args.out).write_text("\n".join(lines) + "\n")
+        accuracy = next(v for k, v in metrics[task].items() if k.split(",")[0] in ("exact_match", "acc"))
+        differences[task] = value, accuracy
+    lines = report(args.study, tensors, differences)
+    args.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    worst = max(abs(a - b) for a, b in differences.values())
     if worst > 1e-6 or tensors["largest_ulp"] > 1:
         sys.exit("the export does not agree")
 

@@ -7,25 +7,24 @@ usage: python scripts/validation/probe_verdicts.py [--rows FILE] [ARCHITECTURE .
 --rows: where what is done is kept, one architecture a line; run again with the same file, it goes on from
 there.
 
-The truth is what tests/probe_truth.py finds: realistic requests beside one request a forward, texts beside a
-whole forward a token.
+The truth is what tests/support/probe_truth.py finds: realistic requests beside one request a forward, texts
+beside a whole forward a token.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import platform
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 
+from scripts.benchmarks import machine
+from scripts.validation import row_file
 from tests.support import probe_truth
 from tests.support.probe_truth import DECODERS, OPTIMIZATIONS, Outcome
 from tests.support.text_architectures import CONFIGS
@@ -46,95 +45,129 @@ def counts(outcomes: Sequence[Outcome]) -> Counter[tuple[bool, bool]]:
     return Counter((o.allowed, o.right) for o in outcomes)
 
 
-def report(found: dict[str, list[Outcome]], failed: dict[str, str], seconds: float) -> list[str]:
-    """The lines of results/probe.md."""
-    everything = [o for own in found.values() for o in own]
-    columns = [*OPTIMIZATIONS, *DECODERS]
-    lines = [
+def report(outcomes: dict[str, list[Outcome]], failed: dict[str, str], seconds: float) -> list[str]:
+    """The lines of results/probe.md.
+
+    Args:
+        outcomes: of each architecture.
+        failed: architecture -> why it could not be tried.
+        seconds: of processor time, for all.
+    """
+    lines = [*_heading(seconds), *_summary(outcomes), *_table(outcomes)]
+    wrong = [(name, o) for name, own in outcomes.items() for o in own if o.allowed != o.right]
+    if wrong:
+        lines += ["", "Verdicts that differ from the truth:", ""]
+        lines += [
+            f"- {name}, {o.name}, {_type(o.dtype)}: {MEANING[o.allowed, o.right]}; {o.said}"
+            for name, o in wrong
+        ]
+    if failed:
+        lines += ["", "Could not be tried:", ""]
+        lines += [f"- {name}: {message}" for name, message in failed.items()]
+    return lines
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _heading(seconds: float) -> list[str]:
+    return [
         "# The probe against the truth",
         "",
         "Written by `python scripts/validation/probe_verdicts.py`: what the probe allows a model, beside "
-        "what is right for it.",
+        "what is",
+        "right for it.",
         "",
-        f"On {datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, one thread, Python "
-        f"{platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__};",
+        f"{machine.stamp('torch', 'transformers')}; one thread;",
         f"{seconds / 60:.1f} minutes of processor time.",
         "",
-        "Models are tiny and random (tests/text_architectures.py), windows 6 and chunks 16 tokens long; "
-        "requests are up to 256 tokens.",
-        "Right: in float32 every log-likelihood within 1e-3 nats of one request a forward and every greedy "
-        "flag the same; every text that of",
-        "a whole forward a token. In bfloat16: right in float32, and on average as near as rounding; texts: "
-        "no chosen token's logit short of",
-        f"the largest by more than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits, or than "
-        "in transformers'",
-        "own `generate` on the same prompts, one at a time or in one padded batch: rounding moves tokens to "
-        "other experts. What raises is wrong.",
-        "Decoders: slots, left-padded rows, rows of equal length, a single row, the whole text anew for "
-        "every token; shared: the fastest that is",
-        "allowed, with prefixes computed once.",
+        "Models are tiny and random (tests/support/text_architectures.py), windows 6 and chunks 16 tokens "
+        "long;",
+        "requests are up to 256 tokens. Right: in float32 every log-likelihood within 1e-3 nats of one "
+        "request a",
+        "forward and every greedy flag the same; every text that of a whole forward a token. In bfloat16: "
+        "right in",
+        "float32, and on average as near as rounding; texts: no chosen token's logit short of the largest "
+        "by more",
+        f"than {probe_truth.BFLOAT16_REGRET} standard deviations of the logits, or than in transformers' own",
+        "`generate` on the same prompts, one at a time or in one padded batch: rounding moves tokens to "
+        "other",
+        "experts. What raises is wrong. Decoders: slots, left-padded rows, rows of equal length, a single "
+        "row, the",
+        "whole text anew for every token; shared: the fastest that is allowed, with prefixes computed once.",
+    ]
+
+
+def _summary(outcomes: dict[str, list[Outcome]]) -> list[str]:
+    """Verdicts by type and kind, counted."""
+    everything = [o for own in outcomes.values() for o in own]
+    lines = [
         "",
         "| type | of | used and right | refused and wrong | refused though right | **used and wrong** |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- " * 6 + "|",
     ]
     for dtype in TYPES:
-        for kind, names in (("techniques", OPTIMIZATIONS), ("decoders", DECODERS)):
-            own = counts([o for o in everything if o.dtype == dtype and o.name in names])
-            if own:
-                lines.append(
-                    f"| {str(dtype).removeprefix('torch.')} | {kind} | "
-                    + " | ".join(str(own[key]) for key in MEANING)
-                    + " |"
-                )
-    lines += [
+        for kind, names in (("optimizations", OPTIMIZATIONS), ("decoders", DECODERS)):
+            number = counts([o for o in everything if o.dtype == dtype and o.name in names])
+            if number:
+                cells = [_type(dtype), kind, *(str(number[key]) for key in MEANING)]
+                lines.append("| " + " | ".join(cells) + " |")
+    legend = ", ".join(f"{SIGNS[key].strip('*')}: {MEANING[key]}" for key in MEANING)
+    return [
+        *lines,
         "",
-        f"{len(found)} architectures, {len(everything)} verdicts. "
-        + ", ".join(f"{SIGNS[key].strip('*')}: {MEANING[key]}" for key in MEANING)
-        + "; float32, then bfloat16 where it differs; . not tried.",
+        f"{len(outcomes)} architectures, {len(everything)} verdicts. {legend}; float32, then bfloat16 where "
+        "it",
+        "differs; . not tried.",
+    ]
+
+
+def _table(outcomes: dict[str, list[Outcome]]) -> list[str]:
+    """A row for each architecture."""
+    columns = [*OPTIMIZATIONS, *DECODERS]
+    lines = [
         "",
         "| architecture | " + " | ".join(columns) + " | largest error of what is used, float32 |",
         "| --- |" + " --- |" * (len(columns) + 1),
     ]
-    for name, own in found.items():
+    for name, own in outcomes.items():
         cells = []
         for column in columns:
-            signs = [
-                SIGNS[o.allowed, o.right]
-                for dtype in TYPES
-                for o in own
-                if o.name == column and o.dtype == dtype
-            ]
+            of_column = [o for dtype in TYPES for o in own if o.name == column and o.dtype == dtype]
+            signs = [SIGNS[o.allowed, o.right] for o in of_column]
             cells.append(" ".join(dict.fromkeys(signs)) or ".")
-        errors = [
-            o.error
-            for o in own
-            if o.allowed and o.dtype == torch.float32 and o.name in OPTIMIZATIONS and o.error == o.error
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {max(errors, default=float('nan')):.1e} |")
-    odd = [(name, o) for name, own in found.items() for o in own if o.allowed != o.right]
-    if odd:
-        lines += ["", "Verdicts that differ from the truth:", ""]
-        lines += [
-            f"- {name}, {o.name}, {str(o.dtype).removeprefix('torch.')}: {MEANING[o.allowed, o.right]}; "
-            f"{o.said}"
-            for name, o in odd
-        ]
-    if failed:
-        lines += ["", "Could not be tried:", "", *(f"- {name}: {said}" for name, said in failed.items())]
+        single = [o for o in own if o.allowed and o.dtype == torch.float32 and o.name in OPTIMIZATIONS]
+        errors = [o.error for o in single if not math.isnan(o.error)]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {max(errors, default=math.nan):.1e} |")
     return lines
 
 
-def read(file: Path) -> dict[str, tuple[list[Outcome], float]]:
+def read(file: Path | None) -> dict[str, tuple[list[Outcome], float]]:
     """Architecture -> (outcomes, seconds of processor time) of a file of rows."""
-    found = {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        kept = json.loads(line)
-        found[kept["name"]] = (
-            [Outcome(**{**o, "dtype": getattr(torch, o["dtype"])}) for o in kept["outcomes"]],
-            kept["seconds"],
+    return {
+        row["name"]: (
+            [Outcome(**{**o, "dtype": getattr(torch, o["dtype"])}) for o in row["outcomes"]],
+            row["seconds"],
         )
-    return found
+        for row in row_file.read(file)
+    }
+
+
+def write(file: Path | None, name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Adds an architecture to a file of rows."""
+    plain = [{**dataclasses.asdict(o), "dtype": _type(o.dtype)} for o in outcomes]
+    row_file.append(file, [{"name": name, "seconds": seconds, "outcomes": plain}])
+
+
+def show(name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Prints an architecture's counts and its wrong verdicts."""
+    number = counts(outcomes)
+    totals = ", ".join(f"{number[key]} {MEANING[key]}" for key in MEANING)
+    print(f"{name}: {totals}, {seconds:.1f} s", flush=True)
+    for o in outcomes:
+        if o.allowed != o.right:
+            print(f"  {o.name} {o.dtype}: {MEANING[o.allowed, o.right]}; {o.said}", flush=True)
 
 
 def main() -> None:
@@ -144,44 +177,34 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=Path)
     parser.add_argument("names", nargs="*")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    done = read(given.rows) if given.rows else {}
+    done = read(args.rows)
     failed: dict[str, str] = {}
-    names = given.names or list(CONFIGS)
+    names = args.names or list(CONFIGS)
     for name in names:
         if name in done:
             continue
-        worked = time.process_time()
+        began = time.process_time()
         try:
-            own = probe_truth.outcomes(name, TYPES)
+            outcomes = probe_truth.outcomes(name, TYPES)
         except Exception as error:  # shown in the report
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             print(f"{name}: {failed[name]}", flush=True)
             continue
-        done[name] = own, time.process_time() - worked
-        if given.rows:
-            kept = [{**dataclasses.asdict(o), "dtype": str(o.dtype).removeprefix("torch.")} for o in own]
-            with given.rows.open("a") as file:
-                file.write(json.dumps({"name": name, "seconds": done[name][1], "outcomes": kept}) + "\n")
-        number = counts(own)
-        print(
-            f"{name}: "
-            + ", ".join(f"{number[key]} {MEANING[key]}" for key in MEANING)
-            + f", {done[name][1]:.1f} s",
-            flush=True,
-        )
-        for o in own:
-            if o.allowed != o.right:
-                print(f"  {o.name} {o.dtype}: {MEANING[o.allowed, o.right]}; {o.said}", flush=True)
-    found = {name: done[name][0] for name in names if name in done}
-    lines = report(found, failed, sum(done[name][1] for name in found))
-    if given.names:
+        done[name] = outcomes, time.process_time() - began
+        write(args.rows, name, *done[name])
+        show(name, *done[name])
+    tried = {name: done[name][0] for name in names if name in done}
+    lines = report(tried, failed, sum(done[name][1] for name in tried))
+    if args.names:
         print("\n".join(lines))
     else:
         (REPOSITORY / "results" / "probe.md").write_text("\n".join(lines) + "\n")
-    if failed or any(o.allowed and not o.right for own in found.values() for o in own):
-        raise SystemExit("a technique was allowed where it is wrong, or an architecture could not be tried")
+    if failed or any(o.allowed and not o.right for own in tried.values() for o in own):
+        raise SystemExit(
+            "an optimization was allowed where it is wrong, or an architecture could not be tried"
+        )
 
 
 if __name__ == "__main__":

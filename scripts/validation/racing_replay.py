@@ -15,14 +15,11 @@ usage: python scripts/validation/racing_replay.py [--studies results] [--samples
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,7 @@ from evomerge.recipes import Mix, Recipe
 from evomerge.search.racing import Race, RaceResult, run
 from evomerge.store import Store
 from evomerge.store.paths import store_path
+from scripts.benchmarks import machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MU, EVALUATIONS = 12, 480  # what CMA-ES recombines of 24, and 20 generations of them
@@ -128,7 +126,9 @@ def sample(
     candidates: int = 24,
     tasks: int = 4,
 ) -> tuple[Table, Items]:
-    """Candidates whose skills have a standard deviation of `spread` in logits; items: of all tasks together."""
+    """Candidates whose skills have a standard deviation of `spread` in logits; items: of all tasks
+    together.
+    """
     skill, ease = generator.normal(0.0, spread, (candidates, 1)), generator.normal(0.0, 1.5, items)
     apart = generator.standard_normal((candidates, 6)) @ generator.standard_normal((6, items)) / math.sqrt(6)
     p = 1.0 / (1.0 + np.exp(-(skill + ease + apart)))
@@ -169,7 +169,10 @@ def simulate(samples: int, rungs: Sequence[float], seed: int = 0) -> list[str]:
 
 
 def _figures(found: Sequence[Result]) -> str:
-    return f"{_rate([not r.level for r in found])} | {_rate([r.dropped for r in found])} | {np.mean([r.cost for r in found]):.2f}"
+    return (
+        f"{_rate([not r.level for r in found])} | {_rate([r.dropped for r in found])} | "
+        f"{np.mean([r.cost for r in found]):.2f}"
+    )
 
 
 def _rate(flags: Sequence[bool]) -> str:
@@ -280,7 +283,10 @@ def _shares(found: Sequence[Result]) -> str:
         f"{np.mean(flags):.3f} ({sum(flags)} of {len(flags)})"
         for flags in ([r.same for r in found], [r.level for r in found])
     )
-    return f"{same} | {level} | {np.mean([r.cost for r in found]):.3f} | {np.mean([r.overlap for r in found]):.3f}"
+    return (
+        f"{same} | {level} | {np.mean([r.cost for r in found]):.3f} | "
+        f"{np.mean([r.overlap for r in found]):.3f}"
+    )
 
 
 # ---- seconds -----------------------------------------------------------------------------------------------
@@ -310,77 +316,97 @@ def seconds(rungs: Sequence[float] | None, studies: Path) -> float:
 
 
 def main() -> None:
+    """Replays, simulates and times, then writes results/racing.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--studies", type=Path, default=REPOSITORY / "results")
     parser.add_argument("--samples", type=int, default=75)
     parser.add_argument("--orders", type=int, default=4)
-    parser.add_argument("--out", default=str(REPOSITORY / "results" / "racing.md"))
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "results" / "racing.md")
     args = parser.parse_args()
     studies = {measure: generations(record(measure, seed, args.studies)) for measure, seed in SEEDS}
     replayed = replays(studies, args.orders, print)
     simulated = simulate(args.samples, SCHEMES["eight"])
-    timed = [
-        (name, seconds(rungs, args.studies))
-        for name, rungs in {"no race": None, **SCHEMES}.items()
-        if name != "ten"
+    schemes = {"no race": None, **{name: rungs for name, rungs in SCHEMES.items() if name != "ten"}}
+    timed = {name: seconds(rungs, args.studies) for name, rungs in schemes.items()}
+    lines = [
+        *_heading(args),
+        *_replay_section(studies, replayed, args.orders),
+        *_seconds_section(timed),
+        *_simulation_section(simulated, args.samples),
     ]
-    counts = ", ".join(f"{len(tables)} by {name}" for name, tables in studies.items())
-    schemes = [f"- {name}: {', '.join(f'{r:g}' for r in rungs)}" for name, rungs in SCHEMES.items()]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "cma"))
-    text = [
+    args.out.write_text("\n".join(lines))
+    print(f"wrote {args.out}")
+
+
+def _heading(args: argparse.Namespace) -> list[str]:
+    flags = f"--samples {args.samples} --orders {args.orders}"
+    return [
         "# Races against full evaluation",
         "",
-        f"Written by `python scripts/validation/racing_replay.py --samples {args.samples} --orders "
-        f"{args.orders}`. In each generation of 24 the best 12 are",
-        "looked for; a race settles candidates early, as chosen or dropped, where "
-        "`evomerge.search.racing_statistics` is sure of what all",
-        "items would say.",
+        f"Written by `python scripts/validation/racing_replay.py {flags}`. In each generation of 24 the "
+        "best 12",
+        "are looked for; a race settles candidates early, as chosen or dropped, where",
+        "`evomerge.search.racing_statistics` is sure of what all items would say.",
         "",
-        f"On {datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}; "
-        f"{versions}.",
+        f"{machine.stamp('torch', 'numpy', 'scipy', 'cma')}.",
         "",
         "Rungs, as shares of a generation's items:",
         "",
-        *schemes,
+        *(f"- {name}: {', '.join(f'{r:g}' for r in rungs)}" for name, rungs in SCHEMES.items()),
         "",
+    ]
+
+
+def _replay_section(studies: Mapping[str, Sequence[Table]], rows: Sequence[str], orders: int) -> list[str]:
+    counts = ", ".join(f"{len(tables)} by {name}" for name, tables in studies.items())
+    seeds = " and ".join(str(seed) for _, seed in SEEDS)
+    return [
         "## Recorded studies, replayed",
         "",
         f"Searches over the zoo, 4 tasks, 200 items each a generation; generations: {counts}; each with its "
-        f"items in {args.orders} orders.",
-        f"Seeds {' and '.join(str(seed) for _, seed in SEEDS)}; the default, eight rungs, was chosen on "
-        "others.",
+        "items",
+        f"in {orders} orders. Seeds {seeds}; the default, eight rungs, was chosen on others.",
         "",
-        *replayed,
+        *rows,
         "",
         "Orders of one generation are not independent. Overlap of weights: of the weights that CMA-ES gives "
-        "by rank, how much went to the",
-        "same candidates; those chosen early are ordered by fewer items.",
+        "by",
+        "rank, how much went to the same candidates; those chosen early are ordered by fewer items.",
         "",
+    ]
+
+
+def _seconds_section(timed: Mapping[str, float]) -> list[str]:
+    return [
         "## Seconds",
         "",
         "CPU seconds of a generation of the same search, run anew, medians of four generations; 1.3 M "
-        "parameters. Every rung merges its",
-        "candidates again and plans its items anew: with a model this small that costs as much as the items "
-        "that are saved. What is saved",
-        "on a model whose forward passes take nearly all the time is the item evaluations above.",
+        "parameters.",
+        "Every rung merges its candidates again and plans its items anew: with a model this small that "
+        "costs as",
+        "much as the items that are saved. What is saved on a model whose forward passes take nearly all "
+        "the time",
+        "is the item evaluations above.",
         "",
-        "| " + " | ".join(name for name, _ in timed) + " |",
+        "| " + " | ".join(timed) + " |",
         "| --- " * len(timed) + "|",
-        "| " + " | ".join(f"{s:.1f}" for _, s in timed) + " |",
-        "",
-        "## Simulation: is the error what is stated?",
-        "",
-        f"Rungs: eight. {args.samples} generations a row, of 60, 120, 240 and 400 items; with a spread of 0 "
-        "all candidates are alike.",
-        "Other best 12: not counting candidates of equal scores.",
-        "",
-        *simulated,
+        "| " + " | ".join(f"{s:.1f}" for s in timed.values()) + " |",
         "",
     ]
-    Path(args.out).write_text("\n".join(text))
-    print(f"wrote {args.out}")
+
+
+def _simulation_section(rows: Sequence[str], samples: int) -> list[str]:
+    return [
+        "## Simulation: is the error what is stated?",
+        "",
+        f"Rungs: eight. {samples} generations a row, of 60, 120, 240 and 400 items; with a spread of 0 all",
+        "candidates are alike. Other best 12: not counting candidates of equal scores.",
+        "",
+        *rows,
+        "",
+    ]
 
 
 if __name__ == "__main__":

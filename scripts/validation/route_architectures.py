@@ -6,9 +6,7 @@ Without names writes results/routes_architectures.md. Takes about two minutes on
 
 from __future__ import annotations
 
-import datetime
 import gc
-import platform
 import sys
 import time
 import tracemalloc
@@ -17,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
 from evomerge.errors import FoldError, RouteError
 from evomerge.merging.routing import checks, decoder_layers, plain_checkpoint, routed_model
 from evomerge.merging.routing.routed_model import Hop, RoutedModel
+from scripts.benchmarks import machine
 from tests.support import route_oracle as oracle
 from tests.support import text_architectures, vision_architectures
 
@@ -214,14 +212,31 @@ def half_billion() -> Iterator[str]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        tie_word_embeddings=True, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
     models: list[nn.Module] = [
         Qwen2ForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False) for _ in range(2)
     ]
-    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     routes = [[(i * 7 + 3 * k) % 48 for i in range(65)] for k in range(3)]
+    gains = routed_model.gains([1.0, *(0.9 + 0.005 * i for i in range(64))], 65)
+    plain = [[Hop(models[j // 24], j % 24) for j in route] for route in routes]
+    scaled = [
+        [Hop(models[j // 24], j % 24, g) for j, g in zip(route, gains, strict=True)] for route in routes
+    ]
+    yield from _times(models, plain, scaled)
+    gc.collect()
+    yield from _memory(models, plain, scaled)
+
+
+def _times(models: list[nn.Module], plain: list[list[Hop]], scaled: list[list[Hop]]) -> Iterator[str]:
+    """Seconds of the checks and milliseconds of installing routes, a row of the table each."""
     for what, check in (
         ("check_routable_numerically", checks.check_routable_numerically),
         ("check_scalable", checks.check_scalable),
@@ -230,11 +245,6 @@ def half_billion() -> Iterator[str]:
         for model in models:
             check(model)
         yield f"| {what}, each model once | {(time.perf_counter() - start) / 2:.1f} s |"
-    gains = routed_model.gains([1.0, *(0.9 + 0.005 * i for i in range(64))], 65)
-    plain = [[Hop(models[j // 24], j % 24) for j in route] for route in routes]
-    scaled = [
-        [Hop(models[j // 24], j % 24, g) for j, g in zip(route, gains, strict=True)] for route in routes
-    ]
     routed = RoutedModel(models[0], models)
     for what, hops in (
         ("another route", plain[1]),
@@ -250,28 +260,36 @@ def half_billion() -> Iterator[str]:
     start = time.perf_counter()
     why = plain_checkpoint.reasons(routed)
     yield f"| reasons ({len(why)}) | {1000 * (time.perf_counter() - start):.0f} ms |"
-    del routed
-    gc.collect()
+
+
+def _memory(models: list[nn.Module], plain: list[list[Hop]], scaled: list[list[Hop]]) -> Iterator[str]:
+    """Memory that a routed model takes beside its parents' weights, a row of the table each."""
+    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+
+    def traced() -> str:
+        return f"{tracemalloc.get_traced_memory()[0] / weights:.3%}"
+
     tracemalloc.start()
     routed = RoutedModel(models[0], models)
     routed.install(plain[0])
-    yield f"| Python memory of an unscaled view, of {weights / 2**30:.2f} GiB of weights | {tracemalloc.get_traced_memory()[0] / weights:.3%} |"
+    yield f"| Python memory of an unscaled view, of {weights / 2**30:.2f} GiB of weights | {traced()} |"
     routed.install(scaled[0])
     routed.model(input_ids=torch.arange(8)[None], use_cache=False)
     gc.collect()
-    yield f"| Python memory of a scaled view after a forward | {tracemalloc.get_traced_memory()[0] / weights:.3%} |"
+    yield f"| Python memory of a scaled view after a forward | {traced()} |"
     for k in range(8):
         routed.install(scaled[k % 3][k:] + scaled[(k + 1) % 3][:k])
     gc.collect()
-    yield f"| Python memory after ten routes | {tracemalloc.get_traced_memory()[0] / weights:.3%} |"
-    own = {
+    yield f"| Python memory after ten routes | {traced()} |"
+    of_parents = {
         t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())
     }
-    new = {
+    of_route = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*routed.model.parameters(), *routed.model.buffers())
     }
-    yield f"| tensor bytes that the view alone holds | {sum(n for p, n in new.items() if p not in own)} |"
+    alone = sum(nbytes for pointer, nbytes in of_route.items() if pointer not in of_parents)
+    yield f"| tensor bytes that the view alone holds | {alone} |"
 
 
 def main() -> None:
@@ -292,8 +310,7 @@ def _document(rows: list[tuple[bool, Row]], numbers: list[str]) -> str:
     head = [
         "# Routes through every architecture",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, CPU. "
+        f"{machine.stamp('torch', 'transformers')}. "
         "Tiny random models of 4 layers; made by `scripts/validation/route_architectures.py`.",
         "",
         "Two parents, 4 to 8 hops out of order and with repeats, a padded batch. *plain*: which route is a "

@@ -155,7 +155,10 @@ def main() -> None:
         if tested is None:
             sys.exit(f"{which} was not scored on test items; choose a finalist")
         scales = "with scales" if recipe.scales else "without scales"
-        depth = f"{len(recipe.layers)} layers of {', '.join(recipe.models)}, {scales}, {len(recipe.stages)} merges before it"
+        depth = (
+            f"{len(recipe.layers)} layers of {', '.join(recipe.models)}, {scales}, {len(recipe.stages)} "
+            "merges before it"
+        )
         fresh = reloading(ours)
         made, same = mergekit(ours, scratch)
         scored, equal = command_line(ours, scratch, tested, args.include)

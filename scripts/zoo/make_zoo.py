@@ -54,7 +54,9 @@ def settings(seed: int) -> dict[str, Any]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Train a byte-level BPE tokenizer in which every word of the skills is one token; ` A` and `:` are two."""
+    """Train a byte-level BPE tokenizer in which every word of the skills is one token; ` A` and `:` are
+    two.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rng = random.Random(0)

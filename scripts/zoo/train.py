@@ -279,7 +279,9 @@ def train(
 
 
 def _answer_loss(weights: Weights, teacher: Weights, rows: list[Row], team: Team | Alone) -> Tensor:
-    """This member's part of the mean cross-entropy over labelled tokens plus the mean KL over replayed ones."""
+    """This member's part of the mean cross-entropy over labelled tokens plus the mean KL over replayed
+    ones.
+    """
     batch = collate(rows[team.rank :: team.size])
     labelled = sum(len(row.answer) for row in rows if not row.replay)
     replayed = sum(len(row.answer) for row in rows if row.replay)

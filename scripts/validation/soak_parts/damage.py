@@ -295,7 +295,13 @@ def run(folder: Path, *, damages: int, evaluations: int, seed: int) -> dict[str,
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
     """A table by state of the store and how it was opened."""
-    yield "| store, opened to be | cases | rows as they were | refused at opening or reading | opened, and found by `check` | silent or a traceback |"
+    yield (
+        "| store, opened to be | cases | rows as they were | refused at opening or reading | opened, and "
+        "found by `check` | silent or a traceback |"
+    )
     yield "| --- | --- | --- | --- | --- | --- |"
     for where, own in sorted(data["ends"].items()):
-        yield f"| {where} | {sum(own.values())} | {own['correct']} | {own['refused']} | {own['found']} | {own['wrong']} |"
+        yield (
+            f"| {where} | {sum(own.values())} | {own['correct']} | {own['refused']} | {own['found']} | "
+            f"{own['wrong']} |"
+        )

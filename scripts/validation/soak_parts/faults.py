@@ -84,12 +84,18 @@ def _judged(work: Work, expected: dict[str, Any]) -> dict[str, Any]:
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
     """A table by rate."""
-    yield "| deaths per attempt | begun | workers that died | attempts stored, by cause | tables that differ | same best | acknowledged repeated |"
+    yield (
+        "| deaths per attempt | begun | workers that died | attempts stored, by cause | tables that "
+        "differ | same best | acknowledged repeated |"
+    )
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for r in data["rates"]:
         causes = ", ".join(f"{count} {cause}" for cause, count in r["causes"].items())
         differ, best = ", ".join(r["differ"]) or "none", "yes" if r["best"] else "NO"
-        yield f"| {r['rate']:.0%} | {r['begun']} | {r['died']} | {causes} | {differ} | {best} | {len(r['repeated'])} |"
+        yield (
+            f"| {r['rate']:.0%} | {r['begun']} | {r['died']} | {causes} | {differ} | {best} | "
+            f"{len(r['repeated'])} |"
+        )
 
 
 def failures(data: dict[str, Any]) -> list[str]:

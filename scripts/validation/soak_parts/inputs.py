@@ -35,6 +35,73 @@ LONGEST = 2000  # characters of an error
 # ---- the cases
 
 
+_EVERY_KEY: dict[str, Any] = {  # a search file that uses every key
+    "study": "all",
+    "models": {"base": {"path": "m/base", "revision": "main"}, "a": "m/a", "b": "m/b"},
+    "base": "base",
+    "method": "dare_ties",
+    "out_dtype": "float32",
+    "objective": "geometric",
+    "keep": {"x": 0.01},
+    "space": {
+        "groups": [2, 1, 1],
+        "components": ["attention", "mlp", "other"],
+        "embeddings": False,
+        "head": True,
+        "parameters": {
+            "weight": {"low": -0.5, "high": 2, "start": 0.5},
+            "density": 0.5,
+            "normalize": True,
+        },
+    },
+    "tasks": [
+        {
+            "task": "x",
+            "metric": "acc",
+            "weight": 2,
+            "search": {"metric": 1, "probability": 0.5},
+            "num_fewshot": 2,
+        },
+        {"task": "y", "items": {"search": [1, 2, "id"], "validation": [3], "test": "file.txt"}},
+        {"python": "tasks:mine", "name": "z", "higher_is_better": False},
+    ],
+    "evaluation": {
+        "splits": "hash",
+        "items": {"x": 8, "y": 4},
+        "validation": None,
+        "test": 20,
+        "search": 100,
+        "batch_size": 8,
+    },
+    "search": {
+        "evaluations": 96,
+        "population": 8,
+        "sigma": 0.1,
+        "seed": 3,
+        "start": "best",
+        "finalists": 3,
+        "tie_break": "none",
+        "race": {"rungs": [4, 8], "error": 0.1},
+    },
+    "stages": [
+        "weights",
+        {"stage": "routes", "evaluations": 32, "population": 6, "sigma": 0.2},
+        "weights",
+    ],
+    "routes": {
+        "genome": "conditional",
+        "start": "a",
+        "models": ["a", "b"],
+        "layers": [2, 6],
+        "spans": [1, 2, 3],
+        "scales": "hop",
+        "scale_range": [0.5, 1.4],
+        "penalty": 0.0,
+        "perplexity_screen": {"tokens": 300, "factor": 20},
+    },
+}
+
+
 def _bases() -> dict[str, list[Any]]:
     """Kind -> what is mutated: texts, and data that is written out as text."""
     from evomerge import _yaml
@@ -42,21 +109,6 @@ def _bases() -> dict[str, list[Any]]:
     from tests.support.toy import weight_space
 
     shipped = [_yaml.read(file).data for file in sorted((pieces.REPOSITORY / "search_spaces").glob("*.yaml"))]
-    full = {
-        "study": "all", "models": {"base": {"path": "m/base", "revision": "main"}, "a": "m/a", "b": "m/b"}, "base": "base", "method": "dare_ties",
-        "out_dtype": "float32", "objective": "geometric", "keep": {"x": 0.01},
-        "space": {"groups": [2, 1, 1], "components": ["attention", "mlp", "other"], "embeddings": False, "head": True,
-                  "parameters": {"weight": {"low": -0.5, "high": 2, "start": 0.5}, "density": 0.5, "normalize": True}},
-        "tasks": [{"task": "x", "metric": "acc", "weight": 2, "search": {"metric": 1, "probability": 0.5}, "num_fewshot": 2},
-                  {"task": "y", "items": {"search": [1, 2, "id"], "validation": [3], "test": "file.txt"}},
-                  {"python": "tasks:mine", "name": "z", "higher_is_better": False}],
-        "evaluation": {"splits": "hash", "items": {"x": 8, "y": 4}, "validation": None, "test": 20, "search": 100, "batch_size": 8},
-        "search": {"evaluations": 96, "population": 8, "sigma": 0.1, "seed": 3, "start": "best", "finalists": 3, "tie_break": "none",
-                   "race": {"rungs": [4, 8], "error": 0.1}},
-        "stages": ["weights", {"stage": "routes", "evaluations": 32, "population": 6, "sigma": 0.2}, "weights"],
-        "routes": {"genome": "conditional", "start": "a", "models": ["a", "b"], "layers": [2, 6], "spans": [1, 2, 3], "scales": "hop",
-                   "scale_range": [0.5, 1.4], "penalty": 0.0, "perplexity_screen": {"tokens": 300, "factor": 20}},
-    }  # fmt: skip
     space = weight_space("dare_ties")
     recipes = [json.loads(b.recipe.canonical()) for b in baselines(space)][::3]
     recipes.append(
@@ -73,7 +125,7 @@ def _bases() -> dict[str, list[Any]]:
             }
         }
     )
-    return {"search": [*shipped, full], "recipe": recipes, "mergekit": [], "header": _headers()}
+    return {"search": [*shipped, _EVERY_KEY], "recipe": recipes, "mergekit": [], "header": _headers()}
 
 
 def _headers() -> list[Any]:
@@ -479,7 +531,10 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
     }
     for kind in KINDS:
         if own := data["kinds"].get(kind):
-            yield f"| {names[kind]} | {own['cases']:,} | {own['read']:,} | {own['refused']:,} | {own['wrong']} | {own['slowest'][0]:.2f} |"
+            yield (
+                f"| {names[kind]} | {own['cases']:,} | {own['read']:,} | {own['refused']:,} | "
+                f"{own['wrong']} | {own['slowest'][0]:.2f} |"
+            )
 
 
 def show(name: str) -> None:

@@ -1,4 +1,6 @@
-"""SIGKILL, hundreds of times, to the driver of a study; at its end the study is the one that nobody killed."""
+"""SIGKILL, hundreds of times, to the driver of a study; at its end the study is the one that nobody
+killed.
+"""
 
 from __future__ import annotations
 
@@ -140,13 +142,19 @@ def _compared(work: Work, whole: Work) -> dict[str, Any]:
 def lines(data: dict[str, Any]) -> Iterator[str]:
     """A table by pool."""
     kills = "SIGKILLs (at start / replaying / evaluating)"
-    yield f"| pool | evaluations | {kills} | acknowledged lost | acknowledged repeated | tables that differ from the unbroken run's |"
+    yield (
+        f"| pool | evaluations | {kills} | acknowledged lost | acknowledged repeated | tables that differ "
+        "from the unbroken run's |"
+    )
     yield "| --- | --- | --- | --- | --- | --- |"
     for p in data["parts"]:
         d = p["during"]
         phases = f"{p['kills']} ({d['start']} / {d['replay']} / {d['evaluations']})"
         differ = ", ".join(p["differ"]) or "none"
-        yield f"| {p['pool']} | {p['evaluations']:,} | {phases} | {len(p['lost'])} of {p['acknowledged']:,} | {len(p['repeated'])} | {differ} |"
+        yield (
+            f"| {p['pool']} | {p['evaluations']:,} | {phases} | {len(p['lost'])} of {p['acknowledged']:,} "
+            f"| {len(p['repeated'])} | {differ} |"
+        )
 
 
 def failures(data: dict[str, Any]) -> list[str]:

@@ -118,5 +118,11 @@ def _judged(work: Work, both: list[Any], before: int, refused: Path) -> tuple[li
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
     """A sentence."""
-    yield f"{data['races']} races ({data['fresh']} for a study that was not there yet): in {data['one']} of them one driver ran and the other was"
-    yield f"refused, naming host and pid; no line of the two drivers interleaved. The slowest refusal took {data['slowest']:.2f} s from the call."
+    yield (
+        f"{data['races']} races ({data['fresh']} for a study that was not there yet): in {data['one']} of "
+        "them one driver ran and the other was"
+    )
+    yield (
+        "refused, naming host and pid; no line of the two drivers interleaved. The slowest refusal took "
+        f"{data['slowest']:.2f} s from the call."
+    )
