@@ -41,7 +41,7 @@ from evomerge.workers.worker_table import WorkerSlot
 from scripts.benchmarks import machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PASS = Mix("passthrough", (("base", None),), ())
+PASS = Mix("passthrough", (("base", None),))
 RECIPE = Recipe("base", (PASS,), PASS, PASS)
 ITEMS: Items = {"task": ("1",)}
 SECONDS, SPREAD, RARE, TIMES = 60.0, 0.1, 0.02, 5.0

@@ -223,8 +223,8 @@ def measure(spent: dict[str, float]) -> None:
         return score(harness, model, items)
 
     LmHarness.score = scored  # type: ignore[method-assign]
-    LmHarness._compile = around("compiling", LmHarness._compile)  # type: ignore[method-assign]
-    merge.into = around("merging", merge.into)
+    LmHarness._prepared = around("compiling", LmHarness._prepared)  # type: ignore[method-assign]
+    merge.merge_into = around("merging", merge.merge_into)
     Store.add_trial = around("storing", Store.add_trial)  # type: ignore[method-assign]
 
 

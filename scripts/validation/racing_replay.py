@@ -46,7 +46,7 @@ SCHEMES = {
     "eight": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0),
     "ten": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 }
-PASS = Mix("passthrough", (("base", None),), ())
+PASS = Mix("passthrough", (("base", None),))
 RECIPE = Recipe("base", (PASS,), PASS, PASS)
 Table = Mapping[int, Sequence[ItemScore]]
 """Slot -> a candidate's scores on all items of its generation."""
