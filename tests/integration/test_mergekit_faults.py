@@ -1,4 +1,4 @@
-"""Where a method leaves mergekit on purpose: with parity its result, without it ours."""
+"""Where a method differs from mergekit on purpose: its result with `mergekit_compatible`, ours without."""
 
 import math
 

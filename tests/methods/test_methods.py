@@ -1,4 +1,4 @@
-"""Every merge method against the formulas of `merge_references`; what single methods promise; declarations; masks.
+"""Every merge method against the formulas of `merge_references`; promises of single methods; masks.
 
 What all methods have in common is in tests/contracts/test_methods.py.
 """

@@ -1,4 +1,4 @@
-"""The methods on spheres and those that select, bit for bit against mergekit's own kernels, and laws of theirs.
+"""The methods on spheres and those that select: mergekit's kernels bit for bit, and laws of theirs.
 
 That they are the formulas of tests/merge_references.py is in tests/test_methods.py, where they leave mergekit
 on purpose in tests/test_mergekit_faults.py.
@@ -40,7 +40,8 @@ for job in json.load(open(folder + "/jobs")):
     try:
         with torch.no_grad():
             out = merge_tensors(tensors, job["method"], parameters=job["parameters"], base_index=job["base"])
-        outputs[job["name"]] = out.to(tensors[0].dtype).contiguous().clone()  # two of the methods widen bfloat16
+        # two of the methods widen bfloat16
+        outputs[job["name"]] = out.to(tensors[0].dtype).contiguous().clone()
     except Exception as error:
         errors[job["name"]] = f"{type(error).__name__}: {error}"
 for job in json.load(open(folder + "/jobs")):
@@ -206,7 +207,7 @@ def odd_jobs():
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor | str]:
-    """What mergekit's kernels make of all jobs, in one process: a tensor, or what it said; and what methods declare."""
+    """Of all jobs in one process of mergekit: the tensor or the message; and what its methods declare."""
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         pytest.skip(f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env")
@@ -265,7 +266,7 @@ def assert_same_bits(job: Job, theirs: dict[str, Tensor | str]) -> None:
 
 @pytest.mark.parametrize("method", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_parity_the_bits_are_mergekits(
+def test_compatible_with_mergekit_the_bits_are_mergekits(
     method: str, dtype: str, theirs: dict[str, Tensor | str], one_thread: None
 ):
     for job in jobs():
@@ -274,7 +275,7 @@ def test_with_parity_the_bits_are_mergekits(
 
 
 @pytest.mark.parametrize("method", PLANS)
-def test_with_parity_zeros_and_equal_and_opposite_models_give_mergekits_bits(
+def test_compatible_with_mergekit_zeros_and_equal_and_opposite_models_give_mergekits_bits(
     method: str, theirs: dict[str, Tensor | str], one_thread: None
 ):
     for job in odd_jobs():
@@ -296,7 +297,7 @@ def test_parameters_and_their_defaults_are_mergekits(method: str, theirs: dict):
 
 
 @pytest.mark.parametrize("method", PLANS)
-def test_without_parity_odd_inputs_give_the_reference(method: str):
+def test_not_compatible_with_mergekit_odd_inputs_give_the_reference(method: str):
     for job in odd_jobs():
         if job.method == method:
             tensors, base = job.inputs()

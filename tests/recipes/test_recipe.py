@@ -110,7 +110,8 @@ def test_a_recipe_has_the_same_id_in_every_process():
         "mix = Mix('ties', (('math', 0), ('code', 1)), ('base', 0), params({name: value for name, value in "
         "{('weight', (0.1, cases)), ('lambda', 1.0)}}))\n"
         "from dataclasses import replace\n"
-        "print(Recipe('base', (mix, mix), replace(mix, sources=(('math', None), ('code', None))), mix, seed=7).id)\n"
+        "print(Recipe('base', (mix, mix), replace(mix, sources=(('math', None), ('code', None))), mix, "
+        "seed=7).id)\n"
     )
     ids = {
         subprocess.run(
@@ -126,7 +127,8 @@ def test_a_recipe_has_the_same_id_in_every_process():
 
 
 def test_importing_recipes_imports_no_torch():
-    program = "import evomerge.recipes.recipe, sys; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    heavy = "{'torch', 'numpy', 'transformers'}"
+    program = f"import evomerge.recipes.recipe, sys; print(sorted({heavy} & set(sys.modules)))"
     assert (
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -313,7 +313,7 @@ OF_TASK_VECTORS = {
 
 
 def lacking(name: str) -> str:
-    return f"method '{name}' lacks its formula in loops: write it in {Path(__file__).name}, entered in REFERENCES"
+    return f"method '{name}' lacks its formula in loops: write it in {Path(__file__).name}, in REFERENCES"
 
 
 def reference(name: str, tensors: list[Tensor], base: Tensor | None, values, keys) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one-pass kernels against the methods' own kernels in 64-bit floats; the same bits however they are run."""
+"""One-pass merges against the methods' own kernels in 64-bit floats; the same bits however they run."""
 
 import itertools
 import math

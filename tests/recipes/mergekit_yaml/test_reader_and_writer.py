@@ -1,4 +1,4 @@
-"""mergekit's language, read and written: gradients, precedence, round trips, and a sentence with a place for every mistake."""
+"""mergekit's YAML, read and written: gradients, precedence, round trips, mistakes named with their place."""
 
 import random
 import re
@@ -53,7 +53,8 @@ def at(mix: Mix, param: str, tensor: str, source: int | None = None) -> float:
 )
 def test_a_gradient_is_piecewise_linear_over_the_depth(values, depth):
     recipe = load(
-        f"{{merge_method: linear, base_model: math, models: [{{model: math, parameters: {{weight: {values}}}}}]}}",
+        f"{{merge_method: linear, base_model: math, models: [{{model: math, "
+        f"parameters: {{weight: {values}}}}}]}}",
         depth,
     )
     corners, depths = np.linspace(0, 1, len(values)), np.linspace(0, 1, depth) if depth > 1 else [1.0]
@@ -69,7 +70,10 @@ base_model: math
 slices:
   - sources: [{model: math, layer_range: [0, 3], parameters: {weight: [1, 3]}}]
   - sources: [{model: math, layer_range: [3, 4], parameters: {weight: [5, 7]}}]
-  - sources: [{model: math, layer_range: [0, 2], parameters: {weight: [{filter: mlp, value: [10, 20]}, {value: [30, 40]}]}}]
+  - sources:
+    - model: math
+      layer_range: [0, 2]
+      parameters: {weight: [{filter: mlp, value: [10, 20]}, {value: [30, 40]}]}
 """)
     assert [at(mix, "weight", "mlp", 0) for mix in recipe.layers] == [1, 2, 3, 7, 10, 20]
     assert [at(mix, "weight", "attn", 0) for mix in recipe.layers] == [1, 2, 3, 7, 30, 40]
@@ -198,7 +202,8 @@ def test_the_output_has_its_own_type_else_that_of_the_arithmetic(head, out):
 )
 def test_numbers_are_those_of_yaml_1_2(written, number):
     recipe = load(
-        f"{{merge_method: task_arithmetic, base_model: base, models: [{{model: math}}], parameters: {{weight: {written}}}}}"
+        f"{{merge_method: task_arithmetic, base_model: base, models: [{{model: math}}], "
+        f"parameters: {{weight: {written}}}}}"
     )
     assert at(recipe.layers[0], "weight", "any", 0) == number
 
@@ -240,7 +245,8 @@ def test_a_candidate_written_and_read_merges_to_the_same_tensors(method, tiny32)
 def test_embeddings_with_their_own_numbers_are_never_lost(tiny32):
     """Without the names of their tensors they cannot be written; then that is said."""
     recipe = load(
-        "{merge_method: linear, base_model: math, models: [{model: math}, {model: code}], parameters: {weight: 1}}"
+        "{merge_method: linear, base_model: math, models: [{model: math}, {model: code}], "
+        "parameters: {weight: 1}}"
     )
     own = replace(
         recipe,
@@ -256,7 +262,8 @@ def test_embeddings_with_their_own_numbers_are_never_lost(tiny32):
 def test_filters_that_miss_a_tensor_are_written_with_the_default_they_mean(tiny32):
     """A recipe's filters may miss; mergekit would go on to the next level, or stop for want of a number."""
     recipe = load(
-        "{merge_method: linear, base_model: math, models: [{model: math}, {model: code}], parameters: {weight: 0.25}}"
+        "{merge_method: linear, base_model: math, models: [{model: math}, {model: code}], "
+        "parameters: {weight: 0.25}}"
     )
     missing = params({"weight": (Filtered((("q_proj", 0.5),)), 0.25), "normalize": 1.0})
     for changed in (
@@ -280,7 +287,8 @@ def test_a_recipe_of_two_methods_is_refused():
 
 def test_embeddings_of_models_that_the_first_slice_has_not_are_refused():
     recipe = load(
-        "{merge_method: passthrough, base_model: math, slices: [{sources: [{model: math, layer_range: [0, 4]}]}]}"
+        "{merge_method: passthrough, base_model: math, slices: [{sources: [{model: math, "
+        "layer_range: [0, 4]}]}]}"
     )
     with pytest.raises(RecipeError, match="embeddings"):
         dump(replace(recipe, embeddings=replace(recipe.embeddings, sources=(("code", None),))))
@@ -441,8 +449,8 @@ MISTAKES = {
     ),
     "nothing beside the base": (TIES + "models:\n- {model: base}\nparameters: {weight: 1}\n", "source model"),
     "a model twice": (
-        LINEAR
-        + "slices:\n- §sources: [{model: math, layer_range: [0, 2]}, {model: math, layer_range: [2, 4]}]\nparameters: {weight: 1}\n",
+        LINEAR + "slices:\n- §sources: [{model: math, layer_range: [0, 2]}, {model: math, layer_range: [2, "
+        "4]}]\nparameters: {weight: 1}\n",
         "'math' is listed twice",
     ),
     "a model twice among the models": (
@@ -475,8 +483,8 @@ MISTAKES = {
     ),
     "layer_range missing": (LINEAR + "slices:\n- sources:\n  - §model: math\n", "layer_range must be"),
     "unequal slices": (
-        LINEAR
-        + "slices:\n- §sources: [{model: math, layer_range: [0, 2]}, {model: code, layer_range: [0, 3]}]\nparameters: {weight: 1}\n",
+        LINEAR + "slices:\n- §sources: [{model: math, layer_range: [0, 2]}, {model: code, layer_range: [0, "
+        "3]}]\nparameters: {weight: 1}\n",
         r"same number of layers, got \[2, 3\]",
     ),
     "an unknown method": (
@@ -548,7 +556,8 @@ MISTAKES = {
         "nested deeper than 32",
     ),
     "models and slices": (
-        "§merge_method: linear\nmodels: [{model: math}]\nslices: [{sources: [{model: math, layer_range: [0, 4]}]}]\n",
+        "§merge_method: linear\nmodels: [{model: math}]\nslices: [{sources: [{model: math, "
+        "layer_range: [0, 4]}]}]\n",
         "exactly one of models, slices and modules, got models and slices",
     ),
     "neither models nor slices": (
@@ -592,8 +601,8 @@ MISTAKES = {
         "tokenizer must be a mapping",
     ),
     "two tokenizers": (
-        LINEAR
-        + "models: [{model: math}]\nparameters: {weight: 1}\ntokenizer_source: union\n§tokenizer: {source: base}\n",
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\ntokenizer_source: union\n"
+        "§tokenizer: {source: base}\n",
         "one of tokenizer_source and tokenizer",
     ),
     "a tokenizer with a typo": (
@@ -601,8 +610,8 @@ MISTAKES = {
         r"unknown key 'sorce'\. Did you mean 'source'\?",
     ),
     "a token of another kind": (
-        LINEAR
-        + "models: [{model: math}]\nparameters: {weight: 1}\n§tokenizer: {tokens: {w: {source: {kind: one}}}}\n",
+        LINEAR + "models: [{model: math}]\nparameters: {weight: 1}\n"
+        "§tokenizer: {tokens: {w: {source: {kind: one}}}}\n",
         "the kind zero or model_token, got 'one'",
     ),
     "a token forced from nowhere": (
@@ -623,7 +632,8 @@ MISTAKES = {
         "must be text, got 4",
     ),
     "modules and models": (
-        "§merge_method: linear\nmodels: [{model: math}]\nmodules: {text_decoder: {models: [{model: math}]}}\n",
+        "§merge_method: linear\nmodels: [{model: math}]\nmod"
+        "ules: {text_decoder: {models: [{model: math}]}}\n",
         "exactly one of models, slices and modules, got models and modules",
     ),
     "modules as a list": (LINEAR + "§modules: [{models: [{model: math}]}]\n", "modules is a mapping"),
@@ -641,8 +651,8 @@ MISTAKES = {
         "none of the modules eyes, ears is the language model",
     ),
     "a tower that is merged": (
-        LINEAR
-        + "modules:\n  text_decoder: {models: [{model: math}]}\n  §vision_tower: {models: [{model: code}]}\nparameters: {weight: 1}\n",
+        LINEAR + "modules:\n  text_decoder: {models: [{model: math}]}\n"
+        "  §vision_tower: {models: [{model: code}]}\nparameters: {weight: 1}\n",
         "module 'vision_tower' is not the language model: it comes from the base unmerged",
     ),
     "a type that is none": (
@@ -654,7 +664,8 @@ MISTAKES = {
         "float33",
     ),
     "two models for slerp": (
-        "merge_method: slerp\nbase_model: base\nmodels: [{model: math}, {model: code}]\nparameters: {t: 0.5}\n",
+        "merge_method: slerp\nbase_model: base\nmodels: [{model: math}, {model: code}]\n"
+        "parameters: {t: 0.5}\n",
         "slerp takes 1 source model",
     ),
     "two models passed through": (
