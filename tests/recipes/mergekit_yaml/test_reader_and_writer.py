@@ -20,8 +20,8 @@ from evomerge.errors import ConfigError, EvomergeError, RecipeError
 from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import merge, tensor_plan
 from evomerge.recipes import Filtered, Mix, Recipe, mergekit_yaml, params
-from tests.integration.test_mergekit_parity import CORNERS, DARE, DETERMINISTIC, block
 from tests.support.merge_cases import space
+from tests.support.mergekit_recipes import CORNERS, DARE, DETERMINISTIC, block
 
 NAMES = {n: n for n in ("base", "math", "code", "chat")}
 OUTER = ("model.embed_tokens.weight",), ("lm_head.weight", "model.norm.weight")
