@@ -1,4 +1,6 @@
-"""What fuzzing found, each by its symptom: inputs that once took minutes, ended in a traceback or were misread."""
+"""What fuzzing found, each by its symptom: inputs that once took minutes, ended in a traceback or were
+misread.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""On a GPU: merges are the CPU's bit for bit, routes are copied models, scores are lm-eval's, and a search is gone on with row by row.
+"""On a GPU: merges are the CPU's bit for bit, routes are copied models, scores are lm-eval's, and a search is
+gone on with row by row.
 
 Skipped where there is none.
 """

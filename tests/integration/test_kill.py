@@ -22,7 +22,9 @@ def running(process: Fork | subprocess.Popen[str]) -> bool:
 
 
 def kill_after(process: Fork | subprocess.Popen[str], store: Path, rows: int, seconds: float) -> None:
-    """SIGKILL once that many more evaluations are stored and that much time has passed, or at the end of the process."""
+    """SIGKILL once that many more evaluations are stored and that much time has passed, or at the end of the
+    process.
+    """
     wanted = count_rows(store, "evaluations") + rows
     limit = time.monotonic() + 100
     while rows and count_rows(store, "evaluations") < wanted and running(process):

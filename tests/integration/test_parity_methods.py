@@ -1,4 +1,5 @@
-"""Every method against mergekit 0.1.5, in cells that cover all pairs of method, parents, types, form and architecture.
+"""Every method against mergekit 0.1.5, in cells that cover all pairs of method, parents, types, form and
+architecture.
 
 The whole matrix is in scripts/validation/mergekit_parity.py. All files go through one mergekit process.
 """

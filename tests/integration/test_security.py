@@ -1,4 +1,6 @@
-"""Files and tasks as attackers: each attack is made, shown to work where nothing guards, and must do nothing here."""
+"""Files and tasks as attackers: each attack is made, shown to work where nothing guards, and must do nothing
+here.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def mark(tmp_path: Path) -> Path:
     return tmp_path / "owned"
 
 
-# ---- search files ----------------------------------------------------------------------------------------------------
+# ---- search files ------------------------------------------------------------------------------------------
 
 HOSTILE = {
     "an anchor": "a: &x 1\n",
@@ -88,7 +90,7 @@ def test_the_bounds_of_a_search_file_are_those_that_were_asked_for() -> None:
     assert _yaml.parse("[" * depth + "]" * depth, "deep").data, "up to the bound it is read"
 
 
-# ---- folders of tasks ------------------------------------------------------------------------------------------------
+# ---- folders of tasks --------------------------------------------------------------------------------------
 
 
 def settings(tmp_path: Path, task: str, *include: Path) -> config.Config:
@@ -161,7 +163,7 @@ def test_code_of_a_task_folder_is_recorded_by_its_hash(tmp_path: Path, tokenizer
     assert found[0] != found[2], "any Python of the folder counts, for functions import what lies beside them"
 
 
-# ---- templates -------------------------------------------------------------------------------------------------------
+# ---- templates ---------------------------------------------------------------------------------------------
 
 
 def escapes(mark: Path) -> dict[str, str]:
@@ -171,10 +173,10 @@ def escapes(mark: Path) -> dict[str, str]:
         "a filter for attributes": "{{ (lipsum|attr('__globals__'))['__builtins__']['exec'](\""
         + touch
         + '") }}',
-        "subclasses": "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__init__.__globals__ is mapping and "
-        "c.__init__.__globals__['__builtins__'] is mapping %}{{ c.__init__.__globals__['__builtins__']['exec'](\""
-        + touch
-        + '") }}{% endif %}{% endfor %}',
+        "subclasses": "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__init__.__globals__ "
+        "is mapping and "
+        "c.__init__.__globals__['__builtins__'] is mapping %}{{ "
+        "c.__init__.__globals__['__builtins__']['exec'](\"" + touch + '") }}{% endif %}{% endfor %}',
         "a map of attributes": "{{ ([lipsum]|map(attribute='__globals__')|first)['__builtins__']['exec'](\""
         + touch
         + '") }}',
@@ -277,7 +279,7 @@ def test_a_task_file_makes_no_python_objects(
     assert not mark.exists()
 
 
-# ---- code that is fetched, or that models write ----------------------------------------------------------------------
+# ---- code that is fetched, or that models write ------------------------------------------------------------
 
 EXECUTING = {
     "humaneval": "humaneval",
@@ -392,7 +394,7 @@ def test_remote_code_is_refused_wherever_a_model_is_loaded() -> None:
     assert loose == []
 
 
-# ---- pickles ---------------------------------------------------------------------------------------------------------
+# ---- pickles -----------------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -478,7 +480,7 @@ def test_a_pickle_as_a_tasks_data_is_not_read(tmp_path: Path, mark: Path, tokeni
     assert not mark.exists()
 
 
-# ---- names that look like paths --------------------------------------------------------------------------------------
+# ---- names that look like paths ----------------------------------------------------------------------------
 
 
 def everything(folder: Path) -> set[str]:
@@ -559,7 +561,7 @@ def test_a_shard_outside_the_models_folder_is_refused(tmp_path: Path) -> None:
         Checkpoint(model)
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------
+# ---- secrets -----------------------------------------------------------------------------------------------
 
 TOKEN = "hf_" + "aB3" * 11
 SECRETS: dict[str, tuple[str, str, str]] = {
@@ -592,9 +594,11 @@ SECRETS: dict[str, tuple[str, str, str]] = {
     "a web token": ("eyJhbGciOi12.eyJzdWIiOiIx.SflKxw", "eyJzdWIiOiIx", "***"),
 }
 PLAIN = (
-    "KeyError: 'model.layers.3.mlp.up_proj.weight'", "density must be in (0, 1], got 1.3 (layer 7, model math)",
+    "KeyError: 'model.layers.3.mlp.up_proj.weight'", "density must be in (0, 1], got 1.3 (layer 7, model "
+                                                     "math)",
     "eos_token=<|endoftext|>, pad_token_id=0",
-    "num_key_value_heads=8 of 32; see https://huggingface.co/docs@main", "task-arithmetic-of-three-models failed", "",
+    "num_key_value_heads=8 of 32; see "
+    "https://huggingface.co/docs@main", "task-arithmetic-of-three-models failed", "",
 )  # fmt: skip
 
 
@@ -663,7 +667,9 @@ def test_a_candidates_stored_error_holds_no_secret(tmp_path: Path) -> None:
 
 
 def test_how_scores_are_computed_is_a_fact(tmp_path: Path, base: Checkpoint) -> None:
-    """What another study's scores are compared by: the tokenizer's files are in it, for a model's hash leaves them out."""
+    """What another study's scores are compared by: the tokenizer's files are in it, for a model's hash leaves
+    them out.
+    """
     import shutil
 
     asked = settings(tmp_path, "zoo_cross")

@@ -22,8 +22,14 @@ from evomerge import _resources as data
 assert "site-packages" in evomerge.__file__, evomerge.__file__
 print(json.dumps({
     "spaces": {name: path.read_text() for name, path in data.search_spaces().items()},
-    "evaluators": {str(p.relative_to(data.evaluators())): p.read_text() for p in sorted(data.evaluators().rglob("*")) if p.is_file()},
-    "heavy": sorted({name.split(".")[0] for name in sys.modules} & {"torch", "numpy", "cma", "lm_eval", "transformers"}),
+    "evaluators": {
+        str(p.relative_to(data.evaluators())): p.read_text()
+        for p in sorted(data.evaluators().rglob("*"))
+        if p.is_file()
+    },
+    "heavy": sorted(
+        {name.split(".")[0] for name in sys.modules} & {"torch", "numpy", "cma", "lm_eval", "transformers"}
+    ),
 }))
 """
 

@@ -1,4 +1,6 @@
-"""The scripts for clusters, run with stand-ins for SLURM's commands, and on a real Ray of this machine where that is what they start."""
+"""The scripts for clusters, run with stand-ins for SLURM's commands, and on a real Ray of this machine where
+that is what they start.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ RAY = """#!/bin/bash
 echo "ray $*" >> "$CALLS"
 [ "$1" != health-check ] || [ -e "$CALLS.healthy" ]
 """
-# Drains when it is told to: goes on for a moment, says so, and ends with 75. Otherwise it ends with $CODE at once, or never.
+# Drains when it is told to: goes on for a moment, says so, and ends with 75. Otherwise it ends with $CODE at
+# once, or never.
 DRIVER = """#!/bin/bash
 echo "evomerge $*" >> "$CALLS"
 [ ! -e "$RAY_AUTH_TOKEN_PATH" ] || stat -c 'token %a %s' "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"
@@ -149,8 +152,8 @@ def test_a_signal_drains_and_puts_the_job_back(cluster: Cluster) -> None:
         (line for line in calls if line.startswith("srun")), key=lambda line: "--head" not in line
     )
     assert (
-        "--nodes=1 --ntasks=1 --nodelist=localhost ray start --head --block --node-ip-address=127.0.0.1 --port=24711"
-        in head
+        "--nodes=1 --ntasks=1 --nodelist=localhost ray start --head --block --node-ip-address=127.0.0.1 "
+        "--port=24711" in head
     )
     assert f"--nodes=2 --ntasks=2 --exclude=localhost ray start --block --address={address}" in workers
 
@@ -225,7 +228,7 @@ def test_one_node_starts_no_other(cluster: Cluster) -> None:
     assert sum(line.startswith("srun") for line in cluster.lines()) == 1
 
 
-# ---- Kubernetes ------------------------------------------------------------------------------------------------------
+# ---- Kubernetes --------------------------------------------------------------------------------------------
 
 
 def test_the_rayjob_is_one_that_kuberay_knows() -> None:
@@ -234,10 +237,26 @@ def test_the_rayjob_is_one_that_kuberay_knows() -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
     assert set(spec) <= {
-        "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector", "submitterConfig",
-        "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode", "entrypointResources", "entrypointNumCpus",
-        "entrypointNumGpus", "ttlSecondsAfterFinished", "shutdownAfterJobFinishes", "suspend",
-    }  # fmt: skip
+        "activeDeadlineSeconds",
+        "backoffLimit",
+        "rayClusterSpec",
+        "submitterPodTemplate",
+        "metadata",
+        "clusterSelector",
+        "submitterConfig",
+        "managedBy",
+        "deletionStrategy",
+        "entrypoint",
+        "runtimeEnvYAML",
+        "jobId",
+        "submissionMode",
+        "entrypointResources",
+        "entrypointNumCpus",
+        "entrypointNumGpus",
+        "ttlSecondsAfterFinished",
+        "shutdownAfterJobFinishes",
+        "suspend",
+    }
     assert spec["entrypoint"].startswith("evomerge run /data/")
     assert "--resume --ray auto" in spec["entrypoint"]
     cluster = spec["rayClusterSpec"]
@@ -269,7 +288,7 @@ def test_the_rayjob_is_one_that_kuberay_knows() -> None:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-# ---- a real Ray ------------------------------------------------------------------------------------------------------
+# ---- a real Ray --------------------------------------------------------------------------------------------
 
 JOINS = """#!/bin/bash
 # Joins the cluster as the driver would, waits for its second node, and writes what it saw.
@@ -280,7 +299,8 @@ words = sys.argv[1:]
 address = words[words.index("--ray") + 1]
 ray.init(address=address, log_to_driver=False)
 limit = time.monotonic() + 60
-while sum(node["Alive"] for node in ray.nodes()) < int(os.environ.get("NODES", "1")) and time.monotonic() < limit:
+nodes = int(os.environ.get("NODES", "1"))
+while sum(node["Alive"] for node in ray.nodes()) < nodes and time.monotonic() < limit:
     time.sleep(0.2)
 alive = sum(node["Alive"] for node in ray.nodes())
 with open(os.environ["SEEN"], "w") as file:
@@ -377,9 +397,13 @@ def test_ray_job_submit_runs_the_driver_on_a_real_cluster(tmp_path: Path, ray_to
             time.sleep(0.2)
         url = f"http://127.0.0.1:{dashboard}"
         done = subprocess.run(
-            [SCRIPTS / "submit.sh", "/data/search.yaml", "--root", "/data/studies"], env=own | {"RAY_ADDRESS": url}, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
+            [SCRIPTS / "submit.sh", "/data/search.yaml", "--root", "/data/studies"],
+            env=own | {"RAY_ADDRESS": url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         seen = (tmp_path / "seen").read_text()
         assert seen == "1 nodes: run /data/search.yaml --root /data/studies --resume --ray auto --grace 600"

@@ -74,7 +74,11 @@ def test_sums_are_right(task: str) -> None:
 def test_letters_are_right() -> None:
     for split in SPLITS:
         for item in read("zoo_string", split):
-            command, letters = re.fullmatch(r"Q: (sort|reverse) ((?:[a-i] )+)A:", item["prompt"]).groups()  # type: ignore[union-attr]
+            command, letters = re.fullmatch(
+                r"Q: (sort|reverse) ((?:[a-i] "
+                r")+)A:",
+                item["prompt"],
+            ).groups()  # type: ignore[union-attr]
             letters = letters.split()
             assert item["answer"].split() == (sorted(letters) if command == "sort" else letters[::-1]), item
 
@@ -104,7 +108,9 @@ def test_no_prompt_is_drawn_in_training(training: plan.Training) -> None:
 
 
 def test_no_prompt_is_aligned() -> None:
-    """Neither a held-out prompt nor its beginning, which lacks only ` A:`, is a sentence of the alignment loss."""
+    """Neither a held-out prompt nor its beginning, which lacks only ` A:`, is a sentence of the alignment
+    loss.
+    """
     from scripts.zoo import train
 
     rng, asked = Random(1), held_out()
@@ -143,9 +149,15 @@ def test_the_fast_forward_is_transformers() -> None:
         for name, weight in llama.initial(a, vocabulary, 0).items()
     }
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=a.hidden, intermediate_size=a.intermediate, num_hidden_layers=a.layers,
-        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, rms_norm_eps=a.epsilon, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=a.hidden,
+        intermediate_size=a.intermediate,
+        num_hidden_layers=a.layers,
+        num_attention_heads=a.heads,
+        num_key_value_heads=a.kv_heads,
+        rms_norm_eps=a.epsilon,
+        tie_word_embeddings=False,
+    )
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(llama.split(weights, a))
     tokens = torch.randint(0, vocabulary, (4, 11), generator=noise)

@@ -1,4 +1,6 @@
-"""A short run of scripts/validation/fuzz_inputs.py, in a process of its own: it must find nothing, and be fast enough for long runs."""
+"""A short run of scripts/validation/fuzz_inputs.py, in a process of its own: it must find nothing, and be
+fast enough for long runs.
+"""
 
 import os
 import re

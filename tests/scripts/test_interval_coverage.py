@@ -1,4 +1,6 @@
-"""A short run of scripts/validation/interval_coverage.py: whole studies on a landscape whose truth is known; and a raced study beside its replay."""
+"""A short run of scripts/validation/interval_coverage.py: whole studies on a landscape whose truth is known;
+and a raced study beside its replay.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def script() -> Iterator[ModuleType]:
 
 
 def test_intervals_hold_the_truth_and_the_best_search_score_does_not(script: ModuleType) -> None:
-    """40 studies: fewer than 33 of the 95 % intervals, or other than 8 to 32 of the 50 %, would be a chance of 1 in 5 000."""
+    """40 studies: fewer than 33 of the 95 % intervals, or other than 8 to 32 of the 50 %, would be a chance
+    of 1 in 5 000.
+    """
     outcomes = script.run(40)
     assert sum(script.covered(outcomes)) >= 33
     assert 8 <= sum(script.covered(outcomes, 0.5)) <= 32
@@ -65,7 +69,9 @@ def test_the_landscape_gives_each_item_its_probability(script: ModuleType) -> No
 
 
 def test_a_raced_study_settles_what_a_replay_of_its_items_settles(script: ModuleType, tmp_path: Path) -> None:
-    """The study's own races, from a store that fills as they go, against races on scores that are all known beforehand."""
+    """The study's own races, from a store that fills as they go, against races on scores that are all known
+    beforehand.
+    """
     rules = Race((0.2, 0.4, 0.7, 1.0), 0.2)
     plan = script.plan(3, rules)
     with Store.open(tmp_path / "3.db", write=True) as store:

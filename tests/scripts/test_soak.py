@@ -1,4 +1,6 @@
-"""Short runs of every part of scripts/validation/soak.py, and what each of them must notice: a soak that finds nothing has to be able to."""
+"""Short runs of every part of scripts/validation/soak.py, and what each of them must notice: a soak that
+finds nothing has to be able to.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def over(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return work
 
 
-# ---- short runs ----------------------------------------------------------------------------------------------------------
+# ---- short runs --------------------------------------------------------------------------------------------
 
 
 def test_a_driver_killed_again_and_again_ends_where_the_others_do_and_a_second_call_has_nothing_left_to_do(
@@ -89,7 +91,7 @@ def test_the_command_line_writes_what_a_part_came_to(tmp_path: Path) -> None:
     assert "inputs: nothing found" in done.stdout
 
 
-# ---- what they must notice -----------------------------------------------------------------------------------------------
+# ---- what they must notice ---------------------------------------------------------------------------------
 
 
 def test_an_account_of_a_diary_tells_what_was_lost_repeated_and_interleaved(

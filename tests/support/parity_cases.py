@@ -1,7 +1,8 @@
-"""Recipe files for a cell of the parity matrix: (method, number of parents, types, form, architecture) -> one YAML.
+"""Recipe files for a cell of the parity matrix: (method, number of parents, types, form, architecture) -> one
+YAML.
 
-A file names its models $base, $math, $code and $chat (string.Template). Numbers differ from cell to cell, so that a
-matrix tries many of them, and the same cell always gives the same file.
+A file names its models $base, $math, $code and $chat (string.Template). Numbers differ from cell to cell, so
+that a matrix tries many of them, and the same cell always gives the same file.
 """
 
 import functools
@@ -40,13 +41,14 @@ errors = {}
 for file, folder, seed in json.load(sys.stdin):
     try:
         config = MergeConfiguration.model_validate(yaml.safe_load(open(file, encoding="utf-8")))
-        run_merge(config, folder, MergeOptions(lazy_unpickle=True, quiet=True, write_model_card=False, random_seed=seed))
+        options = {"lazy_unpickle": True, "quiet": True, "write_model_card": False, "random_seed": seed}
+        run_merge(config, folder, MergeOptions(**options))
     except Exception as error:
         errors[folder] = f"{type(error).__name__}: {error}"
 print("ERRORS" + json.dumps(errors))
 """
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "mixtral fused", "qwen3_moe fused")
-"""fused: experts on disk as transformers 5 holds them, one tensor for all of a layer; otherwise as on the hub."""
+"""fused: experts on disk as in transformers 5, one tensor for all of a layer; otherwise as on the hub."""
 FORMS = ("whole", "filters", "gradients", "slices")
 TYPES = {  # name -> (type of the parents, the file's first lines)
     "float32": ("float32", "dtype: float32"),
@@ -60,9 +62,17 @@ VARIANTS = (*METHODS, "nuslerp with a base", "multislerp with a base")
 PARENTS = ("math", "code", "chat")
 _LAYERS = 4
 _RANGES = {  # of the values that a cell tries; each is where mergekit is defined
-    "weight": (0.2, 1.2), "lambda": (0.7, 1.3), "density": (0.3, 0.7), "gamma": (0.03, 0.08), "epsilon": (0.05, 0.2),
-    "t": (0.1, 0.9), "select_topk": (0.4, 0.9), "scale": (0.5, 1.5), "r": (0.1, 0.9), "alpha": (0.1, 0.9),
-}  # fmt: skip
+    "weight": (0.2, 1.2),
+    "lambda": (0.7, 1.3),
+    "density": (0.3, 0.7),
+    "gamma": (0.03, 0.08),
+    "epsilon": (0.05, 0.2),
+    "t": (0.1, 0.9),
+    "select_topk": (0.4, 0.9),
+    "scale": (0.5, 1.5),
+    "r": (0.1, 0.9),
+    "alpha": (0.1, 0.9),
+}
 _FIXED = {"tol": [1e-5], "eps": [1e-8], "max_iter": [10, 3]}
 _NEAR = {
     "t": (0.001, 0.02),
@@ -102,12 +112,14 @@ class Cell:
 
     @property
     def other_names(self) -> bool:
-        """Whether filters see other names: mergekit's are those of transformers 5, in which Mixtral's experts are under 'mlp'."""
+        """Whether filters see other names: mergekit's are those of transformers 5, in which Mixtral's experts
+        are under 'mlp'.
+        """
         return self.architecture == "mixtral" and self.form == "filters"
 
     @property
     def other_unit(self) -> bool:
-        """Whether the two merge other tensors: mergekit makes one of a layer's experts before it merges them."""
+        """Whether the two merge other tensors: mergekit first makes one of a layer's experts."""
         elementwise = self.method in ("linear", "task_arithmetic", "nearswap", "ram", "passthrough")
         return self.architecture == "mixtral" and not elementwise
 
@@ -116,7 +128,9 @@ class Cell:
 
 
 def matrix() -> Iterator[Cell]:
-    """Every cell, those that cannot be among them: both main types on all architectures, the other types on one."""
+    """Every cell, those that cannot be among them: both main types on all architectures, the other types on
+    one.
+    """
     for variant, parents, types, form, architecture in itertools.product(
         VARIANTS, (1, 2, 3), TYPES, FORMS, ARCHITECTURES
     ):
@@ -244,11 +258,14 @@ def models(folder: Path, architecture: str, types: str) -> dict[str, Path]:
 
 
 def start(jobs: Sequence[tuple[Path, Path]], seeds: Sequence[int] = ()) -> "subprocess.Popen[str]":
-    """One mergekit process at work on (file, folder) pairs, with seed 7 if none are given; `finish` waits for it."""
+    """One mergekit process at work on (file, folder) pairs, with seed 7 if none are given; `finish` waits for
+    it.
+    """
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(
-            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point EVOMERGE_MERGEKIT_ENV to one)"
+            f"there is no mergekit in {ENVIRONMENT}; run scripts/make_mergekit_env (or point "
+            "EVOMERGE_MERGEKIT_ENV to one)"
         )
     quiet = {
         "HF_HUB_OFFLINE": "1",
@@ -295,7 +312,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with the experts of a layer as one, under the names of transformers 5; mergekit writes them so."""
+    """The tensors with the experts of a layer as one, under the names of transformers 5; mergekit writes them
+    so.
+    """
     out: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -329,8 +348,12 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two merges. worst: most units in the last place; unequal, further: shares of the elements that differ, that differ by more than one
-    unit; relative: largest difference, in units of the largest entry of its tensor; widened: theirs is in a wider type than ours."""
+    """Of two merges.
+
+    worst: most units in the last place; unequal, further: shares of the elements that differ, that differ by
+    more than one unit; relative: largest difference, in units of the largest entry of its tensor; widened:
+    theirs is in a wider type than ours.
+    """
 
     worst: int
     unequal: float
@@ -340,7 +363,9 @@ class Difference:
 
 
 def difference(ours: Path, theirs: Path) -> Difference:
-    """Raises AssertionError if there is a tensor on one side alone, but for GPT-2's causal masks, which mergekit drops."""
+    """Raises AssertionError if there is a tensor on one side alone, but for GPT-2's causal masks, which
+    mergekit drops.
+    """
     a = {name: tensor for name, tensor in fused(tensors(ours)).items() if not name.endswith(".attn.bias")}
     b = tensors(theirs)
     assert a.keys() == b.keys(), f"on one side alone: {sorted(a.keys() ^ b.keys())[:5]}"
@@ -372,8 +397,10 @@ def read(file: Path, policy: str) -> tuple[Recipe, dict[str, Parent]]:
 
 
 def deviations(cell: Cell, file: Path, theirs: Path, draws: int = 8) -> dict[str, float]:
-    """mergekit's one draw of a random method against ours of other seeds: for each measure of the change from the base, how many
-    standard deviations of a draw it lies from our mean (Student's t with draws - 1 degrees of freedom)."""
+    """mergekit's one draw of a random method against ours of other seeds: for each measure of the change from
+    the base, how many standard deviations of a draw it lies from our mean (Student's t with draws - 1 degrees
+    of freedom).
+    """
     recipe, opened = read(file, "mergekit")
     drawn = [
         dict(merge.merged_tensors(replace(recipe, seed=seed), opened))
@@ -436,5 +463,7 @@ def _bases(recipe: Recipe, parents: Mapping[str, Parent]) -> dict[str, torch.Ten
 
 
 def refused_by_both(cell: Cell, error: str) -> bool:
-    """Whether evomerge refuses for what mergekit would: multislerp of equal tensors, here GPT-2's causal masks, which mergekit drops."""
+    """Whether evomerge refuses for what mergekit would: multislerp of equal tensors, here GPT-2's causal
+    masks, which mergekit drops.
+    """
     return cell.method == "multislerp" and cell.architecture == "gpt2" and "cancel" in error

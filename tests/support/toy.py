@@ -1,4 +1,6 @@
-"""Shared by the tests: small Llama folders, a pool with a known landscape, stored rows as plain data, the command line."""
+"""Shared by the tests: small Llama folders, a pool with a known landscape, stored rows as plain data, the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ def llama(
     same: Callable[[str], bool] = lambda name: False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Writes a small Llama. near: a folder whose weights this one is a fine-tune of; same: tensors left as they are there."""
+    """Writes a small Llama.
+
+    near: a folder whose weights this one is a fine-tune of; same: tensors left as they are there.
+    """
     from safetensors.torch import load_file
 
     generator = torch.Generator().manual_seed(seed)
@@ -67,11 +72,23 @@ def llama(
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -99,12 +116,18 @@ def weight_space(
 ) -> WeightSpace:
     """A space over `models` and a base called 'base'."""
     return WeightSpace(
-        method=method(name), base="base", models=models, groups=groups, components=components, segments=SEGMENTS,
-        ranges=ranges if ranges is not None else {"weight": Range(-0.5, 2.0, 0.5)}, **more,
-    )  # fmt: skip
+        method=method(name),
+        base="base",
+        models=models,
+        groups=groups,
+        components=components,
+        segments=SEGMENTS,
+        ranges=ranges if ranges is not None else {"weight": Range(-0.5, 2.0, 0.5)},
+        **more,
+    )
 
 
-# ---- a landscape that needs no model ---------------------------------------------------------------------------------
+# ---- a landscape that needs no model -----------------------------------------------------------------------
 
 
 def numbers(value: Setting) -> list[float]:
@@ -124,7 +147,9 @@ def weights(mix: Mix, models: Sequence[str]) -> list[float]:
 
 
 def height(recipe: Recipe, models: Sequence[str] = ("a", "b")) -> float:
-    """A smooth function of a recipe's numbers in (0, 1], largest where layer i takes 0.9 - 0.2 i of a and 0.4 + 0.1 i of b."""
+    """A smooth function of a recipe's numbers in (0, 1], largest where layer i takes 0.9 - 0.2 i of a and 0.4
+    + 0.1 i of b.
+    """
     error = 0.0
     for i, mix in enumerate(recipe.mixes):
         a, b = weights(mix, models)
@@ -138,10 +163,12 @@ def uniform(*key: object) -> float:
 
 
 class ToyPool(InProcessPool):
-    """Scores recipes by `height`: each item is right with that probability, decided by a hash of recipe and item.
+    """Scores recipes by `height`: each item is right with that probability, decided by a hash of recipe and
+    item.
 
-    calls: (recipe id, items) of every evaluation made. fails: recipes that cannot be scored. before, after: called with
-    the number of evaluations made before each is handed over, and after; they may raise, or stop the study.
+    calls: (recipe id, items) of every evaluation made. fails: recipes that cannot be scored. before, after:
+    called with the number of evaluations made before each is handed over, and after; they may raise, or stop
+    the study.
     """
 
     def __init__(
@@ -189,14 +216,17 @@ class ToyPool(InProcessPool):
         return Evaluation(recipe.id, scores, metrics, seconds)
 
 
-# ---- what a store holds ----------------------------------------------------------------------------------------------
+# ---- what a store holds ------------------------------------------------------------------------------------
 
 TIMINGS = ("seconds", "created", "finished", "digest")
 _TELL_TIME = ("attempts", "runs")  # tables that no two runs share
 
 
 def stored_rows(file: Path, without: Sequence[str] = TIMINGS) -> dict[str, list[dict[str, Any]]]:
-    """Table -> rows, the columns that hold times left out. Evaluations go by what they are of, for they are stored as they come."""
+    """Table -> rows, the columns that hold times left out.
+
+    Evaluations go by what they are of, for they are stored as they come.
+    """
     connection = sqlite3.connect(file)
     try:
         tables = [
@@ -236,11 +266,11 @@ def results(pool: Pool, jobs: Sequence[Job]) -> list[tuple[Job, Evaluation]]:
     return [found[job.slot] for job in jobs]
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
-    """What subprocesses of the tests run under: this checkout, one thread, no network, output of one width."""
+    """What subprocesses of the tests run under: this checkout, one thread, no network, one output width."""
     quiet = {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -290,10 +320,12 @@ def in_process(*words: object) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-# A process with every library imported and nothing run: what is forked from it starts in a fraction of the time.
+# A process with every library imported and nothing run: what is forked from it starts in a fraction of the
+# time.
 _PREPARED = """
 import os, sys
-import evomerge.launch.prepare, evomerge.evaluation.lm_harness.harness, transformers.models.llama.modeling_llama
+import evomerge.launch.prepare, evomerge.evaluation.lm_harness.harness
+import transformers.models.llama.modeling_llama
 from evomerge.cli import main
 for line in sys.stdin:
     verb, *words = line.rstrip("\\n").split("\\t")
@@ -318,7 +350,9 @@ for line in sys.stdin:
 
 
 class Prepared:
-    """Starts `evomerge` in forks of a process that has imported everything; a context manager that ends that process."""
+    """Starts `evomerge` in forks of a process that has imported everything; a context manager that ends that
+    process.
+    """
 
     def __init__(self, folder: Path) -> None:
         """folder: for the output of what is started."""
