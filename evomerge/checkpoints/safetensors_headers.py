@@ -30,7 +30,9 @@ MAX_JSON = 32_000_000
 _AGAIN = "fetch or save the file again"
 _OTHER_FORMATS = {  # suffix -> how to get safetensors from it
     ".gguf": "GGUF weights are quantised; use the model that they were made from",
-    ".bin": "convert it with from_pretrained(...).save_pretrained(...), on a machine where its pickle may run",
+    ".bin": (
+        "convert it with from_pretrained(...).save_pretrained(...), on a machine where its pickle may run"
+    ),
 }
 _OTHER_FORMATS |= dict.fromkeys((".pt", ".pth", ".ckpt", ".pkl"), _OTHER_FORMATS[".bin"])
 

@@ -111,7 +111,8 @@ def optimizers() -> str:
         (
             "# Optimizers",
             "`search.optimizer` names the optimizer of a stage of weights, `routes.optimizer` that of a "
-            "stage of routes. Both are given numbers where the genome is numbers, choices where it is choices.",
+            "stage of routes. Both are given numbers where the genome is numbers, choices where it is "
+            "choices.",
             table(header, rows),
         )
     )

@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "python object": ("study: trial", "§study: !!python/object/apply:os.getcwd []", ("study", "string")),
     "python name": ("study: trial", "study: §!!python/name:os.getcwd ''", ("not valid YAML",)),
     "second document": ("search:\n", "---\n§search:\n", ("second of 2 documents",)),
-}  # fmt: skip
+}
 
 
 def read(text: str, folder: Path) -> config.Config:

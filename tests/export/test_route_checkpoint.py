@@ -1,4 +1,5 @@
-"""A route shipped as a checkpoint computes what was scored, in a process that knows nothing of it; a folder that does not is caught."""
+"""A route shipped as a checkpoint computes what was scored, in a process that knows nothing of it; a folder
+that does not is caught."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def test_in_bfloat16_the_weights_are_the_same_and_logits_differ_by_rounding_at_m
 
 @pytest.mark.parametrize("kind", SIX)
 def test_the_folder_scales_the_hidden_state_that_enters_each_layer(kind: str, tmp_path: Path) -> None:
-    """Against the definition: the route without scales, its stream multiplied as it enters each layer. No norm has an epsilon of effect,
+    """Against the definition: the route without scales, its stream multiplied as it enters each layer. No
+    norm has an epsilon of effect,
     which alone sees the difference."""
     opened = shipped_routes.files(tmp_path, kind, "float32")
     for scaled in (False, True):
@@ -169,7 +171,10 @@ DAMAGE = {
     ),
     "the config rotates otherwise": (
         rotate,
-        r"computes something else: logits differ by up to \S+ and step logits by up to \S+ of their deviation",
+        (
+            r"computes something else: logits differ by up to \S+ and step logits by up to \S+ of their "
+            r"deviation"
+        ),
     ),
     "there is no config": (empty, r"out cannot be used in a process of its own: .*CheckpointError"),
 }
@@ -203,9 +208,19 @@ def test_a_route_that_no_config_can_say_is_refused_with_the_reason(tmp_path: Pat
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "qwen2_moe", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24, decoder_sparse_step=2,
-    )  # fmt: skip
+        "qwen2_moe",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        decoder_sparse_step=2,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     routed = RoutedModel(model)
     with pytest.raises(NothingToExport, match=r"the route is no plain checkpoint: .*layer 1"):
@@ -347,7 +362,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 def both_ways(
     recipe: Recipe, files: dict[str, Checkpoint], folder_: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of a recipe written by a merge, and by the export of routes: what transformers reads of each."""
+    """The config of a recipe written by a merge, and by the export of routes: what transformers reads of
+    each."""
     from transformers import AutoConfig
 
     checkpoint_writer.write(recipe, files, folder_ / "merged")

@@ -1,6 +1,8 @@
-"""mergekit 0.1.5 on the YAML and shell of a route gives the checkpoint of the route; what it silently drops is noticed.
+"""mergekit 0.1.5 on the YAML and shell of a route gives the checkpoint of the route; what it silently drops
+is noticed.
 
-All files but those with stages go through one mergekit process, because starting one takes longer than everything else here.
+All files but those with stages go through one mergekit process, because starting one takes longer than
+everything else here.
 """
 
 from __future__ import annotations
@@ -190,7 +192,8 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
 def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(
     kind: str, scaled: bool, dtype: str, policy: str, tmp_path: Path
 ) -> None:
-    """In Gemma 2, layers of the merge lie in the shell with their gains. The YAML names its shell by where it lies itself."""
+    """In Gemma 2, layers of the merge lie in the shell with their gains. The YAML names its shell by where it
+    lies itself."""
     case = staged(shipped_routes.files(tmp_path, kind, dtype), tmp_path / "stage", scaled, dtype, policy)
     into = tmp_path / "route"
     write(case, into)

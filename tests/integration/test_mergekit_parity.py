@@ -1,10 +1,13 @@
 """The same recipe file through evomerge and through mergekit 0.1.5, tensor by tensor.
 
-Under the policy 'mergekit' the bits are mergekit's. Under 'float32' results are mergekit's to the last place of an element,
-or to four of its tensor's largest where terms cancel, but for the entries that TIES keeps among those of equal size. Every
+Under the policy 'mergekit' the bits are mergekit's. Under 'float32' results are mergekit's to the last place
+of an element,
+or to four of its tensor's largest where terms cancel, but for the entries that TIES keeps among those of
+equal size. Every
 method and more architectures are in test_parity_methods.py.
 
-All files go through one mergekit process, because starting one takes longer than everything else here together.
+All files go through one mergekit process, because starting one takes longer than everything else here
+together.
 """
 
 import json
@@ -37,7 +40,7 @@ HEADS = {
 # ---- corners of the language: read once each, on models in float32
 
 
-# ---- what mergekit makes something odd of: the head from as many models as the first slice has, whatever the last one lists
+# ---- what mergekit makes something odd of: the head from as many models as the first slice has, whatever the
 
 ODD = {
     "two-sources-after-a-slice-of-one": """
@@ -46,7 +49,8 @@ ODD = {
         base_model: $base
         slices:
           - sources: [{model: $math, layer_range: [0, 2], parameters: {weight: 0.7}}]
-          - sources: [{model: $code, layer_range: [2, 4], parameters: {weight: 0.7}}, {model: $chat, layer_range: [2, 4], parameters: {weight: 0.2}}]
+          - sources: [{model: $code, layer_range: [2, 4], parameters: {weight: 0.7}}, {model: $chat,
+                layer_range: [2, 4], parameters: {weight: 0.2}}]
         """,
 }
 
@@ -54,25 +58,38 @@ ODD = {
 
 REFUSED = {
     "no-weight": "{merge_method: task_arithmetic, base_model: $base, models: [{model: $math}]}",
-    "no-weight-for-one": "{merge_method: linear, base_model: $math, models: [{model: $math, parameters: {weight: 1}}, {model: $code}]}",
+    "no-weight-for-one": (
+        "{merge_method: linear, base_model: $math, models: [{model: $math, parameters: "
+        "{weight: 1}}, {model: $code}]}"
+    ),
     "no-weight-outside-the-filters": """
         merge_method: ties
         base_model: $base
         models: [{model: $math, parameters: {weight: [{filter: mlp, value: 1}]}}]
         """,
     "no-t": "{merge_method: slerp, base_model: $base, models: [{model: $math}]}",
-    "three-models-for-slerp": "{merge_method: slerp, base_model: $base, models: [{model: $math}, {model: $code}], parameters: {t: 0.5}}",
+    "three-models-for-slerp": (
+        "{merge_method: slerp, base_model: $base, models: [{model: $math}, {model: "
+        "$code}], parameters: {t: 0.5}}"
+    ),
     "two-models-passed-through": "{merge_method: passthrough, models: [{model: $math}, {model: $code}]}",
     "a-base-passed-through": "{merge_method: passthrough, base_model: $base, models: [{model: $math}]}",
     "no-base": "{merge_method: ties, models: [{model: $math, parameters: {weight: 1}}]}",
-    "half-a-switch": "{merge_method: linear, models: [{model: $math}], base_model: $math, parameters: {weight: 1, normalize: 0.5}}",
-    "a-model-twice": "{merge_method: linear, models: [{model: $math}, {model: $math}], parameters: {weight: 1}}",
+    "half-a-switch": (
+        "{merge_method: linear, models: [{model: $math}], base_model: $math, parameters: "
+        "{weight: 1, normalize: 0.5}}"
+    ),
+    "a-model-twice": (
+        "{merge_method: linear, models: [{model: $math}, {model: $math}], parameters: {weight: 1}}"
+    ),
     "no-base-in-a-slice": """
         merge_method: task_arithmetic
         base_model: $base
         slices: [{sources: [{model: $math, layer_range: [0, 4], parameters: {weight: 1}}]}]
         """,
-    "a-mixed-list": "{merge_method: linear, models: [{model: $math}], parameters: {weight: [1, {filter: mlp, value: 2}]}}",
+    "a-mixed-list": (
+        "{merge_method: linear, models: [{model: $math}], parameters: {weight: [1, {filter: mlp, value: 2}]}}"
+    ),
     "models-and-slices": """
         merge_method: passthrough
         models: [{model: $math}]
@@ -83,18 +100,27 @@ REFUSED = {
         slices: [{sources: [{model: $math, layer_range: [0, 4]}, {model: $code, layer_range: [0, 3]}]}]
         parameters: {weight: 1}
         """,
-    "a-layer-too-far": "{merge_method: passthrough, slices: [{sources: [{model: $math, layer_range: [2, 5]}]}]}",
+    "a-layer-too-far": (
+        "{merge_method: passthrough, slices: [{sources: [{model: $math, layer_range: [2, 5]}]}]}"
+    ),
     "unknown-method": "{merge_method: tiers, base_model: $base, models: [{model: $math}]}",
-    "unknown-dtype": "{dtype: float33, out_dtype: float32, merge_method: passthrough, models: [{model: $math}]}",
+    "unknown-dtype": (
+        "{dtype: float33, out_dtype: float32, merge_method: passthrough, models: [{model: $math}]}"
+    ),
     "unknown-out-dtype": "{out_dtype: float33, merge_method: passthrough, models: [{model: $math}]}",
-    "a-number-for-a-filter": "{merge_method: linear, models: [{model: $math}], parameters: {weight: [{filter: 3, value: 1}, {value: 2}]}}",
+    "a-number-for-a-filter": (
+        "{merge_method: linear, models: [{model: $math}], parameters: {weight: "
+        "[{filter: 3, value: 1}, {value: 2}]}}"
+    ),
     "text-for-a-weight": "{merge_method: linear, models: [{model: $math}], parameters: {weight: heavy}}",
 }
 
 # ---- what mergekit takes without a word and evomerge must diagnose
 
 SILENT = {
-    "weight-outside-parameters": "{merge_method: linear, models: [{model: $math, weight: 3}], parameters: {weight: 1}}",
+    "weight-outside-parameters": (
+        "{merge_method: linear, models: [{model: $math, weight: 3}], parameters: {weight: 1}}"
+    ),
     "an-unknown-key": "{merge_method: passthrough, models: [{model: $math}], dtipe: float32}",
     "an-unknown-parameter": "{merge_method: passthrough, models: [{model: $math, parameters: {scael: 2}}]}",
     "a-parameter-of-the-merge-under-a-model": """
@@ -102,10 +128,17 @@ SILENT = {
         base_model: $base
         models: [{model: $math, parameters: {weight: 1, normalize: false}}]
         """,
-    "t-beyond-one": "{merge_method: slerp, base_model: $base, models: [{model: $math}], parameters: {t: 1.5}}",
-    "t-below-zero": "{merge_method: slerp, base_model: $base, models: [{model: $math}], parameters: {t: -0.5}}",
+    "t-beyond-one": (
+        "{merge_method: slerp, base_model: $base, models: [{model: $math}], parameters: {t: 1.5}}"
+    ),
+    "t-below-zero": (
+        "{merge_method: slerp, base_model: $base, models: [{model: $math}], parameters: {t: -0.5}}"
+    ),
     "a-key-twice": "merge_method: passthrough\nmodels: [{model: $math}]\nmodels: [{model: $code}]\n",
-    "density-beyond-one": "{merge_method: ties, base_model: $base, models: [{model: $math}], parameters: {weight: 1, density: 1.5}}",
+    "density-beyond-one": (
+        "{merge_method: ties, base_model: $base, models: [{model: $math}], parameters: "
+        "{weight: 1, density: 1.5}}"
+    ),
 }
 
 # ---- random masks: alike in distribution only
@@ -138,7 +171,8 @@ def points():
 
 @dataclass(frozen=True)
 class Job:
-    """One file. ours, exact: where evomerge puts its merge under the policies 'float32' and 'mergekit'; theirs: where mergekit does."""
+    """One file. ours, exact: where evomerge puts its merge under the policies 'float32' and 'mergekit';
+    theirs: where mergekit does."""
 
     file: Path
     ours: Path
@@ -151,7 +185,8 @@ class Job:
 def jobs(
     tiny: dict[str, Path], tiny32: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Job]:
-    """Every recipe file of this module, merged by evomerge and, in one process, by mergekit; names as in the tables."""
+    """Every recipe file of this module, merged by evomerge and, in one process, by mergekit; names as in the
+    tables."""
     work = tmp_path_factory.mktemp("parity")
     jobs: dict[str, Job] = {}
 
@@ -216,7 +251,8 @@ def refusal(folder: Path) -> str:
 
 
 def near(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Where two results are one unit in the last place apart at most, of the element, or four of the tensor's largest entry in float32."""
+    """Where two results are one unit in the last place apart at most, of the element, or four of the tensor's
+    largest entry in float32."""
     return (ulps(ours, theirs) <= 1) | (
         (ours.double() - theirs.double()).abs() <= 2.0**-21 * theirs.double().abs().max()
     )
@@ -232,16 +268,19 @@ def assert_same(
     for name, tensor in ours.items():
         differing = ulps(tensor, theirs[name]) > 0 if bitwise else ~near(tensor, theirs[name])
         assert not differing.any(), (
-            f"{differing.sum()} of {differing.numel()} in {name} differ, by {ulps(tensor, theirs[name]).max()} ulp"
+            f"{differing.sum()} of {differing.numel()} in {name} differ, by "
+            f"{ulps(tensor, theirs[name]).max()} ulp"
         )
 
 
 def assert_same_but_for_equal_sizes(
     job: Job, recipe: Recipe, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 ) -> None:
-    """Among entries of one size at the edge of what TIES keeps, mergekit's choice follows a sort that is not stable.
+    """Among entries of one size at the edge of what TIES keeps, mergekit's choice follows a sort that is not
+    stable.
 
-    Hence: where the results differ, every entry has, in one of the task vectors, the one size that is at its edge.
+    Hence: where the results differ, every entry has, in one of the task vectors, the one size that is at its
+    edge.
     """
     parents = {
         **{n: Checkpoint(path) for n, path in job.models.items()},
@@ -272,7 +311,8 @@ def assert_same_but_for_equal_sizes(
 
 
 def covered_by_one_level_each(sizes: torch.Tensor) -> bool:
-    """Whether a number can be chosen for each row [rows, columns] so that every column has its row's number somewhere."""
+    """Whether a number can be chosen for each row [rows, columns] so that every column has its row's number
+    somewhere."""
     if sizes.shape[1] == 0:
         return True
     return any(
@@ -304,7 +344,8 @@ def test_a_recipe_file_merges_as_in_mergekit(jobs: dict[str, Job], name: str, ki
 def test_a_dtype_narrower_than_float32_only_rounds_the_output(
     jobs: dict[str, Job], name: str, tmp_path: Path
 ):
-    """mergekit with `dtype: bfloat16` alone also does its arithmetic in it; a merge here is never less exact than in float32."""
+    """mergekit with `dtype: bfloat16` alone also does its arithmetic in it; a merge here is never less exact
+    than in float32."""
     job = jobs[f"{name}/bf16/out-bfloat16"]
     file = tmp_path / "narrow.yaml"
     file.write_text(job.file.read_text().replace(HEADS["out-bfloat16"], "dtype: bfloat16\n"))
