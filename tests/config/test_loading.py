@@ -53,7 +53,10 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("revison", "'revision'"),
     ),
     "required key of a model": (
-        "{path: models/lang, revision: main}", "{§pth: models/lang, revision: main}", ("pth", "'path'")),
+        "{path: models/lang, revision: main}",
+        "{§pth: models/lang, revision: main}",
+        ("pth", "'path'"),
+    ),
     "key of the space": ("  groups: [2, 3]", "  §grups: [2, 3]", ("grups", "'groups'")),
     "key of a range": ("high: 2.0, start: 0.5", "high: 2.0, §strat: 0.5", ("strat", "'start'")),
     "extra key of a range": ("start: 0.5}", "start: 0.5, §stat: 0.5}", ("stat", "'start'")),
@@ -78,9 +81,15 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "infinite weight": ("    weight: 2.0", "    §weight: .inf", ("finite",)),
     "density above one": ("    density: 0.7", "    §density: 1.7", ("density", "[0, 1]", "1.7")),
     "density range above one": (
-        "    density: 0.7", "    §density: {low: 0.1, high: 1.2, start: 0.5}", ("density", "[0, 1]", "1.2")),
+        "    density: 0.7",
+        "    §density: {low: 0.1, high: 1.2, start: 0.5}",
+        ("density", "[0, 1]", "1.2"),
+    ),
     "switch that is searched": (
-        "    density: 0.7", "    §normalize: {low: 0, high: 1, start: 0.5}", ("normalize",)),
+        "    density: 0.7",
+        "    §normalize: {low: 0, high: 1, start: 0.5}",
+        ("normalize",),
+    ),
     "switch that is half on": ("    density: 0.7", "    §normalize: 0.5", ("normalize",)),
     "negative budget": ("evaluations: 500", "§evaluations: -5", ("evaluations", "-5")),
     "no items": ("items: 100", "§items: 0", ("items", "0")),
@@ -105,7 +114,10 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "model without a path": ("  math: models/math", "  §math:", ("math",)),
     "one task, not a list": (
-        "  - task: first\n    weight: 2.0\n  - task: second\n    num_fewshot: 2\n", "  {}\n", ("tasks",)),
+        "  - task: first\n    weight: 2.0\n  - task: second\n    num_fewshot: 2\n",
+        "  {}\n",
+        ("tasks",),
+    ),
     "no task": (
         "tasks:\n  - task: first\n    weight: 2.0\n  - task: second\n    num_fewshot: 2\n",
         "§tasks: []\n",
@@ -115,10 +127,16 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "number for a name": ("study: trial", "§study: 7", ("study", "7")),
     # repetition
     "repeated key at the top": (
-        "objective: mean", "objective: mean\n§objective: worst", ("repeats", "'objective'")),
+        "objective: mean",
+        "objective: mean\n§objective: worst",
+        ("repeats", "'objective'"),
+    ),
     "repeated key below": ("  items: 100", "  items: 100\n  §items: 200", ("repeats", "'items'")),
     "repeated model": (
-        "  math: models/math", "  math: models/math\n  §math: models/other", ("repeats", "'math'")),
+        "  math: models/math",
+        "  math: models/math\n  §math: models/other",
+        ("repeats", "'math'"),
+    ),
     "repeated task": ("  - task: second", "  - §task: first", ("'first'", "twice")),
     "repeated component": ("components: [attention, mlp]", "§components: [mlp, mlp]", ("mlp", "twice")),
     # names of studies
