@@ -51,8 +51,8 @@ def _method(config: Config) -> Iterator[Problem]:
         path = ("space", "parameters", name)
         param = method.param(name)
         if param is None:
-            known = [p.name for p in method.params]
-            yield path, f"{method.name} has no parameter '{name}'. {suggest(name, known)}"
+            names = [p.name for p in method.params]
+            yield path, f"{method.name} has no parameter '{name}'. {suggest(name, names)}"
             continue
         is_range = isinstance(value, RangeConfig)
         if param.flag and (is_range or value not in (0, 1)):

@@ -65,10 +65,10 @@ def rows() -> list[KeyRow]:
 
 def block_descriptions() -> dict[str, str]:
     """Path of each block, '' for the whole file -> the first sentence of its description."""
-    found = {"": _first_sentence(Config)}
+    descriptions = {"": _first_sentence(Config)}
     for path, block in _blocks(Config, ""):
-        found[path] = _first_sentence(block)
-    return found
+        descriptions[path] = _first_sentence(block)
+    return descriptions
 
 
 def type_in_words(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
@@ -207,15 +207,15 @@ def _first_sentence(block: type[BaseModel]) -> str:
 @functools.cache
 def _descriptions() -> dict[str, dict[str, str]]:
     """Class of the schema -> key -> the text under it, on one line."""
-    found: dict[str, dict[str, str]] = {}
+    descriptions: dict[str, dict[str, str]] = {}
     for definition in ast.parse(inspect.getsource(schema)).body:
         if not isinstance(definition, ast.ClassDef):
             continue
-        keys = found.setdefault(definition.name, {})
+        keys = descriptions.setdefault(definition.name, {})
         for statement, following in zip(definition.body, definition.body[1:], strict=False):
             if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
                 continue
             text = following.value if isinstance(following, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
                 keys[statement.target.id] = " ".join(text.value.split())
-    return found
+    return descriptions

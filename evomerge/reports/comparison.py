@@ -100,9 +100,9 @@ def check_comparable(facts: Mapping[str, StudyFacts], task: str | None) -> list[
                 "only items with the same content are joined"
             )
     subtasks = [name for term in facts[first].terms.values() for name, _ in term.subtasks]
-    known = [*metrics, *subtasks]
-    if task is not None and task not in known:
-        raise ConfigError(f"{first} has no task '{task}'. {suggest(task, known)}")
+    names = [*metrics, *subtasks]
+    if task is not None and task not in names:
+        raise ConfigError(f"{first} has no task '{task}'. {suggest(task, names)}")
     return notes
 
 

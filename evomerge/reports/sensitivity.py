@@ -290,13 +290,13 @@ def curves(
         A curve for each axis of the neighbours, in the order of the space.
     """
     centre = stored[CENTRE, 0.0]
-    found = []
+    scanned = []
     for place, axis in enumerate(space.axes):
         values = sorted(point.value for point in neighbours if point.axis == axis.name)
         if values:
             around = {value: stored[axis.name, value] for value in values}
-            found.append(_curve(axis.name, axis.value(genome[place]), centre, around, weights))
-    return found
+            scanned.append(_curve(axis.name, axis.value(genome[place]), centre, around, weights))
+    return scanned
 
 
 def curve_data(curve: Curve) -> dict[str, Any]:

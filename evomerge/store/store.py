@@ -233,10 +233,10 @@ class Store:
         Returns:
             (role, evaluation), the oldest first.
         """
-        found = self._file.rows(
+        evaluations = self._file.rows(
             "SELECT * FROM evaluations WHERE recipe = ? AND role != 'rung' ORDER BY id", (recipe_id,)
         )
-        return [(row["role"], evaluation_rows.scored(self._file, row)) for row in found]
+        return [(row["role"], evaluation_rows.scored(self._file, row)) for row in evaluations]
 
     def scored(self, trial: Trial) -> Scored:
         """Reads the evaluation that a trial's own score comes from.

@@ -131,15 +131,15 @@ class StudyFacts:
         """
         values = {_FACT_OF_KEY.get(key, key): value for key, value in data.items()}
         names = {attribute.name for attribute in fields(cls)} - {"extra"}
-        known = {name: value for name, value in values.items() if name in names}
-        known["parents"] = {
-            name: ParentFacts(fact["path"], fact.get("revision"), fact.get("sha256", ""))
-            for name, fact in known.get("parents", {}).items()
+        facts = {name: value for name, value in values.items() if name in names}
+        facts["parents"] = {
+            name: ParentFacts(parent["path"], parent.get("revision"), parent.get("sha256", ""))
+            for name, parent in facts.get("parents", {}).items()
         }
-        known["terms"] = {name: TermFacts.from_json(term) for name, term in known.get("terms", {}).items()}
-        known["axes"] = tuple(known.get("axes", ()))
-        known["budgets"] = tuple(known.get("budgets", ()))
-        return cls(**known, extra={name: value for name, value in values.items() if name not in names})
+        facts["terms"] = {name: TermFacts.from_json(term) for name, term in facts.get("terms", {}).items()}
+        facts["axes"] = tuple(facts.get("axes", ()))
+        facts["budgets"] = tuple(facts.get("budgets", ()))
+        return cls(**facts, extra={name: value for name, value in values.items() if name not in names})
 
     def to_json(self) -> dict[str, Any]:
         """The facts as stored: key -> plain value."""

@@ -109,3 +109,11 @@ def test_a_study_of_0_5_0_goes_on_and_one_of_an_older_version_is_refused(before:
     stored = StudyFacts(versions={"evomerge": before, "torch": "2.13.0"})
     now = StudyFacts(versions={"evomerge": "0.6.0", "torch": "2.13.0"})
     assert bool(stored.differences(now)) is differs
+
+
+def test_a_study_of_0_5_0_goes_on_with_the_version_that_stores_the_same_rows() -> None:
+    stored = StudyFacts.from_json(FACTS_OF_0_5_0)
+    now = replace(stored, versions={**stored.versions, "evomerge": "0.6.0"})
+    assert stored.differences(now) == []
+    later = replace(stored, versions={**stored.versions, "evomerge": "9.0.0"})
+    assert len(stored.differences(later)) == 1
