@@ -34,8 +34,8 @@ def baselines(space: WeightSpace) -> list[Baseline]:
         space: Its layers, base and models are used; its method and ranges are not.
 
     Returns:
-        Parents as they are (the base first), uniform average, task arithmetic, TIES, DARE-TIES, SLERP for two models,
-        each model's task vector alone, and pairs of task vectors for three or four models.
+        Parents as they are (the base first), uniform average, task arithmetic, TIES, DARE-TIES, SLERP for two
+        models, each model's task vector alone, and pairs of task vectors for three or four models.
     """
     return [*_parents(space), *_hand(space)]
 

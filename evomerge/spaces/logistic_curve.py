@@ -1,4 +1,4 @@
-"""The map between a gene in R and a value in an open interval: a logistic curve through a start value at gene 0."""
+"""A logistic curve between genes in R and values in an open interval, with a start value at gene 0."""
 
 from __future__ import annotations
 

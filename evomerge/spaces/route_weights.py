@@ -1,7 +1,8 @@
 """Weight search on a given route: numbers that move the weight of each model in groups of output layers.
 
-The route stays as it is. Its merged layers become other merges of the same models; a layer passed through becomes the sum
-of task vectors that equals it, with weight 1 for its own model and 0 for the others. Knows nothing of optimizers.
+The route stays as it is. Its merged layers become other merges of the same models; a layer passed through
+becomes the sum of task vectors that equals it, with weight 1 for its own model and 0 for the others. Knows
+nothing of optimizers.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class RouteWeightSpace:
         return self.start if recipe.id == self.recipe.id else None
 
     def _without_stages(self, layers: Sequence[Mix]) -> Recipe:
-        """The recipe with other layers; what an intermediate merge gave is written out, so that none is needed."""
+        """The recipe with other layers; what intermediate merges gave is written out, so none is needed."""
         stages = dict(self.recipe.stages)
 
         def resolved(mix: Mix, part: Callable[[Recipe, int | None], Mix]) -> Mix:

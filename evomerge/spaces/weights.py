@@ -1,9 +1,9 @@
-"""Weight search: a vector of numbers <-> a merge of whole models, by groups of layers and components of a layer.
+"""Weight search: a vector of numbers <-> a merge of whole models, by layer groups and components.
 
-A genome is a point of R^n, all zeros at the start. An axis maps its gene through a logistic curve onto (low, high), scaled
-so that at the start one unit of gene moves the value by the axis' whole range: smooth, monotone, never on a bound,
-so what is optimized is what is merged. Values are snapped to a decimal grid (the parameter's `digits`): recipe, YAML
-and merge hold one number. Knows nothing of optimizers or files.
+A genome is a point of R^n, all zeros at the start. An axis maps its gene through a logistic curve onto (low,
+high), scaled so that at the start one unit of gene moves the value by the axis' whole range: smooth,
+monotone, never on a bound, so what is optimized is what is merged. Values are snapped to a decimal grid (the
+parameter's `digits`): recipe, YAML and merge hold one number. Knows nothing of optimizers or files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Range:
 
 
 class _Place(NamedTuple):
-    """Where a value of a recipe belongs. component: None outside the layers; source: None for the whole merge."""
+    """Where a value belongs. component: None outside the layers; source: None for the whole merge."""
 
     group: str
     component: str | None
@@ -51,9 +51,15 @@ class WeightSpace:
     """Weight search: layer groups x components x parents x parameters of one method.
 
     Example:
-        space = WeightSpace(method("ties"), "base", ("math", "code"), groups=(8, 8, 8), components=("attention", "mlp"),
-                            segments=((".self_attn.", "attention"), (".mlp.", "mlp")),
-                            ranges={"weight": Range(-0.5, 2.0, 0.5), "density": Range(0.5, 0.5, 0.5)})
+        space = WeightSpace(
+            method("ties"),
+            "base",
+            ("math", "code"),
+            groups=(8, 8, 8),
+            components=("attention", "mlp"),
+            segments=((".self_attn.", "attention"), (".mlp.", "mlp")),
+            ranges={"weight": Range(-0.5, 2.0, 0.5), "density": Range(0.5, 0.5, 0.5)},
+        )
         recipe = space.decode(space.start)
 
     Attributes:
@@ -61,9 +67,10 @@ class WeightSpace:
         base: Name of the base model.
         models: Names of the models that are merged, in the order of a merge's sources.
         groups: Sizes of the layer groups from the bottom, which may differ.
-        components: Those with axes of their own; tensors of other components take the mean of the listed ones.
-        segments: (text in a tensor's name, component) pairs that tell the tensors of a layer apart; what no text matches
-            is 'other'.
+        components: Those with axes of their own; tensors of other components take the mean of the listed
+            ones.
+        segments: (text in a tensor's name, component) pairs that tell the tensors of a layer apart; what no
+            text matches is 'other'.
         ranges: Parameter name -> its range; parameters without one have the method's default.
         embeddings: Whether the embeddings are searched; else they take each parameter's start.
         head: Whether the head is searched; else it takes each parameter's start.
@@ -135,8 +142,8 @@ class WeightSpace:
         """The recipe that uses the same numbers everywhere.
 
         Args:
-            values: Parameter -> number, or -> model -> number. Parameters not named take their fixed value or start;
-                switches take the method's default.
+            values: Parameter -> number, or -> model -> number. Parameters not named take their fixed value or
+                start; switches take the method's default.
 
         Returns:
             The recipe.
@@ -226,7 +233,7 @@ class WeightSpace:
         return self._filtered(by_component, param.digits)
 
     def _filtered(self, values: Mapping[str, float], digits: int) -> Setting:
-        """One value per component -> one setting; components without a value take the mean, snapped like the others."""
+        """One value per component -> one setting; components without a value take the mean, snapped."""
         mean = round(math.fsum(values.values()) / len(values), digits) + 0.0
         cases = [(text, values.get(component, mean)) for text, component in self.segments]
         rest = values.get("other", mean)
@@ -252,7 +259,7 @@ class WeightSpace:
         return value
 
     def _fits(self, mix: Mix) -> bool:
-        """Whether a merge has this space's method and models, and its value of each parameter that is not searched."""
+        """Whether a merge has the space's method and models, and its value of each fixed parameter."""
         if mix.method != self.method.name or tuple(model for model, _ in mix.sources) != self.models:
             return False
         searched = {axis.param for axis in self.axes}

@@ -1,11 +1,11 @@
 """Genome <-> route: spaces whose points are stacks of layers taken from several models, perhaps scaled.
 
-`layer_pool` holds the layers that a route may take and writes a route as a recipe. `layer_indicators` says of every layer
-of every model whether it is on the route; `position_choices` changes single positions of one model's path. `hand_routes`
-are the stacks that people write by hand.
+`layer_pool` holds the layers that a route may take and writes a route as a recipe. `layer_indicators` says of
+every layer of every model whether it is on the route; `position_choices` changes single positions of one
+model's path. `hand_routes` are the stacks that people write by hand.
 
-Genes are in units of the first sample's standard deviation, so one sigma, 1, fits all of them. Knows nothing of
-optimizers, tensors or files.
+Genes are in units of the first sample's standard deviation, so one sigma, 1, fits all of them. Knows nothing
+of optimizers, tensors or files.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ def hand_routes(
 ) -> list[tuple[str, Recipe]]:
     """Depth up-scaling of each model, and two frankenmerges of each pair.
 
-    An up-scaled model is its first three quarters, then its last three quarters. A frankenmerge is the first half of one
-    model, then the second half of the other; the rest is the first one's.
+    An up-scaled model is its first three quarters, then its last three quarters. A frankenmerge is the first
+    half of one model, then the second half of the other; the rest is the first one's.
 
     Args:
         models: (name, depth) pairs.

@@ -16,20 +16,20 @@ from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, 
 
 @dataclass(frozen=True)
 class LayerIndicatorSpace:
-    """All layers of all models in order, `repeats` times over; a position is on the route where its gene is above 0.
+    """All layers of all models in order, `repeats` times over: a position is used where its gene is above 0.
 
-    Too long a route loses the positions of the smallest genes, too short a one gains those of the largest; of equal
-    genes the earlier position counts as larger. Genes: the positions, then the scales.
+    Too long a route loses the positions of the smallest genes, too short a one gains those of the largest; of
+    equal genes the earlier position counts as larger. Genes: the positions, then the scales.
 
     Example:
         space = LayerIndicatorSpace(LayerPool((("math", 32), ("code", 32)), "math", bounds=(24, 48)))
 
     Attributes:
         pool: The layers of a route; a search starts at the path of its `begin`.
-        scales: 'hop' has a log scale for each position, 'matrix' one for each (layer before, layer), where layers of all
-            rounds are the same; the scale of a route's first layer is 1.
-        expected_changes: How many positions differ from the path of `begin` in a first sample with the standard deviation
-            `sigma`, before the bounds; at most `MAX_CHANGED_SHARE` of all.
+        scales: 'hop' has a log scale for each position, 'matrix' one for each (layer before, layer), where
+            layers of all rounds are the same; the scale of a route's first layer is 1.
+        expected_changes: How many positions differ from the path of `begin` in a first sample with the
+            standard deviation `sigma`, before the bounds; at most `MAX_CHANGED_SHARE` of all.
         repeats: How often the layers are gone through, at least 1.
 
     References:
@@ -148,7 +148,7 @@ class LayerIndicatorSpace:
         return [None, *(total + before * layers + number for before, number in pairwise(numbers))]
 
     def _genome(self, used: Sequence[int], scale_genes: dict[int, float]) -> tuple[float, ...]:
-        """The genome that uses some positions, each by the margin that a first sample crosses as often as it should."""
+        """The genome that uses some positions, each by the margin that gives `keep_probability`."""
         margin = self.sigma * NormalDist().inv_cdf(self.keep_probability)
         genes = [-margin] * len(self._positions) + [0.0] * (len(self.axes) - len(self._positions))
         for position in used:

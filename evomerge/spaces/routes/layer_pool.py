@@ -17,7 +17,7 @@ from evomerge.spaces.logistic_curve import LogisticCurve
 LayerRef = tuple[str, int]
 """(model, layer): one layer of a route."""
 Scales = Literal["none", "hop", "matrix"]
-"""Which scales a genome has: none, one for each layer of the route, or one for each pair (layer before, layer)."""
+"""Which scales a genome has: none, one for each position, or one for each pair (layer before, layer)."""
 
 SIGMA = 1.0
 """The optimizer's first standard deviation, which genes are in units of."""
@@ -140,14 +140,17 @@ class LayerPool:
         )
 
     def route(self, recipe: Recipe, outer: str | None = None) -> Route | None:
-        """The route of a recipe; a parent as a weight search writes it, with that search's base, is a route too.
+        """The route of a recipe.
+
+        A parent as a weight search writes it, with that search's base, is a route too.
 
         Args:
             recipe: Any recipe.
             outer: The model that gives embeddings and head; `begin` by default.
 
         Returns:
-            The route; None for a recipe that is no route over these layers, or has more or fewer than the bounds allow.
+            The route; None for a recipe that is no route over these layers, or has more or fewer than the
+            bounds allow.
         """
         pool = frozenset(self.layers)
         layers: list[LayerRef] = []

@@ -1,4 +1,4 @@
-"""Routes by changes of one model's path: at each of its layers a choice to keep, skip, replace, or insert after it."""
+"""Routes by changes of one model's path: at each layer to keep, skip, replace, or insert after it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from evomerge.spaces.base import finite_genes
 from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, Scales, change_probability
 
 _KEEP_UTILITY = 0.75
-"""Utility of keeping a layer where a categorical gene chose otherwise: what was not kept is kept first by a repair. The
-choice that was made has utility 1, the others 0."""
+"""Utility of keeping a layer where a categorical gene chose otherwise: a repair first keeps such layers.
+The choice that was made has utility 1, the others 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ def position_choices(pool: LayerPool, spans: Sequence[int], position: int) -> tu
 
     Args:
         pool: The layers of a route.
-        spans: Lengths of the inserted spans, each of which ends at the position; a span that would begin below layer 0
-            is left out.
+        spans: Lengths of the inserted spans, each of which ends at the position; a span that would begin
+            below layer 0 is left out.
         position: Layer of the path, in [0, pool.depth).
 
     Returns:
-        Keep, skip, another model's layer in its place, keep and insert a span after it; choices that put the same
-        layers on the route are one.
+        Keep, skip, another model's layer in its place, keep and insert a span after it; choices that put the
+        same layers on the route are one.
     """
     kept: LayerRef = (pool.begin, position)
     names: dict[tuple[LayerRef, ...], str] = {(kept,): f"keep layer {position}", (): f"skip layer {position}"}
@@ -61,29 +61,31 @@ def position_choices(pool: LayerPool, spans: Sequence[int], position: int) -> tu
 
 @dataclass(frozen=True)
 class PositionChoiceSpace:
-    """At each position of the path of `pool.begin`, one of: keep the layer, skip it, take another model's layer in its place,
-    or keep it and insert a span of layers of any model after it.
+    """At each position of the path of `pool.begin`, a choice: keep, skip, replace, or keep and insert.
 
-    In a model of another depth d, position p of D stands for layer p (d - 1) / (D - 1), rounded.
+    A position keeps its layer, skips it, takes another model's layer in its place, or keeps it and inserts a span
+    of layers of any model after it. In a model of another depth d, position p of D stands for layer p (d - 1) / (D - 1), rounded.
 
-    Genes: of each position, one for each choice but keep, and the choice of the largest gene above 0 is made, else keep;
-    categorical: one whole number, the choice, in [0, categories). Then the scales. A route outside the bounds is
-    repaired: as often as needed, the position changes its choice that loses the least by it (the difference of the two
-    genes, keep being 0; in categorical genes what was not kept is kept first), the earlier one of equals.
+    Genes: of each position, one for each choice but keep, and the choice of the largest gene above 0 is made,
+    else keep; categorical: one whole number, the choice, in [0, categories). Then the scales. A route outside
+    the bounds is repaired: as often as needed, the position changes its choice that loses the least by it
+    (the difference of the two genes, keep being 0; in categorical genes what was not kept is kept first), the
+    earlier one of equals.
 
     Example:
         space = PositionChoiceSpace(LayerPool((("math", 32), ("code", 32)), "math"), categorical=True)
 
     Attributes:
         pool: The layers of a route.
-        scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the position's layers,
-            not those inserted after it. Of a skipped position it does nothing, and before a route's first layer it is 1.
-            'none' has no scales.
-        expected_changes: How many positions change in a first sample with the standard deviation `sigma`, before the
-            bounds; at most `MAX_CHANGED_SHARE` of all.
+        scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the
+            position's layers, not those inserted after it. Of a skipped position it does nothing, and before
+            a route's first layer it is 1. 'none' has no scales.
+        expected_changes: How many positions change in a first sample with the standard deviation `sigma`,
+            before the bounds; at most `MAX_CHANGED_SHARE` of all.
         spans: Lengths of the inserted spans, at least 1, each of which ends at the position.
         categorical: Whether a position has one whole number instead of a gene for each choice.
-        outer: Whether the model that gives embeddings and head is a choice too, the first; else it is `pool.begin`.
+        outer: Whether the model that gives embeddings and head is a choice too, the first; else it is
+            `pool.begin`.
 
     References:
         SMM-Bench, arXiv:2509.02555, here with insertions.
@@ -123,7 +125,7 @@ class PositionChoiceSpace:
 
     @cached_property
     def categories(self) -> tuple[int, ...]:
-        """Number of choices of each categorical gene, which are the first genes; empty for a continuous genome."""
+        """Number of choices of each categorical gene, the first genes; empty for a continuous genome."""
         if not self.categorical:
             return ()
         outer = [len(self._outer_models)] if len(self._outer_models) > 1 else []
@@ -146,10 +148,10 @@ class PositionChoiceSpace:
 
     @property
     def category_weights(self) -> tuple[tuple[float, ...], ...]:
-        """Relative weights of each categorical gene's choices when a new one is drawn; empty for a continuous genome.
+        """Relative weights of the choices of each categorical gene; empty for a continuous genome.
 
-        Another model's layer in place of a position's is drawn as often as skip, keep and insertions together; models for
-        embeddings and head are drawn alike.
+        Another model's layer in place of a position's is drawn as often as skip, keep and insertions
+        together; models for embeddings and head are drawn alike.
         """
         if not self.categorical:
             return ()
@@ -168,7 +170,7 @@ class PositionChoiceSpace:
         return self._genome(0, [0] * depth, [0.0] * depth)
 
     def choices(self, position: int) -> tuple[tuple[LayerRef, ...], ...]:
-        """The layers that each choice at a position puts on the route; the first choice keeps, the second skips.
+        """The layers that each choice at a position puts on the route: the first keeps, the second skips.
 
         Args:
             position: Layer of the path, in [0, pool.depth).
@@ -179,7 +181,7 @@ class PositionChoiceSpace:
         return tuple(choice.layers for choice in self._choices[position])
 
     def decode(self, genome: Sequence[float]) -> Recipe:
-        """See `SearchSpace.decode`; a choice that is no whole number of those there are is a ValueError too."""
+        """See `SearchSpace.decode`; a choice that does not exist is a ValueError too."""
         genes = finite_genes(genome, len(self.axes))
         outer, rest = self._split_outer(genes)
         utilities = self._utilities(rest)
@@ -308,8 +310,8 @@ class PositionChoiceSpace:
     def _parsed(self, layers: Sequence[LayerRef]) -> list[int] | None:
         """The choices, as few as possible not keep, that make a route; None if none do.
 
-        Dynamic programming from the end: for each position and layer of the route that is reached there, the fewest
-        changes that make the rest, and the choice that begins it.
+        Dynamic programming from the end: for each position and layer of the route that is reached there, the
+        fewest changes that make the rest, and the choice that begins it.
         """
         positions, total = len(self._choices), len(layers)
         best: dict[tuple[int, int], tuple[int, int]] = {(positions, total): (0, 0)}  # -> (changes, choice)
@@ -347,7 +349,7 @@ class PositionChoiceSpace:
         return tuple(genes)
 
     def _continuous_genes(self, count: int, choice: int) -> list[float]:
-        """The genes of a choice: a sample about them makes another one with the probability 1 - `keep_probability`."""
+        """The genes of a choice, about which a sample makes another one with 1 - `keep_probability`."""
         margin = self.sigma * NormalDist().inv_cdf(self.keep_probability ** (1 / (count - 1)))
         return [margin if number == choice else -margin for number in range(1, count)]
 
