@@ -77,38 +77,21 @@ def open_route_stage(request: StageRequest) -> Callable[[Start], Opening]:
 
     def open_from(start: Start) -> Opening:
         space = route_space(settings, parents, start)
-        sigma = stage.sigma or space.sigma
-        population = stage.population or pool.population(settings, num_workers, len(space.axes))
-
-        entry = route_optimizer(settings)
-        category_weights = (
-            space.category_weights if isinstance(space, PositionChoiceSpace) and space.categories else None
+        category_weights = None
+        if isinstance(space, PositionChoiceSpace) and space.categories:
+            category_weights = space.category_weights
+        optimizer_settings = OptimizerSettings(
+            sigma=request.stage.sigma or space.sigma,
+            diagonal=is_diagonal(settings.search.diagonal, request.evaluations, len(space.axes)),
+            categories=space.categories,
+            keep_probability=space.keep_probability,
+            category_weights=category_weights,
         )
         make = request.optimizers(route_optimizer(settings), optimizer_settings)
         hand = hand_baselines(settings, parents, start) if request.position else ()
         return Opening(space, make, hand, at_best=True, late=0.0)
 
-        def optimizer(genome: Sequence[float], island: int) -> Optimizer:
-            optimizer_settings = OptimizerSettings(
-                sigma=sigma,
-                population=population,
-                seed=settings.search.seed + STAGE_SEED_STEP * number + ISLAND_SEED_STEP * island,
-                diagonal=is_diagonal(settings.search.diagonal, begun, len(space.axes)),
-                categories=space.categories,
-                keep_probability=space.keep_probability,
-                category_weights=category_weights,
-            )
-            return entry.make(genome, optimizer_settings)
-
-        return Opening(
-            space,
-            optimizer,
-            hand_baselines(settings, parents, start) if number else (),
-            at_best=True,
-            late=0.0,
-        )
-
-    return opened
+    return open_from
 
 
 def route_optimizer(settings: Config) -> OptimizerEntry:

@@ -11,7 +11,7 @@ from statistics import NormalDist
 from evomerge.errors import ConfigError
 from evomerge.recipes import Recipe
 from evomerge.spaces.base import finite_genes
-from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, Scales, change_probability
+from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, Scales, mutation_probability
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class LayerIndicatorSpace:
         pool: The layers of a route; a search starts at the path of its `begin`.
         scales: 'hop' has a log scale for each position, 'matrix' one for each (layer before, layer), where
             layers of all rounds are the same; the scale of a route's first layer is 1.
-        expected_changes: How many positions differ from the path of `begin` in a first sample with the
-            standard deviation `sigma`, before the bounds; at most `MAX_CHANGED_SHARE` of all.
+        expected_mutations: How many positions differ from the path of `begin` in a first sample with the
+            standard deviation `sigma`, before the bounds; at most `MAX_MUTATED_SHARE` of all.
         repeats: How often the layers are gone through, at least 1.
 
     References:
@@ -38,7 +38,7 @@ class LayerIndicatorSpace:
 
     pool: LayerPool
     scales: Scales = "hop"
-    expected_changes: float = 2.0
+    expected_mutations: float = 2.0
     repeats: int = 2
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class LayerIndicatorSpace:
                 f"a route has at most {positions} layers with {self.repeats} repeats; "
                 f"ask for no more than that, got {least}"
             )
-        change_probability(self.expected_changes, positions)
+        mutation_probability(self.expected_mutations, positions)
 
     @property
     def sigma(self) -> float:
@@ -65,7 +65,7 @@ class LayerIndicatorSpace:
     @property
     def keep_probability(self) -> float:
         """Probability that a first sample leaves a position as it is at the start."""
-        return 1 - change_probability(self.expected_changes, len(self._positions))
+        return 1 - mutation_probability(self.expected_mutations, len(self._positions))
 
     @cached_property
     def axes(self) -> tuple[Gene, ...]:

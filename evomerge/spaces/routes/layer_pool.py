@@ -23,7 +23,7 @@ SIGMA = 1.0
 """The optimizer's first standard deviation, which genes are in units of."""
 LOG_SCALE_STEP = 0.05
 """Standard deviation of the logarithm of a scale in a first sample."""
-MAX_CHANGED_SHARE = 0.4
+MAX_MUTATED_SHARE = 0.4
 """Largest share of the positions that a first sample changes, however many were asked for."""
 _DIGITS = 4
 _MARGIN = (
@@ -204,22 +204,22 @@ class LayerPool:
         return LogisticCurve(math.log(low), math.log(high), 0.0, LOG_SCALE_STEP)
 
 
-def change_probability(expected_changes: float, positions: int) -> float:
+def mutation_probability(expected_mutations: float, positions: int) -> float:
     """The probability with which a first sample changes each position of a route.
 
     Args:
-        expected_changes: How many positions a first sample is to change on average, above 0.
+        expected_mutations: How many positions a first sample is to change on average, above 0.
         positions: How many there are.
 
     Returns:
-        expected_changes / positions, at most `MAX_CHANGED_SHARE`.
+        expected_mutations / positions, at most `MAX_MUTATED_SHARE`.
 
     Raises:
-        ConfigError: expected_changes is not above 0.
+        ConfigError: expected_mutations is not above 0.
     """
-    if not expected_changes > 0:
-        raise ConfigError(f"changes must be above 0, got {expected_changes:g}")
-    return min(expected_changes / positions, MAX_CHANGED_SHARE)
+    if not expected_mutations > 0:
+        raise ConfigError(f"changes must be above 0, got {expected_mutations:g}")
+    return min(expected_mutations / positions, MAX_MUTATED_SHARE)
 
 
 def _without_unit_factors(mix: Mix) -> Mix:

@@ -10,7 +10,7 @@ from statistics import NormalDist
 from evomerge.errors import ConfigError
 from evomerge.recipes import Recipe
 from evomerge.spaces.base import finite_genes
-from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, Scales, change_probability
+from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, Scales, mutation_probability
 
 _KEEP_UTILITY = 0.75
 """Utility of keeping a layer where a categorical gene chose otherwise: a repair first keeps such layers.
@@ -80,8 +80,8 @@ class PositionChoiceSpace:
         scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the
             position's layers, not those inserted after it. Of a skipped position it does nothing, and before
             a route's first layer it is 1. 'none' has no scales.
-        expected_changes: How many positions change in a first sample with the standard deviation `sigma`,
-            before the bounds; at most `MAX_CHANGED_SHARE` of all.
+        expected_mutations: How many positions change in a first sample with the standard deviation `sigma`,
+            before the bounds; at most `MAX_MUTATED_SHARE` of all.
         spans: Lengths of the inserted spans, at least 1, each of which ends at the position.
         categorical: Whether a position has one whole number instead of a gene for each choice.
         outer: Whether the model that gives embeddings and head is a choice too, the first; else it is
@@ -93,7 +93,7 @@ class PositionChoiceSpace:
 
     pool: LayerPool
     scales: Scales = "hop"
-    expected_changes: float = 2.0
+    expected_mutations: float = 2.0
     spans: tuple[int, ...] = (1, 2)
     categorical: bool = False
     outer: bool = False
@@ -111,7 +111,7 @@ class PositionChoiceSpace:
                 f"a route of at least {least} layers by changes of single positions: the least must be "
                 f"at most twice the {depth} layers of {self.pool.begin}, and spans must hold 1"
             )
-        change_probability(self.expected_changes, depth)
+        mutation_probability(self.expected_mutations, depth)
 
     @property
     def sigma(self) -> float:
@@ -121,7 +121,7 @@ class PositionChoiceSpace:
     @property
     def keep_probability(self) -> float:
         """Probability that a first sample keeps the layer of a position."""
-        return 1 - change_probability(self.expected_changes, self.pool.depth)
+        return 1 - mutation_probability(self.expected_mutations, self.pool.depth)
 
     @cached_property
     def categories(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from evomerge.recipes import Mix, Recipe, mergekit_yaml
 from evomerge.spaces import Range
 from evomerge.spaces.routes.hand_routes import hand_routes
 from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
-from evomerge.spaces.routes.layer_pool import LOG_SCALE_STEP, MAX_CHANGED_SHARE, LayerPool
+from evomerge.spaces.routes.layer_pool import LOG_SCALE_STEP, MAX_MUTATED_SHARE, LayerPool
 from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 from tests.support.toy import weight_space
 
@@ -197,7 +197,7 @@ def test_a_genome_that_is_none_is_refused(kind: str, bad: float | None) -> None:
 @pytest.mark.parametrize("changes", [0.5, 1.0, 2.0])
 def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, changes: float) -> None:
     """Exactly binomial: each position changes with probability changes / positions, on its own."""
-    space, size = EVERY[kind](expected_changes=changes), 600
+    space, size = EVERY[kind](expected_mutations=changes), 600
     sample = np.array(first_sample(space, size))
     if isinstance(space, LayerIndicatorSpace):
         positions = sum(d for _, d in space.pool.models) * space.repeats
@@ -215,7 +215,7 @@ def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, chan
             )
         own = [(space.pool.begin, i) for i in range(positions)]
         assert [not row.any() for row in changed] == [k == [own] for k in kept]
-    assert positions * MAX_CHANGED_SHARE > changes
+    assert positions * MAX_MUTATED_SHARE > changes
     low, high = stats.binom.ppf([1e-6, 1 - 1e-6], size * positions, changes / positions)
     assert low <= changed.sum() <= high
     each_low, each_high = stats.binom.ppf([1e-8, 1 - 1e-8], size, changes / positions)
@@ -225,8 +225,8 @@ def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, chan
 
 @each
 def test_more_changes_than_positions_are_capped(kind: str) -> None:
-    space = EVERY[kind](expected_changes=1000.0)
-    assert space.keep_probability == pytest.approx(1 - MAX_CHANGED_SHARE)
+    space = EVERY[kind](expected_mutations=1000.0)
+    assert space.keep_probability == pytest.approx(1 - MAX_MUTATED_SHARE)
     assert route(space.decode(space.start)) == [
         (space.pool.begin, i) for i in range(dict(space.pool.models)[space.pool.begin])
     ]
@@ -254,7 +254,7 @@ def test_scales_are_a_monotone_map_onto_their_range_and_back(scale_range: tuple[
 
 
 def test_a_first_samples_log_scales_have_the_deviation_step() -> None:
-    space = indicator_space(MODELS, "a", bounds=(6, 6), expected_changes=1e-9)
+    space = indicator_space(MODELS, "a", bounds=(6, 6), expected_mutations=1e-9)
     logs = np.log([space.decode(g).scales[1:] for g in first_sample(space, 800)])
     assert logs.std() == pytest.approx(LOG_SCALE_STEP, rel=0.05)
     assert abs(logs.mean()) < LOG_SCALE_STEP / 10
@@ -581,7 +581,7 @@ def test_a_stage_is_carried_by_the_routes_that_use_it_and_by_no_other() -> None:
         (lambda: indicator_space(MODELS, "a", bounds=(39, 50)), "38"),
         (lambda: indicator_space(MODELS, "a", scale_range=(1.0, 1.5)), "hold 1"),
         (lambda: indicator_space(MODELS, "a", scale_range=(0.0, 1.5)), "0.0001"),
-        (lambda: indicator_space(MODELS, "a", expected_changes=0.0), "above 0"),
+        (lambda: indicator_space(MODELS, "a", expected_mutations=0.0), "above 0"),
         (lambda: indicator_space(MODELS, "a", repeats=0), "repeats"),
         (lambda: choice_space(MODELS, "a", scales="matrix"), "indicator"),
         (lambda: choice_space(MODELS, "a", spans=(0,)), "at least 1"),
