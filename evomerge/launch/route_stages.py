@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from evomerge.checkpoints import Parent
 from evomerge.config import Config
@@ -17,6 +16,7 @@ from evomerge.search import Opening, Start
 from evomerge.spaces import Baseline
 from evomerge.spaces.routes.hand_routes import hand_routes
 from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
+from evomerge.spaces.routes.layer_pool import LayerPool
 from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 
 MERGED = "merged"
@@ -49,20 +49,14 @@ def route_space(
     elif name not in dict(models):
         models = [(name, parents[name].layout.num_layers), *models]
     depth = dict(models)[name]
-    common: dict[str, Any] = {
-        "models": tuple(models),
-        "begin": name,
-        "stage": stage,
-        "bounds": routes.layers or (max(1, depth // 2), 2 * depth),
-        "scales": routes.scales,
-        "scale_range": routes.scale_range,
-        "changes": routes.expected_mutations,
-        "out_dtype": settings.out_dtype,
-    }
+    bounds = routes.layers or (max(1, depth // 2), 2 * depth)
+    pool = LayerPool(tuple(models), name, stage, bounds, routes.scale_range, settings.out_dtype)
     if routes.genome == "indicator":
-        return LayerIndicatorSpace(**common, repeats=routes.repeats)
+        return LayerIndicatorSpace(pool, routes.scales, routes.expected_mutations, routes.repeats)
     return PositionChoiceSpace(
-        **common,
+        pool,
+        routes.scales,
+        routes.expected_mutations,
         spans=routes.spans,
         categorical=routes.genome == "categorical",
         outer=routes.embeddings == "any",
@@ -85,12 +79,12 @@ def open_route_stage(request: StageRequest) -> Callable[[Start], Opening]:
         space = route_space(settings, parents, start)
         category_weights = None
         if isinstance(space, PositionChoiceSpace) and space.categories:
-            category_weights = space.likely
+            category_weights = space.category_weights
         optimizer_settings = OptimizerSettings(
             sigma=request.stage.sigma or space.sigma,
             diagonal=is_diagonal(settings.search.diagonal, request.evaluations, len(space.axes)),
             categories=space.categories,
-            keep_probability=space.stay,
+            keep_probability=space.keep_probability,
             category_weights=category_weights,
         )
         make = request.optimizers(route_optimizer(settings), optimizer_settings)

@@ -1,7 +1,7 @@
-"""Hands jobs to a pool and takes its results; stores attempts, driver time and backups; ends a search on a stop or a budget.
+"""Between a search and its pool: submits jobs, stores attempts and hours, ends on a stop or a budget.
 
-Everything that a search asks of its pool goes through one `Dispatch`. It knows nothing of generations or optimizers:
-`evomerge.search.event_loop` runs those.
+Everything that a search asks of its pool goes through one `Dispatch`. It knows nothing of generations or
+optimizers: `evomerge.search.event_loop` runs those.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class Dispatch:
         self._last_tick = time.monotonic()
 
     def request_stop(self) -> StopRequest:
-        """Asks the search to end; a second request drops what is in flight. May be called from a signal handler.
+        """Asks the search to end; a second request drops what is in flight.
+
+        May be called from a signal handler.
 
         Returns:
             What is requested now.
@@ -175,7 +177,7 @@ class Dispatch:
         return None
 
     def record_activity(self) -> None:
-        """Stores the attempts that ended; once a second also the driver's time, a due backup and a stop by file."""
+        """Stores ended attempts; once a second also driver time and a due backup, and reads stop requests."""
         attempts = self.pool.attempts()
         if attempts:
             self.store.activity.add_attempts(attempts)

@@ -1,4 +1,4 @@
-"""The event loop of a search: submits the jobs of open generations and hands each result to the generation waiting for it."""
+"""The event loop of a search: submits jobs of open generations and hands results to those that wait."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _JobsInFlight:
     keys: dict[int, _Key] = field(default_factory=dict)
 
     def add(self, key: _Key, waiting: _Waiting) -> bool:
-        """Notes who waits for an evaluation; says whether nobody did before, so that a job must be submitted."""
+        """Adds a generation that waits; True if nobody waited before, so that a job must be submitted."""
         is_new = key not in self.waiting
         self.waiting.setdefault(key, []).append(waiting)
         return is_new

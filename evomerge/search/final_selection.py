@@ -1,4 +1,4 @@
-"""The end of a search: finalists of each stage, the winner by validation, and the test of the winner and the references."""
+"""The end of a search: finalists of each stage, the winner by validation, the test of the winner."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Election:
 class FinalSelection:
     """Chooses finalists, validates them, and tests the winner.
 
-    The winner is chosen on validation items; test items are scored only for the winner and the references, once it is
-    chosen.
+    The winner is chosen on validation items; test items are scored only for the winner and the references,
+    once it is chosen.
     """
 
     def __init__(self, plan: Plan, store: Store, runner: GenerationRunner) -> None:
@@ -74,7 +74,7 @@ class FinalSelection:
     def finalists(
         self, islands: Sequence[Island], references: Sequence[Trial], late_after: float, last: int
     ) -> tuple[Trial, ...]:
-        """A stage's candidates that are validated: the means of its distributions, and the leaders of late generations.
+        """A stage's candidates for validation: means of its distributions and leaders of late generations.
 
         Args:
             islands: Of the stage, after their last generations.
@@ -97,7 +97,8 @@ class FinalSelection:
         """Scores finalists and references on the validation items and chooses the best.
 
         Args:
-            references: Parents and hand recipes, which may win too: a search never ends below the best of them.
+            references: Parents and hand recipes, which may win too: a search never ends below the best of
+                them.
             searched: The stages so far.
 
         Returns:
@@ -227,7 +228,7 @@ class FinalSelection:
 
 
 def _best_finalist(searched: SearchedStage, validated: Mapping[str, Scored]) -> int | None:
-    """Id of the stage's finalist that is best on validation, the first of equals; None where none could be scored."""
+    """Id of the stage's finalist that is best on validation; None where none could be scored."""
     best: tuple[float, int] | None = None
     for trial in searched.finalists:
         score = validated[trial.recipe_id].score

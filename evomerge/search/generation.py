@@ -1,4 +1,4 @@
-"""A generation in evaluation: its candidates by slot, the recipes that are not scored yet, its trials in the order of slots."""
+"""A generation in evaluation: its candidates by slot, the recipes not scored yet, the trials so far."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from evomerge.workers import Job
 class Generation:
     """Candidates that are scored on the same items, some of them perhaps scored already.
 
-    Evaluations may come in any order. Trials are stored in the order of slots, as soon as all earlier slots have theirs,
-    so that a store does not depend on which worker was first; an evaluation that comes before those of earlier slots is
-    stored at once, its trial with theirs. Equal recipes are evaluated once. Nothing here needs a pool:
+    Evaluations may come in any order. Trials are stored in the order of slots, as soon as all earlier slots
+    have theirs, so that a store does not depend on which worker was first; an evaluation that comes before
+    those of earlier slots is stored at once, its trial with theirs. Equal recipes are evaluated once. Nothing
+    here needs a pool:
 
         generation = runner.open(1, candidates, counter)
         for job in generation.jobs:
@@ -27,10 +28,12 @@ class Generation:
 
     Attributes:
         number: Of the generation in the study.
-        items: Task -> ids of the items that every candidate is scored on; empty where nothing was left to score.
+        items: Task -> ids of the items that every candidate is scored on; empty where nothing was left to
+            score.
         pending: Slot -> candidate that had no trial when the generation was opened, in the order of slots.
         recipe_ids: Slot -> id of that candidate's recipe.
-        jobs: One for each distinct recipe that the store had no evaluation of, with the slot of its first candidate.
+        jobs: One for each distinct recipe that the store had no evaluation of, with the slot of its first
+            candidate.
         evaluations: Recipe id -> evaluation on `items`, as far as it is known.
         trials: Slot -> stored trial.
         recorder: Writes evaluations and trials.

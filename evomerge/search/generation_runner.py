@@ -1,4 +1,4 @@
-"""Opens the generations of a study: their items, the jobs that the store does not answer, races. Asks no optimizer."""
+"""Opens the generations of a study: their items, the jobs the store does not answer, races."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ class GenerationRunner:
         runner = GenerationRunner(plan, store, dispatch.results)
         trials = runner.complete(runner.open(1, candidates, ProgressCounter("search", len(candidates))))
 
-    A program that evaluates recipes itself needs no pool: it takes `Generation.jobs` and calls `Generation.add`.
+    A program that evaluates recipes itself needs no pool: it takes `Generation.jobs` and calls
+    `Generation.add`.
 
     Attributes:
         plan: Of the study.
         store: That evaluations are read from and written to.
         windows: Items of each generation.
         recorder: Writes trials; its `stage` is the number they are stored under.
-        best_parents: Task of the retention constraint -> its best parent, once `find_best_parents` was called.
+        best_parents: Task of the retention constraint -> its best parent, once `find_best_parents` was
+            called.
     """
 
     def __init__(
@@ -89,8 +91,8 @@ class GenerationRunner:
             number: Of the generation in the study.
             candidates: In the order of slots.
             counter: Is advanced with each trial.
-            mu: How many of the best an optimizer learns from; above 0 the generation is raced, if the plan has a race,
-                and is complete when this returns.
+            mu: How many of the best an optimizer learns from; above 0 the generation is raced, if the plan
+                has a race, and is complete when this returns.
             turn: Jobs of a lower turn begin first, see `Job`.
 
         Returns:
@@ -265,10 +267,10 @@ class GenerationRunner:
         on_trial: Callable[[Trial], None],
         counter: ProgressCounter,
     ) -> None:
-        """Races a whole generation and stores a trial for each candidate that has none yet, in the order of slots.
+        """Races a whole generation and stores a trial for each candidate without one, in the order of slots.
 
-        What a rung adds is stored as it is scored, so that an interrupted race goes on where it was. An evaluation on
-        all items that is known, such as a hand recipe's, is read instead.
+        What a rung adds is stored as it is scored, so that an interrupted race goes on where it was. An
+        evaluation on all items that is known, such as a hand recipe's, is read instead.
         """
         items, store, race = self.windows.items(number), self.store, self.plan.race
         assert race is not None

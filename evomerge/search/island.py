@@ -1,4 +1,4 @@
-"""An island: one optimizer's search within a stage, as a state that is advanced whenever its oldest generation is complete."""
+"""An island: one optimizer's search within a stage, advanced when its oldest generation is complete."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class IslandSettings:
         space: Decodes genomes.
         injected: Stored trials with their genomes that the first generation begins with.
         parents: Ids of trials that the first candidates come from.
-        first_generation: Number of the stage's first generation. Those of the islands take turns: the n-th generation,
-            from 0, of island i is `first_generation` + n `count` + i.
+        first_generation: Number of the stage's first generation. Those of the islands take turns: the n-th
+            generation, from 0, of island i is `first_generation` + n `count` + i.
         first_trial_id: Id of the stage's first trial.
-        pipelined: Whether each generation but the first is asked before the results of the one before it are all there.
+        pipelined: Whether each generation but the first is asked before the results of the one before it are
+            all there.
     """
 
     number: int
@@ -60,8 +61,8 @@ class _OpenGeneration:
 class Island:
     """Asks an optimizer for generations, and tells it of each that is complete, the oldest first.
 
-    A pipelined island has two generations open, so that no worker waits for the last candidates of one; each generation
-    then learns from those before the last, whoever is first. No pool is needed:
+    A pipelined island has two generations open, so that no worker waits for the last candidates of one; each
+    generation then learns from those before the last, whoever is first. No pool is needed:
 
         island = Island(settings, optimizer, runner, budget_ended=lambda generation: False)
         generations = deque(island.advance())
@@ -92,7 +93,8 @@ class Island:
             settings: Of this island.
             optimizer: At the start of its search.
             runner: Opens generations.
-            budget_ended: Given the last generation that was asked for, says whether a budget ends the island there.
+            budget_ended: Given the last generation that was asked for, says whether a budget ends the island
+                there.
             show: Called with the progress after each complete generation.
         """
         self.settings = settings
@@ -115,10 +117,10 @@ class Island:
         return self._is_over and not self._open
 
     def advance(self) -> list[Generation]:
-        """Tells the optimizer of the generations that are complete, in their order, and asks for the next ones.
+        """Tells the optimizer of complete generations, in their order, and asks for the next ones.
 
-        To be called once at the start and after each evaluation. Generations that the store holds already are opened,
-        told and passed at once, which is how a resumed study replays.
+        To be called once at the start and after each evaluation. Generations that the store holds already are
+        opened, told and passed at once, which is how a resumed study replays.
 
         Returns:
             The generations opened by this call, in their order; their jobs are to be evaluated.
@@ -203,8 +205,8 @@ def standing(trial: Trial, objective: Objective) -> Standing | None:
         objective: Of the study, for its tie-breaker.
 
     Returns:
-        Its standing; None for a failed candidate. One that the perplexity screen rejected ranks below all that were
-        scored, by its perplexity, so that an optimizer learns from the less broken ones.
+        Its standing; None for a failed candidate. One that the perplexity screen rejected ranks below all
+        that were scored, by its perplexity, so that an optimizer learns from the less broken ones.
     """
     if trial.score is None:
         if NATS_PER_TOKEN not in trial.metrics:

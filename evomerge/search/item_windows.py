@@ -23,8 +23,9 @@ class _Window:
 class ItemWindows:
     """Items of every generation, from the seed alone: windows that are disjoint within an epoch.
 
-    An epoch goes through a task's items once, in an order of its own; items that no longer fill a window are left out of
-    it. Generation 0 (parents and hand recipes) and generation 1 share a window, so that they are comparable.
+    An epoch goes through a task's items once, in an order of its own; items that no longer fill a window are
+    left out of it. Generation 0 (parents and hand recipes) and generation 1 share a window, so that they are
+    comparable.
 
     Attributes:
         pool: Task -> ids of all its search items.
@@ -52,7 +53,8 @@ class ItemWindows:
 
         Args:
             trial: A stored trial.
-            last: The last generation; the mean of its distribution is scored on the items of the generation after it.
+            last: The last generation; the mean of its distribution is scored on the items of the generation
+                after it.
 
         Returns:
             Task -> number of complete epochs.

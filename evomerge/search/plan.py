@@ -1,4 +1,4 @@
-"""What a search is made of: its stages, and what each needs to run. Runs nothing."""
+"""What a search is made of: its stages, and what each needs to run. Nothing runs here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from evomerge.spaces.base import SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What the stages before a stage came to. label: of a parent or hand recipe."""
+    """What the stages before a stage found.
+
+    Attributes:
+        recipe: The best so far.
+        label: Its name, if it is a parent or a hand recipe.
+    """
 
     recipe: Recipe
     label: str | None
@@ -24,9 +29,17 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A stage ready to run. optimizer: makes one from its starting genome, for the island of that number; hand: recipes scored
-    before it; at_best: start at the best known recipe that the space can hold; late: the share of its generations after which candidates may become
-    finalists, 0 for all: where a distribution converges the early ones were lucky."""
+    """A stage ready to run.
+
+    Attributes:
+        space: Decodes the optimizer's genomes.
+        optimizer: Makes an optimizer from its starting genome and the number of its island, from 0.
+        hand: Recipes scored before the stage, in a generation of their own; those of a first stage are the plan's
+            baselines.
+        at_best: Whether to start at the best known recipe that the space can hold, else at `space.start`.
+        late: Share of the stage's generations, in [0, 1], after which candidates may become finalists. Where a
+            distribution converges, early candidates owe a high score to selection bias.
+    """
 
     space: SearchSpace
     optimizer: Callable[[Sequence[float], int], Optimizer]
@@ -37,8 +50,14 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """name: 'weights' or 'routes'; evaluations: its budget; open: makes it from what the stages before came to (of a first
-    stage: the best parent or recipe by hand, on the search items)."""
+    """A stage of a search.
+
+    Attributes:
+        name: 'weights' or 'routes'.
+        evaluations: Its budget; it ends with the generation that reaches it.
+        open: Makes the stage from what the stages before found; a first stage starts from the best parent or hand
+            recipe on the search items.
+    """
 
     name: str
     evaluations: int
@@ -47,9 +66,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a user may be shown. stage: 'parents and hand recipes', 'search', 'validation' or 'test'.
+    """Progress of a search, as shown to a user.
 
-    best: the stage's best objective so far; note: a line worth printing, or ''.
+    Attributes:
+        stage: 'parents and hand recipes', 'search', 'validation', 'test' or a label like these.
+        done: Candidates of it that are scored.
+        total: Candidates that it will have.
+        best: Its best objective so far; None where unknown.
+        note: A line to be printed, or ''.
     """
 
     stage: str
@@ -61,11 +85,24 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A search ready to run. items: all items of each role; per_generation: items of each task a generation is scored on, or
-    task -> items; soup: makes the average of some parents, for a greedy soup among the hand recipes. race: None scores every
-    candidate on all items of its generation. islands: searches side by side in each stage, that share its budget. pipelined:
-    a generation is asked before the results of the one before it are all there. Raises ConfigError for a race with an objective
-    that cannot be raced, or with a pipelined search."""
+    """A search ready to run.
+
+    Attributes:
+        stages: At least one, in the order in which they run.
+        baselines: Parents and hand recipes, which are generation 0.
+        objective: What is maximized.
+        items: Role -> task -> ids of all its items.
+        per_generation: Items of each task that a generation is scored on, or task -> items.
+        finalists: Candidates of each stage that are validated, the means of its distributions not counted twice.
+        seed: Keys the windows of items.
+        soup: Makes the average of some parents, for a greedy soup among the hand recipes; None for no soup.
+        race: How candidates are dropped early; None scores every candidate on all items of its generation.
+        islands: Searches side by side in each stage, which share its budget.
+        pipelined: Whether a generation is asked before the results of the one before it are all there.
+
+    Raises:
+        ConfigError: No stage, a race with an objective that cannot be raced, or a race in a pipelined search.
+    """
 
     stages: Sequence[Stage]
     baselines: Sequence[Baseline]
@@ -97,7 +134,18 @@ def one_stage(
     at_best: bool = False,
     name: str = "weights",
 ) -> tuple[Stage]:
-    """A search of a single stage, whatever the parents are worth."""
+    """A search of a single stage, which does not depend on which parent is best.
+
+    Args:
+        space: Of the stage.
+        optimizer: Makes an optimizer from its starting genome; all islands get the same one.
+        evaluations: Budget.
+        at_best: See `Opening.at_best`.
+        name: See `Stage.name`.
+
+    Returns:
+        The stages of a `Plan`.
+    """
     return (
         Stage(
             name,
@@ -107,4 +155,7 @@ def one_stage(
     )
 
 
-STAGE_SEED_STEP, ISLAND_SEED_STEP = 1_000_003, 15_485_863  # between the seeds of optimizers
+STAGE_SEED_STEP = 1_000_003
+"""Difference between the optimizer seeds of two consecutive stages."""
+ISLAND_SEED_STEP = 15_485_863
+"""Difference between the optimizer seeds of two consecutive islands."""

@@ -1,7 +1,8 @@
-"""The retention constraint (`keep` in the search file): tasks on which a candidate must come near the best parent.
+"""The retention constraint (`keep` in the search file): how near a candidate must come to the best parent.
 
-A task's floor is the mean of its best parent on the same items, less what may be lost. The best parent is found once, on
-all search items; its mean on any generation's items then follows from its item scores, without another evaluation.
+A task's floor is the mean of its best parent on the same items, less what may be lost. The best parent is
+found once, on all search items; its mean on any generation's items then follows from its item scores, without
+another evaluation.
 """
 
 from __future__ import annotations

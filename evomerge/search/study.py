@@ -1,9 +1,9 @@
-"""Runs a study: parents and hand recipes, the stages of its search from each other's best, then validation and test.
+"""Runs a study: parents and hand recipes, stages that start from each other's best, validation, test.
 
-Resume is replay: the same code runs from the start, and whatever the store already holds is not evaluated again. A stage
-may have several islands, searches of their own that share the pool, so that no worker waits for the last of one
-generation. Results are stored as they come, and become trials in the order of slots, with ids that do not depend on who
-was first. Knows nothing of Ray or lm-eval.
+Resume is replay: the same code runs from the start, and whatever the store already holds is not evaluated
+again. A stage may have several islands, searches of their own that share the pool, so that no worker waits
+for the last of one generation. Results are stored as they come, and become trials in the order of slots, with
+ids that do not depend on who was first. Knows nothing of Ray or lm-eval.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class Study:
             searched.append(SearchedStage(stage, first, last, late_after, finalists))
             if number + 1 < len(self.plan.stages):
                 best = self._finals.elect(references, searched).winner
-                note = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}: candidate {best.id} goes on"
+                place = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}"
+                note = f"{place}: candidate {best.id} goes on"
                 self.show(Progress(stage.name, 1, 1, None, note))
         return self._finals.outcome(references, searched)
 
@@ -158,7 +159,7 @@ class Study:
         return self.runner.complete(self.runner.open(number, candidates, counter))
 
     def _greedy_soup(self, trials: list[Trial]) -> list[Trial]:
-        """Adds the greedy soup: parents from the best down, each averaged in if the average does not get worse.
+        """Adds the greedy soup: parents from the best down, averaged in if the average does not get worse.
 
         References:
             Wortsman et al. 2022, "Model soups", arXiv:2203.05482, recipe 1, on the search items.

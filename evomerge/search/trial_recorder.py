@@ -1,4 +1,4 @@
-"""Turns evaluations into rows of the store: what ranks a candidate, what is reported, its constraint violation."""
+"""Turns evaluations into rows of the store: what ranks a candidate, what is reported, its violation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """score: what ranks it; reported: the objective by the tasks' metrics; task_values: its point on the Pareto front."""
+    """score: ranks it; reported: the objective by the tasks' metrics; task_values: its Pareto point."""
 
     score: float | None = None
     reported: float | None = None
@@ -147,8 +147,8 @@ class TrialRecorder:
             generation: Its number.
             slot: Place of the candidate in it.
             candidate: What was tried.
-            result: How it fared. Where a score on all items is predicted, that score ranks it and it has no place on
-                the Pareto front.
+            result: How it fared. Where a score on all items is predicted, that score ranks it and it has no
+                place on the Pareto front.
             item_count: How many items the generation is raced on.
 
         Returns:
@@ -183,7 +183,7 @@ class TrialRecorder:
         )
 
     def _scores(self, evaluation: Evaluation) -> _Scores:
-        """The scores of an evaluation on search items; all None for one that failed or has no finite score."""
+        """The scores of an evaluation on search items; all None if it failed or has no finite score."""
         reported = self.objective.reported_score(evaluation)
         if reported is None:
             return _Scores()

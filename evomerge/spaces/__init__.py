@@ -1,4 +1,10 @@
-"""Genome <-> recipe: the only place where a vector becomes a recipe, and the hand recipes to beat."""
+"""Genome <-> recipe: the only place where a vector becomes a recipe, and the hand recipes to beat.
+
+`weights` merges whole models by groups of layers, `routes` stacks layers of several models, `route_weights`
+merges the layers of a given route. All of them are a `SearchSpace` (`base`): axes with names, a start,
+`decode` and `encode`. `logistic_curve` maps a gene to a value inside its bounds; `baselines` are parents and
+recipes written by hand. Optimizers know none of this: they see vectors.
+"""
 
 from __future__ import annotations
 

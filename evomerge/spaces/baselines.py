@@ -14,7 +14,13 @@ from evomerge.spaces.weights import WeightSpace
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A recipe scored before the search. label: what it is called in tables."""
+    """A recipe scored before the search.
+
+    Attributes:
+        label: What it is called in tables.
+        origin: 'parent' for a model as it is, 'hand' for a recipe written by hand.
+        recipe: What is scored.
+    """
 
     label: str
     origin: Literal["parent", "hand"]
@@ -22,15 +28,30 @@ class Baseline:
 
 
 def baselines(space: WeightSpace) -> list[Baseline]:
-    """Parents first, then hand recipes over all models of a space: the same for every search method."""
+    """Parents first, then hand recipes over all models of a space: the same for every search method.
+
+    Args:
+        space: Its layers, base and models are used; its method and ranges are not.
+
+    Returns:
+        Parents as they are (the base first), uniform average, task arithmetic, TIES, DARE-TIES, SLERP for two
+        models, each model's task vector alone, and pairs of task vectors for three or four models.
+    """
     return [*_parents(space), *_hand(space)]
 
 
 def soup(space: WeightSpace, names: Sequence[str]) -> Baseline:
-    """The plain average of some of a space's models, the base among them or not."""
-    return Baseline(
-        f"soup of {' + '.join(names)}", "hand", _with(space, "linear", tuple(names)).uniform({"weight": 1.0})
-    )
+    """The plain average of some of a space's models.
+
+    Args:
+        space: Its layers are used.
+        names: Models, the base among them or not.
+
+    Returns:
+        A hand recipe.
+    """
+    average = _with(space, "linear", tuple(names)).uniform({"weight": 1.0})
+    return Baseline(f"soup of {' + '.join(names)}", "hand", average)
 
 
 def _parents(space: WeightSpace) -> Iterator[Baseline]:
@@ -45,11 +66,10 @@ def _hand(space: WeightSpace) -> Iterator[Baseline]:
     sums = _with(space, "task_arithmetic", models)
     for weight in (0.3, 0.5, 0.7, 1.0):
         yield Baseline(f"task arithmetic {weight:g}", "hand", sums.uniform({"weight": weight}))
-    yield Baseline(
-        "TIES .5, normalized", "hand", _with(space, "ties", models).uniform({"weight": 1.0, "density": 0.5})
-    )
+    ties = _with(space, "ties", models)
+    yield Baseline("TIES .5, normalized", "hand", ties.uniform({"weight": 1.0, "density": 0.5}))
     summed = {"weight": 1.0, "density": 0.5, "normalize": 0.0}
-    yield Baseline("TIES .5, sum", "hand", _with(space, "ties", models).uniform(summed))
+    yield Baseline("TIES .5, sum", "hand", ties.uniform(summed))
     for weight in (0.5, 1.0):
         recipe = _with(space, "dare_ties", models).uniform({"weight": weight, "density": 0.5})
         yield Baseline(f"DARE-TIES .5, weight {weight:g}", "hand", recipe)

@@ -1,29 +1,40 @@
-"""Weights once more, on a route: a few numbers that move what each model has in groups of its layers. Knows nothing of optimizers.
+"""Weight search on a given route: numbers that move the weight of each model in groups of output layers.
 
-The route stays as it is, its merged layers become other merges of the same models; a layer passed through becomes the sum
-of task vectors that it is a corner of.
+The route stays as it is. Its merged layers become other merges of the same models; a layer passed through
+becomes the sum of task vectors that equals it, with weight 1 for its own model and 0 for the others. Knows
+nothing of optimizers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from evomerge.methods import method
 from evomerge.recipes import Filtered, Mix, ParamValue, Recipe, Setting, Source, params
-from evomerge.spaces.base import Axis
+from evomerge.spaces.base import Axis, finite_genes
 
 WEIGHT = "weight"
+"""Name of the parameter that is searched."""
 
 
 @dataclass(frozen=True)
 class RouteWeightSpace:
     """Weight search around a recipe: in each group of output layers, what is added to each model's weight.
 
-    recipe: what is searched around; models: those whose weights move; groups: how many groups of output layers; reach: most
-    that a weight moves. A genome of zeros is the recipe itself. A layer whose merge has no weight for each model stays as it is.
+    A genome of zeros is the recipe itself. A layer whose merge has no weight for each model stays as it is.
+
+    Example:
+        space = RouteWeightSpace(route, "base", ("math", "code"), groups=4)
+
+    Attributes:
+        recipe: What is searched around.
+        base: Name of the base model, of which task vectors are taken.
+        models: Those whose weights move.
+        groups: How many groups of consecutive output layers there are, at most as many as layers.
+        reach: Most that a weight moves, above 0.
     """
 
     recipe: Recipe
@@ -31,17 +42,15 @@ class RouteWeightSpace:
     models: tuple[str, ...]
     groups: int
     reach: float = 0.5
-    axes: tuple[Axis, ...] = field(init=False)
-    _mixes: tuple[Mix, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_mixes", tuple(self._plain(mix) for mix in self.recipe.layers))
-        axes = [
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """One for each gene: by group, then by model."""
+        return tuple(
             Axis(f"hops {span.start}-{span.stop - 1}", None, WEIGHT, model, -self.reach, self.reach, 0.0)
             for span in self.spans()
             for model in self.models
-        ]
-        object.__setattr__(self, "axes", tuple(axes))
+        )
 
     @property
     def start(self) -> tuple[float, ...]:
@@ -55,26 +64,39 @@ class RouteWeightSpace:
         return [range(a, b) for a, b in pairwise(edges)]
 
     def decode(self, genome: Sequence[float]) -> Recipe:
-        """The recipe of a genome [len(axes)]; raises ValueError for another length or a value that is not finite."""
-        if len(genome) != len(self.axes) or not all(math.isfinite(g) for g in genome):
-            raise ValueError(f"a genome has {len(self.axes)} finite numbers, got {len(genome)}")
-        moved = [axis.value(g) for axis, g in zip(self.axes, genome, strict=True)]
-        if not any(moved):
+        """See `SearchSpace.decode`."""
+        genes = finite_genes(genome, len(self.axes))
+        changes = [axis.value(gene) for axis, gene in zip(self.axes, genes, strict=True)]
+        if not any(changes):
             return self.recipe
         layers: list[Mix] = []
         for number, span in enumerate(self.spans()):
-            own = dict(zip(self.models, moved[number * len(self.models) :], strict=False))
-            layers += [
-                self._moved(self._mixes[i], own) if any(own.values()) else self.recipe.layers[i] for i in span
-            ]
+            first = number * len(self.models)
+            by_model = dict(zip(self.models, changes[first : first + len(self.models)], strict=True))
+            if any(by_model.values()):
+                layers += [self._moved(self._weighted_layers[i], by_model) for i in span]
+            else:
+                layers += [self.recipe.layers[i] for i in span]
         return self._without_stages(layers)
 
+    @cached_property
+    def _weighted_layers(self) -> tuple[Mix, ...]:
+        """The recipe's layers as merges with a weight for each model."""
+        return tuple(self._weighted(mix) for mix in self.recipe.layers)
+
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
-        """Zeros for the recipe itself, None for any other."""
+        """Finds the genome of the recipe that is searched around.
+
+        Args:
+            recipe: Any recipe.
+
+        Returns:
+            Zeros for the recipe itself, None for any other.
+        """
         return self.start if recipe.id == self.recipe.id else None
 
     def _without_stages(self, layers: Sequence[Mix]) -> Recipe:
-        """The recipe with other layers; what a stage gave is written out, so that no stage is needed."""
+        """The recipe with other layers; what intermediate merges gave is written out, so none is needed."""
         stages = dict(self.recipe.stages)
 
         def resolved(mix: Mix, part: Callable[[Recipe, int | None], Mix]) -> Mix:
@@ -91,13 +113,13 @@ class RouteWeightSpace:
             seed=first.seed,
         )
 
-    def _plain(self, mix: Mix) -> Mix:
+    def _weighted(self, mix: Mix) -> Mix:
         """A layer as a merge with a weight for each model."""
         stages = dict(self.recipe.stages)
         name, layer = mix.sources[0]
         if mix.method == "passthrough" and name in stages:
             assert layer is not None
-            return self._plain(stages[name].layers[layer])
+            return self._weighted(stages[name].layers[layer])
         if mix.method == "passthrough":
             sources: tuple[Source, ...] = tuple((m, layer) for m in self.models)
             corner = tuple(float(m == name) for m in self.models)
@@ -109,8 +131,8 @@ class RouteWeightSpace:
             )
         return mix
 
-    def _moved(self, mix: Mix, by: dict[str, float]) -> Mix:
-        """A merge with its models' weights moved; models that it lacks are left out."""
+    def _moved(self, mix: Mix, by_model: dict[str, float]) -> Mix:
+        """A merge with its models' weights moved; changes of models that it lacks have no effect."""
         rule = method(mix.method).param(WEIGHT)
         if rule is None or rule.per != "model":
             return mix
@@ -118,13 +140,14 @@ class RouteWeightSpace:
         values: ParamValue = given.get(WEIGHT, rule.default)
         each = values if isinstance(values, tuple) else (values,) * len(mix.sources)
         weights = tuple(
-            _add(value, by.get(model, 0.0), rule.digits)
+            _add(value, by_model.get(model, 0.0), rule.digits)
             for (model, _), value in zip(mix.sources, each, strict=True)
         )
         return replace(mix, params=params({**given, WEIGHT: weights}))
 
 
-def _add(value: Setting, by: float, digits: int) -> Setting:
+def _add(value: Setting, change: float, digits: int) -> Setting:
+    """A setting with each of its numbers moved."""
     if isinstance(value, Filtered):
-        return Filtered(tuple((text, round(number + by, digits)) for text, number in value.cases))
-    return round(value + by, digits)
+        return Filtered(tuple((text, round(number + change, digits)) for text, number in value.cases))
+    return round(value + change, digits)

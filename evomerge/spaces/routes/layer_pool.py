@@ -1,4 +1,7 @@
-"""The layers that a route may take, the recipe that a route is, and the scales of its hops. Knows nothing of genomes' layouts."""
+"""The layers that a route may take, the recipe that a route is, and the scales between its layers.
+
+Knows nothing of how a genome is laid out: that is a space's.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,64 @@ from typing import Literal
 
 from evomerge.errors import ConfigError
 from evomerge.recipes import Mix, Recipe
+from evomerge.spaces.logistic_curve import LogisticCurve
 
-Hop = tuple[str, int]
-"""(model, layer): one layer on a route's way."""
+LayerRef = tuple[str, int]
+"""(model, layer): one layer of a route."""
 Scales = Literal["none", "hop", "matrix"]
+"""Which scales a genome has: none, one for each position, or one for each pair (layer before, layer)."""
 
 SIGMA = 1.0
-"""The optimizer's first standard deviation that genes are in units of."""
-STEP = 0.05
+"""The optimizer's first standard deviation, which genes are in units of."""
+LOG_SCALE_STEP = 0.05
 """Standard deviation of the logarithm of a scale in a first sample."""
-MOST = 0.4
-"""Largest share of the positions that a first sample changes, whatever was asked."""
+MAX_MUTATED_SHARE = 0.4
+"""Largest share of the positions that a first sample changes, however many were asked for."""
 _DIGITS = 4
-_EDGE = (
-    1e-6  # a scale on a bound is encoded this fraction of the range inside, near enough to be rounded back
+_MARGIN = (
+    1e-6  # a scale on a bound is encoded this fraction of the range inside: near enough to be rounded back
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Gene:
-    """One searched number."""
+    """One searched number of a route.
+
+    Attributes:
+        name: What it changes.
+    """
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """The layers of a route and their scales.
+
+    Attributes:
+        layers: In the order in which a forward passes them.
+        scales: Of the hidden state that enters each layer; the first is 1.
+    """
+
+    layers: tuple[LayerRef, ...]
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPool:
-    """models: (name, depth) in order; begin: the model that gives base, embeddings and head and whose path a search starts at;
-    stage: (name, recipe) of a model among them that is a merge itself; bounds: [least, most] layers of a route;
-    scale_range: bounds of a scale, 1 between them. Raises ConfigError.
+    """The models of a route search: which layers a route may take, and what a route is as a recipe.
+
+    Example:
+        pool = LayerPool((("math", 32), ("code", 32)), "math", bounds=(24, 48))
+        recipe = pool.recipe([("math", 0), ("code", 1)], [1.0, 1.0])
+
+    Attributes:
+        models: (name, depth) pairs in order; a depth is at least 1.
+        begin: The model that gives base, embeddings and head, and whose path of layers a search starts at.
+        stage: (name, recipe) of a model among them that is an intermediate merge; None if all are parents.
+        bounds: (least, most) layers of a route, at least 1.
+        scale_range: Bounds of a scale, with 1 between them, at least 0.0001.
+        out_dtype: Type of the merged model's tensors.
     """
 
     models: tuple[tuple[str, int], ...]
@@ -48,18 +80,19 @@ class LayerPool:
     out_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in self.models]
-        if len(set(names)) < len(names) or any(depth < 1 for _, depth in self.models):
+        depths = dict(self.models)
+        if len(depths) < len(self.models) or any(depth < 1 for depth in depths.values()):
             raise ConfigError(
-                f"a route's models have names of their own and at least one layer each, got {list(self.models)}"
+                "a route's models have names of their own and at least one layer each, "
+                f"got {list(self.models)}"
             )
-        for name in [self.begin] + ([self.stage[0]] if self.stage else []):
-            if name not in names:
-                raise ConfigError(f"'{name}' is not among the models of the route: {', '.join(names)}")
-        if self.stage is not None and len(self.stage[1].layers) != dict(self.models)[self.stage[0]]:
-            raise ConfigError(
-                f"'{self.stage[0]}' has {len(self.stage[1].layers)} layers, not {dict(self.models)[self.stage[0]]}"
-            )
+        for name in [self.begin, *([self.stage[0]] if self.stage else [])]:
+            if name not in depths:
+                raise ConfigError(f"'{name}' is not among the models of the route: {', '.join(depths)}")
+        if self.stage is not None:
+            name, merged = self.stage
+            if len(merged.layers) != depths[name]:
+                raise ConfigError(f"'{name}' has {len(merged.layers)} layers, not {depths[name]}")
         if not 1 <= self.bounds[0] <= self.bounds[1]:
             raise ConfigError(
                 f"the layers of a route are [least, most], both at least 1, got {list(self.bounds)}"
@@ -71,7 +104,7 @@ class LayerPool:
             )
 
     @property
-    def layers(self) -> tuple[Hop, ...]:
+    def layers(self) -> tuple[LayerRef, ...]:
         """Every layer of every model, in order."""
         return tuple((name, layer) for name, depth in self.models for layer in range(depth))
 
@@ -80,80 +113,115 @@ class LayerPool:
         """Layers of the model that a search begins with."""
         return dict(self.models)[self.begin]
 
-    def recipe(self, hops: Sequence[Hop], scales: Sequence[float], outer: str | None = None) -> Recipe:
-        """The recipe of a route. scales: of the hidden state that enters each hop; that of the first is taken as 1. outer: the
-        model that gives embeddings and head, `begin` unless named."""
-        outer = outer or self.begin
-        stages = (
-            (self.stage,) if self.stage and self.stage[0] in (outer, *(model for model, _ in hops)) else ()
-        )
-        base = self.stage[1].base if self.stage and self.stage[0] == outer else outer
-        own = Mix("passthrough", ((outer, None),))
-        layers = tuple(Mix("passthrough", (hop,)) for hop in hops)
-        return Recipe(
-            base, layers, own, own, out_dtype=self.out_dtype, stages=stages, scales=(1.0, *scales[1:])
-        )
+    def recipe(self, layers: Sequence[LayerRef], scales: Sequence[float], outer: str | None = None) -> Recipe:
+        """The recipe of a route.
 
-    def route(
-        self, recipe: Recipe, outer: str | None = None
-    ) -> tuple[tuple[Hop, ...], tuple[float, ...]] | None:
-        """(hops, a scale for each) of a recipe that is a route over these layers within the bounds; None for any other.
+        Args:
+            layers: Of the route, at least one.
+            scales: Of the hidden state that enters each layer; that of the first is taken as 1.
+            outer: The model that gives embeddings and head; `begin` by default.
 
-        outer: as for `recipe`. A parent as a weight search writes it, with that search's base, is a route too.
+        Returns:
+            The recipe; it carries the intermediate merge if the route uses it.
         """
-        known, hops = frozenset(self.layers), []
+        outer = outer or self.begin
+        used = {outer, *(model for model, _ in layers)}
+        stages = (self.stage,) if self.stage is not None and self.stage[0] in used else ()
+        base = self.stage[1].base if self.stage is not None and self.stage[0] == outer else outer
+        ends = Mix("passthrough", ((outer, None),))
+        return Recipe(
+            base,
+            tuple(Mix("passthrough", (layer,)) for layer in layers),
+            ends,
+            ends,
+            out_dtype=self.out_dtype,
+            stages=stages,
+            scales=(1.0, *scales[1:]),
+        )
+
+    def route(self, recipe: Recipe, outer: str | None = None) -> Route | None:
+        """The route of a recipe.
+
+        A parent as a weight search writes it, with that search's base, is a route too.
+
+        Args:
+            recipe: Any recipe.
+            outer: The model that gives embeddings and head; `begin` by default.
+
+        Returns:
+            The route; None for a recipe that is no route over these layers, or has more or fewer than the
+            bounds allow.
+        """
+        pool = frozenset(self.layers)
+        layers: list[LayerRef] = []
         for mix in recipe.layers:
             model, layer = mix.sources[0]
-            if layer is None or (model, layer) not in known:
+            if layer is None or (model, layer) not in pool:
                 return None
-            hops.append((model, layer))
-        scales = recipe.scales or (1.0,) * len(hops)
-        if not self.bounds[0] <= len(hops) <= self.bounds[1]:
+            layers.append((model, layer))
+        if not self.bounds[0] <= len(layers) <= self.bounds[1]:
             return None
-        made = self.recipe(hops, scales, outer)
-        plain = replace(recipe, base=made.base, seed=made.seed, layers=tuple(map(_bare, recipe.layers)))
-        plain = replace(plain, embeddings=_bare(recipe.embeddings), head=_bare(recipe.head))
-        return (tuple(hops), scales) if plain == made else None
+        scales = recipe.scales or (1.0,) * len(layers)
+        rebuilt = self.recipe(layers, scales, outer)
+        plain = replace(
+            recipe,
+            base=rebuilt.base,
+            seed=rebuilt.seed,
+            layers=tuple(map(_without_unit_factors, recipe.layers)),
+            embeddings=_without_unit_factors(recipe.embeddings),
+            head=_without_unit_factors(recipe.head),
+        )
+        return Route(tuple(layers), scales) if plain == rebuilt else None
 
     def scale(self, gene: float) -> float:
-        """Gene in R -> scale in `scale_range`, snapped to four decimals: a logistic curve in log s through s = 1 at 0, with the slope STEP."""
-        low, width, middle = self._curve()
-        z = _logit(middle) + gene * STEP / (width * middle * (1 - middle))
-        return round(math.exp(low + width / (1 + math.exp(-max(-700.0, min(700.0, z))))), _DIGITS)
+        """The scale of a gene: a logistic curve in log s through s = 1 at 0, with the slope `LOG_SCALE_STEP`.
+
+        Args:
+            gene: Any finite number.
+
+        Returns:
+            A scale in `scale_range`, with four decimals.
+        """
+        return round(math.exp(self._log_scale_curve.value(gene)), _DIGITS)
 
     def scale_gene(self, scale: float) -> float | None:
-        """Inverse of `scale`; None for a scale that no gene gives."""
+        """The gene of a scale, the inverse of `scale`.
+
+        Args:
+            scale: Any number.
+
+        Returns:
+            A gene; None for a scale that no gene gives.
+        """
         if not self.scale_range[0] <= scale <= self.scale_range[1]:
             return None
-        low, width, middle = self._curve()
-        share = min(1 - _EDGE, max(_EDGE, (math.log(scale) - low) / width))
-        gene = (_logit(share) - _logit(middle)) * width * middle * (1 - middle) / STEP + 0.0
+        gene = self._log_scale_curve.gene(math.log(scale), _MARGIN)
         return gene if self.scale(gene) == scale else None
 
-    def _curve(self) -> tuple[float, float, float]:
-        """(low end, width, share of the width below s = 1), of log s."""
-        low, high = (math.log(s) for s in self.scale_range)
-        return low, high - low, -low / (high - low)
+    @property
+    def _log_scale_curve(self) -> LogisticCurve:
+        low, high = self.scale_range
+        return LogisticCurve(math.log(low), math.log(high), 0.0, LOG_SCALE_STEP)
 
 
-def finite(genome: Sequence[float], length: int) -> tuple[float, ...]:
-    """The genes as floats; raises ValueError for another length or a value that is not finite."""
-    if len(genome) != length or not all(math.isfinite(g) for g in genome):
-        raise ValueError(f"a genome has {length} finite numbers, got {len(genome)}")
-    return tuple(float(g) for g in genome)
+def mutation_probability(expected_mutations: float, positions: int) -> float:
+    """The probability with which a first sample changes each position of a route.
+
+    Args:
+        expected_mutations: How many positions a first sample is to change on average, above 0.
+        positions: How many there are.
+
+    Returns:
+        expected_mutations / positions, at most `MAX_MUTATED_SHARE`.
+
+    Raises:
+        ConfigError: expected_mutations is not above 0.
+    """
+    if not expected_mutations > 0:
+        raise ConfigError(f"changes must be above 0, got {expected_mutations:g}")
+    return min(expected_mutations / positions, MAX_MUTATED_SHARE)
 
 
-def share(changes: float, positions: int) -> float:
-    """The probability with which a first sample changes each of the positions, so that it changes about `changes` of them."""
-    if not changes > 0:
-        raise ConfigError(f"changes must be above 0, got {changes:g}")
-    return min(changes / positions, MOST)
-
-
-def _bare(mix: Mix) -> Mix:
+def _without_unit_factors(mix: Mix) -> Mix:
     """A mix that passes through, without the factors of 1 that it may spell out."""
     return replace(mix, params=()) if mix.passed else mix
-
-
-def _logit(f: float) -> float:
-    return math.log(f / (1 - f))

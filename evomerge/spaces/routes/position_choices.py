@@ -1,185 +1,251 @@
-"""Routes by changes of one model's path: at each of its layers a choice (as in SMM-Bench, arXiv 2509.02555, with insertions)."""
+"""Routes by changes of one model's path: at each layer to keep, skip, replace, or insert after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 from evomerge.errors import ConfigError
 from evomerge.recipes import Recipe
-from evomerge.spaces.routes.layer_pool import SIGMA, Gene, Hop, LayerPool, Scales, finite, share
+from evomerge.spaces.base import finite_genes
+from evomerge.spaces.routes.layer_pool import SIGMA, Gene, LayerPool, LayerRef, Scales, mutation_probability
 
-_KEEP = 0.75  # categorical genes: what is chosen is worth 1, keeping this, the rest 0; what a repair gives up first
+_KEEP_UTILITY = 0.75
+"""Utility of keeping a layer where a categorical gene chose otherwise: a repair first keeps such layers.
+The choice that was made has utility 1, the others 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a position of the path may contribute to a route.
+
+    Attributes:
+        layers: The layers that it puts on the route, in order; empty where the layer is skipped.
+        name: In words.
+    """
+
+    layers: tuple[LayerRef, ...]
+    name: str
+
+
+def position_choices(pool: LayerPool, spans: Sequence[int], position: int) -> tuple[Choice, ...]:
+    """The choices at a position of the path of `pool.begin`.
+
+    Args:
+        pool: The layers of a route.
+        spans: Lengths of the inserted spans, each of which ends at the position; a span that would begin
+            below layer 0 is left out.
+        position: Layer of the path, in [0, pool.depth).
+
+    Returns:
+        Keep, skip, another model's layer in its place, keep and insert a span after it; choices that put the
+        same layers on the route are one.
+    """
+    kept: LayerRef = (pool.begin, position)
+    names: dict[tuple[LayerRef, ...], str] = {(kept,): f"keep layer {position}", (): f"skip layer {position}"}
+    matching = {name: _matching_layer(position, pool.depth, depth) for name, depth in pool.models}
+    for name, layer in matching.items():
+        names.setdefault(((name, layer),), f"layer {layer} of {name} in place of layer {position}")
+    for name, last in matching.items():
+        for length in spans:
+            first = last - length + 1
+            if first < 0:
+                continue
+            span = tuple((name, layer) for layer in range(first, last + 1))
+            what = f"layers {first}-{last}" if length > 1 else f"layer {last}"
+            names.setdefault((kept, *span), f"{what} of {name} after layer {position}")
+    return tuple(Choice(layers, name) for layers, name in names.items())
 
 
 @dataclass(frozen=True)
 class PositionChoiceSpace:
-    """At each position p of the path of `begin`, one of: keep the layer, skip it, take another model's layer in its place, or
-    keep it and insert a span of layers of any model after it.
+    """At each position of the path of `pool.begin`, a choice: keep, skip, replace, or keep and insert.
 
-    models, begin, stage, bounds, scale_range, out_dtype: see `LayerPool`. In a model of another depth d, p stands for layer
-    p (d - 1) / (D - 1), rounded. spans: lengths of the inserted spans, each of which ends at p; spans that begin below
-    layer 0 are left out. scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the
-    position's layers, not those inserted after it; of a skipped position it does nothing, and before a route's first layer
-    it is 1. outer: whether the model that gives embeddings and head is a choice too, the first, `begin` else.
-    changes: how many positions change in a first sample with the standard deviation `sigma`, before the bounds, at
-    most MOST of all.
+    A position keeps its layer, skips it, takes another model's layer in its place, or keeps it and inserts a span
+    of layers of any model after it. In a model of another depth d, position p of D stands for layer p (d - 1) / (D - 1), rounded.
 
-    Genes: of each position, one for each choice but keep, and the choice of the largest gene above 0 is made, else keep;
-    categorical: one whole number, the choice, in [0, categories). Then the scales. A route outside the bounds is repaired:
-    as often as needed, the position changes its choice that loses the least by it (the difference of the two genes, keep
-    being 0; in categorical genes what was not kept is kept first), the earlier one of equals.
+    Genes: of each position, one for each choice but keep, and the choice of the largest gene above 0 is made,
+    else keep; categorical: one whole number, the choice, in [0, categories). Then the scales. A route outside
+    the bounds is repaired: as often as needed, the position changes its choice that loses the least by it
+    (the difference of the two genes, keep being 0; in categorical genes what was not kept is kept first), the
+    earlier one of equals.
+
+    Example:
+        space = PositionChoiceSpace(LayerPool((("math", 32), ("code", 32)), "math"), categorical=True)
+
+    Attributes:
+        pool: The layers of a route.
+        scales: 'hop' has a log scale for each position: of the hidden state that enters the first of the
+            position's layers, not those inserted after it. Of a skipped position it does nothing, and before
+            a route's first layer it is 1. 'none' has no scales.
+        expected_mutations: How many positions change in a first sample with the standard deviation `sigma`,
+            before the bounds; at most `MAX_MUTATED_SHARE` of all.
+        spans: Lengths of the inserted spans, at least 1, each of which ends at the position.
+        categorical: Whether a position has one whole number instead of a gene for each choice.
+        outer: Whether the model that gives embeddings and head is a choice too, the first; else it is
+            `pool.begin`.
+
+    References:
+        SMM-Bench, arXiv:2509.02555, here with insertions.
     """
 
-    models: tuple[tuple[str, int], ...]
-    begin: str
-    stage: tuple[str, Recipe] | None = None
-    bounds: tuple[int, int] = (1, 10**6)
+    pool: LayerPool
     scales: Scales = "hop"
-    scale_range: tuple[float, float] = (0.4, 1.5)
-    changes: float = 2.0
-    out_dtype: str = "bfloat16"
+    expected_mutations: float = 2.0
     spans: tuple[int, ...] = (1, 2)
     categorical: bool = False
     outer: bool = False
-    sigma: float = field(init=False, default=SIGMA)
-    axes: tuple[Gene, ...] = field(init=False, repr=False)
-    categories: tuple[int, ...] = field(init=False)
-    stay: float = field(init=False)
-    _pool: LayerPool = field(init=False, repr=False)
-    _choices: tuple[tuple[tuple[Hop, ...], ...], ...] = field(init=False, repr=False)
-    _outers: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        pool = LayerPool(self.models, self.begin, self.stage, self.bounds, self.scale_range, self.out_dtype)
         if self.scales == "matrix":
             raise ConfigError(
                 "scales between any two layers belong to an indicator genome; ask for scales of hops, or none"
             )
-        if any(w < 1 for w in self.spans):
+        if any(length < 1 for length in self.spans):
             raise ConfigError(f"the length of an inserted span is at least 1, got {list(self.spans)}")
-        least = self.bounds[0]
-        if least > pool.depth and (1 not in self.spans or least > 2 * pool.depth):
-            rule = f"at most twice the {pool.depth} layers of {self.begin}, and spans must hold 1"
+        least, depth = self.pool.bounds[0], self.pool.depth
+        if least > depth and (1 not in self.spans or least > 2 * depth):
             raise ConfigError(
-                f"a route of at least {least} layers by changes of single positions: the least must be {rule}"
+                f"a route of at least {least} layers by changes of single positions: the least must be "
+                f"at most twice the {depth} layers of {self.pool.begin}, and spans must hold 1"
             )
-        object.__setattr__(self, "_pool", pool)
-        named = [self._named(p) for p in range(pool.depth)]
-        object.__setattr__(self, "_choices", tuple(tuple(own) for own in named))
-        outers = (
-            (self.begin, *(name for name, _ in self.models if name != self.begin))
-            if self.outer
-            else (self.begin,)
-        )
-        object.__setattr__(self, "_outers", outers)
-        lead = [len(outers)] if len(outers) > 1 else []
-        object.__setattr__(
-            self, "categories", (*lead, *(len(own) for own in named)) if self.categorical else ()
-        )
-        object.__setattr__(self, "stay", 1 - share(self.changes, pool.depth))
-        names = (
-            [f"choice at layer {p}" for p in range(pool.depth)]
-            if self.categorical
-            else [n for own in named for n in list(own.values())[1:]]
-        )
-        first = (
-            ["embeddings and head"] * len(lead)
-            if self.categorical
-            else [f"embeddings and head of {name}" for name in outers[1:]]
-        )
-        names = first + names
-        names += [f"scale before layer {p}" for p in range(pool.depth)] if self.scales == "hop" else []
-        object.__setattr__(self, "axes", tuple(Gene(name) for name in names))
+        mutation_probability(self.expected_mutations, depth)
 
     @property
-    def likely(self) -> tuple[tuple[float, ...], ...]:
-        """Of each categorical gene, how likely each choice is as a new one: as often a layer of another model in place of it as
-        skipped, kept and inserted after, together; equal ones for embeddings and head."""
-        lead = [(1.0,) * len(self._outers)] if len(self._outers) > 1 else []
-        found = []
-        for own in self._choices:
-            kinds = [
-                min(len(hops), 2) if c != 0 else 3 for c, hops in enumerate(own)
-            ]  # 3: keep, 0: skip, 1: take, 2: insert
-            found.append(tuple((3.0 if kind == 1 else 1.0) / kinds.count(kind) for kind in kinds))
-        return (*lead, *found) if self.categorical else ()
+    def sigma(self) -> float:
+        """First standard deviation of the optimizer that the genes are made for."""
+        return SIGMA
+
+    @property
+    def keep_probability(self) -> float:
+        """Probability that a first sample keeps the layer of a position."""
+        return 1 - mutation_probability(self.expected_mutations, self.pool.depth)
+
+    @cached_property
+    def categories(self) -> tuple[int, ...]:
+        """Number of choices of each categorical gene, the first genes; empty for a continuous genome."""
+        if not self.categorical:
+            return ()
+        outer = [len(self._outer_models)] if len(self._outer_models) > 1 else []
+        return (*outer, *(len(choices) for choices in self._choices))
+
+    @cached_property
+    def axes(self) -> tuple[Gene, ...]:
+        """One for each gene: embeddings and head, the positions, the scales."""
+        names: list[str] = []
+        if self.categorical:
+            if len(self._outer_models) > 1:
+                names.append("embeddings and head")
+            names += [f"choice at layer {position}" for position in range(self.pool.depth)]
+        else:
+            names += [f"embeddings and head of {name}" for name in self._outer_models[1:]]
+            names += [choice.name for choices in self._choices for choice in choices[1:]]
+        if self.scales == "hop":
+            names += [f"scale before layer {position}" for position in range(self.pool.depth)]
+        return tuple(Gene(name) for name in names)
+
+    @property
+    def category_weights(self) -> tuple[tuple[float, ...], ...]:
+        """Relative weights of the choices of each categorical gene; empty for a continuous genome.
+
+        Another model's layer in place of a position's is drawn as often as skip, keep and insertions
+        together; models for embeddings and head are drawn alike.
+        """
+        if not self.categorical:
+            return ()
+        weights: list[tuple[float, ...]] = []
+        if len(self._outer_models) > 1:
+            weights.append((1.0,) * len(self._outer_models))
+        for choices in self._choices:
+            kinds = [_kind(number, choice) for number, choice in enumerate(choices)]
+            weights.append(tuple(_KIND_WEIGHTS[kind] / kinds.count(kind) for kind in kinds))
+        return tuple(weights)
 
     @property
     def start(self) -> tuple[float, ...]:
         """Every layer kept, all scales 1."""
-        return self._genome(0, [0] * len(self._choices), [0.0] * len(self._choices))
+        depth = self.pool.depth
+        return self._genome(0, [0] * depth, [0.0] * depth)
 
-    def choices(self, position: int) -> tuple[tuple[Hop, ...], ...]:
-        """The layers that each choice at a position puts on the route; the first choice keeps, the second skips."""
-        return self._choices[position]
+    def choices(self, position: int) -> tuple[tuple[LayerRef, ...], ...]:
+        """The layers that each choice at a position puts on the route: the first keeps, the second skips.
+
+        Args:
+            position: Layer of the path, in [0, pool.depth).
+
+        Returns:
+            Choice -> its layers.
+        """
+        return tuple(choice.layers for choice in self._choices[position])
 
     def decode(self, genome: Sequence[float]) -> Recipe:
-        """The recipe of a genome [len(axes)]; raises ValueError for another length, a value that is not finite, or a choice
-        that is no whole number of those there are."""
-        genes = finite(genome, len(self.axes))
-        outer, rest = self._outer(genes)
+        """See `SearchSpace.decode`; a choice that does not exist is a ValueError too."""
+        genes = finite_genes(genome, len(self.axes))
+        outer, rest = self._split_outer(genes)
         utilities = self._utilities(rest)
-        chosen = self._repaired([own.index(max(own)) for own in utilities], utilities)
-        depth, hops, scales = len(self._choices), list[Hop](), list[float]()
-        for p, own in enumerate(self._hops(chosen)):
-            hops += own
-            first = self._pool.scale(genes[p - depth]) if self.scales == "hop" and own else 1.0
-            scales += [first, *[1.0] * (len(own) - 1)] if own else []
-        return self._pool.recipe(hops, scales, self._outers[outer])
+        chosen = self._repaired([values.index(max(values)) for values in utilities], utilities)
+        depth = self.pool.depth
+        layers: list[LayerRef] = []
+        scales: list[float] = []
+        for position, added in enumerate(self._chosen_layers(chosen)):
+            if not added:
+                continue
+            layers += added
+            first_scale = self.pool.scale(genes[position - depth]) if self.scales == "hop" else 1.0
+            scales += [first_scale, *[1.0] * (len(added) - 1)]
+        return self.pool.recipe(layers, scales, self._outer_models[outer])
 
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
-        """A genome whose recipe this is, with the fewest positions changed; None if there is none."""
-        name = recipe.embeddings.sources[0][0]
-        found = self._pool.route(recipe, name) if name in self._outers else None
-        chosen = self._parsed(found[0]) if found else None
-        if found is None or chosen is None:
+        """A genome of a route, with the fewest positions changed.
+
+        Args:
+            recipe: Any recipe.
+
+        Returns:
+            [len(axes)] genes; None for a recipe that no genome gives.
+        """
+        outer = recipe.embeddings.sources[0][0]
+        if outer not in self._outer_models:
             return None
-        genes, at = [], 0
-        for own in self._hops(chosen):
-            gene = self._pool.scale_gene(found[1][at]) if own else 0.0
+        route = self.pool.route(recipe, outer)
+        chosen = self._parsed(route.layers) if route is not None else None
+        if route is None or chosen is None:
+            return None
+        scale_genes: list[float] = []
+        next_layer = 0
+        for added in self._chosen_layers(chosen):
+            gene = self.pool.scale_gene(route.scales[next_layer]) if added else 0.0
             if gene is None:
                 return None
-            genes.append(gene)
-            at += len(own)
-        genome = self._genome(self._outers.index(name), chosen, genes)
-        return genome if self._pool.route(self.decode(genome), name) == found else None
+            scale_genes.append(gene)
+            next_layer += len(added)
+        genome = self._genome(self._outer_models.index(outer), chosen, scale_genes)
+        return genome if self.pool.route(self.decode(genome), outer) == route else None
 
-    def _named(self, position: int) -> dict[tuple[Hop, ...], str]:
-        """Layers on the route -> name, of each choice at a position: keep, skip, take, insert."""
-        keep: Hop = (self.begin, position)
-        found: dict[tuple[Hop, ...], str] = {(keep,): f"keep layer {position}", (): f"skip layer {position}"}
-        at = {name: self._layer(depth, position) for name, depth in self.models}
-        for name, last in at.items():
-            found.setdefault(((name, last),), f"layer {last} of {name} in place of layer {position}")
-        for name, last in at.items():
-            for width in self.spans:
-                if width <= last + 1:
-                    span = tuple((name, layer) for layer in range(last - width + 1, last + 1))
-                    what = f"layers {span[0][1]}-{last}" if width > 1 else f"layer {last}"
-                    found.setdefault((keep, *span), f"{what} of {name} after layer {position}")
-        return found
+    @cached_property
+    def _choices(self) -> tuple[tuple[Choice, ...], ...]:
+        """The choices at each position."""
+        positions = range(self.pool.depth)
+        return tuple(position_choices(self.pool, self.spans, position) for position in positions)
 
-    def _layer(self, depth: int, position: int) -> int:
-        """The layer of a model that a position stands for; halves are rounded up."""
-        own = self._pool.depth
-        return (
-            position
-            if depth == own
-            else (2 * position * (depth - 1) + own - 1) // (2 * (own - 1))
-            if own > 1
-            else 0
-        )
+    @cached_property
+    def _outer_models(self) -> tuple[str, ...]:
+        """The models that may give embeddings and head, `pool.begin` first."""
+        begin = self.pool.begin
+        if not self.outer:
+            return (begin,)
+        return (begin, *(name for name, _ in self.pool.models if name != begin))
 
-    def _outer(self, genes: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
+    def _split_outer(self, genes: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
         """(which model gives embeddings and head, the other genes)."""
-        count = len(self._outers)
+        count = len(self._outer_models)
         if count == 1:
             return 0, genes
         if not self.categorical:
-            own = [0.0, *genes[: count - 1]]
-            return own.index(max(own)), genes[count - 1 :]
+            utilities = [0.0, *genes[: count - 1]]
+            return utilities.index(max(utilities)), genes[count - 1 :]
         if genes[0] not in range(count):
             raise ValueError(
                 f"a choice of embeddings and head is a whole number in [0, {count}), got {genes[0]:g}"
@@ -187,83 +253,134 @@ class PositionChoiceSpace:
         return int(genes[0]), genes[1:]
 
     def _utilities(self, genes: Sequence[float]) -> list[list[float]]:
-        """What each choice at each position is worth; the largest is made."""
-        out, at = [], 0
-        for own in self._choices:
-            if not self.categorical:
-                out.append([0.0, *genes[at : at + len(own) - 1]])
-                at += len(own) - 1
-                continue
-            gene = genes[len(out)]
-            if gene not in range(len(own)):
-                raise ValueError(
-                    f"a choice at layer {len(out)} is a whole number in [0, {len(own)}), got {gene:g}"
-                )
-            out.append([_KEEP, *[0.0] * (len(own) - 1)])
-            out[-1][int(gene)] = 1.0
-        return out
+        """The utility of each choice at each position; the choice of the largest is made."""
+        if self.categorical:
+            return [self._categorical_utilities(genes[p], p) for p in range(self.pool.depth)]
+        utilities: list[list[float]] = []
+        first = 0
+        for choices in self._choices:
+            last = first + len(choices) - 1
+            utilities.append([0.0, *genes[first:last]])
+            first = last
+        return utilities
 
-    def _hops(self, chosen: Sequence[int]) -> list[tuple[Hop, ...]]:
-        return [own[c] for own, c in zip(self._choices, chosen, strict=True)]
+    def _categorical_utilities(self, gene: float, position: int) -> list[float]:
+        count = len(self._choices[position])
+        if gene not in range(count):
+            raise ValueError(f"a choice at layer {position} is a whole number in [0, {count}), got {gene:g}")
+        utilities = [_KEEP_UTILITY, *[0.0] * (count - 1)]
+        utilities[int(gene)] = 1.0
+        return utilities
+
+    def _chosen_layers(self, chosen: Sequence[int]) -> list[tuple[LayerRef, ...]]:
+        """The layers that each position puts on the route."""
+        return [choices[number].layers for choices, number in zip(self._choices, chosen, strict=True)]
 
     def _repaired(self, chosen: list[int], utilities: Sequence[Sequence[float]]) -> list[int]:
-        """The choices within the bounds. First routes are shortened, then, if that went too far, lengthened within the most."""
-        least, most = self.bounds
-        while not least <= (length := sum(map(len, self._hops(chosen)))) <= most:
-            moves = [
-                (utilities[p][chosen[p]] - utilities[p][c], p, c, after)
-                for p, c, after in self._moves(chosen, length)
-            ]
+        """The choices within the bounds.
+
+        First routes are shortened, then, if that went too far, lengthened within the most.
+        """
+        least, most = self.pool.bounds
+        length = sum(map(len, self._chosen_layers(chosen)))
+        while not least <= length <= most:
+            moves = list(self._moves(chosen, length, utilities))
             if length > most:
-                moves = [m for m in moves if m[3] < length]
-                moves = [m for m in moves if m[3] >= least] or moves
+                shorter = [move for move in moves if move.length < length]
+                moves = [move for move in shorter if move.length >= least] or shorter
             else:
-                moves = [m for m in moves if length < m[3] <= most]
-            _, position, choice, _ = min(moves)
-            chosen = [*chosen[:position], choice, *chosen[position + 1 :]]
+                moves = [move for move in moves if length < move.length <= most]
+            cheapest = min(moves, key=lambda move: (move.loss, move.position, move.choice))
+            chosen = [*chosen[: cheapest.position], cheapest.choice, *chosen[cheapest.position + 1 :]]
+            length = cheapest.length
         return chosen
 
-    def _moves(self, chosen: Sequence[int], length: int) -> Iterator[tuple[int, int, int]]:
-        """(position, another choice there, length of the route with it)."""
-        for p, own in enumerate(self._choices):
-            for c, hops in enumerate(own):
-                if c != chosen[p]:
-                    yield p, c, length - len(own[chosen[p]]) + len(hops)
+    def _moves(
+        self, chosen: Sequence[int], length: int, utilities: Sequence[Sequence[float]]
+    ) -> Iterator[_Move]:
+        """Every change of one position's choice."""
+        for position, choices in enumerate(self._choices):
+            made = chosen[position]
+            for number, choice in enumerate(choices):
+                if number != made:
+                    loss = utilities[position][made] - utilities[position][number]
+                    new_length = length - len(choices[made].layers) + len(choice.layers)
+                    yield _Move(loss, position, number, new_length)
 
-    def _parsed(self, hops: Sequence[Hop]) -> list[int] | None:
-        """The choices, as few as possible not keep, that make a route; None if none do. Dynamic programming from the end."""
-        total = len(hops)
-        best: dict[tuple[int, int], tuple[int, int]] = {
-            (len(self._choices), total): (0, 0)
-        }  # (position, hop) -> (changes, choice)
-        for p in reversed(range(len(self._choices))):
-            for i in range(total + 1):
-                found = []
-                for c, own in enumerate(self._choices[p]):
-                    after = best.get((p + 1, i + len(own)))
-                    if after and tuple(hops[i : i + len(own)]) == own:
-                        found.append((after[0] + (c > 0), c))
-                if found:
-                    best[p, i] = min(found)
-        chosen, i = list[int](), 0
-        while len(chosen) < len(self._choices):
-            p = len(chosen)
-            if (p, i) not in best:
+    def _parsed(self, layers: Sequence[LayerRef]) -> list[int] | None:
+        """The choices, as few as possible not keep, that make a route; None if none do.
+
+        Dynamic programming from the end: for each position and layer of the route that is reached there, the
+        fewest changes that make the rest, and the choice that begins it.
+        """
+        positions, total = len(self._choices), len(layers)
+        best: dict[tuple[int, int], tuple[int, int]] = {(positions, total): (0, 0)}  # -> (changes, choice)
+        for position in reversed(range(positions)):
+            for reached in range(total + 1):
+                options: list[tuple[int, int]] = []
+                for number, choice in enumerate(self._choices[position]):
+                    end = reached + len(choice.layers)
+                    rest = best.get((position + 1, end))
+                    if rest is not None and tuple(layers[reached:end]) == choice.layers:
+                        options.append((rest[0] + (number > 0), number))
+                if options:
+                    best[position, reached] = min(options)
+        chosen: list[int] = []
+        reached = 0
+        for position, choices in enumerate(self._choices):
+            if (position, reached) not in best:
                 return None
-            chosen.append(best[p, i][1])
-            i += len(self._choices[p][chosen[-1]])
+            chosen.append(best[position, reached][1])
+            reached += len(choices[chosen[-1]].layers)
         return chosen
 
-    def _genome(self, outer: int, chosen: Sequence[int], scales: Sequence[float]) -> tuple[float, ...]:
-        choices = [(len(self._outers), outer)] if len(self._outers) > 1 else []
+    def _genome(self, outer: int, chosen: Sequence[int], scale_genes: Sequence[float]) -> tuple[float, ...]:
+        """The genome of choices."""
+        counts = [len(choices) for choices in self._choices]
+        made = list(chosen)
+        if len(self._outer_models) > 1:
+            counts = [len(self._outer_models), *counts]
+            made = [outer, *made]
         genes: list[float] = []
-        for count, choice in [
-            *choices,
-            *((len(own), c) for own, c in zip(self._choices, chosen, strict=True)),
-        ]:
-            if self.categorical:
-                genes.append(float(choice))
-            else:  # the probability that none of the other choices' genes is above 0 is `stay`
-                margin = self.sigma * NormalDist().inv_cdf(self.stay ** (1 / (count - 1)))
-                genes += [margin if c == choice else -margin for c in range(1, count)]
-        return (*genes, *(scales if self.scales == "hop" else ()))
+        for count, choice in zip(counts, made, strict=True):
+            genes += [float(choice)] if self.categorical else self._continuous_genes(count, choice)
+        if self.scales == "hop":
+            genes += scale_genes
+        return tuple(genes)
+
+    def _continuous_genes(self, count: int, choice: int) -> list[float]:
+        """The genes of a choice, about which a sample makes another one with 1 - `keep_probability`."""
+        margin = self.sigma * NormalDist().inv_cdf(self.keep_probability ** (1 / (count - 1)))
+        return [margin if number == choice else -margin for number in range(1, count)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A change of one position's choice. loss: of utility; length: of the route after it."""
+
+    loss: float
+    position: int
+    choice: int
+    length: int
+
+
+_KEEP, _SKIP, _REPLACE, _INSERT = "keep", "skip", "replace", "insert"
+_KIND_WEIGHTS = {_KEEP: 1.0, _SKIP: 1.0, _REPLACE: 3.0, _INSERT: 1.0}
+
+
+def _kind(number: int, choice: Choice) -> str:
+    """What a choice does; number: among those of its position."""
+    if number == 0:
+        return _KEEP
+    if not choice.layers:
+        return _SKIP
+    return _REPLACE if len(choice.layers) == 1 else _INSERT
+
+
+def _matching_layer(position: int, depth: int, other_depth: int) -> int:
+    """The layer of a model of another depth that a position of the path stands for; halves are rounded up."""
+    if depth == other_depth:
+        return position
+    if depth == 1:
+        return 0
+    return (2 * position * (other_depth - 1) + depth - 1) // (2 * (depth - 1))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from evomerge.recipes import Mix, Recipe, mergekit_yaml
 from evomerge.spaces import Range
 from evomerge.spaces.routes.hand_routes import hand_routes
 from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
-from evomerge.spaces.routes.layer_pool import MOST, STEP, LayerPool
+from evomerge.spaces.routes.layer_pool import LOG_SCALE_STEP, MAX_MUTATED_SHARE, LayerPool
 from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 from tests.support.toy import weight_space
 
@@ -32,17 +33,34 @@ settings.load_profile("unhurried")  # a busy machine is no failure
 
 RouteSpace = LayerIndicatorSpace | PositionChoiceSpace
 Hops = list[tuple[str, int]]
+_POOL_FIELDS = {field.name for field in fields(LayerPool)}
+
+
+def indicator_space(
+    models: Sequence[tuple[str, int]], begin: str, stage: tuple[str, Recipe] | None = None, **more: Any
+) -> LayerIndicatorSpace:
+    """A space with options of it and of its pool."""
+    of_pool = {name: value for name, value in more.items() if name in _POOL_FIELDS}
+    others = {name: value for name, value in more.items() if name not in _POOL_FIELDS}
+    return LayerIndicatorSpace(LayerPool(tuple(models), begin, stage, **of_pool), **others)
+
+
+def choice_space(models: Sequence[tuple[str, int]], begin: str, **more: Any) -> PositionChoiceSpace:
+    """A space with options of it and of its pool."""
+    of_pool = {name: value for name, value in more.items() if name in _POOL_FIELDS}
+    others = {name: value for name, value in more.items() if name not in _POOL_FIELDS}
+    return PositionChoiceSpace(LayerPool(tuple(models), begin, **of_pool), **others)
+
+
 MODELS = (("a", 6), ("b", 4), ("c", 9))
 EVERY = {
-    "indicator": lambda **more: LayerIndicatorSpace(MODELS, "a", scales="none", **more),
-    "indicator, hop": lambda **more: LayerIndicatorSpace(MODELS, "a", **more),
-    "indicator, matrix": lambda **more: LayerIndicatorSpace(
-        (("b", 2), ("a", 3)), "a", scales="matrix", **more
-    ),
-    "continuous": lambda **more: PositionChoiceSpace(MODELS, "a", spans=(1, 2, 3), **more),
-    "continuous, no scales": lambda **more: PositionChoiceSpace(MODELS, "c", scales="none", **more),
-    "categorical": lambda **more: PositionChoiceSpace(MODELS, "a", spans=(1, 2, 3), categorical=True, **more),
-    "categorical, no scales": lambda **more: PositionChoiceSpace(
+    "indicator": lambda **more: indicator_space(MODELS, "a", scales="none", **more),
+    "indicator, hop": lambda **more: indicator_space(MODELS, "a", **more),
+    "indicator, matrix": lambda **more: indicator_space((("b", 2), ("a", 3)), "a", scales="matrix", **more),
+    "continuous": lambda **more: choice_space(MODELS, "a", spans=(1, 2, 3), **more),
+    "continuous, no scales": lambda **more: choice_space(MODELS, "c", scales="none", **more),
+    "categorical": lambda **more: choice_space(MODELS, "a", spans=(1, 2, 3), categorical=True, **more),
+    "categorical, no scales": lambda **more: choice_space(
         MODELS, "c", scales="none", categorical=True, **more
     ),
 }
@@ -80,7 +98,7 @@ def first_sample(space: RouteSpace, size: int, seed: int = 0) -> list[list[float
                 space.start,
                 space.sigma,
                 categories=space.categories,
-                stay=space.stay,
+                keep_probability=space.keep_probability,
                 population=size,
                 seed=seed,
             )
@@ -98,11 +116,11 @@ def first_sample(space: RouteSpace, size: int, seed: int = 0) -> list[list[float
 def test_every_genome_is_a_route_within_the_bounds_and_comes_back(kind: str, data: st.DataObject) -> None:
     space = EVERY[kind](bounds=data.draw(st.sampled_from([(1, 40), (3, 5), (6, 6), (5, 8), (7, 9), (2, 2)])))
     recipe = space.decode(data.draw(genomes(space)))
-    depths = dict(space.models)
-    assert space.bounds[0] <= len(recipe.layers) <= space.bounds[1]
+    depths = dict(space.pool.models)
+    assert space.pool.bounds[0] <= len(recipe.layers) <= space.pool.bounds[1]
     assert all(0 <= layer < depths[model] for model, layer in route(recipe))
-    assert recipe.embeddings == recipe.head == Mix("passthrough", ((space.begin, None),))
-    assert (recipe.base, recipe.stages) == (space.begin, ())
+    assert recipe.embeddings == recipe.head == Mix("passthrough", ((space.pool.begin, None),))
+    assert (recipe.base, recipe.stages) == (space.pool.begin, ())
     assert all(0.4 <= s <= 1.5 and s == round(s, 4) for s in recipe.scales)
     assert not recipe.scales or (recipe.scales[0] == 1 and space.scales != "none")
     genome = space.encode(recipe)
@@ -115,31 +133,35 @@ def test_every_genome_is_a_route_within_the_bounds_and_comes_back(kind: str, dat
 def test_the_start_is_the_path_of_the_model_that_begins(kind: str) -> None:
     space = EVERY[kind]()
     recipe = space.decode(space.start)
-    assert recipe == stack([(space.begin, i) for i in range(dict(space.models)[space.begin])], space.begin)
+    assert recipe == stack(
+        [(space.pool.begin, i) for i in range(dict(space.pool.models)[space.pool.begin])], space.pool.begin
+    )
     assert space.encode(recipe) == space.start
     assert len(space.axes) == len(space.start) == len({axis.name for axis in space.axes})
 
 
 @each
 def test_routes_that_a_space_cannot_hold_have_no_genome(kind: str) -> None:
-    own = dict(EVERY[kind]().models)["c" if "no scales" in kind else "a"]
+    own = dict(EVERY[kind]().pool.models)["c" if "no scales" in kind else "a"]
     space = EVERY[kind](bounds=(2, own + 1))
-    path = [(space.begin, i) for i in range(own)]
-    whole = stack(path, space.begin)
+    path = [(space.pool.begin, i) for i in range(own)]
+    whole = stack(path, space.pool.begin)
     merged = weight_space(
         "linear", ("b", "c"), (own,), ("attention",), {"weight": Range(0.0, 1.0, 0.5)}
     ).uniform({})
     others = {
-        "layer that there is not": stack([*path, (space.begin, own)], space.begin),
-        "model that there is not": stack([*path, ("d", 0)], space.begin),
-        "too short": stack(path[:1], space.begin),
-        "too long": stack(path * 2, space.begin),
+        "layer that there is not": stack([*path, (space.pool.begin, own)], space.pool.begin),
+        "model that there is not": stack([*path, ("d", 0)], space.pool.begin),
+        "too short": stack(path[:1], space.pool.begin),
+        "too long": stack(path * 2, space.pool.begin),
         "other embeddings": replace(
-            whole, embeddings=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))
+            whole, embeddings=Mix("passthrough", (("c" if space.pool.begin != "c" else "a", None),))
         ),
-        "other head": replace(whole, head=Mix("passthrough", (("c" if space.begin != "c" else "a", None),))),
+        "other head": replace(
+            whole, head=Mix("passthrough", (("c" if space.pool.begin != "c" else "a", None),))
+        ),
         "other type": replace(whole, out_dtype="float32"),
-        "backwards": stack(path[::-1], space.begin),
+        "backwards": stack(path[::-1], space.pool.begin),
         "scale beyond the range": replace(whole, scales=(1.0, 1.6, *[1.0] * (own - 2))),
         "scale between the snapped ones": replace(whole, scales=(1.0, 0.98765, *[1.0] * (own - 2))),
         "weights": merged,
@@ -175,13 +197,13 @@ def test_a_genome_that_is_none_is_refused(kind: str, bad: float | None) -> None:
 @pytest.mark.parametrize("changes", [0.5, 1.0, 2.0])
 def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, changes: float) -> None:
     """Exactly binomial: each position changes with probability changes / positions, on its own."""
-    space, size = EVERY[kind](changes=changes), 600
+    space, size = EVERY[kind](expected_mutations=changes), 600
     sample = np.array(first_sample(space, size))
     if isinstance(space, LayerIndicatorSpace):
-        positions = sum(d for _, d in space.models) * space.repeats
+        positions = sum(d for _, d in space.pool.models) * space.repeats
         changed = (sample[:, :positions] > 0) != (np.array(space.start[:positions]) > 0)
     else:
-        positions = dict(space.models)[space.begin]
+        positions = dict(space.pool.models)[space.pool.begin]
         kept = [[route(space.decode(g))] for g in sample.tolist()]
         if space.categories:
             changed = sample[:, :positions] != 0
@@ -191,22 +213,22 @@ def test_a_first_sample_changes_about_as_many_positions_as_asked(kind: str, chan
             changed = np.array(
                 [[max(g[a:b]) > 0 for a, b in itertools.pairwise(cuts)] for g in sample.tolist()]
             )
-        own = [(space.begin, i) for i in range(positions)]
+        own = [(space.pool.begin, i) for i in range(positions)]
         assert [not row.any() for row in changed] == [k == [own] for k in kept]
-    assert positions * MOST > changes
+    assert positions * MAX_MUTATED_SHARE > changes
     low, high = stats.binom.ppf([1e-6, 1 - 1e-6], size * positions, changes / positions)
     assert low <= changed.sum() <= high
     each_low, each_high = stats.binom.ppf([1e-8, 1 - 1e-8], size, changes / positions)
     assert ((changed.sum(axis=0) >= each_low) & (changed.sum(axis=0) <= each_high)).all()
-    assert space.stay == pytest.approx(1 - changes / positions)
+    assert space.keep_probability == pytest.approx(1 - changes / positions)
 
 
 @each
 def test_more_changes_than_positions_are_capped(kind: str) -> None:
-    space = EVERY[kind](changes=1000.0)
-    assert space.stay == pytest.approx(1 - MOST)
+    space = EVERY[kind](expected_mutations=1000.0)
+    assert space.keep_probability == pytest.approx(1 - MAX_MUTATED_SHARE)
     assert route(space.decode(space.start)) == [
-        (space.begin, i) for i in range(dict(space.models)[space.begin])
+        (space.pool.begin, i) for i in range(dict(space.pool.models)[space.pool.begin])
     ]
 
 
@@ -220,7 +242,9 @@ def test_scales_are_a_monotone_map_onto_their_range_and_back(scale_range: tuple[
     found = [pool.scale(float(g)) for g in genes]
     assert all(a <= b for a, b in itertools.pairwise(found))
     assert (found[0], found[-1], pool.scale(0.0)) == (*scale_range, 1.0)
-    assert (math.log(pool.scale(0.4)) - math.log(pool.scale(-0.4))) / 0.8 == pytest.approx(STEP, rel=0.05)
+    assert (math.log(pool.scale(0.4)) - math.log(pool.scale(-0.4))) / 0.8 == pytest.approx(
+        LOG_SCALE_STEP, rel=0.05
+    )
     for k in range(round(scale_range[0] * 1e4), min(round(scale_range[1] * 1e4), 30_000) + 1):
         gene = pool.scale_gene(k / 1e4)
         assert gene is not None
@@ -230,14 +254,14 @@ def test_scales_are_a_monotone_map_onto_their_range_and_back(scale_range: tuple[
 
 
 def test_a_first_samples_log_scales_have_the_deviation_step() -> None:
-    space = LayerIndicatorSpace(MODELS, "a", bounds=(6, 6), changes=1e-9)
+    space = indicator_space(MODELS, "a", bounds=(6, 6), expected_mutations=1e-9)
     logs = np.log([space.decode(g).scales[1:] for g in first_sample(space, 800)])
-    assert logs.std() == pytest.approx(STEP, rel=0.05)
-    assert abs(logs.mean()) < STEP / 10
+    assert logs.std() == pytest.approx(LOG_SCALE_STEP, rel=0.05)
+    assert abs(logs.mean()) < LOG_SCALE_STEP / 10
 
 
 def test_a_scale_of_the_matrix_belongs_to_a_pair_of_layers() -> None:
-    space = LayerIndicatorSpace(MODELS, "a", scales="matrix", repeats=2)
+    space = indicator_space(MODELS, "a", scales="matrix", repeats=2)
     layers = [(m, i) for m, d in MODELS for i in range(d)]
     hops = [("a", 0), ("a", 1), ("b", 0), ("a", 0), ("a", 1), ("a", 2)]
     genome = [-1.0] * 38 + [0.0] * 19 * 19
@@ -254,7 +278,7 @@ def test_a_scale_of_the_matrix_belongs_to_a_pair_of_layers() -> None:
 
 
 def test_the_scale_of_a_position_is_that_before_its_first_layer() -> None:
-    space = PositionChoiceSpace((("a", 3), ("b", 3)), "a", spans=(2,), categorical=True)
+    space = choice_space((("a", 3), ("b", 3)), "a", spans=(2,), categorical=True)
     choices = [space.choices(p) for p in range(3)]
     insert = choices[1].index((("a", 1), ("b", 0), ("b", 1)))
     scales = [LayerPool(MODELS, "a").scale(g) for g in (2.0, -5.0, 3.0)]
@@ -296,7 +320,7 @@ def indicated(
 def test_indicators_mean_what_the_paper_says(
     data: st.DataObject, repeats: int, least: int, more: int, hop: bool
 ) -> None:
-    space = LayerIndicatorSpace(
+    space = indicator_space(
         MODELS, "a", bounds=(least, least + more), repeats=repeats, scales="hop" if hop else "none"
     )
     genome = data.draw(genomes(space))
@@ -309,7 +333,7 @@ def test_indicators_mean_what_the_paper_says(
 def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(
     repeats: int, data: st.DataObject
 ) -> None:
-    space = LayerIndicatorSpace(MODELS, "a", repeats=repeats)
+    space = indicator_space(MODELS, "a", repeats=repeats)
     layers = [(m, i) for m, d in MODELS for i in range(d)]
     hops = data.draw(st.lists(st.sampled_from(layers), min_size=1, max_size=8))
     rounds = 1 + sum(layers.index(b) <= layers.index(a) for a, b in itertools.pairwise(hops))
@@ -322,7 +346,7 @@ def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(
 @pytest.mark.parametrize("own", [1, 2, 5, 6, 9])
 @pytest.mark.parametrize("other", [1, 3, 4, 12])
 def test_the_choices_at_a_position(own: int, other: int) -> None:
-    space = PositionChoiceSpace((("z", other), ("a", own)), "a", spans=(1, 3))
+    space = choice_space((("z", other), ("a", own)), "a", spans=(1, 3))
     for p in range(own):
         exact = Fraction(p * (other - 1), own - 1) if own > 1 else Fraction(0)
         q = math.floor(exact + Fraction(1, 2))
@@ -338,12 +362,10 @@ def test_the_choices_at_a_position(own: int, other: int) -> None:
 
 @pytest.mark.parametrize("categorical", [False, True])
 def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bool) -> None:
-    space = PositionChoiceSpace(
-        MODELS, "a", spans=(1, 2), categorical=categorical, bounds=(1, 40), scales="none"
-    )
+    space = choice_space(MODELS, "a", spans=(1, 2), categorical=categorical, bounds=(1, 40), scales="none")
     made = set()
     for genome in first_sample(space, 3000):
-        encoded = PositionChoiceSpace(
+        encoded = choice_space(
             MODELS, "a", spans=(1, 2), categorical=True, bounds=(1, 40), scales="none"
         ).encode(space.decode(genome))
         assert encoded is not None
@@ -359,10 +381,7 @@ def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bo
 @given(data=st.data(), width=st.integers(0, 4))
 def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
     """The continuous genome with one positive gene a position is the categorical one, where nothing has to be repaired."""
-    kinds = [
-        PositionChoiceSpace(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99))
-        for c in (False, True)
-    ]
+    kinds = [choice_space(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99)) for c in (False, True)]
     chosen = [data.draw(st.integers(0, len(kinds[0].choices(p)) - 1)) for p in range(4)]
     if all(c == 1 for c in chosen):
         chosen[width % 4] = 0
@@ -379,7 +398,7 @@ def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
 
 @given(data=st.data())
 def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
-    space = PositionChoiceSpace(MODELS, "b", bounds=(1, 99), scales="none")
+    space = choice_space(MODELS, "b", bounds=(1, 99), scales="none")
     genome = data.draw(
         st.lists(
             st.integers(-50, 50).map(float), min_size=len(space.axes), max_size=len(space.axes), unique=True
@@ -400,9 +419,7 @@ def test_the_largest_gene_above_zero_is_the_choice(data: st.DataObject) -> None:
 )
 def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hops) -> None:
     """Against all combinations of choices, tried one after another."""
-    space = PositionChoiceSpace(
-        (("a", 3), ("b", 2)), "a", spans=(1, 2), categorical=categorical, bounds=(1, 9)
-    )
+    space = choice_space((("a", 3), ("b", 2)), "a", spans=(1, 2), categorical=categorical, bounds=(1, 9))
     numbers = [range(len(space.choices(p))) for p in range(3)]
     making = [
         c
@@ -414,9 +431,7 @@ def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hop
 
 def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() -> None:
     """All routes of a small space that more than one combination of choices makes, plain and with a scale before one hop."""
-    space = PositionChoiceSpace(
-        (("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12)
-    )
+    space = choice_space((("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12))
     ways: dict[tuple[tuple[str, int], ...], list[tuple[int, ...]]] = {}
     for choices in itertools.product(*(range(len(space.choices(p))) for p in range(4))):
         ways.setdefault(tuple(h for p, c in enumerate(choices) for h in space.choices(p)[c]), []).append(
@@ -444,7 +459,7 @@ def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.5, 99.0])
 def test_a_choice_that_there_is_not_is_refused(bad: float) -> None:
-    space = PositionChoiceSpace(MODELS, "a", categorical=True)
+    space = choice_space(MODELS, "a", categorical=True)
     with pytest.raises(ValueError, match="choice at layer 2"):
         space.decode([0.0, 0.0, bad, *space.start[3:]])
 
@@ -453,7 +468,7 @@ def test_a_choice_that_there_is_not_is_refused(bad: float) -> None:
 
 
 def test_what_loses_least_is_given_up_first() -> None:
-    space = PositionChoiceSpace((("a", 4),), "a", spans=(1,), bounds=(3, 5), scales="none")
+    space = choice_space((("a", 4),), "a", spans=(1,), bounds=(3, 5), scales="none")
     assert [axis.name for axis in space.axes[:2]] == ["skip layer 0", "layer 0 of a after layer 0"]
     skip, insert = (
         [(0.9, -1.0), (0.5, -1.0), (0.7, -1.0), (-1.0, -1.0)],
@@ -467,7 +482,7 @@ def test_what_loses_least_is_given_up_first() -> None:
 
 
 def test_a_route_that_every_change_makes_too_short_is_lengthened_again() -> None:
-    space = PositionChoiceSpace((("a", 4),), "a", spans=(3,), bounds=(3, 3), scales="none", categorical=True)
+    space = choice_space((("a", 4),), "a", spans=(3,), bounds=(3, 3), scales="none", categorical=True)
     insert = space.choices(3).index((("a", 3), ("a", 1), ("a", 2), ("a", 3)))
     assert route(space.decode([1, 1, 1, insert])) == [("a", 0), ("a", 1), ("a", 3)]
 
@@ -475,9 +490,7 @@ def test_a_route_that_every_change_makes_too_short_is_lengthened_again() -> None
 @pytest.mark.parametrize("bounds", [(2, 2), (6, 7)])
 def test_a_path_outside_the_bounds_is_itself_repaired(bounds: tuple[int, int]) -> None:
     for categorical in (False, True):
-        space = PositionChoiceSpace(
-            (("a", 4), ("b", 4)), "a", spans=(1, 2), bounds=bounds, categorical=categorical
-        )
+        space = choice_space((("a", 4), ("b", 4)), "a", spans=(1, 2), bounds=bounds, categorical=categorical)
         assert len(space.decode(space.start).layers) == bounds[0 if bounds[0] > 4 else 1]
 
 
@@ -507,7 +520,7 @@ def mended(
 def test_a_route_is_repaired_by_the_changes_that_lose_least(
     bounds: tuple[int, int], data: st.DataObject, categorical: bool
 ) -> None:
-    space = PositionChoiceSpace(
+    space = choice_space(
         (("a", 6), ("b", 3)), "a", spans=(1, 4), bounds=bounds, scales="none", categorical=categorical
     )
     genome = data.draw(genomes(space))
@@ -535,14 +548,14 @@ def merged() -> Recipe:
 def test_a_stage_is_carried_by_the_routes_that_use_it_and_by_no_other() -> None:
     models = (("merged", 4), ("a", 4))
     stage = ("merged", merged())
-    ours = LayerIndicatorSpace(models, "merged", stage)
+    ours = indicator_space(models, "merged", stage)
     hybrid = ours.decode(ours.start)
     assert hybrid.stages == (stage,)
     assert hybrid.base == stage[1].base
     assert "merged" not in hybrid.models
     rest = [-1.0] * 4 + [1.0] * 4 + [-1.0] * 8 + [0.0] * 16
     assert ours.decode(rest).stages == (stage,), "its embeddings are used"
-    theirs = LayerIndicatorSpace(models, "a", stage)
+    theirs = indicator_space(models, "a", stage)
     plain = theirs.decode(theirs.start)
     assert (plain.stages, plain.base, plain.models) == ((), "a", ("a",))
     both = theirs.decode([1.0] * 2 + [-1.0] * 4 + [1.0] * 2 + [-1.0] * 8 + [0.0] * 16)
@@ -558,22 +571,22 @@ def test_a_stage_is_carried_by_the_routes_that_use_it_and_by_no_other() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LayerIndicatorSpace((("a", 2), ("a", 3)), "a"), "names of their own"),
-        (lambda: LayerIndicatorSpace((("a", 0),), "a"), "at least one layer"),
-        (lambda: LayerIndicatorSpace(MODELS, "d"), "'d' is not among"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", ("m", merged())), "'m' is not among"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", ("a", merged())), "4 layers, not 6"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", bounds=(0, 4)), "at least 1"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", bounds=(5, 4)), "least, most"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", bounds=(39, 50)), "38"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", scale_range=(1.0, 1.5)), "hold 1"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", scale_range=(0.0, 1.5)), "0.0001"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", changes=0.0), "above 0"),
-        (lambda: LayerIndicatorSpace(MODELS, "a", repeats=0), "repeats"),
-        (lambda: PositionChoiceSpace(MODELS, "a", scales="matrix"), "indicator"),
-        (lambda: PositionChoiceSpace(MODELS, "a", spans=(0,)), "at least 1"),
-        (lambda: PositionChoiceSpace(MODELS, "a", bounds=(13, 20)), "twice the 6 layers"),
-        (lambda: PositionChoiceSpace(MODELS, "a", spans=(2,), bounds=(7, 20)), "spans must hold 1"),
+        (lambda: indicator_space((("a", 2), ("a", 3)), "a"), "names of their own"),
+        (lambda: indicator_space((("a", 0),), "a"), "at least one layer"),
+        (lambda: indicator_space(MODELS, "d"), "'d' is not among"),
+        (lambda: indicator_space(MODELS, "a", ("m", merged())), "'m' is not among"),
+        (lambda: indicator_space(MODELS, "a", ("a", merged())), "4 layers, not 6"),
+        (lambda: indicator_space(MODELS, "a", bounds=(0, 4)), "at least 1"),
+        (lambda: indicator_space(MODELS, "a", bounds=(5, 4)), "least, most"),
+        (lambda: indicator_space(MODELS, "a", bounds=(39, 50)), "38"),
+        (lambda: indicator_space(MODELS, "a", scale_range=(1.0, 1.5)), "hold 1"),
+        (lambda: indicator_space(MODELS, "a", scale_range=(0.0, 1.5)), "0.0001"),
+        (lambda: indicator_space(MODELS, "a", expected_mutations=0.0), "above 0"),
+        (lambda: indicator_space(MODELS, "a", repeats=0), "repeats"),
+        (lambda: choice_space(MODELS, "a", scales="matrix"), "indicator"),
+        (lambda: choice_space(MODELS, "a", spans=(0,)), "at least 1"),
+        (lambda: choice_space(MODELS, "a", bounds=(13, 20)), "twice the 6 layers"),
+        (lambda: choice_space(MODELS, "a", spans=(2,), bounds=(7, 20)), "spans must hold 1"),
     ],
 )  # fmt: skip
 def test_settings_that_give_no_routes_are_refused(make: object, message: str) -> None:
@@ -598,9 +611,9 @@ slices:
 """
 PAIR = (("a", 32), ("b", 32))
 HOLDING = {
-    "indicator": LayerIndicatorSpace(PAIR, "a"),
-    "continuous": PositionChoiceSpace(PAIR, "a", spans=(1, 16)),
-    "categorical": PositionChoiceSpace(PAIR, "a", spans=(1, 16), categorical=True),
+    "indicator": indicator_space(PAIR, "a"),
+    "continuous": choice_space(PAIR, "a", spans=(1, 16)),
+    "categorical": choice_space(PAIR, "a", spans=(1, 16), categorical=True),
 }
 
 
