@@ -1,4 +1,4 @@
-"""Models that many tests read: built once a session, never written to."""
+"""The order of test files, those that `--quick` leaves out, and models that many tests read."""
 
 import fcntl
 import tempfile
@@ -10,6 +10,36 @@ import torch
 
 from tests.support.tiny_models import build
 from tests.support.toy import in_process, search_file
+
+TESTS = Path(__file__).resolve().parent
+# Files that take longest, the longest first: they begin, so that no process is left with one at the end, and
+# `--quick` leaves them out. A file that takes more than 5 s of a processor belongs here.
+SLOW = ()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--quick`."""
+    parser.addoption("--quick", action="store_true", help="without the slow files: see tests/conftest.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves slow files unread in a quick run: importing them takes a part of their time."""
+    if not config.getoption("--quick") or not collection_path.is_relative_to(TESTS):
+        return None
+    return True if collection_path.relative_to(TESTS).as_posix() in SLOW else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts slow files first."""
+    rank = {TESTS / name: position for position, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fails where a slow file is listed that is not there."""
+    missing = [name for name in SLOW if not (TESTS / name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"SLOW of tests/conftest.py names files that are not there: {missing}")
 
 
 @pytest.fixture(scope="module", autouse=True)
