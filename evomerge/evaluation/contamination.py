@@ -1,5 +1,6 @@
-"""Contamination check: which texts share word n-grams with a training corpus. Streams the corpus; knows
-nothing of tasks.
+"""Contamination check: which texts share word n-grams with a training corpus.
+
+Streams the corpus; knows nothing of tasks.
 
 The check of Brown et al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165, appendix C:
 lowercased words without punctuation, 13 in a row. A shorter text is compared whole, down to 8 words; below

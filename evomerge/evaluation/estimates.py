@@ -1,5 +1,6 @@
-"""Estimates with errors from per-item scores: weighted means over tasks, paired differences, control
-variates.
+"""Estimates with errors from per-item scores.
+
+Weighted means over tasks, paired differences, control variates.
 
 Items of a task are a random sample of that task, and tasks are strata: var = sum_t w_t² s_t² / n_t, with the
 degrees of freedom of Welch and Satterthwaite. Where all values of a task agree, s_t is 0 although the task's
@@ -216,8 +217,9 @@ class ItemMeans:
 
     @property
     def easiness(self) -> dict[tuple[str, str], float]:
-        """(task, item) -> mean of the value less the candidate's own mean, of every scored item; about 0 on
-        average.
+        """(task, item) -> mean of the value less the candidate's own mean, of every scored item.
+
+        About 0 on average.
         """
         return {key: total / self._count[key] for key, total in self._easiness.items()}
 
@@ -225,8 +227,9 @@ class ItemMeans:
 def control_variate(
     items: Sequence[ItemScore], means: ItemMeans, pool: Items, weights: Mapping[str, float]
 ) -> Estimate:
-    """Estimates what a candidate would score on a whole pool of items: its mean, corrected by how easy its
-    items are.
+    """Estimates what a candidate would score on a whole pool of items.
+
+    Its mean, corrected by how easy its items are.
 
     By task: mean_pool(easiness) + mean_S(y - easiness), S the items that it was scored on, 0 the easiness of
     an item that no candidate met. The error is that of a sample of |S| from the |pool| items without

@@ -1,6 +1,4 @@
-"""The objective of a search: from the tasks' metrics to the number that is maximized, and ranks of candidates
-by it.
-"""
+"""The objective of a search: from the tasks' metrics to the number that is maximized, and ranks by it."""
 
 from __future__ import annotations
 
@@ -331,9 +329,7 @@ class Objective:
 
     @property
     def is_mean_of_items(self) -> bool:
-        """Whether the objective is a weighted mean of item values, so that it has paired errors and can be
-        raced.
-        """
+        """Whether it is a weighted mean of item values, so that it has paired errors and can be raced."""
         return self.kind == "mean" and all(term.mean for term in self.terms)
 
     def task_values(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
@@ -370,8 +366,9 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Standing:
-    """What ranks a candidate within its generation. Compared field by field, the first difference decides,
-    more is better.
+    """What ranks a candidate within its generation.
+
+    Compared field by field, the first difference decides, more is better.
 
     Attributes:
         reached: The rung of a race that it reached, infinite for the end.

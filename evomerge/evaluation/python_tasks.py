@@ -1,5 +1,6 @@
-"""A user's Python function as a task: `(model, tokenizer) -> {item: score}`. It runs in this process with the
-user's rights.
+"""A user's Python function as a task: `(model, tokenizer) -> {item: score}`.
+
+It runs in this process with the user's rights.
 
 Its items are learnt from one call on the base model at the start and assigned to roles by a hash of their
 ids. A function with a third argument is given the ids to score, None for all. It must not change the model.
@@ -43,8 +44,15 @@ class PythonSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Function:
-    """sha256: of its module's source. known_items: every item it scored for the base. items: those of each
-    role.
+    """A function that was imported and called on the base.
+
+    Attributes:
+        spec: What the user named.
+        call: The function.
+        takes_items: Whether it takes the ids to score.
+        sha256: Of its module's source.
+        known_items: Every item that it scored for the base.
+        items: The items of each role.
     """
 
     spec: PythonSpec
@@ -140,8 +148,9 @@ class PythonTasks:
         return ()
 
     def fingerprint(self) -> dict[str, str]:
-        """Task -> SHA-256 of the module's source, the function's name and every item of every role: what
-        resume compares.
+        """Task -> SHA-256 of the module's source, the function's name and every item of every role.
+
+        What resume compares.
         """
         return {
             name: hashlib.sha256(
@@ -171,8 +180,9 @@ class PythonTasks:
 
 
 def _checked_values(function: _Function, result: Any, ids: Sequence[str]) -> list[float]:
-    """The scores of the items. Raises CandidateError for items that are missing or unknown, or no finite
-    number.
+    """The scores of the items.
+
+    Raises CandidateError for items that are missing or unknown, or no finite number.
     """
     name = function.spec.name
     if not isinstance(result, Mapping):

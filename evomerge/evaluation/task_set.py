@@ -27,8 +27,9 @@ def items_digest(ids: Sequence[str]) -> str:
 
 
 class TaskSet(Evaluator, Protocol):
-    """An evaluator that describes its tasks. A task that a search names may be a group of tasks with items
-    (subtasks).
+    """An evaluator that describes its tasks.
+
+    A task that a search names may be a group of tasks with items (subtasks).
     """
 
     def sign(self, task: str) -> int:

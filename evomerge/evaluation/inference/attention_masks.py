@@ -1,6 +1,4 @@
-"""How a model's layers limit what a token attends to (windows, chunks), and explicit masks by logical
-position.
-"""
+"""Limits of what a token attends to (windows, chunks), and explicit masks by logical position."""
 
 from __future__ import annotations
 

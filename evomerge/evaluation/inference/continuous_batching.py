@@ -21,8 +21,9 @@ from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan,
 
 
 class _WriteState:
-    """Where this step's tokens go: rows [n] and positions [n], of which the first `seen` positions are
-    attended.
+    """Where this step's tokens go.
+
+    Rows [n] and positions [n], of which the first `seen` positions are attended.
     """
 
     rows: Tensor
@@ -31,8 +32,9 @@ class _WriteState:
 
 
 class _BufferLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
-    """A layer of transformers' Cache over a buffer [rows, heads, length, width]; it takes one token a row, in
-    place.
+    """A layer of transformers' Cache over a buffer [rows, heads, length, width].
+
+    It takes one token a row, in place.
     """
 
     is_croppable = False
@@ -122,8 +124,9 @@ class _Batch:
         return logits
 
     def keep(self, going: list[int], new: list[int]) -> None:
-        """Ends all rows but `going`, whose last tokens are new; the last of them move into the places of
-        ended ones.
+        """Ends all rows but `going`, whose last tokens are new.
+
+        The last of them move into the places of ended ones.
         """
         count, left = len(self.requests), len(going)
         if left < count:

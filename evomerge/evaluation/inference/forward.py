@@ -1,5 +1,6 @@
-"""One forward of a live model, with logits at selected rows only: the only place that knows how a model is
-called.
+"""One forward of a live model, with logits at selected rows only.
+
+The only place that knows how a model is called.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Greedy generation on a live model: the tokens that lm-eval's HFLM gets at batch size 1, many prompts at a
-time.
+"""Greedy generation on a live model.
+
+The tokens that lm-eval's HFLM gets at batch size 1, many prompts at a time.
 
 Prompts never change between candidates, so a plan is made once and run on every one. Which decoder a model
 can be trusted with is decided by `evomerge.evaluation.inference.generation_probe`. Knows nothing of tasks.
@@ -69,7 +70,7 @@ class Generator:
     """Decodes prompts on one model, whose weights may change between two runs of a plan.
 
         generator = Generator(model, head, TextRules(tokenizer, 2048, pad_id, eos_ids), decoder="slots")
-        plan = generator.compile(prompts, stops=["\\n"], max_new=64)
+        plan = generator.compile(prompts, stops=["Q:"], max_new=64)
         texts = generator.run(plan)
 
     Attributes:
@@ -126,8 +127,9 @@ class Generator:
         max_new: int | Sequence[int],
         settings: Mapping[str, Any] | None = _NO_SETTINGS,
     ) -> GenerationPlan:
-        """Plans the decoding of prompts. A prompt that leaves no room for its new tokens loses its beginning,
-        as in HFLM.
+        """Plans the decoding of prompts.
+
+        A prompt that leaves no room for its new tokens loses its beginning, as in HFLM.
 
         Args:
             prompts: Token ids of each prompt.
@@ -229,8 +231,9 @@ class Generator:
         return max(1, min(most, prompts, fit, self._max_rows))
 
     def _row_bytes(self, length: int) -> int:
-        """Bytes of the cache of one row: measured at one and two tokens, for what grows with the length and
-        what does not.
+        """Bytes of the cache of one row.
+
+        Measured at one and two tokens, for what grows with the length and what does not.
         """
         if self.forward.argument is None:
             return 0

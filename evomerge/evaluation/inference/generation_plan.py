@@ -192,8 +192,9 @@ def _in_prefill_order(
 
 
 def _sort_length(prompt: Sequence[int], layout: Layout) -> int:
-    """What prompts are sorted by: their length, which for slots is rounded so that neighbours may begin
-    alike, too.
+    """What prompts are sorted by.
+
+    Their length, which for slots is rounded so that neighbours may begin alike, too.
     """
     return math.ceil(math.log(len(prompt), _LENGTH_STEP)) if layout == "slots" else len(prompt)
 
@@ -201,8 +202,9 @@ def _sort_length(prompt: Sequence[int], layout: Layout) -> int:
 def _batches(
     tails: Sequence[tuple[int, ...]], limits: Sequence[int], layout: Layout, rules: BatchingRules
 ) -> Iterator[range]:
-    """Places of the prompts that make one chunk each. tails: what follows their prefix, in the order to be
-    prefilled.
+    """Places of the prompts that make one chunk each.
+
+    tails: what follows their prefix, in the order to be prefilled.
     """
     max_rows = rules.rows
     if layout == "slots" and rules.rows < len(tails):
@@ -351,8 +353,9 @@ class Texts:
         self.trace: list[list[Tensor]] | None = [[] for _ in plan.prompts] if trace else None
 
     def add(self, requests: Sequence[int], logits: Tensor) -> tuple[list[int], list[int]]:
-        """Appends the likeliest token to n texts. The token that ends a text is kept: HFLM decodes it with
-        the rest.
+        """Appends the likeliest token to n texts.
+
+        The token that ends a text is kept: HFLM decodes it with the rest.
 
         Args:
             requests: Indices of the prompts.

@@ -47,8 +47,9 @@ def cache_argument(model: nn.Module) -> str | None:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Returns whether a model's forward has `position_ids`. If so they are always given, since some models
-    miscount.
+    """Returns whether a model's forward has `position_ids`.
+
+    If so they are always given, since some models miscount.
 
     Args:
         model: A transformers model.

@@ -1,5 +1,6 @@
-"""What transformers' `generate` does beside taking the likeliest token, asked of `generate` itself instead of
-read off a list.
+"""What transformers' `generate` does beside taking the likeliest token.
+
+It is asked of `generate` itself instead of read off a list.
 
 A model's generation_config may penalise repetitions, suppress tokens or forbid an early end, also when
 decoding is greedy. `generate` is called with a decoding method of ours (`custom_generate`) that only records

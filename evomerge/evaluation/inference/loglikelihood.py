@@ -1,5 +1,6 @@
-"""Log-likelihoods of continuations on a live model: runs plans, and gives the numbers of one request at a
-time.
+"""Log-likelihoods of continuations on a live model.
+
+Runs plans, and gives the numbers of one request at a time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Plans of log-likelihood scoring: requests -> the forwards that answer them, as tensors. Made once, replayed
-for every candidate.
+"""Plans of log-likelihood scoring: requests -> the forwards that answer them, as tensors.
+
+Made once, replayed for every candidate.
 
 Four ways to share computation, each more than the one before: 'plain' right-padded rows; 'prefix': a prefix
 common to many contexts is computed once; 'fork': then also each context once, its choices as forks of its
@@ -232,8 +233,9 @@ class _Planner:
         return groups
 
     def _prefix_groups(self) -> list[tuple[int, list[int]]]:
-        """(length of the shared prefix, requests), 0 for those that share none. Every row that is read comes
-        after it.
+        """(length of the shared prefix, requests), 0 for those that share none.
+
+        Every row that is read comes after it.
         """
         by_context = self._by_context(range(len(self.requests)), 0)
         contexts = list(by_context)

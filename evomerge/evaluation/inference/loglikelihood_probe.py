@@ -1,5 +1,6 @@
-"""Verifies which optimizations of scoring a model can be trusted with: by numbers on random tokens, not by a
-list of names.
+"""Verifies which optimizations of scoring a model can be trusted with.
+
+By numbers on random tokens, not by a list of names.
 
 An optimization is allowed if its scores equal the plain rows' (equality), if a row's scores do not move when
 its neighbours' tokens change (isolation), and if it really computed fewer tokens: one that fell back to plain
@@ -102,8 +103,9 @@ def _verify(engine: Engine, optimization: Optimization, trial: _Trial, token_lim
 
 
 def _requests(model: nn.Module, rnd: random.Random, shared: int) -> tuple[list[Request], list[Request]]:
-    """Four contexts after one prefix, three continuations each, and the same with other tokens in all but the
-    first item.
+    """Four contexts after one prefix with three continuations each, and the same with other tokens.
+
+    The first context's requests are the same in both.
     """
     size = vocabulary(model)
 

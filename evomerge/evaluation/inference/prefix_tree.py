@@ -1,5 +1,6 @@
-"""What sequences of token ids share: prefixes worth computing once, and sequences as a tree of distinct
-tokens.
+"""What sequences of token ids share.
+
+Prefixes worth computing once, and sequences as a tree of distinct tokens.
 """
 
 from __future__ import annotations

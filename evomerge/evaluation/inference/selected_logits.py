@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 
 class RowHead:
-    """Runs a model and returns the logits of selected rows only. A context manager: leaving it removes the
-    hook.
+    """Runs a model and returns the logits of selected rows only.
+
+    A context manager: leaving it removes the hook.
 
         with RowHead(model) as head:
             logits = head(rows, input_ids, use_cache=False)

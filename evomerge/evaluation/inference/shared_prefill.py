@@ -1,5 +1,6 @@
-"""Prefill of prompts that begin alike, level by level: every distinct beginning is computed once, then
-forked.
+"""Prefill of prompts that begin alike, level by level.
+
+Every distinct beginning is computed once, then forked.
 
 Between two cuts of depth a and b only the distinct beginnings of length b are fed, b - a tokens each, on top
 of what their own beginnings of length a left in the cache. No row holds padding or another row's tokens, so
@@ -64,13 +65,13 @@ def levels(
         row that follows the row that it continues. The rows that follow are the next cut's beginnings, and
         after the last cut the prompts.
     """
-    found: list[tuple[list[tuple[int, ...]], list[int]]] = []
+    result: list[tuple[list[tuple[int, ...]], list[int]]] = []
     before = 0
     for number, depth in enumerate(depths):
         rows = {begin: row for row, begin in enumerate(dict.fromkeys(p[:depth] for p in prompts))}
         following = list(prompts)
         if number + 1 < len(depths):
             following = list(dict.fromkeys(p[: depths[number + 1]] for p in prompts))
-        found.append(([begin[before:] for begin in rows], [rows[p[:depth]] for p in following]))
+        result.append(([begin[before:] for begin in rows], [rows[p[:depth]] for p in following]))
         before = depth
-    return found
+    return result

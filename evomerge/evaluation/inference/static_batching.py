@@ -1,5 +1,6 @@
-"""Static batching of greedy decoding: every row of a batch takes one token at each forward, over the model's
-own cache.
+"""Static batching of greedy decoding.
+
+Every row of a batch takes one token at each forward, over the model's own cache.
 
 Two ways to batch prompts of different lengths. Padded, as transformers' `generate` does it: padding on the
 left, masked. Unpadded: as many tokens as the shortest row has are prefilled, then the longer prompts are fed
@@ -105,8 +106,9 @@ def _unpadded(plan: GenerationPlan, chunk: Chunk, forward: Forward, texts: Texts
 def _add(
     texts: Texts, requests: list[int], places: list[int], new: list[int], logits: Tensor
 ) -> tuple[list[int], list[int]]:
-    """Adds a token to the requests at places from logits [len(places), V]: (places that go on, last token of
-    every row).
+    """Adds a token to the requests at places from logits [len(places), V].
+
+    (places that go on, last token of every row).
     """
     tokens, going = texts.add([requests[p] for p in places], logits)
     new = list(new)

@@ -1,5 +1,6 @@
-"""lm-eval tasks as a task set: prompts, metrics and filters are lm-eval's own, the forward passes a
-backend's.
+"""lm-eval tasks as a task set.
+
+Prompts, metrics and filters are lm-eval's own, the forward passes a backend's.
 
 Tasks are loaded and their requests built once; a set of items is prepared once and answered for every
 candidate. Knows nothing of merging.
@@ -150,8 +151,9 @@ class LmHarness:
         return self.groups[task].shares() if task in self.groups else ((task, 1.0),)
 
     def warnings(self, model: nn.Module | None = None) -> tuple[str, ...]:
-        """See `TaskSet.warnings`: items that occur twice or are in training texts, and those that the model
-        truncates.
+        """See `TaskSet.warnings`.
+
+        Items that occur twice or are in training texts, and those that the model truncates.
         """
         if model is None:
             return self._loaded.warnings
@@ -171,8 +173,9 @@ class LmHarness:
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """Task or group -> SHA-256 of its settings, every item of every role and every request: what resume
-        compares.
+        """Task or group -> SHA-256 of its settings, every item of every role and every request.
+
+        What resume compares.
         """
         return {name: self._loaded.fingerprint(name) for name in self._loaded.terms}
 
@@ -216,14 +219,16 @@ class LmHarness:
         return backend.optimizations()
 
     def prepare(self, model: nn.Module, items: Items) -> None:
-        """See `Preparing.prepare`: plans the items' requests, and verifies optimizations where the model is
-        new.
+        """See `Preparing.prepare`.
+
+        Plans the items' requests, and verifies optimizations where the model is new.
         """
         self._prepared(model, items)
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Scores a model. Items of the search are scored by float32 sums, which tie less; all others with
-        lm-eval's rounding.
+        """Scores a model. Items of the search are scored by float32 sums, which tie less.
+
+        All others with lm-eval's rounding.
 
         Args:
             model: The live model.
@@ -293,8 +298,9 @@ class LmHarness:
         return backend, prepared
 
     def _prepared(self, model: nn.Module, items: Items) -> tuple[Backend, _PreparedItems]:
-        """The model's backend, and the items' requests prepared for it; the latest models and sets stay
-        ready.
+        """The model's backend, and the items' requests prepared for it.
+
+        The latest models and sets stay ready.
         """
         state = self._model(model)
         key = tuple((name, tuple(ids)) for name, ids in items.items() if ids)

@@ -1,5 +1,6 @@
-"""Which documents are the items of which role: assigned by a hash of their content or declared, each in one
-role and once.
+"""Which documents are the items of which role.
+
+Assigned by a hash of their content or declared, each in one role and once.
 """
 
 from __future__ import annotations

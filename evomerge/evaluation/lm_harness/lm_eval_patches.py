@@ -1,5 +1,6 @@
-"""The only file that replaces anything of lm-eval's: why, and for how long. A test fails when lm-eval changes
-underneath.
+"""The only file that replaces anything of lm-eval's: why, and for how long.
+
+A test fails when lm-eval changes underneath.
 
 For as long as the process lives (`harden`, called before tasks are read; lm-eval has no settings for these):
 
@@ -36,8 +37,9 @@ _TEMPLATES = 4096  # compiled templates that are cached
 
 @functools.cache
 def harden() -> None:
-    """Once a process: makes lm-eval of this process read YAML without Python objects, render in a sandbox,
-    and fetch no metric's code.
+    """Makes lm-eval of this process read YAML without Python objects, render in a sandbox, and fetch no code.
+
+    It has an effect once a process.
     """
     lm_utils.env = _sandboxed(lm_utils.env)
     _yaml_loader._Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -45,8 +47,9 @@ def harden() -> None:
 
 
 def _sandboxed(plain: Any) -> ImmutableSandboxedEnvironment:
-    """A Jinja environment as in transformers' chat templates: no underscored attributes, nothing given to it
-    is changed.
+    """A Jinja environment as in transformers' chat templates.
+
+    No underscored attributes, nothing given to it is changed.
     """
     sandbox = ImmutableSandboxedEnvironment(
         loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
@@ -59,8 +62,9 @@ def _sandboxed(plain: Any) -> ImmutableSandboxedEnvironment:
 
 
 def _get_metric(name: str, hf_evaluate_metric: bool = False) -> Callable[..., Any]:
-    """lm-eval's own metric of that name, or one that refuses: others are programs that `evaluate` fetches
-    from the hub.
+    """lm-eval's own metric of that name, or one that refuses.
+
+    Others are programs that `evaluate` fetches from the hub.
     """
     if name in metric_registry and not hf_evaluate_metric:
         metric: Callable[..., Any] = metric_registry.get(name)
@@ -111,8 +115,7 @@ def captured_token_pairs(lm: Any, request: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def never_its_own_example(task: Any, split: str | None) -> Iterator[None]:
-    """Keeps a document from being among its own few-shot examples, while documents of another split than the
-    test's are asked.
+    """Keeps a document from being among its own few-shot examples, for splits other than the test's.
 
     lm-eval leaves the document out only if the examples come from `test_split`, the one split that it expects
     to be scored; so that is what the split is called meanwhile.

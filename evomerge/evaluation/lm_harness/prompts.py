@@ -1,5 +1,6 @@
-"""Documents -> lm-eval requests, in lm-eval's own words and order, so that few-shot examples are those that
-it draws.
+"""Documents -> lm-eval requests, in lm-eval's own words and order.
+
+Few-shot examples are thereby those that lm-eval draws.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def chat_template(tokenizer: Any, history: list[dict[str, str]], add_generation_
 
 
 def check_right_answer(task: Any, name: str, doc: Any) -> None:
-    """Checks that a document's right answer is one of its choices; else lm-eval would silently score it as
-    wrong.
+    """Checks that a document's right answer is one of its choices.
+
+    Else lm-eval would silently score it as wrong.
 
     Args:
         task: lm-eval's task.

@@ -1,5 +1,6 @@
-"""From responses to values: a task's own filters and `process_results`, cached where they depend on text
-alone; soft metrics.
+"""From responses to values.
+
+A task's own filters and `process_results`, cached where they depend on text alone; soft metrics.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ Rows = Sequence[tuple[str, list[Any]]]
 
 
 class TaskValues:
-    """Computes the values of one task's metric. Generated texts that were seen before are not filtered and
-    judged again.
+    """Computes the values of one task's metric.
+
+    Generated texts that were seen before are not filtered and judged again.
     """
 
     def __init__(self, loaded: LoadedTask) -> None:

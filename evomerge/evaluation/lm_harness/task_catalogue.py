@@ -1,5 +1,6 @@
-"""lm-eval tasks found by name: those shipped and included, and lm-eval's own tree, which is read only when it
-is needed.
+"""lm-eval tasks found by name.
+
+Those shipped and included, and lm-eval's own tree, which is read only when it is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class TaskCatalogue:
 
     Attributes:
         folders: The shipped folder of tasks and the included ones.
-        own: lm-eval's manager of the tasks in these folders.
+        local: lm-eval's manager of the tasks in these folders.
     """
 
     def __init__(self, include: Sequence[Path]) -> None:
@@ -45,7 +46,7 @@ class TaskCatalogue:
                 raise TaskError(f"there is no task folder '{folder}'")
         logger = logging.getLogger("lm_eval")
         logger.setLevel(max(logger.level, logging.ERROR))
-        self.own = _make_manager(self.folders)
+        self.local = _make_manager(self.folders)
         self._all: TaskManager | None = None
 
     def everything(self) -> TaskManager:
@@ -67,7 +68,7 @@ class TaskCatalogue:
         Raises:
             TaskError: The name is unknown, or a task executes what models write.
         """
-        manager = self.own if name in self.own.all_tasks else self.everything()
+        manager = self.local if name in self.local.all_tasks else self.everything()
         if name not in manager.all_tasks:
             raise TaskError(f"unknown task '{name}'. {suggest(name, manager.all_tasks)}")
         has_members = name not in manager.all_subtasks
@@ -75,7 +76,7 @@ class TaskCatalogue:
         try:
             built = manager.load([name])
         except Exception:  # a group of the user's may hold tasks of lm-eval's
-            if manager is not self.own or not has_members:
+            if manager is not self.local or not has_members:
                 raise
             sandbox.check_entry(name, self.everything().task_index)
             built = self.everything().load([name])
@@ -94,7 +95,7 @@ class TaskCatalogue:
         """
         source = (getattr(task.config, "metadata", None) or {}).get("config_source", "inline")
         if source == "inline":  # shipped, of a group's own making, or written in Python
-            if requested_as in self.own.all_tasks:
+            if requested_as in self.local.all_tasks:
                 return False
             index = self.everything().task_index
             entry = index.get(task.task_name) or index[requested_as]
@@ -106,9 +107,7 @@ class TaskCatalogue:
 
 
 def _make_manager(folders: Sequence[Path]) -> TaskManager:
-    """A manager in which the shipped tasks' data files, named from the repository's root, are found from
-    anywhere.
-    """
+    """A manager that finds the shipped tasks' data files, named from the repository's root, from anywhere."""
     manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
     for entry in manager.task_index.values():
         if entry.yaml_path is None or not Path(entry.yaml_path).is_relative_to(_resources.evaluators()):

@@ -179,8 +179,10 @@ def load(
 def _expand(
     spec: TaskSpec, catalogue: TaskCatalogue, warnings: list[str]
 ) -> tuple[dict[str, tuple[TaskSpec, Any]], tuple[tuple[str, ...], GroupMetric] | None]:
-    """(name -> what is scored of it and lm-eval's task; for a group or tag its members and which number is
-    wanted).
+    """Builds what a spec names.
+
+    Returns (name -> what is scored of it and lm-eval's task, of a group or tag its members and which number
+    is wanted).
     """
     tasks, group, is_tag = catalogue.build(spec.task)
     if group is None and not is_tag:

@@ -17,7 +17,7 @@ from evomerge.config import loading
 from evomerge.config.schema import TaskConfig
 from evomerge.errors import ConfigError, TaskError
 from evomerge.evaluation import ROLES, Objective, Role, Term
-from evomerge.evaluation.lm_harness import task_loading
+from evomerge.evaluation.lm_harness import task_catalogue
 from evomerge.evaluation.lm_harness.groups import Group, group_metric
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.items import ItemRules
@@ -260,7 +260,7 @@ BENCHMARKS: list[dict[str, Any]] = [
 def test_a_benchmark_is_not_searched_on_unasked(
     docs: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_loading, "TREE", tmp_path / "tree")
+    monkeypatch.setattr(task_catalogue, "TREE", tmp_path / "tree")
     write_task(tmp_path / "tree", "bench", PLAIN, docs)
     write_group(
         tmp_path / "tree", "benches", task=["bench"], aggregate_metric_list=[{"metric": "exact_match"}]
@@ -417,7 +417,7 @@ def test_a_tag_is_the_plain_mean_of_its_tasks_and_says_so(grouped: Path, tokeniz
 def test_a_group_that_is_no_one_number_is_refused(
     specs: list[TaskSpec], words: str, grouped: Path, tokenizer: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(task_loading, "TREE", grouped)
+    monkeypatch.setattr(task_catalogue, "TREE", grouped)
     with pytest.raises(TaskError, match=words):
         load(grouped, tokenizer, *specs)
 

@@ -1,5 +1,6 @@
-"""Registry of evaluation backends: what answers the requests of lm-eval's tasks, by the name in the search
-file.
+"""Registry of evaluation backends.
+
+What answers the requests of lm-eval's tasks, by the name in the search file.
 
 A new backend is one file here, with a class that satisfies `base.Backend`, and one line of `BACKENDS`. The
 configuration, the harness, the documentation and the contract suite `tests/contracts/test_backends.py` read

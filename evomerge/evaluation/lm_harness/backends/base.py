@@ -60,8 +60,9 @@ class Backend(Protocol):
         ...
 
     def optimizations(self) -> Mapping[str, Verification]:
-        """Optimization -> whether it is used with this model, and why; empty where there are none to choose
-        from.
+        """Optimization -> whether it is used with this model, and why.
+
+        Empty where there are none to choose from.
         """
         ...
 

@@ -1,5 +1,6 @@
-"""Requests compiled for a live model: tokenised by HFLM's own rules, scored by our inference, texts cut as
-HFLM cuts them.
+"""Requests compiled for a live model.
+
+Tokenised by HFLM's own rules, scored by our inference, texts cut as HFLM cuts them.
 
 What our inference cannot honour exactly (sampling, beams) goes to HFLM on the same model, and
 `fallback_reason` says why.
@@ -36,8 +37,9 @@ _TEXTS = 1 << 18  # decoded answers that are cached
 
 @dataclass(frozen=True, slots=True)
 class _Generation:
-    """Requests with one set of generation settings. numbers: of the requests; until: stop strings, the EOS
-    text last.
+    """Requests with one set of generation settings.
+
+    numbers: of the requests; until: stop strings, the EOS text last.
     """
 
     plan: GenerationPlan
@@ -47,8 +49,9 @@ class _Generation:
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """Prompts of requests with one set of generation settings. max_new: most new tokens; ids: of each
-    request.
+    """Prompts of requests with one set of generation settings.
+
+    max_new: most new tokens; ids: token ids of each request's prompt.
     """
 
     settings: Mapping[str, Any]
@@ -78,8 +81,9 @@ class Prepared:
 
 
 class CompiledBackend:
-    """Answers requests on one live transformers model. Satisfies
-    `evomerge.evaluation.lm_harness.backends.base.Backend`.
+    """Answers requests on one live transformers model.
+
+    Satisfies `evomerge.evaluation.lm_harness.backends.base.Backend`.
 
     Attributes:
         model: The live model.
@@ -126,8 +130,9 @@ class CompiledBackend:
         return self._tokenize.tokens(request)
 
     def prepare(self, requests: Sequence[Any]) -> Prepared:
-        """See `Backend.prepare`. Verifies optimizations where the model is new or requests are longer than
-        before.
+        """See `Backend.prepare`.
+
+        Verifies optimizations where the model is new or requests are longer than before.
         """
         prepared = Prepared(list(requests))
         scored: list[Request] = []
@@ -224,8 +229,9 @@ class CompiledBackend:
         return self._generator
 
     def _eos_ids(self) -> frozenset[int]:
-        """Ids that end a generation: the generation config's and, as HFLM stops at its text, the tokenizer's
-        own.
+        """Ids that end a generation.
+
+        The generation config's and, as HFLM stops at its text, the tokenizer's own.
         """
         config: Any = getattr(self.model, "generation_config", None)
         configured = getattr(config, "eos_token_id", None)
@@ -243,10 +249,10 @@ class CompiledBackend:
     def _prompts(self, requests: Sequence[Any], numbers: Sequence[int]) -> _Prompts:
         """The prompts of requests that have one set of generation settings."""
         first = requests[numbers[0]]
-        known = normalize_gen_kwargs(dict(first.args[1]), self.lm.max_gen_toks)
+        normalized = normalize_gen_kwargs(dict(first.args[1]), self.lm.max_gen_toks)
         eos = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
-        until = tuple(handle_stop_sequences(known.get("until"), eos=eos))
-        max_new = int(known["max_gen_toks"])
+        until = tuple(handle_stop_sequences(normalized.get("until"), eos=eos))
+        max_new = int(normalized["max_gen_toks"])
         ids = [self._tokenized_prompt(requests[number], max_new) for number in numbers]
         return _Prompts(self._generation_settings(first), until, max_new, tuple(numbers), ids)
 
@@ -268,8 +274,8 @@ class CompiledBackend:
 
     def _generation_settings(self, request: Any) -> dict[str, Any]:
         """What lm-eval would pass on to `generate` beside stop strings and the number of new tokens."""
-        known = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
-        return {name: value for name, value in known.items() if name not in ("until", "max_gen_toks")}
+        normalized = normalize_gen_kwargs(dict(request.args[1]), self.lm.max_gen_toks)
+        return {name: value for name, value in normalized.items() if name not in ("until", "max_gen_toks")}
 
     def _unsupported_reason(self, request: Any) -> str | None:
         """Why HFLM itself has to generate; None if it need not."""

@@ -35,8 +35,9 @@ def make_hflm(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
 
 
 def answer_by_hflm(lm: Any, requests: Sequence[Any], rounding: Rounding) -> Answers:
-    """Answers requests as lm-eval does. Sampling starts from the same seed at every call; torch's generator
-    is restored.
+    """Answers requests as lm-eval does.
+
+    Sampling starts from the same seed at every call; torch's generator is restored.
 
     Args:
         lm: An `HFLM`.
@@ -63,8 +64,9 @@ def answer_by_hflm(lm: Any, requests: Sequence[Any], rounding: Rounding) -> Answ
 
 
 class HFLMBackend:
-    """Passes every request to lm-eval's own HFLM. Satisfies
-    `evomerge.evaluation.lm_harness.backends.base.Backend`.
+    """Passes every request to lm-eval's own HFLM.
+
+    Satisfies `evomerge.evaluation.lm_harness.backends.base.Backend`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
