@@ -34,10 +34,12 @@ class Opening:
     Attributes:
         space: Decodes the optimizer's genomes.
         optimizer: Makes an optimizer from its starting genome and the number of its island, from 0.
-        hand: Recipes scored before the stage, in a generation of their own; those of a first stage are the plan's
+        hand: Recipes scored before the stage, in a generation of their own; those of a first stage are the
+            plan's
             baselines.
         at_best: Whether to start at the best known recipe that the space can hold, else at `space.start`.
-        late: Share of the stage's generations, in [0, 1], after which candidates may become finalists. Where a
+        late: Share of the stage's generations, in [0, 1], after which candidates may become finalists. Where
+            a
             distribution converges, early candidates owe a high score to selection bias.
     """
 
@@ -55,7 +57,8 @@ class Stage:
     Attributes:
         name: 'weights' or 'routes'.
         evaluations: Its budget; it ends with the generation that reaches it.
-        open: Makes the stage from what the stages before found; a first stage starts from the best parent or hand
+        open: Makes the stage from what the stages before found; a first stage starts from the best parent or
+            hand
             recipe on the search items.
     """
 
@@ -93,7 +96,8 @@ class Plan:
         objective: What is maximized.
         items: Role -> task -> ids of all its items.
         per_generation: Items of each task that a generation is scored on, or task -> items.
-        finalists: Candidates of each stage that are validated, the means of its distributions not counted twice.
+        finalists: Candidates of each stage that are validated, the means of its distributions not counted
+            twice.
         seed: Keys the windows of items.
         soup: Makes the average of some parents, for a greedy soup among the hand recipes; None for no soup.
         race: How candidates are dropped early; None scores every candidate on all items of its generation.

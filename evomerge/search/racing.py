@@ -1,10 +1,16 @@
-"""A generation's race: all candidates on few items first, on more only while it is open whether they are among its best.
+"""A generation's race: all candidates on few items first, on more only while it is open whether they are
+among its best.
 
-Rungs are nested parts of the generation's items. After each rung but the last, those that are sure to be among the best mu
-on all the items are chosen, those that are sure not to be are dropped, and the others go on: see `subset_selection`. The
-probability that the best mu are not those that all items would have given is meant to be at most `error` a generation, shared
-out evenly between the rungs; results/racing.md has what was found: half to three quarters of it, but up to 2.5 times where
-candidates are all alike and which are the best means nothing. An optimizer learns the order of the best from scores made
+Rungs are nested parts of the generation's items. After each rung but the last, those that are sure to be
+among the best mu
+on all the items are chosen, those that are sure not to be are dropped, and the others go on: see
+`subset_selection`. The
+probability that the best mu are not those that all items would have given is meant to be at most `error` a
+generation, shared
+out evenly between the rungs; results/racing.md has what was found: half to three quarters of it, but up to
+2.5 times where
+candidates are all alike and which are the best means nothing. An optimizer learns the order of the best from
+scores made
 comparable, and of the dropped how far they came. Knows nothing of stores, pools or optimizers.
 """
 
@@ -38,7 +44,8 @@ class Race:
         increasing = all(a < b for a, b in zip((0.0, *self.rungs), self.rungs, strict=False))
         if not self.rungs or not increasing or self.rungs[-1] != 1.0:
             raise ConfigError(
-                f"the rungs of a race are increasing shares of the items that end with 1, got {list(self.rungs)}"
+                "the rungs of a race are increasing shares of the items that end with 1, got "
+                f"{list(self.rungs)}"
             )
         if not 0.0 < self.error < 1.0:
             raise ConfigError(f"the error rate of a race must be in (0, 1), got {self.error:g}")
@@ -46,7 +53,8 @@ class Race:
 
 @dataclass(frozen=True, slots=True)
 class RaceResult:
-    """How a candidate fared. items: those it was scored on; dropped: the rung, from 1, after which it was dropped;
+    """How a candidate fared. items: those it was scored on; dropped: the rung, from 1, after which it was
+    dropped;
     predicted: what the search would see on all items, of a candidate that was not scored on all."""
 
     evaluation: Evaluation
@@ -59,29 +67,35 @@ def check(objective: Objective) -> None:
     """Raises ConfigError where an objective cannot be raced: paired tests need a mean of item values."""
     if objective.kind != "mean":
         raise ConfigError(
-            f"a race compares means of items, and a '{objective.kind}' objective is none; choose 'mean', or leave out search.race"
+            f"a race compares means of items, and a '{objective.kind}' objective is none; choose 'mean', "
+            "or leave out search.race"
         )
     if objective.keep:
         raise ConfigError(
-            "a race drops candidates by their score alone and would pass over 'keep'; leave out one of the two"
+            "a race drops candidates by their score alone and would pass over 'keep'; leave out one of the "
+            "two"
         )
     if objective.layer_price:
         raise ConfigError(
-            "a race drops candidates by their score alone and would pass over routes.penalty; leave out one of the two"
+            "a race drops candidates by their score alone and would pass over routes.penalty; leave out "
+            "one of the two"
         )
     for term in objective.terms:
         if not term.mean:
             raise ConfigError(
-                f"a race compares means of items, and the metric of task '{term.task}' is aggregated otherwise; leave out search.race"
+                f"a race compares means of items, and the metric of task '{term.task}' is aggregated "
+                "otherwise; leave out search.race"
             )
 
 
 def run(
     candidates: Mapping[int, Recipe], items: Items, race: Race, objective: Objective, mu: int, score: Score
 ) -> dict[int, RaceResult]:
-    """Races the candidates of a generation; slot -> how each fared. mu: how many of the best the optimizer learns from.
+    """Races the candidates of a generation; slot -> how each fared. mu: how many of the best the optimizer
+    learns from.
 
-    Deterministic: the same item scores give the same race. One that fails, or has a value that is not finite, is out of it.
+    Deterministic: the same item scores give the same race. One that fails, or has a value that is not finite,
+    is out of it.
     """
     own: dict[int, list[Evaluation]] = {slot: [] for slot in candidates}
     seen: dict[int, Seen] = {slot: {} for slot in candidates}
@@ -137,8 +151,10 @@ def increment(
 ) -> Items:
     """What a rung adds: the next ids of each task, so that a share of all items has been scored after it.
 
-    parts: the rungs before; alive: the scores so far of those that go on. First every task gives its share, and two items
-    at least, without which it has no error. Later more is taken of the tasks that tell the candidates apart, by
+    parts: the rungs before; alive: the scores so far of those that go on. First every task gives its share,
+    and two items
+    at least, without which it has no error. Later more is taken of the tasks that tell the candidates apart,
+    by
     `subset_selection.allocate`.
     """
     taken = {task: sum(len(part.get(task, ())) for part in parts) for task in items}
@@ -166,7 +182,8 @@ def together(items: Items, parts: Sequence[Items]) -> Items:
 
 
 def union(evaluations: Sequence[Evaluation], items: Items, objective: Objective) -> Evaluation:
-    """Evaluations on parts as one on all: metrics are means of items, seconds add up; the last one's error, if it has one."""
+    """Evaluations on parts as one on all: metrics are means of items, seconds add up; the last one's error,
+    if it has one."""
     last = evaluations[-1]
     seconds = {
         stage: math.fsum(e.seconds.get(stage, 0.0) for e in evaluations)
@@ -187,7 +204,8 @@ def part_of(evaluation: Evaluation, items: Items) -> Evaluation:
 
 
 def means(scores: Sequence[ItemScore], objective: Objective) -> dict[str, float]:
-    """Metrics of tasks whose metric is the mean of their items, soft ones too, and those of the objective's groups."""
+    """Metrics of tasks whose metric is the mean of their items, soft ones too, and those of the objective's
+    groups."""
     by_task: dict[str, list[ItemScore]] = {}
     for s in scores:
         by_task.setdefault(s.task, []).append(s)
@@ -207,7 +225,8 @@ def means(scores: Sequence[ItemScore], objective: Objective) -> dict[str, float]
 def _tables(
     items: Items, parts: Sequence[Items], objective: Objective, rows: Sequence[Seen]
 ) -> tuple[list[Array], list[int], list[float]]:
-    """By task of the objective: [candidates, items so far] scores as the search sees them, how many there will be, and the weight.
+    """By task of the objective: [candidates, items so far] scores as the search sees them, how many there
+    will be, and the weight.
 
     Items without the soft score that is searched by are not counted. All rows hold the same items.
     """
@@ -226,7 +245,8 @@ def _tables(
 
 
 def _predicted(items: Items, objective: Objective, rows: Mapping[int, Seen]) -> dict[int, float]:
-    """Slot -> the objective as the search sees it, made comparable between candidates that were scored on more and fewer items."""
+    """Slot -> the objective as the search sees it, made comparable between candidates that were scored on
+    more and fewer items."""
     if not rows:
         return {}
     shares = objective.search_shares

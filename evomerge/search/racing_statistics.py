@@ -1,11 +1,18 @@
-"""Which of some candidates would be the best of them on all items, said from their scores on a part of the items.
+"""Which of some candidates would be the best of them on all items, said from their scores on a part of the
+items.
 
-Given the first m of n items of each task, a candidate's mean over all n is predicted: the known part has no error, the rest
-is drawn about an empirical-Bayes mean, shrunk to the mean of all candidates by how much of their spread is noise of items
-(Efron and Morris 1973). Noise is joint: candidates that err on the same items differ by less than their errors say. A
-candidate is settled, chosen or dropped, as soon as the probability that any of the settled ones is wrong is small: with
-choosing beside dropping this is the race for the best mu of Heidrich-Meisner and Igel 2009, "Hoeffding and Bernstein races
-for selecting policies in evolutionary direct policy search", with a predictive distribution in place of their bounds.
+Given the first m of n items of each task, a candidate's mean over all n is predicted: the known part has no
+error, the rest
+is drawn about an empirical-Bayes mean, shrunk to the mean of all candidates by how much of their spread is
+noise of items
+(Efron and Morris 1973). Noise is joint: candidates that err on the same items differ by less than their
+errors say. A
+candidate is settled, chosen or dropped, as soon as the probability that any of the settled ones is wrong is
+small: with
+choosing beside dropping this is the race for the best mu of Heidrich-Meisner and Igel 2009, "Hoeffding and
+Bernstein races
+for selecting policies in evolutionary direct policy search", with a predictive distribution in place of their
+bounds.
 Knows nothing of recipes, items' names or rungs.
 """
 
@@ -38,10 +45,13 @@ def settle(
     error: float,
     seed: Sequence[int] = (0,),
 ) -> Settled:
-    """Which candidates are surely among the mu best by the weighted sum of task means over all items, and which surely not.
+    """Which candidates are surely among the mu best by the weighted sum of task means over all items, and
+    which surely not.
 
-    values: of each task, [candidates, m] scores on its first m >= 2 items, finite; sizes: n >= m of each task; weights: of
-    each task, higher sums are better. error: probability that any of the settled is settled wrongly, in (0, 1); seed:
+    values: of each task, [candidates, m] scores on its first m >= 2 items, finite; sizes: n >= m of each
+    task; weights: of
+    each task, higher sums are better. error: probability that any of the settled is settled wrongly, in (0,
+    1); seed:
     non-negative numbers that key the draws. Nothing is settled while no item tells the candidates' noise.
     """
     count = len(values[0])
@@ -79,13 +89,18 @@ def settle(
 def predict(
     values: Sequence[Array], sizes: Sequence[int], weights: Sequence[float]
 ) -> tuple[Array, Array, float]:
-    """(expected weighted sum of means over all items [candidates], its covariance up to what all share, degrees of freedom).
+    """(expected weighted sum of means over all items [candidates], its covariance up to what all share,
+    degrees of freedom).
 
-    Arguments as in `settle`. By task, with m of n items known, f = m / n, B the share of the candidates' spread that is not
+    Arguments as in `settle`. By task, with m of n items known, f = m / n, B the share of the candidates'
+    spread that is not
     noise, and C the covariance of an item's scores: mean f ȳ + (1 - f)(ȳ.. + B (ȳ - ȳ..)), covariance
-    (1 - f)² (B / m + 1 / (n - m)) C. C is taken with one more item whose variance is the mean of the tasks': a task where all
-    candidates agree so far is not one where they always do. Skills on different tasks are taken to be independent, and the
-    candidates to be equally unlike: where they are not, errors are larger than stated, which the races in results/racing.md
+    (1 - f)² (B / m + 1 / (n - m)) C. C is taken with one more item whose variance is the mean of the tasks':
+    a task where all
+    candidates agree so far is not one where they always do. Skills on different tasks are taken to be
+    independent, and the
+    candidates to be equally unlike: where they are not, errors are larger than stated, which the races in
+    results/racing.md
     had room for.
     """
     count = len(values[0])
@@ -111,7 +126,8 @@ def predict(
 
 
 def deviations(values: Sequence[Array], weights: Sequence[float]) -> Array:
-    """[tasks] standard deviation of an item's scores about the candidates' and the items' means, with one more item of mean
+    """[tasks] standard deviation of an item's scores about the candidates' and the items' means, with one
+    more item of mean
     variance: the noise that hides which candidates are better. Arguments as in `settle`."""
     known = np.array([own.shape[1] - 1.0 for own in values])
     sums = np.array([_variance(own) for own in values]) * known
@@ -122,9 +138,11 @@ def deviations(values: Sequence[Array], weights: Sequence[float]) -> Array:
 def allocate(
     noise: Array, weights: Sequence[float], taken: Sequence[int], sizes: Sequence[int], budget: int
 ) -> list[int]:
-    """Items of each task to have after the next step, at least those taken, about `budget` in all, up to one more a task.
+    """Items of each task to have after the next step, at least those taken, about `budget` in all, up to one
+    more a task.
 
-    The error of the weighted sum is least where a task's items are in proportion to its weight times its `deviations`
+    The error of the weighted sum is least where a task's items are in proportion to its weight times its
+    `deviations`
     (Neyman 1934).
     """
     need = np.maximum(np.abs(weights) * noise, 1e-12)
@@ -139,9 +157,11 @@ def allocate(
 
 
 def aligned(values: Sequence[Array], weights: Sequence[float]) -> Array:
-    """[candidates] weighted sums of task means, comparable between candidates that were scored on different numbers of items.
+    """[candidates] weighted sums of task means, comparable between candidates that were scored on different
+    numbers of items.
 
-    values: of each task, [candidates, n], NaN where a candidate was not scored; each was scored on the first items of a
+    values: of each task, [candidates, n], NaN where a candidate was not scored; each was scored on the first
+    items of a
     task. Its mean is corrected by how easy those were to the candidates that have the most.
     """
     most = int(max(sum(np.isfinite(own[i]).sum() for own in values) for i in range(len(values[0]))))
@@ -176,7 +196,8 @@ def _interaction(values: Array) -> Array:
 
 
 def _root(covariance: Array) -> Array:
-    """The symmetric R with R R = covariance, which may be singular: unlike its eigenvectors it is the same on every machine."""
+    """The symmetric R with R R = covariance, which may be singular: unlike its eigenvectors it is the same on
+    every machine."""
     eigenvalues, vectors = np.linalg.eigh(covariance)
     root: Array = (vectors * np.sqrt(np.maximum(eigenvalues, 0.0))) @ vectors.T
     return root

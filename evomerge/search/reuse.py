@@ -1,7 +1,9 @@
 """What earlier studies know: evaluations that need not be made again, and a pool that answers from them.
 
-An evaluation is known by its recipe, the content of the models that the recipe reads, the tasks' own hashes (settings, code,
-prompts and which items are of which role), and how scores are computed (versions, threads, types, device). Whatever differs
+An evaluation is known by its recipe, the content of the models that the recipe reads, the tasks' own hashes
+(settings, code,
+prompts and which items are of which role), and how scores are computed (versions, threads, types, device).
+Whatever differs
 in one of these is evaluated anew. Writes nothing.
 """
 
@@ -28,7 +30,8 @@ _PURPOSES: tuple[Purpose, ...] = ("search", "rung", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """An earlier study that can be asked. parents: model -> hash; terms: those of its tasks that are the same now."""
+    """An earlier study that can be asked. parents: model -> hash; terms: those of its tasks that are the same
+    now."""
 
     name: str
     store: Store
@@ -40,10 +43,13 @@ class Earlier:
     """Stores of earlier studies, open for reading. A context manager that closes them."""
 
     def __init__(self, paths: Sequence[Path], facts: StudyFacts, *, parts: bool = False) -> None:
-        """facts: of the study that asks, see `evomerge.launch.prepare`. parts: also answer with items that were scored in other sets.
+        """facts: of the study that asks, see `evomerge.launch.prepare`. parts: also answer with items that
+        were scored in other sets.
 
-        An evaluation on exactly the items asked is what scoring them again would give, to the bit. Put together from other
-        sets it may differ in a last bit, for batches were others; then ranks that hang on one may differ too. `refused`
+        An evaluation on exactly the items asked is what scoring them again would give, to the bit. Put
+        together from other
+        sets it may differ in a last bit, for batches were others; then ranks that hang on one may differ too.
+        `refused`
         says which studies cannot be asked, and why. Raises StudyError for a file that is missing or damaged.
         """
         self.refused: list[str] = []
@@ -77,7 +83,8 @@ class Earlier:
         return tuple(one.name for one in self._known)
 
     def lookup(self, recipe: Recipe, items: Items) -> Evaluation | None:
-        """The evaluation of a recipe on items, if it is known; only one that succeeded. The first study that knows it answers."""
+        """The evaluation of a recipe on items, if it is known; only one that succeeded. The first study that
+        knows it answers."""
         tasks = [task for task, ids in items.items() if ids]
         asked: list[_Known] = []
         for one in list(self._known):
@@ -110,7 +117,8 @@ class Earlier:
         terms = frozenset(term for term in self._leaves if _same_term(term, study.facts, self._facts))
         if not terms:
             self.refused.append(
-                f"nothing is reused of {study.name}: none of its tasks is one of this study, with the same items and prompts"
+                f"nothing is reused of {study.name}: none of its tasks is one of this study, with the same "
+                "items and prompts"
             )
             store.close()
             return
@@ -129,7 +137,8 @@ class Earlier:
     def _whole(self, one: _Known, recipe: Recipe, items: Items) -> Evaluation | None:
         """A stored evaluation on exactly these items, with the metrics that this study has names for.
 
-        What an item is scored by depends on its role, and roles are part of a task's hash: they are the same in both.
+        What an item is scored by depends on its role, and roles are part of a task's hash: they are the same
+        in both.
         """
         for purpose in _PURPOSES:
             found = one.store.evaluation(recipe.id, purpose, items)
@@ -146,7 +155,8 @@ class Earlier:
         return None
 
     def _together(self, asked: Sequence[_Known], recipe: Recipe, items: Items) -> Evaluation | None:
-        """The items' scores from whatever sets they were scored in; None where one is unknown, or a metric is no mean of items."""
+        """The items' scores from whatever sets they were scored in; None where one is unknown, or a metric is
+        no mean of items."""
         means = {
             term
             for term, term_facts in self._facts.terms.items()
@@ -173,7 +183,8 @@ class Earlier:
 
 
 class KnownPool:
-    """A pool before which earlier studies are asked. Satisfies `evomerge.workers.pool.Pool`. hits: jobs that they answered."""
+    """A pool before which earlier studies are asked. Satisfies `evomerge.workers.pool.Pool`. hits: jobs that
+    they answered."""
 
     def __init__(self, pool: Pool, earlier: Earlier) -> None:
         """Closes both at its end."""

@@ -1,4 +1,5 @@
-"""What is said of a search once it is over: estimates, finalists, tests, the headline number, luck, and skills kept or lost.
+"""What is said of a search once it is over: estimates, finalists, tests, the headline number, luck, and
+skills kept or lost.
 
 Plain rows from item scores; nothing is scored here.
 """
@@ -24,7 +25,8 @@ from evomerge.store import Scored, Store, Trial
 
 _Turns = tuple[int, ...]  # by task of the pool, how often its items had been gone through
 ALARM = 1.96
-"""A skill is said to be lost where it falls by more than this many standard errors: 2.5 % a comparison, not corrected for
+"""A skill is said to be lost where it falls by more than this many standard errors: 2.5 % a comparison, not
+corrected for
 their number, as an alarm is to be looked at and a loss passed over is not."""
 
 
@@ -36,12 +38,17 @@ def estimates(
     last: int,
     epochs: Callable[[Trial], Mapping[str, int]],
 ) -> dict[int, Estimate]:
-    """Trial id -> its objective as the search sees it, estimated over all items of the search: comparable across generations.
+    """Trial id -> its objective as the search sees it, estimated over all items of the search: comparable
+    across generations.
 
-    pool: all items of the search; last: the number of the last generation; epochs: task -> how often all its items had been
-    gone through before the trial's generation took its own. An item's ease is the mean over generations of its candidates'
-    values less their own means, the trial's own epoch left out: there the item was met beside the same others, which says
-    nothing of how easy they are together, and would make the error look smaller than it is. In a first epoch the estimate
+    pool: all items of the search; last: the number of the last generation; epochs: task -> how often all its
+    items had been
+    gone through before the trial's generation took its own. An item's ease is the mean over generations of
+    its candidates'
+    values less their own means, the trial's own epoch left out: there the item was met beside the same
+    others, which says
+    nothing of how easy they are together, and would make the error look smaller than it is. In a first epoch
+    the estimate
     is the plain mean. Empty where the objective is no mean of items.
     """
     if not objective.is_mean_of_items:
@@ -110,7 +117,8 @@ def leaders(
 ) -> list[Trial]:
     """Candidates of the generations in (after, last] that no race dropped, one a recipe, the best first.
 
-    price: what a candidate's size costs, which its estimate does not hold. Those that keep what `keep` asks come first;
+    price: what a candidate's size costs, which its estimate does not hold. Those that keep what `keep` asks
+    come first;
     then the estimate decides, or the score where there are none.
     """
     late = [
@@ -137,7 +145,8 @@ def elect(
     validated: Mapping[str, Scored],
     floors: Mapping[str, float],
 ) -> list[Trial]:
-    """Those that stand for election, the best on validation first; one that breaks `keep` there comes after all that do not."""
+    """Those that stand for election, the best on validation first; one that breaks `keep` there comes after
+    all that do not."""
 
     def key(t: Trial) -> tuple[float, float]:
         found = validated[t.recipe_id]
@@ -147,7 +156,8 @@ def elect(
 
 
 def against(objective: Objective, winner: Scored, other: Scored) -> Estimate | None:
-    """The winner's lead over another on the same items, paired; None where the objective or an error does not tell it."""
+    """The winner's lead over another on the same items, paired; None where the objective or an error does not
+    tell it."""
     if not objective.is_mean_of_items:
         return None
     found = paired(winner.evaluation.items, other.evaluation.items, objective.shares())
@@ -157,9 +167,11 @@ def against(objective: Objective, winner: Scored, other: Scored) -> Estimate | N
 def p_values(
     objective: Objective, winner: str, others: Sequence[str], validated: Mapping[str, Scored]
 ) -> dict[str, float]:
-    """Recipe -> two-sided p-value that the winner is no better and no worse on validation, paired, Holm over all others.
+    """Recipe -> two-sided p-value that the winner is no better and no worse on validation, paired, Holm over
+    all others.
 
-    The winner was chosen on these items, so that they flatter it: a small value is needed to believe in a difference, and
+    The winner was chosen on these items, so that they flatter it: a small value is needed to believe in a
+    difference, and
     the test items decide what is reported.
     """
     distinct = [r for r in dict.fromkeys(others) if r != winner and r in validated]
@@ -169,9 +181,11 @@ def p_values(
 
 
 def headline(objective: Objective, scored: Scored) -> Estimate | None:
-    """The reported objective with its error; by the delta method where it is a geometric mean or the worst task.
+    """The reported objective with its error; by the delta method where it is a geometric mean or the worst
+    task.
 
-    The worst task's error leaves out that another could be the worst. None for metrics that are no means of items.
+    The worst task's error leaves out that another could be the worst. None for metrics that are no means of
+    items.
     """
     e = scored.evaluation
     if scored.reported is None or not all(t.mean for t in objective.terms):
@@ -193,7 +207,8 @@ def row(
     tested: Mapping[str, Scored],
     p: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """A candidate's line of the outcome: its scores by role, its estimate and p-value where there are any, its error if it failed."""
+    """A candidate's line of the outcome: its scores by role, its estimate and p-value where there are any,
+    its error if it failed."""
     out: dict[str, Any] = {
         "id": trial.id,
         "origin": trial.origin,
@@ -239,7 +254,8 @@ def interval(estimate: Estimate | None) -> dict[str, Any]:
 
 
 def selection_bias_columns(search: Estimate | None, test: Estimate | None) -> dict[str, float]:
-    """Search less test score, and its error, as keys of a row: what a score owes to having been selected by it."""
+    """Search less test score, and its error, as keys of a row: what a score owes to having been selected by
+    it."""
     if search is None or test is None:
         return {}
     found = selection_bias(search, test)
@@ -249,9 +265,11 @@ def selection_bias_columns(search: Estimate | None, test: Estimate | None) -> di
 def retention(
     objective: Objective, winner: Scored, parents: Sequence[tuple[str, Scored]]
 ) -> list[dict[str, Any]]:
-    """By task and parent the winner's lead on the test items, paired; `lost` where it falls by more than `ALARM` errors.
+    """By task and parent the winner's lead on the test items, paired; `lost` where it falls by more than
+    `ALARM` errors.
 
-    parents: (name, scored on the same items). Higher is better. Left out are tasks whose metric is no mean of items.
+    parents: (name, scored on the same items). Higher is better. Left out are tasks whose metric is no mean of
+    items.
     """
     rows: list[dict[str, Any]] = []
     for term in objective.terms:
@@ -278,7 +296,8 @@ def retention(
 def item_means(
     objective: Objective, task: str, scores: Sequence[ItemScore], items: Items
 ) -> dict[str, float]:
-    """Metrics of a task's strata over some of the items that a model was scored on. Of a task whose metric is their mean."""
+    """Metrics of a task's strata over some of the items that a model was scored on. Of a task whose metric is
+    their mean."""
     term = next(t for t in objective.terms if t.task == task)
     known = {(s.task, s.item): s.value for s in scores}
     return {

@@ -1,4 +1,5 @@
-"""Results that come in any order, several islands at one pool, a drained pool, budgets: the rows are those of one worker in order."""
+"""Results that come in any order, several islands at one pool, a drained pool, budgets: the rows are those of
+one worker in order."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def islands(count: int, evaluations: int = 36, **changes: Any) -> Plan:
 
 
 class Crew:
-    """As many workers as `size`, of which any may be the next to finish; `choose` says which of those in flight.
+    """As many workers as `size`, of which any may be the next to finish; `choose` says which of those in
+    flight.
 
     begun, ended: recipe and items of every job in these states. seconds: of each attempt.
     """
@@ -249,7 +251,8 @@ def test_a_grace_that_is_over_drops_what_is_in_flight(tmp_path: Path) -> None:
 def test_a_budget_that_is_used_up_ends_the_search_with_its_test(
     budget: Budget, said: str, tmp_path: Path
 ) -> None:
-    """Each attempt takes half an hour: 4 GPU hours are 8 of them, which the parents and hand recipes use up."""
+    """Each attempt takes half an hour: 4 GPU hours are 8 of them, which the parents and hand recipes use
+    up."""
     file = tmp_path / "a" / "study.db"
     outcome = run(file, islands(2), Crew(3, shuffled(0), seconds=1800.0), budget=budget)
     assert outcome.generations == 2, "one generation of each island"

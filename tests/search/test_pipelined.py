@@ -1,4 +1,5 @@
-"""A search that asks each generation before the last results of the one before: the same rows whoever finishes first, wherever
+"""A search that asks each generation before the last results of the one before: the same rows whoever
+finishes first, wherever
 it is broken off, and no worker that waits for a straggler."""
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def test_killed_anywhere_it_is_the_same_search(islands: int, tmp_path: Path) -> 
 
 
 def test_no_worker_waits_for_a_straggler_and_the_generation_after_next_does(tmp_path: Path) -> None:
-    """The first candidate of generation 2 comes only when nothing else can: by then all of generation 3 is there, and none of 4."""
+    """The first candidate of generation 2 comes only when nothing else can: by then all of generation 3 is
+    there, and none of 4."""
     late: list[Job] = []
     ended: list[list[int]] = []
     of = pipelined()
@@ -123,7 +125,8 @@ def test_no_worker_waits_for_a_straggler_and_the_generation_after_next_does(tmp_
 
 
 def test_each_generation_learns_from_those_before_the_last(tmp_path: Path) -> None:
-    """Written as a loop: the genomes in the store are those of an optimizer that is told with a delay of one."""
+    """Written as a loop: the genomes in the store are those of an optimizer that is told with a delay of
+    one."""
     of = pipelined()
     run(tmp_path / "study.db", of, Crew(4, shuffled(0)))
     with Store.open(tmp_path / "study.db") as store:
@@ -249,7 +252,8 @@ def test_every_optimizer_takes_two_asks_ahead_and_its_tells_in_their_order(name:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["diagonal", "full", "catcma"])
 def test_told_a_generation_late_a_distribution_converges(name: str, seed: int) -> None:
-    """Points told as they stood made each move of the mean again, and longer: 40 genes came to NaN. The delay costs a quarter or so."""
+    """Points told as they stood made each move of the mean again, and longer: 40 genes came to NaN. The delay
+    costs a quarter or so."""
     size, loss = 40, np.logspace(0, 2, 40)
     make: dict[str, Callable[[], Optimizer]] = {
         "diagonal": lambda: CmaEs([0.0] * size, 0.15, population=16, diagonal=True, seed=seed),
@@ -278,7 +282,10 @@ def test_told_a_generation_late_a_distribution_converges(name: str, seed: int) -
 
 
 def test_a_race_and_a_pipelined_search_are_not_had_together() -> None:
-    text = "study: s\nmodels: {a: {path: m}, b: {path: m}}\nbase: a\nmethod: linear\ntasks: [{task: sorting}]\nsearch: {race: {}, pipelined: true}\n"
+    text = (
+        "study: s\nmodels: {a: {path: m}, b: {path: m}}\nbase: a\nmethod: linear\ntasks: [{task: "
+        "sorting}]\nsearch: {race: {}, pipelined: true}\n"
+    )
     with pytest.raises(ConfigError, match=r"^search\.yaml:6:\d+ a search is raced or pipelined, not both"):
         loading.check(_yaml.parse(text, "search.yaml"))
     assert loading.check(_yaml.parse(text.replace("race: {}, ", ""), "search.yaml")).search.pipelined

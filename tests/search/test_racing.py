@@ -1,4 +1,5 @@
-"""Races in a study: what is scored, stored and ranked; broken off anywhere and taken up, it is the race that nobody broke off."""
+"""Races in a study: what is scored, stored and ranked; broken off anywhere and taken up, it is the race that
+nobody broke off."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ LARGE: dict[Role, Items] = {
 
 
 class SoftPool(ToyPool):
-    """As the toy pool, with soft scores: probabilities about the recipe's height that tell more than one right answer does."""
+    """As the toy pool, with soft scores: probabilities about the recipe's height that tell more than one
+    right answer does."""
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
         found = super().evaluate(recipe, items)
@@ -55,9 +57,12 @@ class SoftPool(ToyPool):
 def raced(**changes: Any) -> Any:
     """A plan whose generations are raced, on enough items for races to end early."""
     given: dict[str, Any] = {
-        "race": Race(RUNGS, 0.2), "items": LARGE, "per_generation": 60, "evaluations": 24,
+        "race": Race(RUNGS, 0.2),
+        "items": LARGE,
+        "per_generation": 60,
+        "evaluations": 24,
         "optimizer": lambda start: CmaEs(start, 0.3, population=12, seed=5),
-    }  # fmt: skip
+    }
     return plan(**(given | changes))
 
 
@@ -73,7 +78,7 @@ def searched(store: Store) -> list[Trial]:
     return [t for t in store.trials() if t.generation > 0 and t.origin != "mean"]
 
 
-# ---- what a race does ------------------------------------------------------------------------------------------------
+# ---- what a race does --------------------------------------------------------------------------------------
 
 
 def test_a_race_scores_less_and_says_of_whom(whole: tuple[Path, ToyPool, Outcome]) -> None:
@@ -144,7 +149,8 @@ def test_the_dropped_rank_below_all_others(whole: tuple[Path, ToyPool, Outcome])
 
 
 def test_a_race_that_is_never_sure_is_the_search_without_it(tmp_path: Path) -> None:
-    """At an error rate of almost nothing nobody is settled before the end, and every score is that of all items."""
+    """At an error rate of almost nothing nobody is settled before the end, and every score is that of all
+    items."""
     kept = ("generation", "slot", "genome", "recipe")
     search(tmp_path / "raced" / "study.db", ToyPool(), raced(race=Race(RUNGS, 1e-300)))
     search(tmp_path / "plain" / "study.db", ToyPool(), raced(race=None))
@@ -191,7 +197,7 @@ def test_a_race_by_soft_scores(tmp_path: Path) -> None:
                 )
 
 
-# ---- broken off and taken up -----------------------------------------------------------------------------------------
+# ---- broken off and taken up -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("how", "stride"), [("stop", 9), ("kill", 11), ("lost", 13)])
@@ -252,16 +258,22 @@ def test_a_larger_budget_goes_on_where_the_smaller_ended(
     assert large == grown
 
 
-# ---- the race by itself ----------------------------------------------------------------------------------------------
+# ---- the race by itself ------------------------------------------------------------------------------------
 
 
 def table(seed: int, count: int, items: Items) -> dict[tuple[str, str, str], float]:
-    """0/1 scores of candidates with skills of their own on items of different ease; keys: recipe, task, item."""
+    """0/1 scores of candidates with skills of their own on items of different ease; keys: recipe, task,
+    item."""
     recipes = [recipe.id for recipe in candidates(count).values()]
     return {
-        (r, task, i): float(uniform(seed, r, task, i) < 1 / (1 + math.exp(-2.5 * (uniform(seed, "s", r) - uniform(seed, "d", task, i)))))
-        for r in recipes for task, ids in items.items() for i in ids
-    }  # fmt: skip
+        (r, task, i): float(
+            uniform(seed, r, task, i)
+            < 1 / (1 + math.exp(-2.5 * (uniform(seed, "s", r) - uniform(seed, "d", task, i))))
+        )
+        for r in recipes
+        for task, ids in items.items()
+        for i in ids
+    }
 
 
 def candidates(count: int) -> dict[int, Recipe]:
@@ -286,7 +298,8 @@ def scorer(scores: Mapping[tuple[str, str, str], float]) -> racing.Score:
 
 
 def test_a_race_keeps_the_best_as_often_as_it_says() -> None:
-    """40 generations at an error of .2: 8 may lose one of their best; more than 15 has a probability below .5 %."""
+    """40 generations at an error of .2: 8 may lose one of their best; more than 15 has a probability below .5
+    %."""
     items = {"one": tuple(map(str, range(60))), "two": tuple(map(str, range(40)))}
     objective, wrong, used = Objective((Term("one", 2.0), Term("two"))), 0, 0
     for seed in range(40):

@@ -1,4 +1,5 @@
-"""The best of a generation from a part of its items: against loops, closed forms, enumeration and simulation."""
+"""The best of a generation from a part of its items: against loops, closed forms, enumeration and
+simulation."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def tables(
     binary: bool = False,
     pairs: float = 0.5,
 ) -> list[Array]:
-    """By task [candidates, items]: skill, ease of items, and a part that candidates share in pairs, so that errors correlate."""
+    """By task [candidates, items]: skill, ease of items, and a part that candidates share in pairs, so that
+    errors correlate."""
     out = []
     skill = generator.normal(0.0, spread, (candidates, 1))
     for n in sizes:
@@ -34,7 +36,7 @@ def objective(values: Sequence[Array], weights: Sequence[float]) -> Array:
     return sum(w * v.mean(axis=1) for v, w in zip(values, weights, strict=True))
 
 
-# ---- settling --------------------------------------------------------------------------------------------------------
+# ---- settling ----------------------------------------------------------------------------------------------
 
 
 def test_all_items_settle_everything_exactly() -> None:
@@ -66,7 +68,8 @@ def test_alike_candidates_are_never_told_apart() -> None:
 
 
 def test_a_task_where_all_agree_so_far_is_not_one_where_they_always_do() -> None:
-    """One candidate leads by an item of the first task; the second, all equal on 5 of 400 items, may yet turn it."""
+    """One candidate leads by an item of the first task; the second, all equal on 5 of 400 items, may yet turn
+    it."""
     generator = np.random.default_rng(3)
     first = (generator.random((4, 100)) > 0.5).astype(float)
     sure = settle([first], (100,), (1.0,), 2, 0.05)
@@ -84,7 +87,8 @@ def test_the_same_scores_and_seed_settle_the_same() -> None:
 @pytest.mark.parametrize("spread", [0.0, 0.15, 0.6])
 @pytest.mark.parametrize("binary", [False, True])
 def test_the_settled_are_wrong_no_oftener_than_stated(spread: float, binary: bool) -> None:
-    """One step at a third of the items, error .1: of 250 generations at most 25 and three standard errors (14) may go wrong."""
+    """One step at a third of the items, error .1: of 250 generations at most 25 and three standard errors
+    (14) may go wrong."""
     generator = np.random.default_rng([5, int(binary), int(100 * spread)])
     wrong = settled = 0
     for turn in range(250):
@@ -104,7 +108,7 @@ def test_the_settled_are_wrong_no_oftener_than_stated(spread: float, binary: boo
     assert settled > (0 if spread == 0.0 else 250 if spread < 0.5 else 1000), "or a race saves nothing"
 
 
-# ---- prediction ------------------------------------------------------------------------------------------------------
+# ---- prediction --------------------------------------------------------------------------------------------
 
 
 def test_the_prediction_is_its_formula_in_loops() -> None:
@@ -140,9 +144,11 @@ def test_the_prediction_is_its_formula_in_loops() -> None:
 
 
 def test_predictions_of_differences_are_as_far_off_as_they_say() -> None:
-    """Errors of predicted differences over their stated deviations: mean square near 1 over 300 generations of 28 pairs.
+    """Errors of predicted differences over their stated deviations: mean square near 1 over 300 generations
+    of 28 pairs.
 
-    As the model has it: skills on one task say nothing of another, and all candidates are equally unlike. Estimated variances
+    As the model has it: skills on one task say nothing of another, and all candidates are equally unlike.
+    Estimated variances
     let Student's t have a mean square of 1.1 here.
     """
     generator = np.random.default_rng(7)
@@ -159,11 +165,12 @@ def test_predictions_of_differences_are_as_far_off_as_they_say() -> None:
     assert np.mean(squares) == pytest.approx(1.1, abs=0.12)
 
 
-# ---- allocation ------------------------------------------------------------------------------------------------------
+# ---- allocation --------------------------------------------------------------------------------------------
 
 
 def test_allocation_is_the_best_of_all_there_are() -> None:
-    """Every split of the budget between three tasks is tried; the sum's variance is that of samples without replacement."""
+    """Every split of the budget between three tasks is tried; the sum's variance is that of samples without
+    replacement."""
     noise, weights, taken, sizes = np.array([0.5, 0.1, 0.3]), (0.2, 0.5, 0.3), [2, 4, 2], [30, 25, 12]
 
     def variance(counts: Sequence[int]) -> float:
@@ -195,7 +202,7 @@ def test_deviations_are_those_of_pairs() -> None:
     assert deviations(values, (0.5, 0.5)) == pytest.approx(np.sqrt(pairs), rel=1e-3)
 
 
-# ---- scores on different numbers of items ----------------------------------------------------------------------------
+# ---- scores on different numbers of items ------------------------------------------------------------------
 
 
 def test_whole_rows_keep_their_scores() -> None:

@@ -1,4 +1,5 @@
-"""What an earlier study scored is not scored again, and a search that reuses it is, row by row, the one that did not."""
+"""What an earlier study scored is not scored again, and a search that reuses it is, row by row, the one that
+did not."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def other(seed: int = 6) -> Plan:
 def search(
     file: Path, pool: Pool, of: Plan | None = None, facts: StudyFacts = FACTS, stop_after: int = 0
 ) -> None:
-    """One process' life: begins a study or goes on with it. stop_after: results after which it is told to stop, 0 for none."""
+    """One process' life: begins a study or goes on with it. stop_after: results after which it is told to
+    stop, 0 for none."""
     file.parent.mkdir(exist_ok=True)
     with Store.open(file, write=True) as store:
         if store.study() is None:
@@ -103,7 +105,7 @@ def changed(change: Callable[[dict[str, Any]], None]) -> StudyFacts:
     return StudyFacts.from_json(stored)
 
 
-# ---- whole searches --------------------------------------------------------------------------------------------------
+# ---- whole searches ----------------------------------------------------------------------------------------
 
 
 def test_the_same_search_again_evaluates_nothing(first: Path, tmp_path: Path) -> None:
@@ -163,7 +165,8 @@ def test_a_search_broken_off_goes_on_without_what_it_reused(first: Path, tmp_pat
 def test_a_search_over_models_reads_what_it_would_have_scored(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real models and tasks, through the configuration: nothing is scored, and every row is the same to the bit."""
+    """Real models and tasks, through the configuration: nothing is scored, and every row is the same to the
+    bit."""
     monkeypatch.setenv("EVOMERGE_THREADS", "1")
     before = finished / "small" / "study.db"
     settings, text = loading.load(str(search_file(tmp_path, "again", evaluations=8)))
@@ -182,7 +185,7 @@ def test_a_search_over_models_reads_what_it_would_have_scored(
     assert ours == theirs
 
 
-# ---- what makes an evaluation another one ----------------------------------------------------------------------------
+# ---- what makes an evaluation another one ------------------------------------------------------------------
 
 POLICIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a version": (lambda f: f["versions"].update(torch="3"), "versions.torch was 2, is 3"),
@@ -237,7 +240,7 @@ def test_a_study_that_did_not_store_how_it_scored_is_not_asked(tmp_path: Path) -
         assert earlier.lookup(BASE, POOLS["validation"]) is None
 
 
-# ---- single evaluations ----------------------------------------------------------------------------------------------
+# ---- single evaluations ------------------------------------------------------------------------------------
 
 
 def stored(
@@ -321,7 +324,7 @@ def test_a_metric_that_is_no_mean_of_items_is_not_put_together(said: dict[str, A
         assert earlier.lookup(MERGED, {"first": ("s0",)}) is None
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 
 def test_a_store_that_is_missing_is_an_error_at_the_start(first: Path, tmp_path: Path) -> None:
@@ -342,7 +345,7 @@ def test_a_store_damaged_while_it_is_asked_does_not_end_the_search(first: Path, 
         assert earlier.studies == ("first",)
 
 
-# ---- the pool --------------------------------------------------------------------------------------------------------
+# ---- the pool ----------------------------------------------------------------------------------------------
 
 
 def test_the_pool_counts_and_gives_each_job_once(first: Path) -> None:
@@ -371,7 +374,8 @@ def test_a_drained_pool_still_gives_what_is_known(first: Path) -> None:
 
 
 def test_the_objective_of_a_reused_study_is_its_own(first: Path, tmp_path: Path) -> None:
-    """Evaluations are reused, not scores: other weights of the tasks give other scores of the same evaluations."""
+    """Evaluations are reused, not scores: other weights of the tasks give other scores of the same
+    evaluations."""
     pool, of = ToyPool(), plan(objective=Objective((Term("first", 5.0), Term("second", 1.0))))
     search(tmp_path / "heavy" / "study.db", KnownPool(pool, Earlier([first], FACTS)), of)
     with Store.open(tmp_path / "heavy" / "study.db") as store, Store.open(first) as before:

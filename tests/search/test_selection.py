@@ -1,4 +1,5 @@
-"""What is said once a search is over: estimates across generations, finalists, tests, intervals, luck, skills kept, fronts."""
+"""What is said once a search is over: estimates across generations, finalists, tests, intervals, luck, skills
+kept, fronts."""
 
 from __future__ import annotations
 
@@ -52,17 +53,29 @@ def recipe_at(generation: int, slot: int) -> Recipe:
 
 def trial(number: int, **changes: Any) -> Trial:
     given: dict[str, Any] = {
-        "id": number, "generation": 9, "slot": number, "origin": "sampled", "label": None, "genome": (), "parents": (),
-        "recipe_id": f"r{number}", "score": 0.5, "error": None, "metrics": {}, "seconds": {}, "reported": 0.5,
-    }  # fmt: skip
+        "id": number,
+        "generation": 9,
+        "slot": number,
+        "origin": "sampled",
+        "label": None,
+        "genome": (),
+        "parents": (),
+        "recipe_id": f"r{number}",
+        "score": 0.5,
+        "error": None,
+        "metrics": {},
+        "seconds": {},
+        "reported": 0.5,
+    }
     return Trial(**(given | changes))
 
 
-# ---- estimates over the search pool ----------------------------------------------------------------------------------
+# ---- estimates over the search pool ------------------------------------------------------------------------
 
 
 class Landscape:
-    """Candidates of rising skill on items of their own difficulty, window after window, through a real store."""
+    """Candidates of rising skill on items of their own difficulty, window after window, through a real
+    store."""
 
     size, pool, per = 40, 160, 6  # items of a generation, of the search, candidates of a generation
 
@@ -71,9 +84,15 @@ class Landscape:
         self.seed, self.generations = seed, generations
         self.objective = Objective((Term("first"),))
         self.study = Study(
-            plan(items=dict.fromkeys(POOLS, self.items), per_generation=self.size, objective=self.objective, seed=seed),
-            None, None,  # type: ignore[arg-type]
-        )  # fmt: skip
+            plan(
+                items=dict.fromkeys(POOLS, self.items),
+                per_generation=self.size,
+                objective=self.objective,
+                seed=seed,
+            ),
+            None,
+            None,  # type: ignore[arg-type]
+        )
         self.store = Store.open(file, write=True)
         self.truth: dict[int, float] = {}
         for generation, slot in itertools.product(range(1, generations + 1), range(self.per)):
@@ -116,7 +135,8 @@ class Landscape:
 
 
 def test_estimates_are_nearer_the_truth_than_scores_and_know_how_near(tmp_path: Path) -> None:
-    """12 generations, three times through the items: less than .8 of the raw error, no bias by generation, and 95 % intervals."""
+    """12 generations, three times through the items: less than .8 of the raw error, no bias by generation,
+    and 95 % intervals."""
     raw, corrected, inside, early, late = [], [], [], [], []
     for seed in range(4):
         land = Landscape(tmp_path / f"{seed}.db", 12, seed)
@@ -158,15 +178,23 @@ def test_there_is_no_estimate_of_what_is_no_mean(tmp_path: Path) -> None:
 
 def test_leaders_keep_first_then_by_estimate_one_a_recipe() -> None:
     trials = [
-        trial(1, score=0.9), trial(2, score=0.8), trial(3, score=0.7, recipe_id="r2"), trial(4, score=0.95, violation=0.1), trial(5, dropped=2),
-        trial(6, generation=4), trial(7, origin="mean"), trial(8, generation=11), trial(9, score=None), trial(10, score=0.6, origin="injected"),
-    ]  # fmt: skip
+        trial(1, score=0.9),
+        trial(2, score=0.8),
+        trial(3, score=0.7, recipe_id="r2"),
+        trial(4, score=0.95, violation=0.1),
+        trial(5, dropped=2),
+        trial(6, generation=4),
+        trial(7, origin="mean"),
+        trial(8, generation=11),
+        trial(9, score=None),
+        trial(10, score=0.6, origin="injected"),
+    ]
     assert [t.id for t in selection.leaders(trials, {}, 5, 10)] == [1, 2, 10, 4]
     known = {i: Estimate(m, 0.1, 9) for i, m in ((1, 0.5), (2, 0.6), (3, 0.9), (4, 0.99), (10, 0.55))}
     assert [t.id for t in selection.leaders(trials, known, 5, 10)] == [3, 10, 1, 4]
 
 
-# ---- tests, intervals, luck ------------------------------------------------------------------------------------------
+# ---- tests, intervals, luck --------------------------------------------------------------------------------
 
 
 def test_p_values_are_holms_over_the_paired_tests() -> None:
@@ -235,7 +263,7 @@ def test_luck_is_the_difference_of_independent_estimates() -> None:
     assert found["luck_error"] == pytest.approx(math.hypot(one.error, other.error), abs=1e-15)
 
 
-# ---- skills kept -----------------------------------------------------------------------------------------------------
+# ---- skills kept -------------------------------------------------------------------------------------------
 
 
 def test_retention_is_paired_by_task_and_alarms_beyond_its_error() -> None:
@@ -287,7 +315,7 @@ def test_a_failed_parent_is_no_skill_lost() -> None:
     )
 
 
-# ---- the outcome of a study ------------------------------------------------------------------------------------------
+# ---- the outcome of a study --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +393,8 @@ def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
 
 
 def test_ties_change_ranks_and_never_a_score(tmp_path: Path) -> None:
-    """Items so few that hard scores tie: the order told to the optimizer follows the soft score, the stored score does not."""
+    """Items so few that hard scores tie: the order told to the optimizer follows the soft score, the stored
+    score does not."""
     told: list[list[float | None]] = []
 
     class Watched(CmaEs):
@@ -422,7 +451,7 @@ def test_other_kinds_search_and_report_too(kind: Any, tmp_path: Path) -> None:
     assert outcome.best["test_interval"][0] < outcome.best["test"] < outcome.best["test_interval"][1]
 
 
-# ---- constraints -----------------------------------------------------------------------------------------------------
+# ---- constraints -------------------------------------------------------------------------------------------
 
 
 class Skewed(ToyPool):
@@ -511,7 +540,7 @@ def test_floors_need_a_parent(tmp_path: Path) -> None:
     assert outcome.best["test"] is not None
 
 
-# ---- items of a task's own number ------------------------------------------------------------------------------------
+# ---- items of a task's own number --------------------------------------------------------------------------
 
 
 def test_tasks_may_have_numbers_of_their_own() -> None:
@@ -523,7 +552,7 @@ def test_tasks_may_have_numbers_of_their_own() -> None:
     )
 
 
-# ---- the front -------------------------------------------------------------------------------------------------------
+# ---- the front ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -84,7 +84,7 @@ def whole(
     return stored_rows(file), pool, outcome
 
 
-# ---- a whole run -----------------------------------------------------------------------------------------------------
+# ---- a whole run -------------------------------------------------------------------------------------------
 
 
 def test_a_whole_run_has_its_parts_in_order(
@@ -178,7 +178,7 @@ def test_sampled_candidates_name_those_recombined_into_them(
         assert {t["parents"] for t in by_generation[generation] if t["origin"] == "sampled"} == {best}
 
 
-# ---- windows of items ------------------------------------------------------------------------------------------------
+# ---- windows of items --------------------------------------------------------------------------------------
 
 
 def windows(of: Plan, generations: Iterable[int]) -> list[Items]:
@@ -231,7 +231,7 @@ def test_windows_depend_on_the_seed_and_nothing_else() -> None:
     assert epochs[0] != epochs[1], "a new epoch is a new shuffle"
 
 
-# ---- broken off and taken up -----------------------------------------------------------------------------------------
+# ---- broken off and taken up -------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -335,7 +335,8 @@ def test_a_stop_before_anything_is_a_pause(tmp_path: Path) -> None:
 
 
 def test_equal_recipes_of_one_generation_share_an_evaluation(tmp_path: Path) -> None:
-    """A coarse optimizer that asks for the same genome twice: broken off between the two, the rows are the same."""
+    """A coarse optimizer that asks for the same genome twice: broken off between the two, the rows are the
+    same."""
 
     class Twice:
         """Asks for three genomes, two times each."""
@@ -369,11 +370,12 @@ def test_equal_recipes_of_one_generation_share_an_evaluation(tmp_path: Path) -> 
         assert stored_rows(tmp_path / f"{k}" / "study.db") == rows
 
 
-# ---- a larger budget -------------------------------------------------------------------------------------------------
+# ---- a larger budget ---------------------------------------------------------------------------------------
 
 
 def part(rows: dict[str, list[dict[str, Any]]], last: int) -> list[tuple[Any, ...]]:
-    """Generation, slot, genome, recipe and score of the candidates of the first generations, the mean left out."""
+    """Generation, slot, genome, recipe and score of the candidates of the first generations, the mean left
+    out."""
     scores = {e["id"]: (e["score"], e["error"], e["item_set"], e["scores"]) for e in rows["evaluations"]}
     own = [t for t in rows["trials"] if t["generation"] <= last and t["origin"] != "mean"]
     keys = ("generation", "slot", "origin", "label", "genome", "recipe")
@@ -434,7 +436,7 @@ def test_the_budget_is_reached_in_whole_generations(tmp_path: Path) -> None:
         assert outcome.generations == generations
 
 
-# ---- candidates that fail --------------------------------------------------------------------------------------------
+# ---- candidates that fail ----------------------------------------------------------------------------------
 
 
 def own(recipe: Recipe) -> bool:
@@ -530,7 +532,7 @@ def test_a_score_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
         assert {t.score for t in bad} == {None}
 
 
-# ---- what is chosen --------------------------------------------------------------------------------------------------
+# ---- what is chosen ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("finalists", [1, 2, 5])
@@ -610,7 +612,7 @@ def test_the_objective_is_the_weighted_mean_or_the_worst(kind: Any, wanted: floa
         assert objective({"acc": bad, "perplexity": 1.0}) != objective({"acc": bad, "perplexity": 1.0}), "NaN"
 
 
-# ---- a store that is not this search's -------------------------------------------------------------------------------
+# ---- a store that is not this search's ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def values_of(recipe: Recipe, space: WeightSpace, axis: Axis) -> list[float]:
 
 
 def resolve(mix: Mix, param: str, source: str | None, tensor: str) -> float:
-    """A parameter's value for one tensor, by the rule of mergekit's filters: the first case whose text is in the name."""
+    """A parameter's value for one tensor, by the rule of mergekit's filters: the first case whose text is in
+    the name."""
     value = dict(mix.params)[param]
     if isinstance(value, tuple):
         value = value[[name for name, _ in mix.sources].index(source or "")]
@@ -85,7 +86,7 @@ def resolve(mix: Mix, param: str, source: str | None, tensor: str) -> float:
     return value
 
 
-# ---- one axis --------------------------------------------------------------------------------------------------------
+# ---- one axis ----------------------------------------------------------------------------------------------
 
 bounds = st.tuples(st.integers(-30_000, 30_000), st.integers(20, 40_000), st.floats(0.02, 0.98)).map(
     lambda t: (t[0] * GRID, (t[0] + t[1]) * GRID, t[0] * GRID + t[2] * t[1] * GRID)
@@ -160,7 +161,7 @@ def test_an_axis_starts_inside_its_bounds(low: float, high: float, start: float)
         axis_of(low, high, start)
 
 
-# ---- a space ---------------------------------------------------------------------------------------------------------
+# ---- a space -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -295,7 +296,7 @@ def test_outer_tensors_left_out_keep_the_start(embeddings: bool, head: bool) -> 
         assert (dict(mix.params)["weight"] == (0.5, 0.5)) is not on
 
 
-# ---- encode: what a space can hold -----------------------------------------------------------------------------------
+# ---- encode: what a space can hold -------------------------------------------------------------------------
 
 
 def test_encode_knows_its_own_method_models_and_depth_alone() -> None:
@@ -303,9 +304,14 @@ def test_encode_knows_its_own_method_models_and_depth_alone() -> None:
     own = space.decode([0.1] * len(space.axes))
     assert space.encode(own) is not None
     others = [
-        weight_space("linear"), weight_space("ties"), weight_space(models=("b", "a")), weight_space(models=("a",)), weight_space(models=("a", "c")),
-        weight_space(groups=(2, 2)), weight_space(groups=(2,)),
-    ]  # fmt: skip
+        weight_space("linear"),
+        weight_space("ties"),
+        weight_space(models=("b", "a")),
+        weight_space(models=("a",)),
+        weight_space(models=("a", "c")),
+        weight_space(groups=(2, 2)),
+        weight_space(groups=(2,)),
+    ]
     for other in others:
         assert space.encode(other.decode([0.1] * len(other.axes))) is None
     mixed = Recipe(
@@ -319,7 +325,8 @@ def test_encode_knows_its_own_method_models_and_depth_alone() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_ties"])
 def test_a_hand_recipe_that_is_encoded_is_held_by_the_space(name: str) -> None:
-    """What 'start: best' and the injected candidates rest on: the genome found is the recipe that was scored."""
+    """What 'start: best' and the injected candidates rest on: the genome found is the recipe that was
+    scored."""
     models = ("a", "b", "c")
     spaces = [
         weight_space(name, models, ranges={"weight": Range(-1.0, 3.0, 0.5)}),
@@ -347,7 +354,7 @@ def test_encode_of_a_fixed_parameter_that_differs_is_none() -> None:
     assert space.encode(other.decode([0.1] * len(other.axes))) is None
 
 
-# ---- over real checkpoints -------------------------------------------------------------------------------------------
+# ---- over real checkpoints ---------------------------------------------------------------------------------
 
 FILE = """\
 study: trial
@@ -374,7 +381,8 @@ def made(
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """a differs everywhere but in attention of layers 0-1; b only in mlp of layer 2 and norms of layer 4; c only in the head."""
+    """a differs everywhere but in attention of layers 0-1; b only in mlp of layer 2 and norms of layer 4; c
+    only in the head."""
     root = tmp_path_factory.mktemp("family")
     base = llama(root / "base", 0)
     spared = {

@@ -63,8 +63,10 @@ def position_choices(pool: LayerPool, spans: Sequence[int], position: int) -> tu
 class PositionChoiceSpace:
     """At each position of the path of `pool.begin`, a choice: keep, skip, replace, or keep and insert.
 
-    A position keeps its layer, skips it, takes another model's layer in its place, or keeps it and inserts a span
-    of layers of any model after it. In a model of another depth d, position p of D stands for layer p (d - 1) / (D - 1), rounded.
+    A position keeps its layer, skips it, takes another model's layer in its place, or keeps it and inserts a
+    span
+    of layers of any model after it. In a model of another depth d, position p of D stands for layer p (d - 1)
+    / (D - 1), rounded.
 
     Genes: of each position, one for each choice but keep, and the choice of the largest gene above 0 is made,
     else keep; categorical: one whole number, the choice, in [0, categories). Then the scales. A route outside

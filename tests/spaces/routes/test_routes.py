@@ -1,4 +1,5 @@
-"""Route genomes: what a genome means, said a second time in loops; that nothing bad is ever decoded; and the way back."""
+"""Route genomes: what a genome means, said a second time in loops; that nothing bad is ever decoded; and the
+way back."""
 
 from __future__ import annotations
 
@@ -108,7 +109,7 @@ def first_sample(space: RouteSpace, size: int, seed: int = 0) -> list[list[float
     return CmaEs(space.start, space.sigma, population=size, diagonal=True, seed=seed).ask().tolist()  # type: ignore[no-any-return]
 
 
-# ---- laws of every route space ---------------------------------------------------------------------------------------
+# ---- laws of every route space -----------------------------------------------------------------------------
 
 
 @each
@@ -232,7 +233,7 @@ def test_more_changes_than_positions_are_capped(kind: str) -> None:
     ]
 
 
-# ---- scales ----------------------------------------------------------------------------------------------------------
+# ---- scales ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_range", [(0.4, 1.5), (0.9, 1.1), (0.01, 20.0)])
@@ -290,13 +291,14 @@ def test_the_scale_of_a_position_is_that_before_its_first_layer() -> None:
     assert space.encode(inside) is None, "a scale before an inserted layer has no gene"
 
 
-# ---- indicators ------------------------------------------------------------------------------------------------------
+# ---- indicators --------------------------------------------------------------------------------------------
 
 
 def indicated(
     genome: Sequence[float], repeats: int, least: int, most: int, hop: bool
 ) -> tuple[Hops, list[float]]:
-    """arXiv 2403.13187, section 3.2, in loops: a layer for each position that is on, one position after another until it fits."""
+    """arXiv 2403.13187, section 3.2, in loops: a layer for each position that is on, one position after
+    another until it fits."""
     positions = [(m, i) for _ in range(repeats) for m, d in MODELS for i in range(d)]
     on = [g > 0 for g in genome[: len(positions)]]
     while sum(on) > most:
@@ -340,7 +342,7 @@ def test_a_route_has_indicators_if_it_needs_no_more_rounds_than_there_are(
     assert (space.encode(stack(hops)) is not None) == (rounds <= repeats)
 
 
-# ---- choices at each position ----------------------------------------------------------------------------------------
+# ---- choices at each position ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [1, 2, 5, 6, 9])
@@ -380,7 +382,8 @@ def test_each_choice_at_each_position_can_be_made_and_is_sampled(categorical: bo
 
 @given(data=st.data(), width=st.integers(0, 4))
 def test_both_codings_are_one_decoder(data: st.DataObject, width: int) -> None:
-    """The continuous genome with one positive gene a position is the categorical one, where nothing has to be repaired."""
+    """The continuous genome with one positive gene a position is the categorical one, where nothing has to be
+    repaired."""
     kinds = [choice_space(MODELS, "b", spans=(1, 2, 3), categorical=c, bounds=(1, 99)) for c in (False, True)]
     chosen = [data.draw(st.integers(0, len(kinds[0].choices(p)) - 1)) for p in range(4)]
     if all(c == 1 for c in chosen):
@@ -430,7 +433,8 @@ def test_a_route_has_choices_if_any_choices_make_it(categorical: bool, hops: Hop
 
 
 def test_of_several_ways_to_make_a_route_the_one_with_fewest_changes_is_found() -> None:
-    """All routes of a small space that more than one combination of choices makes, plain and with a scale before one hop."""
+    """All routes of a small space that more than one combination of choices makes, plain and with a scale
+    before one hop."""
     space = choice_space((("a", 4), ("b", 2), ("c", 3)), "a", spans=(1, 2), categorical=True, bounds=(1, 12))
     ways: dict[tuple[tuple[str, int], ...], list[tuple[int, ...]]] = {}
     for choices in itertools.product(*(range(len(space.choices(p))) for p in range(4))):
@@ -464,7 +468,7 @@ def test_a_choice_that_there_is_not_is_refused(bad: float) -> None:
         space.decode([0.0, 0.0, bad, *space.start[3:]])
 
 
-# ---- repairs of the length -------------------------------------------------------------------------------------------
+# ---- repairs of the length ---------------------------------------------------------------------------------
 
 
 def test_what_loses_least_is_given_up_first() -> None:
@@ -497,7 +501,8 @@ def test_a_path_outside_the_bounds_is_itself_repaired(bounds: tuple[int, int]) -
 def mended(
     choices: list[list[Hops]], chosen: list[int], worth: list[list[float]], least: int, most: int
 ) -> Hops:
-    """The rule of the docstring in loops: one change after another, each the one that loses least of those that help."""
+    """The rule of the docstring in loops: one change after another, each the one that loses least of those
+    that help."""
     while True:
         length = sum(len(own[c]) for own, c in zip(choices, chosen, strict=True))
         if least <= length <= most:
@@ -537,7 +542,7 @@ def test_a_route_is_repaired_by_the_changes_that_lose_least(
     assert route(space.decode(genome)) == mended(choices, chosen, worth, *bounds)
 
 
-# ---- stages and settings ---------------------------------------------------------------------------------------------
+# ---- stages and settings -----------------------------------------------------------------------------------
 
 
 def merged() -> Recipe:
@@ -594,7 +599,7 @@ def test_settings_that_give_no_routes_are_refused(make: object, message: str) ->
         make()  # type: ignore[operator]
 
 
-# ---- stacks written by hand ------------------------------------------------------------------------------------------
+# ---- stacks written by hand --------------------------------------------------------------------------------
 
 SOLAR = """
 merge_method: passthrough
