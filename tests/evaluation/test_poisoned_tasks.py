@@ -187,7 +187,7 @@ def test_nan_weights_are_the_candidates_cause(
             scorer.model.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = math.nan
 
     with monkeypatch.context() as patched:
-        patched.setattr(live_model.merge, "into", sick)
+        patched.setattr(live_model, "merge_into", sick)
         evaluation = scored(scorer, task)
     assert "NaN" in str(evaluation.error)
     again = scored(scorer, task)
@@ -282,9 +282,9 @@ def test_truncated_items_are_counted_and_named(scorer: Worker, tokenizer: Any) -
     for task in LONG:
         assert f"3 of 6 items of test are truncated, longer than the model's {length} tokens" in cut[task]
     first = own_id(next(d for d in FEW["test"] if d["n"] % 2))
-    asked = own._tasks["long_likelihood"].requests[first][0]
+    asked = own.tasks["long_likelihood"].requests[first][0]
     over = len(tokenizer("".join(asked.args)).input_ids) - (length + 1)
     assert f"{first} by {over}" in cut["long_likelihood"]
-    asked = own._tasks["long_generation"].requests[first][0]
+    asked = own.tasks["long_generation"].requests[first][0]
     over = len(tokenizer(asked.args[0]).input_ids) - (length - 4)
     assert f"{first} by {over}" in cut["long_generation"], "room is left for what is generated"

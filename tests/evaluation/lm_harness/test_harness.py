@@ -126,9 +126,8 @@ def test_ids_and_fingerprints_are_the_same_in_every_process(zoo_harness: LmHarne
     program = (
         "import json\n"
         "from tests.evaluation.lm_harness.test_harness import *\n"
-        "h = LmHarness(DECLARED, model_loading.load_tokenizer(Checkpoint(zoo_folder() / 'base')), "
-        "batch_size=7,"
-        " limits={'test': 100, 'validation': 40})\n"
+        "words = model_loading.load_tokenizer(Checkpoint(zoo_folder() / 'base'))\n"
+        "h = LmHarness(DECLARED, words, batch_size=7, limits={'test': 100, 'validation': 40})\n"
         "print(json.dumps([{r: h.items(r) for r in ROLES}, h.fingerprint()]))"
     )
     env = environment() | {"PYTHONHASHSEED": "7"}
