@@ -1,5 +1,4 @@
-"""A stored candidate -> a folder that others can use: mergekit recipe, model card, lineage, and the weights
-if asked."""
+"""A stored candidate -> a folder for others: mergekit recipe, model card, lineage, and the weights if asked."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class OpenRoute:
         return self.parents[self.recipe.base].path
 
     def checkpoint(self, directory: Path) -> Agreement:
-        """Writes the Hugging Face folder and verifies it in a fresh process. Raises NothingToExport, SetupError."""
+        """Writes the Hugging Face folder and verifies it in a fresh process. Raises NothingToExport,
+        SetupError."""
         return route_checkpoint.checkpoint(self.routed, self.view.hops, directory, self.donor)
 
     def checkpoint_into(self, directory: Path) -> Agreement:
@@ -51,7 +52,8 @@ class OpenRoute:
         return route_checkpoint.verify(directory, self.routed)
 
     def mergekit(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
-        """Writes recipe.yaml for mergekit 0.1.5, and the shell that it needs, into a folder; '' or why that was not done."""
+        """Writes recipe.yaml for mergekit 0.1.5, and the shell that it needs, into a folder; '' or why that
+        was not done."""
         kind = str(self.routed.model.config.get_text_config(decoder=True).model_type)  # type: ignore[union-attr, operator]
         flat = (
             not self.recipe.scales
@@ -82,11 +84,14 @@ class OpenRoute:
 
 
 def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
-    """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError, RecipeError or CheckpointError where
+    """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError, RecipeError or
+    CheckpointError where
     it cannot be made."""
     if recipe.tokenizer is not None or recipe.chat_template is not None:
         raise RecipeError(
-            "a route gets the tokenizer and chat template of its base; merge without scales for others, or leave them out"
+            "a route gets the tokenizer and chat template of its base; merge without scales for "
+            "others, or "
+            "leave them out"
         )
     base = recipe.stages[0][1].base if recipe.stages else recipe.base
     skeleton = load_base(parents[base], recipe.out_dtype)

@@ -1,8 +1,10 @@
-"""What a model answers to fixed tokens, and the same of a checkpoint read back in a process that knows nothing of how it was made.
+"""What a model answers to fixed tokens, and the same of a checkpoint read back in a process that knows
+nothing of how it was made.
 
     python -m evomerge.export.reload_check CHECKPOINT QUESTIONS ANSWERS
 
-reads a Hugging Face folder with transformers alone, asks it what the file QUESTIONS holds and writes ANSWERS, with a digest
+reads a Hugging Face folder with transformers alone, asks it what the file QUESTIONS holds and writes ANSWERS,
+with a digest
 of every tensor; both are safetensors files.
 """
 
@@ -26,7 +28,8 @@ ROWS, LENGTH, NEW = 3, 12, 16  # token rows, tokens in a row, tokens generated
 
 
 def questions(model: nn.Module) -> dict[str, Tensor]:
-    """Token rows for a model: 'ids' and 'mask' [ROWS, LENGTH], the second row padded on the left; 'banned' ids of no word [N].
+    """Token rows for a model: 'ids' and 'mask' [ROWS, LENGTH], the second row padded on the left; 'banned'
+    ids of no word [N].
 
     Words stay clear of the ids that the config gives a meaning, such as an image's place.
     """
@@ -41,7 +44,8 @@ def questions(model: nn.Module) -> dict[str, Tensor]:
 
 
 def answers(model: nn.Module, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """'logits' [tokens that are not padding, V], 'steps' [ROWS, NEW, V] of a greedy generation with the model's cache, its
+    """'logits' [tokens that are not padding, V], 'steps' [ROWS, NEW, V] of a greedy generation with the
+    model's cache, its
     'tokens' [ROWS, NEW]; on the CPU, in the model's type."""
     from transformers import GenerationConfig
 
@@ -49,9 +53,15 @@ def answers(model: nn.Module, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     ids, mask = (asked[name].to(device) for name in ("ids", "mask"))
     greedy = GenerationConfig(
-        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True,
-        pad_token_id=0, suppress_tokens=asked["banned"].tolist() or None,
-    )  # fmt: skip
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        suppress_tokens=asked["banned"].tolist() or None,
+    )
     own, live.generation_config = (
         live.generation_config,
         GenerationConfig(),
@@ -80,7 +90,8 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The program that the docstring of this file describes. The questions' metadata: dtype, device, attention, threads."""
+    """The program that the docstring of this file describes. The questions' metadata: dtype, device,
+    attention, threads."""
     folder, asked, out = arguments
     with safe_open(asked, framework="pt") as file:
         settings = file.metadata()

@@ -1,4 +1,5 @@
-"""A route as a plain Hugging Face folder: gathered config, gains in the weights, and the proof that a fresh process computes the same.
+"""A route as a plain Hugging Face folder: gathered config, gains in the weights, and the proof that a fresh
+process computes the same.
 
 Knows nothing of studies. The second form of a route, mergekit's, is in `evomerge.export.route_mergekit`.
 """
@@ -29,15 +30,18 @@ from evomerge.merging.routing.routed_model import Hop, RoutedModel
 
 _REPORT = "tell the authors of evomerge which models these are"
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest difference of logits that equal weights may make, in standard deviations: kernels round by where in memory a tensor lies."""
+"""Largest difference of logits that equal weights may make, in standard deviations: kernels round by where in
+memory a tensor lies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """How near a reloaded checkpoint comes to the live model; its weights are the same to the last bit.
 
-    logits, steps: largest differences of the logits of whole rows and of single steps over a cache, in standard deviations
-    of the live ones, 0 for equal bits; steps are compared as far as the tokens before them agree. tokens: whether a greedy
+    logits, steps: largest differences of the logits of whole rows and of single steps over a cache, in
+    standard deviations
+    of the live ones, 0 for equal bits; steps are compared as far as the tokens before them agree. tokens:
+    whether a greedy
     generation is the same.
     """
 
@@ -48,7 +52,10 @@ class Agreement:
     def __str__(self) -> str:
         if not self.logits and not self.steps and self.tokens:
             return "logits, step logits and a greedy generation are the same to the last bit"
-        said = f"logits differ by up to {self.logits:.1e} and step logits by up to {self.steps:.1e} of their deviation"
+        said = (
+            f"logits differ by up to {self.logits:.1e} and step logits by up to {self.steps:.1e} of "
+            "their deviation"
+        )
         return f"{said}, a greedy generation {'is the same' if self.tokens else 'differs'}"
 
 
@@ -57,9 +64,12 @@ def checkpoint(
 ) -> Agreement:
     """Writes a route as a folder that transformers loads without code of ours, and verifies it.
 
-    donor: folder that tokenizer, generation config, chat template and processor files are copied from. tolerance: see
-    `verify`. Tensors are the very bits that the live model computes with. The folder appears whole and verified or not at
-    all. Raises NothingToExport with every reason why the route is no plain checkpoint, or if the folder computes something
+    donor: folder that tokenizer, generation config, chat template and processor files are copied from.
+    tolerance: see
+    `verify`. Tensors are the very bits that the live model computes with. The folder appears whole and
+    verified or not at
+    all. Raises NothingToExport with every reason why the route is no plain checkpoint, or if the folder
+    computes something
     else; SetupError if the directory exists.
     """
     with atomic_folder.new_folder(directory) as staging:
@@ -83,7 +93,8 @@ def write_into(routed: RoutedModel, hops: Sequence[Hop], directory: Path, donor:
 
 
 def plain(routed: RoutedModel) -> nn.Module:
-    """An ordinary model of the gathered config that holds what the installed route computes with; only layers that the
+    """An ordinary model of the gathered config that holds what the installed route computes with; only layers
+    that the
     route takes twice and tensors with a gain are copies."""
     model: Any = routed.model
     path, layers = stack(model)
@@ -112,9 +123,11 @@ def fresh(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def verify(directory: Path, routed: RoutedModel, tolerance: float | None = None) -> Agreement:
-    """Loads a folder in a fresh process, on the live model's device, and compares it with the installed route.
+    """Loads a folder in a fresh process, on the live model's device, and compares it with the installed
+    route.
 
-    Every tensor must have the same bits. Logits of random tokens and of steps over a cache may differ by the tolerance, in
+    Every tensor must have the same bits. Logits of random tokens and of steps over a cache may differ by the
+    tolerance, in
     standard deviations of the live ones; None: what rounding may make of equal weights, by their type. Raises
     NothingToExport if they are further apart, or if the folder cannot be loaded.
     """
@@ -126,12 +139,15 @@ def verify(directory: Path, routed: RoutedModel, tolerance: float | None = None)
     other = sorted(name for name in own.keys() | digests.keys() if own.get(name) != digests.get(name))
     if other:
         raise NothingToExport(
-            f"{len(other)} tensors of {directory.name} are not those that were scored, such as {other[0]}; {_REPORT}"
+            f"{len(other)} tensors of {directory.name} are not those that were scored, such as "
+            f"{other[0]}; "
+            f"{_REPORT}"
         )
     found = compare(reload_check.answers(model, asked), read)
     if not (found.logits <= limit and found.steps <= limit):
         raise NothingToExport(
-            f"{directory.name} has the weights that were scored and computes something else: {found}; at most {limit:g} is rounding; {_REPORT}"
+            f"{directory.name} has the weights that were scored and computes something else: {found}; at "
+            f"most {limit:g} is rounding; {_REPORT}"
         )
     return found
 

@@ -1,8 +1,12 @@
-"""A route as mergekit's passthrough (version 0.1.5): the YAML, and the shell folder that it names as its base.
+"""A route as mergekit's passthrough (version 0.1.5): the YAML, and the shell folder that it names as its
+base.
 
-The shell holds the route's config and tokenizer, since mergekit takes both from the base. Slices without layers, first
-and last, pin embeddings and head to their models. A gain is a `scale` filter of its hop on the names of transformers 5,
-which mergekit 0.1.5 sees. Where a gain is no product, (1 + w) g - 1 of norms such as Gemma's, the hop's layer lies in the shell.
+The shell holds the route's config and tokenizer, since mergekit takes both from the base. Slices without
+layers, first
+and last, pin embeddings and head to their models. A gain is a `scale` filter of its hop on the names of
+transformers 5,
+which mergekit 0.1.5 sees. Where a gain is no product, (1 + w) g - 1 of norms such as Gemma's, the hop's layer
+lies in the shell.
 """
 
 from __future__ import annotations
@@ -30,22 +34,31 @@ from evomerge.merging.routing.routed_model import Hop, RoutedModel
 from evomerge.recipes import Mix, Recipe, Source, mergekit_yaml
 
 VERIFIED = ("gemma2", "llama", "mixtral", "olmo2", "phi3", "qwen3")
-"""Model types of which tests show that mergekit makes of the YAML what is scored. Of some others it drops tensors and says nothing."""
+"""Model types of which tests show that mergekit makes of the YAML what is scored. Of some others it drops
+tensors and says nothing."""
 SHELL = "shell"
 
 
 def why_not(recipe: Recipe, model_type: str) -> str | None:
-    """A sentence that says why no YAML is written for a route, None if one is. model_type: of the route's config."""
+    """A sentence that says why no YAML is written for a route, None if one is. model_type: of the route's
+    config."""
     if model_type not in VERIFIED:
         return (
-            f"No mergekit file: what mergekit 0.1.5 makes of a route was verified for {', '.join(VERIFIED)} and not for {model_type}; "
+            "No mergekit file: what mergekit 0.1.5 makes of a route was verified for "
+            f"{', '.join(VERIFIED)} and not for {model_type}; "
             "it drops tensors of some architectures without a word. The checkpoint is whole."
         )
     mixed = [place for place, mix in _places(recipe) if mix.passed is None]
     if mixed:
-        return f"No mergekit file: one file has one method, and {mixed[0]} is mixed while others pass through; merge in a stage of its own."
+        return (
+            f"No mergekit file: one file has one method, and {mixed[0]} is mixed while others pass "
+            "through; merge in a stage of its own."
+        )
     if recipe.tokenizer is not None:
-        return "No mergekit file: a tokenizer that is put together was not verified for routes. The checkpoint is whole."
+        return (
+            "No mergekit file: a tokenizer that is put together was not verified for routes. The "
+            "checkpoint is whole."
+        )
     return None
 
 
@@ -59,9 +72,12 @@ def yaml_document(
 ) -> str:
     """mergekit YAML that rebuilds a route; with stages, a document for each, for mergekit-multi.
 
-    hops: the route as `RoutedModel.install` takes it, gains included. parents: for the names of tensors outside the stack.
-    references: model name -> what to write for it. shell: the folder of `write_shell`, as seen from where mergekit is run.
-    Raises RecipeError for a recipe that mergekit cannot express, FoldError for a gain that a layer cannot take up.
+    hops: the route as `RoutedModel.install` takes it, gains included. parents: for the names of tensors
+    outside the stack.
+    references: model name -> what to write for it. shell: the folder of `write_shell`, as seen from where
+    mergekit is run.
+    Raises RecipeError for a recipe that mergekit cannot express, FoldError for a gain that a layer cannot
+    take up.
     """
     named = {**references, **{name: name for name, _ in recipe.stages}}
     sources = [_source(mix, place) for place, mix in _places(recipe)]
@@ -111,9 +127,11 @@ def in_shell(hops: Sequence[Hop]) -> tuple[int, ...]:
 
 
 def write_shell(routed: RoutedModel, hops: Sequence[Hop], directory: Path, donor: Path) -> None:
-    """Writes the shell into a new folder: the route's config, the donor's tokenizer, the layers of `in_shell`.
+    """Writes the shell into a new folder: the route's config, the donor's tokenizer, the layers of
+    `in_shell`.
 
-    Their tensors are the bits that the live model computes with. mergekit opens no model without tensors: there is one more,
+    Their tensors are the bits that the live model computes with. mergekit opens no model without tensors:
+    there is one more,
     of a single element, that it never reads.
     """
     routed.install(hops)
@@ -132,9 +150,11 @@ def write_shell(routed: RoutedModel, hops: Sequence[Hop], directory: Path, donor
 
 
 def check_with_mergekit(environment: Path, recipe: Path, expected: Path) -> Comparison:
-    """Runs the mergekit of a virtual environment on a written YAML and compares what comes out with the checkpoint of the route.
+    """Runs the mergekit of a virtual environment on a written YAML and compares what comes out with the
+    checkpoint of the route.
 
-    What mergekit writes is read by transformers and written again, for it names some tensors otherwise; names that it left
+    What mergekit writes is read by transformers and written again, for it names some tensors otherwise; names
+    that it left
     out are in `only`. Raises SetupError if there is no mergekit, or if it fails.
     """
     with tempfile.TemporaryDirectory(dir=expected.parent, prefix=".mergekit-") as scratch:
@@ -145,7 +165,8 @@ def check_with_mergekit(environment: Path, recipe: Path, expected: Path) -> Comp
 
 
 def compare(expected: Path, found: Path) -> Comparison:
-    """The checkpoint of a route and what mergekit made of its YAML, tensor by tensor under the names of the first."""
+    """The checkpoint of a route and what mergekit made of its YAML, tensor by tensor under the names of the
+    first."""
     ours = Checkpoint(expected)
     loaded = model_loading.load_model(found, stored_dtype(ours))
     if loaded.faults:
@@ -194,6 +215,8 @@ def _source(mix: Mix, place: str) -> Source:
     source = mix.passed
     if source is None:
         raise RecipeError(
-            f"one mergekit file has one method, and {place} is mixed while others pass through; merge in a stage of its own"
+            f"one mergekit file has one method, and {place} is mixed while others pass through; merge "
+            "in a "
+            "stage of its own"
         )
     return source
