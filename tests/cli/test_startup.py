@@ -1,4 +1,5 @@
-"""What the quick verbs do not import: help, status and show start at once because nothing heavy is on their way."""
+"""What the quick verbs do not import: help, status and show start at once because nothing heavy is on their
+way."""
 
 from __future__ import annotations
 

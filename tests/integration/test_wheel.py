@@ -62,7 +62,11 @@ def data_files(folder: str) -> dict[str, str]:
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if ".dist-info/" not in n]
-    package = {str(p.relative_to(REPO)) for p in (REPO / "evomerge").rglob("*") if p.suffix in (".py", ".c", ".typed")}
+    package = {
+        str(p.relative_to(REPO))
+        for p in (REPO / "evomerge").rglob("*")
+        if p.suffix in (".py", ".c", ".typed")
+    }
     data = {
         f"evomerge/_data/{folder}/{name}"
         for folder in ("search_spaces", "evaluators")

@@ -1,4 +1,5 @@
-"""Weights, routes, weights in one study: each stage goes on from the best before it, and a killed study is the unbroken one."""
+"""Weights, routes, weights in one study: each stage goes on from the best before it, and a killed study is
+the unbroken one."""
 
 from __future__ import annotations
 
@@ -211,7 +212,7 @@ def test_a_hand_written_stack_of_mergekit_is_where_routes_begin(tmp_path: Path) 
         stages_module.reference_recipes(given, make_space(given, parents), parents)
 
 
-# ---- weights on a route --------------------------------------------------------------------------------------------------
+# ---- weights on a route ----------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,8 @@ def test_a_genome_of_zeros_is_the_route_and_the_axes_are_groups_by_models() -> N
 
 
 def test_a_small_step_from_a_route_is_a_small_change_of_its_weights(parents: dict[str, Parent]) -> None:
-    """Every layer moves by the step times the task vector, whether it was merged, passed through, or the base's."""
+    """Every layer moves by the step times the task vector, whether it was merged, passed through, or the
+    base's."""
     space = RouteWeightSpace(ROUTE, "base", ("a", "b"), groups=3)
     genome = list(space.start)
     genome[2] = space.axes[2].gene(0.125)  # the weight of `a` in the second group: hops 2 and 3
