@@ -7,7 +7,8 @@
     study.export("best", "merged", weights=True)
 
 The names below are imported when they are first used: `import evomerge` alone loads nothing else, and reading
-a stored study (`em.open_study`) loads no torch."""
+a stored study (`em.open_study`) loads no torch.
+"""
 
 from __future__ import annotations
 

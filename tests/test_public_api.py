@@ -88,7 +88,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# ---- names -------------------------------------------------------------------------------------------------
+# ---- names ----------------------------------------
 
 
 def test_the_public_names_are_exactly_these() -> None:
@@ -127,7 +127,7 @@ def test_the_package_is_a_program(words: list[str]) -> None:
     assert f"evomerge {em.__version__}" in done.stdout or "Usage" in done.stdout
 
 
-# ---- a stored study ----------------------------------------------------------------------------------------
+# ---- a stored study ----------------------------------------
 
 
 def test_a_study_is_read_without_torch_or_ray(root: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_study_that_is_not_there_is_one_sentence(root: Path) -> None:
         em.open_study("trial", root=root).recipe("nobody")
 
 
-# ---- searches ----------------------------------------------------------------------------------------------
+# ---- searches ----------------------------------------
 
 
 def test_a_search_is_loaded_from_a_file_a_name_or_a_mapping(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_comparison_takes_two_candidates(names: list[str]) -> None:
         em.compare(names)
 
 
-# ---- ask and tell ------------------------------------------------------------------------------------------
+# ---- ask and tell ----------------------------------------
 
 
 def value(recipe: Recipe) -> float:

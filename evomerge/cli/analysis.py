@@ -46,7 +46,8 @@ def show(
     """Show one candidate, or the Pareto front.
 
     Of a candidate: where it comes from, its scores, or why it failed. Of STUDY/pareto: the candidates that no
-    other betters in every task."""
+    other betters in every task.
+    """
     from evomerge import reports
     from evomerge.cli import analysis_tables, study_tables
 
@@ -90,7 +91,8 @@ def compare(
     """Compare candidates item by item.
 
     Of one study or several: their scores, and paired differences to the first; with --samples their outputs
-    too."""
+    too.
+    """
     from evomerge.cli import analysis_tables
     from evomerge.cli import progress as progress_module
     from evomerge.evaluation import ROLES
@@ -135,7 +137,8 @@ def sensitivity(
     """Scan each coefficient of a candidate.
 
     Shows how its score depends on one coefficient, all others fixed. Points are stored; the same command goes
-    on."""
+    on.
+    """
     from evomerge.cli import analysis_tables
     from evomerge.cli import progress as progress_module
     from evomerge.evaluation import ROLES

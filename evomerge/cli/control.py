@@ -29,7 +29,8 @@ def status(
     """Show the state of a study, or of all.
 
     Of a study: its driver and workers, failures, store and backup, best candidate. Without a name: a line for
-    each."""
+    each.
+    """
     screen = _StatusScreen(study, root, as_json, watch)
     if not watch:
         print(screen.text())
@@ -48,7 +49,8 @@ def stop(
     """Ask a running search to end.
 
     It ends when what is in flight has ended, with exit code 0; resume goes on. Works from another machine
-    too."""
+    too.
+    """
     from evomerge.store import locks, paths, stop_request
 
     path = paths.store_path(study, paths.root(root))
@@ -72,7 +74,8 @@ class _StatusScreen:
     """What status prints of one study, or of all where `study` is None.
 
     refreshed: the text is one of many: dated, its JSON in one line, and large stores are not checked as a
-    whole."""
+    whole.
+    """
 
     study: str | None
     root: Path | None

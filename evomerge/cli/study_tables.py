@@ -88,8 +88,7 @@ def _race_result(dropped: int | None) -> str:
 
 
 def _score_lines(score: Mapping[str, Any]) -> list[str]:
-    """The scores of one role: the objective and the tasks' metrics; then the soft metrics, of right
-    answers."""
+    """The scores of one role: the objective, the tasks' metrics and soft metrics."""
     if score.get("error"):
         return [f"{score['role']}: failed: {score['error']}"]
     metrics, soft = [], []
@@ -105,8 +104,7 @@ def _score_lines(score: Mapping[str, Any]) -> list[str]:
 
 
 def _conclusions(data: Mapping[str, Any]) -> list[str]:
-    """What follows the table: the winner's interval and selection bias, skills lost, the front, partial
-    scores."""
+    """What follows the table: the winner's interval and bias, skills lost, front, partial scores."""
     from evomerge.reports import lost_skills
 
     best, lines = data["best"] or {}, [""]

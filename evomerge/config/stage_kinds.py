@@ -1,8 +1,8 @@
-"""The kinds of stages that a search is made of, by the name that a search file calls them. Loads nothing
-heavy.
+"""The kinds of stages that a search is made of, by name; loads nothing heavy.
 
 A new kind is a file in `evomerge.launch` with its opener, and an entry of `STAGES` here: the search file, its
-checks, the dry run and the search read this registry."""
+checks, the dry run and the search read this registry.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A stored candidate -> a folder that others can use: mergekit recipe, model card, lineage, and the weights
-if asked."""
+"""A stored candidate -> a folder for others: mergekit recipe, card, lineage, and the weights if asked."""
 
 from __future__ import annotations
 
@@ -81,11 +80,11 @@ def recipe_yaml(candidate: StoredCandidate) -> str:
 def _write_route(candidate: StoredCandidate, directory: Path, weights: bool) -> list[str]:
     """Writes the files of a route; returns sentences about them for the model card."""
     notes = []
-    route = open_route.open_route(candidate.recipe, candidate.parents)
+    route = open_route.load_route(candidate.recipe, candidate.parents)
     if weights:
-        agreement = route.checkpoint_into(directory)
+        agreement = route.write_checkpoint_files(directory)
         notes.append(f"Loaded in a process of its own, beside the route that was scored: {agreement}.")
-    reason = route.mergekit(directory, candidate.references, _header(candidate))
+    reason = route.write_mergekit(directory, candidate.references, _header(candidate))
     return [*notes, reason] if reason else notes
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evomerge import __version__
+from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
 from evomerge.reports.route_text import hops
-
-NO_MERGEKIT_FILE = "No mergekit file"
-"""How a note begins that says why a route has no recipe.yaml."""
 
 
 def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:

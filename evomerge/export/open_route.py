@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from evomerge.checkpoints import Parent
 from evomerge.errors import NothingToExport, RecipeError
 from evomerge.export import route_checkpoint, route_mergekit
 from evomerge.export.route_checkpoint import Agreement
+from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.merging import atomic_folder
 from evomerge.merging.live_model import CandidateModel, ModelBuilder
 from evomerge.merging.model_loading import load_base
@@ -22,7 +24,16 @@ from evomerge.recipes import Recipe, mergekit_yaml
 
 @dataclass(frozen=True, slots=True)
 class OpenRoute:
-    """A route made live. Its files are written from what it computes with."""
+    """A route made live; its files are written from what it computes with.
+
+        route = load_route(recipe, parents)
+        print(route.write_checkpoint(Path("out")))
+
+    Attributes:
+        recipe: The recipe of the route.
+        parents: The models that it reads, open.
+        view: The route as a live model.
+    """
 
     recipe: Recipe
     parents: Mapping[str, Parent]
@@ -30,7 +41,7 @@ class OpenRoute:
 
     @property
     def routed(self) -> RoutedModel:
-        """The module of the route, installed."""
+        """The module of the route, installed. Raises NothingToExport for a recipe that is no route."""
         if self.view.routed is None:
             raise NothingToExport("the recipe is no route")
         self.view.install()
@@ -41,28 +52,54 @@ class OpenRoute:
         """Folder whose tokenizer and other files the route gets."""
         return self.parents[self.recipe.base].path
 
-    def checkpoint(self, directory: Path) -> Agreement:
-        """Writes the Hugging Face folder and verifies it in a fresh process. Raises NothingToExport,
-        SetupError."""
-        return route_checkpoint.checkpoint(self.routed, self.view.hops, directory, self.donor)
+    def write_checkpoint(self, directory: Path) -> Agreement:
+        """Writes the Hugging Face folder and verifies it in a fresh process.
 
-    def checkpoint_into(self, directory: Path) -> Agreement:
-        """Like `checkpoint`, into a folder that exists and that the caller makes whole."""
-        route_checkpoint.write_into(self.routed, self.view.hops, directory, self.donor)
-        return route_checkpoint.verify(directory, self.routed)
+        Args:
+            directory: Folder to make; it appears whole and verified, or not at all.
 
-    def mergekit(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
-        """Writes recipe.yaml for mergekit 0.1.5, and the shell that it needs, into a folder; '' or why that
-        was not done."""
-        kind = str(self.routed.model.config.get_text_config(decoder=True).model_type)  # type: ignore[union-attr, operator]
-        flat = (
-            not self.recipe.scales
-            and not self.recipe.stages
-            and all(mix.method != "passthrough" for mix in self.recipe.mixes)
-        )
-        if flat and kind in route_mergekit.VERIFIED:  # merged layers in another order: slices of one method
-            return self._slices(directory, references, header)
-        if reason := route_mergekit.why_not(self.recipe, kind):
+        Returns:
+            How near the reloaded folder comes to the live route.
+
+        Raises:
+            NothingToExport: If the route is no plain checkpoint, or the folder computes something else.
+            SetupError: If the folder exists.
+        """
+        return route_checkpoint.write_checkpoint(self.routed, self.view.hops, directory, self.donor)
+
+    def write_checkpoint_files(self, directory: Path) -> Agreement:
+        """Like `write_checkpoint`, into a folder that exists and that the caller makes whole.
+
+        Args:
+            directory: The folder.
+
+        Returns:
+            How near the reloaded folder comes to the live route.
+
+        Raises:
+            NothingToExport: If the route is no plain checkpoint, or the folder computes something else.
+        """
+        route_checkpoint.write_checkpoint_files(self.routed, self.view.hops, directory, self.donor)
+        return route_checkpoint.verify_checkpoint(directory, self.routed)
+
+    def write_mergekit(self, directory: Path, references: Mapping[str, str], header: Sequence[str]) -> str:
+        """Writes recipe.yaml for mergekit 0.1.5, and the shell that it needs, into a folder.
+
+        Args:
+            directory: A folder that exists.
+            references: Model name -> what the YAML calls it.
+            header: Comment lines of the YAML.
+
+        Returns:
+            '', or a sentence that says why nothing was written.
+        """
+        model: Any = self.routed.model
+        model_type = str(model.config.get_text_config(decoder=True).model_type)
+        reordered = not self.recipe.scales and not self.recipe.stages
+        reordered = reordered and all(mix.method != "passthrough" for mix in self.recipe.mixes)
+        if reordered and model_type in route_mergekit.VERIFIED:
+            return self._write_slices(directory, references, header)
+        if reason := route_mergekit.refusal(self.recipe, model_type):
             return reason
         text = route_mergekit.yaml_document(
             self.recipe, self.view.hops, self.parents, references, header=header
@@ -71,36 +108,61 @@ class OpenRoute:
         route_mergekit.write_shell(self.routed, self.view.hops, directory / route_mergekit.SHELL, self.donor)
         return ""
 
-    def _slices(self, directory: Path, references: Mapping[str, str], header: list[str]) -> str:
-        shell = self.parents[self.recipe.base]
+    def _write_slices(self, directory: Path, references: Mapping[str, str], header: Sequence[str]) -> str:
+        """Writes merged layers in another order: slices of one method."""
+        layout = self.parents[self.recipe.base].layout
         try:
-            keyed = mergekit_yaml.with_outer_filters(
-                self.recipe, shell.layout.outer_names("embeddings"), shell.layout.outer_names("head")
+            named = mergekit_yaml.with_outer_filters(
+                self.recipe, layout.outer_names("embeddings"), layout.outer_names("head")
             )
-            (directory / "recipe.yaml").write_text(mergekit_yaml.dump(keyed, references, header))
+            (directory / "recipe.yaml").write_text(mergekit_yaml.dump(named, references, header))
         except RecipeError as error:
-            return f"No mergekit file: {error}"
+            return f"{NO_MERGEKIT_FILE}: {error}"
         return ""
 
 
-def open_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
-    """Loads what a route's recipe reads, on the CPU. Raises RouteError, FoldError, RecipeError or
-    CheckpointError where
-    it cannot be made."""
+def load_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
+    """Loads what a route's recipe reads, on the CPU.
+
+    Args:
+        recipe: Of a route of layers.
+        parents: Its models, open.
+
+    Returns:
+        The route as a live model.
+
+    Raises:
+        RecipeError: If the recipe asks for a tokenizer or chat template of its own.
+        RouteError: If the layers cannot be routed.
+        FoldError: If a scale cannot be folded into a layer's weights.
+        CheckpointError: If a model's files are broken.
+    """
     if recipe.tokenizer is not None or recipe.chat_template is not None:
         raise RecipeError(
-            "a route gets the tokenizer and chat template of its base; merge without scales for "
-            "others, or "
-            "leave them out"
+            "a route gets the tokenizer and chat template of its base; "
+            "merge without scales for others, or leave them out"
         )
     base = recipe.stages[0][1].base if recipe.stages else recipe.base
     skeleton = load_base(parents[base], recipe.out_dtype)
-    live = ModelBuilder(parents, parents, base, skeleton, recipe.out_dtype, "cpu", MagnitudeTables())
+    builder = ModelBuilder(parents, parents, base, skeleton, recipe.out_dtype, "cpu", MagnitudeTables())
     with torch.no_grad():
-        return OpenRoute(recipe, parents, live.build(recipe))
+        return OpenRoute(recipe, parents, builder.build(recipe))
 
 
-def write(recipe: Recipe, parents: Mapping[str, Parent], directory: Path) -> Agreement:
-    """Writes a route as a Hugging Face folder, verified, whole or not at all."""
+def write_route(recipe: Recipe, parents: Mapping[str, Parent], directory: Path) -> Agreement:
+    """Writes a route as a Hugging Face folder, verified, whole or not at all.
+
+    Args:
+        recipe: Of a route of layers.
+        parents: Its models, open.
+        directory: Folder to make.
+
+    Returns:
+        How near the reloaded folder comes to the live route.
+
+    Raises:
+        SetupError: If the folder exists.
+        NothingToExport: If the route is no plain checkpoint, or the folder computes something else.
+    """
     atomic_folder.check_new(directory)
-    return open_route(recipe, parents).checkpoint(directory)
+    return load_route(recipe, parents).write_checkpoint(directory)

@@ -97,7 +97,7 @@ def merge_recipe(
         _check_layers(part, parents)
     warnings = _warnings(recipe, parents)
     if recipe.scales:
-        agreement = open_route.write(recipe, parents, directory)
+        agreement = open_route.write_route(recipe, parents, directory)
         checked = "the route was loaded in a process of its own and compared with what it should be"
         return (*warnings, f"{checked}: {agreement}")
     checkpoint_writer.write(recipe, parents, directory, progress, memory)

@@ -1,11 +1,9 @@
-"""What a model answers to fixed tokens, and the same of a checkpoint read back in a process that knows
-nothing of how it was made.
+"""Compares a model with its checkpoint: what both compute on fixed tokens, and the digests of their tensors.
 
-    python -m evomerge.export.reload_check CHECKPOINT QUESTIONS ANSWERS
+    python -m evomerge.export.reload_check CHECKPOINT INPUTS OUTPUTS
 
-reads a Hugging Face folder with transformers alone, asks it what the file QUESTIONS holds and writes ANSWERS,
-with a digest
-of every tensor; both are safetensors files.
+loads a Hugging Face folder with transformers alone, in a process that knows nothing of how it was made, runs
+it on the file INPUTS and writes OUTPUTS, with a digest of every tensor. Both are safetensors files.
 """
 
 from __future__ import annotations
@@ -27,11 +25,16 @@ from evomerge.merging.model_loading import load_model
 ROWS, LENGTH, NEW = 3, 12, 16  # token rows, tokens in a row, tokens generated
 
 
-def questions(model: nn.Module) -> dict[str, Tensor]:
-    """Token rows for a model: 'ids' and 'mask' [ROWS, LENGTH], the second row padded on the left; 'banned'
-    ids of no word [N].
+def check_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Fixed token rows for a model, the second one padded on the left.
 
-    Words stay clear of the ids that the config gives a meaning, such as an image's place.
+    Tokens stay clear of the ids that the config gives a meaning, such as an image's place.
+
+    Args:
+        model: A language model of transformers.
+
+    Returns:
+        'ids' and 'mask' [ROWS, LENGTH]; 'banned' [N], ids that must not be generated.
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True)
@@ -43,15 +46,22 @@ def questions(model: nn.Module) -> dict[str, Tensor]:
     return {"ids": words[drawn], "mask": mask, "banned": torch.tensor(banned, dtype=torch.long)}
 
 
-def answers(model: nn.Module, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """'logits' [tokens that are not padding, V], 'steps' [ROWS, NEW, V] of a greedy generation with the
-    model's cache, its
-    'tokens' [ROWS, NEW]; on the CPU, in the model's type."""
+def check_outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model computes on fixed token rows.
+
+    Args:
+        model: A language model of transformers.
+        inputs: As `check_inputs` gives them.
+
+    Returns:
+        'logits' [tokens that are not padding, V]; 'steps' [ROWS, NEW, V] and 'tokens' [ROWS, NEW] of a greedy
+        generation with the model's cache; on the CPU, in the model's type.
+    """
     from transformers import GenerationConfig
 
     live: Any = model
     device = next(model.parameters()).device
-    ids, mask = (asked[name].to(device) for name in ("ids", "mask"))
+    ids, mask = inputs["ids"].to(device), inputs["mask"].to(device)
     greedy = GenerationConfig(
         max_new_tokens=NEW,
         min_new_tokens=NEW,
@@ -60,61 +70,72 @@ def answers(model: nn.Module, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=0,
-        suppress_tokens=asked["banned"].tolist() or None,
+        suppress_tokens=inputs["banned"].tolist() or None,
     )
-    own, live.generation_config = (
-        live.generation_config,
-        GenerationConfig(),
-    )  # settings of its own would change the tokens
+    before = live.generation_config
+    live.generation_config = GenerationConfig()  # settings of the model's own would change the tokens
     try:
         with torch.no_grad():
             logits = live(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-            found = live.generate(ids, attention_mask=mask, generation_config=greedy)
+            generated = live.generate(ids, attention_mask=mask, generation_config=greedy)
     finally:
-        live.generation_config = own
-    steps, tokens = torch.stack(found.logits, 1), found.sequences[:, ids.shape[1] :]
-    return {
-        name: tensor.cpu().contiguous()
-        for name, tensor in (("logits", logits), ("steps", steps), ("tokens", tokens))
+        live.generation_config = before
+    outputs = {
+        "logits": logits,
+        "steps": torch.stack(generated.logits, 1),
+        "tokens": generated.sequences[:, ids.shape[1] :],
     }
+    return {name: tensor.cpu().contiguous() for name, tensor in outputs.items()}
 
 
-def digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of type, shape and bits of every parameter and saved buffer, by its name in the model."""
-    found = {}
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of type, shape and bits of every parameter and saved buffer.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Name in the model -> hexadecimal digest.
+    """
+    digests = {}
     for name, tensor in model.state_dict().items():
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        found[name] = digest.hexdigest()
-    return found
+        digests[name] = digest.hexdigest()
+    return digests
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The program that the docstring of this file describes. The questions' metadata: dtype, device,
-    attention, threads."""
-    folder, asked, out = arguments
-    with safe_open(asked, framework="pt") as file:
+    """The program that the docstring of this file describes.
+
+    Args:
+        arguments: CHECKPOINT, INPUTS, OUTPUTS. The metadata of INPUTS: dtype, device, attention, threads.
+
+    Raises:
+        CheckpointError: If transformers cannot load the folder, or its tensors are not the model's.
+    """
+    folder, inputs, outputs = arguments
+    with safe_open(inputs, framework="pt") as file:
         settings = file.metadata()
     torch.set_num_threads(int(settings["threads"]))
     loaded = load_model(Path(folder), settings["dtype"], settings["attention"])
     if loaded.faults:
-        raise CheckpointError(
-            f"{len(loaded.faults)} tensors of {folder} are not the model's: {'; '.join(loaded.faults[:3])}"
-        )
-    save_file(
-        answers(loaded.model.to(settings["device"]), load_file(asked)), out, metadata=digests(loaded.model)
-    )
+        shown = "; ".join(loaded.faults[:3])
+        raise CheckpointError(f"{len(loaded.faults)} tensors of {folder} are not the model's: {shown}")
+    model = loaded.model.to(settings["device"])
+    save_file(check_outputs(model, load_file(inputs)), outputs, metadata=tensor_digests(loaded.model))
 
 
 def _named_ids(config: Mapping[Any, Any]) -> set[int]:
     """Token ids that a config gives a meaning, at any depth."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found |= _named_ids(value)
+            ids |= _named_ids(value)
         elif isinstance(name, str) and name.endswith(("token_id", "token_index")):
-            found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
-    return found
+            values = value if isinstance(value, list) else [value]
+            ids |= {v for v in values if isinstance(v, int)}
+    return ids
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""A candidate as it leaves its study: its trial and recipe, with the study and the parents that they are
-of."""
+"""A candidate to export: its trial and recipe, with the study and the parents that they are of."""
 
 from __future__ import annotations
 
@@ -68,8 +67,7 @@ class StoredCandidate:
 
     @property
     def references(self) -> dict[str, str]:
-        """Model name -> what a recipe file calls it: repository[@revision], or the absolute folder of a local
-        one."""
+        """Model name -> what a recipe file calls it: repository[@revision], or the folder of a local one."""
         references = {}
         for name, fact in self.study.facts.parents.items():
             if Path(fact.path).expanduser().is_dir():

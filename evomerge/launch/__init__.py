@@ -1,1 +1,12 @@
-"""The composition root: configuration -> opened models, space, tasks, stages, pool, study."""
+"""The composition root: configuration -> opened models, space, tasks, stages, pool and study.
+
+- `prepare`: a search request -> a study ready to run, by `opening` (models and tasks), `facts` (what must not
+  change), `stages` with an opener for each kind (`weight_stages`, `route_stages`), and `pool`
+- `dry_run`: what a search would be; `environment`: whether this machine can run one
+- `rescoring`: stored candidates compared and scanned with their models open
+- `api`, `search_request`, `study_view`, `ask_tell`: what `import evomerge` offers
+- `weight_space`, `route_stacks`, `route_screen`, `objective`, `tasks`, `threads`: what these are made of
+
+Modules are imported by their path: those that open models load torch, `search_request`, `study_view` and
+`api` do not.
+"""

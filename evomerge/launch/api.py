@@ -1,5 +1,4 @@
-"""The functions of `import evomerge`: searches planned and run, candidates compared, models merged and
-exported."""
+"""The functions of `import evomerge`: plan and run searches, compare candidates, merge and export models."""
 
 from __future__ import annotations
 

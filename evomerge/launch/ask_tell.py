@@ -64,7 +64,8 @@ class AskTell:
     The search is a function of its settings and of the scores: the same scores give the same candidates, in
     whatever order a generation is told. A recipe that is proposed again has the score that it was told first
     and is not asked again. With a store, scores are kept, and the same program goes on where it ended. A
-    context manager where there is a store."""
+    context manager where there is a store.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""What a search would be, before it starts: models, space, tasks, work, and how fast a candidate is. Writes
-nothing."""
+"""What a search would be, before it starts: models, space, tasks, work, speed. Writes nothing."""
 
 from __future__ import annotations
 

@@ -149,8 +149,7 @@ def _memory() -> dict[str, int]:
 
 
 def _studies(root: Path) -> dict[str, Any]:
-    """Where studies would be kept: disk, file system, journal, and whether a file can be written and locked
-    there."""
+    """Where studies would be kept: disk, file system, journal, whether files can be written and locked."""
     place = root.absolute()
     while not place.is_dir():
         place = place.parent

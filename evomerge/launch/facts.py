@@ -64,8 +64,9 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
 
 
 def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> None:
-    """Begins a new study, or checks that the stored one is this one; only its budget and where it runs may
-    differ.
+    """Begins a new study, or checks that the stored one is this one.
+
+    Only its budget and where it runs may differ.
 
     Args:
         store: Open for writing.

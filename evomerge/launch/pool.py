@@ -1,5 +1,4 @@
-"""Configuration -> where candidates run: the pool, how many islands share it, its budgets, and reused
-studies."""
+"""Configuration -> where candidates run: the pool, the islands that share it, budgets, reused studies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A search request -> a study ready to run: opened and loaded, checked against what is stored, planned, with
-its pool."""
+"""A search request -> a study ready to run: opened, loaded, checked against what is stored, planned."""
 
 from __future__ import annotations
 
@@ -87,8 +86,7 @@ def prepare_study(
 
 @dataclass(frozen=True, slots=True)
 class _Execution:
-    """How a search is run, which changes nothing that it finds. earlier: stores of studies whose evaluations
-    are read."""
+    """How a search is run, no part of what it finds. earlier: stores whose evaluations are read."""
 
     allowed: Allowed
     workers: int
@@ -109,8 +107,7 @@ def _prepare(request: SearchRequest, store: Store, execution: _Execution) -> Stu
 
 
 def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) -> LoadedSearch:
-    """Opens models and tasks, loads the base, and checks what a search of routes needs; logs what a user
-    should know."""
+    """Opens models and tasks, loads the base, checks what routes need; logs what a user should know."""
     opened = open_search(settings, execution.allowed)
     harness = opened.harness
     for warning in opened.warnings:
@@ -157,8 +154,7 @@ def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution) -> Poo
 
 
 def _open_worker(settings: Config, allowed: Allowed, max_nats_per_token: float | None) -> Worker:
-    """A worker of a search, in a process of its own. max_nats_per_token: the limit of routes that the driver
-    found."""
+    """A worker in a process of its own. max_nats_per_token: the limit of routes that the driver found."""
     opened = open_search(settings, allowed)
     scorer = opened.load()
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)

@@ -1,5 +1,4 @@
-"""Re-scoring of stored candidates with their models and tasks open: candidates compared, coefficients
-scanned."""
+"""Re-scoring of stored candidates with their models open: candidates compared, coefficients scanned."""
 
 from __future__ import annotations
 
@@ -128,8 +127,9 @@ def sensitivity(
     allowed: Allowed | None = None,
     show: OnProgress = _silent,
 ) -> dict[str, Any]:
-    """Scans a candidate's coefficients, one at a time; points are stored, and those stored before are not
-    scored again.
+    """Scans a candidate's coefficients, one at a time.
+
+    Points are stored, and those stored before are not scored again.
 
     Args:
         store: Of the study, open for writing.
@@ -206,8 +206,7 @@ class _Scan:
         return sum(map(len, self.items.values()))
 
     def run(self, store: Store, show: OnProgress) -> int:
-        """Scores the points that are not stored yet; returns how many. The models are loaded for the first of
-        them."""
+        """Scores the points that are not stored yet; returns how many. The first of them loads the models."""
         workers: list[Worker] = []
 
         def evaluate(recipe: Recipe, items: Items) -> Evaluation:
@@ -271,8 +270,7 @@ class _Models:
         self._worker: Worker
 
     def score(self, contenders: Sequence[Contender], role: Role, show: OnProgress) -> list[Contender]:
-        """The candidates, with the items scored that the others have and they lack, as far as their study has
-        those items."""
+        """The candidates, each scored on what others have and it lacks, as far as its study has that."""
         any_scored = any(contender.scores for contender in contenders)
         requested = []
         for contender, missing in zip(contenders, comparison.missing_items(contenders), strict=True):

@@ -1,5 +1,4 @@
-"""Before a search of routes: whether the parents' layers can be routed, and the perplexity screen that routes
-must pass."""
+"""Before a search of routes: whether layers can be routed, and the perplexity screen of routes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Stages that search routes: their space, their optimizer, and the routes written by hand that they begin
-with."""
+"""Stages that search routes: their space, their optimizer, and the hand-written routes they begin with."""
 
 from __future__ import annotations
 
@@ -136,8 +135,7 @@ def hand_baselines(settings: Config, parents: Mapping[str, Parent], start: Start
 
 
 def _outer_model(recipe: Recipe) -> str | None:
-    """The model that a stack of its and others' layers has the embeddings and the head of; None for a
-    merge."""
+    """The model that a stack of layers has the embeddings and the head of; None for a merge."""
     if recipe.stages or any(mix.method != "passthrough" for mix in recipe.mixes):
         return None
     names = {mix.sources[0][0] for mix in (recipe.embeddings, recipe.head)}

@@ -1,5 +1,4 @@
-"""What a user asks to be searched: the settings, the YAML they came from, and what replaces or continues
-them."""
+"""What a user asks to be searched: a search file, read and checked, and what replaces or continues it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Configuration -> the stages of a search, each opened by its kind, and the recipes that a search is compared
-with."""
+"""Configuration -> the stages of a search, and the recipes that it is compared with."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def open_stages(
 
 
 def number_seeds(kinds: Sequence[str]) -> list[int]:
-    """The numbers that the seeds of the stages' optimizers are made with: each stage's position, with one
-    exception.
+    """Numbers for the seeds of the stages' optimizers: their positions, with one exception.
 
     A second stage of weights has had the number 2 since there are stages; its searches would have other rows
     with another one. The stages after it count on from there, so that no two share a number.

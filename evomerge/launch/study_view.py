@@ -1,5 +1,4 @@
-"""A stored study, read-only: its candidates, winner and recipes for a program or a notebook. Opens no
-model."""
+"""A stored study, read-only: candidates, winner and recipes for a program or a notebook."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ class StudyView:
             return reports.study_summary(store, check=False)
 
     def candidates(self) -> Any:
-        """Every candidate in the order of ids: where it comes from, its scores, and a column for each task's
-        metric.
+        """Every candidate in the order of ids: its origin, its scores, and a column for each task's metric.
 
         Returns:
             A pandas DataFrame with the ids as index where pandas is installed, else a list of dicts.
@@ -77,8 +75,7 @@ class StudyView:
         return dict(best)
 
     def pareto(self) -> Any:
-        """The candidates that no other equals or betters in every task, of the validation items where there
-        are any.
+        """The candidates that no other equals or betters in every task, on validation where there is any.
 
         Returns:
             A pandas DataFrame with the ids as index where pandas is installed, else a list of dicts.
@@ -105,8 +102,7 @@ class StudyView:
             return store.recipe(reports.resolve(store, str(candidate)).recipe_id)
 
     def export(self, candidate: int | str, out: str | Path, *, weights: bool = False) -> Path:
-        """Writes a candidate's mergekit recipe, model card and lineage, and its weights if asked; opens the
-        parents.
+        """Writes a candidate's mergekit recipe, model card and lineage, and its weights if asked.
 
         Args:
             candidate: Its number, 'best', or the label of a parent or hand recipe.

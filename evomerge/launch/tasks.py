@@ -113,8 +113,7 @@ def _limits(settings: Config) -> dict[Role, int]:
 
 
 def scoring_facts(settings: Config, base: Parent, device: str) -> dict[str, Any]:
-    """How scores are computed beside tasks, models and versions: a fact of a study, compared where scores are
-    reused.
+    """How scores are computed beside tasks, models and versions: a fact of a study.
 
     Args:
         settings: The settings of the search.

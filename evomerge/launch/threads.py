@@ -15,11 +15,11 @@ _SMALL = 20_000_000  # parameters of a model below which threads cost more than 
 
 
 def set_thread_defaults() -> None:
-    """Sets the environment variables of numpy and OpenMP that are unset; has no effect once those are
-    imported.
+    """Sets the thread variables of numpy and OpenMP that are unset, before those are imported.
 
     numpy, which the optimizers use, gets one thread, so that a replay has the same sums on any machine; idle
-    threads of OpenMP sleep, since spinning ones starve the other processes of a node."""
+    threads of OpenMP sleep, since spinning ones starve the other processes of a node.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -71,8 +71,7 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
 
 
 def _ranges(settings: Config, merge_method: Method) -> dict[str, Range]:
-    """Parameter -> its range in the search file, or the number that fixes it; weights are searched unless
-    fixed."""
+    """Parameter -> its range in the search file, or the number that fixes it."""
     ranges = {}
     for param in merge_method.params:
         given = settings.space.parameters.get(param.name)
@@ -103,8 +102,7 @@ def _segments(base: Parent) -> tuple[tuple[str, str], ...]:
 
 
 def _dead(space: WeightSpace, parents: Mapping[str, Parent]) -> frozenset[tuple[str, str | None, str]]:
-    """(group, component, model) where a parent equals the base in every tensor: its parameters there change
-    nothing."""
+    """(group, component, model) where a parent equals the base: its parameters there change nothing."""
     cells: list[Cell] = [(EMBEDDINGS, None)]
     cells += [(group, component) for group, _ in space.spans() for component in space.components]
     cells.append((HEAD, None))

@@ -1,5 +1,4 @@
-"""Stages that search weights: those of a merge, or after a search of routes those of the hops of the best
-route."""
+"""Stages that search weights: those of a merge, or after routes those of the best route's hops."""
 
 from __future__ import annotations
 

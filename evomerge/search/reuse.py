@@ -246,7 +246,7 @@ def _differs(before: StudyFacts, now: StudyFacts) -> str:
 def _scoring_policy(facts: StudyFacts) -> dict[str, Any]:
     """The facts that must agree whatever is scored."""
     return {
-        "versions": dict(facts.versions),
+        "versions": study_facts.comparable_versions(facts.versions),
         "threads": facts.threads,
         "gate": facts.max_nats_per_token,
         "scoring": dict(facts.scoring),

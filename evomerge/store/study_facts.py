@@ -175,19 +175,29 @@ class StudyFacts:
         Returns:
             'key was X, is Y' for every value that differs, empty where all agree.
         """
-        return differences(_with_one_name_for_same_rows(self), _with_one_name_for_same_rows(other))
+        before, now = self.to_json(), other.to_json()
+        before["versions"] = comparable_versions(self.versions)
+        now["versions"] = comparable_versions(other.versions)
+        return differences(before, now)
 
 
 _SAME_ROWS = ("0.5.0", "0.6.0")
 """Versions of evomerge that store the same rows for the same search: a study of one goes on with another."""
 
 
-def _with_one_name_for_same_rows(facts: StudyFacts) -> dict[str, Any]:
-    """The facts as stored, with one version of evomerge for all that store the same rows."""
-    data = facts.to_json()
-    if data["versions"].get("evomerge") in _SAME_ROWS:
-        data["versions"]["evomerge"] = _SAME_ROWS[-1]
-    return data
+def comparable_versions(versions: Mapping[str, str]) -> dict[str, str]:
+    """Versions with one name for those of evomerge that store the same rows for the same search.
+
+    Args:
+        versions: Package -> version.
+
+    Returns:
+        A copy for comparisons; versions of evomerge that store the same rows read as the newest of them.
+    """
+    comparable = dict(versions)
+    if comparable.get("evomerge") in _SAME_ROWS:
+        comparable["evomerge"] = _SAME_ROWS[-1]
+    return comparable
 
 
 _FACT_OF_KEY = {"gate": "max_nats_per_token", "depth": "base_layers", "crew": "num_workers"}

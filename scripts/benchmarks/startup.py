@@ -1,11 +1,9 @@
-"""Measures how long the command line takes to start: `evomerge --help`, `status` and `show`, and what they
-import.
+"""Measures how long `evomerge --help`, `status` and `show` take to start, and what they import.
 
     python scripts/benchmarks/startup.py [--runs 11] [--out results/startup.md]
 
 Makes a small study of its own. For each command: the median and the least of so many runs in fresh processes,
-the number of
-modules that it imports, and the slowest imports by `python -X importtime`.
+the number of modules that it imports, and the slowest imports by `python -X importtime`.
 """
 
 from __future__ import annotations

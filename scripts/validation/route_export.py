@@ -64,13 +64,15 @@ def mergekit(ours: Path, scratch: Path) -> tuple[list[str], bool]:
         mergekit_check.run_mergekit(program, ours / "recipe.yaml", theirs, in_own_folder=True)
     except EvomergeError as error:
         return [*lines, str(error)], False
-    tensors = route_mergekit.compare(ours, theirs)
+    tensors = route_mergekit.compare_checkpoints(ours, theirs)
     if tensors.only:
         return [*lines, f"{tensors}."], False
     dtype = stored_dtype(Checkpoint(ours))
     one, other = (model_loading.load_model(path, dtype).model for path in (ours, theirs))
-    asked = reload_check.questions(one)
-    apart = route_checkpoint.compare(reload_check.answers(one, asked), reload_check.answers(other, asked))
+    asked = reload_check.check_inputs(one)
+    apart = route_checkpoint.compare_outputs(
+        reload_check.check_outputs(one, asked), reload_check.check_outputs(other, asked)
+    )
     return [*lines, f"{tensors}.", "", f"{str(apart).capitalize()}."], max(apart.logits, apart.steps) <= (
         1e-4 if dtype == "float32" else 0.1
     )

@@ -74,7 +74,7 @@ def status(root: Path, *words: object) -> dict[str, Any]:
     return found
 
 
-# ---- status ------------------------------------------------------------------------------------------------
+# ---- status ----------------------------------------
 
 
 def test_status_says_who_drives_what_workers_do_and_what_failed(root: Path) -> None:
@@ -174,7 +174,7 @@ def test_watch_shows_what_comes_until_it_is_ended(root: Path, watching: subproce
     assert (watching.returncode, err) == (0, "")
 
 
-# ---- stop --------------------------------------------------------------------------------------------------
+# ---- stop ----------------------------------------
 
 
 def test_a_stop_waits_for_the_driver_to_end(root: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_stop_of_a_study_that_nobody_drives_says_so(root: Path) -> None:
     assert "Did you mean 'trial'?" in err
 
 
-# ---- doctor ------------------------------------------------------------------------------------------------
+# ---- doctor ----------------------------------------
 
 
 def test_doctor_finds_this_environment_fit(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
     return in_process
 
 
-# ---- help and errors ---------------------------------------------------------------------------------------
+# ---- help and errors ----------------------------------------
 
 
 def test_help_lists_every_verb_in_its_group() -> None:
@@ -308,9 +308,8 @@ def test_a_search_whose_candidates_all_fail_is_code_five(tmp_path: Path, call: C
         assert out == ""
         last = err.splitlines()[-1]
         assert last.startswith(
-            "error[E320] 8 of 8 candidates of generation 1 failed; the first because: merging gave a "
-            "value "
-            "that is not finite"
+            "error[E320] 8 of 8 candidates of generation 1 failed; "
+            "the first because: merging gave a value that is not finite"
         )
         assert "Traceback" not in err
     data = json.loads(call("status", "trial", "--root", tmp_path / "results", "--json")[1])
@@ -325,7 +324,7 @@ def test_verbose_shows_where(tmp_path: Path) -> None:
     assert "ConfigError" in done.stderr
 
 
-# ---- look --------------------------------------------------------------------------------------------------
+# ---- look ----------------------------------------
 
 
 def test_run_ends_with_the_table_and_the_next_step(small: Small) -> None:
@@ -477,7 +476,7 @@ def test_the_root_may_come_from_the_environment(
     assert call("status", "small")[1] == call("status", "small", "--root", small.root)[1]
 
 
-# ---- ship --------------------------------------------------------------------------------------------------
+# ---- ship ----------------------------------------
 
 
 def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
@@ -587,7 +586,7 @@ def test_a_parent_that_has_changed_since_is_named(small: Small, call: Call, tmp_
     assert not (tmp_path / "out").exists()
 
 
-# ---- go on -------------------------------------------------------------------------------------------------
+# ---- go on ----------------------------------------
 
 
 def test_an_existing_study_is_not_overwritten(small: Small, call: Call) -> None:

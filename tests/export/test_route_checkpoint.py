@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from evomerge import reports
-from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints import Checkpoint, stored_dtype
 from evomerge.errors import CandidateError, NothingToExport, SetupError
 from evomerge.evaluation import Evaluation, ItemScore
 from evomerge.export import candidate, open_route, reload_check, route_checkpoint
@@ -51,7 +51,7 @@ def general(names: Any) -> set[str]:
 @pytest.mark.parametrize("kind", [*SIX, "gemma3"])
 def test_a_fresh_process_computes_what_was_scored(kind: str, tmp_path: Path) -> None:
     case = shipped_routes.case(shipped_routes.files(tmp_path, kind, "float32"))
-    found = route_checkpoint.checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
+    found = route_checkpoint.write_checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
     assert found.logits == 0, found
     assert found.steps < 2e-6, found  # kernels round by where in memory a tensor lies
     assert found.tokens
@@ -70,25 +70,24 @@ def test_in_bfloat16_the_weights_are_the_same_and_logits_differ_by_rounding_at_m
     kind: str, tmp_path: Path
 ) -> None:
     case = shipped_routes.case(shipped_routes.files(tmp_path, kind, "bfloat16"), dtype="bfloat16")
-    found = route_checkpoint.checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
+    found = route_checkpoint.write_checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
     assert max(found.logits, found.steps) < 0.03, found
-    assert Checkpoint(tmp_path / "out").dtype == "bfloat16"
+    assert stored_dtype(Checkpoint(tmp_path / "out")) == "bfloat16"
 
 
 @pytest.mark.parametrize("kind", SIX)
 def test_the_folder_scales_the_hidden_state_that_enters_each_layer(kind: str, tmp_path: Path) -> None:
     """Against the definition: the route without scales, its stream multiplied as it enters each layer. No
-    norm has an epsilon of effect,
-    which alone sees the difference."""
+    norm has an epsilon of effect, which alone sees the difference."""
     opened = shipped_routes.files(tmp_path, kind, "float32")
     for scaled in (False, True):
         case = shipped_routes.case(opened, scaled)
         (tmp_path / str(scaled)).mkdir()
-        route_checkpoint.write_into(case.routed, case.hops, tmp_path / str(scaled), case.donor)
+        route_checkpoint.write_checkpoint_files(case.routed, case.hops, tmp_path / str(scaled), case.donor)
     shipped, plain = (
         model_loading.load_model(tmp_path / str(scaled), "float32").model for scaled in (True, False)
     )
-    asked = reload_check.questions(plain)
+    asked = reload_check.check_inputs(plain)
     for model in (shipped, plain):
         for norm in [m for m in model.modules() if "norm" in type(m).__name__.lower()]:
             found_eps = [name for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
@@ -123,11 +122,11 @@ def times(scale: float) -> Callable[..., Any]:
 
 def test_words_that_are_asked_have_no_meaning_in_the_config(tmp_path: Path) -> None:
     case = shipped_routes.case(shipped_routes.files(tmp_path, "gemma3", "float32"))
-    asked = reload_check.questions(case.routed.model)
+    asked = reload_check.check_inputs(case.routed.model)
     assert {0, 1, 2, 5} <= set(asked["banned"].tolist()), "padding, begin, end, and the image's place"
     assert not set(asked["ids"].flatten().tolist()) & set(asked["banned"].tolist())
     assert len(asked["ids"].unique()) > 12
-    assert set(reload_check.answers(case.routed.model, asked)["tokens"].flatten().tolist()).isdisjoint(
+    assert set(reload_check.check_outputs(case.routed.model, asked)["tokens"].flatten().tolist()).isdisjoint(
         {1, 2, 5}
     )
 
@@ -171,10 +170,8 @@ DAMAGE = {
     ),
     "the config rotates otherwise": (
         rotate,
-        (
-            r"computes something else: logits differ by up to \S+ and step logits by up to \S+ of their "
-            r"deviation"
-        ),
+        r"computes something else: logits differ by up to \S+ "
+        r"and step logits by up to \S+ of their deviation",
     ),
     "there is no config": (empty, r"out cannot be used in a process of its own: .*CheckpointError"),
 }
@@ -185,10 +182,10 @@ def test_a_damaged_folder_is_caught(case_: str, llama: Case, tmp_path: Path) -> 
     damage, message = DAMAGE[case_]
     out = tmp_path / "out"
     out.mkdir()
-    route_checkpoint.write_into(llama.routed, llama.hops, out, llama.donor)
+    route_checkpoint.write_checkpoint_files(llama.routed, llama.hops, out, llama.donor)
     damage(out)
     with pytest.raises(NothingToExport, match=message):
-        route_checkpoint.verify(out, llama.routed)
+        route_checkpoint.verify_checkpoint(out, llama.routed)
 
 
 def test_what_fails_the_proof_leaves_no_folder(llama: Case, tmp_path: Path) -> None:
@@ -198,7 +195,7 @@ def test_what_fails_the_proof_leaves_no_folder(llama: Case, tmp_path: Path) -> N
         lambda module, given, logits: logits * 1.01
     )  # type: ignore[operator]
     with pytest.raises(NothingToExport, match="has the weights that were scored and computes something else"):
-        route_checkpoint.checkpoint(routed, llama.hops, tmp_path / "out", llama.donor)
+        route_checkpoint.write_checkpoint(routed, llama.hops, tmp_path / "out", llama.donor)
     handle.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -224,7 +221,7 @@ def test_a_route_that_no_config_can_say_is_refused_with_the_reason(tmp_path: Pat
     model = AutoModelForCausalLM.from_config(config).eval()
     routed = RoutedModel(model)
     with pytest.raises(NothingToExport, match=r"the route is no plain checkpoint: .*layer 1"):
-        route_checkpoint.checkpoint(
+        route_checkpoint.write_checkpoint(
             routed, [Hop(model, layer) for layer in (0, 0, 1, 1)], tmp_path / "out", tmp_path
         )
     assert list(tmp_path.iterdir()) == []
@@ -232,19 +229,19 @@ def test_a_route_that_no_config_can_say_is_refused_with_the_reason(tmp_path: Pat
 
 def test_a_folder_that_exists_is_left_alone(llama: Case, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="exists; choose another folder"):
-        route_checkpoint.checkpoint(llama.routed, llama.hops, tmp_path, llama.donor)
+        route_checkpoint.write_checkpoint(llama.routed, llama.hops, tmp_path, llama.donor)
 
 
 def test_what_was_tied_stays_tied_unless_its_values_differ(tmp_path: Path) -> None:
     """A head of its own under a config that ties it would be lost when the folder is loaded."""
     case = shipped_routes.case(shipped_routes.files(tmp_path, "qwen3", "float32"))
     live: Any = case.routed.model
-    tied = route_checkpoint.plain(case.routed)
+    tied = route_checkpoint.plain_model(case.routed)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     live.get_output_embeddings().weight = nn.Parameter(
         live.get_input_embeddings().weight * 1.5, requires_grad=False
     )
-    found = route_checkpoint.checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
+    found = route_checkpoint.write_checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)
     assert found.tokens
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in Checkpoint(tmp_path / "out").tensors
@@ -367,9 +364,9 @@ def both_ways(
     from transformers import AutoConfig
 
     checkpoint_writer.write(recipe, files, folder_ / "merged")
-    live = open_route.open_route(recipe, files)
+    live = open_route.load_route(recipe, files)
     (folder_ / "routed").mkdir()
-    route_checkpoint.write_into(live.routed, live.view.hops, folder_ / "routed", live.donor)
+    route_checkpoint.write_checkpoint_files(live.routed, live.view.hops, folder_ / "routed", live.donor)
     first, second = (AutoConfig.from_pretrained(folder_ / name).to_dict() for name in ("merged", "routed"))
     return first | {"_name_or_path": ""}, second | {"_name_or_path": ""}
 

@@ -2,8 +2,7 @@
 is noticed.
 
 All files but those with stages go through one mergekit process, because starting one takes longer than
-everything else here.
-"""
+everything else here."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class Made:
 def write(case: Case, into: Path) -> None:
     """Checkpoint 'out', 'recipe.yaml' and its shell."""
     (into / "out").mkdir(parents=True)
-    route_checkpoint.write_into(case.routed, case.hops, into / "out", case.donor)
+    route_checkpoint.write_checkpoint_files(case.routed, case.hops, into / "out", case.donor)
     route_mergekit.write_shell(case.routed, case.hops, into / "shell", case.donor)
     named = {name: str(file.path) for name, file in case.files.items()}
     (into / "recipe.yaml").write_text(
@@ -60,7 +59,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, str]
             case = shipped_routes.case(opened, scaled, dtype)
             into = root / f"{kind} {dtype} {scaled}"
             write(case, into)
-            answers = reload_check.answers(case.routed.model, reload_check.questions(case.routed.model))
+            answers = reload_check.check_outputs(
+                case.routed.model, reload_check.check_inputs(case.routed.model)
+            )
             out[kind, scaled, dtype] = Made(into / "out", into / "mergekit", answers)
             jobs.append((into / "recipe.yaml", into / "mergekit"))
     assert parity_cases.finish(parity_cases.start(jobs)) == {}, "mergekit ends well, always"
@@ -77,11 +78,11 @@ def test_mergekit_makes_the_same_model(
     found = made[kind, scaled, dtype]
     loaded = model_loading.load_model(found.theirs, dtype)
     assert loaded.faults == ()
-    apart = route_checkpoint.compare(
-        found.answers, reload_check.answers(loaded.model, reload_check.questions(loaded.model))
+    apart = route_checkpoint.compare_outputs(
+        found.answers, reload_check.check_outputs(loaded.model, reload_check.check_inputs(loaded.model))
     )
     assert max(apart.logits, apart.steps) < (1e-4 if dtype == "float32" else 0.03), apart
-    tensors = route_mergekit.compare(found.ours, found.theirs)
+    tensors = route_mergekit.compare_checkpoints(found.ours, found.theirs)
     assert tensors.only == ()
     assert tensors.tensors > 30
     assert (tensors.unequal if not scaled else tensors.further) == 0, tensors
@@ -92,7 +93,7 @@ def test_what_mergekit_drops_without_a_word_is_noticed(
     kind: str, made: dict[tuple[str, bool, str], Made]
 ) -> None:
     found = made[kind, False, "float32"]
-    tensors = route_mergekit.compare(found.ours, found.theirs)
+    tensors = route_mergekit.compare_checkpoints(found.ours, found.theirs)
     assert not tensors.agrees
     assert any("layers.3." in name and name.endswith("is missing") for name in tensors.only), tensors.only
     assert kind not in route_mergekit.VERIFIED
@@ -206,7 +207,7 @@ def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(
         "passthrough",
         False,
     )
-    assert bool(route_mergekit.in_shell(case.hops)) == (kind == "gemma2")
+    assert bool(route_mergekit.shell_positions(case.hops)) == (kind == "gemma2")
     found = route_mergekit.check_with_mergekit(ENVIRONMENT, into / "recipe.yaml", into / "out")
     assert found.agrees, found
     assert found.unequal == 0, found
@@ -219,15 +220,15 @@ def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(
 
 def test_a_sentence_says_why_there_is_no_file() -> None:
     recipe = shipped_routes.recipe()
-    assert {route_mergekit.why_not(recipe, kind) for kind in SIX} == {None}
+    assert {route_mergekit.refusal(recipe, kind) for kind in SIX} == {None}
     assert set(SIX) == set(route_mergekit.VERIFIED)
     assert "verified for gemma2, llama, mixtral, olmo2, phi3, qwen3 and not for qwen2_moe" in str(
-        route_mergekit.why_not(recipe, "qwen2_moe")
+        route_mergekit.refusal(recipe, "qwen2_moe")
     )
     mixed = replace(
         recipe, layers=(*recipe.layers[:2], Mix("linear", (("base", 2), ("math", 2))), *recipe.layers[3:])
     )
-    assert "layer 2 is mixed while others pass through" in str(route_mergekit.why_not(mixed, "llama"))
+    assert "layer 2 is mixed while others pass through" in str(route_mergekit.refusal(mixed, "llama"))
     with pytest.raises(RecipeError, match="layer 2 is mixed while others pass through"):
         route_mergekit.yaml_document(mixed, (), {}, {})
 

@@ -84,7 +84,7 @@ def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_score
         Hop(models[m], layer, gain) for (m, layer), gain in zip(route, gains(scales, len(route)), strict=True)
     ]
     routed = RoutedModel(models["math"])
-    route_checkpoint.checkpoint(routed, hops, tmp_path / "out", files["math"].path)
+    route_checkpoint.write_checkpoint(routed, hops, tmp_path / "out", files["math"].path)
     metrics, responses = command_line(tmp_path / "out", dtype, tmp_path / "results")
 
     specs = [TaskSpec(task, metric, splits="declared") for task, metric in TASKS.items()]

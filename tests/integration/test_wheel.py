@@ -62,7 +62,11 @@ def data_files(folder: str) -> dict[str, str]:
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if ".dist-info/" not in n]
-    package = {str(p.relative_to(REPO)) for p in (REPO / "evomerge").rglob("*") if p.suffix in (".py", ".c")}
+    package = {
+        str(p.relative_to(REPO))
+        for p in (REPO / "evomerge").rglob("*")
+        if p.suffix in (".py", ".c", ".typed")
+    }
     data = {
         f"evomerge/_data/{folder}/{name}"
         for folder in ("search_spaces", "evaluators")
@@ -95,6 +99,7 @@ def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> Non
     shown = run(place / "bin" / "evomerge", "--help", cwd=away)
     for verb in ("run", "resume", "status", "show", "export", "merge"):
         assert verb in shown
+    assert run(python, "-m", "evomerge", "--version", cwd=away).startswith("evomerge ")
     found = json.loads(run(python, "-c", PROGRAM, cwd=away))
     assert {f"{name}.yaml": text for name, text in found["spaces"].items()} == data_files("search_spaces")
     assert found["evaluators"] == data_files("evaluators")
