@@ -192,7 +192,7 @@ def measure(spent: dict[str, float]) -> None:
     around the model's forward.
     """
     from evomerge.evaluation.lm_harness.harness import LmHarness
-    from evomerge.merging import merge
+    from evomerge.merging import live_model
     from evomerge.store import Store
 
     def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +224,7 @@ def measure(spent: dict[str, float]) -> None:
 
     LmHarness.score = scored  # type: ignore[method-assign]
     LmHarness._prepared = around("compiling", LmHarness._prepared)  # type: ignore[method-assign]
-    merge.merge_into = around("merging", merge.merge_into)
+    live_model.merge_into = around("merging", live_model.merge_into)  # type: ignore[attr-defined]
     Store.add_trial = around("storing", Store.add_trial)  # type: ignore[method-assign]
 
 
