@@ -520,7 +520,7 @@ def test_candidates_that_break_a_floor_rank_after_all_that_keep_it(tmp_path: Pat
 def test_a_search_with_floors_is_taken_up_as_it_was(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_study.ToyPool", Skewed)
+    monkeypatch.setattr("tests.search.test_study.ToyPool", Skewed)
     of = plan(objective=KEEP)
     broken(tmp_path / "whole" / "study.db", [], how, of)
     rows = stored_rows(tmp_path / "whole" / "study.db")
