@@ -531,7 +531,7 @@ def test_a_search_with_floors_is_taken_up_as_it_was(
 
 def test_floors_need_a_parent(tmp_path: Path) -> None:
     parents = {b.recipe.id for b in REFERENCES if b.origin == "parent"}
-    with pytest.raises(FailureBudget, match="'keep' has nothing to hold to: recipe"):
+    with pytest.raises(FailureBudget, match="'keep' has nothing to compare with: recipe"):
         search(tmp_path / "trial" / "study.db", ToyPool(lambda r: r.id in parents), plan(objective=KEEP))
     one = next(b for b in REFERENCES if b.label == "a")
     outcome = search(
