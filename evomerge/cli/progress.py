@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from evomerge.search import Progress, Study
 
 _QUIET_SECONDS = 15  # after which a line is printed without a terminal, though nothing happened
+_RESEND_SECONDS = 0.1  # after which a signal whose exception was lost is sent again
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -103,8 +105,9 @@ def stop_while_opening() -> Iterator[None]:
 
     Nothing is begun by then; the user is told to start it again.
 
-    An exception that a handler raises can be lost in a callback of a library; the signal is remembered and
-    answered at the end.
+    An exception that a handler raises inside a weak reference's callback or a `__del__` method is lost, and
+    Python prints it as ignored: the signal is then sent again a moment later, and answered at the latest at
+    the end.
 
     Yields:
         None, while the signals are handled so.
@@ -120,8 +123,23 @@ def stop_while_opening() -> Iterator[None]:
         codes.append(130 if number == signal.SIGINT else 75)
         raise SystemExit(codes[0])
 
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        if not codes or not isinstance(lost.exc_value, SystemExit):
+            print_lost(lost)
+            return
+        timers.append(threading.Timer(_RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
+        timers[-1].start()
+
+    timers: list[threading.Timer] = []
+    print_lost = sys.unraisablehook
     with _handled_by(handler):
-        yield
+        sys.unraisablehook = send_again
+        try:
+            yield
+        finally:
+            sys.unraisablehook = print_lost
+            for timer in timers:
+                timer.cancel()
         if codes:
             raise SystemExit(codes[0])
 

@@ -80,7 +80,9 @@ def sentence(error: Any, path: _yaml.Key) -> str:
         return f"{name}{separator}{message[0].lower()}{message[1:]}{got}"
     if kind in ("too_short", "too_long"):
         bound, limit = ("least", "min_length") if kind == "too_short" else ("most", "max_length")
-        return f"{name} should have at {bound} {context[limit]} entries, got {context['actual_length']}"
+        count = context[limit]
+        entries = "entry" if count == 1 else "entries"
+        return f"{name} should have at {bound} {count} {entries}, got {context['actual_length']}"
     should_be = _SHOULD_BE.get(kind, "another value").format(**context)
     return f"{name} should be {should_be}{got}"
 

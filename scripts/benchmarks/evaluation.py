@@ -500,7 +500,8 @@ def likelihood_row(
     note = (
         f"of {counts['pairs']} sums the farthest differ by {worst[0]:.3g} steps of bfloat16, "
         f"{counts['greedy']} greedy flags, "
-        f"{counts['choices']} of {counts['items']} choices; plan: {plan.technique}, {plan.tokens} tokens for "
+        f"{counts['choices']} of {counts['items']} choices; "
+        f"plan: {plan.optimization}, {plan.tokens} tokens for "
         f"HFLM's {sum(len(c) + len(k) - 1 for _, c, k in cached.pairs)}; "
         f"allowed: {', '.join(techniques)}"
     )

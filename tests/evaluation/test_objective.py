@@ -268,16 +268,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"evaluation": {"items": {"a": 0}}},
         r"at least 1, or one for each task named, got 0",
     ),
-    "negative slack": ({"keep": {"a": -0.1}}, "greater than or equal to 0"),
+    "negative slack": ({"keep": {"a": -0.1}}, "at least 0, got -0.1"),
     "no such measure": (
         {"tasks": [{"task": "a", "search": "accuracy"}]},
         "'metric', 'probability' or 'logprob'",
     ),
-    "no share": ({"tasks": [{"task": "a", "search": {"metric": 0}}]}, "greater than 0"),
-    "no measure": ({"tasks": [{"task": "a", "search": {}}]}, "at least 1 item"),
+    "no share": ({"tasks": [{"task": "a", "search": {"metric": 0}}]}, "above 0, got 0"),
+    "no measure": ({"tasks": [{"task": "a", "search": {}}]}, "at least 1 entry, got 0"),
     "kind": ({"objective": "median"}, "'mean', 'geometric' or 'worst'"),
     "key of a race": ({"search": {"race": {"rung": [1]}}}, "Did you mean 'rungs'"),
-    "error of a race": ({"search": {"race": {"error": 1}}}, "less than 1"),
+    "error of a race": ({"search": {"race": {"error": 1}}}, "below 1, got 1"),
 }
 
 
