@@ -55,6 +55,7 @@ SLOW = (
     "integration/test_gpu.py",
     "integration/test_mergekit_faults.py",
     "integration/test_route_lm_eval.py",
+    "integration/test_safe_path.py",
     "integration/test_security.py",
     "integration/test_wheel.py",
     "launch/test_dry_run.py",

@@ -249,7 +249,7 @@ def _run_elsewhere(
     with tempfile.TemporaryDirectory() as scratch:
         input_file, output_file = Path(scratch) / "inputs.safetensors", Path(scratch) / "outputs.safetensors"
         save_file(inputs, input_file, metadata=settings)
-        program = [sys.executable, "-m", "evomerge.export.reload_check"]
+        program = [sys.executable, "-P", "-m", "evomerge.export.reload_check"]
         done = subprocess.run(
             [*program, str(directory), str(input_file), str(output_file)],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},

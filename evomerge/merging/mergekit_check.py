@@ -109,7 +109,7 @@ def run_mergekit(
         finished = subprocess.run(
             [str(program), source, *destination, "--quiet"],
             cwd=recipe.parent if in_own_folder else None,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} if in_own_folder else None,
+            env=os.environ | {"PYTHONSAFEPATH": "1"} | ({"HF_HUB_OFFLINE": "1"} if in_own_folder else {}),
             capture_output=True,
             text=True,
             check=False,

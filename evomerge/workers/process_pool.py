@@ -18,12 +18,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import TracebackType
 
 from evomerge.errors import SetupError
 from evomerge.evaluation import Attempt, Evaluation
 from evomerge.workers.pool import Execution, Job, PoolSettings, Scorer, attempt_of, execute
+from evomerge.workers.safe_path import SafeContext, safe_path
 
 log = logging.getLogger(__name__)
 _MOST_DEATHS = 3  # of a process while a job is in flight, before that is the job's result
@@ -175,8 +177,9 @@ class ProcessPool:
         return future is not None and (not future.done() or future.exception() is not None)
 
     def _start(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, context, _open, (self._make,))
+        with safe_path():
+            resource_tracker.ensure_running()  # a process too, which the first lock would start
+        return ProcessPoolExecutor(self._workers, SafeContext(), _open, (self._make,))
 
 
 def _poison(job: Job) -> Evaluation:

@@ -14,7 +14,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private.utils import read_ray_address
+from ray.job_config import JobConfig
 
 from evomerge.errors import SetupError
+from evomerge.workers.safe_path import safe_path
 
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 100 * 2**20  # no weights go through it
@@ -253,9 +255,19 @@ def environment() -> dict[str, str]:
     return passed | {"TOKENIZERS_PARALLELISM": "false"}
 
 
+class _NoFolders(list[str]):
+    """Where Ray would note the working directory, for its workers to import from before all else."""
+
+    def extend(self, values: Iterable[str], /) -> None:
+        """Takes nothing: an actor is given the driver's own path when it opens its worker."""
+
+
 def _init(**options: Any) -> None:
+    job = JobConfig()
+    job._py_driver_sys_path = _NoFolders()
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        with safe_path():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job, **options)
     except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise SetupError(f"Ray cannot be started or joined: {_first_line(error)}") from None
 
