@@ -14,7 +14,8 @@ EvomergeError                 E000  exit 1
 │   └── FoldError             E420  exit 1   a layer whose weights cannot take up a gain
 └── Paused                    E500  exit 75  a signal asked the search to stop; start it again to go on
     ├── Stopped               E510  exit 0   `evomerge stop` asked for it; resume goes on
-    └── NoRoom                E520  exit 75  a full or read-only disk; make room and start it again
+    ├── NoRoom                E520  exit 75  a disk that is full, or became read-only; make room
+    └── StoreLost             E530  exit 75  the study's file was removed, replaced or moved under its driver
 """
 
 from __future__ import annotations
@@ -129,6 +130,12 @@ class NoRoom(Paused):
     """
 
     code = "E520"
+
+
+class StoreLost(Paused):
+    """A study's file is no longer where its driver opened it: removed, replaced, or its folder moved."""
+
+    code = "E530"
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evomerge.errors import ConfigError, FailureBudget, NoRoom, Paused
+from evomerge.errors import ConfigError, FailureBudget, Paused
 from evomerge.search import event_loop
 from evomerge.search.dispatch import Dispatch
 from evomerge.search.final_selection import FinalSelection, SearchedStage
@@ -93,7 +93,7 @@ class Study:
         try:
             outcome = self._run()
         except Paused:
-            with contextlib.suppress(NoRoom):  # it may be that very reason
+            with contextlib.suppress(Paused):  # a full disk, or a file that is gone, may be that very reason
                 self.store.set_state("paused")
             raise
         except (FailureBudget, ConfigError):

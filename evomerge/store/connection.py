@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from evomerge.errors import EvomergeError, NoRoom, SetupError, StudyError
-from evomerge.store import file_systems, integrity, locks
+from evomerge.errors import EvomergeError, NoRoom, SetupError, StoreLost, StudyError
+from evomerge.store import backup, file_systems, integrity, locks, paths
 from evomerge.store.backup import damaged
 from evomerge.store.migrations import MIGRATIONS
 
@@ -50,6 +50,8 @@ class StudyFile:
         self._added = 0  # rows that this transaction has added
         self._rows = 0  # rows that are acknowledged
         self._count = -1  # descriptor of the file with that count
+        self._places = (_inode(path), _inode(path.parent))
+        self._lost: StoreLost | None = None
         if lock is not None:
             self._rows = integrity.count_rows(db)
             self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -67,12 +69,16 @@ class StudyFile:
             The open file.
 
         Raises:
-            StudyError: The file is missing, damaged, of a newer version, or another process writes it.
+            StudyError: The file is missing, damaged, of a newer version, or another process writes it; or it
+                is gone, or holds less than the backup beside it.
             NoRoom: It cannot be written.
             SetupError: Another program holds it.
         """
-        if not write and not path.is_file():
-            raise StudyError(f"there is no study at {path}")
+        if not path.is_file():
+            if (error := backup.gone(path)) is not None:
+                raise error
+            if not write:
+                raise StudyError(f"there is no study at {path}")
         lock: IO[str] | None = None
         db: sqlite3.Connection | None = None
         try:
@@ -84,6 +90,8 @@ class StudyFile:
             else:
                 db = _reader(path)
             _migrate(db, path, write)
+            if write and path.name == paths.STORE:
+                backup.refuse_larger(db, path, path.with_name(paths.BACKUP))
             return cls(db, path, lock)
         except BaseException as error:
             if db is not None:
@@ -155,11 +163,13 @@ class StudyFile:
 
         Raises:
             NoRoom: The disk is full or read-only; nothing is stored.
+            StoreLost: The file is no longer where it was opened; nothing is stored.
             StudyError: The file is open readonly, or damaged.
             SetupError: Another program holds the file.
         """
         if self._lock is None:
             raise StudyError(f"{self.path} is open readonly")
+        self._refuse_lost()
         self._added = 0
         try:
             self.db.execute("BEGIN IMMEDIATE")
@@ -208,11 +218,44 @@ class StudyFile:
         if self.db.execute(f"SELECT 1 FROM {table} WHERE rowid = ?", (rowid,)).fetchone():
             integrity.seal(self.db, table, rowid)
 
+    def _refuse_lost(self) -> None:
+        """Raises StoreLost once the path leads to another file, or to none: SQLite would write on unseen."""
+        if self._lost is None and _inode(self.path) not in (self._places[0], _UNKNOWN):
+            self._lost = StoreLost(self._loss())
+        if self._lost is not None:
+            raise self._lost
+
+    def _loss(self) -> str:
+        """What became of the file, and where its rows are: in a backup that is made now, if it can be."""
+        if _inode(self.path.parent) != self._places[1]:
+            what = "is gone, its folder was moved or renamed"
+            return f"{self.path} {what} while the search ran; go on with the folder where it is now"
+        copy = self.path.with_name(paths.BACKUP)
+        try:
+            backup.write(self.db, self.path, copy)
+            saved = f"all that it held is saved in {copy}, and run --resume says how to go on from there"
+        except (OSError, sqlite3.Error, StudyError) as error:
+            saved = f"what it held could not be saved ({error}); its backup is as it was"
+        what = "removed" if _inode(self.path) is None else "replaced by another file"
+        return f"{self.path} was {what} while the search ran; {saved}"
+
     def _acknowledge(self) -> None:
         """Writes how many rows there are, after they are synced and not synced itself: never too many."""
         if self._lock:
             with contextlib.suppress(OSError):  # no room: it says too few, and the check is the weaker
                 os.pwrite(self._count, integrity.count_text(self._rows), 0)
+
+
+_UNKNOWN = (-1, -1)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to; None where it leads to none, `_UNKNOWN` where the disk does not say."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return None if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) else _UNKNOWN
+    return status.st_dev, status.st_ino
 
 
 def _explained_opening(path: Path, error: BaseException, write: bool) -> EvomergeError | None:

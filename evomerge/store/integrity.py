@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from evomerge.store.migrations import MIGRATIONS
@@ -88,16 +88,18 @@ def count_path(store: Path) -> Path:
     return store.with_name(store.name + ".rows")
 
 
-def count_rows(db: sqlite3.Connection) -> int:
+def count_rows(db: sqlite3.Connection, tables: Container[str] = _GROWING) -> int:
     """Counts the rows of the tables that only grow.
 
     Args:
         db: Connection to the file.
+        tables: Those that the file has; an older one has not all.
 
     Returns:
         Their number.
     """
-    return sum(int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]) for table in _GROWING)
+    counted = [table for table in _GROWING if table in tables]
+    return sum(int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]) for table in counted)
 
 
 def count_text(rows: int) -> bytes:

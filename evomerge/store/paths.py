@@ -9,6 +9,8 @@ from evomerge.errors import StudyError, suggest
 
 STORE = "study.db"
 BACKUP = "study.backup.db"
+EARLIER_BACKUP = "study.backup.earlier.db"
+_FILES = (STORE, BACKUP, EARLIER_BACKUP)
 
 
 def root(given: Path | None = None) -> Path:
@@ -30,9 +32,9 @@ def studies(folder: Path) -> list[str]:
         folder: Folder of the studies.
 
     Returns:
-        Their names, sorted.
+        Their names, sorted; those whose file is gone and whose backup is there too.
     """
-    return sorted(file.parent.name for file in folder.glob(f"*/{STORE}"))
+    return sorted({file.parent.name for name in _FILES for file in folder.glob(f"*/{name}")})
 
 
 def store_path(study: str, folder: Path, *, new: bool = False) -> Path:
@@ -44,7 +46,7 @@ def store_path(study: str, folder: Path, *, new: bool = False) -> Path:
         new: The file may be missing.
 
     Returns:
-        Path of the file.
+        Path of the file, which may be gone where its backup is not.
 
     Raises:
         StudyError: The name is none, or there is no such study.
@@ -52,6 +54,6 @@ def store_path(study: str, folder: Path, *, new: bool = False) -> Path:
     if Path(study).name != study or study in ("", ".", ".."):
         raise StudyError(f"'{study}' is not the name of a study; use letters, digits, '.', '_' and '-'")
     path = folder / study / STORE
-    if not new and not path.is_file():
+    if not new and not any(path.with_name(name).is_file() for name in _FILES):
         raise StudyError(f"there is no study '{study}' in {folder}/. {suggest(study, studies(folder))}")
     return path
