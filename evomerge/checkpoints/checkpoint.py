@@ -56,7 +56,11 @@ class Checkpoint:
         self.files = tuple(path / file for file in self._handles)
 
     def tensor(self, name: str) -> Tensor:
-        """See `Parent.tensor`; memory-mapped where the file is aligned for it."""
+        """See `Parent.tensor`.
+
+        Returns:
+            The tensor, memory-mapped where the file is aligned for it.
+        """
         try:
             handle = self._handles[self.tensors[name].file]
         except KeyError:

@@ -114,7 +114,11 @@ class AdaptedCheckpoint:
         return tuple(sorted(self._changes))
 
     def tensor(self, name: str) -> Tensor:
-        """See `Parent.tensor`; the base's own tensor where the adapter leaves it alone."""
+        """See `Parent.tensor`.
+
+        Returns:
+            The tensor; the base's own where the adapter leaves it alone.
+        """
         weight = self._base.tensor(name)
         change = self._changes.get(name)
         if change is None:

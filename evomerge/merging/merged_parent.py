@@ -50,7 +50,11 @@ class MergedParent:
         )
 
     def tensor(self, name: str) -> Tensor:
-        """See `Parent.tensor`; merges the tensor."""
+        """See `Parent.tensor`.
+
+        Returns:
+            The tensor, merged when it is asked for.
+        """
         if name not in self._steps:
             raise CheckpointError(f"the stage merged on {self.path} has no tensor '{name}'")
         return self._merge.tensor(self._steps[name])

@@ -40,7 +40,11 @@ class PlacedParent:
         self._cache: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """See `Parent.tensor`; the same object at every call."""
+        """See `Parent.tensor`.
+
+        Returns:
+            The tensor; the same object at every call.
+        """
         if name not in self._cache:
             tensor = self._parent.tensor(name)
             self._cache[name] = tensor.pin_memory() if self._device is None else tensor.to(self._device)

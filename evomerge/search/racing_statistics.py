@@ -1,19 +1,13 @@
-"""Which of some candidates would be the best of them on all items, said from their scores on a part of the
-items.
+"""Which candidates will be the best on all items, predicted from their scores on a part of the items.
 
 Given the first m of n items of each task, a candidate's mean over all n is predicted: the known part has no
-error, the rest
-is drawn about an empirical-Bayes mean, shrunk to the mean of all candidates by how much of their spread is
-noise of items
-(Efron and Morris 1973). Noise is joint: candidates that err on the same items differ by less than their
-errors say. A
-candidate is settled, chosen or dropped, as soon as the probability that any of the settled ones is wrong is
-small: with
-choosing beside dropping this is the race for the best mu of Heidrich-Meisner and Igel 2009, "Hoeffding and
-Bernstein races
-for selecting policies in evolutionary direct policy search", with a predictive distribution in place of their
-bounds.
-Knows nothing of recipes, items' names or rungs.
+error, the rest is drawn about an empirical-Bayes mean, shrunk to the mean of all candidates by how much of
+their spread is noise of items (Efron and Morris 1973). Noise is joint: candidates that err on the same items
+differ by less than their errors say. A candidate is settled, chosen or dropped, as soon as the probability
+that any of the settled ones is wrong is small: with choosing beside dropping this is the race for the best mu
+of Heidrich-Meisner and Igel 2009, "Hoeffding and Bernstein races for selecting policies in evolutionary
+direct policy search", with a predictive distribution in place of their bounds. Knows nothing of recipes,
+items' names or rungs.
 """
 
 from __future__ import annotations
@@ -30,7 +24,13 @@ DRAWS = 4000  # of the predictive distribution: an error of .01 a step is 40 of 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """Rows of the candidates that are sure to be among the best, sure not to be, and neither."""
+    """What is known of candidates, by their rows.
+
+    Attributes:
+        chosen: Sure to be among the best.
+        dropped: Sure not to be.
+        open: Neither.
+    """
 
     chosen: tuple[int, ...]
     dropped: tuple[int, ...]
@@ -45,14 +45,20 @@ def settle(
     error: float,
     seed: Sequence[int] = (0,),
 ) -> Settled:
-    """Which candidates are surely among the mu best by the weighted sum of task means over all items, and
-    which surely not.
+    """Finds candidates that are surely among the mu best by the weighted sum of task means, or surely not.
 
-    values: of each task, [candidates, m] scores on its first m >= 2 items, finite; sizes: n >= m of each
-    task; weights: of
-    each task, higher sums are better. error: probability that any of the settled is settled wrongly, in (0,
-    1); seed:
-    non-negative numbers that key the draws. Nothing is settled while no item tells the candidates' noise.
+    Nothing is settled while no item tells the candidates' noise.
+
+    Args:
+        values: Of each task, [candidates, m] scores on its first m >= 2 items, finite.
+        sizes: Of each task, its n >= m items.
+        weights: Of each task; higher sums are better.
+        mu: How many candidates are the best.
+        error: Probability in (0, 1) that any of the settled is settled wrongly.
+        seed: Non-negative numbers that key the draws.
+
+    Returns:
+        The rows of the chosen, the dropped and the open ones.
     """
     count = len(values[0])
     if not 0 < mu < count:
@@ -62,22 +68,19 @@ def settle(
     if all(v.shape[1] >= n for v, n in zip(values, sizes, strict=True)):
         order = np.argsort(-expected, kind="stable")
         return Settled(tuple(sorted(order[:mu].tolist())), tuple(sorted(order[mu:].tolist())), ())
-    if (
-        np.trace(covariance) <= 1e-24 * np.square(expected).sum()
-    ):  # of values that are alike, rounding is left
+    # of values that are alike, rounding is left
+    if np.trace(covariance) <= 1e-24 * np.square(expected).sum():
         return Settled((), (), tuple(range(count)))
     generator = np.random.default_rng([*seed])
     noise = generator.standard_normal((DRAWS, count)) @ _root(covariance).T
     drawn = expected + noise / np.sqrt(generator.chisquare(freedom, (DRAWS, 1)) / freedom)  # multivariate t
-    inside = (
-        np.argsort(np.argsort(-drawn, axis=1, kind="stable"), axis=1, kind="stable") < mu
-    )  # [draws, candidates]
+    ranks = np.argsort(np.argsort(-drawn, axis=1, kind="stable"), axis=1, kind="stable")
+    inside = ranks < mu  # [draws, candidates]
     share = inside.mean(axis=0)
     choose = share > 0.5
     surest = np.argsort(np.minimum(share, 1.0 - share), kind="stable")
-    errs = np.maximum.accumulate((inside != choose)[:, surest], axis=1).sum(
-        axis=0
-    )  # draws where any of the k surest is wrong
+    # draws where any of the k surest is wrong
+    errs = np.maximum.accumulate((inside != choose)[:, surest], axis=1).sum(axis=0)
     wrong = (errs + 1) / (DRAWS + 1)  # no event is taken to be rarer than the draws can tell
     sure = surest[: np.searchsorted(wrong, error, side="right")]
     chosen, dropped = sorted(sure[choose[sure]].tolist()), sorted(sure[~choose[sure]].tolist())
@@ -89,19 +92,23 @@ def settle(
 def predict(
     values: Sequence[Array], sizes: Sequence[int], weights: Sequence[float]
 ) -> tuple[Array, Array, float]:
-    """(expected weighted sum of means over all items [candidates], its covariance up to what all share,
-    degrees of freedom).
+    """Predicts the weighted sums of task means over all items.
 
-    Arguments as in `settle`. By task, with m of n items known, f = m / n, B the share of the candidates'
-    spread that is not
-    noise, and C the covariance of an item's scores: mean f ȳ + (1 - f)(ȳ.. + B (ȳ - ȳ..)), covariance
+    By task, with m of n items known, f = m / n, B the share of the candidates' spread that is not noise, and
+    C the covariance of an item's scores: mean f ȳ + (1 - f)(ȳ.. + B (ȳ - ȳ..)), covariance
     (1 - f)² (B / m + 1 / (n - m)) C. C is taken with one more item whose variance is the mean of the tasks':
-    a task where all
-    candidates agree so far is not one where they always do. Skills on different tasks are taken to be
-    independent, and the
-    candidates to be equally unlike: where they are not, errors are larger than stated, which the races in
-    results/racing.md
-    had room for.
+    a task where all candidates agree so far is not one where they always do. Skills on different tasks are
+    taken to be independent, and the candidates to be equally unlike: where they are not, errors are larger
+    than stated, which the races in results/racing.md had room for.
+
+    Args:
+        values: As in `settle`.
+        sizes: As in `settle`.
+        weights: As in `settle`.
+
+    Returns:
+        Expected sums [candidates], their covariance [candidates, candidates] up to what all share, and its
+        degrees of freedom.
     """
     count = len(values[0])
     typical = _typical(values, weights)
@@ -126,9 +133,16 @@ def predict(
 
 
 def deviations(values: Sequence[Array], weights: Sequence[float]) -> Array:
-    """[tasks] standard deviation of an item's scores about the candidates' and the items' means, with one
-    more item of mean
-    variance: the noise that hides which candidates are better. Arguments as in `settle`."""
+    """Measures the noise that hides which candidates are better.
+
+    Args:
+        values: As in `settle`.
+        weights: As in `settle`.
+
+    Returns:
+        [tasks] standard deviations of an item's scores about the candidates' and the items' means, with one
+        more item of mean variance.
+    """
     known = np.array([own.shape[1] - 1.0 for own in values])
     sums = np.array([_variance(own) for own in values]) * known
     found: Array = np.sqrt((sums + _typical(values, weights)) / (known + 1.0))
@@ -138,12 +152,21 @@ def deviations(values: Sequence[Array], weights: Sequence[float]) -> Array:
 def allocate(
     noise: Array, weights: Sequence[float], taken: Sequence[int], sizes: Sequence[int], budget: int
 ) -> list[int]:
-    """Items of each task to have after the next step, at least those taken, about `budget` in all, up to one
-    more a task.
+    """Divides a budget of items between tasks.
 
     The error of the weighted sum is least where a task's items are in proportion to its weight times its
-    `deviations`
-    (Neyman 1934).
+    `deviations` (Neyman 1934).
+
+    Args:
+        noise: `deviations` of the tasks.
+        weights: Of each task.
+        taken: Items that each task has already.
+        sizes: Items that each task has in all.
+        budget: Items to have in all after the next step.
+
+    Returns:
+        Items of each task after the next step: at least those taken, in all about the budget, up to one more
+        a task.
     """
     need = np.maximum(np.abs(weights) * noise, 1e-12)
     low, high = 0.0, float(max(sizes)) / float(need.min())
@@ -157,12 +180,17 @@ def allocate(
 
 
 def aligned(values: Sequence[Array], weights: Sequence[float]) -> Array:
-    """[candidates] weighted sums of task means, comparable between candidates that were scored on different
-    numbers of items.
+    """Compares candidates that were scored on different numbers of items.
 
-    values: of each task, [candidates, n], NaN where a candidate was not scored; each was scored on the first
-    items of a
-    task. Its mean is corrected by how easy those were to the candidates that have the most.
+    Each was scored on the first items of a task. Its mean is corrected by how easy those were for the
+    candidates that have the most.
+
+    Args:
+        values: Of each task, [candidates, n] scores, NaN where a candidate was not scored.
+        weights: Of each task.
+
+    Returns:
+        [candidates] weighted sums of task means.
     """
     most = int(max(sum(np.isfinite(own[i]).sum() for own in values) for i in range(len(values[0]))))
     full = [i for i in range(len(values[0])) if sum(np.isfinite(own[i]).sum() for own in values) == most]
@@ -196,8 +224,10 @@ def _interaction(values: Array) -> Array:
 
 
 def _root(covariance: Array) -> Array:
-    """The symmetric R with R R = covariance, which may be singular: unlike its eigenvectors it is the same on
-    every machine."""
+    """The symmetric R with R R = covariance, which may be singular.
+
+    Unlike the eigenvectors it is the same on every machine.
+    """
     eigenvalues, vectors = np.linalg.eigh(covariance)
     root: Array = (vectors * np.sqrt(np.maximum(eigenvalues, 0.0))) @ vectors.T
     return root

@@ -1,10 +1,8 @@
 """What earlier studies know: evaluations that need not be made again, and a pool that answers from them.
 
 An evaluation is known by its recipe, the content of the models that the recipe reads, the tasks' own hashes
-(settings, code,
-prompts and which items are of which role), and how scores are computed (versions, threads, types, device).
-Whatever differs
-in one of these is evaluated anew. Writes nothing.
+(settings, code, prompts and which items are of which role), and how scores are computed (versions, threads,
+types, device). Whatever differs in one of these is evaluated anew. Writes nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +28,14 @@ _PURPOSES: tuple[Purpose, ...] = ("search", "rung", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """An earlier study that can be asked. parents: model -> hash; terms: those of its tasks that are the same
-    now."""
+    """An earlier study that can be asked.
+
+    Attributes:
+        name: Its name.
+        store: Its store, open for reading.
+        parents: Model -> content hash.
+        terms: Those of its tasks and groups that are the same now.
+    """
 
     name: str
     store: Store
@@ -40,17 +44,26 @@ class _Known:
 
 
 class Earlier:
-    """Stores of earlier studies, open for reading. A context manager that closes them."""
+    """Stores of earlier studies, open for reading. A context manager that closes them.
+
+    Attributes:
+        refused: Which studies cannot be asked, and why.
+    """
 
     def __init__(self, paths: Sequence[Path], facts: StudyFacts, *, parts: bool = False) -> None:
-        """facts: of the study that asks, see `evomerge.launch.prepare`. parts: also answer with items that
-        were scored in other sets.
+        """Opens the stores.
 
         An evaluation on exactly the items asked is what scoring them again would give, to the bit. Put
-        together from other
-        sets it may differ in a last bit, for batches were others; then ranks that hang on one may differ too.
-        `refused`
-        says which studies cannot be asked, and why. Raises StudyError for a file that is missing or damaged.
+        together from other sets it may differ in a last bit, for batches were others; then ranks that depend
+        on one may differ too.
+
+        Args:
+            paths: Database files of earlier studies.
+            facts: Facts of the study that asks, see `evomerge.launch.prepare`.
+            parts: Whether to answer also with items that were scored in other sets.
+
+        Raises:
+            StudyError: For a file that is missing or damaged.
         """
         self.refused: list[str] = []
         self._parts, self._facts = parts, facts
@@ -83,8 +96,15 @@ class Earlier:
         return tuple(one.name for one in self._known)
 
     def lookup(self, recipe: Recipe, items: Items) -> Evaluation | None:
-        """The evaluation of a recipe on items, if it is known; only one that succeeded. The first study that
-        knows it answers."""
+        """Looks an evaluation up; the first study that knows it answers.
+
+        Args:
+            recipe: What was evaluated.
+            items: The items that it is asked for.
+
+        Returns:
+            An evaluation that succeeded, or None where no study knows one.
+        """
         tasks = [task for task, ids in items.items() if ids]
         asked: list[_Known] = []
         for one in list(self._known):
@@ -94,9 +114,7 @@ class Earlier:
                 if self._covers(one, tasks) and (found := self._whole(one, recipe, items)):
                     return found
                 asked.append(one)
-            except (
-                StudyError
-            ) as error:  # what is lost is known to others, or scored anew: no reason to end a search
+            except StudyError as error:  # others know what is lost, or it is scored anew: the search goes on
                 log.warning("study '%s' is not asked any more: %s", one.name, error)
                 self._known.remove(one)
                 one.store.close()
@@ -155,8 +173,10 @@ class Earlier:
         return None
 
     def _together(self, asked: Sequence[_Known], recipe: Recipe, items: Items) -> Evaluation | None:
-        """The items' scores from whatever sets they were scored in; None where one is unknown, or a metric is
-        no mean of items."""
+        """The items' scores from whatever sets they were scored in.
+
+        None where one is unknown, or a metric is no mean of items.
+        """
         means = {
             term
             for term, term_facts in self._facts.terms.items()
@@ -183,16 +203,30 @@ class Earlier:
 
 
 class KnownPool:
-    """A pool before which earlier studies are asked. Satisfies `evomerge.workers.pool.Pool`. hits: jobs that
-    they answered."""
+    """A pool before which earlier studies are asked. Satisfies `evomerge.workers.pool.Pool`.
+
+    Attributes:
+        pool: What evaluates the jobs that no study knows.
+        earlier: The studies that are asked.
+        hits: Number of jobs that they answered.
+    """
 
     def __init__(self, pool: Pool, earlier: Earlier) -> None:
-        """Closes both at its end."""
+        """Takes a pool and the studies; `close` closes both.
+
+        Args:
+            pool: What evaluates the jobs that no study knows.
+            earlier: The studies that are asked.
+        """
         self.pool, self.earlier, self.hits = pool, earlier, 0
         self._answered: deque[tuple[Job, Evaluation]] = deque()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Jobs whose evaluation is known are finished at once; the others are handed on together."""
+        """Finishes jobs whose evaluation is known at once and hands the others on together.
+
+        Args:
+            jobs: What to evaluate.
+        """
         others: list[Job] = []
         for job in jobs:
             found = self.earlier.lookup(job.recipe, job.items)
@@ -205,7 +239,14 @@ class KnownPool:
             self.pool.submit(others)
 
     def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
-        """What is known first."""
+        """Takes a finished job; those whose evaluation was known come first.
+
+        Args:
+            timeout: Seconds to wait for one; None waits without end.
+
+        Returns:
+            A job and its evaluation; None where none ended in time.
+        """
         return self._answered.popleft() if self._answered else self.pool.result(timeout)
 
     def drain(self) -> None:

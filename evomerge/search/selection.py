@@ -1,5 +1,4 @@
-"""What is said of a search once it is over: estimates, finalists, tests, the headline number, luck, and
-skills kept or lost.
+"""What is said of a search that is over: estimates, finalists, tests, the headline, bias, retention.
 
 Plain rows from item scores; nothing is scored here.
 """
@@ -25,9 +24,8 @@ from evomerge.store import Scored, Store, Trial
 
 _Turns = tuple[int, ...]  # by task of the pool, how often its items had been gone through
 ALARM = 1.96
-"""A skill is said to be lost where it falls by more than this many standard errors: 2.5 % a comparison, not
-corrected for
-their number, as an alarm is to be looked at and a loss passed over is not."""
+"""Standard errors by which a skill has to fall to be called lost: 2.5 % a comparison, not corrected for their
+number, since a false alarm costs a look and a missed loss is not seen at all."""
 
 
 def estimates(
@@ -38,33 +36,37 @@ def estimates(
     last: int,
     epochs: Callable[[Trial], Mapping[str, int]],
 ) -> dict[int, Estimate]:
-    """Trial id -> its objective as the search sees it, estimated over all items of the search: comparable
-    across generations.
+    """Estimates candidates' objectives over all items of the search, comparable across generations.
 
-    pool: all items of the search; last: the number of the last generation; epochs: task -> how often all its
-    items had been
-    gone through before the trial's generation took its own. An item's ease is the mean over generations of
-    its candidates'
-    values less their own means, the trial's own epoch left out: there the item was met beside the same
-    others, which says
-    nothing of how easy they are together, and would make the error look smaller than it is. In a first epoch
-    the estimate
-    is the plain mean. Empty where the objective is no mean of items.
+    An item's ease is the mean over generations of its candidates' values less their own means. The trial's
+    own epoch is left out: there the item was scored beside the same other items, which says nothing of how
+    easy they are together, and would make the error look smaller than it is. In a first epoch the estimate is
+    the plain mean.
+
+    Args:
+        store: The study's store.
+        objective: What the search maximizes.
+        pool: All items of the search.
+        trials: The candidates to estimate.
+        last: Number of the last generation.
+        epochs: Trial -> task -> how often all items of the task had been used before the trial's generation
+            took its own.
+
+    Returns:
+        Trial id -> the objective as the search sees it, with its error. Empty where the objective is no mean
+        of items.
     """
     if not objective.is_mean_of_items:
         return {}
     tasks, wanted = tuple(pool), {t.id for t in trials}
     own: dict[int, tuple[_Turns, tuple[ItemScore, ...]]] = {}
-    sums: dict[
-        tuple[int, _Turns], dict[tuple[str, str], list[float]]
-    ] = {}  # (sum, count) of each item by generation
+    # by generation: (task, item) -> [sum, count]
+    sums: dict[tuple[int, _Turns], dict[tuple[str, str], list[float]]] = {}
     for trial in store.trials():
         if trial.score is None or trial.generation > last:
             continue
-        items, turns = (
-            objective.search_items(store.scored(trial).evaluation.items),
-            tuple(epochs(trial)[task] for task in tasks),
-        )
+        items = objective.search_items(store.scored(trial).evaluation.items)
+        turns = tuple(epochs(trial)[task] for task in tasks)
         if trial.id in wanted:
             own[trial.id] = turns, items
         if trial.generation > 0 and trial.origin != "mean":
@@ -115,11 +117,19 @@ def leaders(
     last: int,
     price: Callable[[Trial], float] = lambda trial: 0.0,
 ) -> list[Trial]:
-    """Candidates of the generations in (after, last] that no race dropped, one a recipe, the best first.
+    """Ranks the candidates of the generations in (after, last] that no race dropped, one a recipe.
 
-    price: what a candidate's size costs, which its estimate does not hold. Those that keep what `keep` asks
-    come first;
-    then the estimate decides, or the score where there are none.
+    Those that keep what `keep` asks come first; then the estimate decides, or the score where there are none.
+
+    Args:
+        trials: All trials of a search.
+        known: Trial id -> its estimate; empty where there are none.
+        after: Generation after which candidates count.
+        last: The last generation whose candidates count.
+        price: What a candidate's size costs, which its estimate does not hold.
+
+    Returns:
+        The candidates, the best first.
     """
     late = [
         t
@@ -145,8 +155,17 @@ def elect(
     validated: Mapping[str, Scored],
     floors: Mapping[str, float],
 ) -> list[Trial]:
-    """Those that stand for election, the best on validation first; one that breaks `keep` there comes after
-    all that do not."""
+    """Ranks the finalists by their validation scores.
+
+    Args:
+        objective: What the search maximizes.
+        standing: The finalists.
+        validated: Recipe id -> its validation.
+        floors: Task -> the least metric that `keep` asks.
+
+    Returns:
+        The finalists, the best first; one that breaks `keep` comes after all that do not.
+    """
 
     def key(t: Trial) -> tuple[float, float]:
         found = validated[t.recipe_id]
@@ -156,8 +175,16 @@ def elect(
 
 
 def against(objective: Objective, winner: Scored, other: Scored) -> Estimate | None:
-    """The winner's lead over another on the same items, paired; None where the objective or an error does not
-    tell it."""
+    """Estimates the winner's lead over another on the same items, paired.
+
+    Args:
+        objective: What the search maximizes.
+        winner: The winner's scores.
+        other: The other's scores on the same items.
+
+    Returns:
+        The lead with its error; None where the objective is no mean of items or the error is unknown.
+    """
     if not objective.is_mean_of_items:
         return None
     found = paired(winner.evaluation.items, other.evaluation.items, objective.shares())
@@ -167,12 +194,19 @@ def against(objective: Objective, winner: Scored, other: Scored) -> Estimate | N
 def p_values(
     objective: Objective, winner: str, others: Sequence[str], validated: Mapping[str, Scored]
 ) -> dict[str, float]:
-    """Recipe -> two-sided p-value that the winner is no better and no worse on validation, paired, Holm over
-    all others.
+    """Tests the winner against others on the validation items: paired, two-sided, Holm over all others.
 
-    The winner was chosen on these items, so that they flatter it: a small value is needed to believe in a
-    difference, and
-    the test items decide what is reported.
+    The winner was chosen on these items, so that they are biased in its favour: a small value is needed to
+    believe in a difference, and the test items decide what is reported.
+
+    Args:
+        objective: What the search maximizes.
+        winner: Recipe id of the winner.
+        others: Recipe ids of the others.
+        validated: Recipe id -> its validation.
+
+    Returns:
+        Recipe id -> p-value, of those that a test is defined for.
     """
     distinct = [r for r in dict.fromkeys(others) if r != winner and r in validated]
     leads = [(r, against(objective, validated[winner], validated[r])) for r in distinct]
@@ -181,11 +215,17 @@ def p_values(
 
 
 def headline(objective: Objective, scored: Scored) -> Estimate | None:
-    """The reported objective with its error; by the delta method where it is a geometric mean or the worst
-    task.
+    """Estimates the reported objective with its error.
 
-    The worst task's error leaves out that another could be the worst. None for metrics that are no means of
-    items.
+    By the delta method where it is a geometric mean or the worst task; the worst task's error leaves out that
+    another could be the worst.
+
+    Args:
+        objective: What the search maximizes.
+        scored: A candidate's scores.
+
+    Returns:
+        The objective with its error; None for metrics that are no means of items.
     """
     e = scored.evaluation
     if scored.reported is None or not all(t.mean for t in objective.terms):
@@ -207,8 +247,18 @@ def row(
     tested: Mapping[str, Scored],
     p: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """A candidate's line of the outcome: its scores by role, its estimate and p-value where there are any,
-    its error if it failed."""
+    """Makes a candidate's line of the outcome.
+
+    Args:
+        trial: The candidate.
+        known: Trial id -> its estimate.
+        validated: Recipe id -> its validation.
+        tested: Recipe id -> its test.
+        p: Recipe id -> p-value of the winner against it.
+
+    Returns:
+        Its scores by role, its estimate and p-value where there are any, its error if it failed.
+    """
     out: dict[str, Any] = {
         "id": trial.id,
         "origin": trial.origin,
@@ -232,7 +282,14 @@ def row(
 
 
 def lead(estimate: Estimate | None) -> dict[str, Any]:
-    """The winner's lead over another, its error and 95 % interval as keys of a row."""
+    """Writes a lead as keys of a row.
+
+    Args:
+        estimate: The winner's lead over another.
+
+    Returns:
+        The lead, its error and 95 % interval; empty without an estimate.
+    """
     return (
         {}
         if estimate is None
@@ -245,7 +302,14 @@ def lead(estimate: Estimate | None) -> dict[str, Any]:
 
 
 def interval(estimate: Estimate | None) -> dict[str, Any]:
-    """A test score's error and 95 % interval as keys of a row."""
+    """Writes a test score's error as keys of a row.
+
+    Args:
+        estimate: The test score.
+
+    Returns:
+        Its error and 95 % interval; empty without an estimate.
+    """
     return (
         {}
         if estimate is None
@@ -254,8 +318,15 @@ def interval(estimate: Estimate | None) -> dict[str, Any]:
 
 
 def selection_bias_columns(search: Estimate | None, test: Estimate | None) -> dict[str, float]:
-    """Search less test score, and its error, as keys of a row: what a score owes to having been selected by
-    it."""
+    """Writes a selection bias as keys of a row.
+
+    Args:
+        search: The score on the search items, by which the candidate was selected.
+        test: The score on the test items.
+
+    Returns:
+        Search less test score, and its error; empty where one of the two is missing.
+    """
     if search is None or test is None:
         return {}
     found = selection_bias(search, test)
@@ -265,11 +336,16 @@ def selection_bias_columns(search: Estimate | None, test: Estimate | None) -> di
 def retention(
     objective: Objective, winner: Scored, parents: Sequence[tuple[str, Scored]]
 ) -> list[dict[str, Any]]:
-    """By task and parent the winner's lead on the test items, paired; `lost` where it falls by more than
-    `ALARM` errors.
+    """Compares the winner with each parent on each task, paired, on the test items.
 
-    parents: (name, scored on the same items). Higher is better. Left out are tasks whose metric is no mean of
-    items.
+    Args:
+        objective: What the search maximizes.
+        winner: The winner's scores.
+        parents: (name, scores on the same items) of each parent.
+
+    Returns:
+        A row per task and parent: the difference (higher is better), its error, and `lost` where the winner
+        is worse by more than `ALARM` errors. Tasks whose metric is no mean of items have none.
     """
     rows: list[dict[str, Any]] = []
     for term in objective.terms:
@@ -296,8 +372,17 @@ def retention(
 def item_means(
     objective: Objective, task: str, scores: Sequence[ItemScore], items: Items
 ) -> dict[str, float]:
-    """Metrics of a task's strata over some of the items that a model was scored on. Of a task whose metric is
-    their mean."""
+    """Averages some of the items that a model was scored on, of a task whose metric is their mean.
+
+    Args:
+        objective: What the search maximizes.
+        task: A task or group of the objective.
+        scores: The model's scores.
+        items: The items that count, of every stratum of the task.
+
+    Returns:
+        Stratum -> mean over its items.
+    """
     term = next(t for t in objective.terms if t.task == task)
     known = {(s.task, s.item): s.value for s in scores}
     return {
