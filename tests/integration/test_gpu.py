@@ -27,9 +27,9 @@ from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.store import Store
 from evomerge.workers.worker import Worker
-from tests.integration.test_lm_eval_equality import SOME
 from tests.support import equality_oracle, equality_tasks, text_architectures
 from tests.support import route_oracle as oracle
+from tests.support.equality_tasks import SOME
 from tests.support.live_recipes import RECIPES
 from tests.support.toy import command, count_rows, environment, llama, search_file, stored_rows, zoo_folder
 

@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import sqlite3
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.toy import REPO, Fork, Prepared, command, count_rows, environment, search_file, stored_rows
-
-
-def running(process: Fork | subprocess.Popen[str]) -> bool:
-    return process.alive() if isinstance(process, Fork) else process.poll() is None
-
-
-def kill_after(process: Fork | subprocess.Popen[str], store: Path, rows: int, seconds: float) -> None:
-    """SIGKILL once that many more evaluations are stored and that much time has passed, or at the end of the
-    process.
-    """
-    wanted = count_rows(store, "evaluations") + rows
-    limit = time.monotonic() + 100
-    while rows and count_rows(store, "evaluations") < wanted and running(process):
-        assert time.monotonic() < limit, "the search hangs"
-        time.sleep(0.005)
-    time.sleep(seconds)
-    if running(process):
-        os.kill(process.pid, signal.SIGKILL)
-
-
-def check(store: Path, before: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """What is stored after a kill: whole, and what was there before is there still."""
-    if not store.is_file():
-        return before
-    rows = stored_rows(store)
-    for table in ("recipes", "item_sets", "evaluations", "trials"):
-        now = {json.dumps(row, sort_keys=True) for row in rows.get(table, [])}
-        assert all(json.dumps(row, sort_keys=True) in now for row in before.get(table, [])), (
-            f"{table} lost rows"
-        )
-    connection = sqlite3.connect(store)
-    assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-    connection.close()
-    return rows
+from tests.support.killing import check, kill_after
+from tests.support.toy import REPO, Prepared, command, environment, search_file, stored_rows
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")

@@ -19,19 +19,8 @@ from tests.support import equality_oracle as oracle
 from tests.support import equality_tasks as tasks
 from tests.support import text_architectures
 from tests.support.equality_oracle import Results
-from tests.support.equality_tasks import TASKS
+from tests.support.equality_tasks import SOME, TASKS
 from tests.support.toy import zoo_folder
-
-SOME = (
-    "choose_5shot",
-    "choose_letters",
-    "choose_mutual",
-    "likelihood_empty",
-    "rolling_long",
-    "generate_3shot",
-    "generate_stops",
-    "generate_filters",
-)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,7 +27,7 @@ from evomerge.recipes import Mix, Recipe, params
 from evomerge.search import Start
 from evomerge.spaces import RouteWeightSpace
 from evomerge.store import Store
-from tests.integration.test_kill import check, kill_after
+from tests.support.killing import check, kill_after
 from tests.support.toy import Prepared, count_rows, in_process, llama, search_file, stored_rows
 
 STAGES = [

@@ -20,8 +20,8 @@ from evomerge.reports.sensitivity import CENTRE, Point, Scan
 from evomerge.search import Study
 from evomerge.spaces import Range, baselines
 from evomerge.store import Store, StudyFacts
-from tests.search.test_study import plan
 from tests.support.toy import REPO, ToyPool, count_rows, in_process, stored_rows, uniform, weight_space
+from tests.support.toy_search import plan
 
 SPACE = weight_space()
 GENOME = tuple(0.3 * math.sin(i) for i in range(len(SPACE.axes)))

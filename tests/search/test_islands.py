@@ -3,113 +3,19 @@ one worker in order."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evomerge.errors import Paused
-from evomerge.evaluation import Attempt, Evaluation
-from evomerge.optimizers.cma_es import CmaEs
-from evomerge.recipes import Recipe
-from evomerge.search import Opening, Plan, Stage, Study
+from evomerge.search import Plan, Study
 from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.search.study import StageStart
-from evomerge.store import Outcome, Store, StudyFacts
+from evomerge.store import Store, StudyFacts
 from evomerge.workers import Job
-from tests.search.test_study import SPACE, Killed, plan, sometimes
 from tests.support.toy import ToyPool, stored_rows
-
-
-def islands(count: int, evaluations: int = 36, **changes: Any) -> Plan:
-    """A plan with islands that have seeds of their own."""
-
-    def optimizer(start: Sequence[float], island: int) -> CmaEs:
-        return CmaEs(start, 0.15, population=6, seed=5 + island)
-
-    stage = Stage("weights", evaluations, lambda start: Opening(SPACE, optimizer))
-    given = plan(**changes)
-    return Plan(
-        **{f: getattr(given, f) for f in given.__dataclass_fields__} | {"stages": (stage,), "islands": count}
-    )
-
-
-class Crew:
-    """As many workers as `size`, of which any may be the next to finish; `choose` says which of those in
-    flight.
-
-    begun, ended: recipe and items of every job in these states. seconds: of each attempt.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        choose: Callable[[list[Job]], int],
-        fails: Callable[[Recipe], bool] = lambda recipe: False,
-        after: Callable[[int], None] = lambda made: None,
-        seconds: float = 1.0,
-    ) -> None:
-        self._size, self._choose, self._toy, self._after, self._seconds = (
-            size,
-            choose,
-            ToyPool(fails),
-            after,
-            seconds,
-        )
-        self._queue: list[Job] = []
-        self.flying: list[Job] = []
-        self.begun: list[tuple[str, str]] = []
-        self.ended: list[tuple[str, str]] = []
-        self._attempts: list[Attempt] = []
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        self._queue.extend(jobs)
-        self._begin()
-
-    def _begin(self) -> None:
-        while self._queue and len(self.flying) < self._size:
-            self.flying.append(self._queue.pop(0))
-            self.begun.append((self.flying[-1].recipe.id, str(self.flying[-1].items)))
-
-    def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
-        if not self.flying:
-            return None
-        job = self.flying.pop(self._choose(self.flying))
-        self._begin()
-        self._attempts.append(Attempt(job.recipe.id, 1, "done", None, "w", "host", 1, "", 0.0, self._seconds))
-        self.ended.append((job.recipe.id, str(job.items)))
-        return job, self._toy.evaluate(job.recipe, job.items)
-
-    def drain(self) -> None:
-        self._queue.clear()
-
-    @property
-    def out(self) -> int:
-        return len(self.flying) + len(self._queue)
-
-    def attempts(self) -> list[Attempt]:
-        found, self._attempts = self._attempts, []
-        if found:
-            self._after(len(self.ended))
-        return found
-
-    def close(self) -> None:
-        self._queue.clear()
-
-
-def shuffled(seed: int) -> Callable[[list[Job]], int]:
-    generator = random.Random(seed)
-    return lambda flying: generator.randrange(len(flying))
-
-
-def run(file: Path, of: Plan, pool: Any, **dispatch: Any) -> Outcome:
-    file.parent.mkdir(exist_ok=True)
-    with Store.open(file, write=True) as store:
-        if store.study() is None:
-            store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
-        return Study(of, store, pool, dispatch=Dispatch(pool, store, **dispatch)).run()
+from tests.support.toy_search import Crew, Killed, islands, run, shuffled, sometimes
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -5,7 +5,7 @@ it is broken off, and no worker that waits for a straggler."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,12 @@ from evomerge.optimizers.cat_cma import CatCma
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.optimizers.elitist import Elitist
 from evomerge.optimizers.random_search import RandomSearch
-from evomerge.search import Opening, Plan, Stage
 from evomerge.search.dispatch import Budget
 from evomerge.search.racing import Race
 from evomerge.store import Store
 from evomerge.workers import Job
-from tests.search.test_islands import Crew, run, shuffled
-from tests.search.test_study import SPACE, Killed, plan, sometimes
 from tests.support.toy import ToyPool, stored_rows
+from tests.support.toy_search import SPACE, Crew, Killed, pipelined, plan, run, shuffled, sometimes
 
 
 def standing(trial: Any) -> Standing | None:
@@ -39,25 +37,6 @@ def standing(trial: Any) -> Standing | None:
         else Standing(
             math.inf, -trial.violation, trial.score, plan().objective.tie_break_score(trial.metrics)
         )
-    )
-
-
-def pipelined(
-    islands: int = 1,
-    evaluations: int = 36,
-    make: Callable[[Sequence[float], int], Any] | None = None,
-    **changes: Any,
-) -> Plan:
-    """A plan of that kind, with islands that have seeds of their own."""
-
-    def optimizer(start: Sequence[float], island: int) -> Any:
-        return CmaEs(start, 0.15, population=6, seed=5 + island)
-
-    stage = Stage("weights", evaluations, lambda start: Opening(SPACE, make or optimizer))
-    given = plan(**changes)
-    return Plan(
-        **{f: getattr(given, f) for f in given.__dataclass_fields__}
-        | {"stages": (stage,), "islands": islands, "pipelined": True}
     )
 
 

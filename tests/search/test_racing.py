@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from evomerge.recipes import Recipe
 from evomerge.search import racing
 from evomerge.search.racing import Race
 from evomerge.store import NewTrial, Outcome, Store, Trial
-from tests.search.test_study import POOLS, REFERENCES, SPACE, broken, own, plan, search
 from tests.support.toy import ToyPool, stored_rows, uniform
+from tests.support.toy_search import POOLS, REFERENCES, SPACE, SoftPool, broken, own, plan, search
 
 RUNGS = (0.25, 0.5, 0.75, 1.0)
 LARGE: dict[Role, Items] = {
@@ -28,30 +27,6 @@ LARGE: dict[Role, Items] = {
     "validation": POOLS["validation"],
     "test": POOLS["test"],
 }
-
-
-class SoftPool(ToyPool):
-    """As the toy pool, with soft scores: probabilities about the recipe's height that tell more than one
-    right answer does."""
-
-    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
-        found = super().evaluate(recipe, items)
-        mean = math.fsum(s.value for s in found.items) / max(1, len(found.items))
-        scores = tuple(
-            replace(
-                s,
-                probability=(p := 0.5 * s.value + 0.5 * uniform("soft", recipe.id, s.task, s.item)),
-                logprob=math.log(p + 1e-9) + mean * 0,
-            )
-            for s in found.items
-        )
-        soft = {}
-        for task, ids in items.items() if scores else ():
-            soft[f"{task}:probability"] = math.fsum(
-                s.probability or 0.0 for s in scores if s.task == task
-            ) / len(ids)
-            soft[f"{task}:logprob"] = math.fsum(s.logprob or 0.0 for s in scores if s.task == task) / len(ids)
-        return replace(found, items=scores, metrics={**found.metrics, **soft})
 
 
 def raced(**changes: Any) -> Any:

@@ -25,8 +25,8 @@ from evomerge.search.racing import Race
 from evomerge.search.reuse import REUSED, Earlier, KnownPool
 from evomerge.store import NewEvaluation, Store, StudyFacts
 from evomerge.workers import Job, Pool
-from tests.search.test_study import POOLS, REFERENCES, plan
 from tests.support.toy import ToyPool, results, search_file, stored_rows
+from tests.support.toy_search import POOLS, REFERENCES, plan
 
 STORED_FACTS: dict[str, Any] = {
     "parents": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +12,24 @@ import pytest
 
 from evomerge import reports
 from evomerge.errors import FailureBudget, NothingToExport, Paused, StudyError
-from evomerge.evaluation import Items, Objective, Role, Term
+from evomerge.evaluation import Items, Objective, Term
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
-from evomerge.search import Plan, Progress, Study, one_stage
-from evomerge.spaces import baselines
+from evomerge.search import Plan, Progress, Study
 from evomerge.store import Outcome, Store, StudyFacts
 from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
-
-SPACE = weight_space()
-LABELS = (
-    "base",
-    "a",
-    "uniform average",
-    "task arithmetic 0.5",
-    "task arithmetic 1",
-    "TIES .5, sum",
-    "a alone at 0.5",
-    "DARE-TIES .5, weight 1",
+from tests.support.toy_search import (
+    LABELS,
+    POOLS,
+    REFERENCES,
+    SPACE,
+    Killed,
+    broken,
+    own,
+    plan,
+    search,
+    sometimes,
 )
-REFERENCES = [b for b in baselines(SPACE) if b.label in LABELS]
-POOLS: dict[Role, Items] = {
-    "search": {"first": tuple(f"s{i}" for i in range(24)), "second": tuple(f"s{i}" for i in range(30))},
-    "validation": {"first": tuple(f"v{i}" for i in range(20)), "second": tuple(f"v{i}" for i in range(20))},
-    "test": {"first": tuple(f"t{i}" for i in range(20)), "second": tuple(f"t{i}" for i in range(20))},
-}
-
-
-def plan(**changes: Any) -> Plan:
-    given: dict[str, Any] = {
-        "space": SPACE,
-        "baselines": REFERENCES,
-        "objective": Objective((Term("first"), Term("second", 2.0))),
-        "optimizer": lambda start: CmaEs(start, 0.15, population=6, seed=5),
-        "items": POOLS,
-        "per_generation": 8,
-        "evaluations": 18,
-        "finalists": 3,
-        "start_at_best": False,
-        "seed": 5,
-    }
-    given |= changes
-    stage = one_stage(*(given.pop(name) for name in ("space", "optimizer", "evaluations", "start_at_best")))
-    return Plan(**{"stages": stage, **given})
-
-
-def search(
-    file: Path,
-    pool: ToyPool,
-    of: Plan | None = None,
-    seen: Callable[[Study, Progress], None] = lambda study, progress: None,
-) -> Outcome:
-    """One process' life: opens the store, begins or resumes, runs to its end or its interruption."""
-    file.parent.mkdir(exist_ok=True)
-    with Store.open(file, write=True) as store:
-        if store.study() is None:
-            store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
-        study = Study(of or plan(), store, pool)
-        study.show = lambda progress: seen(study, progress)
-        return study.run()
 
 
 @pytest.fixture(scope="module")
@@ -234,51 +193,6 @@ def test_windows_depend_on_the_seed_and_nothing_else() -> None:
 # ---- broken off and taken up -------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def broken(
-    file: Path,
-    at: Sequence[int],
-    how: str,
-    of: Plan | None = None,
-    fails: Callable[[Recipe], bool] = lambda recipe: False,
-) -> list[ToyPool]:
-    """Runs a search to its end through interruptions, each at that evaluation of its own process.
-
-    how: 'stop' asks it to end, 'kill' ends it after the evaluation was stored, 'lost' before.
-    """
-    pools = []
-    for k in [*at, None]:
-        study: list[Study] = []
-
-        def stop(made: int, k: int | None = k, study: list[Study] = study) -> None:
-            if made == k:
-                study[0].dispatch.request_stop()
-
-        def kill(made: int, k: int | None = k) -> None:
-            if made == k:
-                raise Killed
-
-        pool = ToyPool(
-            fails, **{"stop": {"before": stop}, "kill": {"after": kill}, "lost": {"before": kill}}[how]
-        )
-        pools.append(pool)
-        file.parent.mkdir(exist_ok=True)
-        with Store.open(file, write=True) as store:
-            if store.study() is None:
-                store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
-            study.append(Study(of or plan(), store, pool))
-            try:
-                study[0].run()
-            except Killed:
-                continue
-            except Paused:
-                assert store.study().state == "paused"  # type: ignore[union-attr]
-    return pools
-
-
 @pytest.mark.parametrize("how", ["stop", "kill", "lost"])
 def test_broken_off_anywhere_and_taken_up_it_is_the_same_search(
     how: str, whole: tuple[dict[str, list[dict[str, Any]]], ToyPool, Outcome], tmp_path: Path
@@ -306,11 +220,6 @@ def test_broken_off_again_and_again_it_is_the_same_search(
     pools = broken(file, [step] * (len(pool.calls) // (step - (how == "lost")) + 1), how)
     assert stored_rows(file) == rows
     assert sum(len(p.calls) > 0 for p in pools) >= len(pool.calls) // step
-
-
-def sometimes(recipe: Recipe) -> bool:
-    """One recipe in five."""
-    return uniform("fails", recipe.id) < 0.2
 
 
 @pytest.mark.parametrize("k", range(1, 40, 9))
@@ -437,11 +346,6 @@ def test_the_budget_is_reached_in_whole_generations(tmp_path: Path) -> None:
 
 
 # ---- candidates that fail ----------------------------------------------------------------------------------
-
-
-def own(recipe: Recipe) -> bool:
-    """A recipe of the search, not of the references."""
-    return recipe.id not in {b.recipe.id for b in REFERENCES}
 
 
 def test_failing_candidates_never_end_the_search(tmp_path: Path) -> None:

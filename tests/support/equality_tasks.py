@@ -285,3 +285,15 @@ def _write_yaml(file: Path, settings: Mapping[str, Any]) -> None:
         for key, value in settings.items()
     ]
     file.write_text("".join(lines))
+
+
+SOME = (
+    "choose_5shot",
+    "choose_letters",
+    "choose_mutual",
+    "likelihood_empty",
+    "rolling_long",
+    "generate_3shot",
+    "generate_stops",
+    "generate_filters",
+)

@@ -31,38 +31,8 @@ from evomerge.recipes import Filtered, Mix, Recipe, params
 from evomerge.store import Store
 from evomerge.workers import InProcessPool, Job
 from evomerge.workers.worker import Worker
+from tests.support.logit_tasks import ITEMS, Logits, recipe
 from tests.support.toy import in_process, llama, results, search_file, uniform, zoo_folder
-
-ITEMS: Items = {"first": ("1", "2", "3"), "second": ("4",)}
-
-
-class Logits:
-    """An evaluator: an item is a prompt of one token, its value a number of the last logits.
-
-    `before` may spoil it.
-    """
-
-    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
-        self.before = before
-
-    def items(self, role: Role) -> Items:
-        """The same for every role."""
-        return ITEMS
-
-    def score(self, model: Any, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
-        """Exact numbers: any bit of the weights shows."""
-        scores = []
-        for task, ids in items.items():
-            for item in ids:
-                with torch.no_grad():
-                    logits = model(torch.tensor([[int(item), 5, 7]])).logits
-                scores.append(
-                    ItemScore(
-                        task, item, float(logits[0, -1].double() @ torch.arange(1, 17, dtype=torch.float64))
-                    )
-                )
-        self.before()
-        return tuple(scores), {task: math.fsum(s.value for s in scores if s.task == task) for task in items}
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +42,6 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     return {"base": Checkpoint(base)} | {
         m: Checkpoint(llama(root / m, i, layers=3, near=base)) for i, m in enumerate("ab", 1)
     }
-
-
-def recipe(
-    weight: float = 0.7, method: str = "task_arithmetic", at: Mapping[int, Mix] | None = None
-) -> Recipe:
-    """One method with one weight everywhere; `at` replaces layers."""
-
-    def mix(layer: int | None) -> Mix:
-        return Mix(
-            method, (("a", layer), ("b", layer)), ("base", layer), params({"weight": (weight, weight / 2)})
-        )
-
-    layers = [(at or {}).get(i, mix(i)) for i in range(3)]
-    return Recipe("base", tuple(layers), mix(None), mix(None))
 
 
 def worker(parents: Mapping[str, Checkpoint], evaluator: Evaluator | None = None) -> Worker:
@@ -184,14 +140,18 @@ def huge() -> Recipe:
     return recipe(at={1: Mix("passthrough", (("a", 1),), None, params({"scale": (1e38,)}))})
 
 
-def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> tuple[Recipe, tuple[str, ...]]:
-    """(a recipe that cannot be merged or scored, words its error must hold)"""
-    good = recipe()
+Bad = tuple[Recipe, tuple[str, ...]]
+"""A recipe that cannot be merged or scored, and words that its error must hold."""
 
-    def layer(mix: str, **more: Any) -> Recipe:
-        given = params(more or {"weight": (0.5, 0.5)})
-        return recipe(at={1: Mix(mix, (("a", 1), ("b", 1)), ("base", 1), given)})
 
+def layer(mix: str, **more: Any) -> Recipe:
+    """The good recipe with its layer 1 mixed by another method."""
+    given = params(more or {"weight": (0.5, 0.5)})
+    return recipe(at={1: Mix(mix, (("a", 1), ("b", 1)), ("base", 1), given)})
+
+
+def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> Bad:
+    """A bad recipe by its name; `method` registers a kernel."""
     match name:
         case "a kernel that gives NaN":
             return layer(method(nan_at_the_end)), ("not finite", "model.layers.1", "poison0")
@@ -216,6 +176,13 @@ def poison(name: str, method: Callable[[Callable[..., torch.Tensor]], str]) -> t
             )
         case "activations that overflow":
             return huge(), ("NaN",)
+    return unfitting(name)
+
+
+def unfitting(name: str) -> Bad:
+    """A recipe that names what there is not, or values out of range."""
+    good = recipe()
+    match name:
         case "an unknown method":
             return layer("no_such_method"), ("unknown merge method 'no_such_method'",)
         case "an unknown parameter":

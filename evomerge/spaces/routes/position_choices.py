@@ -183,7 +183,17 @@ class PositionChoiceSpace:
         return tuple(choice.layers for choice in self._choices[position])
 
     def decode(self, genome: Sequence[float]) -> Recipe:
-        """See `SearchSpace.decode`; a choice that does not exist is a ValueError too."""
+        """See `SearchSpace.decode`.
+
+        Args:
+            genome: [len(axes)] genes.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ValueError: Also for a choice that does not exist.
+        """
         genes = finite_genes(genome, len(self.axes))
         outer, rest = self._split_outer(genes)
         utilities = self._utilities(rest)

@@ -250,15 +250,15 @@ def test_closing_ends_the_workers_and_leaves_the_cluster_to_its_owner(here: Path
 
 
 def real(folder: Path) -> Worker:
-    from tests.workers.test_worker import Logits
+    from tests.support.logit_tasks import Logits
 
     parents = {name: Checkpoint(folder / name) for name in ("base", "a", "b")}
     return Worker(parents, "base", Logits(), dtype="bfloat16")
 
 
 def test_a_model_is_scored_as_in_this_process(here: Path, tmp_path: Path) -> None:
-    from tests.workers.test_worker import ITEMS as WORDS
-    from tests.workers.test_worker import recipe as mixed
+    from tests.support.logit_tasks import ITEMS as WORDS
+    from tests.support.logit_tasks import recipe as mixed
 
     base = llama(tmp_path / "base", 0, layers=3)
     for seed, name in enumerate("ab", 1):

@@ -25,8 +25,6 @@ from evomerge.search import Plan
 from evomerge.store import Store
 from evomerge.workers import Limits
 from evomerge.workers.ray_pool.pool import RayPool
-from tests.search.test_islands import islands, run
-from tests.search.test_pipelined import pipelined
 from tests.support.toy import (
     ToyPool,
     command,
@@ -37,6 +35,7 @@ from tests.support.toy import (
     stored_rows,
     uniform,
 )
+from tests.support.toy_search import islands, pipelined, run
 
 
 class Dying:
