@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evomerge.checkpoints import safetensors_headers
+from evomerge.checkpoints import config_checks, safetensors_headers
 from evomerge.checkpoints.layout import Layout, layout_of, suffixes_by_layer
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.checkpoints.tensor_names import find_towers
@@ -46,10 +47,14 @@ class Checkpoint:
             path / "config.json", _advice_without_config(path)
         )
         text = _text_config(self.config, path)
+        config_checks.check_references(self.config, path / "config.json")
+        _check_no_adapter(path)
         self.tensors: dict[str, TensorInfo] = safetensors_headers.read_folder(path)
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensors; fetch the model again")
         self.layout: Layout = _layout(path, self.tensors, self.config, text)
+        longest = max((side for info in self.tensors.values() for side in info.shape), default=1)
+        config_checks.check_numbers(self.config, path / "config.json", len(self.tensors), longest)
         self._handles = {
             file: _open(path / file) for file in sorted({info.file for info in self.tensors.values()})
         }
@@ -138,6 +143,15 @@ def _advice_without_config(path: Path) -> str:
     if path.is_dir():
         return "give a Hugging Face model folder, which has one"
     return "there is no such folder; give that of a model"
+
+
+def _check_no_adapter(path: Path) -> None:
+    """Raises CheckpointError for a model with an adapter beside it, which transformers would fold in."""
+    if os.path.lexists(path / "adapter_config.json"):
+        raise CheckpointError(
+            f"{path} is a model and has an adapter_config.json beside it, which transformers applies where "
+            "peft is installed; move the adapter to a folder of its own and name it base+adapter"
+        )
 
 
 def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

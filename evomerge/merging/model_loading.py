@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from evomerge.checkpoints import Parent
+from evomerge.checkpoints import Parent, safetensors_headers
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import CheckpointError, SetupError
 from evomerge.merging.weight_map import WeightMap
+
+_MOST_TIMES, _ROOM = 4, 2**26  # a model may have so many times its weights' numbers, and so many more
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,11 @@ def load_model(path: Path, dtype: str, attention: str | None = None) -> LoadedMo
 
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    stored = sum(math.prod(tensor.shape) for tensor in safetensors_headers.read_folder(path).values())
     refusal = ""
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         try:
+            _check_size(kind, path, stored)
             model, info = kind.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
@@ -72,7 +77,9 @@ def load_model(path: Path, dtype: str, attention: str | None = None) -> LoadedMo
                 ignore_mismatched_sizes=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # config.json is anybody's, and transformers computes with what it holds
             refusal = refusal or _first_line(error)
             continue
         misshapen = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
@@ -84,6 +91,24 @@ def load_model(path: Path, dtype: str, attention: str | None = None) -> LoadedMo
             tuple(sorted(misshapen)),
         )
     raise CheckpointError(f"transformers cannot load {path}: {refusal}")
+
+
+def _check_size(kind: Any, path: Path, stored: int) -> None:
+    """Raises CheckpointError for a config of a model far larger than the `stored` numbers of its weights.
+
+    transformers would make up the rest at random, in any amount of memory.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        empty = kind.from_config(config, trust_remote_code=False)
+    built = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    if built > _MOST_TIMES * stored + _ROOM:
+        raise CheckpointError(
+            f"{path / 'config.json'} describes a model of {built:,} numbers, the weights beside it hold "
+            f"{stored:,}; fetch the model again"
+        )
 
 
 def load_base(parent: Parent, dtype: str) -> nn.Module:
@@ -148,11 +173,11 @@ def load_tokenizer(parent: Parent) -> object:
         return transformers.AutoTokenizer.from_pretrained(
             parent.path, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise SetupError(
             f"transformers cannot load the tokenizer of {parent.path}: {_first_line(error)}"
         ) from None
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
