@@ -20,10 +20,12 @@ EvomergeError                 E000  exit 1
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 _LONGEST = 1000  # characters of a message
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 class EvomergeError(Exception):
@@ -136,6 +138,25 @@ class StoreLost(Paused):
     """A study's file is no longer where its driver opened it: removed, replaced, or its folder moved."""
 
     code = "E530"
+
+
+def unwritable(path: object, error: OSError) -> EvomergeError:
+    """Makes the error for a file or folder that cannot be made or written.
+
+    Args:
+        path: What was to be made or written.
+        error: Why it cannot.
+
+    Returns:
+        `NoRoom` for a full disk, where starting again may help; `SetupError` for all else.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(f"{path} cannot be written: {reason}; make room and start again")
+    if error.errno in _NO_FOLDER:
+        reason = f"{error.filename or path} is no folder" if error.errno != errno.EISDIR else "it is a folder"
+        return SetupError(f"{path} cannot be written: {reason}; remove it, or choose another place")
+    return SetupError(f"{path} cannot be written: {reason}; make it writable, or choose another place")
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

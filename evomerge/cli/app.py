@@ -12,10 +12,15 @@ from typer.core import TyperGroup
 from evomerge import __version__
 from evomerge._redaction import ScrubbedFormatter, scrub
 from evomerge.cli import analysis, control, doctor, run, ship
-from evomerge.errors import EvomergeError, NoRoom
+from evomerge.errors import EvomergeError, unwritable
 from evomerge.launch.threads import set_thread_defaults
 
 _verbose = False
+_PLACES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+"""Errors of a place that the user chose, which are no bugs."""
 
 
 class GroupedCommands(TyperGroup):
@@ -104,9 +109,9 @@ def main() -> None:
     except Exception as error:
         if _verbose:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            line = f"error[{NoRoom.code}] {error}; make room, or make it writable, and start again"
-            _exit(line, NoRoom.exit_code)
+        if isinstance(error, OSError) and error.errno in _PLACES:
+            explained = unwritable(error.filename or "a file", error)
+            _exit(f"error[{explained.code}] {explained}", explained.exit_code)
         _exit(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)", 1)
 
 

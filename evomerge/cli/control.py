@@ -14,7 +14,7 @@ import typer
 
 from evomerge.cli.analysis_tables import duration
 from evomerge.cli.options import Json, Root, open_store
-from evomerge.errors import StudyError
+from evomerge.errors import EvomergeError
 
 _LARGE = 64_000_000  # bytes of a store that --watch does not check as a whole at every refresh
 
@@ -102,7 +102,7 @@ class _StatusScreen:
         for name in paths.studies(paths.root(self.root)):
             try:
                 rows.append(self._read(name))
-            except StudyError as error:  # one that cannot be read hides no other
+            except EvomergeError as error:  # one that cannot be read hides no other
                 print(f"error[{error.code}] {error}", file=sys.stderr)
         return [row for row in rows if row is not None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.config import Config
-from evomerge.errors import StudyError
+from evomerge.errors import StudyError, unwritable
 from evomerge.evaluation import ROLES, Evaluator
 from evomerge.launch import pool as pool_module
 from evomerge.launch import route_screen, stages
@@ -66,22 +67,45 @@ def prepare_study(
     settings = request.settings
     earlier = pool_module.earlier(settings, studies)
     path = paths.store_path(settings.study, studies, new=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store = Store.open(path, write=True)
-    stop_request.clear_stop(path.parent)  # one that comes from here on is seen
-    if store.study() is not None and not request.resume:
-        store.close()
-        raise StudyError(
-            f"study '{settings.study}' exists at {path.parent}; add --resume to go on, or choose another name"
-        )
+    before = _made(path.parent)
     try:
+        store = Store.open(path, write=True)
+    except BaseException:
+        _leave(path.parent, before)
+        raise
+    try:
+        stop_request.clear_stop(path.parent)  # one that comes from here on is seen
+        if store.study() is not None and not request.resume:
+            raise StudyError(
+                f"study '{settings.study}' exists at {path.parent}; "
+                "add --resume to go on, or choose another name"
+            )
         return _prepare(request, store, _Execution(allowed or Allowed(), workers, earlier, show, wrap))
     except BaseException:
-        is_empty = store.study() is None
+        if path.name not in (before or ()) and store.study() is None:
+            store.discard(keep=before or ())
+            _leave(path.parent, before)
         store.close()
-        if is_empty:
-            _remove(path)
         raise
+
+
+def _made(folder: Path) -> frozenset[str] | None:
+    """Makes the folder of a study; the names in it where it was there already, None where it was not."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)
+            return None
+        return frozenset(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _leave(folder: Path, before: frozenset[str] | None) -> None:
+    """Removes a folder that this start has made, where nothing is in it."""
+    if before is None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +183,3 @@ def _open_worker(settings: Config, allowed: Allowed, max_nats_per_token: float |
     scorer = opened.load()
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer
-
-
-def _remove(path: Path) -> None:
-    """Removes the files of a study that never began."""
-    for file in path.parent.glob(path.name + "*"):
-        file.unlink()
-    if not any(path.parent.iterdir()):
-        path.parent.rmdir()

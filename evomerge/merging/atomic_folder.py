@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evomerge.errors import SetupError
+from evomerge.errors import SetupError, unwritable
 
 
 def check_new(directory: Path) -> None:
@@ -36,11 +36,15 @@ def new_folder(directory: Path) -> Iterator[Path]:
         left.
 
     Raises:
-        SetupError: `directory` exists.
+        SetupError: `directory` exists, or cannot be made.
+        NoRoom: The disk is full.
     """
     check_new(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise unwritable(directory, error) from None
     try:
         staging.chmod(0o755)
         yield staging

@@ -10,12 +10,13 @@ import errno
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from evomerge.errors import EvomergeError, NoRoom, SetupError, StoreLost, StudyError
+from evomerge.errors import EvomergeError, NoRoom, SetupError, StoreLost, StudyError, unwritable
 from evomerge.store import backup, file_systems, integrity, locks, paths
 from evomerge.store.backup import damaged
 from evomerge.store.migrations import MIGRATIONS
@@ -24,7 +25,9 @@ log = logging.getLogger(__name__)
 _PATIENCE = 30.0  # seconds that a reader waits for the driver
 _LONG_PATIENCE = 600.0  # seconds that the driver waits for readers: a slow one must not end a search
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
-_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_MAY_NOT = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+_ENDINGS = ("", "-wal", "-shm", "-journal", ".rows", ".lock", ".lock.lease")
+"""What the names of the files of a study end with, its backups left out."""
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -36,13 +39,13 @@ class StudyFile:
         path: The file.
     """
 
-    def __init__(self, db: sqlite3.Connection, path: Path, lock: IO[str] | None) -> None:
+    def __init__(self, db: sqlite3.Connection, path: Path, lock: _Locks | None) -> None:
         """Takes an open connection.
 
         Args:
             db: The connection.
             path: The file.
-            lock: The lock of a process that writes, None for a reader.
+            lock: The locks of a process that writes, None for a reader.
         """
         self.db = db
         self.path = path
@@ -71,20 +74,21 @@ class StudyFile:
         Raises:
             StudyError: The file is missing, damaged, of a newer version, or another process writes it; or it
                 is gone, or holds less than the backup beside it.
-            NoRoom: It cannot be written.
-            SetupError: Another program holds it.
+            NoRoom: Its disk is full.
+            SetupError: It may not be read or written, or another program holds it.
         """
         if not path.is_file():
             if (error := backup.gone(path)) is not None:
                 raise error
             if not write:
                 raise StudyError(f"there is no study at {path}")
-        lock: IO[str] | None = None
+        lock: _Locks | None = None
         db: sqlite3.Connection | None = None
         try:
             if write:
-                lock = locks.lock(locks.lock_path(path))
-                if path.is_file():
+                is_there = path.is_file()
+                lock = _Locks.take(path)
+                if is_there:
                     _refuse_damaged(path)
                 db = _writer(path)
             else:
@@ -97,19 +101,32 @@ class StudyFile:
             if db is not None:
                 db.close()
             if lock is not None:
-                locks.unlock(lock)
+                lock.release()
             explained = _explained_opening(path, error, write)
             if explained is None:
                 raise
             raise explained from None
 
     def close(self) -> None:
-        """Closes the file and releases its lock."""
+        """Closes the file and releases its locks."""
         self.db.close()
         if self._lock:
             os.close(self._count)
-            locks.unlock(self._lock)
+            self._lock.release()
             self._lock = None
+
+    def discard(self, keep: Container[str]) -> None:
+        """Closes the file and removes it, with all that belongs to it, before its locks are released.
+
+        Args:
+            keep: Names of files that are left where they are.
+        """
+        self.db.close()
+        for ending in _ENDINGS:
+            file = self.path.with_name(self.path.name + ending)
+            if file.name not in keep:
+                file.unlink(missing_ok=True)
+        self.close()
 
     def rows(self, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         """Runs a query.
@@ -246,6 +263,28 @@ class StudyFile:
                 os.pwrite(self._count, integrity.count_text(self._rows), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Locks:
+    """The two locks of a driver: of the file, by its descriptor, and of the file beside it, see `locks`."""
+
+    descriptor: int
+    handle: IO[str]
+
+    @classmethod
+    def take(cls, path: Path) -> _Locks:
+        descriptor = locks.lock_file(path)
+        try:
+            return cls(descriptor, locks.lock(locks.lock_path(path)))
+        except BaseException:
+            locks.unlock_file(descriptor)
+            raise
+
+    def release(self) -> None:
+        """To be called when SQLite has closed the file."""
+        locks.unlock_file(self.descriptor)
+        locks.unlock(self.handle)
+
+
 _UNKNOWN = (-1, -1)
 
 
@@ -261,14 +300,17 @@ def _inode(path: Path) -> tuple[int, int] | None:
 def _explained_opening(path: Path, error: BaseException, write: bool) -> EvomergeError | None:
     """What to raise for an error of opening a file; None for the error itself."""
     if isinstance(error, sqlite3.DatabaseError):
+        code = _code(error)
+        if path.is_file() and not os.access(path, os.R_OK):
+            return SetupError(f"{path} may not be read: {error}; get the right to read it")
+        if write and code in _MAY_NOT:
+            return unwritable(path, OSError(errno.EACCES, str(error)))
         explained = _explained(path, error) if write else None
         return explained or damaged(path, error)
     if isinstance(error, UnicodeDecodeError):  # of a table's own text, in SQLite's message
         return damaged(path, error)
-    if isinstance(error, OSError) and error.errno in _ERRNO:
-        return NoRoom(
-            f"{path} cannot be written: {error.strerror}; make room, or make it writable, and start again"
-        )
+    if isinstance(error, OSError):
+        return unwritable(path, error)
     return None
 
 

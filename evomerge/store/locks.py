@@ -1,4 +1,8 @@
-"""The lock of a study's driver: one process writes a store."""
+"""The locks of a study's driver: one process writes a store.
+
+Two are held: of a file beside the study's, which names the driver, and of the study's own file, which holds
+also where the first was deleted, or where the file has a second name or is a link.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import fcntl
 import os
 import re
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ from evomerge.errors import StudyError
 
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """Errors of flock where another process holds the lock; any other means that there are no locks here."""
+_BYTE = 0x40000000 + 1024  # of the study's file that is locked: beyond those that SQLite locks
 _ATTEMPTS = 20  # a reader that asks who drives holds the lock for a moment
 
 
@@ -78,13 +84,8 @@ def lock(path: Path, flock: Callable[[int, int], None] = fcntl.flock) -> IO[str]
             if attempt < _ATTEMPTS - 1:
                 time.sleep(0.01)
     else:
-        handle.seek(0)
-        holder = handle.read().strip() or "unknown"
         handle.close()
-        raise StudyError(
-            f"another process is writing {path.parent.name} ({holder}); "
-            "stop it first, or choose another study name"
-        ) from None
+        raise _busy(path) from None
     handle.truncate(0)
     handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
     handle.flush()
@@ -100,7 +101,62 @@ def unlock(handle: IO[str]) -> None:
     lease = Path(handle.name + ".lease")
     if _named(lease) == (socket.gethostname(), os.getpid()):
         lease.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # by closing alone, what a child has inherited would keep it
+        fcntl.flock(handle.fileno(), fcntl.LOCK_UN)
     handle.close()
+
+
+def lock_file(store: Path) -> int:
+    """Opens a study's file, creates it where it is missing, and locks the file itself, by whatever name.
+
+    SQLite's own locks are of other bytes. The descriptor has to stay open until SQLite has closed the file:
+    the system drops all locks of a process on a file with the first descriptor that it closes.
+
+    Args:
+        store: The study's file.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        StudyError: Another process holds the lock.
+    """
+    descriptor = os.open(store, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _lock_byte(descriptor, fcntl.F_WRLCK)
+    except OSError as error:
+        if error.errno in _BUSY:
+            os.close(descriptor)
+            raise _busy(lock_path(store)) from None
+    return descriptor  # where there are no locks the lease alone holds
+
+
+def unlock_file(descriptor: int) -> None:
+    """Releases the lock of a study's file.
+
+    Args:
+        descriptor: What `lock_file` returned.
+    """
+    with contextlib.suppress(OSError):
+        _lock_byte(descriptor, fcntl.F_UNLCK)
+    os.close(descriptor)
+
+
+def _lock_byte(descriptor: int, kind: int) -> None:
+    """A lock of a byte that belongs to the open file, not to the process; none where the system has none."""
+    command = getattr(fcntl, "F_OFD_SETLK", None)
+    if command is not None:
+        fcntl.fcntl(descriptor, command, struct.pack("@hhlli4x", kind, os.SEEK_SET, _BYTE, 1, 0))
+
+
+def _busy(path: Path) -> StudyError:
+    """The error of a lock that another process holds, which the lock's text names."""
+    named = _named(path)
+    holder = f"host {named[0]}, pid {named[1]}" if named else f"unknown: {path.name} does not name it"
+    return StudyError(
+        f"another process is writing {path.parent.name} ({holder}); "
+        "stop it first, or choose another study name"
+    )
 
 
 def _lease(path: Path, handle: IO[str]) -> None:

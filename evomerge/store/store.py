@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -70,8 +70,9 @@ class Store:
             The store.
 
         Raises:
-            StudyError: The file is missing, damaged, of a newer version, or another process writes it.
-            NoRoom: It cannot be written.
+            StudyError: The file is missing, gone, damaged, of a newer version, or another process writes it.
+            NoRoom: Its disk is full.
+            SetupError: It may not be read or written.
         """
         return cls(StudyFile.open(path, write))
 
@@ -84,8 +85,16 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Closes the file and releases its lock."""
+        """Closes the file and releases its locks."""
         self._file.close()
+
+    def discard(self, keep: Container[str] = ()) -> None:
+        """Closes the file and removes it, for a study that did not begin; backups stay.
+
+        Args:
+            keep: Names of files in its folder that are not to be removed.
+        """
+        self._file.discard(keep)
 
     # ---- the study's own row ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.errors import ConfigError, EvomergeError, NoRoom, StudyError
+from evomerge.errors import ConfigError, EvomergeError, NoRoom, SetupError, StudyError
 from evomerge.store import (
     BudgetEnd,
     NewTrial,
@@ -400,14 +400,15 @@ def test_a_backup_without_room_does_not_end_the_search(
     assert [p.name for p in small_disk.glob("*backup*")] == []
 
 
-def test_a_disk_that_became_read_only_pauses(small_disk: Path) -> None:
+def test_a_disk_that_is_read_only_asks_nobody_to_start_again(small_disk: Path) -> None:
+    """By exit code 75 a batch system would, for ever."""
     file = small_disk / "study.db"
     with Store.open(file, write=True) as store:
         fill(store)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(NoRoom, match="writable") as caught:
+    with pytest.raises(SetupError, match="writable") as caught:
         Store.open(file, write=True)
-    assert caught.value.exit_code == 75
+    assert caught.value.exit_code == 3
     read(file)
 
 

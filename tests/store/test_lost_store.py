@@ -184,3 +184,56 @@ def test_a_driver_whose_file_is_replaced_stops(file: Path) -> None:
         os.replace(beside, file)
         with pytest.raises(Paused, match="another file"):
             add(store, 9)
+
+
+# ---- two drivers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("journal", JOURNALS)
+@pytest.mark.parametrize("way", ["lock deleted", "link", "second name"])
+def test_a_second_driver_is_refused_whatever_became_of_the_lock(
+    way: str, journal: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is of one driver: the file itself is locked, not only the lock beside it."""
+    monkeypatch.setenv("EVOMERGE_JOURNAL", journal)
+    other = file.parent.with_name("other") / "study.db"
+    other.parent.mkdir()
+    with Store.open(file, write=True) as store:
+        fill(store, 4)
+        if way == "lock deleted":
+            other = file
+            file.with_name("study.db.lock").unlink()
+        elif way == "link":
+            other.symlink_to(file)
+        else:
+            other.hardlink_to(file)
+        for _ in range(2):
+            with pytest.raises(StudyError, match="another process is writing"):
+                Store.open(other, write=True)
+        add(store, 5)
+        assert store.check() == "ok"
+        with Store.open(file) as reader:
+            assert reader.count_trials() == 5, "readers are kept out by no lock"
+    if way != "second name":
+        with Store.open(other, write=True) as store:
+            assert store.count_trials() == 5
+
+
+def test_a_driver_that_has_ended_leaves_no_lock_to_its_children(file: Path) -> None:
+    """A process that was forked while the store was open holds what it inherited, and no lock."""
+    reading, writing = os.pipe()
+    with Store.open(file, write=True) as store:
+        fill(store, 4)
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    try:
+        with Store.open(file, write=True) as store:
+            add(store, 5)
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
