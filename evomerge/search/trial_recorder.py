@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.evaluation import Evaluation, Items, Objective
 from evomerge.recipes import Recipe
@@ -113,30 +113,10 @@ class TrialRecorder:
         Returns:
             The trial as stored.
         """
-        scores = self._scores(evaluation)
-        violation = 0.0
-        if scores.score is not None:
-            violation = self.objective.violation(evaluation.metrics, floors)
-        return self.store.add_trial(
-            NewTrial(
-                generation=generation,
-                slot=slot,
-                origin=candidate.origin,
-                label=candidate.label,
-                genome=candidate.genome,
-                parents=candidate.parents,
-                recipe=candidate.recipe,
-                items=items,
-                evaluation=evaluation,
-                score=scores.score,
-                reported=scores.reported,
-                task_values=scores.task_values,
-                violation=violation,
-                stage=self.stage,
-                island=candidate.island,
-                trial_id=candidate.trial_id,
-            )
-        )
+        trial = self._new_trial(generation, slot, candidate, items, evaluation)
+        if trial.score is not None:
+            trial = replace(trial, violation=self.objective.violation(evaluation.metrics, floors))
+        return self.store.add_trial(trial)
 
     def record_raced_trial(
         self, generation: int, slot: int, candidate: Candidate, result: RaceResult, item_count: int
@@ -154,32 +134,33 @@ class TrialRecorder:
         Returns:
             The trial as stored.
         """
-        scores = self._scores(result.evaluation)
-        score, task_values, whole = scores.score, scores.task_values, None
-        if result.predicted is not None and score is not None:
+        trial = self._new_trial(generation, slot, candidate, result.items, result.evaluation)
+        if result.predicted is not None and trial.score is not None:
             score = result.predicted - self.objective.size_penalty(result.evaluation.costs)
-            task_values = None
-            whole = item_count
-        return self.store.add_trial(
-            NewTrial(
-                generation=generation,
-                slot=slot,
-                origin=candidate.origin,
-                label=candidate.label,
-                genome=candidate.genome,
-                parents=candidate.parents,
-                recipe=candidate.recipe,
-                items=result.items,
-                evaluation=result.evaluation,
-                score=score,
-                reported=scores.reported,
-                task_values=task_values,
-                dropped=result.dropped,
-                whole=whole,
-                stage=self.stage,
-                island=candidate.island,
-                trial_id=candidate.trial_id,
-            )
+            trial = replace(trial, score=score, task_values=None, whole=item_count)
+        return self.store.add_trial(replace(trial, dropped=result.dropped))
+
+    def _new_trial(
+        self, generation: int, slot: int, candidate: Candidate, items: Items, evaluation: Evaluation
+    ) -> NewTrial:
+        """The row of a candidate that was scored on items, with the scores of the evaluation."""
+        scores = self._scores(evaluation)
+        return NewTrial(
+            generation=generation,
+            slot=slot,
+            origin=candidate.origin,
+            label=candidate.label,
+            genome=candidate.genome,
+            parents=candidate.parents,
+            recipe=candidate.recipe,
+            items=items,
+            evaluation=evaluation,
+            score=scores.score,
+            reported=scores.reported,
+            task_values=scores.task_values,
+            stage=self.stage,
+            island=candidate.island,
+            trial_id=candidate.trial_id,
         )
 
     def _scores(self, evaluation: Evaluation) -> _Scores:
