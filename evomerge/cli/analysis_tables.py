@@ -83,6 +83,10 @@ def _work_lines(data: Mapping[str, Any]) -> list[str]:
 def _probe_lines(probe: Mapping[str, Any]) -> list[str]:
     lines = ["", "what answers a task:"]
     lines += [f"  {task}: {backend}" for task, backend in probe["backends"].items()]
+    lines.append("what the parents score:")
+    for name, metrics in probe["parents"].items():
+        values = ", ".join(f"{task} {value:.4g}" for task, value in metrics.items() if ":" not in task)
+        lines.append(f"  {name}: {values}")
     lines.append("scoring techniques on this model:")
     for name, verdict in probe["techniques"].items():
         lines.append(f"  {name}: {'yes' if verdict['allowed'] else 'no'}, {verdict['reason']}")

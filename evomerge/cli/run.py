@@ -23,6 +23,13 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search, instead of the file's.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study, instead of the file's.")] = None,
+    accept_floor: Annotated[
+        bool,
+        typer.Option(
+            "--accept-floor",
+            help="Begin also where no parent has anything right in a task, or all answer it alike.",
+        ),
+    ] = False,
     *,
     options: RunOptions,
 ) -> None:
@@ -35,7 +42,7 @@ def run(
         settings, text = loading.rename(text, study)
     given = (("evaluations", evaluations), ("seed", seed))
     overrides = {key: value for key, value in given if value is not None}
-    _search(SearchRequest(options.apply_to(settings), text, overrides, resume), options)
+    _search(SearchRequest(options.apply_to(settings), text, overrides, resume), options, accept_floor)
 
 
 @takes_run_options
@@ -63,7 +70,7 @@ def resume(
     _search(SearchRequest(options.apply_to(settings), text, overrides, resume=True), options)
 
 
-def _search(request: SearchRequest, options: RunOptions) -> None:
+def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = False) -> None:
     """Runs a search to its end with progress on the screen, writes its report and prints its table."""
     from evomerge.cli import progress, study_tables
 
@@ -80,6 +87,7 @@ def _search(request: SearchRequest, options: RunOptions) -> None:
                 allowed=options.allowed,
                 workers=options.workers or 1,
                 show=screen.show,
+                accept_floor=accept_floor,
             )
         folder = study.store.path.parent
         with study.store, contextlib.closing(study.pool):

@@ -114,6 +114,7 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
         if "luck" in best:
             bias = f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (selection bias)"
         lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{bias}")
+    lines += [f"without a signal before the search: {sentence}" for sentence in data["flat"]]
     if retention := lost_skills(data["retention"]):
         lines.append(f"retention: {retention}")
     if len(data["pareto"]) > 1:

@@ -109,8 +109,8 @@ class TaskConfig(Strict):
     """'module:function' that scores candidates in place of a task, see `evomerge.evaluation.python_tasks`."""
     name: str | None = Field(default=None, min_length=1)
     """Name of a Python task."""
-    higher_is_better: bool = True
-    """Whether higher scores of a Python task are better."""
+    higher_is_better: bool | None = None
+    """Whether higher values are better; needed where a metric does not say, true of a Python task."""
 
     @model_validator(mode="before")
     @classmethod
@@ -123,8 +123,8 @@ class TaskConfig(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> TaskConfig:
-        if self.python is None and (self.name is not None or not self.higher_is_better):
-            raise ValueError("name and higher_is_better belong to a task with python: module:function")
+        if self.python is None and self.name is not None:
+            raise ValueError("name belongs to a task with python: module:function")
         if self.python is not None and self.name is None:
             raise ValueError("a python task needs a name, not a task")
         settings_of_lm_eval = (self.metric, self.filter, self.num_fewshot, self.items)

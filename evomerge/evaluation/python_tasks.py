@@ -131,6 +131,10 @@ class PythonTasks:
         """See `TaskSet.metric`: the mean of the function's scores."""
         return f"mean of {self._functions[task].spec.function}"
 
+    def unit(self, task: str) -> str | None:
+        """See `TaskSet.unit`. None: only the function knows."""
+        return None
+
     def soft_metrics(self, task: str) -> tuple[str, ...]:
         """See `TaskSet.soft_metrics`. None: a function gives one score."""
         return ()

@@ -54,6 +54,17 @@ class TaskSet(Evaluator, Protocol):
         """
         ...
 
+    def unit(self, task: str) -> str | None:
+        """Names what a task's metric is counted in; metrics of one unit have a mean.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            'a share between 0 and 1', 'a perplexity' and the like; None where it is not known.
+        """
+        ...
+
     def soft_metrics(self, task: str) -> tuple[str, ...]:
         """Lists the soft metrics that a task has beside its metric.
 
@@ -203,6 +214,10 @@ class CombinedTasks:
     def metric(self, task: str) -> str:
         """See `TaskSet.metric`."""
         return self._owner[task].metric(task)
+
+    def unit(self, task: str) -> str | None:
+        """See `TaskSet.unit`."""
+        return self._owner[task].unit(task)
 
     def soft_metrics(self, task: str) -> tuple[str, ...]:
         """See `TaskSet.soft_metrics`."""

@@ -58,6 +58,7 @@ def run(
     on_progress: Callable[[Progress], None] | None = None,
     allow_python: bool = False,
     allow_tasks: bool = False,
+    accept_floor: bool = False,
 ) -> StudyView:
     """Runs a search to its end.
 
@@ -71,6 +72,7 @@ def run(
         on_progress: Called with what the search has done so far; its `note` is a line worth printing, or ''.
         allow_python: Run the Python functions that the search names as tasks.
         allow_tasks: Load the task folders that the search includes; a task file is code.
+        accept_floor: Begin also where no parent has anything right in a task, or all answer it alike.
 
     Returns:
         The finished study.
@@ -78,6 +80,7 @@ def run(
     Raises:
         StudyError: If the study exists and `resume` is not set, or it was begun with other settings, models
             or tasks.
+        TaskError: If no parent has anything right in a task, and that is not accepted.
         Paused: If another process asked the search to stop.
     """
     set_thread_defaults()
@@ -91,6 +94,7 @@ def run(
         allowed=_allowed(allow_python, allow_tasks),
         workers=workers,
         show=on_progress or _silent,
+        accept_floor=accept_floor,
     )
     with study.store, contextlib.closing(study.pool):
         study.run()

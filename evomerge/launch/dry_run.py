@@ -11,6 +11,8 @@ from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.config import Config
 from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
+from evomerge.evaluation.flat_tasks import find_flat_tasks
+from evomerge.launch import first_scores
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
 from evomerge.launch.route_stages import route_optimizer
@@ -42,6 +44,7 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
     """
     opened = open_search(settings, allowed)
     harness = opened.harness
+    first_scores.check_units(settings, harness)
     stages = _stages(opened)
     items = {role: harness.items(role) for role in ROLES}
     generation = first_items(items["search"], settings, opened.objective)
@@ -58,8 +61,13 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
     }
     if probe:
         worker = opened.load()
-        data["findings"] = list(harness.warnings(worker.model))
-        data["probe"] = _probe(opened, worker, generation, data["work"])
+        parents = _parents(opened, worker, generation)
+        first_scores.check_units(settings, harness, parents)
+        flat = find_flat_tasks(opened.objective.terms, parents)
+        data["findings"] = [*harness.warnings(worker.model), *(task.sentence() for task in flat)]
+        data["probe"] = _probe(opened, worker, generation, data["work"]) | {
+            "parents": {name: dict(evaluation.metrics) for name, evaluation in parents.items()}
+        }
     return data
 
 
@@ -196,6 +204,13 @@ def _work(
 
 def _count(items: Items) -> int:
     return sum(map(len, items.values()))
+
+
+def _parents(opened: Opened, worker: Worker, items: Items) -> dict[str, Evaluation]:
+    """The parents' scores, of those that can be scored."""
+    references = reference_recipes(opened.settings, opened.space, opened.parents)
+    found = {b.label: worker.evaluate(b.recipe, items) for b in references if b.origin == "parent"}
+    return {name: evaluation for name, evaluation in found.items() if evaluation.error is None}
 
 
 def _probe(opened: Opened, worker: Worker, items: Items, work: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from evomerge.launch.threads import set_torch_threads
 from evomerge.launch.weight_space import make_space
 from evomerge.merging.vocabulary.alignment import check_rows
 from evomerge.spaces import WeightSpace
-from evomerge.store import Store
+from evomerge.store import Store, StudyFacts
 from evomerge.workers.worker import Worker
 
 
@@ -96,12 +96,13 @@ class LoadedSearch:
         return self.evaluator is not self.opened.harness
 
 
-def open_search(settings: Config, allowed: Allowed | None = None) -> Opened:
+def open_search(settings: Config, allowed: Allowed | None = None, stored: StudyFacts | None = None) -> Opened:
     """Opens what a search needs.
 
     Args:
         settings: The settings of the search.
         allowed: What the tasks may do; nothing unless given.
+        stored: What the study began with where it is resumed, so that it goes on as it was.
 
     Returns:
         The open search.
@@ -114,7 +115,7 @@ def open_search(settings: Config, allowed: Allowed | None = None) -> Opened:
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     check_compatible(parents, settings.base)
     warning = check_rows(parents, settings.base)
-    return _opened(settings, parents, (warning,) if warning else (), allowed)
+    return _opened(settings, parents, (warning,) if warning else (), allowed, stored)
 
 
 def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
@@ -134,7 +135,7 @@ def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
     study = store.study()
     assert study is not None
     settings, _ = loading.stored(study.name, study.config, study.overrides)
-    opened = _opened(settings, parents, (), allowed)
+    opened = _opened(settings, parents, (), allowed, study.facts)
     for task, digest in opened.harness.fingerprint().items():
         if study.facts.tasks.get(task) != digest:
             raise StudyError(
@@ -211,13 +212,22 @@ def device_name() -> str:
 
 
 def _opened(
-    settings: Config, parents: Mapping[str, Parent], warnings: tuple[str, ...], allowed: Allowed | None
+    settings: Config,
+    parents: Mapping[str, Parent],
+    warnings: tuple[str, ...],
+    allowed: Allowed | None,
+    stored: StudyFacts | None,
 ) -> Opened:
     base, allowed = parents[settings.base], allowed or Allowed()
     set_torch_threads(base)
     space = make_space(settings, parents)
     harness = open_tasks(
-        settings, base, device=device_name(), allow_python=allowed.python, allow_tasks=allowed.tasks
+        settings,
+        base,
+        device=device_name(),
+        allow_python=allowed.python,
+        allow_tasks=allowed.tasks,
+        known=stored.terms if stored else None,
     )
     objective = make_objective(settings, task_terms(settings, harness), base.layout.num_layers)
     return Opened(settings, parents, space, harness, objective, warnings)

@@ -12,8 +12,8 @@ from pathlib import Path
 from evomerge.config import Config
 from evomerge.errors import StudyError, unwritable
 from evomerge.evaluation import ROLES, Evaluator
+from evomerge.launch import first_scores, route_screen, stages
 from evomerge.launch import pool as pool_module
-from evomerge.launch import route_screen, stages
 from evomerge.launch.facts import check_agreement, collect_facts
 from evomerge.launch.objective import per_generation, race_settings
 from evomerge.launch.opening import Allowed, LoadedSearch, open_search
@@ -40,6 +40,7 @@ def prepare_study(
     workers: int = 1,
     show: Callable[[Progress], None] = _silent,
     wrap: Callable[[Evaluator], Evaluator] | None = None,
+    accept_floor: bool = False,
 ) -> Study:
     """Opens everything that a search needs and begins its study, or goes on with it.
 
@@ -55,6 +56,7 @@ def prepare_study(
             this process.
         show: Called with progress.
         wrap: Replaces the evaluator, for scoring by other means, in this process.
+        accept_floor: Begin also where no parent has anything right in a task, or all answer it alike.
 
     Returns:
         The study, its store open for writing; the caller closes store and pool.
@@ -80,7 +82,9 @@ def prepare_study(
                 f"study '{settings.study}' exists at {path.parent}; "
                 "add --resume to go on, or choose another name"
             )
-        return _prepare(request, store, _Execution(allowed or Allowed(), workers, earlier, show, wrap))
+        return _prepare(
+            request, store, _Execution(allowed or Allowed(), workers, earlier, show, wrap, accept_floor)
+        )
     except BaseException:
         if path.name not in (before or ()) and store.study() is None:
             store.discard(keep=before or ())
@@ -117,6 +121,7 @@ class _Execution:
     earlier: Sequence[Path]
     show: Callable[[Progress], None]
     wrap: Callable[[Evaluator], Evaluator] | None
+    accept_floor: bool
 
 
 def _prepare(request: SearchRequest, store: Store, execution: _Execution) -> Study:
@@ -124,15 +129,28 @@ def _prepare(request: SearchRequest, store: Store, execution: _Execution) -> Stu
     stored = None if row is None else row.facts
     loaded = _load(settings, execution, stored)
     facts = collect_facts(loaded, stored, pool_module.num_workers(settings, execution.workers))
-    check_agreement(store, request, facts)
+    if stored is not None:
+        check_agreement(store, request, facts)
+    else:
+        first_scores.check_units(settings, loaded.opened.harness)
     plan = _plan(loaded, facts)
-    pool = _pool(loaded, facts, execution)
+    pool = _pool(loaded, facts, execution, stored)
+    if stored is None:
+        try:
+            execution.show(Progress("scoring the parents", 0, 1))
+            scores = first_scores.score_parents(plan, pool)
+            first_scores.check_first_scores(settings, loaded, scores, accept_floor=execution.accept_floor)
+        except BaseException:
+            pool.close()
+            raise
+        check_agreement(store, request, facts)
+        scores.record(store, plan.objective)
     return Study(plan, store, pool, execution.show, pool_module.dispatch(settings, store, pool))
 
 
 def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) -> LoadedSearch:
     """Opens models and tasks, loads the base, checks what routes need; logs what a user should know."""
-    opened = open_search(settings, execution.allowed)
+    opened = open_search(settings, execution.allowed, stored)
     harness = opened.harness
     for warning in opened.warnings:
         log.warning(warning)
@@ -163,7 +181,7 @@ def _plan(loaded: LoadedSearch, facts: StudyFacts) -> Plan:
     )
 
 
-def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution) -> Pool:
+def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution, stored: StudyFacts | None) -> Pool:
     settings = loaded.opened.settings
 
     def note(text: str) -> None:
@@ -172,14 +190,16 @@ def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution) -> Poo
     note(f"parents: {parent_placement.describe(loaded.scorer.placements)}")
     make = None
     if not loaded.is_replaced:
-        make = functools.partial(_open_worker, settings, execution.allowed, loaded.max_nats_per_token)
+        make = functools.partial(_open_worker, settings, execution.allowed, loaded.max_nats_per_token, stored)
     pool = pool_module.open_pool(settings, loaded.scorer, make, execution.workers, note)
     return pool_module.reuse(pool, execution.earlier, facts)
 
 
-def _open_worker(settings: Config, allowed: Allowed, max_nats_per_token: float | None) -> Worker:
+def _open_worker(
+    settings: Config, allowed: Allowed, max_nats_per_token: float | None, stored: StudyFacts | None
+) -> Worker:
     """A worker in a process of its own. max_nats_per_token: the limit of routes that the driver found."""
-    opened = open_search(settings, allowed)
+    opened = open_search(settings, allowed, stored)
     scorer = opened.load()
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer

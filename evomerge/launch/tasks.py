@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import CombinedTasks, Role, TaskSet
 from evomerge.merging import model_loading
 from evomerge.merging.companion_files import TOKENIZER
+from evomerge.store import TermFacts
 
 
 def open_tasks(
@@ -24,6 +25,7 @@ def open_tasks(
     device: str = "cpu",
     allow_python: bool = False,
     allow_tasks: bool = False,
+    known: Mapping[str, TermFacts] | None = None,
 ) -> TaskSet:
     """Opens the tasks of a configuration: their items learnt and their prompts built.
 
@@ -33,6 +35,7 @@ def open_tasks(
         device: Where a Python task gets a model to try.
         allow_python: Run the Python functions that the configuration names.
         allow_tasks: Read its folders of lm-eval tasks, whose files are code too.
+        known: What the tasks' metrics were when a stored study began; None for a new one.
 
     Returns:
         The tasks as one set.
@@ -57,13 +60,13 @@ def open_tasks(
     tokenizer = model_loading.load_tokenizer(base)
     sets: list[TaskSet] = []
     if len(python_tasks) < len(settings.tasks):
-        sets.append(_harness_tasks(settings, tokenizer))
+        sets.append(_harness_tasks(settings, tokenizer, known or {}))
     if python_tasks:
         sets.append(_python_tasks(settings, tokenizer, base, device))
     return sets[0] if len(sets) == 1 else CombinedTasks(sets)
 
 
-def _harness_tasks(settings: Config, tokenizer: Any) -> TaskSet:
+def _harness_tasks(settings: Config, tokenizer: Any, known: Mapping[str, TermFacts]) -> TaskSet:
     """The tasks that lm-eval knows, or finds in the folders that the configuration includes."""
     from evomerge.evaluation.lm_harness.harness import LmHarness
     from evomerge.evaluation.lm_harness.items import ItemRules
@@ -71,7 +74,17 @@ def _harness_tasks(settings: Config, tokenizer: Any) -> TaskSet:
 
     e = settings.evaluation
     specs = [
-        TaskSpec(t.task, t.metric, t.filter, t.num_fewshot, e.splits, _soft(settings, t), listed_items(t))
+        TaskSpec(
+            t.task,
+            t.metric,
+            t.filter,
+            t.num_fewshot,
+            e.splits,
+            _soft(settings, t),
+            listed_items(t),
+            t.higher_is_better,
+            known[t.task].sign > 0 if t.task in known else None,
+        )
         for t in settings.tasks
         if t.python is None
     ]
@@ -101,7 +114,11 @@ def _python_tasks(settings: Config, tokenizer: Any, base: Parent, device: str) -
     from evomerge.evaluation.python_tasks import PythonSpec, PythonTasks
 
     model = model_loading.load_base(base, settings.out_dtype).to(device)
-    specs = [PythonSpec(t.task, t.python, t.higher_is_better) for t in settings.tasks if t.python is not None]
+    specs = [
+        PythonSpec(t.task, t.python, t.higher_is_better is not False)
+        for t in settings.tasks
+        if t.python is not None
+    ]
     return PythonTasks(specs, tokenizer, model, limits=_limits(settings))
 
 

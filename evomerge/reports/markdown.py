@@ -33,6 +33,7 @@ def study_markdown(store: Store) -> str:
     best, references = data["best"], data["references"]
     lines = [f"# {study.name}: {_verdict(best, references)}", ""]
     lines += _overview(data)
+    lines += _flat_tasks(data["flat"])
     lines += _scores(study.name, best, references, list(study.facts.tasks))
     lines += _selection_bias(best)
     lines += _finalists([*data["finalists"], *references])
@@ -93,6 +94,18 @@ def _overview(data: Mapping[str, Any]) -> list[str]:
         f"Seed {data['seed']}, {data['evaluations']} candidates in {data['generations']} generations, "
         f"{data['failed']} failed evaluations. Search scores are on the items of the candidate's generation; "
         "validation chose the winner; test items were scored once, after it.",
+        "",
+    ]
+
+
+def _flat_tasks(sentences: Sequence[str]) -> list[str]:
+    """Tasks that could teach the search nothing."""
+    if not sentences:
+        return []
+    listed = "; ".join(sentences)
+    return [
+        f"**Without a signal before the search:** {listed} (first items of the search). What the scores of "
+        "such a task say of the winner is chance or the task's own prompt and filter.",
         "",
     ]
 

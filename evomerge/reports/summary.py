@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import StudyError
+from evomerge.evaluation import Term
+from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.reports.route_text import depths, hops
 from evomerge.store import Scored, Store, StudyRow, Trial
 
@@ -24,7 +26,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         ids of the candidates on the front, see `front`. `best`, `references` (parents and hand recipes) and
         `finalists`: rows with scores by role, of which `search` is the objective by the tasks' metrics, also
         where candidates are ranked by soft metrics. `retention`: by task and parent what the winner has lost,
-        empty before the end.
+        empty before the end. `flat`: a sentence for each task on which all parents score alike.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -46,6 +48,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "evaluations_by_role": {role: count for role, count in counts.items() if role != "failed"},
         "store": store.check() if check else "not checked",
         "pareto": [trial.id for trial in _front(store)[1]],
+        "flat": flat_tasks(store, trials),
         "retention": [] if study.outcome is None else list(study.outcome.retention),
     }
     if study.outcome is not None:
@@ -61,6 +64,28 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "references": [_row(trial) for trial in trials if trial.generation == 0],
         "finalists": [],
     }
+
+
+def flat_tasks(store: Store, trials: Sequence[Trial]) -> list[str]:
+    """Names the tasks on which all parents scored alike before the search, at their floor or elsewhere.
+
+    Args:
+        store: An open study.
+        trials: Its trials.
+
+    Returns:
+        A sentence without a full stop for each such task.
+    """
+    parents = {
+        str(trial.label): store.scored(trial).evaluation
+        for trial in trials
+        if trial.origin == "parent" and trial.score is not None
+    }
+    terms = [
+        Term(task, sign=facts.sign, subtasks=facts.subtasks)
+        for task, facts in _study(store).facts.terms.items()
+    ]
+    return [task.sentence() for task in find_flat_tasks(terms, parents)]
 
 
 def resolve(store: Store, reference: str) -> Trial:
@@ -142,7 +167,8 @@ def lost_skills(retention: Sequence[Mapping[str, Any]]) -> str:
         retention: Rows of `Outcome.retention`.
 
     Returns:
-        A sentence with the largest fall of each task, 'no skill lost', or '' where nothing is known.
+        A sentence with the largest fall of each task, 'no skill lost', or '' where nothing is known; and the
+        tasks in which no parent had a skill to lose.
     """
     if not retention:
         return ""
@@ -154,7 +180,12 @@ def lost_skills(retention: Sequence[Mapping[str, Any]]) -> str:
         f"task {task} {row['difference']:+.3f} ± {row['error']:.3f} against {row['parent']}"
         for task, row in largest.items()
     ]
-    return f"LOST: {', '.join(falls)}" if falls else "no skill lost"
+    tasks = dict.fromkeys(row["task"] for row in retention)
+    none = [task for task in tasks if all("floor" in row for row in retention if row["task"] == task)]
+    items = {row["task"]: row.get("floor") for row in retention}
+    nothing = [f"task {task}: no parent had it (0 of {items[task]} right), nothing to keep" for task in none]
+    kept = [f"LOST: {', '.join(falls)}"] if falls else ["no skill lost"] * (len(none) < len(tasks))
+    return "; ".join([*kept, *nothing])
 
 
 def candidate(store: Store, trial: Trial) -> dict[str, Any]:

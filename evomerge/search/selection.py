@@ -20,6 +20,7 @@ from evomerge.evaluation.estimates import (
     selection_bias,
     stratified,
 )
+from evomerge.evaluation.flat_tasks import is_floor
 from evomerge.store import Scored, Store, Trial
 
 _Turns = tuple[int, ...]  # by task of the pool, how often its items had been gone through
@@ -345,7 +346,8 @@ def retention(
 
     Returns:
         A row per task and parent: the difference (higher is better), its error, and `lost` where the winner
-        is worse by more than `ALARM` errors. Tasks whose metric is no mean of items have none.
+        is worse by more than `ALARM` errors, and `floor`, the number of items, where the parent has none of
+        them right: no skill to keep. Tasks whose metric is no mean of items have none.
     """
     rows: list[dict[str, Any]] = []
     for term in objective.terms:
@@ -357,15 +359,16 @@ def retention(
             )
             if math.isfinite(change.error):
                 lost = change.mean < -ALARM * change.error
-                rows.append(
-                    {
-                        "task": term.task,
-                        "parent": name,
-                        "difference": change.mean,
-                        "error": change.error,
-                        "lost": lost,
-                    }
-                )
+                row = {
+                    "task": term.task,
+                    "parent": name,
+                    "difference": change.mean,
+                    "error": change.error,
+                    "lost": lost,
+                }
+                if is_floor(parent.evaluation.items, term):
+                    row["floor"] = change.n
+                rows.append(row)
     return rows
 
 

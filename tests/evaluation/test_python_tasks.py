@@ -223,7 +223,10 @@ def searching(folder: Path, module: str, **task: Any) -> tuple[config.Config, st
     (folder / f"{module}.py").write_text(SEARCHED)
     file = search_file(folder, "trial", evaluations=4, population=4)
     document = json.loads(file.read_text())
-    document["tasks"] = [{"task": "zoo_lookup"}, {"python": f"{module}:norm", "name": "size", **task}]
+    document["tasks"] = [
+        {"task": "zoo_lookup", "weight": 1},
+        {"python": f"{module}:norm", "name": "size", "weight": 1, **task},
+    ]
     file.write_text(json.dumps(document))
     return loading.load(str(file))
 
@@ -273,8 +276,7 @@ def test_the_command_line_says_what_it_would_run(verb: str, module: str, tmp_pat
         ({"python": "a:b", "task": "x"}, "name"),
         ({"python": "a:b", "name": "x", "metric": "acc"}, "no metric"),
         ({"python": "a b", "name": "x"}, "match pattern|pattern"),
-        ({"task": "x", "name": "x"}, "belong to a task with python"),
-        ({"task": "x", "higher_is_better": False}, "belong to a task with python"),
+        ({"task": "x", "name": "x"}, "belongs to a task with python"),
     ],
 )
 def test_an_entry_is_a_task_or_a_function(task: dict[str, Any], words: str) -> None:

@@ -32,6 +32,7 @@ from evomerge.evaluation.lm_harness.results import (
     TaskValues,
     check_not_nan,
     item_value,
+    metric_unit,
     right_answer_requests,
     soft_metrics,
     soft_scores,
@@ -145,6 +146,14 @@ class LmHarness:
     def metric(self, task: str) -> str:
         """See `TaskSet.metric`."""
         return self._task_or_group(task).metric
+
+    def unit(self, task: str) -> str | None:
+        """See `TaskSet.unit`: by lm-eval's own metrics and aggregations; None for those of a task's own."""
+        units = {
+            metric_unit(self.tasks[subtask].metric, self._aggregation(subtask))
+            for subtask, _ in self.subtasks(task)
+        }
+        return units.pop() if len(units) == 1 else None
 
     def subtasks(self, task: str) -> tuple[tuple[str, float], ...]:
         """See `TaskSet.subtasks`."""
@@ -276,9 +285,10 @@ class LmHarness:
         for name, rows in prepared.rows.items():
             values = self._values[name].values([(row.item, row.requests) for row in rows])
             aggregate = self._aggregation(name)
+            filtered = self._values[name].filtered([(row.item, row.requests) for row in rows])
             samples += [
-                sample(self.tasks[name], row.item, row.requests, item_value(value, aggregate))
-                for row, value in zip(rows, values, strict=True)
+                sample(self.tasks[name], row.item, row.requests, item_value(value, aggregate), text)
+                for row, value, text in zip(rows, values, filtered, strict=True)
             ]
         return samples
 

@@ -64,6 +64,22 @@ class TaskValues:
                 self._cache[keys[i]] = value
         return [self._cache[key] for key in keys]
 
+    def filtered(self, rows: Rows) -> list[str | None]:
+        """What the task's filter makes of each item's answer.
+
+        Args:
+            rows: Items with answered requests.
+
+        Returns:
+            The text of each item; None for a task that generates none.
+        """
+        loaded, task = self._loaded, self._loaded.task
+        if task.OUTPUT_TYPE != "generate_until":
+            return [None] * len(rows)
+        task._instances = [request for _, requests in rows for request in requests]
+        task.apply_filters()
+        return [str(requests[0].filtered_resps[loaded.filter]) for _, requests in rows]
+
     def _judge(self, rows: Rows) -> list[Any]:
         loaded, task = self._loaded, self._loaded.task
         task._instances = [request for _, requests in rows for request in requests]
@@ -87,6 +103,34 @@ class TaskValues:
                 )
             values.append(result[loaded.metric])
         return values
+
+
+_SHARE = "a share between 0 and 1"
+_UNITS = {
+    "perplexity": "a perplexity",
+    "weighted_perplexity": "a perplexity",
+    "bits_per_byte": "bits per byte",
+    **dict.fromkeys(("bleu", "chrf", "ter"), "points out of 100"),
+    "f1_score": _SHARE,
+    "brier_score": _SHARE,
+}
+"""lm-eval's name of an aggregation -> what its values are counted in."""
+_SHARES = {"acc", "acc_norm", "acc_mutual_info", "acc_bytes", "exact_match"}
+"""lm-eval's metrics whose mean is a share."""
+
+
+def metric_unit(metric: str, aggregate: Callable[[list[Any]], Any]) -> str | None:
+    """Names what a metric is counted in.
+
+    Args:
+        metric: Its name.
+        aggregate: Its aggregation over items.
+
+    Returns:
+        The unit; None for a metric that is not lm-eval's own.
+    """
+    name = getattr(aggregate, "__name__", "")
+    return _SHARE if name == "mean" and metric in _SHARES else _UNITS.get(name)
 
 
 def item_value(value: Any, aggregate: Callable[[list[Any]], Any]) -> float:

@@ -40,6 +40,8 @@ class Sample:
         output: The generated text, the text of the chosen option, or the log-likelihood in words.
         value: Of the task's metric.
         options: Of a multiple choice.
+        filter: Name of the task's filter.
+        filtered: What the filter made of a generated text; None for other kinds of tasks.
     """
 
     task: str
@@ -49,9 +51,13 @@ class Sample:
     output: str
     value: float
     options: tuple[Option, ...] = ()
+    filter: str = ""
+    filtered: str | None = None
 
 
-def sample(loaded: LoadedTask, item: str, requests: Sequence[Any], value: float) -> Sample:
+def sample(
+    loaded: LoadedTask, item: str, requests: Sequence[Any], value: float, filtered: str | None = None
+) -> Sample:
     """Describes how an item was answered.
 
     Args:
@@ -59,6 +65,7 @@ def sample(loaded: LoadedTask, item: str, requests: Sequence[Any], value: float)
         item: Id of the item.
         requests: Its lm-eval requests with their responses.
         value: Its value of the task's metric.
+        filtered: What the task's filter made of its generated text.
 
     Returns:
         The sample.
@@ -75,7 +82,8 @@ def sample(loaded: LoadedTask, item: str, requests: Sequence[Any], value: float)
         return Sample(name, item, prompt, right, chosen, value, options)
     if kind == "generate_until":
         output = " | ".join(str(response) for response in first.resps)
-        return Sample(name, item, prompt, _joined(task.doc_to_target(first.doc)), output, value)
+        target = _joined(task.doc_to_target(first.doc))
+        return Sample(name, item, prompt, target, output, value, (), loaded.filter, filtered)
     if kind == "loglikelihood":
         total, greedy = first.resps[0]
         output = f"log-likelihood {float(total):.3f}{', the likeliest text' if greedy else ''}"

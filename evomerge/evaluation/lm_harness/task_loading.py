@@ -40,6 +40,8 @@ class TaskSpec:
             and 2 tenths; 'hash-train' assigns the training documents.
         soft: Whether to compute soft metrics of generated texts too, which costs one more request an item.
         items: Role -> numbers or ids of exactly its documents.
+        higher_is_better: Direction of a metric that says none of its own; None where the user says none.
+        known_direction: Direction that an earlier run of the same study took; used where nobody says one.
     """
 
     task: str
@@ -49,6 +51,8 @@ class TaskSpec:
     splits: Splits = "hash"
     soft: bool = False
     items: Mapping[Role, Sequence[int | str]] | None = None
+    higher_is_better: bool | None = None
+    known_direction: bool | None = None
 
 
 @dataclass(slots=True)
@@ -247,7 +251,7 @@ def _load_task(
         raise TaskError(_benchmark_refusal(spec.task, task))
     warnings = _set_fewshot(spec, task)
     metric, filter_name = _choose_metric(spec, task)
-    higher_is_better = bool(task.higher_is_better().get(metric, True))
+    higher_is_better = _direction(spec, task, metric)
     documents = build_requests(task, spec.task, spec.splits, prompting)
     roles = item_sets.assign_roles(spec.task, documents, spec.items or {})
     refuse = spec.splits == "declared" and rules.duplicates == "refuse"
@@ -278,6 +282,25 @@ def _choose_metric(spec: TaskSpec, task: Any) -> tuple[str, str]:
     if filter_name not in filters:
         raise TaskError(f"task '{spec.task}' has no filter '{filter_name}'. {suggest(filter_name, filters)}")
     return metric, filter_name
+
+
+def _direction(spec: TaskSpec, task: Any, metric: str) -> bool:
+    """Whether higher values of a metric are better: as it says itself, else as the user says."""
+    own = task.higher_is_better().get(metric)
+    if own is None:
+        given = spec.known_direction if spec.higher_is_better is None else spec.higher_is_better
+        if given is None:
+            raise TaskError(
+                f"task '{spec.task}' does not say whether higher values of its metric '{metric}' are better; "
+                "write higher_is_better: true or false in its entry of the search file"
+            )
+        return given
+    if spec.higher_is_better not in (None, bool(own)):
+        raise TaskError(
+            f"task '{spec.task}' says itself that of its metric '{metric}' {'higher' if own else 'lower'} is "
+            "better, and the search file says the contrary; remove higher_is_better from its entry"
+        )
+    return bool(own)
 
 
 def _filter_names(task: Any) -> list[str]:

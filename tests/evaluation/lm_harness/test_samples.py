@@ -23,7 +23,7 @@ def loaded(kind: str, metric: str = "acc", **task: Any) -> Any:
         "doc_to_target": lambda doc: 0,
     }
     return SimpleNamespace(
-        task=SimpleNamespace(**(given | task)), metric=metric, spec=SimpleNamespace(task="t")
+        task=SimpleNamespace(**(given | task)), metric=metric, filter="none", spec=SimpleNamespace(task="t")
     )
 
 
