@@ -42,7 +42,7 @@ def tokenizer() -> Any:
 
 # ---- every task that loads, in one harness: the model is probed once ---------------------------------------
 
-OWN = {"metric_list": [{"metric": "own", "aggregation": "mean"}]}
+OWN = {"metric_list": [{"metric": "own", "aggregation": "mean", "higher_is_better": True}]}
 METRICS = {
     "raises": ("raise RuntimeError('the metric broke')", "the metric broke"),
     "raises_once": ("return {'own': 1 / (doc['n'] - 22)}", "division by zero"),

@@ -316,7 +316,7 @@ def test_changed_code_has_another_fingerprint(tmp_path: Path, tokenizer: Any) ->
     for name, value in (("before", 1.0), ("same", 1.0), ("after", 0.5)):
         settings = GENERATE | {
             "process_results": "!function own.score",
-            "metric_list": [{"metric": "own", "aggregation": "mean"}],
+            "metric_list": [{"metric": "own", "aggregation": "mean", "higher_is_better": True}],
         }
         write_task(tmp_path / name, "trial", settings)
         (tmp_path / name / "own.py").write_text(f"def score(doc, results):\n    return {{'own': {value}}}\n")
@@ -453,7 +453,7 @@ def test_a_broken_metric_is_an_error_not_a_score(
         GENERATE
         | {
             "process_results": f"!function code.{function}",
-            "metric_list": [{"metric": "own", "aggregation": "mean"}],
+            "metric_list": [{"metric": "own", "aggregation": "mean", "higher_is_better": True}],
         },
     )
     (tmp_path / "code.py").write_text(CODE)
