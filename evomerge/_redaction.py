@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
+from evomerge._escaping import printable
+
 HIDDEN = "***"
 _SHORTEST = 6  # characters of a variable's value: replacing a shorter one, such as '1', would spoil a log
 _NAMED = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS)S?$", re.IGNORECASE)
@@ -87,6 +89,6 @@ class ScrubbedFormatter(logging.Formatter):
             record: The record.
 
         Returns:
-            Its line, scrubbed.
+            Its line, scrubbed and printable.
         """
-        return scrub(super().format(record))
+        return printable(scrub(super().format(record)))

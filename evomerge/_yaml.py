@@ -19,6 +19,10 @@ from evomerge.errors import ConfigError
 MAX_BYTES = 500_000  # PyYAML reads about a megabyte in two seconds
 MAX_DEPTH = 32
 MAX_VALUES = 30_000  # keys and values of a file: PyYAML takes some 50 microseconds for each
+_UNWRITABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but tab and line feed, marks of direction, separators of lines, halves of pairs."""
 Key = tuple[str | int, ...]
 
 
@@ -207,8 +211,19 @@ def _place(name: str, thing: yaml.Event | yaml.Node) -> str:
     return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
 
 
+def _check_characters(node: yaml.ScalarNode, name: str) -> None:
+    """Raises ConfigError for text that would steer a terminal, or run in the other direction."""
+    found = _UNWRITABLE.search(node.value)
+    if found:
+        raise ConfigError(
+            f"{_place(name, node)} holds the character U+{ord(found[0]):04X}, which is no text; take it out"
+        )
+
+
 def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[int, int]], name: str) -> Any:
     marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
+    if isinstance(node, yaml.ScalarNode):
+        _check_characters(node, name)
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, child, (*path, i), marks, name) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int":
@@ -230,6 +245,7 @@ def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[i
         place = _place(name, key_node)
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
             raise ConfigError(f"{place} has a key that is not plain text; write the entries out")
+        _check_characters(key_node, name)
         key = key_node.value
         if key in out:
             raise ConfigError(f"{place} repeats the key '{key}'; keep one of them")

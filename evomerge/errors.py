@@ -24,6 +24,8 @@ import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from evomerge._escaping import one_line
+
 _LONGEST = 1000  # characters of a message
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -35,8 +37,8 @@ class EvomergeError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message, cut to 1000 characters: it may quote a value of a user's file, of any length."""
-        text = super().__str__()
+        """The message as one printable line of at most 1000 characters: it may quote anybody's files."""
+        text = one_line(super().__str__())
         return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
 
 

@@ -27,6 +27,7 @@ SLOW = (
     "scripts/test_benchmarks.py",
     "scripts/test_soak.py",
     "scripts/test_interval_coverage.py",
+    "integration/test_hostile_names.py",
     "integration/test_kill.py",
     "evaluation/lm_harness/test_harness.py",
     "merging/routing/test_routed_model.py",

@@ -16,7 +16,17 @@ from tests.support.toy import REPO, environment
 
 PACKAGE = REPO / "evomerge"
 PACKAGES = (  # in import order: each imports only from those before it
-    *("errors", "_resources", "_redaction", "_yaml", "methods", "recipes", "checkpoints", "merging"),
+    *(
+        "_escaping",
+        "errors",
+        "_resources",
+        "_redaction",
+        "_yaml",
+        "methods",
+        "recipes",
+        "checkpoints",
+        "merging",
+    ),
     *("evaluation", "spaces", "optimizers", "workers", "store", "search", "reports", "export"),
     *("config", "launch", "cli"),
 )

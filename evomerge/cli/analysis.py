@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from evomerge.cli.options import AllowPython, AllowTasks, Json, Root, allowed, open_store
+from evomerge.cli.output import put
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
 
@@ -32,7 +33,7 @@ def plan(
 
     settings, _ = loading.load(config)
     data = plan_search(settings, probe=probe, allowed=allowed(allow_python, allow_tasks))
-    print(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
+    put(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
 
 
 def show(
@@ -56,7 +57,7 @@ def show(
         row = store.study()
         if reference == "pareto":
             front = reports.front(store)
-            print(json.dumps(front, indent=2) if as_json else analysis_tables.front_table(front))
+            put(json.dumps(front, indent=2) if as_json else analysis_tables.front_table(front))
             return
         trial = reports.resolve(store, reference)
         data = reports.candidate(store, trial)
@@ -64,9 +65,9 @@ def show(
         backends = dict(row.facts.backends) if row else {}
     if as_json:
         more = {"backends": backends, "recipe_body": json.loads(recipe.canonical())}
-        print(json.dumps(data | more, indent=2))
+        put(json.dumps(data | more, indent=2))
     else:
-        print("\n".join([study_tables.candidate_text(data), *analysis_tables.backend_lines(backends)]))
+        put("\n".join([study_tables.candidate_text(data), *analysis_tables.backend_lines(backends)]))
 
 
 def compare(
@@ -112,7 +113,7 @@ def compare(
             allowed=allowed(allow_python, allow_tasks),
             show=progress,
         )
-    print(json.dumps(data, indent=2) if as_json else analysis_tables.comparison_table(data, role))
+    put(json.dumps(data, indent=2) if as_json else analysis_tables.comparison_table(data, role))
 
 
 def sensitivity(
@@ -159,4 +160,4 @@ def sensitivity(
             allowed=allowed(allow_python, allow_tasks),
             show=progress,
         )
-    print(json.dumps(data, indent=2) if as_json else analysis_tables.sensitivity_table(data))
+    put(json.dumps(data, indent=2) if as_json else analysis_tables.sensitivity_table(data))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
-import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from evomerge import __version__
+from evomerge._escaping import one_line
 from evomerge._redaction import ScrubbedFormatter, scrub
 from evomerge.cli import analysis, control, doctor, run, ship
+from evomerge.cli.output import print_in_any_locale, put, tell
 from evomerge.errors import EvomergeError, unwritable
 from evomerge.launch.threads import set_thread_defaults
 
@@ -68,7 +69,7 @@ for _group, _verbs in _GROUPS.items():
 
 def _show_version(requested: bool) -> None:
     if requested:
-        print(f"evomerge {__version__}")
+        put(f"evomerge {__version__}")
         raise typer.Exit
 
 
@@ -97,6 +98,7 @@ def main() -> None:
         SystemExit: With the exit code of the error's class, 130 after Ctrl-C, 1 for an unforeseen exception.
     """
     set_thread_defaults()
+    print_in_any_locale()
     try:
         app()
     except EvomergeError as error:
@@ -116,5 +118,5 @@ def main() -> None:
 
 
 def _exit(line: str, code: int) -> None:
-    print(scrub(line), file=sys.stderr)
+    tell(one_line(scrub(line)))
     raise SystemExit(code) from None

@@ -14,6 +14,7 @@ import typer
 
 from evomerge.cli.analysis_tables import duration
 from evomerge.cli.options import Json, Root, open_store
+from evomerge.cli.output import put, tell
 from evomerge.errors import EvomergeError
 
 _LARGE = 64_000_000  # bytes of a store that --watch does not check as a whole at every refresh
@@ -33,7 +34,7 @@ def status(
     """
     screen = _StatusScreen(study, root, as_json, watch)
     if not watch:
-        print(screen.text())
+        put(screen.text())
         return
     try:
         _refresh(screen.text, every)
@@ -56,9 +57,9 @@ def stop(
     path = paths.store_path(study, paths.root(root))
     driver = stop_request.ask_to_stop(path)
     if driver is None:
-        print(f"{study}: no driver runs it, there is nothing to stop")
+        put(f"{study}: no driver runs it, there is nothing to stop")
         return
-    print(f"{study}: asked the driver to stop (host {driver.host}, pid {driver.pid})", flush=True)
+    put(f"{study}: asked the driver to stop (host {driver.host}, pid {driver.pid})", flush=True)
     if not wait:
         return
     while (running := locks.driver(path)) is not None and running.alive is not False:
@@ -66,7 +67,7 @@ def stop(
     stop_request.clear_stop(path.parent)  # a driver that was killed has left it
     with open_store(study, root) as store:
         row = store.study()
-    print(f"{study}: {'nothing stored' if row is None else row.state}")
+    put(f"{study}: {'nothing stored' if row is None else row.state}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class _StatusScreen:
             try:
                 rows.append(self._read(name))
             except EvomergeError as error:  # one that cannot be read hides no other
-                print(f"error[{error.code}] {error}", file=sys.stderr)
+                tell(f"error[{error.code}] {error}")
         return [row for row in rows if row is not None]
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -121,7 +122,7 @@ def _refresh(text: Callable[[], str], every: float) -> None:
     """Draws on a terminal in place; elsewhere one screen after the other."""
     if not sys.stdout.isatty():
         while True:
-            print(text(), flush=True)
+            put(text(), flush=True)
             time.sleep(every)
     from rich.live import Live
     from rich.text import Text

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from evomerge.cli.options import Json, Root
+from evomerge.cli.output import put
 
 
 def doctor(root: Root = None, as_json: Json = False) -> None:
@@ -20,7 +21,7 @@ def doctor(root: Root = None, as_json: Json = False) -> None:
     from evomerge.store.paths import root as studies_root
 
     data = environment.examine(studies_root(root))
-    print(json.dumps(data, indent=2) if as_json else _text(data))
+    put(json.dumps(data, indent=2) if as_json else _text(data))
     if data["problems"]:
         raise typer.Exit(3)
 

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from evomerge._escaping import printable
+from evomerge.cli.output import tell
+
 if TYPE_CHECKING:
     from evomerge.search import Progress, Study
 
@@ -63,7 +66,7 @@ class SearchScreen:
                 self._task = self._bar.add_task(progress.stage, total=progress.total, best=best)
             self._bar.update(self._task, completed=progress.done, total=progress.total, best=best)
             if progress.note:
-                self._bar.console.print(progress.note, highlight=False, markup=False)
+                self._bar.console.print(printable(progress.note), highlight=False, markup=False)
         else:
             quiet = time.monotonic() - self._last_line
             if progress.note or progress.stage != self._stage or quiet > _QUIET_SECONDS:
@@ -73,7 +76,7 @@ class SearchScreen:
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._name}: {text}", file=sys.stderr, flush=True)
+        tell(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._name}: {text}")
 
 
 def _progress_bar() -> Any:
@@ -90,11 +93,11 @@ def _progress_bar() -> Any:
 
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[best]}"),
+        TextColumn("{task.fields[best]}", markup=False),
         console=Console(stderr=True),
     )
 
@@ -119,7 +122,7 @@ def stop_while_opening() -> Iterator[None]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         if not codes:
-            print("stopped while opening; start it again", file=sys.stderr, flush=True)
+            tell("stopped while opening; start it again")
         codes.append(130 if number == signal.SIGINT else 75)
         raise SystemExit(codes[0])
 
@@ -170,7 +173,7 @@ def stop_while_running(study: Study) -> Iterator[None]:
             raise KeyboardInterrupt
         grace = f"{study.dispatch.grace:g} s"
         line = f"stopping within {grace}, when what is in flight has ended; once more to drop that"
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
     with _handled_by(handler):
         yield

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomerge.cli.options import RunOptions, open_store, takes_run_options
+from evomerge.cli.output import put
 from evomerge.errors import ConfigError, Paused
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = Fa
             finally:
                 stop_request.clear_stop(folder)
             path = study.store.path.with_name("report.md")
-            path.write_text(reports.study_markdown(study.store))
+            path.write_text(reports.study_markdown(study.store), encoding="utf-8")
             data = reports.study_summary(study.store)
-    print(study_tables.study_table(data))
+    put(study_tables.study_table(data))
     where = f" --root {options.root}" if options.root else ""
-    print(f"report: {path}\nnext:   evomerge export {request.settings.study}/best OUT --weights{where}")
+    put(f"report: {path}\nnext:   evomerge export {request.settings.study}/best OUT --weights{where}")

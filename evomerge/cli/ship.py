@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from evomerge.cli.options import Root, open_store
+from evomerge.cli.output import put, tell
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
 
@@ -33,13 +34,13 @@ def export(
         parents = opening.stored_parents(store)
         with progress_module.bar("tensors") as progress:
             export_candidate(store, trial, parents, directory, weights=weights, progress=progress)
-    print(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
+    put(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
     if weights:
         command = f"lm_eval --model hf --model_args pretrained={directory} --tasks …"
-        print(f"try it: {command}, or vllm serve {directory}")
+        put(f"try it: {command}, or vllm serve {directory}")
     else:
         command = f"evomerge merge {directory}/recipe.json MODEL"
-        print(f"build it: {command}, or mergekit-yaml {directory}/recipe.yaml MODEL")
+        put(f"build it: {command}, or mergekit-yaml {directory}/recipe.yaml MODEL")
 
 
 def merge(
@@ -72,11 +73,11 @@ def merge(
     with progress_module.bar("tensors") as progress:
         warnings = merge_recipe_file(recipe, directory, progress, policy=policy, memory=memory_bytes)
     for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    print(f"{directory}: merged by {recipe}")
+        tell(f"warning: {warning}")
+    put(f"{directory}: merged by {recipe}")
     if check_against is not None:
         comparison = mergekit_check.compare_with_mergekit(recipe, directory, check_against)
-        print(f"against mergekit: {comparison}")
+        put(f"against mergekit: {comparison}")
         if not comparison.agrees:
             raise typer.Exit(1)
 

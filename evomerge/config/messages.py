@@ -35,6 +35,7 @@ _SHOULD_BE = {
     "model_type": "a mapping",
     "string_pattern_mismatch": "text that matches {pattern}",
     "string_too_short": "at least {min_length} character",
+    "string_too_long": "at most {max_length} characters",
     "string_type": "text (a string)",
     "tuple_type": "a list",
 }

@@ -15,6 +15,7 @@ from evomerge.config.value_types import (
     BackendName,
     Counts,
     Measure,
+    Name,
     Number,
     OptimizerName,
     Positive,
@@ -40,7 +41,7 @@ class ModelConfig(Strict):
 
     path: str = Field(min_length=1)
     """Folder of the model, from the working directory, or a repository of the Hugging Face hub."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of the repository."""
 
 
@@ -83,11 +84,11 @@ class SpaceConfig(Strict):
 class TaskConfig(Strict):
     """A task of the objective: an lm-eval task, group or tag, or a Python function."""
 
-    task: str
+    task: Name
     """Name of the task, group or tag in lm-eval."""
-    metric: str | None = None
+    metric: Name | None = None
     """Metric of the task; its first unless named."""
-    filter: str | None = None
+    filter: Name | None = None
     """lm-eval's filter of the task's answers; its first unless named."""
     weight: Number = Field(default=1.0, gt=0)
     """Weight of the task in the objective."""
@@ -107,7 +108,7 @@ class TaskConfig(Strict):
     unless given."""
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """'module:function' that scores candidates in place of a task, see `evomerge.evaluation.python_tasks`."""
-    name: str | None = Field(default=None, min_length=1)
+    name: Name | None = None
     """Name of a Python task."""
     higher_is_better: bool | None = None
     """Whether higher values are better; needed where a metric does not say, true of a Python task."""
@@ -368,7 +369,7 @@ class Config(Strict):
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the study and of its folder: letters, digits, '.', '_' and '-', at most 64."""
-    models: dict[str, ModelConfig] = Field(min_length=2)
+    models: dict[Name, ModelConfig] = Field(min_length=2)
     """Name -> parent model."""
     base: str
     """Name of the model that the others are compared with, whose shape the merge has."""

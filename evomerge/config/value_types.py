@@ -44,6 +44,14 @@ def _backend_name(value: str) -> str:
     return value
 
 
+def _printable(value: str) -> str:
+    if not value.isprintable() or value != value.strip():
+        raise ValueError("should be printable text without spaces around it")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+"""A name of a model, task or the like, which tables and reports show."""
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 """A whole number."""
 Number = Annotated[float, BeforeValidator(_no_truth_value)]

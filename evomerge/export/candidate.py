@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evomerge import __version__
+from evomerge._escaping import markdown
 from evomerge.checkpoints import Parent
 from evomerge.errors import RecipeError
 from evomerge.export import open_route
@@ -52,10 +53,10 @@ def export_candidate(
             notes = _write_route(candidate, staging, weights)
         else:
             notes = _write_merge(candidate, staging, weights, progress)
-        (staging / "recipe.json").write_text(candidate.recipe.canonical() + "\n")
+        (staging / "recipe.json").write_text(candidate.recipe.canonical() + "\n", encoding="utf-8")
         lineage = candidate_lineage(store, candidate.study, trial)
-        (staging / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
-        (staging / "README.md").write_text(render_card(candidate, notes))
+        (staging / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(render_card(candidate, notes), encoding="utf-8")
 
 
 def recipe_yaml(candidate: StoredCandidate) -> str:
@@ -99,10 +100,10 @@ def _write_merge(
         merged = merge.Merge(candidate.recipe, candidate.parents)
         checkpoint_writer.write_into(merged, directory, progress)
     try:
-        (directory / "recipe.yaml").write_text(recipe_yaml(candidate))
+        (directory / "recipe.yaml").write_text(recipe_yaml(candidate), encoding="utf-8")
     except RecipeError as error:  # such as one model's layers between another's embeddings and head
         advice = "`evomerge merge` of recipe.json makes the model."
-        return [f"There is no recipe.yaml for mergekit: {error}. {advice}"]
+        return [f"There is no recipe.yaml for mergekit: {markdown(str(error))}. {advice}"]
     return []
 
 

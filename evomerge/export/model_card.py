@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evomerge import __version__
+from evomerge._escaping import markdown, markdown_code
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
 from evomerge.reports.route_text import hops
@@ -23,7 +24,7 @@ def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:
     study, trial, recipe = candidate.study, candidate.trial, candidate.recipe
     origin = f"study `{study.name}`, seed {study.seed}. Recipe id `{recipe.id}`"
     models = [_model_line(name, fact.path, fact.revision) for name, fact in study.facts.parents.items()]
-    route = ["", f"Route: {hops(recipe)}."] if candidate.is_route else []
+    route = ["", f"Route: {markdown(hops(recipe))}."] if candidate.is_route else []
     files = []
     if not any(note.startswith(NO_MERGEKIT_FILE) for note in notes):
         command = candidate.mergekit_command
@@ -60,15 +61,15 @@ def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:
 
 
 def _model_line(name: str, path: str, revision: str | None) -> str:
-    at = f" at {revision}" if revision else ""
-    return f"- {name}: `{path}`{at}"
+    at = f" at {markdown(revision)}" if revision else ""
+    return f"- {markdown(name)}: {markdown_code(path)}{at}"
 
 
 def _score_rows(candidate: StoredCandidate) -> list[str]:
     """A Markdown table: a row for each role of this model and of each parent."""
     store, tasks = candidate.store, list(candidate.study.facts.tasks)
     rows = [
-        "| model | role | objective | items | " + " | ".join(tasks) + " |",
+        "| model | role | objective | items | " + " | ".join(map(markdown, tasks)) + " |",
         "| --- " * (4 + len(tasks)) + "|",
     ]
     models = [("this model", candidate.trial.recipe_id)]
@@ -79,5 +80,5 @@ def _score_rows(candidate: StoredCandidate) -> list[str]:
                 continue
             metrics, count = scored.evaluation.metrics, len(scored.evaluation.items)
             values = " | ".join(f"{metrics.get(task, float('nan')):.4f}" for task in tasks)
-            rows.append(f"| {name} | {role} | {scored.score:.4f} | {count} | {values} |")
+            rows.append(f"| {markdown(name)} | {role} | {scored.score:.4f} | {count} | {values} |")
     return rows

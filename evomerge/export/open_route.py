@@ -104,7 +104,7 @@ class OpenRoute:
         text = route_mergekit.yaml_document(
             self.recipe, self.view.hops, self.parents, references, header=header
         )
-        (directory / "recipe.yaml").write_text(text)
+        (directory / "recipe.yaml").write_text(text, encoding="utf-8")
         route_mergekit.write_shell(self.routed, self.view.hops, directory / route_mergekit.SHELL, self.donor)
         return ""
 
@@ -115,7 +115,9 @@ class OpenRoute:
             named = mergekit_yaml.with_outer_filters(
                 self.recipe, layout.outer_names("embeddings"), layout.outer_names("head")
             )
-            (directory / "recipe.yaml").write_text(mergekit_yaml.dump(named, references, header))
+            (directory / "recipe.yaml").write_text(
+                mergekit_yaml.dump(named, references, header), encoding="utf-8"
+            )
         except RecipeError as error:
             return f"{NO_MERGEKIT_FILE}: {error}"
         return ""

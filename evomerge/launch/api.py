@@ -98,7 +98,9 @@ def run(
     )
     with study.store, contextlib.closing(study.pool):
         study.run()
-        study.store.path.with_name("report.md").write_text(reports.study_markdown(study.store))
+        study.store.path.with_name("report.md").write_text(
+            reports.study_markdown(study.store), encoding="utf-8"
+        )
     return StudyView(study.store.path)
 
 

@@ -134,13 +134,13 @@ def _memory() -> dict[str, int]:
     memory: dict[str, int] = {}
     names = {"MemTotal": "total", "MemAvailable": "available"}
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             name, _, rest = line.partition(":")
             if name in names:
                 memory[names[name]] = int(rest.split()[0]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
         if limit.isdigit() and int(limit) < memory["total"]:
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
             free = max(0, int(limit) - used)
             memory = {"total": int(limit), "available": min(memory["available"], free)}
     except (OSError, ValueError, KeyError):

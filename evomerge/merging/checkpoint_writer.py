@@ -93,7 +93,7 @@ def write_into(
                 "allowed; raise --memory"
             )
     _save(merge, directory, progress, shard)
-    (directory / "config.json").write_text(json.dumps(merge.config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(merge.config, indent=2) + "\n", encoding="utf-8")
     write_companion_files(merge, directory)
 
 
@@ -150,7 +150,9 @@ def _save(merge: Merge, directory: Path, progress: Progress | None, shard: int) 
         weight_map = {step.name: name for name, steps in zip(names, shards, strict=True) for step in steps}
         total = sum(step.info.nbytes for step in merge.steps)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _shards(steps: Sequence[Step], size: int) -> list[list[Step]]:

@@ -54,7 +54,7 @@ def write_companion_files(merge: Merge, directory: Path) -> None:
         generation = donor / _GENERATION
         if generation.is_file():
             config = merge.vocabulary.config(read_json_object(generation, ""))
-            (directory / _GENERATION).write_text(json.dumps(config, indent=2) + "\n")
+            (directory / _GENERATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         merge.vocabulary.save(directory)
     if merge.recipe.chat_template is not None:
         _write_chat_template(merge, directory, merge.recipe.chat_template)
@@ -76,9 +76,9 @@ def _write_chat_template(merge: Merge, directory: Path, requested: str) -> None:
     if config.is_file():
         data = read_json_object(config, "")
         data.pop("chat_template", None)
-        config.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        config.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (directory / "chat_template.json").unlink(missing_ok=True)
-    (directory / "chat_template.jinja").write_text(text)
+    (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
 def _chat_template(path: Path) -> str | None:

@@ -138,7 +138,7 @@ def compare_with_mergekit(recipe: Path, ours: Path, environment: Path) -> Compar
         out = Path(scratch) / "out"
         copy = Path(scratch) / "recipe.yaml"
         documents = [_with_absolute_folders(document.data) for document in _yaml.read_all(recipe)]
-        copy.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+        copy.write_text(yaml.safe_dump_all(documents, sort_keys=False), encoding="utf-8")
         run_mergekit(program, copy, out, shown=recipe)
         return compare(Checkpoint(ours), Checkpoint(out))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evomerge._escaping import markdown, markdown_data
 from evomerge.errors import StudyError
 from evomerge.recipes import Filtered, Mix, Recipe, Setting
 from evomerge.reports import route_text
@@ -29,12 +30,12 @@ def study_markdown(store: Store) -> str:
     study = store.study()
     if study is None or study.outcome is None:
         raise StudyError(f"{store.path.parent.name} is not finished; there is nothing to report yet")
-    data = study_summary(store)
+    data = markdown_data(study_summary(store))
     best, references = data["best"], data["references"]
     lines = [f"# {study.name}: {_verdict(best, references)}", ""]
     lines += _overview(data)
     lines += _flat_tasks(data["flat"])
-    lines += _scores(study.name, best, references, list(study.facts.tasks))
+    lines += _scores(study.name, best, references, [markdown(task) for task in study.facts.tasks])
     lines += _selection_bias(best)
     lines += _finalists([*data["finalists"], *references])
     lines += _retention(data["retention"])
@@ -57,7 +58,7 @@ def study_markdown(store: Store) -> str:
         ", ".join(f"{name} {version}" for name, version in sorted(study.facts.versions.items())),
         "",
     ]
-    failures = [f"- candidate {trial.id}: {trial.error}" for trial in store.trials() if trial.error]
+    failures = [f"- candidate {trial.id}: {markdown(trial.error)}" for trial in store.trials() if trial.error]
     if failures:
         lines += ["## Failed candidates", "", *failures, ""]
     return "\n".join(lines)
@@ -212,7 +213,7 @@ def _retention(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _trade_offs(store: Store) -> list[str]:
     """The Pareto front over tasks."""
-    data = front(store)
+    data = markdown_data(front(store))
     tasks = data["tasks"]
     if not data["candidates"] or len(tasks) < 2:
         return []
@@ -237,7 +238,10 @@ def _trade_offs(store: Store) -> list[str]:
 
 def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
     """Parameters by model, a row for each run of places mixed alike. depths: see `Recipe.is_route`."""
-    lines = [f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {recipe.base}, {recipe.out_dtype}.", ""]
+    lines = [
+        f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {markdown(recipe.base)}, {recipe.out_dtype}.",
+        "",
+    ]
     is_route = recipe.is_route(depths)
     if is_route:
         lines += [*route_text.route_lines(recipe), ""]
@@ -250,7 +254,7 @@ def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
             if not isinstance(values, tuple):
                 continue
             for (model, _), value in zip(mix.sources, values, strict=True):
-                lines.append(f"| {places} | {param} | {model} | {_setting(value)} |")
+                lines.append(f"| {places} | {param} | {markdown(model)} | {markdown(_setting(value))} |")
     return lines
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evomerge._escaping import markdown, markdown_code
 from evomerge.recipes import Recipe
 from evomerge.store import Outcome, Store, Trial
 
@@ -63,10 +64,10 @@ def route_lines(recipe: Recipe) -> list[str]:
     embeddings = recipe.embeddings
     outer = embeddings.sources[0][0] if embeddings.method == "passthrough" else embeddings.method
     return [
-        f"Route of {len(recipe.layers)} layers, embeddings and head of {outer}; "
+        f"Route of {len(recipe.layers)} layers, embeddings and head of {markdown(outer)}; "
         "a factor is of the hidden state that enters a layer:",
         "",
-        hops(recipe),
+        markdown(hops(recipe)),
     ]
 
 
@@ -81,7 +82,7 @@ def intermediate_merges(recipe: Recipe) -> list[str]:
     """
     lines = []
     for name, merge in recipe.stages:
-        lines += [f"`{name}` is recipe `{merge.id}`, of the stage before.", ""]
+        lines += [f"{markdown_code(name)} is recipe `{merge.id}`, of the stage before.", ""]
     return lines
 
 

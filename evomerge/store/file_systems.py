@@ -43,7 +43,7 @@ def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> st
         Type such as 'ext4' or 'nfs4'; None where the machine does not say.
     """
     try:
-        lines = mounts.read_text(errors="replace").splitlines()
+        lines = mounts.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
         return None
     place = os.path.realpath(folder)

@@ -215,7 +215,7 @@ def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driv
 def _named(path: Path) -> tuple[str, int] | None:
     """(host, pid) that a lock or a lease names."""
     try:
-        match = re.fullmatch(r"host (.+), pid (\d+)", path.read_text().strip())
+        match = re.fullmatch(r"host (.+), pid (\d+)", path.read_text(encoding="utf-8").strip())
     except (OSError, ValueError):
         return None
     return (match[1], int(match[2])) if match else None

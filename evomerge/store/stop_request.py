@@ -29,7 +29,7 @@ def ask_to_stop(store: Path) -> Driver | None:
         return None
     request = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     beside = store.with_name(f"{STOP}.{os.getpid()}")
-    beside.write_text(json.dumps(request))
+    beside.write_text(json.dumps(request), encoding="utf-8")
     beside.replace(store.with_name(STOP))
     return running
 

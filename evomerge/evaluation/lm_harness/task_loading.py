@@ -119,6 +119,9 @@ class LoadedTasks:
         return hashlib.sha256(repr(members).encode()).hexdigest()
 
 
+_LONGEST_NAME = 200  # characters
+
+
 def load(
     specs: Sequence[TaskSpec],
     prompting: Prompting,
@@ -150,6 +153,11 @@ def load(
         try:
             members, group = _expand(spec, catalogue, warnings)
             for name, (task_spec, task) in members.items():
+                if not name.isprintable() or len(name) > _LONGEST_NAME:
+                    raise TaskError(
+                        f"a task of '{spec.task}' is called {ascii(name)[:_LONGEST_NAME]}; give it printable "
+                        f"text of at most {_LONGEST_NAME} characters for a name"
+                    )
                 if name in loaded:
                     raise TaskError(
                         f"task '{name}' is part of '{spec.task}' and of an entry before it; list it once"

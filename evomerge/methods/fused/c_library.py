@@ -158,7 +158,7 @@ def _compiler() -> str | None:
 
 def _compiled(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library for this source, compiler and processor; compiled beside and renamed."""
-    parts = [_SOURCE.read_text(), _version(compiler), *flags, _processor()]
+    parts = [_SOURCE.read_text(encoding="utf-8"), _version(compiler), *flags, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge"
     try:
@@ -191,7 +191,7 @@ def _processor() -> str:
     """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
     told_apart_by = ("flags", "Features", "model name", "cpu family")
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(sorted({line for line in lines if line.startswith(told_apart_by)}))

@@ -120,7 +120,7 @@ class _LastLines(logging.Handler):
 def _private_memory() -> int:
     """Bytes of its own that this process has in memory, without mapped files; 0 where unknown."""
     try:
-        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text(encoding="utf-8").split())
         return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0

@@ -1,0 +1,70 @@
+"""What the verbs print: text made harmless for a terminal, in whatever characters its locale has."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import sys
+from typing import Any, TextIO
+
+from evomerge._escaping import printable
+from evomerge._redaction import ScrubbedFormatter
+
+_PLAIN = {
+    "–": "-",
+    "—": "-",
+    "±": "+-",
+    "…": "...",
+    "×": "x",
+    "▁": ".",
+    "▂": ".",
+    "▃": ":",
+    "▄": ":",
+    "▅": "=",
+    "▆": "=",
+    "▇": "#",
+    "█": "#",
+}
+"""Characters of our own texts -> what stands for them where a locale lacks them."""
+
+
+def put(text: str, *, flush: bool = False) -> None:
+    """Prints a result.
+
+    Args:
+        text: One line or several; signs that a terminal obeys are spelt out.
+        flush: Whether it is to be seen at once.
+    """
+    print(printable(text), flush=flush)
+
+
+def tell(text: str) -> None:
+    """Prints a message to standard error, at once.
+
+    Args:
+        text: One line or several; signs that a terminal obeys are spelt out.
+    """
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def print_in_any_locale() -> None:
+    """Has standard output and error replace characters that they lack, which is an error of Python's else.
+
+    What is logged without a handler, warnings, goes there too, without secrets.
+    """
+    codecs.register_error("evomerge", _replaced)
+    for stream in (sys.stdout, sys.stderr):
+        _reconfigure(stream)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(ScrubbedFormatter("%(message)s"))
+
+
+def _reconfigure(stream: TextIO | Any) -> None:
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="evomerge")
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c) or c.encode("unicode_escape").decode() for c in characters), error.end
