@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.python_sources import sources_of
 from evomerge.evaluation.records import ROLES, Items, ItemScore, Role, role_of_hash
 
 
@@ -51,6 +52,7 @@ class _Function:
         call: The function.
         takes_items: Whether it takes the ids to score.
         sha256: Of its module's source.
+        sources: The code that the module depends on, see `python_sources.sources_of`.
         known_items: Every item that it scored for the base.
         items: The items of each role.
     """
@@ -59,6 +61,7 @@ class _Function:
     call: Callable[..., Any]
     takes_items: bool
     sha256: str
+    sources: Mapping[str, str]
     known_items: frozenset[str]
     items: Mapping[Role, tuple[str, ...]]
 
@@ -163,6 +166,10 @@ class PythonTasks:
             for name, f in self._functions.items()
         }
 
+    def sources(self) -> dict[str, dict[str, str]]:
+        """See `TaskSet.sources`: all Python below the module's folder, and the packages that it imports."""
+        return {name: dict(function.sources) for name, function in self._functions.items()}
+
     def backends(self, model: nn.Module) -> dict[str, str]:
         """See `TaskSet.backends`: the function, and the SHA-256 of its module's source file."""
         return {
@@ -217,7 +224,8 @@ def _checked_values(function: _Function, result: Any, ids: Sequence[str]) -> lis
 
 def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Role, int]) -> _Function:
     """Imports a function and learns its items from one call on the base."""
-    call, source = _import_function(spec)
+    call, file = _import_function(spec)
+    sources = sources_of(spec.function.partition(":")[0], file)
     positional = [
         p
         for p in inspect.signature(call).parameters.values()
@@ -238,7 +246,8 @@ def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Ro
             f"got {str(result)[:80]}"
         )
     items = _assign_roles(spec.name, list(result), limits)
-    return _Function(spec, call, takes_items, hashlib.sha256(source).hexdigest(), frozenset(result), items)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return _Function(spec, call, takes_items, digest, sources, frozenset(result), items)
 
 
 def _assign_roles(name: str, ids: Sequence[str], limits: Mapping[Role, int]) -> dict[Role, tuple[str, ...]]:
@@ -267,8 +276,8 @@ def _call(
         return call(model, tokenizer, items) if takes_items else call(model, tokenizer)
 
 
-def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
-    """(the function, its module's source)."""
+def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], Path]:
+    """(the function, its module's source file)."""
     module_name, _, name = spec.function.partition(":")
     here = os.getcwd()
     sys.path.append(here)  # last: files in the working directory hide no installed module
@@ -288,7 +297,7 @@ def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], bytes]:
         raise TaskError(
             f"python task '{spec.name}': {module_name} holds no function '{name}' written in Python"
         )
-    return call, Path(file).read_bytes()
+    return call, Path(file)
 
 
 def _to_float(value: Any) -> float:

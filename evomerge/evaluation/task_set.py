@@ -114,6 +114,14 @@ class TaskSet(Evaluator, Protocol):
         """Task named in the search -> SHA-256 of all that its scores depend on beside the model."""
         ...
 
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Describes the code of tasks whose fingerprint does not hold it.
+
+        Returns:
+            Task named in the search -> file or package -> hash or version, what resume compares.
+        """
+        ...
+
     def backends(self, model: nn.Module) -> dict[str, str]:
         """Describes what answers each task.
 
@@ -238,6 +246,10 @@ class CombinedTasks:
     def fingerprint(self) -> dict[str, str]:
         """See `TaskSet.fingerprint`."""
         return {name: digest for task_set in self._sets for name, digest in task_set.fingerprint().items()}
+
+    def sources(self) -> dict[str, dict[str, str]]:
+        """See `TaskSet.sources`."""
+        return {name: of for task_set in self._sets for name, of in task_set.sources().items()}
 
     def backends(self, model: nn.Module) -> dict[str, str]:
         """See `TaskSet.backends`."""

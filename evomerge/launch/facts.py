@@ -45,6 +45,8 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
             for name, model in settings.models.items()
         },
         tasks=harness.fingerprint(),
+        # what an older version began knows of no sources, and goes on without
+        sources={} if stored and not stored.sources else harness.sources(),
         metrics={t.task: harness.metric(t.task) for t in settings.tasks},
         terms=task_terms(settings, harness),
         backends={} if loaded.is_replaced else backends(harness, loaded.scorer.model),

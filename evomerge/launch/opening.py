@@ -19,7 +19,7 @@ from evomerge.launch.threads import set_torch_threads
 from evomerge.launch.weight_space import make_space
 from evomerge.merging.vocabulary.alignment import check_rows
 from evomerge.spaces import WeightSpace
-from evomerge.store import Store, StudyFacts
+from evomerge.store import Store, StudyFacts, study_facts
 from evomerge.workers.worker import Worker
 
 
@@ -142,6 +142,14 @@ def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
                 f"task '{task}' is not what {study.name} was searched with: "
                 "its items, prompts or settings differ; bring those back"
             )
+    sources = opened.harness.sources() if study.facts.sources else {}
+    changed = study_facts.differences(
+        {task: dict(of) for task, of in study.facts.sources.items()} if sources else {}, sources
+    )
+    if changed:
+        raise StudyError(
+            f"the code of a task is not what {study.name} was searched with: {changed[0]}; bring that back"
+        )
     return opened
 
 

@@ -301,4 +301,6 @@ def _same_term(term: str, before: StudyFacts, now: StudyFacts) -> bool:
     if before.tasks[term] != now.tasks.get(term) or before.terms[term] != now.terms[term]:
         return False
     subtasks = [name for name, _ in now.terms[term].subtasks]
+    if before.sources.get(term) != now.sources.get(term):
+        return False
     return all(before.backends.get(name) == now.backends.get(name) for name in subtasks)

@@ -79,6 +79,8 @@ class StudyFacts:
     Attributes:
         parents: Model name -> which model it is.
         tasks: Task -> hash of its settings, code, prompts and of which items have which role.
+        sources: Python task -> file or package -> hash or version of the code that it depends on; empty for a
+            study of a version that did not store it.
         metrics: Task -> name of its metric.
         terms: Task -> what its metric is; empty for a study of a version that did not store it.
         backends: Task -> what scores it: 'compiled', or 'lm-eval: ' and the reason.
@@ -100,6 +102,7 @@ class StudyFacts:
 
     parents: Mapping[str, ParentFacts] = field(default_factory=dict)
     tasks: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
     terms: Mapping[str, TermFacts] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=dict)
@@ -163,6 +166,7 @@ class StudyFacts:
             "depth": self.base_layers,
             "threads": self.threads,
             "versions": dict(self.versions),
+            **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
         }
 

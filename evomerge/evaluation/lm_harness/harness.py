@@ -188,6 +188,10 @@ class LmHarness:
         """
         return {name: self._loaded.fingerprint(name) for name in self._loaded.terms}
 
+    def sources(self) -> dict[str, dict[str, str]]:
+        """See `TaskSet.sources`. None: the code of a task is in its fingerprint."""
+        return {}
+
     def examples(self, count: int) -> list[tuple[str, str]]:
         """See `TaskSet.examples`. Items of one task after the other."""
         by_task = [
