@@ -38,6 +38,7 @@ SLOW = (
     "cli/test_control.py",
     "cli/test_folders.py",
     "cli/test_startup.py",
+    "cli/test_test_items.py",
     "contracts/test_backends.py",
     "contracts/test_kernel_backends.py",
     "contracts/test_optimizers.py",

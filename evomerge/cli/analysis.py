@@ -82,7 +82,7 @@ def compare(
         typer.Option(help="Show this many items with every model's output, those that differ first."),
     ] = None,
     score: Annotated[
-        bool, typer.Option("--score", help="Score now what is missing; shown, not stored.")
+        bool, typer.Option("--score", help="Score now what is missing; a look at test items is counted.")
     ] = False,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,

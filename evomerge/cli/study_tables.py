@@ -105,7 +105,7 @@ def _score_lines(score: Mapping[str, Any]) -> list[str]:
 
 def _conclusions(data: Mapping[str, Any]) -> list[str]:
     """What follows the table: the winner's interval and bias, skills lost, front, partial scores."""
-    from evomerge.reports import lost_skills
+    from evomerge.reports import lost_skills, test_item_uses
 
     best, lines = data["best"] or {}, [""]
     if "test_interval" in best:
@@ -115,6 +115,8 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
             bias = f"; search - test {best['luck']:+.3f} ± {best['luck_error']:.3f} (selection bias)"
         lines.append(f"test score of the best, 95 % interval: {low:.3f} to {high:.3f}{bias}")
     lines += [f"without a signal before the search: {sentence}" for sentence in data["flat"]]
+    if uses := test_item_uses(data):
+        lines.append(uses)
     if retention := lost_skills(data["retention"]):
         lines.append(f"retention: {retention}")
     if len(data["pareto"]) > 1:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from evomerge import __version__
 from evomerge._escaping import markdown, markdown_code
+from evomerge.export import choice
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
 from evomerge.reports.route_text import hops
@@ -47,8 +48,7 @@ def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:
         "",
         *_score_rows(candidate),
         "",
-        "Validation items chose this candidate among the finalists; "
-        "test items were used once, after the choice.",
+        " ".join(choice.sentences(candidate)),
         "",
         "## Files",
         "",

@@ -119,7 +119,7 @@ def compare(
             with the first.
         role: Whose items: 'search', 'validation' or 'test'.
         task: The only task to compare on; None for all, and the objective.
-        score: Score now what is missing, which opens models; shown, not stored.
+        score: Score now what is missing, which opens models; a look at test items is stored and counted.
         root: Folder of the studies; None for $EVOMERGE_ROOT, else results.
 
     Returns:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evomerge.config import Config
+from evomerge.config import Config, loading
 from evomerge.errors import StudyError, unwritable
 from evomerge.evaluation import ROLES, Evaluator
 from evomerge.launch import first_scores, route_screen, stages
@@ -82,6 +82,7 @@ def prepare_study(
                 f"study '{settings.study}' exists at {path.parent}; "
                 "add --resume to go on, or choose another name"
             )
+        _refuse_smaller_budget(store, request.effective_settings)
         return _prepare(
             request, store, _Execution(allowed or Allowed(), workers, earlier, show, wrap, accept_floor)
         )
@@ -91,6 +92,23 @@ def prepare_study(
             _leave(path.parent, before)
         store.close()
         raise
+
+
+def _refuse_smaller_budget(store: Store, settings: Config) -> None:
+    """Raises StudyError for a budget that is below what was done, and smaller than it was.
+
+    The outcome would become that of the first candidates, and test items would be used for another winner.
+    """
+    stored = store.study()
+    if stored is None:
+        return
+    before, _ = loading.stored(stored.name, stored.config, stored.overrides)
+    budget, done = settings.budgets[-1], store.usage.searched(len(settings.budgets) - 1)
+    if budget < min(done, before.budgets[-1]):
+        raise StudyError(
+            f"{done} evaluations are done in study '{stored.name}', and a budget of {budget} evaluations "
+            f"would leave some of them out; give --evaluations {done} or more, or another study name"
+        )
 
 
 def _made(folder: Path) -> frozenset[str] | None:

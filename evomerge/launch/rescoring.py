@@ -17,7 +17,7 @@ from evomerge.recipes import Recipe
 from evomerge.reports import comparison, plots
 from evomerge.reports import sensitivity as scanning
 from evomerge.reports.comparison import Contender
-from evomerge.store import Store, Trial
+from evomerge.store import NewEvaluation, Store, Trial
 from evomerge.store.paths import store_path
 from evomerge.workers.worker import Worker
 
@@ -39,8 +39,8 @@ class CompareRequest:
         samples: How many items are asked again, to show every model's output; None for none.
         score: Score now the items that one candidate was scored on and another was not, all of the role where
             none was.
-            These scores are shown and never stored, so that looking at test items leaves no trace that a
-            search could follow.
+            The search never reads these scores. On test items they are stored as looks, so that what test
+            items were used for is known; on others they are shown alone.
     """
 
     role: Role = "test"
@@ -90,11 +90,14 @@ def compare(
         were requested.
 
     Raises:
-        StudyError: If the studies have other tasks, or no items are shared.
+        StudyError: If the studies have other tasks, no items are shared, or test items are to be scored in a
+            study that another process writes.
     """
+    looks = request.score and request.role == "test"  # each is a row of its study
     with ExitStack() as stack:
         stores = {
-            study: stack.enter_context(Store.open(store_path(study, root))) for _, study, _ in candidates
+            study: stack.enter_context(Store.open(store_path(study, root), write=looks))
+            for study in dict.fromkeys(study for _, study, _ in candidates)
         }
         contenders = [
             comparison.contender(stores[study], name, reference, request.role)
@@ -283,7 +286,7 @@ class _Models:
                 requested.append({})
         scored = []
         for done, (contender, items) in enumerate(zip(contenders, requested, strict=True), 1):
-            scored.append(self._scored(contender, items) if items else contender)
+            scored.append(self._scored(contender, items, role) if items else contender)
             show(done, len(contenders))
         return scored
 
@@ -312,9 +315,12 @@ class _Models:
         self._open(study)
         return {task: tuple(ids) for task, ids in self._opened.harness.items(role).items()}
 
-    def _scored(self, contender: Contender, items: Items) -> Contender:
+    def _scored(self, contender: Contender, items: Items, role: Role) -> Contender:
         self._open(contender.study)
         evaluation = self._merge(contender, items)
+        if role == "test":
+            look = NewEvaluation(contender.recipe, "look", items, evaluation, None)
+            self._stores[contender.study].add_evaluation(look)
         scores = {(s.task, s.item): s for s in evaluation.items}
         return replace(
             contender,

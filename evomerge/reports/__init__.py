@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from evomerge.reports.activity import study_activity
 from evomerge.reports.markdown import study_markdown
-from evomerge.reports.summary import candidate, front, lost_skills, resolve, study_summary
+from evomerge.reports.summary import candidate, front, lost_skills, resolve, study_summary, test_item_uses
 
 __all__ = [
     "candidate",
@@ -21,4 +21,5 @@ __all__ = [
     "study_activity",
     "study_markdown",
     "study_summary",
+    "test_item_uses",
 ]

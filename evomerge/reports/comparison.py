@@ -57,11 +57,10 @@ def contender(store: Store, name: str, reference: str, role: Role) -> Contender:
         StudyError: There is no such candidate.
     """
     trial = resolve(store, reference)
-    evaluations = tuple(
-        scored.evaluation
-        for scored_role, scored in store.evaluations(trial.recipe_id)
-        if scored_role == role and scored.evaluation.error is None
-    )
+    found = [scored for scored_role, scored in store.evaluations(trial.recipe_id) if scored_role == role]
+    if role == "test":
+        found += store.usage.looks(trial.recipe_id)
+    evaluations = tuple(scored.evaluation for scored in found if scored.evaluation.error is None)
     scores = {(score.task, score.item): score for evaluation in evaluations for score in evaluation.items}
     return Contender(name, store.path.parent.name, trial, store.recipe(trial.recipe_id), scores, evaluations)
 

@@ -9,7 +9,7 @@ from evomerge._escaping import markdown, markdown_data
 from evomerge.errors import StudyError
 from evomerge.recipes import Filtered, Mix, Recipe, Setting
 from evomerge.reports import route_text
-from evomerge.reports.summary import front, lost_skills, study_summary
+from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
 from evomerge.store import Store, Trial
 
 
@@ -91,10 +91,11 @@ def _between(interval: Sequence[float] | None, form: str) -> str:
 
 
 def _overview(data: Mapping[str, Any]) -> list[str]:
+    uses = test_item_uses(data) or "test items were not used"
     return [
         f"Seed {data['seed']}, {data['evaluations']} candidates in {data['generations']} generations, "
         f"{data['failed']} failed evaluations. Search scores are on the items of the candidate's generation; "
-        "validation chose the winner; test items were scored once, after it.",
+        f"validation chose the winner. {uses[:1].upper()}{uses[1:]}.",
         "",
     ]
 

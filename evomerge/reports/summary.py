@@ -25,8 +25,9 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         `partial` on a part of the items. `store`: what the check found, 'not checked' without one. `pareto`:
         ids of the candidates on the front, see `front`. `best`, `references` (parents and hand recipes) and
         `finalists`: rows with scores by role, of which `search` is the objective by the tasks' metrics, also
-        where candidates are ranked by soft metrics. `retention`: by task and parent what the winner has lost,
-        empty before the end. `flat`: a sentence for each task on which all parents score alike.
+        where candidates are ranked by soft metrics. `test_items`: how many `winners` they were used for, and
+        at how many candidates somebody `looks` by hand. `retention`: by task and parent what the winner has
+        lost, empty before the end. `flat`: a sentence for each task on which all parents score alike.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -49,6 +50,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "store": store.check() if check else "not checked",
         "pareto": [trial.id for trial in _front(store)[1]],
         "flat": flat_tasks(store, trials),
+        "test_items": _test_items(store, study),
         "retention": [] if study.outcome is None else list(study.outcome.retention),
     }
     if study.outcome is not None:
@@ -86,6 +88,23 @@ def flat_tasks(store: Store, trials: Sequence[Trial]) -> list[str]:
         for task, facts in _study(store).facts.terms.items()
     ]
     return [task.sentence() for task in find_flat_tasks(terms, parents)]
+
+
+def test_item_uses(data: Mapping[str, Any]) -> str:
+    """Says what the test items of a study were used for.
+
+    Args:
+        data: As `study_summary` gives it.
+
+    Returns:
+        A clause, '' where they were not used.
+    """
+    winners, looks = data["test_items"]["winners"], data["test_items"]["looks"]
+    if not winners and not looks:
+        return ""
+    uses = [f"for {winners} winner{'s' if winners != 1 else ''}"] if winners else []
+    uses += [f"by hand for {looks} other candidate{'s' if looks != 1 else ''}"] if looks else []
+    return f"test items were used {', and '.join(uses)}"
 
 
 def resolve(store: Store, reference: str) -> Trial:
@@ -232,6 +251,15 @@ def _study(store: Store) -> StudyRow:
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
     return study
+
+
+def _test_items(store: Store, study: StudyRow) -> dict[str, int]:
+    """How many winners test items were used for, and how many candidates somebody looked at."""
+    uses = store.usage.test_uses()
+    winners = {use.recipe_id for use in uses if use.tests and not use.is_reference}
+    if study.outcome is not None and study.outcome.best.get("test") is not None:
+        winners.add(str(study.outcome.best["recipe"]))
+    return {"winners": len(winners), "looks": sum(use.looks > 0 for use in uses)}
 
 
 def _front(store: Store) -> tuple[str, list[Trial]]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evomerge.errors import NothingToExport
+from evomerge.errors import NothingToExport, StudyError
 from evomerge.evaluation.estimates import Estimate
 from evomerge.search import selection
 from evomerge.search.generation_runner import GenerationRunner
@@ -129,9 +129,11 @@ class FinalSelection:
 
         Raises:
             NothingToExport: As `elect`.
+            StudyError: An outcome is stored that was chosen among more finalists.
         """
         store, objective, last = self.store, self.plan.objective, searched[-1].last
         finalists = [t for stage in searched for t in stage.finalists]
+        self._refuse_fewer(finalists, last)
         election = self.elect(references, searched)
         winner, validated = election.winner, election.validated
         trials = store.trials()
@@ -188,6 +190,16 @@ class FinalSelection:
                 island=number,
             )
         return self.runner.score_means(last, candidates)
+
+    def _refuse_fewer(self, finalists: Sequence[Trial], last: int) -> None:
+        """Raises StudyError where an outcome of as many generations was chosen among more finalists."""
+        study = self.store.study()
+        stored = None if study is None else study.outcome
+        if stored is not None and stored.generations >= last and len(stored.finalists) > len(finalists):
+            raise StudyError(
+                f"the winner that is stored was chosen among {len(stored.finalists)} finalists, and would be "
+                f"replaced by one of {len(finalists)}; give search.finalists its value of before, or more"
+            )
 
     def _size_penalty(self, trial: Trial) -> float:
         return self.plan.objective.size_penalty(trial.costs)

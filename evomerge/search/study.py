@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evomerge.errors import ConfigError, FailureBudget, Paused
+from evomerge.errors import ConfigError, FailureBudget, Paused, StudyError
 from evomerge.search import event_loop
 from evomerge.search.dispatch import Dispatch
 from evomerge.search.final_selection import FinalSelection, SearchedStage
@@ -87,8 +87,9 @@ class Study:
             Paused: A stop was requested, or the disk is full; the study may be resumed.
             FailureBudget: Too many candidates failed.
             NothingToExport: No finalist, parent or hand recipe could be scored on the validation items.
-            StudyError: The store holds another search.
+            StudyError: The store holds another search, or one that went further than this one would.
         """
+        stored = self.store.study()
         self.store.set_state("running")
         try:
             outcome = self._run()
@@ -98,6 +99,10 @@ class Study:
             raise
         except (FailureBudget, ConfigError):
             self.store.set_state("failed")
+            raise
+        except StudyError:
+            if stored is not None:
+                self.store.set_state(stored.state)
             raise
         self.store.finish(outcome)
         return outcome
@@ -126,6 +131,7 @@ class Study:
                 start = StageStart(number, known, (best.id,), last + 1)
             islands = self._search(stage, opening, start)
             last = max(island.last_generation for island in islands)
+            self._refuse_less(stage, number, last)
             first = start.first_generation
             late_after = first - 1 + opening.late * (last - first + 1)
             finalists = self._finals.finalists(islands, references, late_after, last)
@@ -136,6 +142,15 @@ class Study:
                 note = f"{place}: candidate {best.id} goes on"
                 self.show(Progress(stage.name, 1, 1, None, note))
         return self._finals.outcome(references, searched)
+
+    def _refuse_less(self, stage: Stage, number: int, last: int) -> None:
+        """Raises StudyError where a stage ends before what the store holds of it."""
+        stored = self.store.usage.last_generation(number)
+        if stored > last:
+            raise StudyError(
+                f"the store holds candidates up to generation {stored}, and a budget of {stage.evaluations} "
+                f"evaluations ends at generation {last}; give a budget of what was done, or more"
+            )
 
     def _show(self, progress: Progress) -> None:
         """Whatever `show` is by now."""
@@ -228,7 +243,7 @@ class Study:
         if (stage, island) in ends:
             return ends[stage, island].generation <= generation
         cause = self.dispatch.exhausted_budget()
-        if cause is None:
+        if cause is None or generation < self.store.usage.last_generation(stage, island):
             return False
         self.store.activity.set_end(stage, island, generation, cause)
         self.show(Progress("search", 1, 1, None, f"after generation {generation}: {cause}"))

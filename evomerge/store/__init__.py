@@ -4,11 +4,11 @@ The driver alone writes; anyone may read, while it writes too. Every acknowledge
 transaction, synced to the disk: a killed driver loses none. Each row carries a digest of itself, so that
 damage that SQLite takes for data is found.
 
-`store` holds trials, evaluations and recipes by name; `activity_log` attempts, worker time and runs;
-`pareto_front` the front over tasks; `study_facts` what a study says of itself and what its search found;
-`records` the values of the tables, `rows` how a row becomes one. `connection` opens the file, with `locks`,
-`file_systems`, `migrations`, `integrity` and `backup`; `paths` says where studies are, `stop_request` lets
-another process end a search. Loads no torch.
+`store` holds trials, evaluations and recipes by name; `activity_log` attempts, worker time and runs; `usage`
+what test items were used for; `pareto_front` the front over tasks; `study_facts` what a study says of itself
+and what its search found; `records` the values of the tables, `rows` how a row becomes one. `connection`
+opens the file, with `locks`, `file_systems`, `migrations`, `integrity` and `backup`; `paths` says where
+studies are, `stop_request` lets another process end a search. Loads no torch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from evomerge.store.records import (
 from evomerge.store.rows import item_set_id
 from evomerge.store.store import Store
 from evomerge.store.study_facts import Outcome, ParentFacts, StageOutcome, StudyFacts, TermFacts
+from evomerge.store.usage import Tested
 
 __all__ = [
     "ActivityLog",
@@ -46,6 +47,7 @@ __all__ = [
     "StudyFacts",
     "StudyRow",
     "TermFacts",
+    "Tested",
     "Trial",
     "WorkerUse",
     "item_set_id",

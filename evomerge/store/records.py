@@ -10,9 +10,9 @@ from evomerge.evaluation import Evaluation, Items, Role
 from evomerge.recipes import Recipe
 from evomerge.store.study_facts import Outcome, StudyFacts
 
-Purpose = Role | Literal["rung"]
-"""What an evaluation is for: a role of its items, or a rung of a race, whose items are a part of a
-generation's."""
+Purpose = Role | Literal["rung", "look"]
+"""What an evaluation is for: a role of its items; a rung of a race, whose items are a part of a generation's;
+or a look at test items that a person asked for, which the search does not read."""
 
 
 @dataclass(frozen=True, slots=True)

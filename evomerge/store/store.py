@@ -28,6 +28,7 @@ from evomerge.store.records import (
     Trial,
 )
 from evomerge.store.study_facts import Outcome, StudyFacts
+from evomerge.store.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Store:
     Attributes:
         path: The file.
         activity: Attempts, worker time, runs of drivers and ends by a budget.
+        usage: How far the search has come, and what its test items were used for.
     """
 
     def __init__(self, file: StudyFile) -> None:
@@ -53,6 +55,7 @@ class Store:
         self._file = file
         self.path = file.path
         self.activity = ActivityLog(file)
+        self.usage = Usage(file)
         self._backed_up = time.monotonic()  # when the last backup was made, or the store opened
         self._changed = False  # whether something was stored since
 
@@ -234,7 +237,7 @@ class Store:
         return None if row is None else evaluation_rows.scored(self._file, row)
 
     def evaluations(self, recipe_id: str) -> list[tuple[Role, Scored]]:
-        """Reads all evaluations of a recipe but those of rungs.
+        """Reads all evaluations of a recipe but those of rungs, and of looks at test items, see `Usage`.
 
         Args:
             recipe_id: Id of the recipe.
@@ -243,7 +246,8 @@ class Store:
             (role, evaluation), the oldest first.
         """
         evaluations = self._file.rows(
-            "SELECT * FROM evaluations WHERE recipe = ? AND role != 'rung' ORDER BY id", (recipe_id,)
+            "SELECT * FROM evaluations WHERE recipe = ? AND role NOT IN ('rung', 'look') ORDER BY id",
+            (recipe_id,),
         )
         return [(row["role"], evaluation_rows.scored(self._file, row)) for row in evaluations]
 

@@ -167,27 +167,33 @@ def test_what_is_printed_is_what_the_rows_say(finished: Path) -> None:
         )
 
 
-def test_what_is_missing_is_named_and_scored_only_if_asked(finished: Path) -> None:
-    with Store.open(finished / "small" / "study.db") as store:
+def test_what_is_missing_is_named_and_scored_only_if_asked(finished: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished, tmp_path / "root"))
+    with Store.open(root / "small" / "study.db") as store:
         trial = next(
             t
             for t in store.trials()
             if t.origin == "sampled" and len({r for r, _ in store.evaluations(t.recipe_id)}) == 1
         )
         before = stored_rows(store.path)
-        code, out, err = in_process("compare", "small/math", f"small/{trial.id}", "--root", finished)
+        code, out, err = in_process("compare", "small/math", f"small/{trial.id}", "--root", root)
         assert (code, out) == (2, "")
         assert (
             "error[E300] there are no items of this role that all were scored on: "
             f"small/{trial.id} lacks 32; add --score" in err
         )
         code, out, err = in_process(
-            "compare", "small/math", f"small/{trial.id}", "--root", finished, "--score", "--json"
+            "compare", "small/math", f"small/{trial.id}", "--root", root, "--score", "--json"
         )
         assert code == 0, err
         opened = opening.open_stored_search(store)
         own = opened.load().evaluate(store.recipe(trial.recipe_id), opened.harness.items("test"))
-        assert stored_rows(store.path) == before, "looking leaves no trace"
+        after = stored_rows(store.path)
+        looks = [row for row in after["evaluations"] if row["role"] == "look"]
+        assert [(row["recipe"], row["score"]) for row in looks] == [(trial.recipe_id, None)]
+        after["evaluations"] = [row for row in after["evaluations"] if row["role"] != "look"]
+        after["item_sets"] = [row for row in after["item_sets"] if row in before["item_sets"]]
+        assert after == before, "a look at test items is a row, and nothing else"
     for row in json.loads(out)["rows"][:-1]:
         assert row["scores"][1] == pytest.approx(own.metrics[row["task"]])
 

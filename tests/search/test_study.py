@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from evomerge.evaluation import Items, Objective, Term
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Progress, Study
+from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.store import Outcome, Store, StudyFacts
 from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
 from tests.support.toy_search import (
@@ -323,20 +324,61 @@ def test_the_same_budget_again_changes_nothing(
     assert stored_rows(file) == whole[0]
 
 
-def test_a_smaller_budget_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_smaller_budget_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    """Else the outcome would become that of the first candidates, and test items be used again."""
     file = tmp_path / "trial" / "study.db"
-    search(file, ToyPool())
+    outcome = search(file, ToyPool())
     before = stored_rows(file)
     pool = ToyPool()
-    outcome = search(file, pool, plan(evaluations=6))
-    assert outcome.generations == 1
-    after = stored_rows(file)
-    for table in ("recipes", "evaluations", "trials"):
-        assert [row for row in after[table] if row in before[table]] == before[table]
-    assert outcome.best["validation"] == max(
-        r["validation"] for r in [*outcome.finalists, *outcome.references]
-    )
-    assert search(file, ToyPool()).generations == 3, "and back"
+    with pytest.raises(StudyError, match=r"up to generation 3.* ends at generation 1"):
+        search(file, pool, plan(evaluations=6))
+    assert pool.calls == []
+    assert stored_rows(file) == before
+    assert search(file, ToyPool()) == outcome
+
+
+def test_a_smaller_budget_of_a_search_that_is_not_over_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "trial" / "study.db"
+    with pytest.raises(Paused):
+        search(file, ToyPool(), seen=stop_at("generation 2"))
+    before = stored_rows(file)
+    with pytest.raises(StudyError, match="ends at generation 1"):
+        search(file, ToyPool(), plan(evaluations=6))
+    assert stored_rows(file) == before
+    assert search(file, ToyPool()).generations == 3
+
+
+def stop_at(text: str) -> Callable[[Study, Progress], None]:
+    """Asks a search to end at a line of its progress."""
+
+    def seen(study: Study, progress: Progress) -> None:
+        if text in progress.note:
+            study.dispatch.request_stop()
+
+    return seen
+
+
+def test_an_outcome_is_not_replaced_by_one_of_fewer_finalists(tmp_path: Path) -> None:
+    file = tmp_path / "trial" / "study.db"
+    outcome = search(file, ToyPool())
+    assert len(outcome.finalists) == 3
+    before = stored_rows(file)
+    with pytest.raises(StudyError, match="chosen among 3 finalists"):
+        search(file, ToyPool(), plan(finalists=1))
+    assert stored_rows(file) == before
+
+
+def test_a_budget_of_hours_ends_no_search_before_what_is_stored(tmp_path: Path) -> None:
+    """Killed before the end was noted: the replay must not end at its first generation."""
+    file = tmp_path / "trial" / "study.db"
+    with pytest.raises(Paused):
+        search(file, ToyPool(), seen=stop_at("generation 2"))
+    with Store.open(file, write=True) as store:
+        store.activity.add_driven_seconds(7200)
+        pool = ToyPool()
+        dispatch = Dispatch(pool, store, budget=Budget(hours=1))
+        outcome = Study(plan(), store, pool, dispatch=dispatch).run()
+    assert outcome.generations == 2
 
 
 def test_the_budget_is_reached_in_whole_generations(tmp_path: Path) -> None:

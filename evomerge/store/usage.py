@@ -1,0 +1,96 @@
+"""What a study has used up: generations and candidates of its stages, and its test items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evomerge.store import evaluation_rows
+from evomerge.store.connection import StudyFile
+from evomerge.store.records import Scored
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """A recipe that was scored on test items.
+
+    Attributes:
+        recipe_id: Id of the recipe.
+        tests: How often the search scored it there, as its winner or to compare the winner with.
+        looks: How often it was scored there by hand, by `evomerge compare --score`.
+        is_reference: Whether it is a parent or a hand recipe.
+    """
+
+    recipe_id: str
+    tests: int
+    looks: int
+    is_reference: bool
+
+
+class Usage:
+    """What an open study file says of its use, as `Store.usage`::
+
+    with Store.open(path) as store:
+        print(store.usage.searched(0), len(store.usage.test_uses()))
+    """
+
+    def __init__(self, file: StudyFile) -> None:
+        """Reads an open file.
+
+        Args:
+            file: The study's file.
+        """
+        self._file = file
+
+    def last_generation(self, stage: int, island: int | None = None) -> int:
+        """Finds how far a stage has come.
+
+        Args:
+            stage: Number of the stage, from 0.
+            island: One island of it; None for all.
+
+        Returns:
+            The number of its last generation of which a candidate is stored, 0 where there is none.
+        """
+        sql = "SELECT coalesce(max(generation), 0) FROM trials WHERE stage = ? AND origin != 'mean'"
+        if island is None:
+            return int(self._file.row(sql, (stage,))[0])
+        return int(self._file.row(f"{sql} AND island = ?", (stage, island))[0])
+
+    def searched(self, stage: int) -> int:
+        """Counts the candidates of a stage that an optimizer asked for, which its budget counts.
+
+        Args:
+            stage: Number of the stage, from 0.
+
+        Returns:
+            Their number.
+        """
+        sql = "SELECT count(*) FROM trials WHERE stage = ? AND origin IN ('sampled', 'injected')"
+        return int(self._file.row(sql, (stage,))[0])
+
+    def looks(self, recipe_id: str) -> list[Scored]:
+        """Reads what a recipe scored on test items when somebody looked by hand.
+
+        Args:
+            recipe_id: Id of the recipe.
+
+        Returns:
+            The evaluations, the oldest first.
+        """
+        found = self._file.rows(
+            "SELECT * FROM evaluations WHERE recipe = ? AND role = 'look' ORDER BY id", (recipe_id,)
+        )
+        return [evaluation_rows.scored(self._file, row) for row in found]
+
+    def test_uses(self) -> list[Tested]:
+        """Reads what test items were used for; each use is a row of the table of evaluations.
+
+        Returns:
+            Each recipe that was scored on test items, the first first.
+        """
+        sql = (
+            "SELECT recipe, sum(role = 'test'), sum(role = 'look'), EXISTS (SELECT 1 FROM trials t "
+            "WHERE t.recipe = e.recipe AND t.origin IN ('parent', 'hand')) "
+            "FROM evaluations e WHERE role IN ('test', 'look') GROUP BY recipe ORDER BY min(e.id)"
+        )
+        return [Tested(row[0], row[1], row[2], bool(row[3])) for row in self._file.rows(sql)]
