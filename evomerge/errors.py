@@ -15,7 +15,8 @@ EvomergeError                 E000  exit 1
 └── Paused                    E500  exit 75  a signal asked the search to stop; start it again to go on
     ├── Stopped               E510  exit 0   `evomerge stop` asked for it; resume goes on
     ├── NoRoom                E520  exit 75  a disk that is full, or became read-only; make room
-    └── StoreLost             E530  exit 75  the study's file was removed, replaced or moved under its driver
+    ├── StoreLost             E530  exit 75  the study's file was removed, replaced or moved under its driver
+    └── MachineFault          E540  exit 75  the machine fails whatever it is given; mend it
 """
 
 from __future__ import annotations
@@ -140,6 +141,15 @@ class StoreLost(Paused):
     """A study's file is no longer where its driver opened it: removed, replaced, or its folder moved."""
 
     code = "E530"
+
+
+class MachineFault(Paused):
+    """The machine fails at whatever candidate it is given: a full disk, no memory, a lost device.
+
+    The attempts are stored, and no candidate is blamed.
+    """
+
+    code = "E540"
 
 
 def unwritable(path: object, error: OSError) -> EvomergeError:

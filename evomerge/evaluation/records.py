@@ -131,7 +131,7 @@ def mean_metrics(task: str, scores: Sequence[ItemScore]) -> dict[str, float]:
     return metrics
 
 
-CAUSES = ("done", "failed", "died", "hung", "memory", "lost", "late")
+CAUSES = ("done", "failed", "died", "hung", "frozen", "memory", "lost", "late")
 """How an attempt can end; see `Attempt.cause`."""
 
 
@@ -143,8 +143,8 @@ class Attempt:
         recipe_id: Id of the recipe that was to be scored.
         number: Number of the attempt at this job, from 1.
         cause: One of `CAUSES`: 'done'; 'failed' (an `Evaluation` with an error); 'died' (the worker); 'hung'
-            (killed at its time limit); 'memory' (the worker exceeded its memory limit); 'lost' (its node);
-            'late' (a result for which nobody waited any more).
+            (killed at its time limit); 'frozen' (somebody stopped its process); 'memory' (the worker exceeded
+            its memory limit); 'lost' (its node); 'late' (a result for which nobody waited any more).
         error: What went wrong; None if nothing did.
         worker: Name of the worker.
         host: Name of its machine.

@@ -6,12 +6,13 @@ optimizers: `evomerge.search.event_loop` runs those.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from evomerge.errors import Paused, Stopped
+from evomerge.errors import EvomergeError, Paused, Stopped
 from evomerge.evaluation import Evaluation
 from evomerge.store import Store, stop_request
 from evomerge.workers import Job, Pool
@@ -131,12 +132,18 @@ class Dispatch:
             A job as `submit` returned it, and its evaluation.
 
         Raises:
-            Paused: A stop was requested and nothing that may be waited for is in flight.
+            Paused: A stop was requested and nothing that may be waited for is in flight, or the machine fails
+                at whatever it is given. Attempts are stored before.
         """
         while True:
             if self.stop is not StopRequest.NONE:
                 self._drain()
-            result = self.pool.result(_TICK)
+            try:
+                result = self.pool.result(_TICK)
+            except EvomergeError:
+                with contextlib.suppress(Paused):  # the disk may be full, which may be that very reason
+                    self.record_activity()
+                raise
             if result is not None:
                 return result
             if self.stop is StopRequest.NONE and not self.pool.out:

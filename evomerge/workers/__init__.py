@@ -13,7 +13,8 @@ pools by name.
 from __future__ import annotations
 
 from evomerge.workers.failure_policy import Limits
-from evomerge.workers.pool import DescribesWorkers, InProcessPool, Job, Pool, PoolSettings, Scorer
+from evomerge.workers.in_process_pool import InProcessPool
+from evomerge.workers.pool import DescribesWorkers, Job, Pool, PoolSettings, Scorer
 from evomerge.workers.process_pool import ProcessPool
 from evomerge.workers.registry import POOLS, PoolEntry
 

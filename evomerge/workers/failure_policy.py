@@ -1,33 +1,22 @@
 """What failures mean: when a job is poison, a worker waits, a device is quarantined, a pool gives up.
 
-A worker that dies, hangs or gives an error of its machine is not the candidate's fault until others did so
-too: three deaths, two time-outs, the same error at two workers. Other errors are results. No clock, queue or
-process here; times are given in unix seconds.
+All pools share this policy. A worker that dies, hangs or gives an error that may be its machine's is not the
+candidate's fault until others did so too: three deaths, two time-outs, the same error at two workers, of
+which the last was alone on its machine. What only a machine can fail by, such as a full disk, is tried again
+until it succeeds; the search pauses where nothing does. A process that somebody stopped is no time-out. Other
+errors are results. No clock, queue or process here; times are given in unix seconds.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from bisect import bisect_left, insort
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
+
+from evomerge.workers.machine_errors import error_kind, is_machine_error, is_only_machines, wants_memory
 
 log = logging.getLogger(__name__)
 
-_DEVICE_ERRORS = (
-    r"CUDA error|HIP error|cuDNN|CUBLAS|CUSOLVER|NCCL|device-side assert|uncorrectable ECC|AcceleratorError"
-)
-_DEVICE = re.compile(_DEVICE_ERRORS, re.IGNORECASE)
-_MACHINE = re.compile(
-    _DEVICE_ERRORS
-    + r"|out of memory|^MemoryError|DefaultCPUAllocator|^OSError|^(?:BrokenPipe|Connection\w*|Timeout)Error"
-    r"|\[Errno \d+\]|Input/output error|Stale file handle|No space left",
-    re.IGNORECASE,
-)
-_NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?", re.IGNORECASE)
-_RECENT_JOBS = 255  # that the running median is taken over
-_LONGEST_KIND = 120  # characters of an error that are compared
 _LEAST_FAILURES_PER_WORKER = 3  # in a row, before a pool gives up
 
 
@@ -39,14 +28,21 @@ class Limits:
         floor: a job may always take so long.
         factor: a job may take factor times the running median of seconds per cost, times its cost.
         first: a job may take so long while none has finished.
-        opening: the start of a worker may take so long.
+        opening: the start of a worker may take so long, and so may what a job needs before it is scored:
+            merging, and once for each set of items probing and compiling.
+        busy: a job whose process computes may take so many times its limit.
+        look: seconds over which the processor time of a process at its limit is compared.
         poison: workers that die of one job before that is the job's result.
         hangs: time-outs of one job before that is its result.
+        same: machine errors of one kind before that is the job's result, where a candidate may cause them
+            and the machine did other jobs in between, or other machines gave them too.
+        unproven: the same while there is no other job that could tell.
         tries: executions of one job, whatever they ended by, before that is its result.
         strikes: failures in a row at a device of jobs that were then done elsewhere, before the device is
             quarantined.
-        breaker: failures in a row with no job done by any worker (and at least three for each worker), before
-            the pool gives up.
+        ill: machine errors in a row with no job done by any worker (and at least three for each worker),
+            before the search pauses.
+        breaker: the same for all failures, before the pool gives up.
         openings: the same for workers that could not be started, while none ever could (and at least one for
             each).
         memory: bytes that a worker may grow by after its first job before it is replaced; None for as much as
@@ -60,52 +56,21 @@ class Limits:
     factor: float = 4.0
     first: float = 14_400.0
     opening: float = 3_600.0
+    busy: float = 10.0
+    look: float = 10.0
     poison: int = 3
     hangs: int = 2
+    same: int = 2
+    unproven: int = 5
     tries: int = 20
     strikes: int = 5
+    ill: int = 10
     breaker: int = 30
     openings: int = 3
     memory: float | None = None
     backoff: float = 1.0
     longest_backoff: float = 60.0
     alone: float = 120.0
-
-
-def is_machine_error(error: str) -> bool:
-    """Whether an error may be the fault of the machine: of its device, memory, disk or network.
-
-    Args:
-        error: of an evaluation.
-
-    Returns:
-        True for those; all others are the candidate's.
-    """
-    return _MACHINE.search(error) is not None
-
-
-def breaks_device(error: str) -> bool:
-    """Whether a process can no longer use its device after an error.
-
-    Args:
-        error: of an evaluation.
-
-    Returns:
-        True for errors of the accelerator.
-    """
-    return _DEVICE.search(error) is not None
-
-
-def error_kind(error: str) -> str:
-    """What two errors of the same kind have in common.
-
-    Args:
-        error: of an evaluation.
-
-    Returns:
-        The first 120 characters of the text without its numbers.
-    """
-    return _NUMBER.sub("#", error)[:_LONGEST_KIND]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +80,31 @@ class FailedTry:
     Attributes:
         worker: the number of the worker.
         failure_domain: of that worker.
-        cause: 'died', 'memory', 'hung', 'lost' or 'failed'.
+        cause: 'died', 'memory', 'hung', 'frozen', 'lost' or 'failed'.
+        kind: of the machine error, where it failed by one.
+        successes: of all jobs by then.
     """
 
     worker: int
     failure_domain: str
     cause: str
+    kind: str = ""
+    successes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolHealth:
+    """What speaks for a machine at which a job failed.
+
+    Attributes:
+        failure_domain: of the worker that failed.
+        successes: jobs that were done so far, by all workers.
+        has_other_jobs: whether there are jobs that may still speak for it.
+    """
+
+    failure_domain: str
+    successes: int
+    has_other_jobs: bool
 
 
 @dataclass(slots=True)
@@ -130,27 +114,34 @@ class JobFailures:
     Attributes:
         begun: executions so far, the running one included.
         failed: those that failed, the oldest first.
-        error_kinds: kinds of machine errors that it met.
     """
 
     begun: int = 0
     failed: list[FailedTry] = field(default_factory=list)
-    error_kinds: set[str] = field(default_factory=set)
 
-    def is_new_machine_error(self, error: str | None) -> bool:
-        """Whether an error may be the machine's, which another worker's evaluation decides; it is remembered.
+    def is_machines(self, error: str | None, limits: Limits, pool: PoolHealth) -> bool:
+        """Whether an error says nothing of the candidate yet, so that the job is to be tried again.
 
         Args:
             error: of an evaluation; None for success.
+            limits: how many errors of a kind are enough.
+            pool: what speaks for the machine.
 
         Returns:
-            False for success, for errors of the candidate, and for a machine error of a kind that was met
-            before.
+            False for success, for errors of the candidate, and for one that a candidate may cause and that
+            was met often enough while the machine did other jobs.
         """
-        if not error or not is_machine_error(error) or error_kind(error) in self.error_kinds:
+        if not error or not is_machine_error(error):
             return False
-        self.error_kinds.add(error_kind(error))
-        return True
+        if is_only_machines(error):
+            return True
+        before = [failure for failure in self.failed if failure.kind == error_kind(error)]
+        met = len(before) + 1
+        domains = {failure.failure_domain for failure in before} | {pool.failure_domain}
+        is_proven = len(domains) > 1 or any(pool.successes > failure.successes for failure in before)
+        if met >= limits.same and is_proven:
+            return False
+        return pool.has_other_jobs or met < max(limits.same, limits.unproven)
 
     def has_hung(self, worker: int, failure_domain: str) -> bool:
         """Whether a worker was given up on at this job.
@@ -162,7 +153,25 @@ class JobFailures:
         Returns:
             True after a time-out there.
         """
-        return FailedTry(worker, failure_domain, "hung") in self.failed
+        own = (f.cause for f in self.failed if (f.worker, f.failure_domain) == (worker, failure_domain))
+        return any(cause in ("hung", "frozen") for cause in own)
+
+    def is_suspect(self, limits: Limits) -> bool:
+        """Whether one failure more would be the job's result: it is then tried with nothing beside it.
+
+        Args:
+            limits: how many failures are enough.
+
+        Returns:
+            True where a death, a time-out or an error for want of memory more would decide.
+        """
+        causes = Counter(failure.cause for failure in self.failed)
+        memory = [f.kind for f in self.failed if wants_memory(f.kind)]
+        return (
+            causes["died"] + causes["memory"] + 1 == max(2, limits.poison)
+            or causes["hung"] + 1 == max(2, limits.hangs)
+            or any(count + 1 == limits.same for count in Counter(memory).values())
+        )
 
     def verdict(self, limits: Limits) -> str | None:
         """What the failures say of the job.
@@ -189,45 +198,6 @@ class JobFailures:
         return None
 
 
-class JobTimeLimit:
-    """How long a job may take: by the running median of seconds per cost of the last 255 jobs."""
-
-    def __init__(self, limits: Limits) -> None:
-        """Begins without any job, worker or failure.
-
-        Args:
-            limits: when to give up.
-        """
-        self._limits = limits
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-
-    def learn(self, seconds_per_cost: float) -> None:
-        """Takes a finished job into the median.
-
-        Args:
-            seconds_per_cost: its time over its cost.
-        """
-        self._recent.append(seconds_per_cost)
-        insort(self._sorted, seconds_per_cost)
-        if len(self._recent) > _RECENT_JOBS:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-
-    def seconds(self, cost: float) -> float:
-        """The time limit of a job.
-
-        Args:
-            cost: of the job, in the unit of all jobs.
-
-        Returns:
-            Seconds.
-        """
-        if not self._sorted:
-            return self._limits.first
-        median = self._sorted[len(self._sorted) // 2]
-        return max(self._limits.floor, self._limits.factor * median * cost)
-
-
 class WorkerFailures:
     """Failures of workers in a row: how long one waits for its restart, and when the pool gives up."""
 
@@ -241,6 +211,7 @@ class WorkerFailures:
         self._limits = limits
         self._by_worker: Counter[str] = Counter()
         self._in_a_row = 0
+        self._ill = 0  # of them, errors of machines in a row
         self._failed_starts = 0
         self._first_error = ""
 
@@ -255,6 +226,16 @@ class WorkerFailures:
             self._first_error = error
         self._in_a_row += 1
         self._by_worker[worker] += 1
+
+    def machine_failed(self, worker: str, error: str) -> None:
+        """A worker gave an error of its machine.
+
+        Args:
+            worker: its name.
+            error: one line.
+        """
+        self.failed(worker, error)
+        self._ill += 1
 
     def start_failed(self, worker: str, error: str) -> None:
         """A worker could not be started.
@@ -277,8 +258,13 @@ class WorkerFailures:
         Args:
             worker: its name.
         """
-        self._in_a_row = 0
+        self._in_a_row = self._ill = 0
         self._by_worker.pop(worker, None)
+
+    @property
+    def is_machines(self) -> bool:
+        """Whether the first of the failures in a row can only be the machine's."""
+        return is_only_machines(self._first_error)
 
     def backoff(self, worker: str) -> float:
         """The pause before a worker is started again.
@@ -293,6 +279,22 @@ class WorkerFailures:
         if not failures:
             return 0.0
         return min(self._limits.longest_backoff, self._limits.backoff * 2.0 ** min(failures - 1, 30))
+
+    def reason_to_pause(self, expected_workers: int) -> str | None:
+        """Why it makes no sense to go on before somebody has looked at the machine.
+
+        Args:
+            expected_workers: how many workers there should be.
+
+        Returns:
+            A sentence with the first cause; None while it does.
+        """
+        if self._ill < max(self._limits.ill, _LEAST_FAILURES_PER_WORKER * expected_workers):
+            return None
+        return (
+            f"{self._ill} errors of the machine in a row and no candidate scored between them, the first: "
+            f"{self._first_error}; mend that and start it again, no candidate is blamed"
+        )
 
     def reason_to_stop(self, expected_workers: int) -> str | None:
         """Why the pool gives up.

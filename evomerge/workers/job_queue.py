@@ -20,18 +20,26 @@ class QueuedJob:
         failures: its failed executions.
         settled: whether it has its result, or was dropped.
         answer: the evaluation that a worker gave; None for one that the scheduler made.
+        after: it is tried again once more tries than these were begun, so that others speak for the machine.
     """
 
     job: Job
     failures: JobFailures = field(default_factory=JobFailures)
     settled: bool = False
     answer: Evaluation | None = None
+    after: int = -1
 
 
 class JobQueue:
     """Jobs in the order that they begin. An operation costs no more than the logarithm of the queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_order: bool = False) -> None:
+        """An empty queue.
+
+        Args:
+            in_order: jobs begin in the order they came, whatever their turn and cost.
+        """
+        self._in_order = in_order
         self._fresh: list[tuple[int, float, int, QueuedJob]] = []  # heap of (turn, -cost, number, job)
         self._retries: list[QueuedJob] = []  # first in line
         self._unsettled: dict[int, QueuedJob] = {}  # by the job's slot
@@ -41,6 +49,16 @@ class JobQueue:
     def waiting(self) -> int:
         """Jobs that no worker is at."""
         return len(self._fresh) + len(self._retries)
+
+    @property
+    def has_fresh(self) -> bool:
+        """Whether there are jobs that no worker was ever at."""
+        return bool(self._fresh)
+
+    @property
+    def retries(self) -> list[QueuedJob]:
+        """Jobs that failed and wait for another try, the first in line first."""
+        return list(self._retries)
 
     @property
     def unsettled(self) -> int:
@@ -62,7 +80,8 @@ class JobQueue:
             queued = QueuedJob(job)
             self._unsettled[job.slot] = queued
             self._count += 1
-            heapq.heappush(self._fresh, (job.turn, -job.cost, self._count, queued))
+            turn, cost = (0, 0.0) if self._in_order else (job.turn, job.cost)
+            heapq.heappush(self._fresh, (turn, -cost, self._count, queued))
 
     def take(self, may_retry: Callable[[QueuedJob], bool]) -> QueuedJob | None:
         """Removes the next job for a worker from the waiting ones.
@@ -77,6 +96,14 @@ class JobQueue:
             if may_retry(queued):
                 return self._retries.pop(i)
         return heapq.heappop(self._fresh)[3] if self._fresh else None
+
+    def take_retry(self, queued: QueuedJob) -> None:
+        """Removes a certain job from those that wait for another try.
+
+        Args:
+            queued: the job.
+        """
+        self._retries.remove(queued)
 
     def retry(self, queued: QueuedJob) -> None:
         """Puts a job that failed back in line.

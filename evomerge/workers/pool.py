@@ -1,18 +1,23 @@
-"""Where candidates are evaluated: the `Pool` protocol, and the pool that evaluates in this process."""
+"""Where candidates are evaluated: the `Pool` protocol, what pools are made with, the execution of a job."""
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from evomerge._redaction import scrub
+from evomerge.errors import EvomergeError
 from evomerge.evaluation import Attempt, Evaluation, Items
 from evomerge.recipes import Recipe
 from evomerge.workers.failure_policy import Limits
+from evomerge.workers.machine_errors import (
+    breaks_device,
+    is_machine_error,
+    is_only_machines,
+    wants_memory,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,19 @@ class Scorer(Protocol):
 
         Returns:
             The evaluation; whatever goes wrong with the candidate is in its `error`.
+        """
+
+
+@runtime_checkable
+class PreparingScorer(Protocol):
+    """A scorer that can do apart what comes before scoring, so that time limits are those of scoring."""
+
+    def prepare(self, recipe: Recipe, items: Items) -> None:
+        """Builds a candidate, probes and compiles; `evaluate` of the same recipe and items is to follow.
+
+        Args:
+            recipe: what to merge.
+            items: task -> ids.
         """
 
 
@@ -129,118 +147,107 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """An evaluation, and where and when a process of this machine made it.
+    """An evaluation, and how long it took.
 
     Attributes:
         evaluation: what the worker returned.
-        pid: the process.
-        started: unix seconds.
-        seconds: that it took.
+        seconds: that it took, with what came before scoring.
+        scoring: of them, those from when it began to score.
     """
 
     evaluation: Evaluation
-    pid: int
-    started: float
     seconds: float
+    scoring: float
 
 
-def execute(scorer: Scorer, job: Job) -> Execution:
+def execute(scorer: Scorer, job: Job, scoring_began: Callable[[], None] = lambda: None) -> Execution:
     """Evaluates a job in this process.
 
     Args:
         scorer: an open worker.
         job: to evaluate.
+        scoring_began: called when what comes before scoring is done.
 
     Returns:
-        The evaluation, with its time.
+        The evaluation with its times. What the scorer raises is the evaluation's error.
+
+    Raises:
+        EvomergeError: what the scorer raises of that kind: no candidate is to blame.
     """
-    started, clock = time.time(), time.perf_counter()
-    evaluation = scorer.evaluate(job.recipe, job.items)
-    return Execution(evaluation, os.getpid(), started, time.perf_counter() - clock)
+    began = time.perf_counter()
+    failed = prepare(scorer, job)
+    if failed is not None:
+        return Execution(failed, time.perf_counter() - began, 0.0)
+    scoring = time.perf_counter()
+    scoring_began()
+    evaluation = score(scorer, job)
+    end = time.perf_counter()
+    return Execution(evaluation, end - began, end - scoring)
 
 
-def attempt_of(job: Job, execution: Execution, worker: str, number: int = 1) -> Attempt:
-    """The record of a job's execution on this machine.
+def prepare(scorer: Scorer, job: Job) -> Evaluation | None:
+    """Does what comes before the scoring of a job, where the scorer can do that apart.
 
     Args:
-        job: that was executed.
-        execution: its evaluation and time.
-        worker: name of the worker.
-        number: of the job's attempts, from 1.
+        scorer: an open worker.
+        job: to be scored.
 
     Returns:
-        The attempt, with the cause 'done' or 'failed'.
+        None; the evaluation of a job that failed here.
+
+    Raises:
+        EvomergeError: what the scorer raises of that kind.
     """
-    error = execution.evaluation.error
-    return Attempt(
-        job.recipe.id,
-        number,
-        "failed" if error else "done",
-        error,
-        worker,
-        socket.gethostname(),
-        execution.pid,
-        "",
-        execution.started,
-        execution.seconds,
-    )
+    try:
+        if isinstance(scorer, PreparingScorer):
+            scorer.prepare(job.recipe, job.items)
+    except EvomergeError:
+        raise
+    except Exception as error:
+        return Evaluation(job.recipe.id, (), {}, {}, error=one_line(error))
+    return None
 
 
-class InProcessPool:
-    """One worker in this process, one job after the other, in the order they came. Satisfies `Pool`.
+def score(scorer: Scorer, job: Job) -> Evaluation:
+    """Scores a job in this process.
 
-    pool = InProcessPool(worker)
+    Args:
+        scorer: an open worker.
+        job: to score.
+
+    Returns:
+        The evaluation. What the scorer raises is its error.
+
+    Raises:
+        EvomergeError: what the scorer raises of that kind.
     """
+    try:
+        return scorer.evaluate(job.recipe, job.items)
+    except EvomergeError:
+        raise
+    except Exception as error:  # of a scorer that does not catch what goes wrong
+        return Evaluation(job.recipe.id, (), {}, {}, error=one_line(error))
 
-    def __init__(self, scorer: Scorer) -> None:
-        """A pool of one.
 
-        Args:
-            scorer: an open worker.
-        """
-        self._scorer = scorer
-        self._jobs: deque[Job] = deque()
-        self._attempts: list[Attempt] = []
+def one_line(error: BaseException) -> str:
+    """The text of an error, without secrets; of a wrapped error of the machine also that.
 
-    @classmethod
-    def from_settings(cls, settings: PoolSettings) -> InProcessPool:
-        """The pool from the settings that all pools share.
+    Args:
+        error: what was raised.
 
-        Args:
-            settings: `scorer` is used.
+    Returns:
+        One line; the class is named unless it is evomerge's own.
+    """
+    text = _text(error)
+    cause = error.__cause__ or error.__context__
+    while cause is not None and not is_machine_error(text):
+        why = _text(cause)
+        if is_only_machines(why) or wants_memory(why) or breaks_device(why):
+            text = f"{text} (because of {why})"
+        cause = cause.__cause__ or cause.__context__
+    return text
 
-        Returns:
-            The pool.
-        """
-        return cls(settings.scorer)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs; they are evaluated as results are asked for. See `Pool.submit`."""
-        self._jobs.extend(jobs)
-
-    def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
-        """Evaluates the next job, whatever time it takes. See `Pool.result`."""
-        if not self._jobs:
-            return None
-        job = self._jobs.popleft()
-        execution = execute(self._scorer, job)
-        self._attempts.append(attempt_of(job, execution, "driver"))
-        return job, execution.evaluation
-
-    def drain(self) -> None:
-        """Drops all jobs: nothing is in flight between two results."""
-        self._jobs.clear()
-
-    @property
-    def out(self) -> int:
-        """Jobs that are not evaluated yet."""
-        return len(self._jobs)
-
-    def attempts(self) -> list[Attempt]:
-        """One for each job that was evaluated since this was last called."""
-        attempts, self._attempts = self._attempts, []
-        return attempts
-
-    def close(self) -> None:
-        """Drops all jobs; nothing is held beside this process."""
-        self._jobs.clear()
+def _text(error: BaseException) -> str:
+    text = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
+    return " ".join(scrub(text).split())

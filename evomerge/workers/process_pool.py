@@ -1,36 +1,37 @@
 """Several workers in processes of this machine: the `Pool` protocol for the cores of one computer.
 
-Results come as they are finished. A process that dies is replaced and what was in flight is run again; a job
-that was in flight at three deaths is the cause, and fails.
+Results come as they are finished. Which process does which job, and what a failure means, is decided in
+`evomerge.workers.scheduler`; here processes are started, given jobs, watched and ended.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
-import multiprocessing
-import os
-import signal
-import threading
+import queue
+import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
-from concurrent.futures import wait as wait_for_futures
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from evomerge.errors import SetupError
 from evomerge.evaluation import Attempt, Evaluation
-from evomerge.workers.pool import Execution, Job, PoolSettings, Scorer, attempt_of, execute
-from evomerge.workers.safe_path import SafeContext, safe_path
+from evomerge.workers.failure_policy import Limits
+from evomerge.workers.pool import Job, PoolSettings, Scorer
+from evomerge.workers.process_activity import ProcessActivity, activity
+from evomerge.workers.scheduler import Scheduler
+from evomerge.workers.worker_process import (
+    Gone,
+    Message,
+    NotOpened,
+    Opened,
+    Report,
+    ScoringBegan,
+    WorkerProcess,
+)
+from evomerge.workers.worker_table import WorkerSlot
 
 log = logging.getLogger(__name__)
-_MOST_DEATHS = 3  # of a process while a job is in flight, before that is the job's result
-_CLOSING_SECONDS = 2.0  # that a process is given to end by itself
-_scorer: Scorer | None = None  # of a child process
+_CHECK_SECONDS = 1.0  # between two checks of what takes too long
 
 
 class ProcessPool:
@@ -42,41 +43,47 @@ class ProcessPool:
             pool.submit(jobs)
     """
 
-    def __init__(self, make: Callable[[], Scorer], workers: int) -> None:
+    def __init__(self, make: Callable[[], Scorer], workers: int, limits: Limits | None = None) -> None:
         """Starts the processes and waits until one has opened its worker.
 
         Args:
             make: opens a worker, called once in each process; it must be picklable.
             workers: how many processes.
+            limits: when to give up on a job or a process; None for the defaults.
 
         Raises:
             SetupError: where none can be opened.
         """
         self._make = make
-        self._workers = workers
-        self._jobs: dict[int, Job] = {}  # by number, those that are out, in the order they begin
-        self._futures: dict[int, Future[Execution]] = {}
-        self._deaths: Counter[int] = Counter()
+        self._scheduler = Scheduler(limits)
+        self._scheduler.expected_workers = workers
+        self._host = socket.gethostname()
+        self._messages: queue.SimpleQueue[tuple[WorkerProcess, Message]] = queue.SimpleQueue()
+        self._processes: dict[str, WorkerProcess | None] = {f"process {i}": None for i in range(workers)}
+        self._due = dict.fromkeys(self._processes, 0.0)  # name -> when a lacking one may be started
         self._count = 0
-        self._attempts: list[Attempt] = []
-        self._executor = self._start()
+        self._checked_at = 0.0
+        self._clock_offset = time.time() - time.monotonic()
+        atexit.register(self.close)
         try:
-            self._executor.submit(_is_open).result()
-        except BrokenProcessPool:
+            while not self._open:
+                self._scheduler.raise_if_hopeless()
+                self._step(_CHECK_SECONDS)
+        except BaseException:
             self.close()
-            raise SetupError("a worker process could not be opened; run with one worker to see why") from None
+            raise
 
     @classmethod
     def from_settings(cls, settings: PoolSettings) -> ProcessPool:
         """The pool from the settings that all pools share.
 
         Args:
-            settings: `make` and `workers` are used; one process where the number is None.
+            settings: `make`, `workers` and `limits` are used; one process where the number is None.
 
         Returns:
             The pool.
         """
-        return cls(settings.required_make(), settings.workers or 1)
+        return cls(settings.required_make(), settings.workers or 1, settings.limits)
 
     def __enter__(self) -> ProcessPool:
         return self
@@ -87,127 +94,163 @@ class ProcessPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes; jobs in flight are dropped after two seconds."""
-        # shutdown alone would wait for the processes, and forgets them
-        processes = getattr(self._executor, "_processes", None) or {}
-        children = list(processes.values())
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.join(_CLOSING_SECONDS)
-            child.kill()
+        """Ends the processes; jobs in flight are dropped."""
+        atexit.unregister(self.close)
+        self._scheduler.drain()
+        processes, self._processes = self._processes, {}
+        for process in processes.values():
+            if process is not None:
+                process.end()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs; the longest begin first, of those handed over together. See `Pool.submit`."""
-        for job in sorted(jobs, key=lambda job: (job.turn, -job.cost)):
-            self._jobs[self._count] = job
-            self._count += 1
+        """Hands over jobs; the longest begin first, of those handed over together. See `Pool.submit`."""
+        self._scheduler.submit(jobs)
+        self._hand_out()
 
     def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
-        """The next job that is finished. See `Pool.result`."""
+        """The next job that is finished. See `Pool.result`.
+
+        Raises:
+            MachineFault: where the machine fails at every job.
+            SetupError: where processes fail again and again and nothing is ever done.
+        """
+        scheduler = self._scheduler
         end = None if timeout is None else time.monotonic() + timeout
-        while self._jobs:
-            poisonous = next((n for n in self._jobs if self._deaths[n] >= _MOST_DEATHS), None)
-            if poisonous is not None:
-                job = self._remove(poisonous)
-                return job, _poison(job)
-            try:
-                self._hand_out()
-                left = None if end is None else max(0.0, end - time.monotonic())
-                finished, _ = wait_for_futures(self._futures.values(), left, FIRST_COMPLETED)
-                if not finished:
-                    return None
-                number = next(n for n, future in self._futures.items() if future in finished)
-                execution = self._futures[number].result()
-            except BrokenProcessPool:
-                self._replace()
-                continue
-            attempt_number = self._deaths.pop(number, 0) + 1
-            job = self._remove(number)
-            self._attempts.append(attempt_of(job, execution, f"process {execution.pid}", attempt_number))
-            return job, execution.evaluation
-        return None
+        while not scheduler.results:
+            if not scheduler.out:
+                return None
+            scheduler.raise_if_hopeless()
+            left = _CHECK_SECONDS if end is None else max(0.0, end - time.monotonic())
+            self._step(min(left, _CHECK_SECONDS))
+            if not scheduler.results and end is not None and time.monotonic() >= end:
+                return None
+        return scheduler.results.popleft()
 
     def drain(self) -> None:
-        """Drops jobs that no process has begun, or is about to: a process has one job in reserve."""
-        for number, future in list(self._futures.items()):
-            if future.cancel():
-                self._remove(number)
-        for number in [n for n in self._jobs if n not in self._futures]:
-            self._remove(number)
+        """Drops jobs that no process scores; what then fails in flight is dropped too."""
+        self._scheduler.drain()
 
     @property
     def out(self) -> int:
         """How many results will still come."""
-        return len(self._jobs)
+        return self._scheduler.out
 
     def attempts(self) -> list[Attempt]:
         """The attempts that ended since this was last called."""
-        attempts, self._attempts = self._attempts, []
+        attempts, self._scheduler.attempts = self._scheduler.attempts, []
         return attempts
 
+    # ---- one turn of the event loop ------------------------------------------------------------------------
+
+    @property
+    def _open(self) -> dict[int, WorkerProcess]:
+        """Number of a worker -> its process, those that are open."""
+        there = [p for p in self._processes.values() if p is not None]
+        return {p.worker.number: p for p in there if p.worker is not None}
+
+    def _now(self) -> float:
+        """Unix seconds that never go back."""
+        return self._clock_offset + time.monotonic()
+
+    def _step(self, timeout: float) -> None:
+        """Waits until something happens, at most `timeout` seconds, and reacts to it."""
+        now = self._now()
+        if now - self._checked_at >= _CHECK_SECONDS:
+            self._check(now)
+        self._start_due(now)
+        self._hand_out()
+        pauses = [due - now for name, due in self._due.items() if self._processes.get(name) is None]
+        rest = self._scheduler.next_idle(now)
+        wait = max(0.0, min([timeout, *pauses, *([] if rest is None else [rest])]))
+        try:
+            process, message = self._messages.get(timeout=wait) if wait else self._messages.get_nowait()
+            while True:  # all that are there
+                self._take(process, message, self._now())
+                process, message = self._messages.get_nowait()
+        except queue.Empty:
+            pass
+        self._replace_retired()
+        self._hand_out()
+
+    def _start_due(self, now: float) -> None:
+        """Starts a process wherever one is lacking and its pause is over."""
+        for name, process in self._processes.items():
+            if process is None and self._due[name] <= now:
+                self._processes[name] = WorkerProcess(name, self._make, self._messages, now)
+
     def _hand_out(self) -> None:
-        """Gives the executor all jobs that it does not have."""
-        for number, job in self._jobs.items():
-            if number not in self._futures:
-                self._futures[number] = self._executor.submit(_evaluate, job)
+        """Gives idle processes the jobs that they may do."""
+        begun = self._scheduler.assign(self._now(), prepares=True)
+        processes = self._open if begun else {}
+        for execution in begun:
+            processes[execution.worker.number].evaluate(execution.number, execution.job)
 
-    def _remove(self, number: int) -> Job:
-        """Takes out a job that is finished or dropped."""
-        self._futures.pop(number, None)
-        return self._jobs.pop(number)
+    def _take(self, process: WorkerProcess, message: Message, now: float) -> None:
+        """Reacts to what came of a process."""
+        if isinstance(message, Report):  # of one that was ended too: it may be the first result
+            self._scheduler.finished(
+                message.number,
+                message.evaluation,
+                now,
+                message.seconds,
+                message.memory,
+                message.log,
+                message.scoring,
+            )
+        elif isinstance(message, ScoringBegan):
+            self._scheduler.scoring_began(message.number, now)
+        elif self._processes.get(process.name) is not process:
+            return  # it was ended, and another has taken its place
+        elif isinstance(message, Opened):
+            self._count += 1
+            process.worker = WorkerSlot(self._count, process.name, self._host, self._host, process.pid, "")
+            self._scheduler.join(process.worker, now)
+        elif isinstance(message, NotOpened):
+            self._start_failed(process, message.error, now)
+        elif isinstance(message, Gone):
+            self._gone(process, now)
+        else:
+            raise message
 
-    def _replace(self) -> None:
-        """A process died, and with it the executor: what is not finished begins again, in new processes."""
-        lost = [number for number in self._jobs if self._is_lost(number)]
-        now = time.time()
-        for number in lost[: self._workers]:  # they were in flight, the first in the queue
-            self._deaths[number] += 1
-            job = self._jobs[number]
-            evaluation = Evaluation(job.recipe.id, (), {}, {}, error="a worker process died")
-            attempt = attempt_of(job, Execution(evaluation, 0, now, 0.0), "process", self._deaths[number])
-            self._attempts.append(replace(attempt, cause="died"))
-        for number in lost:
-            del self._futures[number]
-        log.warning("a worker process died; it is replaced, and %d candidates are run again", len(lost))
-        self._executor = self._start()
+    def _gone(self, process: WorkerProcess, now: float) -> None:
+        """A process has ended: what it was at is tried elsewhere, and another is started."""
+        how = process.how_it_ended()
+        if process.worker is None:
+            self._start_failed(process, f"{how} before its worker was open", now)
+            return
+        log.warning("worker %s (pid %d) is gone: %s", process.name, process.pid, how)
+        self._scheduler.leave(process.worker.number, "died", how, now)
+        self._end(process, now)
 
-    def _is_lost(self, number: int) -> bool:
-        """Whether a job was handed to an executor that is broken now, and has no result."""
-        future = self._futures.get(number)
-        return future is not None and (not future.done() or future.exception() is not None)
+    def _start_failed(self, process: WorkerProcess, error: str, now: float) -> None:
+        log.warning("worker %s could not be opened: %s", process.name, error)
+        self._scheduler.start_failed(process.name, "", error)
+        self._end(process, now)
 
-    def _start(self) -> ProcessPoolExecutor:
-        with safe_path():
-            resource_tracker.ensure_running()  # a process too, which the first lock would start
-        return ProcessPoolExecutor(self._workers, SafeContext(), _open, (self._make,))
+    def _end(self, process: WorkerProcess, now: float) -> None:
+        """Ends a process; another is started in its place after a pause."""
+        process.end()
+        self._processes[process.name] = None
+        self._due[process.name] = now + self._scheduler.backoff(process.name)
 
+    # ---- what takes too long -------------------------------------------------------------------------------
 
-def _poison(job: Job) -> Evaluation:
-    error = f"poison: {_MOST_DEATHS} worker processes died while it was evaluated"
-    return Evaluation(job.recipe.id, (), {}, {}, error=error)
+    def _check(self, now: float) -> None:
+        """Ends processes whose job or start takes too long."""
+        self._checked_at = now
+        for worker in self._scheduler.overdue(now, self._look):
+            self._end(self._open[worker.number], now)
+        limits = self._scheduler.limits
+        for process in [p for p in self._processes.values() if p is not None and p.worker is None]:
+            if process.watched.verdict(limits.opening, limits, now, activity(process.pid)):
+                self._start_failed(process, f"a worker was not open after {limits.opening:g} s", now)
 
+    def _look(self, workers: Sequence[WorkerSlot]) -> Mapping[int, ProcessActivity]:
+        found = {worker.number: activity(worker.pid) for worker in workers}
+        return {number: seen for number, seen in found.items() if seen is not None}
 
-def _open(make: Callable[[], Scorer]) -> None:
-    """In a child: opens its worker; signals are the driver's to answer, and its death ends the child."""
-    global _scorer
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _scorer = make()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _is_open() -> bool:
-    return _scorer is not None
-
-
-def _evaluate(job: Job) -> Execution:
-    """In a child: evaluates a job with its worker."""
-    assert _scorer is not None
-    return execute(_scorer, job)
+    def _replace_retired(self) -> None:
+        """Ends the processes of workers that the scheduler retired."""
+        while self._scheduler.retired:
+            worker, _ = self._scheduler.retired.pop()
+            self._end(self._open[worker.number], self._now())

@@ -51,7 +51,9 @@ class PoolEntry:
 POOLS: dict[str, PoolEntry] = {
     entry.name: entry
     for entry in (
-        PoolEntry("in-process", "one worker in this process", "evomerge.workers.pool:InProcessPool"),
+        PoolEntry(
+            "in-process", "one worker in this process", "evomerge.workers.in_process_pool:InProcessPool"
+        ),
         PoolEntry(
             "processes",
             "several workers in processes of this machine",

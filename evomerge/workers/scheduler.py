@@ -1,4 +1,4 @@
-"""Which worker does which job next: the scheduling that the Ray pool and the simulation of a cluster share.
+"""Which worker does which job next: the scheduling that all pools and the simulation of a cluster share.
 
 A state machine: it is told what happened and when, and returns what to do. It knows nothing of Ray and of
 processes, and has no clock of its own. What an event costs does not grow with the number of jobs but with the
@@ -11,48 +11,20 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from evomerge.errors import MachineFault, SetupError
 from evomerge.evaluation import Attempt, Evaluation
-from evomerge.workers.failure_policy import (
-    DeviceQuarantine,
-    FailedTry,
-    JobTimeLimit,
-    Limits,
-    WorkerFailures,
-    breaks_device,
-    is_machine_error,
-)
+from evomerge.workers.failure_policy import DeviceQuarantine, FailedTry, Limits, PoolHealth, WorkerFailures
 from evomerge.workers.job_queue import JobQueue, QueuedJob
+from evomerge.workers.machine_errors import breaks_device, error_kind, is_machine_error
+from evomerge.workers.placement import Placement
 from evomerge.workers.pool import Job
+from evomerge.workers.time_limits import JobTimeLimit, Look
+from evomerge.workers.tries import Try
 from evomerge.workers.worker_table import WorkerSlot, WorkerTable, WorkerUsage
 
 log = logging.getLogger(__name__)
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Try:
-    """An execution of a job by a worker.
-
-    Attributes:
-        number: its own, never used again.
-        worker: who executes it.
-        queued: the job and its history.
-        started: unix seconds.
-        nth: of its job's executions, from 1.
-    """
-
-    number: int
-    worker: WorkerSlot
-    queued: QueuedJob
-    started: float
-    nth: int
-
-    @property
-    def job(self) -> Job:
-        """What is executed."""
-        return self.queued.job
 
 
 class Scheduler:
@@ -75,25 +47,28 @@ class Scheduler:
         retired: workers to be replaced, and why; the scheduler no longer uses them.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, *, in_order: bool = False) -> None:
         """Begins without jobs and workers.
 
         Args:
             limits: when to give up on a job, a worker, a device, the pool; None for the defaults.
+            in_order: jobs begin in the order they came, whatever their turn and cost.
         """
         self.limits = limits or Limits()
         self.expected_workers = 1
         self.results: deque[tuple[Job, Evaluation]] = deque()
         self.attempts: list[Attempt] = []
         self.retired: list[tuple[WorkerSlot, str]] = []
-        self._queue = JobQueue()
+        self._queue = JobQueue(in_order=in_order)
         self._quarantine = DeviceQuarantine(self.limits)
         self._workers = WorkerTable(self._quarantine)
+        self._placement = Placement(self._queue, self._workers, self.limits)
         self._failures = WorkerFailures(self.limits)
         self._time_limit = JobTimeLimit(self.limits)
         self._running: dict[int, Try] = {}  # by the worker's number
         self._open_tries: dict[int, Try] = {}  # by number, those of which an answer may still come
         self._num_tries = 0
+        self._num_done = 0  # jobs that a worker gave a result of
         self._draining = False
 
     # ---- jobs ----------------------------------------------------------------------------------------------
@@ -116,49 +91,37 @@ class Scheduler:
         self._queue.add(jobs)
 
     def drain(self) -> None:
-        """Forgets what is not in flight; until more is submitted, what fails in flight is forgotten too."""
+        """Forgets what no worker scores; until more is submitted, what fails in flight is forgotten too."""
         self._queue.drop_waiting()
+        for execution in self._running.values():
+            if execution.prepares and not execution.queued.settled:
+                self._queue.settle(execution.queued)
         self._draining = True
 
-    def assign(self, now: float) -> list[Try]:
+    def assign(self, now: float, *, prepares: bool = False) -> list[Try]:
         """Gives idle workers their next jobs: by turn, the longest first, those tried before ahead of them.
+
+        A suspect, which one failure more would decide, runs with nothing beside it on its machine.
 
         Args:
             now: unix seconds.
+            prepares: whether the pool tells by `scoring_began` when a worker has prepared a job.
 
         Returns:
             The executions that begin.
         """
+        self._workers.end_rests(now)
         begun: list[Try] = []
-        if not self._queue.waiting:
-            return begun
-        for worker in self._workers.idle():
-            queued = self._next_job(worker)
-            if queued is not None:
-                queued.failures.begun += 1
-                self._num_tries += 1
-                execution = Try(self._num_tries, worker, queued, now, queued.failures.begun)
-                self._running[worker.number] = execution
-                self._open_tries[execution.number] = execution
-                self._workers.set_busy(worker)
-                begun.append(execution)
-            if not self._queue.waiting:
-                break
+        for worker, queued, is_alone in self._placement.pairs(self._running, self._num_tries):
+            queued.failures.begun += 1
+            self._num_tries += 1
+            nth = queued.failures.begun
+            execution = Try(self._num_tries, worker, queued, now, nth, is_alone, prepares)
+            self._running[worker.number] = execution
+            self._open_tries[execution.number] = execution
+            self._workers.set_busy(worker)
+            begun.append(execution)
         return begun
-
-    def _next_job(self, worker: WorkerSlot) -> QueuedJob | None:
-        return self._queue.take(lambda queued: self._may_retry(queued, worker))
-
-    def _may_retry(self, queued: QueuedJob, worker: WorkerSlot) -> bool:
-        """Whether no better worker is there for a job tried before: on another device, else another one."""
-        failed = queued.failures.failed
-        domains = {failure.failure_domain for failure in failed}
-        if worker.failure_domain not in domains:
-            return True
-        if self._workers.has_other_domain(domains):
-            return False
-        numbers = {failure.worker for failure in failed}
-        return worker.number not in numbers or not self._workers.has_other_worker(numbers)
 
     # ---- workers -------------------------------------------------------------------------------------------
 
@@ -223,29 +186,64 @@ class Scheduler:
         """Why it makes no sense to go on; None while it does."""
         return self._failures.reason_to_stop(self.expected_workers)
 
-    @property
-    def quarantined(self) -> set[str]:
-        """Failure domains that get no jobs any more."""
-        return self._quarantine.domains
+    def raise_if_hopeless(self) -> None:
+        """Ends what makes no sense to go on with.
 
-    def overdue(self, now: float) -> list[WorkerSlot]:
-        """Workers whose job takes too long, which count as gone from now on; to be called once a second.
+        Raises:
+            MachineFault: where the machine fails whatever it is given: the search pauses.
+            SetupError: where workers fail again and again and nothing is ever done.
+        """
+        if reason := self._failures.reason_to_pause(self.expected_workers):
+            raise MachineFault(reason)
+        if reason := self.broken:
+            raise (MachineFault if self._failures.is_machines else SetupError)(reason)
+
+    def next_idle(self, now: float) -> float | None:
+        """Seconds until a worker that rests after an error of its machine is idle again.
 
         Args:
             now: unix seconds.
 
         Returns:
+            Seconds; None where nobody rests.
+        """
+        return self._workers.next_idle(now)
+
+    @property
+    def quarantined(self) -> set[str]:
+        """Failure domains that get no jobs any more."""
+        return self._quarantine.domains
+
+    def overdue(self, now: float, look: Look = lambda workers: {}) -> list[WorkerSlot]:
+        """Workers whose job takes too long, which count as gone from now on; to be called once a second.
+
+        Args:
+            now: unix seconds.
+            look: says what the processes of workers do; one of which it says nothing hangs at its limit.
+
+        Returns:
             The workers, for the pool to kill.
         """
-        late = [t for t in self._running.values() if now - t.started > self.time_limit(t.job.cost)]
+        late = [t for t in self._running.values() if now - t.watched.since > self._limit(t)]
+        activities = look([t.worker for t in late]) if late else {}
+        ended = []
         for execution in late:
-            limit = self.time_limit(execution.job.cost)
-            error = f"no result after {now - execution.started:.0f} s, the limit is {limit:.0f} s"
-            log.warning("worker %s hangs: %s", execution.worker.name, error)
-            self.leave(execution.worker.number, "hung", error, now)
+            limit, worker = self._limit(execution), execution.worker
+            cause = execution.watched.verdict(limit, self.limits, now, activities.get(worker.number))
+            if cause is not None:
+                what = "was not ready to score" if execution.prepares else "gave no result"
+                error = f"{what} after {now - execution.watched.since:.0f} s, the limit is {limit:.0f} s"
+                if cause == "frozen":
+                    error = f"its process was stopped by somebody, and {error}"
+                log.warning("worker %s %s: %s", worker.name, "hangs" if cause == "hung" else "froze", error)
+                self.leave(worker.number, cause, error, now)
+                ended.append(worker)
         if self._quarantine.release(now, any_in_use=self._workers.any_usable):
             self._workers.release_all(self._running)
-        return [execution.worker for execution in late]
+        return ended
+
+    def _limit(self, execution: Try) -> float:
+        return self.limits.opening if execution.prepares else self.time_limit(execution.job.cost)
 
     def time_limit(self, cost: float) -> float:
         """Seconds that a job may take.
@@ -293,6 +291,7 @@ class Scheduler:
         seconds: float,
         memory: int = 0,
         log_lines: str = "",
+        scoring: float | None = None,
     ) -> None:
         """An execution gave an evaluation.
 
@@ -303,25 +302,46 @@ class Scheduler:
             seconds: that the worker spent.
             memory: bytes that the worker holds now, 0 where unknown.
             log_lines: last lines of the worker's log.
+            scoring: of the seconds, those that the time limit is learnt from; None for all.
         """
         execution = self._open_tries.pop(number, None)
         if execution is None:
             return
-        queued, worker = execution.queued, execution.worker
-        if self.is_running(execution):
+        worker = execution.worker
+        runs = self.is_running(execution)
+        if runs:
             del self._running[worker.number]
             self._workers.usage[worker.name].busy += seconds
+        self._take_answer(execution, evaluation, seconds, log_lines, scoring)
+        if runs:
             self._release_worker(worker, evaluation, now, memory)
+
+    def scoring_began(self, number: int, now: float) -> None:
+        """A worker has built a candidate, probed and compiled, and begins to score: its clock begins.
+
+        Args:
+            number: of the execution; one that was forgotten is ignored.
+            now: unix seconds.
+        """
+        if number in self._open_tries:
+            self._open_tries[number].scoring_began(now)
+
+    def _take_answer(
+        self, execution: Try, evaluation: Evaluation, seconds: float, log_lines: str, scoring: float | None
+    ) -> None:
+        """Makes an evaluation the job's result, unless it says nothing of the candidate."""
+        queued, error = execution.queued, evaluation.error
         if queued.settled:
             self._late_answer(execution, evaluation, seconds, log_lines)
             return
-        error = evaluation.error
-        if error is not None and queued.failures.is_new_machine_error(error):
+        others = self._queue.unsettled > 1
+        health = PoolHealth(execution.worker.failure_domain, self._num_done, others)
+        if error is not None and queued.failures.is_machines(error, self.limits, health):
             self._try_failed(execution, "failed", error, seconds, log_lines)
             return
         self._record(execution, "failed" if error else "done", error, seconds, log_lines)
         if not error or not is_machine_error(error):
-            self._worker_succeeded(execution, evaluation, seconds)
+            self._worker_succeeded(execution, evaluation, seconds if scoring is None else scoring)
         queued.answer = evaluation
         self._settle(queued, evaluation)
 
@@ -337,11 +357,17 @@ class Scheduler:
         """An execution that decides nothing yet; the job is queued again, or this was once too often."""
         queued, worker = execution.queued, execution.worker
         self._record(execution, cause, error, seconds, log_lines)
-        if cause != "lost":
+        if cause in ("failed", "frozen"):
+            self._failures.machine_failed(worker.name, error)
+        elif cause != "lost":
             self._failures.failed(worker.name, error)
         if queued.settled or queued.failures.has_hung(worker.number, worker.failure_domain):
             return  # the worker was given up on; the job is somewhere else
-        queued.failures.failed.append(FailedTry(worker.number, worker.failure_domain, cause))
+        kind = error_kind(error) if cause == "failed" else ""
+        queued.failures.failed.append(
+            FailedTry(worker.number, worker.failure_domain, cause, kind, self._num_done)
+        )
+        queued.after = self._num_tries if cause == "failed" else -1
         verdict = queued.failures.verdict(self.limits)
         if verdict is not None:
             self._settle(queued, Evaluation(queued.job.recipe.id, (), {}, {}, error=verdict))
@@ -353,6 +379,7 @@ class Scheduler:
     def _worker_succeeded(self, execution: Try, evaluation: Evaluation, seconds: float) -> None:
         """A worker did its part: its failures in a row end; devices where the job failed are to blame."""
         worker, queued = execution.worker, execution.queued
+        self._num_done += 1
         self._failures.succeeded(worker.name)
         self._quarantine.succeeded(worker.failure_domain)
         self._workers.usage[worker.name].jobs += 1
@@ -387,31 +414,18 @@ class Scheduler:
         self._queue.settle(queued)
 
     def _record(self, execution: Try, cause: str, error: str | None, seconds: float, log_lines: str) -> None:
-        worker = execution.worker
-        self.attempts.append(
-            Attempt(
-                execution.job.recipe.id,
-                execution.nth,
-                cause,
-                error,
-                worker.name,
-                worker.host,
-                worker.pid,
-                worker.device,
-                execution.started,
-                seconds,
-                log_lines,
-            )
-        )
+        self.attempts.append(execution.attempt(cause, error, seconds, log_lines))
 
     def _release_worker(self, worker: WorkerSlot, evaluation: Evaluation, now: float, memory: int) -> None:
-        """A worker has done its job: it is idle, or it is to be replaced."""
+        """A worker has done its job: it is idle, rests after a machine error, or is to be replaced."""
         first = self._workers.first_memory(worker, memory)
         allowed = first + _GIB if self.limits.memory is None else self.limits.memory
         if evaluation.error is not None and breaks_device(evaluation.error):
             self._retire(worker, "its device's context is dead after an error", now)
         elif memory - first > allowed:
             self._retire(worker, f"its memory grew from {first >> 20} to {memory >> 20} MiB", now)
+        elif evaluation.error is not None and is_machine_error(evaluation.error):
+            self._workers.rest(worker, now + self._failures.backoff(worker.name))
         else:
             self._workers.set_idle(worker)
 

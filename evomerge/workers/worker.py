@@ -11,14 +11,14 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from evomerge._redaction import scrub
 from evomerge.checkpoints import Parent, total_bytes
 from evomerge.checkpoints.checkpoint import file_stamps
-from evomerge.errors import CandidateError, CheckpointError, EvomergeError
+from evomerge.errors import CandidateError, CheckpointError
 from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Preparing
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
@@ -26,11 +26,30 @@ from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
+from evomerge.workers.pool import one_line
 
 log = logging.getLogger(__name__)
 _TABLES_SHARE = 4  # magnitude tables may take one part in so many of the free memory
 _MOST_NATS = 1e9  # that are stored of a rejected route: JSON has no infinity
 _MOST_REASONS = 3  # that an error gives
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What `Worker.prepare` left for `Worker.evaluate`. module: or why there is none."""
+
+    recipe_id: str
+    items: Items
+    module: nn.Module | Exception
+    costs: Mapping[str, float]
+    seconds: float
+
+    def taken(self, costs: dict[str, float]) -> nn.Module:
+        """The module; adds its size to `costs`, and raises what building it raised."""
+        costs |= self.costs
+        if isinstance(self.module, Exception):
+            raise self.module
+        return self.module
 
 
 class Worker:
@@ -93,9 +112,32 @@ class Worker:
         self._logits_are_finite = True
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()
+        self._built: _Built | None = None
+
+    def prepare(self, recipe: Recipe, items: Items) -> None:
+        """Builds a candidate, and plans, probes and compiles what scores it; see `pool.PreparingScorer`.
+
+        Args:
+            recipe: what to merge.
+            items: task -> ids.
+
+        Raises:
+            CheckpointError: where a parent's files are no longer those that were opened.
+        """
+        self._check_parent_files()
+        started = time.perf_counter()
+        costs: dict[str, float] = {}
+        built: nn.Module | Exception
+        try:
+            built = self.module(recipe, items, costs)
+            if isinstance(self.evaluator, Preparing):
+                self.evaluator.prepare(built, items)
+        except Exception as error:  # which `evaluate` makes the candidate's result
+            built = error
+        self._built = _Built(recipe.id, items, built, costs, time.perf_counter() - started)
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
-        """Scores a recipe on items.
+        """Scores a recipe on items; what `prepare` built last is not built again.
 
         Args:
             recipe: what to merge.
@@ -113,10 +155,15 @@ class Worker:
         seconds: dict[str, float] = {}
         costs: dict[str, float] = {}
         screened: dict[str, float] = {}
+        built, self._built = self._built, None
         try:
             started = time.perf_counter()
-            module = self.module(recipe, items, costs)
-            seconds["merge"] = time.perf_counter() - started
+            if built is not None and (built.recipe_id, built.items) == (recipe.id, items):
+                module = built.taken(costs)
+                seconds["merge"] = built.seconds
+            else:
+                module = self.module(recipe, items, costs)
+                seconds["merge"] = time.perf_counter() - started
             if self.screen is not None and module is not self.model:
                 self._pass_screen(self.screen, module, seconds, screened)
             started = time.perf_counter()
@@ -126,7 +173,7 @@ class Worker:
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
-            return Evaluation(recipe.id, (), screened, seconds, error=_one_line(error), costs=costs)
+            return Evaluation(recipe.id, (), screened, seconds, error=one_line(error), costs=costs)
 
     def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
         """The live model of a recipe, ready to be scored.
@@ -209,12 +256,6 @@ def _check_finite(metrics: Mapping[str, float]) -> None:
     for task, value in metrics.items():
         if not math.isfinite(value):
             raise CandidateError(f"task '{task}' gave the metric {value}")
-
-
-def _one_line(error: Exception) -> str:
-    """The error of an evaluation, without secrets."""
-    text = str(error) if isinstance(error, EvomergeError) else f"{type(error).__name__}: {error}"
-    return " ".join(scrub(text).split())
 
 
 def _free_memory() -> int:

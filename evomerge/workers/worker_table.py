@@ -66,6 +66,7 @@ class WorkerTable:
         self._per_domain: Counter[str] = Counter()  # workers that may be given jobs
         self._first_memory: dict[int, int] = {}  # after the first job, in bytes
         self._joined_at: dict[int, float] = {}
+        self._resting: dict[int, float] = {}  # until when, in unix seconds
 
     def join(self, worker: WorkerSlot, now: float) -> None:
         """Adds a worker.
@@ -95,6 +96,7 @@ class WorkerTable:
         if worker is None:
             return None
         self._idle.pop(number, None)
+        self._resting.pop(number, None)
         self._first_memory.pop(number, None)
         self.usage[worker.name].alive += now - self._joined_at.pop(number)
         domain = worker.failure_domain
@@ -124,6 +126,36 @@ class WorkerTable:
         """
         if worker.failure_domain not in self._quarantine.domains:
             self._idle[worker.number] = worker
+
+    def rest(self, worker: WorkerSlot, until: float) -> None:
+        """Lets a worker rest after an error of its machine, before it is idle again.
+
+        Args:
+            worker: in the table, neither idle nor at a job.
+            until: unix seconds.
+        """
+        self._resting[worker.number] = until
+
+    def end_rests(self, now: float) -> None:
+        """Makes those idle whose rest is over.
+
+        Args:
+            now: unix seconds.
+        """
+        for number in [n for n, until in self._resting.items() if until <= now]:
+            del self._resting[number]
+            self.set_idle(self._workers[number])
+
+    def next_idle(self, now: float) -> float | None:
+        """Seconds until the first rest is over; None where nobody rests.
+
+        Args:
+            now: unix seconds.
+
+        Returns:
+            Seconds; negative where it is over.
+        """
+        return min((until - now for until in self._resting.values()), default=None)
 
     def first_memory(self, worker: WorkerSlot, memory: int) -> int:
         """What a worker held after its first job.
@@ -197,7 +229,7 @@ class WorkerTable:
         """
         for number, worker in self._workers.items():
             self._per_domain[worker.failure_domain] += 1
-            if number not in busy:
+            if number not in busy and number not in self._resting:
                 self._idle[number] = worker
 
 

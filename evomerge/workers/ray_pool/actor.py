@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
 import sys
-from collections import deque
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from pathlib import Path
 import ray
 from ray import cloudpickle
 
-from evomerge._redaction import ScrubbedFormatter, scrub
+from evomerge._redaction import scrub
 from evomerge.evaluation import Evaluation, Items
 from evomerge.recipes import Recipe
-from evomerge.workers.pool import Job, Scorer, execute
+from evomerge.workers.last_lines import LOG_LINES, LastLines
+from evomerge.workers.pool import Job, Scorer, prepare, score
+from evomerge.workers.process_activity import private_memory
 
-_LOG_LINES = 20  # that go with a failure
 _TAIL_BYTES = 8192  # of a log file that are read
 _RAY_LINES = (":actor_name:", ":job_id:")  # how lines begin that Ray writes for itself
 
@@ -49,12 +49,14 @@ class ActorReport:
     Attributes:
         evaluation: what the worker returned.
         seconds: that it took.
+        scoring: of them, those from when it began to score.
         memory: bytes that the process holds after it; 0 where unknown.
         log: last lines that were logged, where it failed.
     """
 
     evaluation: Evaluation
     seconds: float
+    scoring: float
     memory: int
     log: str = ""
 
@@ -65,10 +67,10 @@ class Actor:
     def __init__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        self._log_lines = _LastLines()
-        logging.getLogger().addHandler(self._log_lines)
-        logging.getLogger("evomerge").setLevel(logging.INFO)
+        self._log_lines = LastLines.installed()
         self._scorer: Scorer | None = None
+        self._preparing = 0.0  # seconds, of the job that is to be scored next
+        self._failed: Evaluation | None = None  # of a job that could not be prepared
 
     def where(self) -> ActorLocation:
         """Its location, as soon as Ray has placed the actor."""
@@ -88,8 +90,21 @@ class Actor:
         sys.path += [folder for folder in path if folder not in sys.path]
         self._scorer = cloudpickle.loads(make)()
 
+    def prepare(self, recipe: Recipe, items: Items) -> None:
+        """Does what comes before the scoring of a candidate; `evaluate` of the same is to follow.
+
+        Args:
+            recipe: what to merge.
+            items: what to score it on: task -> ids.
+        """
+        assert self._scorer is not None
+        self._log_lines.lines.clear()
+        began = time.perf_counter()
+        self._failed = prepare(self._scorer, Job(0, recipe, items))
+        self._preparing = time.perf_counter() - began
+
     def evaluate(self, recipe: Recipe, items: Items) -> ActorReport:
-        """Scores one candidate.
+        """Scores one candidate that is prepared.
 
         Args:
             recipe: what to merge.
@@ -99,31 +114,11 @@ class Actor:
             The evaluation with its time, the memory held, and the log of a failure.
         """
         assert self._scorer is not None
-        self._log_lines.lines.clear()
-        execution = execute(self._scorer, Job(0, recipe, items))
-        log_lines = "\n".join(self._log_lines.lines) if execution.evaluation.error else ""
-        return ActorReport(execution.evaluation, execution.seconds, _private_memory(), log_lines)
-
-
-class _LastLines(logging.Handler):
-    """Keeps the last lines that were logged, without secrets."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: deque[str] = deque(maxlen=_LOG_LINES)
-        self.setFormatter(ScrubbedFormatter("%(levelname)s %(name)s: %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))
-
-
-def _private_memory() -> int:
-    """Bytes of its own that this process has in memory, without mapped files; 0 where unknown."""
-    try:
-        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text(encoding="utf-8").split())
-        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
+        began = time.perf_counter()
+        evaluation = self._failed or score(self._scorer, Job(0, recipe, items))
+        scoring = time.perf_counter() - began
+        log_lines = "\n".join(self._log_lines.lines) if evaluation.error else ""
+        return ActorReport(evaluation, self._preparing + scoring, scoring, private_memory(), log_lines)
 
 
 def _descriptor_file(descriptor: int) -> str:
@@ -147,7 +142,7 @@ def kill_process(pid: int) -> None:
         pass
 
 
-def last_lines(file: str, count: int = _LOG_LINES) -> str:
+def last_lines(file: str, count: int = LOG_LINES) -> str:
     """The last lines of a log file on this node, without secrets.
 
     Args:

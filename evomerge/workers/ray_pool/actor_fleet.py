@@ -7,26 +7,32 @@ giving the device to another.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
 from ray import cloudpickle
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evomerge.workers.pool import Scorer
+from evomerge.workers.process_activity import ProcessActivity, activity
 from evomerge.workers.ray_pool import cluster
 from evomerge.workers.ray_pool.actor import Actor, ActorLocation, kill_process
 from evomerge.workers.ray_pool.cluster import Node
-from evomerge.workers.scheduler import Scheduler, Try
+from evomerge.workers.scheduler import Scheduler
+from evomerge.workers.time_limits import Watched
+from evomerge.workers.tries import Try
 from evomerge.workers.worker_table import WorkerSlot
 
 log = logging.getLogger(__name__)
+_LOOK_SECONDS = 5.0  # that nodes have to say what processes do
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,7 @@ class ActorRecord:
         location: where Ray placed it; None before that.
         worker: the scheduler's record of it; None unless it is ready.
         since: unix seconds of its state.
+        watched: the clock of its opening.
     """
 
     name: str
@@ -65,6 +72,7 @@ class ActorRecord:
     location: ActorLocation | None = None
     worker: WorkerSlot | None = None
     since: float = 0.0
+    watched: Watched = field(default_factory=lambda: Watched(0.0))
 
     @property
     def failure_domain(self) -> str:
@@ -82,11 +90,13 @@ class PendingCall:
         record: of the actor when it was called; another actor may be there by now.
         actor: Ray's handle of the one that was called.
         execution: of a job; None for a call that places or opens the actor.
+        prepares: whether the call prepares the job, after which another scores it.
     """
 
     record: ActorRecord
     actor: Any
     execution: Try | None = None
+    prepares: bool = False
 
 
 class ActorFleet:
@@ -190,6 +200,7 @@ class ActorFleet:
             record.state = "held"
             return
         record.state = "opening"
+        record.watched = Watched(now)
         call = record.actor.open.remote(self._make, sys.path, cluster.environment())
         self.calls[call] = PendingCall(record, record.actor)
 
@@ -235,16 +246,42 @@ class ActorFleet:
         Args:
             now: unix seconds.
         """
-        for worker in self._scheduler.overdue(now):
+        for worker in self._scheduler.overdue(now, self._look):
             self.end(self.ready[worker.number], now, may_be_frozen=True)
-        longest = self._scheduler.limits.opening
+        limits = self._scheduler.limits
         for record in self.records:
-            if record.state == "opening" and now - record.since > longest:
-                error = f"a worker was not open after {longest:g} s"
+            if record.state == "opening" and self._opens_too_long(record, now):
+                error = f"a worker was not open after {limits.opening:g} s"
                 self._scheduler.start_failed(record.name, record.failure_domain, error)
                 self.end(record, now, may_be_frozen=True)
             elif record.state == "held" and record.failure_domain not in self._scheduler.quarantined:
                 self.placed(record, record.location, now)
+
+    def _opens_too_long(self, record: ActorRecord, now: float) -> bool:
+        limits, location = self._scheduler.limits, record.location
+        if now - record.watched.since <= limits.opening or location is None:
+            return False
+        seen = self._activities({0: (record.node, location.pid)}).get(0)
+        return record.watched.verdict(limits.opening, limits, now, seen) is not None
+
+    def _look(self, workers: Sequence[WorkerSlot]) -> Mapping[int, ProcessActivity]:
+        """What the processes of workers do, as far as their nodes say within some seconds."""
+        return self._activities({w.number: (self.ready[w.number].node, w.pid) for w in workers})
+
+    def _activities(self, processes: Mapping[int, tuple[Node, int]]) -> dict[int, ProcessActivity]:
+        seen: dict[int, ProcessActivity | None] = {}
+        calls: dict[Any, int] = {}
+        for number, (node, pid) in processes.items():
+            if node.id == self._driver_node:
+                seen[number] = activity(pid)
+            else:
+                calls[ray.remote(activity).options(**_beside_workers(node)).remote(pid)] = number
+        if calls:
+            returned, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LOOK_SECONDS)
+            for call in returned:
+                with contextlib.suppress(RayError):  # the node is gone, which the next plan sees
+                    seen[calls[call]] = ray.get(call)
+        return {number: found for number, found in seen.items() if found is not None}
 
     def replace_retired(self, now: float) -> None:
         """Ends the actors of workers that the scheduler retired.
@@ -315,9 +352,13 @@ class ActorFleet:
         if node.id == self._driver_node:
             kill_process(pid)
             return
-        options = {
-            "num_cpus": 0,
-            "max_retries": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
-        }
-        ray.remote(kill_process).options(**options).remote(pid)
+        ray.remote(kill_process).options(**_beside_workers(node)).remote(pid)
+
+
+def _beside_workers(node: Node) -> dict[str, Any]:
+    """Options of a task that takes nothing of a node that workers need."""
+    return {
+        "num_cpus": 0,
+        "max_retries": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+    }

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from evomerge.errors import SetupError
+from evomerge.errors import EvomergeError
 from evomerge.evaluation import Attempt, Evaluation
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.pool import Job, PoolSettings, Scorer
@@ -124,6 +124,7 @@ class RayPool:
         """The next job that is finished. See `Pool.result`.
 
         Raises:
+            MachineFault: where the machines fail at every job.
             SetupError: where workers fail again and again and nothing is ever done.
         """
         scheduler = self._scheduler
@@ -133,8 +134,7 @@ class RayPool:
         while not scheduler.results:
             if not scheduler.out:
                 return None
-            if scheduler.broken:
-                raise SetupError(scheduler.broken)
+            scheduler.raise_if_hopeless()
             wait = _CHECK_SECONDS
             if end is not None:
                 wait = min(wait, max(0.0, end - time.monotonic()))
@@ -250,10 +250,12 @@ class RayPool:
 
     def _hand_out(self, now: float) -> None:
         """Calls idle workers with the jobs that they may do."""
-        for execution in self._scheduler.assign(now):
-            record = self._actors.ready[execution.worker.number]
-            reference = record.actor.evaluate.remote(execution.job.recipe, execution.job.items)
-            self._actors.calls[reference] = PendingCall(record, record.actor, execution)
+        for execution in self._scheduler.assign(now, prepares=True):
+            record, job = self._actors.ready[execution.worker.number], execution.job
+            first = record.actor.prepare.remote(job.recipe, job.items)
+            self._actors.calls[first] = PendingCall(record, record.actor, execution, prepares=True)
+            second = record.actor.evaluate.remote(job.recipe, job.items)  # begins when the first has ended
+            self._actors.calls[second] = PendingCall(record, record.actor, execution)
 
     def _answer(self, reference: Any) -> None:
         """Takes what a call returned or raised."""
@@ -261,6 +263,9 @@ class RayPool:
         try:
             value = ray.get(reference)
         except RayTaskError as error:  # raised by the function that was called
+            cause = getattr(error, "cause", None)
+            if call.execution is not None and isinstance(cause, EvomergeError):
+                raise cause from None  # no candidate is to blame
             if call.execution is None:
                 self._actors.start_failed(call, ray_errors.message(error), now)
             else:
@@ -269,7 +274,9 @@ class RayPool:
         except RayError as error:  # the process is gone
             self._process_gone(call, error, now)
             return
-        if call.execution is not None:
+        if call.execution is not None and call.prepares:
+            self._scheduler.scoring_began(call.execution.number, now)
+        elif call.execution is not None:
             self._evaluated(call, value, now)
         elif call.actor is not call.record.actor:
             return  # another actor has taken its place
@@ -288,6 +295,7 @@ class RayPool:
             report.seconds,
             report.memory,
             report.log,
+            report.scoring,
         )
 
     def _process_gone(self, call: PendingCall, error: RayError, now: float) -> None:
@@ -316,4 +324,4 @@ def _failed_report(call: PendingCall, error: str, now: float) -> ActorReport:
     """What a worker that does not catch its errors gave."""
     assert call.execution is not None
     evaluation = Evaluation(call.execution.job.recipe.id, (), {}, {}, error=error)
-    return ActorReport(evaluation, now - call.execution.started, 0)
+    return ActorReport(evaluation, now - call.execution.started, 0.0, 0)
