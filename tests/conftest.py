@@ -42,6 +42,7 @@ SLOW = (
     "contracts/test_backends.py",
     "contracts/test_kernel_backends.py",
     "contracts/test_optimizers.py",
+    "contracts/test_pool_faults.py",
     "contracts/test_pools.py",
     "docs/test_code_blocks.py",
     "docs/test_reference.py",

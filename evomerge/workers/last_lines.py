@@ -25,12 +25,20 @@ class LastLines(logging.Handler):
         self.setFormatter(ScrubbedFormatter("%(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps a record as a line."""
+        """Keeps a record as a line.
+
+        Args:
+            record: what was logged.
+        """
         self.lines.append(self.format(record))
 
     @classmethod
     def installed(cls) -> LastLines:
-        """A handler that gets what this process logs from now on."""
+        """Makes one that gets what this process logs from now on.
+
+        Returns:
+            The handler.
+        """
         handler = cls()
         logging.getLogger().addHandler(handler)
         logging.getLogger("evomerge").setLevel(logging.INFO)

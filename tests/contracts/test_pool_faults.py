@@ -17,12 +17,12 @@ from evomerge.search import Study
 from evomerge.search.racing import Race
 from evomerge.store import Store, StudyFacts
 from evomerge.workers import POOLS, Limits, Pool, PoolSettings
-from tests.search.test_study import plan
 from tests.support.faulty_workers import FAULTS, PHASES, TIMES, Faulty
 from tests.support.toy import ToyPool, stored_rows
+from tests.support.toy_search import plan
 
 LIMITS = Limits(
-    floor=2.0, first=2.0, look=0.5, opening=60.0, backoff=0.01, longest_backoff=0.05, strikes=1000
+    floor=1.0, first=1.0, look=0.5, opening=60.0, backoff=0.01, longest_backoff=0.05, strikes=1000
 )
 CASES = [
     pytest.param(pool, fault, marks=[pytest.mark.cluster] if pool == "ray" else [], id=f"{pool}-{fault}")
@@ -93,7 +93,7 @@ def test_a_machines_fault_while_workers_open_is_survived(
     name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Rows
 ) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    limits = Limits(opening=20.0, look=0.5, backoff=0.01, longest_backoff=0.05)
+    limits = Limits(opening=10.0, look=0.5, backoff=0.01, longest_backoff=0.05)
     make = functools.partial(Faulty, tmp_path, opening=fault)
     assert searched(tmp_path / "trial" / "study.db", lambda: opened(name, make, tmp_path, limits)) == unbroken
 

@@ -20,7 +20,8 @@ from evomerge.launch import opening
 from evomerge.reports import comparison
 from evomerge.reports.comparison import Contender
 from evomerge.store import Store, Trial
-from tests.support.toy import REPO, in_process, stored_rows, uniform, weight_space, zoo_folder
+from tests.support.landscape import uniform
+from tests.support.toy import REPO, in_process, stored_rows, weight_space, zoo_folder
 
 SPACE = weight_space()
 

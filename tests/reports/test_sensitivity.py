@@ -20,7 +20,8 @@ from evomerge.reports.sensitivity import CENTRE, Point, Scan
 from evomerge.search import Study
 from evomerge.spaces import Range, baselines
 from evomerge.store import Store, StudyFacts
-from tests.support.toy import REPO, ToyPool, count_rows, in_process, stored_rows, uniform, weight_space
+from tests.support.landscape import uniform
+from tests.support.toy import REPO, ToyPool, count_rows, in_process, stored_rows, weight_space
 from tests.support.toy_search import plan
 
 SPACE = weight_space()

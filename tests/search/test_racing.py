@@ -18,7 +18,8 @@ from evomerge.recipes import Recipe
 from evomerge.search import racing
 from evomerge.search.racing import Race
 from evomerge.store import NewTrial, Outcome, Store, Trial
-from tests.support.toy import ToyPool, stored_rows, uniform
+from tests.support.landscape import uniform
+from tests.support.toy import ToyPool, stored_rows
 from tests.support.toy_search import POOLS, REFERENCES, SPACE, SoftPool, broken, own, plan, search
 
 RUNGS = (0.25, 0.5, 0.75, 1.0)

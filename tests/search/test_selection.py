@@ -23,7 +23,8 @@ from evomerge.recipes import Recipe
 from evomerge.search import Study, selection
 from evomerge.spaces import Baseline
 from evomerge.store import NewTrial, Outcome, Scored, Store, StudyFacts, Trial
-from tests.support.toy import ToyPool, height, stored_rows, uniform, weight_space
+from tests.support.landscape import height, uniform
+from tests.support.toy import ToyPool, stored_rows, weight_space
 from tests.support.toy_search import POOLS, REFERENCES, SoftPool, broken, plan, search
 
 MEAN = Objective((Term("first"), Term("second", 2.0)))

@@ -18,7 +18,8 @@ from evomerge.recipes import Recipe
 from evomerge.search import Plan, Progress, Study
 from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.store import Outcome, Store, StudyFacts
-from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
+from tests.support.landscape import uniform
+from tests.support.toy import ToyPool, stored_rows, weight_space
 from tests.support.toy_search import (
     LABELS,
     POOLS,

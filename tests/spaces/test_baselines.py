@@ -13,7 +13,8 @@ from evomerge.recipes import Recipe
 from evomerge.search import Study
 from evomerge.spaces import baselines, soup
 from evomerge.store import Store, StudyFacts
-from tests.support.toy import ToyPool, stored_rows, uniform, weight_space
+from tests.support.landscape import uniform
+from tests.support.toy import ToyPool, stored_rows, weight_space
 from tests.support.toy_search import plan
 
 SPACE = weight_space(models=("a", "b", "c"))

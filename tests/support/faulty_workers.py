@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evomerge.evaluation import Evaluation, Items
 from evomerge.recipes import Recipe
-from tests.support.toy import ToyPool
+from tests.support import landscape
 
 ERRORS = {
     "no-space": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
@@ -54,14 +54,14 @@ def fail(fault: str) -> None:
 
 
 class Faulty:
-    """Scores as the toy does.
+    """Scores by the landscape.
 
     folder: its file `fault` names the fault, and marks are left there; opening: a fault of the first
     openings; waits: seconds that the first preparation in a process takes.
     """
 
     def __init__(self, folder: Path, opening: str = "", waits: float = 0.0) -> None:
-        self.folder, self.waits, self._toy = folder, waits, ToyPool()
+        self.folder, self.waits = folder, waits
         if opening and claim(folder, "opening"):
             fail(opening)
 
@@ -76,4 +76,4 @@ class Faulty:
         fault = file.read_text() if file.exists() else ""
         if fault and claim(self.folder, f"{fault}.{phase(items)}"):
             fail(fault)
-        return self._toy.evaluate(recipe, items)
+        return landscape.evaluation(recipe, items)

@@ -18,7 +18,8 @@ from evomerge.search.dispatch import Dispatch
 from evomerge.spaces import baselines
 from evomerge.store import Outcome, Store, StudyFacts
 from evomerge.workers import Job
-from tests.support.toy import ToyPool, uniform, weight_space
+from tests.support.landscape import uniform
+from tests.support.toy import ToyPool, weight_space
 
 SPACE = weight_space()
 

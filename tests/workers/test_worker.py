@@ -31,8 +31,9 @@ from evomerge.recipes import Filtered, Mix, Recipe, params
 from evomerge.store import Store
 from evomerge.workers import InProcessPool, Job
 from evomerge.workers.worker import Worker
+from tests.support.landscape import uniform
 from tests.support.logit_tasks import ITEMS, Logits, recipe
-from tests.support.toy import in_process, llama, results, search_file, uniform, zoo_folder
+from tests.support.toy import in_process, llama, results, search_file, zoo_folder
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ from evomerge.search import Opening, Plan, Progress, Stage, Study
 from evomerge.spaces import baselines
 from evomerge.store import Store, StudyFacts, item_set_id
 from evomerge.workers import InProcessPool, Job, Pool
-from tests.support.toy import ToyPool, uniform, weight_space
+from tests.support.landscape import uniform
+from tests.support.toy import ToyPool, weight_space
 
 SEED = 5
 ITEMS: dict[Role, Items] = {

@@ -25,16 +25,8 @@ from evomerge.search import Plan
 from evomerge.store import Store
 from evomerge.workers import Limits
 from evomerge.workers.ray_pool.pool import RayPool
-from tests.support.toy import (
-    ToyPool,
-    command,
-    count_rows,
-    environment,
-    evomerge,
-    search_file,
-    stored_rows,
-    uniform,
-)
+from tests.support.landscape import uniform
+from tests.support.toy import ToyPool, command, count_rows, environment, evomerge, search_file, stored_rows
 from tests.support.toy_search import islands, pipelined, run
 
 
