@@ -2,7 +2,8 @@
 
 No file is trusted, and no code from a model folder is run.
 
-* `parent`: the interface of a parent, and functions over it (sizes, equality, compatibility with a base).
+* `parent`: the interface of a parent, and functions over it (sizes, equality).
+* `comparison`: two models side by side, the first true difference and what speaks against a merge.
 * `layout`: where each tensor belongs: embeddings, layer, head, another tower.
 * `checkpoint`: a model folder with memory-mapped safetensors files.
 * `lora`, `lora_config`: a LoRA adapter folded into a base as its tensors are read.
@@ -14,9 +15,10 @@ No file is trusted, and no code from a model folder is run.
 from __future__ import annotations
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.comparison import check_compatible
 from evomerge.checkpoints.hub import locate
 from evomerge.checkpoints.layout import COMPONENTS, Layout, TensorPlace
-from evomerge.checkpoints.parent import Parent, check_compatible, equal_tensors, stored_dtype, total_bytes
+from evomerge.checkpoints.parent import Parent, equal_tensors, stored_dtype, total_bytes
 from evomerge.checkpoints.reference import open_parent
 
 __all__ = [

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from evomerge.checkpoints.layout import Layout
 from evomerge.checkpoints.safetensors_headers import TensorInfo
-from evomerge.errors import CheckpointError
 
 
 class Parent(Protocol):
@@ -104,31 +103,3 @@ def total_bytes(parent: Parent) -> int:
         Bytes of all tensors together, as they are stored.
     """
     return sum(info.nbytes for info in parent.tensors.values())
-
-
-def check_compatible(parents: Mapping[str, Parent], base: str) -> None:
-    """Checks that every parent has the base's tensors in the base's shapes, layer for layer.
-
-    Args:
-        parents: Name -> parent, the base among them.
-        base: Name of the base.
-
-    Raises:
-        CheckpointError: A tensor is missing or has another shape; names the model, the tensor and both
-            shapes.
-    """
-    expected = parents[base]
-    for name, parent in parents.items():
-        for tensor, info in expected.tensors.items():
-            twin = parent.tensors.get(tensor)
-            if twin is None:
-                raise CheckpointError(
-                    f"model '{name}' lacks the tensor '{tensor}' of base '{base}'; the architectures differ"
-                )
-            if twin.shape != info.shape:
-                outside = expected.layout.place(tensor).layer is None
-                reason = "the vocabularies differ" if outside else "the architectures differ"
-                raise CheckpointError(
-                    f"'{tensor}' is {list(twin.shape)} in model '{name}' and {list(info.shape)} in base "
-                    f"'{base}'; {reason}"
-                )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evomerge import _yaml
 from evomerge.checkpoints import Parent, open_parent, stored_dtype
+from evomerge.checkpoints.comparison import doubts
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.export import open_route
 from evomerge.merging import checkpoint_writer
@@ -113,7 +114,11 @@ def _check_layers(recipe: Recipe, parents: Mapping[str, Parent]) -> None:
 
 
 def _warnings(recipe: Recipe, parents: Mapping[str, Parent]) -> tuple[str, ...]:
-    warnings = []
+    warnings: list[str] = []
+    base = parents.get(recipe.base)
+    for name in recipe.models if base is not None else ():
+        if name in parents and name != recipe.base and base is not None:
+            warnings += doubts(name, parents[name], recipe.base, base)
     if recipe.tokenizer is None and recipe.base in parents:
         try:
             difference = check_rows(parents, recipe.base)

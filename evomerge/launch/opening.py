@@ -113,9 +113,9 @@ def open_search(settings: Config, allowed: Allowed | None = None, stored: StudyF
         TaskError: If a task cannot be had.
     """
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
-    check_compatible(parents, settings.base)
+    warnings = check_compatible(parents, settings.base, deeper="weights" not in settings.kinds)
     warning = check_rows(parents, settings.base)
-    return _opened(settings, parents, (warning,) if warning else (), allowed, stored)
+    return _opened(settings, parents, (*warnings, *([warning] if warning else ())), allowed, stored)
 
 
 def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:

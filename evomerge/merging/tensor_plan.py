@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evomerge.checkpoints import Parent
+from evomerge.checkpoints.comparison import first_difference
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError, RecipeError, suggest
 from evomerge.merging.vocabulary.alignment import Vocabulary
@@ -156,13 +157,8 @@ class _Planner:
         last = infos[-1]
         for (model, _), info in zip(models, infos, strict=True):
             if info.shape[is_resized:] != last.shape[is_resized:]:
-                reason = "the vocabularies differ; set tokenizer_source: union"
-                if suffix:
-                    reason = "the architectures differ"
-                raise CheckpointError(
-                    f"'{output}' is {list(info.shape)} in '{model}' and {list(last.shape)} in "
-                    f"'{models[-1][0]}'; {reason}"
-                )
+                shapes = f"{list(info.shape)} in '{model}' and {list(last.shape)} in '{models[-1][0]}'"
+                raise CheckpointError(f"'{output}' is {shapes}{self._cause(model, models[-1][0])}")
         shape = last.shape
         if is_resized and self.vocabulary is not None:
             shape = (self.vocabulary.size, *last.shape[1:])
@@ -186,7 +182,18 @@ class _Planner:
             tables = vocabulary_tensors(parent)
             if tables:
                 return tables[0]
-        raise CheckpointError(f"model '{model}' lacks the tensor '{name}'; the architectures differ")
+        raise CheckpointError(f"model '{model}' lacks the tensor '{name}'{self._cause(model)}")
+
+    def _cause(self, *models: str) -> str:
+        """Why one of the models does not fit the base, to end a sentence."""
+        base = self.recipe.base
+        rows = "set tokenizer_source: union" if self.vocabulary is None else None
+        for name in models:
+            one, two = self.parents[name], self.parents[base]
+            cause = None if name == base else first_difference(name, one, base, two, rows=rows, deeper=True)
+            if cause:
+                return f": {cause}"
+        return ""
 
     def _header(self, info: TensorInfo) -> TensorInfo:
         """The header facts of the output: of the recipe's type, unless it holds whole numbers."""
