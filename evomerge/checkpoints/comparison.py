@@ -131,8 +131,8 @@ def doubts(name: str, parent: Parent, base_name: str, base: Parent) -> Iterator[
         yield f"{shown}{more}: weights mean other things there, and the merge has the base's config"
     if _has_head(parent) and not _has_head(base) and not _head_is_embedding(parent):
         yield (
-            f"the output head {_heads(parent)[0]} of '{name}' is its own and that of base '{base_name}' tied to its embeddings: "
-            "the merge is tied, and that head is left out"
+            f"the output head {_heads(parent)[0]} of '{name}' is its own and that of base '{base_name}' "
+            "tied to its embeddings: the merge is tied, and that head is left out"
         )
     towers = set(parent.layout.outer_names("tower"))
     surplus = [
