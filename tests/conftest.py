@@ -48,6 +48,7 @@ SLOW = (
     "docs/test_reference.py",
     "evaluation/inference/test_loglikelihood.py",
     "evaluation/lm_harness/test_backends.py",
+    "evaluation/lm_harness/test_chat_rendering.py",
     "evaluation/lm_harness/test_items.py",
     "evaluation/lm_harness/test_lm_eval_patches.py",
     "evaluation/test_estimates.py",

@@ -27,6 +27,10 @@ _REFUSED = {  # a config entry that is set -> what it is
     "use_bdlora": "block-diagonal LoRA",
     "kasa_config": "KaSA",
 }
+_LONGEST = 200  # characters of a module's name, and of an expression for it
+_MOST_PATTERNS = 5000
+_MOST_STEPS = 50 * _LONGEST**3  # of a comparison
+_SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN")  # what matches one character
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base alone; the others change its weights on loading."""
 
@@ -74,6 +78,10 @@ class LoraConfig:
         Raises:
             CheckpointError: The config gives the module another rank.
         """
+        if len(module) > _LONGEST and (self._ranks or self._alphas):
+            raise CheckpointError(
+                f"{self.file}: the name {module:.80} … is longer than {_LONGEST} characters"
+            )
         expected = _by_pattern(self._ranks, module, self._rank)
         if expected != rank:
             raise CheckpointError(
@@ -121,11 +129,19 @@ def _number(value: Any, name: str, file: Path) -> float:
 def _patterns(data: Mapping[str, Any], name: str, file: Path) -> list[tuple[re.Pattern[str], float]]:
     """(expression that ends a module's name, number), in the file's order: the first that fits counts."""
     given = data.get(name) or {}
+    if isinstance(given, dict) and len(given) > _MOST_PATTERNS:
+        raise CheckpointError(f"{file}: {name} has {len(given):,} keys, at most {_MOST_PATTERNS:,} are read")
     if not isinstance(given, dict):
         raise CheckpointError(
             f"{file}: {name} must be an object, got {type(given).__name__}; save the adapter again"
         )
     try:
+        for text in given:
+            if len(text) > _LONGEST or _steps(text) > _MOST_STEPS:
+                raise CheckpointError(
+                    f"{file}: {name} has the key {text!r:.80}, an expression that may take for ever to "
+                    "compare; name the modules instead"
+                )
         return [
             (re.compile(rf"(?:.*\.)?(?:{text})$"), _number(value, name, file))
             for text, value in given.items()
@@ -134,6 +150,36 @@ def _patterns(data: Mapping[str, Any], name: str, file: Path) -> list[tuple[re.P
         raise CheckpointError(
             f"{file}: {name} has a key that is no regular expression ({error}); save the adapter again"
         ) from None
+
+
+def _steps(text: str) -> float:
+    """How many steps comparing an expression with a module's name may take at most; infinite if unclear.
+
+    Repeats of single characters take as many steps as the name is long, each for each of the others; what is
+    optional or a choice doubles or multiplies them; a repeat of anything else may take for ever.
+    """
+    steps, stack = float(_LONGEST), [iter(re._parser.parse(text))]  # type: ignore[attr-defined]
+    while stack:
+        item = next(stack[-1], None)
+        if item is None:
+            stack.pop()
+            continue
+        kind, value = str(item[0]), item[1]
+        if kind in ("MAX_REPEAT", "MIN_REPEAT"):
+            _, most, inner = value
+            is_single = len(inner) == 1 and str(inner[0][0]) in _SINGLE
+            if most > 1 and not is_single:
+                return math.inf
+            steps *= min(int(most), _LONGEST) if most > 1 else 2
+            stack.append(iter(inner))
+        elif kind == "BRANCH":
+            steps *= len(value[1])
+            stack += [iter(choice) for choice in value[1]]
+        elif kind == "SUBPATTERN":
+            stack.append(iter(value[-1]))
+        elif kind not in _SINGLE and kind != "AT":
+            return math.inf  # a look to the side, a reference back
+    return steps
 
 
 def _by_pattern(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from evomerge.checkpoints import Parent, safetensors_headers
 from evomerge.checkpoints.lora import AdaptedCheckpoint
+from evomerge.checkpoints.tokenizer_checks import check_tokenizer
 from evomerge.errors import CheckpointError, SetupError
 from evomerge.merging.weight_map import WeightMap
 
@@ -165,10 +166,11 @@ def load_tokenizer(parent: Parent) -> object:
         The tokenizer.
 
     Raises:
-        SetupError: transformers refuses it.
+        SetupError: transformers refuses it, or it could grow a text beyond all bounds.
     """
     import transformers
 
+    check_tokenizer(parent.path)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             parent.path, trust_remote_code=False, local_files_only=True

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.lm_harness import chat_rendering
 from evomerge.evaluation.lm_harness.items import Splits, TaskDocument, item_id, split_documents
 from evomerge.evaluation.lm_harness.lm_eval_patches import never_its_own_example
 from evomerge.evaluation.records import Role
@@ -109,22 +110,15 @@ def chat_template(tokenizer: Any, history: list[dict[str, str]], add_generation_
 
     Returns:
         The text.
+
+    Raises:
+        TaskError: The template takes too long or too much memory.
     """
-
-    def rendered(turns: list[dict[str, str]]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
-
     try:
-        return rendered(history)
+        return chat_rendering.render(tokenizer, history, add_generation_prompt)
     except jinja2.exceptions.TemplateError:
-        return rendered([turn for turn in history if turn["role"] != "system"])
+        users = [turn for turn in history if turn["role"] != "system"]
+        return chat_rendering.render(tokenizer, users, add_generation_prompt)
 
 
 def check_right_answer(task: Any, name: str, doc: Any) -> None:

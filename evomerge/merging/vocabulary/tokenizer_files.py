@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints import Parent
+from evomerge.checkpoints.tokenizer_checks import check_tokenizer
 from evomerge.errors import CheckpointError
 from evomerge.merging.vocabulary.embedding_tables import embedding_rows
 from evomerge.recipes import WHOLE, TokenizerSpec
@@ -252,6 +253,7 @@ def _from_folder(folder: Path, named: Path) -> Any:
     """The tokenizer of a folder. named: the folder that an error names."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
