@@ -10,43 +10,82 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 from evomerge._escaping import printable
 
 HIDDEN = "***"
 _SHORTEST = 6  # characters of a variable's value: replacing a shorter one, such as '1', would spoil a log
-_NAMED = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS)S?$", re.IGNORECASE)
+_NAMED = re.compile(
+    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|COOKIE|(?:^|_)(?:PASS|PAT|AUTH)|_PWD)S?(?:_?\d+)?$",
+    re.IGNORECASE,
+)
+"""Names of variables whose values are secrets. PWD alone is the working directory."""
+_TOKENS = (  # by how their makers say that they begin
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}",  # Hugging Face
+    r"\bsk-[A-Za-z0-9_-]{16,}",  # OpenAI, Anthropic and those that followed
+    r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})",
+    r"\bgl(?:pat|dt|rt|ptt|cbt|oas|agent|soat|ffct)-[A-Za-z0-9_.-]{16,}",  # GitLab
+    r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b",  # AWS
+    r"\bAIza[0-9A-Za-z_-]{30,}|\bGOCSPX-[0-9A-Za-z_-]{20,}|\bya29\.[0-9A-Za-z_-]{20,}",  # Google
+    r"\bx(?:ox[abeoprs]|app)-[0-9A-Za-z-]{10,}",  # Slack
+    r"https://hooks\.slack\.com/(?:services|workflows|triggers)/[\w/+-]+",
+    r"https://(?:canary\.|ptb\.)?discord(?:app)?\.com/api/webhooks/\d+/[\w-]+",
+    r"\b(?:sk|rk|pk)_(?:live|test|prod)_[0-9A-Za-z]{16,}|\bwhsec_[0-9A-Za-z]{16,}",  # Stripe
+    r"\bSG\.[\w-]{16,}\.[\w-]{16,}|\bkey-[0-9a-f]{32}\b|\bSK[0-9a-f]{32}\b",  # SendGrid, Mailgun, Twilio
+    r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-[A-Za-z0-9_-]{20,}|\brubygems_[0-9a-f]{40,}|\bcio[A-Za-z0-9]{32}\b",
+    r"\bdapi[0-9a-f]{32}(?:-\d)?\b|\bdckr_pat_[\w-]{20,}|\bdo[opr]_v1_[0-9a-f]{40,}",  # Databricks, Docker, …
+    r"\b(?:r8_|pplx-|gsk_|xai-|nvapi-|fw_|tgp_v1_|cpk_|voyage-key-)[A-Za-z0-9_-]{20,}",  # hosts of models
+    r"\bhv[sbr]\.[\w-]{20,}|\bops_eyJ[\w-]{20,}|\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{20,}",  # vaults
+    r"\bgl(?:sa|c)_[A-Za-z0-9_=+/-]{20,}|\bNRAK-[A-Z0-9]{20,}|\blin_api_[A-Za-z0-9]{20,}",  # Grafana, …
+    r"\bPMAK-[0-9a-f-]{30,}|\bpul-[0-9a-f]{40}\b|\bshp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|\bsq0[a-z]{3}-[\w-]{20,}",
+    r"\b\d{8,10}:AA[\w-]{30,}",  # Telegram
+    r"\bAGE-SECRET-KEY-1[0-9A-Z]{50,}|\bLTAI[A-Za-z0-9]{16,}\b|\bAKC[a-zA-Z0-9]{60,}",
+    r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?",  # a JSON web token
+)
 _SHAPES = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
         (
-            r"(?s)-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
+            r"(?s)-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----.*?"
+            r"(?:-----END [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)",
             HIDDEN,
         ),
-        (r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}", HIDDEN),  # Hugging Face
-        (r"\bsk-[A-Za-z0-9_-]{16,}", HIDDEN),  # OpenAI and those that followed
-        (r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})", HIDDEN),
-        (
-            r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{30,}|\bxox[abprs]-[0-9A-Za-z-]{10,}",
-            HIDDEN,
-        ),  # AWS, Google, Slack
-        (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?", HIDDEN),  # a JSON web token
+        *((token, HIDDEN) for token in _TOKENS),
         (r"://[^\s/?#]+@", f"://{HIDDEN}@"),  # user:password@ of a URL
+        # a password with a slash or hash; digits and a slash after the colon are a port
+        (r"://[^\s/?#@:\"'*]+:(?!\d{1,5}[/?#])[^\s@\"'<>]+@(?=[\w\[])", f"://{HIDDEN}@"),
+        (r"(?<![\w/:@.])([\w.+-]{1,64}:)(?!//)[^\s@:/\"'<>]{2,128}@(?=[A-Za-z][\w-]*\.?)", rf"\1{HIDDEN}@"),
         (
             r"(?i)\b((?:proxy-)?authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)"
             r"(?:(?:bearer|basic|token|digest)\s{1,3})?[^\s\"',;]+",
             rf"\1{HIDDEN}",
         ),
+        (r"(?i)\b((?:set-)?cookies?[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\"'\r\n]+", rf"\1{HIDDEN}"),
         (r"(?i)\b((?:bearer|basic)\s{1,3})[A-Za-z0-9._~+/=-]{12,}", rf"\1{HIDDEN}"),
         (
-            r"(?i)((?:password|passwd|passphrase|pwd|secret)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"',;&]+",
+            r"(?i)((?:password|passwd|passphrase|\bpwd|secret)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?!/)[^\s\"',;&]+",
             rf"\1{HIDDEN}",
         ),
-        (r"(?i)((?:key|token|signature)[\"']?=[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}", rf"\1{HIDDEN}"),
+        # a variable in capitals, as a shell or a file of settings has it
+        (
+            r"\b([A-Z][A-Z0-9_]{0,60}(?:TOKEN|KEY|SECRET|CREDENTIAL|COOKIE|_PASS|_PWD|_PAT|_AUTH)S?(?:_?\d{1,3})?"
+            r"[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"',;&]{4,}",
+            rf"\1{HIDDEN}",
+        ),
+        (
+            r"(?i)((?:\bkey|_key|-key|accountkey|token|signature)[\"']?=[\"']?)[^\s\"'<>,;&()\[\]{}]{8,}",
+            rf"\1{HIDDEN}",
+        ),
         (
             r"(?i)((?:api|access|private|auth|session)[_-]?(?:key|token)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)"
             r"[^\s\"'<>,;&()\[\]{}]{8,}",
+            rf"\1{HIDDEN}",
+        ),
+        (  # in JSON or a dict; "eos_token" is none
+            r"(?i)([\"'](?:(?:access|api|auth|bearer|csrf|hf|id|oauth|refresh|secret|session)[_-]?)?"
+            r"(?:token|api[_-]?key|credentials?|auth|sessionid|pass)[\"']\s{0,3}:\s{0,3}[\"'])[^\"']+",
             rf"\1{HIDDEN}",
         ),
     )
@@ -74,6 +113,29 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
     for pattern, replacement in _SHAPES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def scrub_data(value: Any) -> Any:
+    """Replaces every secret in plain data by '***'.
+
+    Args:
+        value: Nested mappings, lists and scalars.
+
+    Returns:
+        The same with its texts scrubbed; what stands under a secret's name is hidden whole.
+    """
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, dict):
+        return {key: scrub_data(inner) if _tells(key, inner) else HIDDEN for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub_data(inner) for inner in value]
+    return value
+
+
+def _tells(key: Any, value: Any) -> bool:
+    """Whether an entry of a mapping may be shown."""
+    return not isinstance(value, str) or scrub(f'"{key}": "{value}"') == f'"{key}": "{scrub(value)}"'
 
 
 class ScrubbedFormatter(logging.Formatter):

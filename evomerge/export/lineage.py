@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from evomerge import __version__
+from evomerge import __version__, _yaml
+from evomerge._redaction import scrub_data
 from evomerge.store import Store, StudyRow, Trial
 
 
@@ -17,9 +18,10 @@ def candidate_lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, 
         trial: The candidate.
 
     Returns:
-        Plain data: genome, parents and scores by role, the study's facts and its search file.
+        Plain data without secrets: genome, parents and scores by role, the study's facts, and its settings;
+        no comment of its search file.
     """
-    return {
+    lineage = {
         "evomerge": __version__,
         "study": study.name,
         "seed": study.seed,
@@ -41,5 +43,7 @@ def candidate_lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, 
             for role, scored in store.evaluations(trial.recipe_id)
         ],
         "facts": study.facts.to_json(),
-        "config": study.config,
+        "config": _yaml.parse(study.config, f"{study.name} (stored)").data,
     }
+    scrubbed: dict[str, Any] = scrub_data(lineage)
+    return scrubbed

@@ -54,7 +54,7 @@ def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:
         "",
         *files,
         "- `recipe.json`: exact, for `evomerge merge recipe.json OUT`",
-        "- `lineage.json`: genome, ancestors, hashes of models and tasks, the search file",
+        "- `lineage.json`: genome, ancestors, hashes of models and tasks, the settings",
         *(line for note in notes for line in ("", note)),
     ]
     return "\n".join(lines) + "\n"

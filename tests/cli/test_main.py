@@ -509,7 +509,7 @@ def test_the_exported_folder_tells_its_story(small: Small) -> None:
     rows = stored_rows(small.root / "small" / "study.db")
     trial = next(t for t in rows["trials"] if t["id"] == lineage["candidate"])
     assert lineage["recipe"] == trial["recipe"]
-    assert lineage["config"] == small.file.read_text()
+    assert lineage["config"] == json.loads(small.file.read_text())
     assert lineage["facts"] == json.loads(rows["study"][0]["facts"])
     card = (small.weights / "README.md").read_text()
     for score in lineage["scores"]:

@@ -98,6 +98,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names = dict(zip(SIGNS.values(), ("math", "lang", "string"), strict=True))
     models = {"<b>base": str(zoo / "base")} | {name: str(zoo / own) for name, own in names.items()}
     file = changed(root, lambda document: document.update(models=models, base="<b>base"))
+    with file.open("a") as opened:
+        opened.write("\n# my password is correct horse\n")
     texts: dict[str, str] = {}
     for verb in (
         ("run", file),
@@ -110,6 +112,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         texts[str(verb[0])] = out + err
     texts["report"] = (root / "trial" / "report.md").read_text()
     texts["card"] = (root / "out" / "README.md").read_text()
+    texts["lineage"] = (root / "out" / "lineage.json").read_text()
     texts["recipe"] = (root / "out" / "recipe.yaml").read_text()
     return texts
 
@@ -137,6 +140,13 @@ def test_a_cards_front_matter_and_a_recipe_are_what_they_were(searched: dict[str
     front = searched["card"].split("\n---\n")[0].removeprefix("---\n")
     assert yaml.safe_load(front)["tags"] == ["merge", "evomerge"]
     assert yaml.safe_load(searched["recipe"])["merge_method"] == "task_arithmetic"
+
+
+def test_a_comment_of_the_search_file_stays_with_its_user(searched: dict[str, str]) -> None:
+    assert "correct horse" not in "".join(searched.values())
+    settings = json.loads(searched["lineage"])["config"]
+    assert settings["base"] == "<b>base"
+    assert set(SIGNS.values()) < set(settings["models"])
 
 
 def test_what_a_models_config_says_does_not_steer_the_terminal(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lm_eval import utils as lm_utils
 from safetensors.torch import load_file, save_file
 
 from evomerge import _resources, _yaml, config
-from evomerge._redaction import ScrubbedFormatter, scrub
+from evomerge._redaction import ScrubbedFormatter, scrub, scrub_data
 from evomerge.checkpoints import Checkpoint, locate, reference
 from evomerge.config import loading as loading_module
 from evomerge.errors import CheckpointError, ConfigError, EvomergeError, StudyError, TaskError
@@ -589,6 +589,31 @@ SECRETS: dict[str, tuple[str, str, str]] = {
     ),
     "a setting": ("WANDB_API_KEY=0123456789abcdef0123", "0123456789abcdef0123", "WANDB_API_KEY=***"),
     "JSON": ('{"password": "hunter2", "n": 1}', "hunter2", '{"password": "***", "n": 1}'),
+    "a query of JSON": ('{"token": "abcd1234", "n": 1}', "abcd1234", '{"token": "***", "n": 1}'),
+    "JSON of another name": ("{'access_token': 'abcd1234'}", "abcd1234", "{'access_token': '***'}"),
+    "a variable": ("DB_PASS=hunter2 next", "hunter2", "DB_PASS=*** next"),
+    "a variable in YAML": ("DB_PWD: hunter2", "hunter2", "DB_PWD: ***"),
+    "a personal access token": ("export AZURE_PAT='abcd1234'", "abcd1234", "export AZURE_PAT='***'"),
+    "basic auth": ("NPM_AUTH=abcd1234==", "abcd1234", "NPM_AUTH=***"),
+    "a credential": ("MY_CREDENTIAL=abcd1234", "abcd1234", "MY_CREDENTIAL=***"),
+    "a second key": ("MY_KEY_2=abcd1234", "abcd1234", "MY_KEY_2=***"),
+    "a URL with a slash": ("http://me:pa/ss@host.io/x", "pa/ss", "http://***@host.io/x"),
+    "a URL with a hash": ("http://me:p#a/s@host.io:80/x", "p#a/s", "http://***@host.io:80/x"),
+    "user and password": ("rsync me:hunter2@host.io:/x", "hunter2", "rsync me:***@host.io:/x"),
+    "a cookie": ("Cookie: sid=abcd1234; theme=dark", "abcd1234", "Cookie: ***"),
+    "a cookie that is set": ('"set-cookie": "sid=abcd1234; Path=/"', "abcd1234", '"set-cookie": "***"'),
+    "GitLab": ("glpat-abcdefghij0123456789 x", "glpat-abcdefghij0123456789", "*** x"),
+    "PyPI": ("pypi-AgEIcHlwaS5vcmcCJDEyMzQ1Njc4", "AgEIcHlwaS5vcmc", "***"),
+    "npm": ("npm_" + "a1B2" * 9, "npm_" + "a1B2" * 9, "***"),
+    "Stripe": ("sk_live_" + "a1B2" * 6, "sk_live_" + "a1B2" * 6, "***"),
+    "SendGrid": ("SG." + "a" * 22 + "." + "b" * 43, "a" * 22, "***"),
+    "Databricks": ("dapi" + "0123456789abcdef" * 2, "0123456789abcdef", "***"),
+    "Slack's app": ("xapp-1-A0123-456-abcdef0123", "abcdef0123", "***"),
+    "a web hook of Slack": ("https://hooks.slack.com/services/T0/B0/abcdefgh", "abcdefgh", "***"),
+    "Replicate": ("r8_" + "a1B2" * 10, "r8_" + "a1B2" * 10, "***"),
+    "Vault": ("hvs." + "a1B2" * 10, "hvs." + "a1B2" * 10, "***"),
+    "Telegram": ("bot 123456789:AA" + "a1B2_" * 6 + "abc", "a1B2_a1B2_", "bot ***"),
+    "Azure": ("AccountKey=" + "a1B2" * 10 + "==;x", "a1B2a1B2", "AccountKey=***;x"),
     "a web token": ("eyJhbGciOi12.eyJzdWIiOiIx.SflKxw", "eyJzdWIiOiIx", "***"),
 }
 PLAIN = (
@@ -627,8 +652,28 @@ def test_values_of_variables_that_are_named_like_secrets_are_taken_out(
     assert scrub(text, named) == "***; ***; ***; 1; visible", (
         "the longest first; a value of one character would blacken every log"
     )
+    for name in (
+        "DB_PASS",
+        "DB_PWD",
+        "GH_PAT",
+        "NPM_AUTH",
+        "MY_CREDENTIAL",
+        "MY_KEY_2",
+        "API_TOKENS",
+        "COOKIE",
+    ):
+        assert scrub("it is correct-horse", {name: "correct-horse"}) == "it is ***", name
+    for name in ("PWD", "OLDPWD", "PATH", "COMPASS", "PATTERN", "AUTHOR", "MONKEY_BARS"):
+        assert scrub("it is correct-horse", {name: "correct-horse"}) == "it is correct-horse", name
     monkeypatch.setenv("EVOMERGE_TEST_TOKEN", "only in the environment")
     assert scrub("it is only in the environment") == "it is ***"
+
+
+def test_a_secret_in_plain_data_is_taken_out_by_its_name_too() -> None:
+    data = {"token": "abcd1234", "n": [1, {"api_key": "abcd1234", "eos_token": "</s>"}], "at": f"x {TOKEN}"}
+    clean = {"token": "***", "n": [1, {"api_key": "***", "eos_token": "</s>"}], "at": "x ***"}
+    assert scrub_data(data) == clean
+    assert scrub_data(clean) == clean
 
 
 def test_a_logs_lines_and_tracebacks_hold_no_secrets() -> None:
