@@ -50,6 +50,13 @@ def run(
 def resume(
     study: Annotated[str, typer.Argument(help="Name of the study.")],
     evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Score anew what failed by its machine or was timed out, and search anew from there.",
+        ),
+    ] = False,
     *,
     options: RunOptions,
 ) -> None:
@@ -68,7 +75,10 @@ def resume(
             raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
         before = settings.budgets[-1] if evaluations.startswith("+") else 0
         overrides["evaluations"] = int(evaluations) + before
-    _search(SearchRequest(options.apply_to(settings), text, overrides, resume=True), options)
+    request = SearchRequest(
+        options.apply_to(settings), text, overrides, resume=True, retry_failed=retry_failed
+    )
+    _search(request, options)
 
 
 def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = False) -> None:

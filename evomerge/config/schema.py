@@ -314,9 +314,11 @@ class LimitsConfig(Strict):
     """What ends a candidate or a worker, see `evomerge.workers.Limits`."""
 
     factor: Number = Field(default=4.0, gt=1)
-    """How many times the running median a candidate may take."""
+    """How many times the running median scoring may take; ten times that for a process that computes."""
     floor: Number = Field(default=60.0, gt=0)
     """Seconds that a candidate may always take."""
+    opening: Number = Field(default=3600.0, gt=0)
+    """Seconds that a worker may take to open, and to merge, probe and compile before it scores."""
     memory: Number | None = Field(default=None, gt=0)
     """Bytes that a worker's memory may grow by; no limit unless given."""
 

@@ -103,7 +103,7 @@ def open_pool(
         address=cluster.ray,
         cpus=cluster.cpus,
         gpus=cluster.gpus,
-        limits=Limits(factor=limits.factor, floor=limits.floor, memory=limits.memory),
+        limits=Limits(factor=limits.factor, floor=limits.floor, opening=limits.opening, memory=limits.memory),
     )
     if on_ray:
         pool = _ray_pool(pool_settings)

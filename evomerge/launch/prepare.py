@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError, unwritable
-from evomerge.evaluation import ROLES, Evaluator
+from evomerge.evaluation import ROLES, Evaluator, Objective
 from evomerge.launch import first_scores, route_screen, stages
 from evomerge.launch import pool as pool_module
 from evomerge.launch.facts import check_agreement, collect_facts
@@ -23,6 +23,7 @@ from evomerge.search import Plan, Progress, Study
 from evomerge.spaces import soup
 from evomerge.store import Store, StudyFacts, paths, stop_request
 from evomerge.workers import Pool
+from evomerge.workers.machine_errors import is_worth_retrying
 from evomerge.workers.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,8 @@ def _prepare(request: SearchRequest, store: Store, execution: _Execution) -> Stu
     facts = collect_facts(loaded, stored, pool_module.num_workers(settings, execution.workers))
     if stored is not None:
         check_agreement(store, request, facts)
+        if request.retry_failed:
+            _retry_failed(store, loaded.opened.objective, execution.show)
     else:
         first_scores.check_units(settings, loaded.opened.harness)
     plan = _plan(loaded, facts)
@@ -179,6 +182,19 @@ def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) ->
     limit = stored.max_nats_per_token if stored else None
     limit = route_screen.check_routes(settings, scorer, harness, limit)
     return LoadedSearch(opened, evaluator, scorer, limit)
+
+
+def _retry_failed(store: Store, objective: Objective, show: Callable[[Progress], None]) -> None:
+    """Takes out what failed by its machine, and says so."""
+    done = store.retry.forget(is_worth_retrying, objective.task_values)
+    if done is None:
+        note = "no evaluation failed by its machine: nothing is scored anew"
+    else:
+        note = f"{done.evaluations} evaluations that failed by their machine are scored anew"
+        if done.generation is not None:
+            note += f", and {done.trials} candidates are asked for anew from generation {done.generation} on"
+        note += f"; the study as it was: {done.copy}"
+    show(Progress("opening models and tasks", 0, 1, None, note))
 
 
 def _plan(loaded: LoadedSearch, facts: StudyFacts) -> Plan:

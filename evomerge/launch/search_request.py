@@ -26,12 +26,14 @@ class SearchRequest:
         overrides: 'evaluations' of the last stage and 'seed', where they replace the file's; stored beside
             the text.
         resume: Go on with the study if it exists; otherwise one that exists is an error.
+        retry_failed: Score anew what failed by its machine, and search anew from there.
     """
 
     settings: Config
     text: str
     overrides: Mapping[str, int] = field(default_factory=dict)
     resume: bool = False
+    retry_failed: bool = False
 
     @property
     def effective_settings(self) -> Config:
@@ -70,7 +72,7 @@ def load(
     given = {"evaluations": evaluations, "seed": seed}
     overrides = dict(request.overrides) | {key: value for key, value in given.items() if value is not None}
     loading.override(settings, overrides)  # raises for a budget or seed that is out of range
-    return SearchRequest(settings, text, overrides, request.resume)
+    return SearchRequest(settings, text, overrides, request.resume, request.retry_failed)
 
 
 def _read(search: SearchRequest | Mapping[str, Any] | str | Path) -> SearchRequest:

@@ -18,6 +18,7 @@ from evomerge.search.trial_recorder import Candidate, TrialRecorder
 from evomerge.spaces import Baseline
 from evomerge.store import NewEvaluation, Scored, Store, Trial
 from evomerge.workers import Job
+from evomerge.workers.machine_errors import retry_advice
 
 
 @dataclass(slots=True)
@@ -199,7 +200,8 @@ class GenerationRunner:
         if not whole:
             cause = scored[parents[0].recipe.id].evaluation.error
             raise FailureBudget(
-                f"no parent could be scored, so that 'keep' has nothing to compare with: {cause}"
+                f"no parent could be scored, so that 'keep' has nothing to compare with: "
+                f"{cause}{retry_advice(cause)}"
             )
         self.best_parents = retention.best_parents(self.plan.objective, whole, self.plan.items["search"])
 

@@ -19,6 +19,7 @@ from evomerge.search.plan import Progress
 from evomerge.search.trial_recorder import Candidate
 from evomerge.spaces import SearchSpace
 from evomerge.store import Trial
+from evomerge.workers.machine_errors import retry_advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class Island:
         if 2 * len(failed) > len(trials):
             raise FailureBudget(
                 f"{len(failed)} of {len(trials)} candidates of generation {number} failed; "
-                f"the first because: {failed[0].error}"
+                f"the first because: {failed[0].error}{retry_advice(failed[0].error)}"
             )
         objective = self._runner.plan.objective
         order = self.optimizer.tell(oldest.genomes, ranks([standing(t, objective) for t in trials]))

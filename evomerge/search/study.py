@@ -24,6 +24,7 @@ from evomerge.search.trial_recorder import Candidate
 from evomerge.spaces import Baseline
 from evomerge.store import Outcome, Store, Trial
 from evomerge.workers import Pool
+from evomerge.workers.machine_errors import retry_advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,8 @@ class Study:
         trials = self._score_baselines(0, self.plan.baselines, "parents and hand recipes")
         if all(t.score is None for t in trials):
             raise FailureBudget(
-                f"no parent and no hand recipe could be scored; the first failed because: {trials[0].error}"
+                "no parent and no hand recipe could be scored; "
+                f"the first failed because: {trials[0].error}{retry_advice(trials[0].error)}"
             )
         return self._greedy_soup(trials) if self.plan.soup else trials
 

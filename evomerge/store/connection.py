@@ -58,7 +58,7 @@ class StudyFile:
         if lock is not None:
             self._rows = integrity.count_rows(db)
             self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT, 0o644)
-        self._acknowledge()
+        self.acknowledge()
 
     @classmethod
     def open(cls, path: Path, write: bool) -> StudyFile:
@@ -202,7 +202,7 @@ class StudyFile:
             raise explained from None
         if self._added:
             self._rows += self._added
-            self._acknowledge()
+            self.acknowledge()
 
     def insert(self, table: str, grows: bool = False, **values: Any) -> int:
         """Adds a row with its digest, within a transaction.
@@ -256,8 +256,13 @@ class StudyFile:
         what = "removed" if _inode(self.path) is None else "replaced by another file"
         return f"{self.path} was {what} while the search ran; {saved}"
 
-    def _acknowledge(self) -> None:
-        """Writes how many rows there are, after they are synced and not synced itself: never too many."""
+    def acknowledge(self, removed: int = 0) -> None:
+        """Writes how many rows there are, after they are synced and not synced itself: never too many.
+
+        Args:
+            removed: Rows that are about to be removed in the transaction that is open.
+        """
+        self._rows -= removed
         if self._lock:
             with contextlib.suppress(OSError):  # no room: it says too few, and the check is the weaker
                 os.pwrite(self._count, integrity.count_text(self._rows), 0)

@@ -10,6 +10,7 @@ from evomerge.errors import StudyError, suggest
 STORE = "study.db"
 BACKUP = "study.backup.db"
 EARLIER_BACKUP = "study.backup.earlier.db"
+BEFORE_RETRY = "study.before-retry-{}.db"
 _FILES = (STORE, BACKUP, EARLIER_BACKUP)
 
 

@@ -27,6 +27,7 @@ from evomerge.store.records import (
     StudyRow,
     Trial,
 )
+from evomerge.store.retry import Retry
 from evomerge.store.study_facts import Outcome, StudyFacts
 from evomerge.store.usage import Usage
 
@@ -44,6 +45,7 @@ class Store:
         path: The file.
         activity: Attempts, worker time, runs of drivers and ends by a budget.
         usage: How far the search has come, and what its test items were used for.
+        retry: Takes evaluations that failed by their machine out.
     """
 
     def __init__(self, file: StudyFile) -> None:
@@ -56,6 +58,7 @@ class Store:
         self.path = file.path
         self.activity = ActivityLog(file)
         self.usage = Usage(file)
+        self.retry = Retry(file)
         self._backed_up = time.monotonic()  # when the last backup was made, or the store opened
         self._changed = False  # whether something was stored since
 

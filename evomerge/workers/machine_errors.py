@@ -28,6 +28,7 @@ _MACHINE = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?", re.IGNORECASE)
+_VERDICTS = ("poison: ", "timed out ", "no result after ")  # how results begin that pools made
 _LONGEST_KIND = 120  # characters of an error that are compared
 
 
@@ -53,6 +54,32 @@ def is_only_machines(error: str) -> bool:
         True for those; of other machine errors it is open.
     """
     return _ONLY_MACHINE.search(error) is not None
+
+
+def is_worth_retrying(error: str) -> bool:
+    """Whether a stored failure may be no fault of its candidate.
+
+    Args:
+        error: of an evaluation that is a result.
+
+    Returns:
+        True for errors that may be the machine's, and for what pools decided: a time-out, dead workers.
+    """
+    return is_machine_error(error) or error.startswith(_VERDICTS)
+
+
+def retry_advice(error: str | None) -> str:
+    """What to do about a stored failure that may be no fault of its candidate.
+
+    Args:
+        error: of an evaluation that is a result; None for success.
+
+    Returns:
+        The end of a sentence; empty where nothing is to be done.
+    """
+    if error is None or not is_worth_retrying(error):
+        return ""
+    return "; that may be the machine's fault: resume with --retry-failed scores it anew"
 
 
 def breaks_device(error: str) -> bool:

@@ -17,7 +17,7 @@ from evomerge.search import Study
 from evomerge.search.racing import Race
 from evomerge.store import Store, StudyFacts
 from evomerge.workers import POOLS, Limits, Pool, PoolSettings
-from tests.support.faulty_workers import FAULTS, PHASES, TIMES, Faulty
+from tests.support.faulty_workers import FAULTS, PHASES, TIMES, Faulty, failed
 from tests.support.toy import ToyPool, stored_rows
 from tests.support.toy_search import plan
 
@@ -123,7 +123,7 @@ class AlwaysIll(Faulty):
 
     def evaluate(self, recipe: Any, items: Any) -> Any:
         """Fails."""
-        raise OSError(28, "No space left on device")
+        return failed(recipe, "no-space")
 
 
 @pytest.mark.parametrize("name", [case for case in NAMES if case.id != "in-process"])

@@ -53,6 +53,16 @@ def fail(fault: str) -> None:
         raise ERRORS[fault]
 
 
+def failed(recipe: Recipe, fault: str) -> Evaluation:
+    """What a worker that catches errors gives, if it outlives the fault."""
+    try:
+        fail(fault)
+    except (OSError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        return Evaluation(recipe.id, (), {}, {}, error=text)
+    raise AssertionError("a process that was stopped went on")
+
+
 class Faulty:
     """Scores by the landscape.
 
@@ -75,5 +85,5 @@ class Faulty:
         file = self.folder / "fault"
         fault = file.read_text() if file.exists() else ""
         if fault and claim(self.folder, f"{fault}.{phase(items)}"):
-            fail(fault)
+            return failed(recipe, fault)
         return landscape.evaluation(recipe, items)
