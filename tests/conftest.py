@@ -24,6 +24,7 @@ SLOW = (
     "docs/test_extending.py",
     "merging/test_merge.py",
     "cli/test_main.py",
+    "cli/test_moved_studies.py",
     "scripts/test_benchmarks.py",
     "scripts/test_soak.py",
     "scripts/test_interval_coverage.py",

@@ -80,6 +80,14 @@ Reuse = Annotated[
         help="An earlier study whose evaluations are read where they are the same.",
     ),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--models",
+        metavar="NAME=PATH",
+        help="Where a model is now; it is known by its content.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -95,6 +103,7 @@ class RunOptions:
         gpus: GPUs of each Ray worker, 0 to 1.
         grace: Seconds that evaluations in flight have to end after a signal.
         reuse: Names or paths of earlier studies whose evaluations are read.
+        models: 'NAME=PATH' of models that are elsewhere than the search file says.
         root: Folder of the studies.
     """
 
@@ -105,6 +114,7 @@ class RunOptions:
     gpus: Gpus = None
     grace: Grace = None
     reuse: Reuse = None
+    models: Models = None
     root: Root = None
 
     @property
@@ -121,10 +131,16 @@ class RunOptions:
         Returns:
             The same search, to be run elsewhere.
         """
-        from evomerge.config import loading
+        from evomerge.config import loading, locations
 
+        places = locations.given_models(self.models or (), settings.models)
         return loading.placed(
-            settings, ray=self.ray, workers=self.workers, gpus=self.gpus, grace=self.grace, reuse=self.reuse
+            locations.with_models(settings, places),
+            ray=self.ray,
+            workers=self.workers,
+            gpus=self.gpus,
+            grace=self.grace,
+            reuse=self.reuse,
         )
 
 

@@ -40,7 +40,8 @@ def run(
 
     settings, text = loading.load(config)
     if study is not None:
-        settings, text = loading.rename(text, study)
+        text = loading.rename(text, study)[1]
+        settings = settings.model_copy(update={"study": study})
     given = (("evaluations", evaluations), ("seed", seed))
     overrides = {key: value for key, value in given if value is not None}
     _search(SearchRequest(options.apply_to(settings), text, overrides, resume), options, accept_floor)
@@ -62,13 +63,15 @@ def resume(
 ) -> None:
     """Go on with a stored study."""
     from evomerge.config import loading
+    from evomerge.launch import stored_models as opening
     from evomerge.launch.search_request import SearchRequest
 
     with open_store(study, options.root) as store:
-        row = store.study()
+        row, path = store.study(), store.path
     if row is None:
         raise ConfigError(f"'{study}' holds no study yet; start it with run")
-    settings, text = loading.stored(row.name, row.config, row.overrides)
+    settings = opening.stored_settings(row, path.parent, options.models or ())
+    text = loading.renamed(row.config, row.name)
     overrides = dict(row.overrides)
     if evaluations is not None:
         if not evaluations.removeprefix("+").isdigit():

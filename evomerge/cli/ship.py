@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import Root, open_store
+from evomerge.cli.options import Models, Root, open_store
 from evomerge.cli.output import put, tell
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
@@ -17,6 +17,7 @@ def export(
     candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")],
     directory: Annotated[Path, typer.Argument(help="Folder to make.")],
     weights: Annotated[bool, typer.Option("--weights", help="Write the merged model too.")] = False,
+    models: Models = None,
     root: Root = None,
 ) -> None:
     """Write a candidate into a folder.
@@ -31,7 +32,7 @@ def export(
     study, reference = split_reference(candidate)
     with open_store(study, root) as store:
         trial = reports.resolve(store, reference)
-        parents = opening.stored_parents(store)
+        parents = opening.stored_parents(store, models or ())
         with progress_module.bar("tensors") as progress:
             export_candidate(store, trial, parents, directory, weights=weights, progress=progress)
     put(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))

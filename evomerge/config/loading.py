@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from evomerge import _resources, _yaml
 from evomerge.config import checks, messages
+from evomerge.config.locations import located
 from evomerge.config.renamed_keys import rename_keys
-from evomerge.config.schema import ClusterConfig, Config, SearchConfig, StageConfig
+from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConfig, StageConfig
 from evomerge.errors import ConfigError, suggest
 
 
@@ -26,7 +27,7 @@ def load(reference: str) -> tuple[Config, str]:
         reference: Path of the file, or the name of a shipped search space.
 
     Returns:
-        (settings, the file's YAML verbatim).
+        (settings, with local paths that are absolute; the file's YAML verbatim).
 
     Raises:
         ConfigError: There is no such file, or something is wrong in it.
@@ -41,7 +42,7 @@ def load(reference: str) -> tuple[Config, str]:
             "These are shipped; or give a path."
         )
     document = _yaml.read(path)
-    return check(document), document.text
+    return located(check(document), path.parent), document.text
 
 
 def stored(study: str, text: str, overrides: Mapping[str, int]) -> tuple[Config, str]:
@@ -53,13 +54,14 @@ def stored(study: str, text: str, overrides: Mapping[str, int]) -> tuple[Config,
         overrides: Key -> the number that a flag replaces it by, see `override`.
 
     Returns:
-        (settings with the flags applied, the YAML verbatim).
+        (settings of that name with the flags applied, the YAML verbatim).
 
     Raises:
         ConfigError: Something is wrong in it.
     """
     document = _yaml.parse(text, f"{study} (stored)")
-    return override(check(document, warn=False), overrides), text
+    settings = check(document, warn=False).model_copy(update={"study": study})
+    return override(settings, overrides), text
 
 
 def rename(text: str, study: str) -> tuple[Config, str]:
@@ -83,6 +85,32 @@ def rename(text: str, study: str) -> tuple[Config, str]:
     lines[line] = f"study: {json.dumps(study)}\n"
     renamed = "".join(lines)
     return check(_yaml.parse(renamed, f"--study {study}"), warn=False), renamed
+
+
+def renamed(text: str, study: str) -> str:
+    """Lets the name in a stored search file follow the name of the study's folder.
+
+    Args:
+        text: The YAML as stored.
+        study: Name of the folder.
+
+    Returns:
+        The YAML with the new name, or as it is where its `study:` is not on one line.
+
+    Raises:
+        ConfigError: The folder's name cannot be one of a study.
+    """
+    if not re.fullmatch(STUDY_NAME, study):
+        raise ConfigError(
+            f"'{study}' cannot be the name of a study: letters, digits, '.', '_' and '-', at most 64; "
+            "rename the folder"
+        )
+    if check(_yaml.parse(text, f"{study} (stored)"), warn=False).study == study:
+        return text
+    try:
+        return rename(text, study)[1]
+    except ConfigError:
+        return text
 
 
 def override(settings: Config, overrides: Mapping[str, int]) -> Config:

@@ -36,11 +36,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
 class ModelConfig(Strict):
     """A parent model; written as text alone, the text is its path."""
 
     path: str = Field(min_length=1)
-    """Folder of the model, from the working directory, or a repository of the Hugging Face hub."""
+    """Folder of the model, from the folder of the search file, or a repository of the Hugging Face hub."""
     revision: Name | None = None
     """Branch, tag or commit of the repository."""
 
@@ -369,7 +372,7 @@ class Config(Strict):
     print(settings.study, settings.method, settings.parents)
     """
 
-    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    study: str = Field(pattern=STUDY_NAME)
     """Name of the study and of its folder: letters, digits, '.', '_' and '-', at most 64."""
     models: dict[Name, ModelConfig] = Field(min_length=2)
     """Name -> parent model."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evomerge.checkpoints import Parent
 from evomerge.errors import NothingToExport, StudyError
 from evomerge.recipes import Recipe
-from evomerge.store import Store, StudyRow, Trial
+from evomerge.store import ParentFacts, Store, StudyRow, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class StoredCandidate:
         study = store.study()
         if study is None:
             raise StudyError(f"{store.path} holds no study yet")
+        places = {name: _place(fact, parents[name]) for name, fact in study.facts.parents.items()}
+        study = replace(study, facts=replace(study.facts, parents=places))
         return cls(store, study, trial, store.recipe(trial.recipe_id), parents)
 
     @property
@@ -82,3 +84,11 @@ class StoredCandidate:
         if self.recipe.stages:
             return "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
         return "mergekit-yaml recipe.yaml OUT"
+
+
+def _place(fact: ParentFacts, parent: Parent) -> ParentFacts:
+    """What a parent is, with the folder of now where it has moved since."""
+    path = Path(fact.path).expanduser()
+    if path.is_absolute() and not path.is_dir() and "+" not in fact.path:
+        return replace(fact, path=str(parent.path))
+    return fact

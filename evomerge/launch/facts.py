@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from evomerge import __version__
-from evomerge.config import Config, loading
+from evomerge.config import Config, loading, locations
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES
 from evomerge.evaluation.task_set import items_digest
@@ -61,6 +63,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         num_workers=stored.num_workers if stored else num_workers,
         base_layers=parents[settings.base].layout.num_layers,
         threads=torch.get_num_threads(),
+        files={key: paths for key, paths in locations.files(settings).items() if paths and key != "reuse"},
         versions=_versions(),
     )
 
@@ -93,7 +96,8 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
             f"study '{settings.study}' was begun with other settings, "
             f"so this would be another search: {shown}"
         )
-    store.set_config(request.text, request.overrides)
+    moved = replace(stored.facts, parents=facts.parents, files=facts.files)
+    store.set_config(settings.study, request.text, request.overrides, moved)
 
 
 def _versions() -> dict[str, str]:
@@ -102,11 +106,17 @@ def _versions() -> dict[str, str]:
 
 
 def _comparable(settings: Config) -> dict[str, Any]:
-    """Settings without the budget and the cluster, which may change between runs.
+    """Settings without the budget and the cluster, which may change between runs, and without places.
+
+    The folder names the study; models are compared by their content, and so are the tasks of a folder.
 
     The budgets of all stages but the last must not change: they say where the next stage begins.
     """
     data = settings.model_dump(mode="json", exclude={"cluster", "budget", "reuse"})
+    del data["study"]
+    data["models"] = {name: {} for name in data["models"]}
+    del data["evaluation"]["include"]
+    data["evaluation"]["training_texts"] = [Path(text).name for text in settings.evaluation.training_texts]
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
     *earlier, last = data["stages"]

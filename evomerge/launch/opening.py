@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent, check_compatible, open_parent
-from evomerge.config import Config, loading
+from evomerge.config import Config
 from evomerge.errors import CandidateError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
 from evomerge.launch.objective import make_objective, task_terms
+from evomerge.launch.stored_models import places, stored_settings
 from evomerge.launch.tasks import open_tasks
 from evomerge.launch.threads import set_torch_threads
 from evomerge.launch.weight_space import make_space
@@ -134,7 +135,7 @@ def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
     parents = stored_parents(store)
     study = store.study()
     assert study is not None
-    settings, _ = loading.stored(study.name, study.config, study.overrides)
+    settings = stored_settings(study, store.path.parent)
     opened = _opened(settings, parents, (), allowed, study.facts)
     for task, digest in opened.harness.fingerprint().items():
         if study.facts.tasks.get(task) != digest:
@@ -171,28 +172,30 @@ def open_parents(models: Mapping[str, tuple[str, str | None]]) -> dict[str, Pare
     }
 
 
-def stored_parents(store: Store) -> dict[str, Parent]:
-    """Opens the parents of a stored study.
+def stored_parents(store: Store, given: Sequence[str] = ()) -> dict[str, Parent]:
+    """Opens the parents of a stored study, also where they have moved.
 
     Args:
         store: The study's store.
+        given: 'NAME=PATH' of models that have moved.
 
     Returns:
         Name -> the open model.
 
     Raises:
         StudyError: If nothing is stored, or a model is not the one that was searched with.
+        CheckpointError: If a model is nowhere.
     """
     study = store.study()
     if study is None:
         raise StudyError(f"{store.path} holds no study yet")
     facts = study.facts.parents
-    parents = open_parents({name: (fact.path, fact.revision) for name, fact in facts.items()})
+    parents = open_parents(places(study, store.path.parent, given))
     for name, parent in parents.items():
         if parent.content_hash() != facts[name].sha256:
             raise StudyError(
                 f"model '{name}' at {parent.path} is not the one that {study.name} was searched with; "
-                "bring that one back"
+                f"bring that one back, or give --models {name}=PATH"
             )
     return parents
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from evomerge import _yaml
-from evomerge.config import Config, loading
+from evomerge.config import Config, loading, locations
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ def load(
     request = _read(search)
     settings, text = request.settings, request.text
     if study is not None:
-        settings, text = loading.rename(text, study)
+        text = loading.rename(text, study)[1]
+        settings = settings.model_copy(update={"study": study})
     given = {"evaluations": evaluations, "seed": seed}
     overrides = dict(request.overrides) | {key: value for key, value in given.items() if value is not None}
     loading.override(settings, overrides)  # raises for a budget or seed that is out of range
@@ -80,6 +81,7 @@ def _read(search: SearchRequest | Mapping[str, Any] | str | Path) -> SearchReque
         return search
     if isinstance(search, Mapping):
         text = yaml.safe_dump(dict(search), sort_keys=False)
-        return SearchRequest(loading.check(_yaml.parse(text, "the mapping")), text)
+        settings = loading.check(_yaml.parse(text, "the mapping"))
+        return SearchRequest(locations.located(settings, Path.cwd()), text)
     settings, text = loading.load(str(search))
     return SearchRequest(settings, text)

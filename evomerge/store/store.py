@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -130,10 +131,13 @@ class Store:
             )
 
     def study(self) -> StudyRow | None:
-        """The study's own row, None in a file where none has begun."""
+        """The study's own row, None in a file where none has begun; its name is that of its folder."""
         row = self._file.row("SELECT * FROM study")
         with self._file.reading():
-            return None if row is None else rows.study(row)
+            study = None if row is None else rows.study(row)
+        if study is None or self.path.name != paths.STORE:
+            return study
+        return replace(study, name=self.path.absolute().parent.name)
 
     def set_state(self, state: str) -> None:
         """Stores the state of the search.
@@ -143,14 +147,18 @@ class Store:
         """
         self._change_study(state=state)
 
-    def set_config(self, config: str, overrides: Mapping[str, int]) -> None:
-        """Replaces the stored configuration, of which only the budget may have changed.
+    def set_config(self, name: str, config: str, overrides: Mapping[str, int], facts: StudyFacts) -> None:
+        """Replaces the stored configuration, of which only the budget and places may have changed.
 
         Args:
+            name: Name of the study, which follows its folder.
             config: The search file, verbatim.
             overrides: Key of the search file -> the number that a flag replaces it by.
+            facts: The stored facts with the places of now.
         """
-        self._change_study(config=config, overrides=json.dumps(overrides, sort_keys=True))
+        stored = {"overrides": overrides, "facts": facts.to_json()}
+        texts = {key: json.dumps(value, sort_keys=True) for key, value in stored.items()}
+        self._change_study(name=name, config=config, **texts)
 
     def finish(self, outcome: Outcome) -> None:
         """Marks the study done.

@@ -7,7 +7,7 @@ version did not write reads as the default of its attribute, which is empty or z
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -96,6 +96,8 @@ class StudyFacts:
         num_workers: Number of workers that 'auto' settings were chosen for; 0.5.0 stored it as `crew`.
         base_layers: Number of layers of the base model, which cost no size penalty; stored as `depth`.
         threads: Number of CPU threads of a merge and of a score; 0 where not stored.
+        files: Key of the search file -> absolute paths that it names; empty where not stored. A place, which
+            may change, like the paths of the parents.
         versions: Package -> version.
         extra: Keys that this version does not know, as stored.
     """
@@ -116,6 +118,7 @@ class StudyFacts:
     num_workers: int = 1
     base_layers: int = 0
     threads: int = 0
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -166,12 +169,15 @@ class StudyFacts:
             "depth": self.base_layers,
             "threads": self.threads,
             "versions": dict(self.versions),
+            **({"files": {key: list(paths) for key, paths in self.files.items()}} if self.files else {}),
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
         }
 
     def differences(self, other: StudyFacts) -> list[str]:
-        """Compares these facts, as those of a stored study, with those of now.
+        """Compares these facts, as those of a stored study, with those of now; places may differ.
+
+        A parent is compared by the hash of its content, where there is one.
 
         Args:
             other: The facts of now.
@@ -182,6 +188,11 @@ class StudyFacts:
         before, now = self.to_json(), other.to_json()
         before["versions"] = comparable_versions(self.versions)
         now["versions"] = comparable_versions(other.versions)
+        for facts in (before, now):
+            facts.pop("files", None)
+            for parent in facts["parents"].values():
+                if parent["sha256"]:
+                    del parent["path"], parent["revision"]
         return differences(before, now)
 
 

@@ -605,7 +605,7 @@ def test_an_existing_study_is_not_overwritten(small: Small, call: Call) -> None:
         (lambda s: s["search"].update(seed=1), ("search.seed was 0, is 1",)),
         (
             lambda s: s["models"].update(math=str(zoo_folder() / "lang")),
-            ("models.math.path", "parents.math.sha256"),
+            ("parents.math.sha256",),
         ),
         (
             lambda s: s["evaluation"].update(test=9),

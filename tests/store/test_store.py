@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_the_study_row_comes_back(store: Store) -> None:
     )
     assert row.overrides == {"evaluations": 7}
     assert row.facts == StudyFacts(axes=("é",), extra={"n": 1, "none": None})
-    store.set_config("study: trial # more\n", {"evaluations": 9, "seed": 1})
+    moved = replace(row.facts, files={"include": ("/new/tasks",)})
+    store.set_config("trial", "study: trial # more\n", {"evaluations": 9, "seed": 1}, moved)
     store.set_state("paused")
     row = store.study()
     assert row is not None
@@ -107,6 +109,7 @@ def test_the_study_row_comes_back(store: Store) -> None:
         {"evaluations": 9, "seed": 1},
         "paused",
     )
+    assert row.facts.files == {"include": ["/new/tasks"]}
     store.finish(Outcome({"id": 3, "test": 1 / 3}, extra={"lead": None}))
     row = store.study()
     assert row is not None
