@@ -7,6 +7,7 @@ from typing import Any
 
 from evomerge._escaping import markdown, markdown_data
 from evomerge.errors import StudyError
+from evomerge.evaluation import intervals
 from evomerge.recipes import Filtered, Mix, Recipe, Setting
 from evomerge.reports import route_text
 from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
@@ -125,7 +126,7 @@ def _scores(
         _score_row(f"**{study}/{best['id']}** ({best['origin']})", best, tasks),
         *(_score_row(str(row["label"]), row, tasks) for row in references),
         "",
-        "The lead is the paired difference on the test items.",
+        f"The lead is the paired difference on the test items. 95 % intervals: {intervals.METHOD}.",
         "",
     ]
 

@@ -145,7 +145,8 @@ class FinalSelection:
         p = selection.p_values(objective, winner.recipe_id, standing, validated)
         test = tested[winner.recipe_id]
         headline = selection.headline(objective, test)
-        best = selection.row(winner, estimates, validated, tested) | selection.interval(headline)
+        best = selection.row(winner, estimates, validated, tested)
+        best |= selection.interval(headline, objective, test)
         best |= selection.selection_bias_columns(
             selection.headline(objective, store.scored(winner)), headline
         )
@@ -155,7 +156,10 @@ class FinalSelection:
             if t.origin == "parent" and t.recipe_id != winner.recipe_id
         ]
         leads = {
-            t.id: selection.lead(selection.against(objective, test, tested[t.recipe_id])) for t in references
+            t.id: selection.lead(
+                selection.against(objective, test, tested[t.recipe_id]), objective, test, tested[t.recipe_id]
+            )
+            for t in references
         }
         return Outcome(
             best=best,

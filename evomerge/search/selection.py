@@ -21,6 +21,7 @@ from evomerge.evaluation.estimates import (
     stratified,
 )
 from evomerge.evaluation.flat_tasks import is_floor
+from evomerge.evaluation.intervals import lead_interval, score_interval
 from evomerge.store import Scored, Store, Trial
 
 _Turns = tuple[int, ...]  # by task of the pool, how often its items had been gone through
@@ -282,40 +283,44 @@ def row(
     return out
 
 
-def lead(estimate: Estimate | None) -> dict[str, Any]:
+def lead(estimate: Estimate | None, objective: Objective, winner: Scored, other: Scored) -> dict[str, Any]:
     """Writes a lead as keys of a row.
 
     Args:
-        estimate: The winner's lead over another.
+        estimate: The winner's lead over another, as `against` gives it.
+        objective: What the search maximizes.
+        winner: The winner's scores.
+        other: The other's, on the same items.
 
     Returns:
-        The lead, its error and 95 % interval; empty without an estimate.
+        The lead, its error and 95 % interval, see `evaluation.intervals`; empty without an estimate.
     """
-    return (
-        {}
-        if estimate is None
-        else {
-            "lead": estimate.mean,
-            "lead_error": estimate.error,
-            "lead_interval": list(estimate.interval(0.95)),
-        }
-    )
+    if estimate is None:
+        return {}
+    found = (estimate.mean, estimate.mean)
+    if winner.evaluation.recipe_id != other.evaluation.recipe_id:
+        found = lead_interval(
+            winner.evaluation.items, other.evaluation.items, objective.shares(), estimate.mean
+        )
+    return {"lead": estimate.mean, "lead_error": estimate.error, "lead_interval": list(found)}
 
 
-def interval(estimate: Estimate | None) -> dict[str, Any]:
+def interval(estimate: Estimate | None, objective: Objective, scored: Scored) -> dict[str, Any]:
     """Writes a test score's error as keys of a row.
 
     Args:
-        estimate: The test score.
+        estimate: The test score, as `headline` gives it.
+        objective: What the search maximizes.
+        scored: The candidate's scores.
 
     Returns:
-        Its error and 95 % interval; empty without an estimate.
+        Its error and 95 % interval, see `evaluation.intervals`; empty without an estimate.
     """
-    return (
-        {}
-        if estimate is None
-        else {"test_error": estimate.error, "test_interval": list(estimate.interval(0.95))}
-    )
+    if estimate is None:
+        return {}
+    shares = objective.shares(scored.evaluation.metrics)
+    found = score_interval(scored.evaluation.items, shares, estimate.mean)
+    return {"test_error": estimate.error, "test_interval": list(found)}
 
 
 def selection_bias_columns(search: Estimate | None, test: Estimate | None) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from evomerge import reports
 from evomerge.cli import study_tables
@@ -234,7 +235,7 @@ def test_the_headline_error_is_the_jackknifes(kind: Any) -> None:
         left = [scored([s for s in items if s != out], objective).reported or 0.0 for out in own]
         variance += (len(own) - 1) / len(own) * float(np.sum((np.array(left) - np.mean(left)) ** 2))
     assert found.error == pytest.approx(math.sqrt(variance), rel=0.02)
-    low, high = selection.interval(found)["test_interval"]
+    low, high = selection.interval(found, objective, scored(items, objective))["test_interval"]
     assert low < found.mean < high
 
 
@@ -249,9 +250,9 @@ def test_no_error_is_claimed_where_none_is_known() -> None:
         is None
     )
     assert selection.headline(MEAN, Scored(None, Evaluation("r", (), {}, {}, "it failed"), None)) is None
-    assert (
-        selection.interval(None) == selection.selection_bias_columns(None, None) == selection.lead(None) == {}
-    )
+    known = scored(items)
+    assert selection.interval(None, MEAN, known) == selection.lead(None, MEAN, known, known) == {}
+    assert selection.selection_bias_columns(None, None) == {}
 
 
 def test_luck_is_the_difference_of_independent_estimates() -> None:
@@ -350,7 +351,14 @@ def test_the_outcome_reports_metrics_with_errors(whole: tuple[Path, Outcome]) ->
         )
         plain = stratified(tested.evaluation.items, {"first": 1.0, "second": 2.0})
         assert best["test_error"] == pytest.approx(plain.error, abs=1e-14)
-        assert best["test_interval"] == pytest.approx(list(plain.interval()), abs=1e-14)
+        below, above = [], []
+        for task, share in (("first", 1 / 3), ("second", 2 / 3)):
+            own_values = [s.value for s in tested.evaluation.items if s.task == task]
+            wilson = stats.binomtest(int(sum(own_values)), len(own_values)).proportion_ci(method="wilson")
+            below.append(share * (np.mean(own_values) - wilson.low))
+            above.append(share * (wilson.high - np.mean(own_values)))
+        wanted = [best["test"] - np.hypot(*below), best["test"] + np.hypot(*above)]
+        assert best["test_interval"] == pytest.approx(wanted, abs=1e-9)
         own = store.trial(best["id"])
         assert (
             best["search"]
