@@ -162,10 +162,17 @@ def placed(
 
     Returns:
         The settings with these values.
+
+    Raises:
+        ConfigError: A value is out of its bounds.
     """
     flags = {"ray": ray, "workers": workers, "gpus": gpus, "grace": grace}
     given = {name: value for name, value in flags.items() if value is not None}
-    cluster = ClusterConfig.model_validate(settings.cluster.model_dump() | given)
+    try:
+        cluster = ClusterConfig.model_validate(settings.cluster.model_dump() | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--{messages.sentence(first, first['loc'])}") from None
     return settings.model_copy(update={"cluster": cluster, "reuse": (*settings.reuse, *(reuse or ()))})
 
 

@@ -52,7 +52,7 @@ def most_telling(errors: Sequence[Any], data: Any) -> tuple[Any, _yaml.Key]:
     Returns:
         (error, path of its key): a misspelt key before all others, then what lies deepest.
     """
-    placed = [(error, _path(error["loc"], data)) for error in errors]
+    placed = [(error, _path(error["loc"], data, error["type"] == "missing")) for error in errors]
     return min(placed, key=lambda pair: (not _is_misspelt(pair[0], pair[1]), -len(pair[1])))
 
 
@@ -130,8 +130,8 @@ def _is_misspelt(error: Any, path: _yaml.Key) -> bool:
     return bool(get_close_matches(str(path[-1]), known_keys(path[:-1])))
 
 
-def _path(location: Sequence[str | int], data: Any) -> _yaml.Key:
-    """pydantic's location without names of types: steps that the document has, and a last missing key."""
+def _path(location: Sequence[str | int], data: Any, is_missing: bool) -> _yaml.Key:
+    """pydantic's location without names of types: steps that the document has, and a missing key."""
     path: list[str | int] = []
     for i, part in enumerate(location):
         in_mapping = isinstance(data, dict) and part in data
@@ -139,6 +139,6 @@ def _path(location: Sequence[str | int], data: Any) -> _yaml.Key:
         if in_mapping or in_list:
             data = data[part]
             path.append(part)
-        elif i == len(location) - 1 and isinstance(data, dict):
+        elif i == len(location) - 1 and is_missing:
             path.append(part)
     return tuple(path)
