@@ -39,6 +39,7 @@ class Generation:
         recorder: Writes evaluations and trials.
         floors: Task -> value that the retention constraint requires on `items`.
         on_trial: Called with each trial that is stored.
+        was_stored: Whether the store held all of it when it was opened, as in the replay of a resumed study.
     """
 
     number: int
@@ -51,24 +52,28 @@ class Generation:
     recorder: TrialRecorder
     floors: Mapping[str, float]
     on_trial: Callable[[Trial], None]
+    was_stored: bool = False
     _slots_without_trial: deque[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._slots_without_trial = deque(self.pending)
 
     @classmethod
-    def without_jobs(cls, number: int, trials: dict[int, Trial], recorder: TrialRecorder) -> Generation:
+    def without_jobs(
+        cls, number: int, trials: dict[int, Trial], recorder: TrialRecorder, *, was_stored: bool
+    ) -> Generation:
         """A generation with nothing left to evaluate.
 
         Args:
             number: Of the generation in the study.
             trials: Slot -> stored trial, of all its candidates.
             recorder: Of the study.
+            was_stored: Whether the store held all of it.
 
         Returns:
             The generation.
         """
-        return cls(number, {}, {}, {}, (), {}, trials, recorder, {}, lambda trial: None)
+        return cls(number, {}, {}, {}, (), {}, trials, recorder, {}, lambda trial: None, was_stored)
 
     @property
     def is_complete(self) -> bool:

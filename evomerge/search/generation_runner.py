@@ -114,11 +114,12 @@ class GenerationRunner:
             best = max(scores, default=None)
             self._show(Progress(counter.label, counter.done, counter.total, best, note))
 
+        was_stored = not pending
         if pending and mu and self.plan.race is not None:
             self._race(number, dict(enumerate(candidates)), mu, on_trial, counter)
             pending = {}
         if not pending:
-            return Generation.without_jobs(number, trials, self.recorder)
+            return Generation.without_jobs(number, trials, self.recorder, was_stored=was_stored)
         return self._generation(number, pending, trials, on_trial, turn)
 
     def complete(self, generation: Generation) -> list[Trial]:

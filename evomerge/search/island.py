@@ -108,6 +108,7 @@ class Island:
         self._parents = settings.parents
         self._asked = 0
         self._is_over = False
+        self._replayed = 0  # generations of the store that were told and not shown
         self._open: deque[_OpenGeneration] = deque()
         label = "search" if settings.count == 1 else f"search, island {settings.number + 1}"
         self._counter = ProgressCounter(label, math.ceil(self._share))
@@ -163,6 +164,11 @@ class Island:
         )
         self._open.append(_OpenGeneration(generation, genomes))
         self._is_over = self._asked >= self._share
+        if self._replayed and not generation.was_stored:
+            known = "generation is" if self._replayed == 1 else "generations are"
+            note = f"{self._replayed} {known} in the store; the search goes on"
+            self._show(Progress(self._counter.label, self._counter.done, self._counter.total, None, note))
+            self._replayed = 0
         return generation
 
     def _candidate(
@@ -194,6 +200,8 @@ class Island:
         order = self.optimizer.tell(oldest.genomes, ranks([standing(t, objective) for t in trials]))
         self._parents = tuple(trials[slot].id for slot in order)
         best, note = _summary(number, trials)
+        if oldest.generation.was_stored:  # was said when it was searched
+            self._replayed, note = self._replayed + 1, ""
         self._show(Progress(self._counter.label, self._counter.done, self._counter.total, best, note))
         self._is_over = self._is_over or self._budget_ended(self.last_generation)
 

@@ -141,7 +141,8 @@ class Study:
                 best = self._finals.elect(references, searched).winner
                 place = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}"
                 note = f"{place}: candidate {best.id} goes on"
-                self.show(Progress(stage.name, 1, 1, None, note))
+                if all(trial.stage <= number for trial in self.store.trials()):  # else it was said before
+                    self.show(Progress(stage.name, 1, 1, None, note))
         return self._finals.outcome(references, searched)
 
     def _refuse_less(self, stage: Stage, number: int, last: int) -> None:

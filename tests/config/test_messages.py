@@ -24,8 +24,6 @@ _VALUES: tuple[Any, ...] = (
 _FOREIGN = (
     r"function-|\[_|[A-Z]\w*Config\b|pydantic|Input should|type=|tuple\[|dict\[|another value|validator"
 )
-    r"function-|\[_|[A-Z]\w*Config\b|pydantic|Input should|type=|tuple\[|dict\[|another value|validator"
-)
 
 
 def _keys(block: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
