@@ -31,7 +31,8 @@ def plan(
     from evomerge.config import loading
     from evomerge.launch.dry_run import plan_search
 
-    settings, _ = loading.load(config)
+    settings, text = loading.load(config)
+    loading.check_tasks(settings, text, config)
     data = plan_search(settings, probe=probe, allowed=allowed(allow_python, allow_tasks))
     put(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
 

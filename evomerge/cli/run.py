@@ -39,6 +39,7 @@ def run(
     from evomerge.launch.search_request import SearchRequest
 
     settings, text = loading.load(config)
+    loading.check_tasks(settings, text, config)
     if study is not None:
         text = loading.rename(text, study)[1]
         settings = settings.model_copy(update={"study": study})

@@ -18,6 +18,7 @@ from evomerge.config.locations import located
 from evomerge.config.renamed_keys import rename_keys
 from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConfig, StageConfig
 from evomerge.errors import ConfigError, suggest
+from evomerge.evaluation.lm_harness import task_names
 
 
 def load(reference: str) -> tuple[Config, str]:
@@ -43,6 +44,29 @@ def load(reference: str) -> tuple[Config, str]:
         )
     document = _yaml.read(path)
     return located(check(document), path.parent), document.text
+
+
+def check_tasks(settings: Config, text: str, name: str) -> None:
+    """Checks that every task of lm-eval's is spelt as some task file spells it; loads no task.
+
+    Args:
+        settings: The settings of a search file.
+        text: Its YAML.
+        name: What messages call it, such as its path.
+
+    Raises:
+        ConfigError: A name stands in no task file, or a folder of task files is missing; says where.
+    """
+    document = _yaml.parse(text, name)
+    for position, folder in enumerate(settings.evaluation.include):
+        if not Path(folder).is_dir():
+            path: _yaml.Key = ("evaluation", "include", position)
+            raise _error(document, path, f"there is no task folder '{folder}' (looked from {Path.cwd()})")
+    tasks = [(i, task.task) for i, task in enumerate(settings.tasks) if task.python is None]
+    include = [Path(folder) for folder in settings.evaluation.include]
+    found = task_names.unknown_name([name for _, name in tasks], include)
+    if found is not None:
+        raise _error(document, ("tasks", tasks[found[0]][0], "task"), found[1])
 
 
 def stored(study: str, text: str, overrides: Mapping[str, int]) -> tuple[Config, str]:

@@ -22,12 +22,6 @@ from scipy.special import ndtri
 from evomerge.evaluation.estimates import t_quantile
 from evomerge.evaluation.records import ItemScore
 
-METHOD = (
-    "Wilson's score interval for shares of right answers and other values between 0 and 1, Student's t for "
-    "other values; tasks are combined by MOVER, leads are paired"
-)
-"""How the intervals are made, for a report."""
-
 Interval = tuple[float, float]
 _Part = tuple[float, Interval]  # (mean, its interval)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.config import loading
 from evomerge.errors import ConfigError
 from evomerge.evaluation import ROLES, Role
 from evomerge.launch.references import split_reference
@@ -45,6 +46,7 @@ def plan(
     from evomerge.launch.dry_run import plan_search
 
     request = load(search)
+    _check_tasks(request, search)
     allowed = _allowed(allow_python, allow_tasks)
     return plan_search(request.effective_settings, probe=probe, allowed=allowed)
 
@@ -88,6 +90,7 @@ def run(
     from evomerge.launch.prepare import prepare_study
 
     request = load(search)
+    _check_tasks(request, search)
     study = prepare_study(
         replace(request, resume=resume or request.resume),
         _root(root),
@@ -242,6 +245,12 @@ def export_candidate(
 
     view = study if isinstance(study, StudyView) else open_study(study, root=root)
     return view.export(candidate, out, weights=weights)
+
+
+def _check_tasks(request: SearchRequest, search: SearchLike) -> None:
+    """Raises ConfigError for a task's name that is written wrong, before anything is opened."""
+    name = str(search) if isinstance(search, str | Path) else "the search file"
+    loading.check_tasks(request.settings, request.text, name)
 
 
 def _allowed(python: bool, tasks: bool) -> Allowed:

@@ -7,11 +7,16 @@ from typing import Any
 
 from evomerge._escaping import markdown, markdown_data
 from evomerge.errors import StudyError
-from evomerge.evaluation import intervals
 from evomerge.recipes import Filtered, Mix, Recipe, Setting
 from evomerge.reports import route_text
 from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
 from evomerge.store import Store, Trial
+
+_INTERVALS = (
+    "Wilson's score interval for shares of right answers and other values between 0 and 1, Student's t for "
+    "other values; tasks are combined by MOVER, leads are paired"
+)
+"""How `evomerge.evaluation.intervals` makes intervals; that module loads scipy."""
 
 
 def study_markdown(store: Store) -> str:
@@ -126,7 +131,7 @@ def _scores(
         _score_row(f"**{study}/{best['id']}** ({best['origin']})", best, tasks),
         *(_score_row(str(row["label"]), row, tasks) for row in references),
         "",
-        f"The lead is the paired difference on the test items. 95 % intervals: {intervals.METHOD}.",
+        f"The lead is the paired difference on the test items. 95 % intervals: {_INTERVALS}.",
         "",
     ]
 
