@@ -96,6 +96,7 @@ SLOW = (
     "spaces/test_baselines.py",
     "store/test_durability.py",
     "store/test_lost_store.py",
+    "store/test_strangers.py",
     "store/test_retry.py",
     "test_public_api.py",
     "workers/ray_pool/test_ray_faults.py",

@@ -18,7 +18,7 @@ def list_of_studies(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no studies here; start one with: evomerge run CONFIG"
     return "\n".join(
-        f"{r['study']}: {r['state']}, {r['evaluations']} evaluations, best {_best(r)}" for r in rows
+        f"{r['study']}: {r['state']}, {r['evaluations']} evaluations, {_best_or_damage(r)}" for r in rows
     )
 
 
@@ -125,6 +125,13 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
         dropped = f"{data['dropped']} of them dropped by races"
         lines.append(f"{data['partial']} candidates were scored on a part of the items, {dropped}")
     return lines if len(lines) > 1 else []
+
+
+def _best_or_damage(row: Mapping[str, Any]) -> str:
+    """The best, or that the store is damaged, whose best may be anything."""
+    if row.get("store", "ok") in ("ok", "not checked"):
+        return f"best {_best(row)}"
+    return f"its store is damaged, see: evomerge status {row['study']}"
 
 
 def _best(row: Mapping[str, Any]) -> str:

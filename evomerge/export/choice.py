@@ -23,7 +23,7 @@ def sentences(candidate: StoredCandidate) -> list[str]:
 
 def _is_winner(candidate: StoredCandidate) -> bool:
     outcome = candidate.study.outcome
-    return outcome is not None and outcome.best["recipe"] == candidate.trial.recipe_id
+    return outcome is not None and outcome.best.get("recipe") == candidate.trial.recipe_id
 
 
 def _choice(candidate: StoredCandidate) -> list[str]:

@@ -20,7 +20,7 @@ from evomerge.launch.opening import LoadedSearch, backends, device_name
 from evomerge.launch.search_request import SearchRequest
 from evomerge.launch.tasks import scoring_facts
 from evomerge.launch.weight_space import is_diagonal
-from evomerge.store import ParentFacts, Store, StudyFacts, study_facts
+from evomerge.store import ParentFacts, Store, StudyFacts, score_check, study_facts
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
 _SHOWN = 6  # differences that an error names
@@ -63,6 +63,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         num_workers=stored.num_workers if stored else num_workers,
         base_layers=parents[settings.base].layout.num_layers,
         threads=torch.get_num_threads(),
+        objective=score_check.objective_facts(opened.objective),
         files={key: paths for key, paths in locations.files(settings).items() if paths and key != "reuse"},
         versions=_versions(),
     )
@@ -96,7 +97,7 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
             f"study '{settings.study}' was begun with other settings, "
             f"so this would be another search: {shown}"
         )
-    moved = replace(stored.facts, parents=facts.parents, files=facts.files)
+    moved = replace(stored.facts, parents=facts.parents, files=facts.files, objective=facts.objective)
     store.set_config(settings.study, request.text, request.overrides, moved)
 
 

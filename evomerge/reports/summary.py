@@ -258,7 +258,7 @@ def _test_items(store: Store, study: StudyRow) -> dict[str, int]:
     uses = store.usage.test_uses()
     winners = {use.recipe_id for use in uses if use.tests and not use.is_reference}
     if study.outcome is not None and study.outcome.best.get("test") is not None:
-        winners.add(str(study.outcome.best["recipe"]))
+        winners.add(str(study.outcome.best.get("recipe")))
     return {"winners": len(winners), "looks": sum(use.looks > 0 for use in uses)}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import sqlite3
@@ -16,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from evomerge.errors import EvomergeError, NoRoom, SetupError, StoreLost, StudyError, unwritable
-from evomerge.store import backup, file_systems, integrity, locks, paths
+from evomerge.errors import StoreLost, StudyError
+from evomerge.store import backup, file_systems, integrity, locks, paths, sqlite_errors
 from evomerge.store.backup import damaged
 from evomerge.store.migrations import MIGRATIONS
+from evomerge.store.score_check import ScoreCheck
+from evomerge.store.study_facts import StudyFacts
 
 log = logging.getLogger(__name__)
 _PATIENCE = 30.0  # seconds that a reader waits for the driver
 _LONG_PATIENCE = 600.0  # seconds that the driver waits for readers: a slow one must not end a search
-_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
-_MAY_NOT = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 _ENDINGS = ("", "-wal", "-shm", "-journal", ".rows", ".lock", ".lock.lease")
 """What the names of the files of a study end with, its backups left out."""
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""Errors of rows, and of values in them, that nobody stored."""
 
 
 class StudyFile:
@@ -55,6 +57,7 @@ class StudyFile:
         self._count = -1  # descriptor of the file with that count
         self._places = (_inode(path), _inode(path.parent))
         self._lost: StoreLost | None = None
+        self._score_check: ScoreCheck | None = None
         if lock is not None:
             self._rows = integrity.count_rows(db)
             self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -93,6 +96,7 @@ class StudyFile:
                 db = _writer(path)
             else:
                 db = _reader(path)
+            _refuse_strangers(db, path)
             _migrate(db, path, write)
             if write and path.name == paths.STORE:
                 backup.refuse_larger(db, path, path.with_name(paths.BACKUP))
@@ -102,7 +106,7 @@ class StudyFile:
                 db.close()
             if lock is not None:
                 lock.release()
-            explained = _explained_opening(path, error, write)
+            explained = sqlite_errors.explained_opening(path, error, write)
             if explained is None:
                 raise
             raise explained from None
@@ -171,7 +175,7 @@ class StudyFile:
         """
         try:
             yield
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except UNREADABLE as error:
             raise damaged(self.path, f"a row cannot be read: {type(error).__name__}: {error}") from None
 
     @contextmanager
@@ -196,7 +200,11 @@ class StudyFile:
             if self.db.in_transaction:  # SQLite has rolled back by itself where the disk is full
                 with contextlib.suppress(sqlite3.Error):
                     self.db.execute("ROLLBACK")
-            explained = _explained(self.path, error) if isinstance(error, sqlite3.DatabaseError) else None
+            explained = (
+                sqlite_errors.explained(self.path, error)
+                if isinstance(error, sqlite3.DatabaseError)
+                else None
+            )
             if explained is None:
                 raise
             raise explained from None
@@ -234,6 +242,17 @@ class StudyFile:
         self.db.execute(f"UPDATE {table} SET {assignments} WHERE rowid = ?", (*values.values(), rowid))
         if self.db.execute(f"SELECT 1 FROM {table} WHERE rowid = ?", (rowid,)).fetchone():
             integrity.seal(self.db, table, rowid)
+
+    def score_check(self) -> ScoreCheck | None:
+        """What a reader compares scores with; None for a process that writes, which has checked the file."""
+        if self._lock is not None:
+            return None
+        if self._score_check is None:
+            row = self.row("SELECT facts FROM study")
+            with self.reading():
+                facts = StudyFacts() if row is None else StudyFacts.from_json(json.loads(row[0]))
+                self._score_check = ScoreCheck(facts)
+        return self._score_check
 
     def _refuse_lost(self) -> None:
         """Raises StoreLost once the path leads to another file, or to none: SQLite would write on unseen."""
@@ -302,44 +321,6 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _explained_opening(path: Path, error: BaseException, write: bool) -> EvomergeError | None:
-    """What to raise for an error of opening a file; None for the error itself."""
-    if isinstance(error, sqlite3.DatabaseError):
-        code = _code(error)
-        if path.is_file() and not os.access(path, os.R_OK):
-            return SetupError(f"{path} may not be read: {error}; get the right to read it")
-        if write and code in _MAY_NOT:
-            return unwritable(path, OSError(errno.EACCES, str(error)))
-        explained = _explained(path, error) if write else None
-        return explained or damaged(path, error)
-    if isinstance(error, UnicodeDecodeError):  # of a table's own text, in SQLite's message
-        return damaged(path, error)
-    if isinstance(error, OSError):
-        return unwritable(path, error)
-    return None
-
-
-def _explained(path: Path, error: sqlite3.DatabaseError) -> EvomergeError | None:
-    """What to raise for an error of SQLite; None for one that only a bug of ours can be."""
-    code = _code(error)
-    if code in _DAMAGE:
-        return damaged(path, error)
-    if code in _NO_ROOM:
-        return NoRoom(
-            f"{path} cannot be written: {error}; nothing is lost: make room, or make it writable, and resume"
-        )
-    if code == sqlite3.SQLITE_BUSY:
-        return SetupError(
-            f"{path} is held by another program: {error}; close that one and resume, nothing is lost"
-        )
-    return None
-
-
-def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-
-
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",
@@ -359,7 +340,7 @@ def _reader(path: Path) -> sqlite3.Connection:
         return db
     except sqlite3.OperationalError as error:
         db.close()
-        if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        if sqlite_errors.code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise
     db = _connect(path, "rw")
     try:
@@ -369,7 +350,7 @@ def _reader(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         db.close()
         ahead = path.with_name(path.name + "-wal")
-        if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or (
+        if sqlite_errors.code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or (
             ahead.is_file() and ahead.stat().st_size
         ):
             raise
@@ -384,6 +365,13 @@ def _refuse_damaged(path: Path) -> None:
         _refuse_newer(version, path)
         finding = integrity.check(db, path)
     if finding != "ok":
+        raise damaged(path, finding)
+
+
+def _refuse_strangers(db: sqlite3.Connection, path: Path) -> None:
+    """Raises StudyError for a file with triggers or the like, before it is read or written."""
+    finding = next(integrity.strangers(db), None)
+    if finding is not None:
         raise damaged(path, finding)
 
 

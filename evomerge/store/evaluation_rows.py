@@ -9,6 +9,7 @@ import json
 import sqlite3
 import time
 
+from evomerge.errors import RecipeError, StudyError
 from evomerge.evaluation import Items
 from evomerge.recipes import Recipe
 from evomerge.store import backup, integrity, pareto_front, rows
@@ -106,8 +107,41 @@ def scored(file: StudyFile, row: sqlite3.Row) -> Scored:
             file.path, f"the evaluation of {row['recipe']} on {row['role']} items is not what was stored"
         )
     items = file.row("SELECT body FROM item_sets WHERE id = ?", (row["item_set"],))
+    check = file.score_check()
     with file.reading():
+        if check is not None and "reported" in row.keys():  # noqa: SIM118
+            raced = file.row("SELECT 1 FROM trials WHERE evaluation = ? AND whole IS NOT NULL", (row["id"],))
+            found = check.contradiction(row, items[0], predicted=raced is not None)
+            if found is not None:
+                raise backup.damaged(
+                    file.path, f"the evaluation of {row['recipe']} on {row['role']} items: {found}"
+                )
         return rows.scored(row, items[0])
+
+
+def recipe(file: StudyFile, recipe_id: str) -> Recipe:
+    """Reads a recipe, and checks that its content is that of its id.
+
+    Args:
+        file: The study's file.
+        recipe_id: Its id.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        StudyError: There is none of that id, or what is stored is damaged.
+    """
+    row = file.row("SELECT body FROM recipes WHERE id = ?", (recipe_id,))
+    if row is None:
+        raise StudyError(f"{file.path} holds no recipe {recipe_id}")
+    try:
+        stored = Recipe.from_json(row["body"])
+    except RecipeError as error:
+        raise backup.damaged(file.path, f"recipe {recipe_id}: {error}") from None
+    if stored.id != recipe_id:
+        raise backup.damaged(file.path, f"recipe {recipe_id} is another, {stored.id}")
+    return stored
 
 
 def _add_recipe(file: StudyFile, recipe: Recipe) -> None:

@@ -12,13 +12,19 @@ import sqlite3
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from evomerge.errors import ConfigError
 from evomerge.store.migrations import MIGRATIONS
 from evomerge.store.rows import short_hash
+from evomerge.store.score_check import ScoreCheck
+from evomerge.store.study_facts import StudyFacts
 
 SEALED = ("study", "evaluations", "trials", "sensitivity", "front", "attempts", "ends", "runs")
 _GROWING = ("evaluations", "trials", "sensitivity", "attempts")  # rows are only ever added
 _SHOWN = 5  # findings that are listed
-_UNREADABLE = (sqlite3.DatabaseError, ValueError, TypeError, LookupError, AttributeError)
+_UNREADABLE = (
+    *(sqlite3.DatabaseError, ValueError, TypeError, LookupError, AttributeError, RecursionError),
+    *(ArithmeticError, ConfigError),
+)
 """Errors of reading damaged rows, such as a text that is a number now."""
 
 
@@ -194,11 +200,35 @@ def _findings(db: sqlite3.Connection, least: int) -> Iterator[str]:
     )
     if not version and schema:
         yield "it holds another program's tables"
+    yield from strangers(db)
     for table in SEALED if current else ():
         rows = db.execute(f"SELECT * FROM {table}")
         yield from (f"table {table}, row {row[0]} is not what was stored" for row in rows if not intact(row))
     if version:
         yield from _contents(db, version)
+    if current:
+        yield from _scores(db)
+
+
+def strangers(db: sqlite3.Connection) -> Iterator[str]:
+    """Finds what a study's file does not have: triggers, views, tables and indexes of others.
+
+    They could change what is read or written. Cheap: reads no row of a table.
+
+    Args:
+        db: Connection to the file.
+
+    Yields:
+        What is there and should not be, or is another thing than it was.
+    """
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    known = _schema(min(version, len(MIGRATIONS)))
+    for row in db.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
+        if row["name"] in known:
+            if version and row["type"] != "index" and row["sql"] != known[row["name"]]:
+                yield f"{row['type']} {row['name']} is not what it was"
+        elif version and row["sql"] is not None:
+            yield f"{row['type']} {row['name']} is not one of a study's"
 
 
 def _contents(db: sqlite3.Connection, version: int) -> Iterator[str]:
@@ -217,6 +247,21 @@ def _contents(db: sqlite3.Connection, version: int) -> Iterator[str]:
             items = sizes.get(row["item_set"], -1)
             if scores > items or (scores < items and row["error"] is None):
                 yield f"table {table}, row {row['id']} has {scores} scores of {items} items"
+
+
+def _scores(db: sqlite3.Connection) -> Iterator[str]:
+    """What items say of scores."""
+    study = db.execute("SELECT facts FROM study").fetchone()
+    if study is None:
+        return
+    check = ScoreCheck(StudyFacts.from_json(json.loads(study[0])))
+    items = dict(tuple(row) for row in db.execute("SELECT id, body FROM item_sets"))
+    raced = {row[0] for row in db.execute("SELECT evaluation FROM trials WHERE whole IS NOT NULL")}
+    for row in db.execute("SELECT * FROM evaluations"):
+        found = check.contradiction(row, items[row["item_set"]], predicted=row["id"] in raced)
+        if found is not None:
+            yield f"table evaluations, row {row['id']}: {found}"
+    yield from check.contradictions(db)
 
 
 @functools.cache

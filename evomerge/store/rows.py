@@ -107,6 +107,8 @@ def trial(row: sqlite3.Row) -> Trial:
     Returns:
         The trial.
     """
+    if not str(row["label"]).isprintable() or not str(row["origin"]).isprintable():
+        raise ValueError("a label has control characters")
     return Trial(
         id=row["id"],
         generation=row["generation"],
@@ -118,14 +120,14 @@ def trial(row: sqlite3.Row) -> Trial:
         recipe_id=row["recipe"],
         score=row["score"],
         error=row["error"],
-        metrics=json.loads(row["metrics"]),
-        seconds=json.loads(row["seconds"]),
+        metrics=_numbers(row["metrics"]),
+        seconds=_numbers(row["seconds"]),
         reported=row["score"] if row["reported"] is None else row["reported"],
         dropped=row["dropped"],
         whole=row["whole"],
         violation=row["violation"] or 0.0,
         stage=row["stage"],
-        costs=json.loads(row["costs"]) if row["costs"] else {},
+        costs=_numbers(row["costs"]) if row["costs"] else {},
         island=row["island"],
     )
 
@@ -151,12 +153,20 @@ def scored(row: sqlite3.Row, item_set: str) -> Scored:
             names, values, probabilities, logprobs, strict=False
         )
     )
-    costs = json.loads(row["costs"]) if "costs" in columns and row["costs"] else {}
+    costs = _numbers(row["costs"]) if "costs" in columns and row["costs"] else {}
     evaluation = Evaluation(
-        row["recipe"], items, json.loads(row["metrics"]), json.loads(row["seconds"]), row["error"], costs
+        row["recipe"], items, _numbers(row["metrics"]), _numbers(row["seconds"]), row["error"], costs
     )
     reported = row["reported"] if "reported" in columns else None
     return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
+
+
+def _numbers(text: str) -> dict[str, float]:
+    """Named numbers as `numbers_json` wrote them; raises TypeError for anything else."""
+    numbers = json.loads(text)
+    if not isinstance(numbers, dict) or not all(isinstance(x, int | float) for x in numbers.values()):
+        raise TypeError("there are no numbers by name")
+    return numbers
 
 
 def _soft_metric(row: sqlite3.Row, column: str, count: int) -> list[float | None]:

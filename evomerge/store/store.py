@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from evomerge._escaping import one_line
 from evomerge.errors import StudyError
 from evomerge.evaluation import Items, Role
 from evomerge.recipes import Recipe
@@ -137,7 +138,7 @@ class Store:
             study = None if row is None else rows.study(row)
         if study is None or self.path.name != paths.STORE:
             return study
-        return replace(study, name=self.path.absolute().parent.name)
+        return replace(study, name=one_line(self.path.absolute().parent.name))
 
     def set_state(self, state: str) -> None:
         """Stores the state of the search.
@@ -380,13 +381,7 @@ class Store:
         Raises:
             StudyError: There is none of that id, or what is stored is damaged.
         """
-        row = self._file.row("SELECT body FROM recipes WHERE id = ?", (recipe_id,))
-        if row is None:
-            raise StudyError(f"{self.path} holds no recipe {recipe_id}")
-        recipe = Recipe.from_json(row["body"])
-        if recipe.id != recipe_id:
-            raise backup.damaged(self.path, f"recipe {recipe_id} is another, {recipe.id}")
-        return recipe
+        return evaluation_rows.recipe(self._file, recipe_id)
 
     # ---- the file -----------------------------------------------------------------------------------------
 

@@ -98,6 +98,8 @@ class StudyFacts:
         threads: Number of CPU threads of a merge and of a score; 0 where not stored.
         files: Key of the search file -> absolute paths that it names; empty where not stored. A place, which
             may change, like the paths of the parents.
+        objective: What the search maximizes, see `evomerge.store.score_check.objective_facts`; empty where
+            not stored. It follows from the settings, which are compared.
         versions: Package -> version.
         extra: Keys that this version does not know, as stored.
     """
@@ -119,6 +121,7 @@ class StudyFacts:
     base_layers: int = 0
     threads: int = 0
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    objective: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -170,6 +173,7 @@ class StudyFacts:
             "threads": self.threads,
             "versions": dict(self.versions),
             **({"files": {key: list(paths) for key, paths in self.files.items()}} if self.files else {}),
+            **({"objective": dict(self.objective)} if self.objective else {}),
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
         }
@@ -190,6 +194,7 @@ class StudyFacts:
         now["versions"] = comparable_versions(other.versions)
         for facts in (before, now):
             facts.pop("files", None)
+            facts.pop("objective", None)
             for parent in facts["parents"].values():
                 if parent["sha256"]:
                     del parent["path"], parent["revision"]
@@ -278,6 +283,10 @@ class Outcome:
             StageOutcome(row["stage"], row["first"], row["last"], row["best"])
             for row in data.get("stages", ())
         ]
+        for row in (data["best"], *data.get("references", ()), *data.get("finalists", ())):
+            _check_line(row)
+        for row in data.get("retention", ()):
+            _check_numbers(row, ("difference", "error"))
         estimates = {
             int(trial_id): (mean, error) for trial_id, (mean, error) in data.get("estimates", {}).items()
         }
@@ -307,6 +316,28 @@ class Outcome:
             ],
             **self.extra,
         }
+
+
+_SCORES = ("search", "validation", "test", "lead", "lead_error", "luck", "luck_error", "estimate", "p")
+
+
+def _check_line(row: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError for what cannot be a candidate's line of an outcome."""
+    if not isinstance(row.get("recipe"), str | None) or not str(row.get("label")).isprintable():
+        raise ValueError("a line of the outcome has no recipe, or a label with control characters")
+    if "id" in row:
+        int(row["id"])
+    _check_numbers(row, _SCORES)
+    for key in ("test_interval", "lead_interval"):
+        if row.get(key) is not None:
+            low, high = row[key]
+            _check_numbers({"low": low, "high": high}, ("low", "high"))
+
+
+def _check_numbers(row: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if not isinstance(row.get(key), int | float | None):
+            raise TypeError(f"{key} of the outcome is no number")
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

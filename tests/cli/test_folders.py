@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from evomerge.store import Store, paths
+from evomerge.store import Store, integrity, paths
 from tests.support.toy import REPO, command, environment, in_process, search_file, stored_rows
 
 Call = Callable[..., tuple[int, str, str]]
@@ -199,3 +200,41 @@ def test_what_may_not_be_read_is_one_line_and_hides_no_other_study(root: Path, c
     code, out, err = without_privileges("run", root / "small.yaml", "--root", root)
     assert (code, out) == (2, ""), err
     assert "cannot read" in one_line(err, "E100")
+
+
+# ---- stores of strangers -----------------------------------------------------------------------------------
+
+
+def test_status_lists_the_other_studies_beside_those_of_strangers(root: Path, call: Call) -> None:
+    for name in ("trigger", "deep", "text", "folder", "name\x1b[2J\nsmall2: done"):
+        shutil.copytree(root / "small", root / name)
+    with sqlite3.connect(root / "trigger" / "study.db") as db:
+        db.execute("CREATE TRIGGER t AFTER INSERT ON trials BEGIN SELECT 1; END")
+    with sqlite3.connect(root / "deep" / "study.db") as db:
+        db.execute("UPDATE study SET outcome = ?", ("[" * 100_000,))
+    (root / "text" / "study.db").write_text("no database " * 1000)
+    (root / "folder" / "study.db").unlink()
+    (root / "folder" / "study.db").mkdir()
+    code, out, err = call("status", "--root", root)
+    assert code == 0
+    assert "small: done" in out
+    assert out.count("\n") == 2, "one line for each that can be read"
+    assert "\x1b" not in out
+    assert len(err.splitlines()) == 4
+    assert all(line.startswith("error[E") for line in err.splitlines()), err
+    assert "E000" not in err
+
+
+def test_a_store_whose_scores_were_edited_is_not_listed_with_its_best(root: Path, call: Call) -> None:
+    file = root / "small" / "study.db"
+    with sqlite3.connect(file) as db:
+        db.row_factory = sqlite3.Row
+        db.execute("UPDATE study SET outcome = json_set(outcome, '$.best.test', 0.999)")
+        integrity.seal(db, "study", 1)
+    code, out, _ = call("status", "--root", root)
+    assert code == 0
+    assert "0.999" not in out
+    assert "small: done" in out
+    assert "damaged" in out
+    code, out, _ = call("status", "small", "--root", root)
+    assert "contradict" in out

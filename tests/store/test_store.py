@@ -110,10 +110,13 @@ def test_the_study_row_comes_back(store: Store) -> None:
         "paused",
     )
     assert row.facts.files == {"include": ["/new/tasks"]}
-    store.finish(Outcome({"id": 3, "test": 1 / 3}, extra={"lead": None}))
+    store.finish(Outcome({"id": 3, "recipe": "r", "test": 1 / 3}, extra={"lead": None}))
     row = store.study()
     assert row is not None
-    assert (row.state, row.outcome) == ("done", Outcome({"id": 3, "test": 1 / 3}, extra={"lead": None}))
+    assert (row.state, row.outcome) == (
+        "done",
+        Outcome({"id": 3, "recipe": "r", "test": 1 / 3}, extra={"lead": None}),
+    )
 
 
 def test_a_study_begins_once(store: Store) -> None:
