@@ -18,7 +18,8 @@ from evomerge._escaping import printable
 HIDDEN = "***"
 _SHORTEST = 6  # characters of a variable's value: replacing a shorter one, such as '1', would spoil a log
 _NAMED = re.compile(
-    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|COOKIE|(?:^|_)(?:PASS|PAT|AUTH)|_PWD)S?(?:_?\d+)?$",
+    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|COOKIE|(?:^|_)(?:PASS|PAT|AUTH)|_PWD)"
+    r"S?(?:_?\d+)?$",
     re.IGNORECASE,
 )
 """Names of variables whose values are secrets. PWD alone is the working directory."""
@@ -35,11 +36,12 @@ _TOKENS = (  # by how their makers say that they begin
     r"\b(?:sk|rk|pk)_(?:live|test|prod)_[0-9A-Za-z]{16,}|\bwhsec_[0-9A-Za-z]{16,}",  # Stripe
     r"\bSG\.[\w-]{16,}\.[\w-]{16,}|\bkey-[0-9a-f]{32}\b|\bSK[0-9a-f]{32}\b",  # SendGrid, Mailgun, Twilio
     r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-[A-Za-z0-9_-]{20,}|\brubygems_[0-9a-f]{40,}|\bcio[A-Za-z0-9]{32}\b",
-    r"\bdapi[0-9a-f]{32}(?:-\d)?\b|\bdckr_pat_[\w-]{20,}|\bdo[opr]_v1_[0-9a-f]{40,}",  # Databricks, Docker, …
+    r"\bdapi[0-9a-f]{32}(?:-\d)?\b|\bdckr_pat_[\w-]{20,}|\bdo[opr]_v1_[0-9a-f]{40,}",  # Databricks, Docker
     r"\b(?:r8_|pplx-|gsk_|xai-|nvapi-|fw_|tgp_v1_|cpk_|voyage-key-)[A-Za-z0-9_-]{20,}",  # hosts of models
     r"\bhv[sbr]\.[\w-]{20,}|\bops_eyJ[\w-]{20,}|\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{20,}",  # vaults
     r"\bgl(?:sa|c)_[A-Za-z0-9_=+/-]{20,}|\bNRAK-[A-Z0-9]{20,}|\blin_api_[A-Za-z0-9]{20,}",  # Grafana, …
-    r"\bPMAK-[0-9a-f-]{30,}|\bpul-[0-9a-f]{40}\b|\bshp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|\bsq0[a-z]{3}-[\w-]{20,}",
+    r"\bPMAK-[0-9a-f-]{30,}|\bpul-[0-9a-f]{40}\b|\bshp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}",
+    r"\bsq0[a-z]{3}-[\w-]{20,}",  # Square
     r"\b\d{8,10}:AA[\w-]{30,}",  # Telegram
     r"\bAGE-SECRET-KEY-1[0-9A-Z]{50,}|\bLTAI[A-Za-z0-9]{16,}\b|\bAKC[a-zA-Z0-9]{60,}",
     r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?",  # a JSON web token
@@ -65,12 +67,14 @@ _SHAPES = tuple(
         (r"(?i)\b((?:set-)?cookies?[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\"'\r\n]+", rf"\1{HIDDEN}"),
         (r"(?i)\b((?:bearer|basic)\s{1,3})[A-Za-z0-9._~+/=-]{12,}", rf"\1{HIDDEN}"),
         (
-            r"(?i)((?:password|passwd|passphrase|\bpwd|secret)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?!/)[^\s\"',;&]+",
+            r"(?i)((?:password|passwd|passphrase|\bpwd|secret)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)"
+            r"(?!/)[^\s\"',;&]+",
             rf"\1{HIDDEN}",
         ),
         # a variable in capitals, as a shell or a file of settings has it
         (
-            r"\b([A-Z][A-Z0-9_]{0,60}(?:TOKEN|KEY|SECRET|CREDENTIAL|COOKIE|_PASS|_PWD|_PAT|_AUTH)S?(?:_?\d{1,3})?"
+            r"\b([A-Z][A-Z0-9_]{0,60}(?:TOKEN|KEY|SECRET|CREDENTIAL|COOKIE|_PASS|_PWD|_PAT|_AUTH)"
+            r"S?(?:_?\d{1,3})?"
             r"[\"']?\s{0,3}[:=]\s{0,3}[\"']?)[^\s\"',;&]{4,}",
             rf"\1{HIDDEN}",
         ),

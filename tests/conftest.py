@@ -76,6 +76,7 @@ SLOW = (
     "merging/test_parent_placement.py",
     "merging/test_weight_map.py",
     "merging/vocabulary/test_alignment.py",
+    "methods/fused/test_c_library.py",
     "methods/fused/test_one_pass.py",
     "methods/test_methods.py",
     "methods/test_spherical_and_selecting.py",
