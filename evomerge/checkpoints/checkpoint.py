@@ -140,6 +140,10 @@ def _advice_without_config(path: Path) -> str:
     """What to do about a folder without config.json."""
     if (path / "adapter_config.json").exists():
         return f"{path.name} is a LoRA adapter: name it with its base, as base+{path.name}"
+    if (path / "snapshots").is_dir():
+        snapshots = sorted((path / "snapshots").iterdir(), key=lambda folder: folder.stat().st_mtime)
+        if snapshots:
+            return f"{path} is a repository in the Hub's cache, give {snapshots[-1]}"
     if path.is_dir():
         return "give a Hugging Face model folder, which has one"
     return "there is no such folder; give that of a model"

@@ -209,7 +209,7 @@ def check_compatible(parents: Mapping[str, Parent], base: str, *, deeper: bool =
         if reason is not None:
             raise CheckpointError(f"model {reason}" if reason.startswith("'") else reason)
         warnings += doubts(name, parent, base, parents[base])
-    return (*warnings, *twins(parents, base))
+    return tuple(warnings)
 
 
 def _text(parent: Parent) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from evomerge.checkpoints.foreign_formats import check_kind
 from evomerge.errors import CheckpointError
 
 
@@ -26,6 +27,9 @@ def locate(reference: str, revision: str | None = None) -> Path:
         path = Path(reference).expanduser()
         if reference and path.is_dir():
             return path.resolve()
+        if reference and path.is_file():
+            check_kind(path)
+            raise CheckpointError(f"{shown} is a file; give the folder of the model, {path.resolve().parent}")
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{shown} cannot be a folder: {reason}; give the folder of a model") from None

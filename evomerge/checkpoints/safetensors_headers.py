@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from evomerge.checkpoints.foreign_formats import GGUF_ADVICE, PICKLE_ADVICE, check_kind
 from evomerge.errors import CheckpointError
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}
@@ -29,10 +30,8 @@ MAX_JSON = 32_000_000
 """Bytes of a JSON file."""
 _AGAIN = "fetch or save the file again"
 _OTHER_FORMATS = {  # suffix -> how to get safetensors from it
-    ".gguf": "GGUF weights are quantised; use the model that they were made from",
-    ".bin": (
-        "convert it with from_pretrained(...).save_pretrained(...), on a machine where its pickle may run"
-    ),
+    ".gguf": GGUF_ADVICE,
+    ".bin": PICKLE_ADVICE,
 }
 _OTHER_FORMATS |= dict.fromkeys((".pt", ".pth", ".ckpt", ".pkl"), _OTHER_FORMATS[".bin"])
 
@@ -178,8 +177,13 @@ def check_file(file: Path) -> None:
     cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
     if not target.is_relative_to(folder) and not cached:
         raise CheckpointError(
-            f"{file} is a link that leaves the model's folder, to {target}; put the file itself there"
+            f"{file} is a link that leaves the model's folder, to {target}; put the file itself there, or "
+            f"give the folder {target.parent}"
         )
+    try:
+        check_kind(target)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be opened ({_reason(error)}); fetch the model again") from None
 
 
 def _check_shard_name(name: str, index: Path) -> None:

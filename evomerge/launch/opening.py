@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent, check_compatible, open_parent
+from evomerge.checkpoints.comparison import twins
+from evomerge.checkpoints.values import check_finite
 from evomerge.config import Config
 from evomerge.errors import CandidateError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
@@ -97,13 +99,20 @@ class LoadedSearch:
         return self.evaluator is not self.opened.harness
 
 
-def open_search(settings: Config, allowed: Allowed | None = None, stored: StudyFacts | None = None) -> Opened:
+def open_search(
+    settings: Config,
+    allowed: Allowed | None = None,
+    stored: StudyFacts | None = None,
+    *,
+    is_checked: bool = False,
+) -> Opened:
     """Opens what a search needs.
 
     Args:
         settings: The settings of the search.
         allowed: What the tasks may do; nothing unless given.
         stored: What the study began with where it is resumed, so that it goes on as it was.
+        is_checked: The weights were read and found good, as by the process that starts this one.
 
     Returns:
         The open search.
@@ -115,6 +124,10 @@ def open_search(settings: Config, allowed: Allowed | None = None, stored: StudyF
     """
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
     warnings = check_compatible(parents, settings.base, deeper="weights" not in settings.kinds)
+    if not is_checked:
+        for name, parent in parents.items():
+            check_finite(name, parent)
+        warnings = (*warnings, *twins(parents, settings.base))
     warning = check_rows(parents, settings.base)
     return _opened(settings, parents, (*warnings, *([warning] if warning else ())), allowed, stored)
 

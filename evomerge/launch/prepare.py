@@ -233,7 +233,7 @@ def _open_worker(
     settings: Config, allowed: Allowed, max_nats_per_token: float | None, stored: StudyFacts | None
 ) -> Worker:
     """A worker in a process of its own. max_nats_per_token: the limit of routes that the driver found."""
-    opened = open_search(settings, allowed, stored)
+    opened = open_search(settings, allowed, stored, is_checked=True)
     scorer = opened.load()
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer

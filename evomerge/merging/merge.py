@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints import Parent
+from evomerge.checkpoints.values import check_tensor
 from evomerge.errors import CandidateError, RecipeError, suggest
 from evomerge.merging.merged_config import layer_changes, merged_config
 from evomerge.merging.merged_parent import MergedParent, check_intermediate
@@ -102,6 +103,7 @@ class Merge:
 
         Raises:
             CandidateError: A value of the result is not finite.
+            CheckpointError: Since one of a parent is not.
         """
         if step.mix is None:
             tensor = self.parents[self.recipe.base].tensor(step.name)
@@ -118,6 +120,10 @@ class Merge:
         inputs = MergeInputs(tensors, base, keys, self._cache_ids(step))
         merged, is_finite = self._merged(step, rule, inputs, values, out)
         if not is_finite:
+            for (model, _), name, tensor in zip(mix.sources, step.inputs, tensors, strict=True):
+                check_tensor(model, name, tensor)
+            if mix.base and step.base and base is not None:
+                check_tensor(mix.base[0], step.base, base)
             raise CandidateError(
                 f"merging gave a value that is not finite in tensor '{step.name}' "
                 f"({mix.method} of {', '.join(mix.models)})"

@@ -177,7 +177,8 @@ def load_tokenizer(parent: Parent) -> object:
         )
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise SetupError(
-            f"transformers cannot load the tokenizer of {parent.path}: {_first_line(error)}"
+            f"the tokenizer of {parent.path} is broken or of a kind that transformers cannot load: "
+            f"{_first_line(error)}; fetch its files again"
         ) from None
 
 

@@ -199,7 +199,7 @@ HEADERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "its header is said to take 18446744073709551615"),
     "header over the limit": (lambda f: os.truncate(f, 0) or sparse(f), "a header of 16000001 bytes"),
     "text": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
-        "is truncated"),
+        "is a Git LFS pointer"),
     "not JSON": (lambda f: write(f, b"{'a': 1}", b""), "broken header"),
     "not UTF-8": (lambda f: write(f, b'{"\xff": 1}', b""), "broken header"),
     "a list": (lambda f: write(f, [], b""), "a mapping was expected, got list"),
