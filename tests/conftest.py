@@ -65,6 +65,7 @@ SLOW = (
     "integration/test_security.py",
     "integration/test_wheel.py",
     "launch/test_dry_run.py",
+    "launch/test_placement.py",
     "launch/test_stages.py",
     "merging/routing/test_computed_lists.py",
     "merging/routing/test_plain_checkpoint.py",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from evomerge.errors import ConfigError
+
 if TYPE_CHECKING:
     from evomerge.config import Config
     from evomerge.launch.opening import Allowed
@@ -130,11 +132,14 @@ class RunOptions:
 
         Returns:
             The same search, to be run elsewhere.
+
+        Raises:
+            ConfigError: For GPUs of Ray workers without Ray.
         """
         from evomerge.config import loading, locations
 
         places = locations.given_models(self.models or (), settings.models)
-        return loading.placed(
+        placed = loading.placed(
             locations.with_models(settings, places),
             ray=self.ray,
             workers=self.workers,
@@ -142,6 +147,11 @@ class RunOptions:
             grace=self.grace,
             reuse=self.reuse,
         )
+        if self.gpus is not None and placed.cluster.ray is None:
+            raise ConfigError(
+                "--gpus shares the GPUs of a Ray cluster among its workers; add --ray, or leave it out"
+            )
+        return placed
 
 
 def takes_run_options(verb: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -75,8 +76,10 @@ def resume(
     text = loading.renamed(row.config, row.name)
     overrides = dict(row.overrides)
     if evaluations is not None:
-        if not evaluations.removeprefix("+").isdigit():
-            raise ConfigError(f"--evaluations must be a number such as 1000 or +200, got '{evaluations}'")
+        if not re.fullmatch(r"\+?[0-9]{1,10}", evaluations):
+            raise ConfigError(
+                f"--evaluations must be a number such as 1000 or +200, got '{evaluations[:40]}'"
+            )
         before = settings.budgets[-1] if evaluations.startswith("+") else 0
         overrides["evaluations"] = int(evaluations) + before
     request = SearchRequest(

@@ -205,7 +205,7 @@ class RaceConfig(Strict):
 class SearchConfig(Strict):
     """How the space is searched."""
 
-    evaluations: Whole = Field(default=500, ge=1)
+    evaluations: Whole = Field(default=500, ge=1, le=10**9)
     """Budget of candidates; parents and hand recipes are not counted."""
     population: Annotated[Whole, Field(ge=4)] | Literal["auto"] | None = None
     """Candidates of a generation; CMA-ES' default unless given; 'auto' keeps the workers busy that the study
@@ -247,7 +247,7 @@ class StageConfig(Strict):
 
     stage: StageName
     """What is searched: weights of a merge method, or routes of layers."""
-    evaluations: Whole | None = Field(default=None, ge=1)
+    evaluations: Whole | None = Field(default=None, ge=1, le=10**9)
     """Budget of the stage; search.evaluations unless given."""
     population: Whole | None = Field(default=None, ge=4)
     """Candidates of a generation; search.population unless given."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import secrets
 import signal
 import socket
@@ -86,8 +87,8 @@ def join(address: str | None) -> bool:
     The process's signal handlers stay what they were.
 
     Args:
-        address: 'local' starts a cluster; None or 'auto' joins the one of $RAY_ADDRESS or that `ray start`
-            began on this machine, and starts one where there is none; else HOST:PORT of one.
+        address: 'local' starts a cluster; 'auto' joins the one of $RAY_ADDRESS or that `ray start` began on
+            this machine; None does so too, and starts one where there is none; else HOST:PORT of one.
 
     Returns:
         Whether one was started for this process, which then ends it.
@@ -97,7 +98,7 @@ def join(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
-    existing = None if address == "local" else find(address)
+    existing = None if address == "local" else find(address) if address is None else required(address)
     with _handlers_kept():
         if existing is not None:
             _init(address=existing)
@@ -140,15 +141,36 @@ def find(address: str | None) -> str | None:
     if not candidate:
         return None
     host, _, port = candidate.rpartition(":")
-    if not port.isdigit() or not host or "/" in host:
+    if not re.fullmatch(r"[0-9]{1,9}", port) or not host or "/" in host:
         raise SetupError(f"the address of a Ray cluster is HOST:PORT, got '{candidate}'")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_FIND_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name of a host
         if named is None:
             return None  # what `ray start` left behind
         raise SetupError(f"no Ray cluster answers at {candidate}: {_first_line(error)}") from None
     return candidate
+
+
+def required(address: str) -> str:
+    """Where a cluster answers that has to be there.
+
+    Args:
+        address: HOST:PORT, or 'auto', see `find`.
+
+    Returns:
+        HOST:PORT.
+
+    Raises:
+        SetupError: for an address that is none, or where no cluster answers.
+    """
+    found = find(address)
+    if found is None:
+        raise SetupError(
+            f"no Ray cluster is found for '{address}': $RAY_ADDRESS names none and `ray start` began none on "
+            "this machine; write --ray local to start one here, or --ray HOST:PORT"
+        )
+    return found
 
 
 def nodes() -> list[Node]:
