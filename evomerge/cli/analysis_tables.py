@@ -21,13 +21,16 @@ def plan_text(data: Mapping[str, Any]) -> str:
     """
     space = data["space"]
     size = f"{space['axes']} axes in {len(space['groups'])} layer groups"
-    more = f", … {space['axes'] - len(space['first'])} more" if space["axes"] > len(space["first"]) else ""
     lines = [
         f"{data['study']}: {space['method']} over {len(data['models'])} models, {size}",
         "",
         *(_model_line(model) for model in data["models"]),
         "",
-        f"axes: {'; '.join(space['first'])}{more}",
+        "axes, each from its start:",
+        *(
+            f"  {axis['name']}: {axis['low']:g} to {axis['high']:g}, start {axis['start']:.4g}"
+            for axis in space["ranges"]
+        ),
         "",
         *_task_lines(data["tasks"]),
         *(f"warning: {warning}" for warning in data["warnings"]),

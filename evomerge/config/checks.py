@@ -44,7 +44,7 @@ def _method(config: Config) -> Iterator[Problem]:
         return
     method = METHODS[config.method]
     least, most = method.models
-    count = len(config.parents)
+    count = len(method.searched_models(config.base, config.parents))
     if not least <= count <= most:
         yield ("models",), f"{method.name} takes {least} to {most} models besides the base, got {count}"
     for name, value in config.space.parameters.items():

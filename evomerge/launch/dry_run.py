@@ -91,6 +91,10 @@ def _space(opened: Opened) -> dict[str, Any]:
         "method": opened.settings.method,
         "axes": len(space.axes),
         "first": [axis.name for axis in space.axes[:4]],
+        "ranges": [
+            {"name": axis.name, "low": axis.low, "high": axis.high, "start": axis.start}
+            for axis in space.axes
+        ],
         "groups": [name for name, _ in space.spans()],
         "dead": len(space.dead),
     }

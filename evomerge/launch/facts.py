@@ -19,7 +19,7 @@ from evomerge.launch.objective import task_terms
 from evomerge.launch.opening import LoadedSearch, backends, device_name
 from evomerge.launch.search_request import SearchRequest
 from evomerge.launch.tasks import scoring_facts
-from evomerge.launch.weight_space import is_diagonal
+from evomerge.launch.weight_space import is_diagonal, searched_unnamed
 from evomerge.store import ParentFacts, Store, StudyFacts, score_check, study_facts
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
@@ -55,6 +55,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         items={role: {task: len(ids) for task, ids in of.items()} for role, of in items.items()},
         item_sets={role: {task: items_digest(ids) for task, ids in of.items()} for role, of in items.items()},
         axes=axes,
+        searched=stored.searched if stored else searched_unnamed(settings),
         # a larger budget must not change the optimizer, nor when a stage ends
         diagonal=stored.diagonal if stored else is_diagonal(settings, opened.space),
         budgets=(stored.budgets if stored else ()) or settings.budgets,

@@ -244,7 +244,7 @@ def _opened(
 ) -> Opened:
     base, allowed = parents[settings.base], allowed or Allowed()
     set_torch_threads(base)
-    space = make_space(settings, parents)
+    space = make_space(settings, parents, stored.searched if stored else None)
     harness = open_tasks(
         settings,
         base,

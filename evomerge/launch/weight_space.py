@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from evomerge import optimizers
@@ -30,12 +30,29 @@ def is_diagonal(settings: Config, space: WeightSpace) -> bool:
     return optimizers.is_diagonal(settings.search.diagonal, settings.budgets[0], len(space.axes))
 
 
-def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
+def searched_unnamed(settings: Config) -> tuple[str, ...]:
+    """The parameters that a search varies though its file does not name them and a recipe may leave them out.
+
+    Args:
+        settings: The settings of the search.
+
+    Returns:
+        Their names, as the method declares them.
+    """
+    params = method(settings.method).params
+    named = settings.space.parameters
+    return tuple(p.name for p in params if p.searched and not p.required and p.name not in named)
+
+
+def make_space(
+    settings: Config, parents: Mapping[str, Parent], searched: Collection[str] | None = None
+) -> WeightSpace:
     """The space of weights of a configuration.
 
     Args:
         settings: The settings of the search.
         parents: Its models, open.
+        searched: What a stored study searches of `searched_unnamed`; None for a new one, which searches all.
 
     Returns:
         The space, without the parameters that change nothing.
@@ -55,11 +72,11 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
     space = WeightSpace(
         method=merge_method,
         base=settings.base,
-        models=settings.parents,
+        models=merge_method.searched_models(settings.base, settings.parents),
         groups=groups,
         components=settings.space.components,
         segments=_segments(base),
-        ranges=_ranges(settings, merge_method),
+        ranges=_ranges(settings, merge_method, searched),
         embeddings=settings.space.embeddings,
         head=settings.space.head,
         out_dtype=settings.out_dtype,
@@ -70,8 +87,9 @@ def make_space(settings: Config, parents: Mapping[str, Parent]) -> WeightSpace:
     return replace(space, dead=dead, searchable=True)
 
 
-def _ranges(settings: Config, merge_method: Method) -> dict[str, Range]:
-    """Parameter -> its range in the search file, or the number that fixes it."""
+def _ranges(settings: Config, merge_method: Method, searched: Collection[str] | None) -> dict[str, Range]:
+    """Parameter -> its range in the search file, the number that fixes it, or the method's own range."""
+    count = len(merge_method.searched_models(settings.base, settings.parents))
     ranges = {}
     for param in merge_method.params:
         given = settings.space.parameters.get(param.name)
@@ -79,8 +97,8 @@ def _ranges(settings: Config, merge_method: Method) -> dict[str, Range]:
             ranges[param.name] = Range(float(given), float(given), float(given))
         elif given is not None:
             ranges[param.name] = Range(given.low, given.high, given.start)
-        elif param.searched:
-            ranges[param.name] = Range(param.low, param.high, param.start_for(len(settings.parents)))
+        elif param.searched and (param.required or searched is None or param.name in searched):
+            ranges[param.name] = Range(param.low, param.high, param.start_for(count))
     return ranges
 
 

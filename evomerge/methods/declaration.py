@@ -280,6 +280,20 @@ class Method:
     base_is_origin: bool = True
     models: tuple[int, int] = (1, 1_000)
 
+    def searched_models(self, base: str, parents: tuple[str, ...]) -> tuple[str, ...]:
+        """Which models a search merges by this method.
+
+        Args:
+            base: Name of the base.
+            parents: Names of the others.
+
+        Returns:
+            The parents; with the base before them where the method has no base and would else have a single
+            model, of which nothing can be mixed.
+        """
+        alone = not self.needs_base and len(parents) == 1 and self.models[1] > 1
+        return (base, *parents) if alone else parents
+
     def param(self, name: str) -> Param | None:
         """Looks a parameter up.
 

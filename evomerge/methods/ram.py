@@ -118,8 +118,8 @@ RAMPLUS_TL = Method(
     name="ramplus_tl",
     kernel=ramplus_tl,
     params=(
-        Param("r", 0.0, 1.0, 0.1, per="merge", hard_low=0.0),
-        Param("alpha", 0.0, 1.0, 0.2, per="merge", hard_low=0.0),
+        Param("r", 0.0, 1.0, 0.1, per="merge", hard_low=0.0, searched=True),
+        Param("alpha", 0.0, 1.0, 0.2, per="merge", hard_low=0.0, searched=True),
         _EPSILON,
     ),
     needs_base=True,

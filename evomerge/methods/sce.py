@@ -100,7 +100,11 @@ def _mix_as_mergekit(deltas: Tensor, share: float) -> Tensor:
 SCE = Method(
     name="sce",
     kernel=sce,
-    params=(Param("select_topk", 0.1, 1.0, 1.0, per="merge", hard_low=0.0, hard_high=1.0),),
+    params=(
+        Param(
+            "select_topk", 0.1, 1.0, 1.0, per="merge", hard_low=0.0, hard_high=1.0, searched=True, start=0.5
+        ),
+    ),
     needs_base=True,
     paper="arXiv 2408.07990",
     summary="keep entries that vary, weigh models by their change, drop the minority sign",

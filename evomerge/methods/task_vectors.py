@@ -25,7 +25,7 @@ from evomerge.methods.declaration import (
 )
 
 WEIGHT = Param("weight", -0.5, 2.0, 1.0, required=True, searched=True, start=EQUAL_SHARE)
-DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0, digits=3)
+DENSITY = Param("density", 0.1, 1.0, 1.0, hard_low=0.0, hard_high=1.0, digits=3, searched=True, start=0.5)
 LAMBDA = Param("lambda", 0.2, 2.0, 1.0, per="merge")
 
 

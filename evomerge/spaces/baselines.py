@@ -55,12 +55,17 @@ def soup(space: WeightSpace, names: Sequence[str]) -> Baseline:
 
 
 def _parents(space: WeightSpace) -> Iterator[Baseline]:
-    for name in (space.base, *space.models):
+    for name in (space.base, *_experts(space)):
         yield Baseline(name, "parent", _with(space, "passthrough", (name,)).uniform({}))
 
 
+def _experts(space: WeightSpace) -> tuple[str, ...]:
+    """The models besides the base, which may be one of those that a space merges."""
+    return tuple(name for name in space.models if name != space.base)
+
+
 def _hand(space: WeightSpace) -> Iterator[Baseline]:
-    models = space.models
+    models = _experts(space)
     average = _with(space, "linear", (space.base, *models)).uniform({"weight": 1.0})
     yield Baseline("uniform average", "hand", average)
     sums = _with(space, "task_arithmetic", models)

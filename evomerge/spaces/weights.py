@@ -98,7 +98,11 @@ class WeightSpace:
         if not self.components:
             raise ConfigError("a space needs at least one component: attention, mlp or other")
         if self.searchable and not self.axes:
-            raise ConfigError("nothing to search: every parameter is fixed or every model equals the base")
+            names = ", ".join(p.name for p in self.method.params if not p.flag) or "none"
+            raise ConfigError(
+                "nothing to search: every parameter is fixed or every model equals the base; give a range in "
+                f"space.parameters, {self.method.name} has {names}, or take another method"
+            )
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:

@@ -87,6 +87,8 @@ class StudyFacts:
         items: Role -> task -> number of items.
         item_sets: Role -> task -> hash of the items' ids.
         axes: Names of the first stage's search dimensions, where it searches weights.
+        searched: Parameters of the method that are searched though the search file does not name them, beside
+            those that every recipe must give; empty for a study of a version that searched no others.
         diagonal: Whether weight searches adapt a diagonal covariance matrix.
         budgets: Evaluations of each stage; empty for a study of a version that did not store them.
         scoring: How scores are computed: base, dtype, device, backend, batch_size, tokenizer; empty where not
@@ -113,6 +115,7 @@ class StudyFacts:
     items: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     item_sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     axes: tuple[str, ...] = ()
+    searched: tuple[str, ...] = ()
     diagonal: bool = False
     budgets: tuple[int, ...] = ()
     scoring: Mapping[str, Any] = field(default_factory=dict)
@@ -147,6 +150,7 @@ class StudyFacts:
         }
         facts["terms"] = {name: TermFacts.from_json(term) for name, term in facts.get("terms", {}).items()}
         facts["axes"] = tuple(facts.get("axes", ()))
+        facts["searched"] = tuple(facts.get("searched", ()))
         facts["budgets"] = tuple(facts.get("budgets", ()))
         return cls(**facts, extra={name: value for name, value in values.items() if name not in names})
 
@@ -174,6 +178,7 @@ class StudyFacts:
             "versions": dict(self.versions),
             **({"files": {key: list(paths) for key, paths in self.files.items()}} if self.files else {}),
             **({"objective": dict(self.objective)} if self.objective else {}),
+            **({"searched": list(self.searched)} if self.searched else {}),
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
         }

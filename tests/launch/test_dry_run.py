@@ -72,6 +72,8 @@ def test_a_plan_writes_nothing_and_names_what_a_probe_adds(
         assert any(line.startswith(task) for line in out.splitlines()), task
     assert "--probe" in out
     assert "14 axes in 2 layer groups" in out
+    axes = [line for line in out.splitlines() if line.endswith(": -0.5 to 2.5, start 0.8")]
+    assert len(axes) == 14, "every axis has a line with its bounds and start"
 
 
 def test_a_probe_times_a_candidate_and_says_what_answers(tmp_path: Path) -> None:

@@ -55,10 +55,13 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
 
 
 def test_what_is_searched_by_default_starts_where_it_did():
-    """Parameters called weight or t are searched: from 1 / number of parents and, for slerp, from 0.5."""
+    """Weights, densities and t are searched: from 1 / number of parents, 0.5 and, for slerp, 0.5."""
+    unnamed = {"density": 0.5, "select_topk": 0.5, "r": 0.1, "alpha": 0.2}
     for rule in METHODS.values():
         for param in rule.params:
-            assert param.searched == (param.name in ("weight", "t")), rule.name
+            assert param.searched == (param.name in ("weight", "t", *unnamed)), rule.name
+            if param.name in unnamed:
+                assert param.start_for(3) == unnamed[param.name]
             if param.name == "weight":
                 assert param.start == declaration.EQUAL_SHARE
                 assert [param.start_for(n) for n in (1, 2, 3)] == [1.0, 1 / 2, 1 / 3]

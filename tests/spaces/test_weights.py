@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -464,9 +465,8 @@ def test_methods_without_a_base_have_no_dead_axis(family: dict[str, Checkpoint])
 
 
 def test_defaults_start_inside(family: dict[str, Checkpoint]) -> None:
-    for axis in made(family, "dare_ties").axes:
-        assert axis.param == "weight", "what the file does not name is fixed"
-        assert axis.start == pytest.approx(1 / 3)
+    starts = {(axis.param, round(axis.start, 9)) for axis in made(family, "dare_ties").axes}
+    assert starts == {("weight", round(1 / 3, 9)), ("density", 0.5)}, "what the method declares"
     two = {k: family[k] for k in ("base", "a")}
     text = FILE.format(method="slerp", components="[attention]", parameters="{}").replace(", b: x, c: x", "")
     assert {
@@ -496,3 +496,69 @@ def test_a_number_of_groups_divides_the_layers_evenly(
     assert (
         list(weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), family).groups) == sizes
     )
+
+
+SPARSE = ("ties", "dare_ties", "dare_linear", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_sparse_method_searches_its_density_unasked(name: str, family: dict[str, Checkpoint]) -> None:
+    assert {axis.param for axis in made(family, name).axes} == {"weight", "density"}
+    fixed = made(family, name, parameters="{density: 0.7}")
+    assert {axis.param for axis in fixed.axes} == {"weight"}
+
+
+def test_a_study_that_searched_no_density_goes_on_without(family: dict[str, Checkpoint]) -> None:
+    text = FILE.format(method="dare_ties", components="[mlp]", parameters="{}")
+    settings = loading.check(_yaml.parse(text, "file"))
+    assert weight_space_module.searched_unnamed(settings) == ("density",)
+    old = weight_space_module.make_space(settings, family, ())
+    assert {axis.param for axis in old.axes} == {"weight"}
+    assert dict(old.uniform({}).layers[0].params)["density"] == (1.0, 1.0, 1.0)
+    new = weight_space_module.make_space(settings, family, ("density",))
+    assert new.axes == weight_space_module.make_space(settings, family).axes
+
+
+@pytest.mark.parametrize("name", ["linear", "multislerp", "nuslerp"])
+def test_one_expert_is_mixed_with_the_base_where_a_method_has_none(
+    name: str, family: dict[str, Checkpoint]
+) -> None:
+    two = {k: family[k] for k in ("base", "a")}
+    text = FILE.format(method=name, components="[mlp]", parameters="{}").replace(", b: x, c: x", "")
+    space = weight_space_module.make_space(loading.check(_yaml.parse(text, "file")), two)
+    assert {(axis.param, axis.source, axis.start) for axis in space.axes} == {
+        ("weight", "base", 0.5),
+        ("weight", "a", 0.5),
+    }
+    from evomerge.merging.merge import merged_tensors
+    from evomerge.spaces import baselines
+
+    labels = [b.label for b in baselines(space)]
+    assert labels[:2] == ["base", "a"]
+    assert len(labels) == len(set(labels))
+    merged = dict(merged_tensors(space.decode(space.start), two))
+    name = "model.layers.0.mlp.up_proj.weight"
+    mean = (two["base"].tensor(name).float() + two["a"].tensor(name).float()) / 2
+    assert torch.allclose(merged[name].float(), mean, atol=0.02)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_with_numbers_has_a_search_by_default_or_says_what_to_give(
+    name: str, family: dict[str, Checkpoint]
+) -> None:
+    count = METHODS[name].models[1]
+    models = {k: family[k] for k in ("base", "a", "b", "c")[: 1 + min(count, 3)]}
+    text = FILE.format(method=name, components="[mlp]", parameters="{}")
+    listed = ", ".join(f"{m}: x" for m in models)
+    text = re.sub(r"models: \{[^}]*\}", f"models: {{{listed}}}", text)
+    settings = loading.check(_yaml.parse(text, "file"))
+    try:
+        space = weight_space_module.make_space(settings, models)
+    except ConfigError as error:
+        said = str(error)
+        space = None
+    if space is None:
+        assert not any(p.searched for p in METHODS[name].params)
+        assert "give a range in space.parameters" in said
+    else:
+        assert {axis.param for axis in space.axes} == {p.name for p in METHODS[name].params if p.searched}
