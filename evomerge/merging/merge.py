@@ -25,7 +25,7 @@ from evomerge.merging.tensor_plan import DTYPES, Step, check, plan, resized_tens
 from evomerge.merging.vocabulary.alignment import Vocabulary
 from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.merging.weight_map import WeightMap
-from evomerge.methods import Method, Values, method
+from evomerge.methods import Method, Values, method, task_vector_slopes
 from evomerge.methods.fused import MagnitudeTables, MergeInputs, combine_by_dot_products, merge_tensor
 from evomerge.recipes import STORED, Filtered, Mix, Recipe, Setting
 
@@ -108,16 +108,12 @@ class Merge:
         if step.mix is None:
             tensor = self.parents[self.recipe.base].tensor(step.name)
             return tensor.to(DTYPES[self.recipe.out_dtype]) if tensor.is_floating_point() else tensor
-        mix, rule = step.mix, method(step.mix.method)
-        tensors = [self._read(model, name) for (model, _), name in zip(mix.sources, step.inputs, strict=True)]
-        base = self._read(mix.base[0], step.base) if mix.base and step.base else None
-        if not tensors[0].is_floating_point():
-            return base if base is not None else tensors[0]
-        if step.name in self._resized:
-            tensors, base = self._aligned(mix, tensors, base)
+        mix = step.mix
+        inputs = self._inputs(step, mix)
+        if not inputs.sources[0].is_floating_point():
+            return inputs.sources[0] if inputs.base is None else inputs.base
+        rule = method(mix.method)
         values = _values(rule, mix, step.name, step.inputs)
-        keys = [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
-        inputs = MergeInputs(tensors, base, keys, self._cache_ids(step))
         merged, is_finite = self._merged(step, rule, inputs, values, out)
         if not is_finite:
             for (model, _), name, tensor in zip(mix.sources, step.inputs, tensors, strict=True):
@@ -129,6 +125,30 @@ class Merge:
                 f"({mix.method} of {', '.join(mix.models)})"
             )
         return merged
+
+    def slopes(self, step: Step, gradient: Tensor) -> dict[tuple[str, str], float]:
+        """Computes the derivatives of a loss by the coefficients of one output tensor.
+
+        Args:
+            step: One of `steps`, with a mix whose method `has_slopes`.
+            gradient: Of the loss by the output tensor, on the merging device.
+
+        Returns:
+            (parameter, source model) -> derivative; the model is '' for a parameter of the merge.
+        """
+        assert step.mix is not None
+        inputs = self._inputs(step, step.mix)
+        rule = method(step.mix.method)
+        values = _values(rule, step.mix, step.name, step.inputs)
+        found: dict[tuple[str, str], float] = {}
+        for name, slope in task_vector_slopes.slopes(
+            rule, inputs.sources, inputs.base, values, inputs.mask_keys, gradient
+        ).items():
+            if isinstance(slope, tuple):
+                found |= {(name, model): s for (model, _), s in zip(step.mix.sources, slope, strict=True)}
+            else:
+                found[name, ""] = slope
+        return found
 
     def combines(self, step: Step) -> bool:
         """Whether a step combines whole inputs with coefficients that come from their dot products.
@@ -150,6 +170,15 @@ class Merge:
         """Merges all tensors: (output tensor name, tensor of out_dtype), in the order of `steps`."""
         for step in self.steps:
             yield step.name, self.tensor(step)
+
+    def _inputs(self, step: Step, mix: Mix) -> MergeInputs:
+        """The tensors that a step merges, with their rows aligned where the vocabulary changes."""
+        tensors = [self._read(model, name) for (model, _), name in zip(mix.sources, step.inputs, strict=True)]
+        base = self._read(mix.base[0], step.base) if mix.base and step.base else None
+        if step.name in self._resized and tensors[0].is_floating_point():
+            tensors, base = self._aligned(mix, tensors, base)
+        keys = [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
+        return MergeInputs(tensors, base, keys, self._cache_ids(step))
 
     def _read(self, model: str, name: str) -> Tensor:
         tensor = self.parents[model].tensor(name)

@@ -128,6 +128,47 @@ class WeightMap:
         is_whole = place.shape == tuple(parameter.shape)
         return parameter if is_whole and parameter.dtype == dtype and parameter.is_contiguous() else None
 
+    def fed_by(self, parameter: Tensor) -> list[str]:
+        """The disk tensors that a parameter is made of, one after the other.
+
+        Args:
+            parameter: A parameter of the model.
+
+        Returns:
+            Their names; none for a parameter that no disk tensor feeds.
+        """
+        keys = {key for key, value in self._parameters.items() if value is parameter}
+        return [name for name, place in self._places.items() if place.parameter in keys]
+
+    def gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """The part of a parameter's gradient that belongs to a disk tensor.
+
+        Args:
+            name: Name on disk.
+            gradient: Of the whole parameter.
+
+        Returns:
+            The gradient by the disk tensor, of its shape.
+
+        Raises:
+            CheckpointError: The tensor is split over several parameters.
+        """
+        place = self._places[name]
+        if isinstance(place, _Slice):
+            if place.shape == tuple(gradient.shape):
+                return gradient
+            return gradient.contiguous().as_strided(place.shape, place.strides, place.offset)
+        with torch.enable_grad():
+            probe = torch.zeros(place.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+            converted = place.rearrange([probe])
+        if set(converted) != {place.parameter}:
+            raise CheckpointError(
+                f"'{name}' is split over several parameters of {type(self.model).__name__}; "
+                "a learned stage cannot take its gradient apart yet"
+            )
+        (back,) = torch.autograd.grad(converted[place.parameter], probe, gradient)
+        return back
+
     def verify(self, read: Callable[[str], Tensor]) -> None:
         """Checks the plan against transformers' own loading, bit for bit. Reads every tensor once.
 

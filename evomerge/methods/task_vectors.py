@@ -98,7 +98,7 @@ def merge_task_vectors(
     assert isinstance(factor, float)
     deltas = torch.stack([x - base for x in tensors])  # [sources, *shape]
     if sparsifier is not None:
-        _sparsify(deltas, sparsifier, values, keys, mergekit_compatible)
+        sparsify(deltas, sparsifier, values, keys, mergekit_compatible)
     w = torch.tensor(weight, dtype=deltas.dtype, device=deltas.device).reshape(-1, *[1] * base.dim())
     deltas.mul_(w)
     if elect_sign:
@@ -114,10 +114,22 @@ def merge_task_vectors(
     return (base + mixed).to(base.dtype)
 
 
-def _sparsify(
-    deltas: Tensor, sparsifier: Sparsifier, values: Values, keys: Sequence[int], mergekit_compatible: bool
+def sparsify(
+    deltas: Tensor,
+    sparsifier: Sparsifier,
+    values: Values,
+    keys: Sequence[int],
+    mergekit_compatible: bool = False,
 ) -> None:
-    """Masks each source's task vector in place; deltas: [sources, *shape]."""
+    """Masks each source's task vector in place.
+
+    Args:
+        deltas: [sources, *shape] task vectors.
+        sparsifier: Which entries stay.
+        values: The method's parameter values.
+        keys: One signed 64-bit mask key per source.
+        mergekit_compatible: Give mergekit 0.1.5's bits.
+    """
     densities, rescale = values["density"], bool(values["rescale"])
     assert isinstance(densities, tuple)
     for i, (density, key) in enumerate(zip(densities, keys, strict=True)):
@@ -143,10 +155,22 @@ def _masked(delta: Tensor, mask: Tensor, *, rescale: bool) -> Tensor:
     return left * (norm_before / norm_after)
 
 
+def agreement(terms: Tensor) -> Tensor:
+    """Which terms have the sign of their sum.
+
+    Args:
+        terms: [sources, *shape] weighted task vectors.
+
+    Returns:
+        [sources, *shape] of bool; an exact zero agrees with no sign.
+    """
+    majority = (terms.sum(dim=0) >= 0).to(terms.dtype) * 2 - 1
+    return terms.sign() == majority
+
+
 def _agreeing_sum(terms: Tensor, w: Tensor, mergekit_compatible: bool) -> tuple[Tensor, Tensor]:
     """(sum of the terms [sources, *shape] that have the sign of the whole sum, sum of their weights)."""
-    majority = (terms.sum(dim=0) >= 0).to(terms.dtype) * 2 - 1
-    agree = terms.sign() == majority  # exact zeros agree with no sign
+    agree = agreement(terms)
     mixed = (terms * agree).sum(dim=0)
     divisor = (w * agree).sum(dim=0)
     # weights that cancel up to rounding are no divisor

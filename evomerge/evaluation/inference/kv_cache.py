@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evomerge.errors import CandidateError
+
 
 def new_cache(model: nn.Module, *, windowed: bool = True) -> Any:
     """Makes an empty cache.
@@ -74,6 +76,50 @@ def fork(cache: Any, *, rows: int = 1, index: Tensor | None = None) -> Any:
     forked = copy.copy(cache)
     forked.layers = [_fork_layer(layer, rows, index) for layer in cache.layers]
     return forked
+
+
+def detached(cache: Any) -> Any:
+    """Copies a cache so that gradients by its keys and values end in the copy.
+
+    Args:
+        cache: A transformers cache with a graph.
+
+    Returns:
+        The copy; its keys and values are leaves that require gradients.
+
+    Raises:
+        CandidateError: A layer holds recurrent states.
+    """
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in new.layers:
+        tensors = [
+            name for name, value in vars(layer).items() if isinstance(value, Tensor) and value.dim() >= 2
+        ]
+        if set(tensors) != {"keys", "values"} or any(isinstance(v, dict) and v for v in vars(layer).values()):
+            raise CandidateError(
+                "a cache with recurrent states carries no gradients; score this model without shared prefixes"
+            )
+        layer.keys = layer.keys.detach().requires_grad_(True)
+        layer.values = layer.values.detach().requires_grad_(True)
+    return new
+
+
+def key_value_pairs(cache: Any, leaves: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pairs the keys and values of a cache with those of its detached copy.
+
+    Args:
+        cache: A transformers cache.
+        leaves: Result of `detached` for it.
+
+    Returns:
+        (tensor of the cache, leaf of the copy) pairs.
+    """
+    return [
+        (getattr(own, name), getattr(leaf, name))
+        for own, leaf in zip(cache.layers, leaves.layers, strict=True)
+        for name in ("keys", "values")
+    ]
 
 
 def _fork_layer(layer: Any, rows: int, index: Tensor | None) -> Any:

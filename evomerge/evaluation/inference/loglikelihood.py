@@ -152,6 +152,43 @@ class Engine:
         places = plan.places.to(device)
         return Scores(sums[places].cpu(), (mismatches == 0)[places].cpu())
 
+    def backward(self, plan: LoglikelihoodPlan, slopes: Tensor) -> None:
+        """Adds the gradient of a weighted sum of log-likelihoods to the parameters that require one.
+
+        The graph is cut at each cache that later steps continue: its keys and values become leaves, the
+        backward pass of a step runs at once, and that of a shared prefix when the last step that reads it is
+        done. So no step holds the partial gradients of another, and a hook of a parameter that takes its
+        gradient and frees it sees each step by itself.
+
+        Args:
+            plan: Result of `compile`, of whose caches every layer holds keys and values alone.
+            slopes: [n] of float64, the weight of each distinct request, see `LoglikelihoodPlan.places`.
+
+        Raises:
+            CandidateError: A cache holds recurrent states, which cannot be cut; use the optimization 'plain'.
+        """
+        slopes = slopes.to(self.facts.device)
+        caches: dict[int, Any] = {}
+        prefixes: dict[int, _Prefix] = {}
+        with torch.enable_grad():
+            for step in plan.steps:
+                logits = self._forward(step, caches)
+                part = None
+                if step.reads is not None:
+                    logprobs, _ = _target_logprobs(logits, step.reads, "float32")
+                    part = (slopes[step.reads.request] * logprobs.double()).sum()
+                if step.keep is None:
+                    if part is not None:
+                        part.backward()  # type: ignore[no-untyped-call]
+                else:
+                    whole = caches[step.keep]
+                    caches[step.keep] = kv_cache.detached(whole)
+                    prefixes[step.keep] = _Prefix(whole, caches[step.keep], part, step.source)
+                for number in step.drop:
+                    del caches[number]
+                    prefixes[number].is_read = True
+                _run_backward(prefixes)
+
     def score(
         self,
         requests: Sequence[Request],
@@ -182,6 +219,40 @@ class Engine:
         if step.keep is not None:
             caches[step.keep] = past
         return logits
+
+
+@dataclass(slots=True)
+class _Prefix:
+    """A step whose cache others continue, until its backward pass.
+
+    whole: the cache with its graph; leaves: what others read; part: the step's own sum; source: number of the
+    cache that it continues itself; is_read: whether all that continue it have been computed.
+    """
+
+    whole: Any
+    leaves: Any
+    part: Tensor | None
+    source: int | None
+    is_read: bool = False
+
+    def backward(self) -> None:
+        """Runs the step's backward pass, once all that read its cache have run theirs."""
+        pairs = kv_cache.key_value_pairs(self.whole, self.leaves)
+        known = [(own, leaf.grad) for own, leaf in pairs if leaf.grad is not None and own.requires_grad]
+        tensors, gradients = [own for own, _ in known], [gradient for _, gradient in known]
+        if self.part is not None:
+            tensors.append(self.part)
+            gradients.append(torch.ones_like(self.part))
+        if tensors:
+            torch.autograd.backward(tensors, gradients)
+
+
+def _run_backward(prefixes: dict[int, _Prefix]) -> None:
+    """Runs and removes the steps that nothing reads any more, those that continue another one before it."""
+    for number in sorted(prefixes, reverse=True):
+        waits = any(other.source == number for other in prefixes.values())
+        if prefixes[number].is_read and not waits:
+            prefixes.pop(number).backward()
 
 
 def _target_logprobs(logits: Tensor, reads: Reads, rounding: Rounding) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge.errors import CandidateError
 from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.attention_masks import Windows, attention_mask, windows
 from evomerge.evaluation.inference.loglikelihood import Engine
@@ -358,3 +359,70 @@ def test_masks_say_what_windows_and_chunks_say() -> None:
         assert found[kind].min() == torch.finfo(torch.float32).min
     assert windows(build("mistral")) == Windows(6, None, None)
     assert windows(build("llama")).span == 0
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------
+
+
+def gradients(
+    model: Any, engine: Engine, plan: LoglikelihoodPlan, weights: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Name -> gradient of the weighted sum of the requests' log-likelihoods."""
+    slopes = torch.zeros(plan.size, dtype=torch.float64).index_add(0, plan.places, weights)
+    model.zero_grad(set_to_none=True)
+    engine.backward(plan, slopes)
+    return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "mixtral", "gpt2"])
+def test_plans_that_share_give_the_gradient_of_one_request_at_a_time(architecture: str) -> None:
+    model = build(architecture).float().requires_grad_(True)
+    asked = requests(5, shared=12, items=3, choices=3)
+    weights = torch.tensor([0.1 * (i % 7) - 0.3 for i in range(len(asked))], dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for request, weight in zip(asked, weights, strict=True):
+        ids = torch.tensor([request.context + request.continuation])
+        logprobs = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+        rows = torch.arange(request.first, request.first + len(request.continuation))
+        loss = loss + weight * logprobs[rows, torch.tensor(request.continuation)].sum()
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    wanted = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+    size = max(float(g.norm()) for g in wanted.values())
+    with Engine(model) as engine:
+        for optimization in OPTIMIZATIONS:
+            found = gradients(model, engine, engine.compile(asked, optimization), weights)
+            assert found.keys() == wanted.keys()
+            for name, gradient in wanted.items():
+                assert float((found[name] - gradient).norm()) <= 3e-6 * size, (optimization, name)
+
+
+def test_each_step_of_a_plan_runs_its_backward_pass_before_the_next_is_computed() -> None:
+    """A parameter's hook sees the gradient of one step at a time, so that it can free it."""
+    model = build("llama").float().requires_grad_(True)
+    taken: list[float] = []
+
+    def take(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        taken.append(float(parameter.grad.norm()))
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(take)
+    asked = requests(3, shared=12, items=3, choices=3)
+    with Engine(model) as engine:
+        plan = engine.compile(asked, "tree")
+        assert len(plan.steps) > 1
+        engine.backward(plan, torch.ones(plan.size, dtype=torch.float64))
+    count = sum(1 for _ in model.parameters())
+    assert len(taken) > count
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_recurrent_states_carry_no_gradient_and_say_so() -> None:
+    model = build("mamba").float().requires_grad_(True)
+    with Engine(model) as engine:
+        plan = engine.compile(requests(3), "prefix")
+        assert any(step.keep is not None for step in plan.steps)
+        with pytest.raises(CandidateError, match="recurrent states"):
+            engine.backward(plan, torch.ones(plan.size, dtype=torch.float64))
