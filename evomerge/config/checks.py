@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from evomerge import _yaml
 from evomerge.config.schema import Config, RangeConfig
-from evomerge.config.stage_kinds import check_sequence
+from evomerge.config.stage_kinds import STAGES, check_sequence
 from evomerge.errors import suggest
 
 Problem = tuple[_yaml.Key, str]
@@ -80,6 +80,17 @@ def _stages(config: Config) -> Iterator[Problem]:
     """The order of the stages, and what cannot be had together."""
     if sentence := check_sequence(config.kinds):
         yield ("stages",), sentence
+    for i, stage in enumerate(config.stages):
+        is_learned = STAGES[stage.stage].is_learned
+        foreign = (
+            ("evaluations", "population", "sigma") if is_learned else ("steps", "items", "rate", "surrogate")
+        )
+        for name in foreign:
+            if getattr(stage, name) is not None:
+                own = (
+                    "steps, items, rate and surrogate" if is_learned else "evaluations, population and sigma"
+                )
+                yield ("stages", i, name), f"a stage of {stage.stage} has {own}, and no {name}"
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from evomerge.config.stage_kinds import LEARNED_STEPS, STAGES
 from evomerge.config.value_types import (
     BackendName,
     Counts,
@@ -246,13 +247,21 @@ class StageConfig(Strict):
     """A stage of a search; written as text alone, the text is its kind."""
 
     stage: StageName
-    """What is searched: weights of a merge method, or routes of layers."""
+    """What is searched: weights of a merge method, by evolution or learned by their gradient, or routes."""
     evaluations: Whole | None = Field(default=None, ge=1, le=10**9)
     """Budget of the stage; search.evaluations unless given."""
     population: Whole | None = Field(default=None, ge=4)
     """Candidates of a generation; search.population unless given."""
     sigma: Number | None = Field(default=None, gt=0)
     """Initial standard deviation; search.sigma unless given."""
+    steps: Whole | None = Field(default=None, ge=1)
+    """Steps of gradient descent of a learned stage; 40 unless given."""
+    items: Whole | None = Field(default=None, ge=1)
+    """Items of each task that a step of a learned stage is scored on; 30 unless given."""
+    rate: Number | None = Field(default=None, gt=0, le=1)
+    """Size of the first step of each weight in a learned stage, which falls to 0; .05 unless given."""
+    surrogate: Literal["logprob", "probability"] | None = None
+    """What a learned stage climbs: log-probability (unless given) or probability of the right answer."""
 
 
 class PerplexityScreenConfig(Strict):
@@ -422,13 +431,23 @@ class Config(Strict):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What each stage searches: 'weights' or 'routes'."""
+        """What each stage searches, names of `evomerge.config.stage_kinds.STAGES`."""
         return tuple(stage.stage for stage in self.stages)
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Evaluations of each stage."""
-        return tuple(stage.evaluations or self.search.evaluations for stage in self.stages)
+        """Evaluations of each stage; of a learned one its steps."""
+        return tuple(
+            stage.steps or LEARNED_STEPS
+            if STAGES[stage.stage].is_learned
+            else stage.evaluations or self.search.evaluations
+            for stage in self.stages
+        )
+
+    @property
+    def merges_weights(self) -> bool:
+        """Whether a stage searches the coefficients of a merge of whole models."""
+        return any(STAGES[kind].of_weights for kind in self.kinds)
 
     @property
     def parents(self) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ class StageKind:
             search is opened, since it loads torch.
         blocks: The blocks of the search file that it reads beside `search` and its own entry of `stages`.
         at_most: How many stages of this kind a search may have; two never follow one another.
+        of_weights: Whether it searches coefficients of a merge of whole models.
+        is_learned: Whether it learns by gradients: its budget is `steps`, and it has no population.
     """
 
     name: str
@@ -32,6 +34,8 @@ class StageKind:
     opener: str
     blocks: tuple[str, ...]
     at_most: int
+    of_weights: bool = False
+    is_learned: bool = False
 
     def load_opener(self) -> Callable[..., Any]:
         """The opener, imported."""
@@ -49,6 +53,16 @@ STAGES: dict[str, StageKind] = {
             "evomerge.launch.weight_stages:open_weight_stage",
             blocks=("method", "space"),
             at_most=2,
+            of_weights=True,
+        ),
+        StageKind(
+            "learned",
+            "one weight for each tensor and model, by the gradient of the right answers' probability",
+            "evomerge.launch.learned_stage:open_learned_stage",
+            blocks=("method", "space"),
+            at_most=1,
+            of_weights=True,
+            is_learned=True,
         ),
         StageKind(
             "routes",
@@ -60,6 +74,8 @@ STAGES: dict[str, StageKind] = {
     )
 }
 """Name in the search file -> kind."""
+LEARNED_STEPS = 40
+"""Steps of a learned stage where the search file does not say."""
 
 
 def check_sequence(kinds: Sequence[str]) -> str:
@@ -74,6 +90,8 @@ def check_sequence(kinds: Sequence[str]) -> str:
     for before, after in pairwise(kinds):
         if before == after:
             return f"two stages of {after} follow one another; give the first one more evaluations"
+    if "learned" in kinds and "routes" in kinds[: kinds.index("learned")]:
+        return "a route has no derivatives yet; put the learned stage before the stage of routes"
     for name in kinds:
         count, at_most = kinds.count(name), STAGES[name].at_most
         if count > at_most:

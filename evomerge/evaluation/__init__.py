@@ -14,16 +14,18 @@ do.
 
 from __future__ import annotations
 
-from evomerge.evaluation.evaluator import Evaluator, Preparing
+from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing
 from evomerge.evaluation.objective import Objective, Standing, Term, missing_metric_message, ranks
 from evomerge.evaluation.records import (
     ROLES,
     SOFT_METRICS,
     Attempt,
     Evaluation,
+    GradientRequest,
     Items,
     ItemScore,
     Role,
+    Slopes,
     mean_metrics,
     soft_metric_name,
     task_of_metric,
@@ -35,13 +37,16 @@ __all__ = [
     "SOFT_METRICS",
     "Attempt",
     "CombinedTasks",
+    "Differentiable",
     "Evaluation",
     "Evaluator",
+    "GradientRequest",
     "ItemScore",
     "Items",
     "Objective",
     "Preparing",
     "Role",
+    "Slopes",
     "Standing",
     "TaskSet",
     "Term",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from evomerge.evaluation.records import Items, ItemScore, Role
+from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,29 @@ class Evaluator(Protocol):
 
         Returns:
             Per-item scores, and metrics by task (with soft metrics, see `Evaluation.metrics`).
+        """
+        ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """An evaluator whose tasks have a loss that a model's parameters have gradients of."""
+
+    def backward(
+        self, model: nn.Module, items: Items, request: GradientRequest
+    ) -> tuple[tuple[ItemScore, ...], float]:
+        """Scores items by their loss and runs its backward pass.
+
+        Args:
+            model: Live model; gradients go to its parameters that require one.
+            items: Task -> ids of the items.
+            request: The loss.
+
+        Returns:
+            Per-item scores, whose value is the probability of the right answer, and the loss.
+
+        Raises:
+            TaskError: A task has no text with a right answer, so that it has no loss.
         """
         ...
 

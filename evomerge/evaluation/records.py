@@ -85,6 +85,38 @@ class ItemScore:
     logprob: float | None = None
 
 
+Coefficient = tuple[str, str, str]
+"""(output tensor, parameter of a merge method, source model or '' for a parameter of the whole merge)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRequest:
+    """Asks for the derivatives of a loss by a recipe's coefficients.
+
+    The loss is the weighted sum of the items' losses, see `evomerge.evaluation.surrogates`.
+
+    Attributes:
+        weights: Task -> the weight of each of its items.
+        surrogate: What an item's loss is made of, one of `SURROGATES`.
+    """
+
+    weights: Mapping[str, float]
+    surrogate: Literal["logprob", "probability"] = "logprob"
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Derivatives of a loss by the coefficients of a merge.
+
+    Attributes:
+        loss: Its value.
+        partials: Coefficient -> derivative.
+    """
+
+    loss: float
+    partials: Mapping[Coefficient, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """A scored candidate, or the reason why it could not be scored.
@@ -98,6 +130,8 @@ class Evaluation:
         seconds: Name of a step (merging, scoring, ...) -> seconds.
         error: Why the candidate could not be scored; None if it was.
         costs: 'layers' and 'parameters' of the model, where it was built.
+        slopes: What a `GradientRequest` asked for; then an item's value is its probability, and `metrics` has
+            soft metrics alone.
     """
 
     recipe_id: str
@@ -106,6 +140,7 @@ class Evaluation:
     seconds: Mapping[str, float]
     error: str | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
+    slopes: Slopes | None = None
 
 
 def mean_metrics(task: str, scores: Sequence[ItemScore]) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.evaluator import Evaluator, Preparing
-from evomerge.evaluation.records import Items, ItemScore, Role
+from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing
+from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -207,6 +208,26 @@ class CombinedTasks:
                 scores += part_scores
                 metrics |= part_metrics
         return tuple(scores), metrics
+
+    def backward(
+        self, model: nn.Module, items: Items, request: GradientRequest
+    ) -> tuple[tuple[ItemScore, ...], float]:
+        """See `Differentiable.backward`. Raises TaskError for a task that has no differentiable loss."""
+        scores: list[ItemScore] = []
+        losses: list[float] = []
+        for task_set in self._sets:
+            part = self._part(task_set, items)
+            if not part:
+                continue
+            if not isinstance(task_set, Differentiable):
+                raise TaskError(
+                    f"task '{next(iter(part))}' has no text with a right answer, so a learned stage has no "
+                    "loss for it; search weights instead, or leave the task out"
+                )
+            part_scores, loss = task_set.backward(model, part, request)
+            scores += part_scores
+            losses.append(loss)
+        return tuple(scores), math.fsum(losses)
 
     def prepare(self, model: nn.Module, items: Items) -> None:
         """See `Preparing.prepare`. Sets that need no preparation are left out."""

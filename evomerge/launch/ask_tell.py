@@ -237,7 +237,7 @@ class _First:
         from evomerge.launch.opening import open_parents
         from evomerge.launch.stages import open_stages, reference_recipes
         from evomerge.launch.weight_space import is_diagonal, make_space
-        from evomerge.search import Start
+        from evomerge.search import LearnedOpening, Start
 
         settings = request.effective_settings
         search = {"seed": seed, "population": population, "sigma": sigma}
@@ -254,6 +254,10 @@ class _First:
         first: Stage = open_stages(settings, space, parents, facts)[0]
         base = reference_recipes(settings, space, parents)[0]
         opening = first.open(Start(base.recipe, base.label))
+        if isinstance(opening, LearnedOpening):
+            raise ConfigError(
+                "ask and tell takes scores, and a learned stage takes gradients; begin with weights or routes"
+            )
         optimizer = opening.optimizer(opening.space.start, 0)
         return cls(opening.space, optimizer, settings.study, settings.search.seed, request.text)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.config import Config
+from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
 from evomerge.evaluation.flat_tasks import find_flat_tasks
@@ -19,7 +20,8 @@ from evomerge.launch.route_stages import route_optimizer
 from evomerge.launch.stages import open_stages, reference_recipes
 from evomerge.launch.weight_space import is_diagonal
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
-from evomerge.search import Start
+from evomerge.search import LearnedOpening, Start
+from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 from evomerge.store import StudyFacts
 from evomerge.workers.worker import Worker
 
@@ -103,6 +105,16 @@ def _space(opened: Opened) -> dict[str, Any]:
 def _optimizer(opened: Opened, population: int) -> dict[str, Any]:
     """The optimizer of the first stage."""
     settings, search = opened.settings, opened.settings.search
+    if STAGES[settings.kinds[0]].is_learned:
+        name, seed = "gradient descent (Adam)", search.seed
+        return {
+            "name": name,
+            "population": 1,
+            "sigma": None,
+            "covariance": None,
+            "start": "best",
+            "seed": seed,
+        }
     weights = settings.kinds[0] == "weights"
     optimizer = OPTIMIZERS[search.optimizer] if weights else route_optimizer(settings)
     return {
@@ -164,6 +176,18 @@ def _stages(opened: Opened) -> list[dict[str, Any]]:
         settings, space, parents, StudyFacts(diagonal=is_diagonal(settings, space), budgets=settings.budgets)
     ):
         opening = stage.open(start)
+        if isinstance(opening, LearnedOpening):
+            rows.append(
+                {
+                    "stage": stage.name,
+                    "axes": len(opening.space.axes),
+                    "population": 1,
+                    "evaluations": stage.evaluations,
+                    "hand": 0,
+                    "items": opening.items,
+                }
+            )
+            continue
         rows.append(
             {
                 "stage": stage.name,
@@ -183,7 +207,7 @@ def _work(
     settings, search = opened.settings, opened.settings.search
     references = len(reference_recipes(settings, opened.space, opened.parents))
     references += sum(stage["hand"] for stage in stages)
-    if "weights" in settings.kinds:
+    if settings.merges_weights:
         references += len(settings.models) - 1  # the greedy soup tries each parent but the best once
     counts = {role: _count(ids) for role, ids in items.items()}
     per_generation = _count(generation)
@@ -193,8 +217,11 @@ def _work(
     ]
     for number, stage in zip(generations, stages, strict=True):
         name = "search" if len(stages) == 1 else f"search: {stage['stage']}"
-        candidates = number * stage["population"]
-        steps.append({"stage": name, "candidates": candidates, "items": per_generation})
+        candidates, scored = number * stage["population"], per_generation
+        if "items" in stage:  # of each task, and a backward pass counts as two forward passes
+            of_tasks = [min(stage["items"], len(ids)) for ids in items["search"].values()]
+            scored = FORWARDS_OF_A_SLOPE * sum(of_tasks)
+        steps.append({"stage": name, "candidates": candidates, "items": scored})
     finalists = search.finalists * len(stages) + references
     steps.append({"stage": "validation", "candidates": finalists, "items": counts["validation"]})
     steps.append({"stage": "test", "candidates": 1 + references, "items": counts["test"]})

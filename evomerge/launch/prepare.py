@@ -206,7 +206,7 @@ def _plan(loaded: LoadedSearch, facts: StudyFacts) -> Plan:
     return Plan(
         stages=stages.open_stages(settings, space, parents, facts),
         baselines=stages.reference_recipes(settings, space, parents),
-        soup=functools.partial(soup, space) if "weights" in settings.kinds else None,
+        soup=functools.partial(soup, space) if settings.merges_weights else None,
         objective=opened.objective,
         items={role: loaded.evaluator.items(role) for role in ROLES},
         per_generation=per_generation(settings, opened.objective),

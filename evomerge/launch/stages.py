@@ -9,7 +9,7 @@ from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.launch.route_stages import hand_baselines
 from evomerge.launch.stage_request import StageRequest
-from evomerge.search import Opening, Stage, Start
+from evomerge.search import LearnedOpening, Opening, Stage, Start
 from evomerge.spaces import Baseline, WeightSpace, baselines
 from evomerge.store import StudyFacts
 
@@ -42,7 +42,9 @@ def open_stages(
             diagonal=facts.diagonal,
             num_workers=facts.num_workers,
         )
-        opener: Callable[[StageRequest], Callable[[Start], Opening]] = STAGES[stage.stage].load_opener()
+        opener: Callable[[StageRequest], Callable[[Start], Opening | LearnedOpening]] = STAGES[
+            stage.stage
+        ].load_opener()
         stages.append(Stage(stage.stage, settings.budgets[position], opener(request)))
     return stages
 
@@ -80,7 +82,7 @@ def reference_recipes(settings: Config, space: WeightSpace, parents: Mapping[str
         The parents; hand recipes where weights are searched; routes written by hand where routes come first.
     """
     references = baselines(space)
-    if "weights" not in settings.kinds:
+    if not settings.merges_weights:
         references = [baseline for baseline in references if baseline.origin == "parent"]
     if settings.kinds[0] == "routes":
         references = [*references, *hand_baselines(settings, parents, None)]

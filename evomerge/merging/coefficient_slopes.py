@@ -17,9 +17,6 @@ from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
 from evomerge.methods.task_vector_slopes import has_slopes
 
-Coefficient = tuple[str, str, str]
-"""(output tensor, parameter of the method, source model or '' for a parameter of the merge)."""
-
 
 class CoefficientSlopes:
     """Collects dL/dc = <dL/dW, dW/dc> over every tensor of a merge. A context manager.
@@ -32,7 +29,8 @@ class CoefficientSlopes:
     parameters require no gradient again.
 
     Attributes:
-        partials: Coefficient -> derivative so far, in the order in which gradients came.
+        partials: (output tensor, parameter, source model or '') -> derivative so far, in the order in which
+            gradients came.
     """
 
     def __init__(self, merge: Merge, weights: WeightMap) -> None:
@@ -57,7 +55,7 @@ class CoefficientSlopes:
                     "of weights"
                 )
             self._steps[step.name] = step
-        self.partials: dict[Coefficient, float] = {}
+        self.partials: dict[tuple[str, str, str], float] = {}
         self._handles: list[object] = []
 
     def __enter__(self) -> CoefficientSlopes:
@@ -65,7 +63,9 @@ class CoefficientSlopes:
             names = [name for name in self._weights.fed_by(parameter) if name in self._steps]
             if names and parameter.is_floating_point():
                 parameter.requires_grad_(True)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(_Taker(self, names)))
+                taker = _Taker(self, names)
+                handle = parameter.register_post_accumulate_grad_hook(taker)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
             else:
                 parameter.requires_grad_(False)
         return self

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from evomerge.checkpoints import Parent
+from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into, write_steps
 from evomerge.merging.merged_config import layer_changes
 from evomerge.merging.model_loading import load_parent
@@ -298,6 +299,21 @@ class ModelBuilder:
         return self._kinds[key]
 
     # ---- skeletons ----
+
+    def coefficient_slopes(self, recipe: Recipe) -> CoefficientSlopes:
+        """What takes the gradients of the skeleton that a recipe of the base's shape was just built in.
+
+        Args:
+            recipe: That recipe.
+
+        Returns:
+            The slopes, to be entered.
+
+        Raises:
+            CandidateError: A method of the recipe has no known derivatives.
+        """
+        merge = Merge(recipe, self._parents, self._tables, self._device)
+        return CoefficientSlopes(merge, self._skeletons[0].weights)
 
     def _has_base_shape(self, recipe: Recipe) -> bool:
         """Whether a recipe has the base's shape, layer for layer, and its layers the base's config."""

@@ -12,12 +12,13 @@ and `racing_statistics` drop candidates early, `reuse` answers jobs from earlier
 from __future__ import annotations
 
 from evomerge.search.dispatch import Budget, Dispatch, StopRequest
-from evomerge.search.plan import Opening, Plan, Progress, Stage, Start, one_stage
+from evomerge.search.plan import LearnedOpening, Opening, Plan, Progress, Stage, Start, one_stage
 from evomerge.search.study import Study
 
 __all__ = [
     "Budget",
     "Dispatch",
+    "LearnedOpening",
     "Opening",
     "Plan",
     "Progress",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.errors import NothingToExport, StudyError
 from evomerge.evaluation.estimates import Estimate
 from evomerge.search import selection
 from evomerge.search.generation_runner import GenerationRunner
 from evomerge.search.island import Island
+from evomerge.search.learned import Descended
 from evomerge.search.plan import Plan, Stage
 from evomerge.search.trial_recorder import Candidate
 from evomerge.store import Outcome, Scored, StageOutcome, Store, Trial
@@ -92,6 +93,20 @@ class FinalSelection:
         leaders = selection.leaders(late, estimates, late_after, last, self._size_penalty)
         chosen = (*means, *leaders[: self.plan.finalists - 1])
         return tuple(t for t in chosen if t.score is not None)
+
+    def learned_finalists(self, descended: Descended) -> tuple[Trial, ...]:
+        """The candidates of a learned stage for validation, scored by the tasks' own metrics.
+
+        Args:
+            descended: The stage.
+
+        Returns:
+            The trials, those that could be scored; the end of the descent first.
+        """
+        chosen = [replace(c, origin="mean") for c in descended.finalists[: self.plan.finalists]]
+        slots = range(1, 1 + len(chosen))  # slot 0 is the last step's
+        trials = self.runner.score_means(descended.last, dict(zip(slots, chosen, strict=True)))
+        return tuple(trial for trial in trials if trial.score is not None)
 
     def elect(self, references: Sequence[Trial], searched: Sequence[SearchedStage]) -> Election:
         """Scores finalists and references on the validation items and chooses the best.

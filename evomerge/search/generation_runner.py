@@ -51,6 +51,7 @@ class GenerationRunner:
         store: That evaluations are read from and written to.
         windows: Items of each generation.
         recorder: Writes trials; its `stage` is the number they are stored under.
+        evaluate: Yields the results of jobs as they end.
         best_parents: Task of the retention constraint -> its best parent, once `find_best_parents` was
             called.
     """
@@ -75,7 +76,7 @@ class GenerationRunner:
         self.windows = ItemWindows(plan.items["search"], plan.per_generation, plan.seed)
         self.recorder = TrialRecorder(store, plan.objective)
         self.best_parents: dict[str, BestParent] = {}
-        self._evaluate = evaluate
+        self.evaluate = evaluate
         self._show = show
 
     def open(
@@ -102,7 +103,7 @@ class GenerationRunner:
         Raises:
             StudyError: The store holds other candidates in this place: the replay differs from the first run.
         """
-        trials = self._replayed_trials(number, candidates)
+        trials = self.replayed_trials(number, candidates)
         counter.done += len(trials)
         pending = {slot: c for slot, c in enumerate(candidates) if slot not in trials}
 
@@ -134,7 +135,7 @@ class GenerationRunner:
         Raises:
             Paused: A stop was requested.
         """
-        for job, evaluation in self._evaluate(generation.jobs):
+        for job, evaluation in self.evaluate(generation.jobs):
             generation.add(job, evaluation)
         return generation.ordered_trials
 
@@ -167,7 +168,7 @@ class GenerationRunner:
         missing = [r for r in distinct if self.store.evaluation(r.id, role, items) is None]
         done = len(distinct) - len(missing)
         jobs = [_job(slot, recipe, items) for slot, recipe in enumerate(missing)]
-        for job, evaluation in self._evaluate(jobs):
+        for job, evaluation in self.evaluate(jobs):
             reported = objective.reported_score(evaluation)
             score, task_values = None, None
             if reported is not None:
@@ -206,8 +207,19 @@ class GenerationRunner:
             )
         self.best_parents = retention.best_parents(self.plan.objective, whole, self.plan.items["search"])
 
-    def _replayed_trials(self, number: int, candidates: Sequence[Candidate]) -> dict[int, Trial]:
-        """Slot -> trial that the store holds; each must be of the candidate that has its place now."""
+    def replayed_trials(self, number: int, candidates: Sequence[Candidate]) -> dict[int, Trial]:
+        """Reads the trials that the store holds of a generation.
+
+        Args:
+            number: Of the generation.
+            candidates: In the order of slots.
+
+        Returns:
+            Slot -> trial.
+
+        Raises:
+            StudyError: A trial is of another candidate than the one that has its place now.
+        """
         trials: dict[int, Trial] = {}
         for slot, candidate in enumerate(candidates):
             stored = self.recorder.stored_trial(number, slot)
@@ -290,7 +302,7 @@ class GenerationRunner:
                     evaluations[recipe.id] = racing.part_of(on_all.evaluation, part)
             missing = {recipe.id: recipe for recipe in recipes if recipe.id not in evaluations}
             jobs = [_job(slot, recipe, part) for slot, recipe in enumerate(missing.values())]
-            for job, evaluation in self._evaluate(jobs):
+            for job, evaluation in self.evaluate(jobs):
                 store.add_evaluation(NewEvaluation(job.recipe, "rung", part, evaluation, None))
                 evaluations[job.recipe.id] = evaluation
                 self._show(Progress(counter.label, counter.done, counter.total))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import Items, Objective, Role
@@ -50,12 +51,49 @@ class Opening:
     late: float = 0.75
 
 
+class DifferentiableSpace(SearchSpace, Protocol):
+    """A search space whose genes are coefficients of a merge."""
+
+    def pull(self, partials: Mapping[tuple[str, str, str], float]) -> Sequence[float]:
+        """Turns derivatives by coefficients into those by genes, the transpose of `decode`.
+
+        Args:
+            partials: (output tensor, parameter, source model) -> derivative.
+
+        Returns:
+            [len(axes)] derivatives.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedOpening:
+    """A learned stage ready to run.
+
+    Attributes:
+        space: Decodes genomes and pulls gradients back to them.
+        steps: Steps of gradient descent.
+        rate: Size of the first step of each gene, see `evomerge.optimizers.descent`.
+        items: Items of each task that a step is scored on.
+        shard: Items of a step that one worker takes at once.
+        surrogate: What is climbed, see `evomerge.evaluation.surrogates`.
+        hand: Recipes scored before the stage; none.
+    """
+
+    space: DifferentiableSpace
+    steps: int
+    rate: float
+    items: int
+    shard: int
+    surrogate: Literal["logprob", "probability"] = "logprob"
+    hand: Sequence[Baseline] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage of a search.
 
     Attributes:
-        name: 'weights' or 'routes'.
+        name: A name of `evomerge.config.stage_kinds.STAGES`.
         evaluations: Its budget; it ends with the generation that reaches it.
         open: Makes the stage from what the stages before found; a first stage starts from the best parent or
             hand
@@ -64,7 +102,7 @@ class Stage:
 
     name: str
     evaluations: int
-    open: Callable[[Start], Opening]
+    open: Callable[[Start], Opening | LearnedOpening]
 
 
 @dataclass(frozen=True, slots=True)

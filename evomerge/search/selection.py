@@ -71,7 +71,7 @@ def estimates(
         turns = tuple(epochs(trial)[task] for task in tasks)
         if trial.id in wanted:
             own[trial.id] = turns, items
-        if trial.generation > 0 and trial.origin != "mean":
+        if trial.generation > 0 and trial.origin not in ("mean", "learned"):
             found = sums.setdefault((trial.generation, turns), {})
             level = _levels(items)
             for s in items:

@@ -19,9 +19,10 @@ from evomerge.search.dispatch import Dispatch
 from evomerge.search.final_selection import FinalSelection, SearchedStage
 from evomerge.search.generation_runner import GenerationRunner, ProgressCounter
 from evomerge.search.island import Island, IslandSettings
-from evomerge.search.plan import Opening, Plan, Progress, Stage, Start
+from evomerge.search.learned import LearnedSearch
+from evomerge.search.plan import LearnedOpening, Opening, Plan, Progress, Stage, Start
 from evomerge.search.trial_recorder import Candidate
-from evomerge.spaces import Baseline
+from evomerge.spaces import Baseline, SearchSpace
 from evomerge.store import Outcome, Store, Trial
 from evomerge.workers import Pool
 from evomerge.workers.machine_errors import retry_advice
@@ -130,13 +131,12 @@ class Study:
             if number:
                 known = [best, *(t for t in references if t.stage == number)]
                 start = StageStart(number, known, (best.id,), last + 1)
-            islands = self._search(stage, opening, start)
-            last = max(island.last_generation for island in islands)
+            if isinstance(opening, LearnedOpening):
+                searched.append(self._learn(stage, opening, start))
+            else:
+                searched.append(self._evolve(stage, opening, start, references))
+            last = searched[-1].last
             self._refuse_less(stage, number, last)
-            first = start.first_generation
-            late_after = first - 1 + opening.late * (last - first + 1)
-            finalists = self._finals.finalists(islands, references, late_after, last)
-            searched.append(SearchedStage(stage, first, last, late_after, finalists))
             if number + 1 < len(self.plan.stages):
                 best = self._finals.elect(references, searched).winner
                 place = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}"
@@ -196,6 +196,33 @@ class Study:
                 best = _score(trials[-1])
         return trials
 
+    def _evolve(
+        self, stage: Stage, opening: Opening, start: StageStart, references: Sequence[Trial]
+    ) -> SearchedStage:
+        """Runs a stage of an optimizer that learns from scores."""
+        islands = self._search(stage, opening, start)
+        first, last = start.first_generation, max(island.last_generation for island in islands)
+        late_after = first - 1 + opening.late * (last - first + 1)
+        finalists = self._finals.finalists(islands, references, late_after, last)
+        return SearchedStage(stage, first, last, late_after, finalists)
+
+    def _learn(self, stage: Stage, opening: LearnedOpening, start: StageStart) -> SearchedStage:
+        """Runs a stage of gradient descent from the best trial that its space can hold."""
+        encoded = self._encoded(opening.space, start.known)
+        genome, parents = opening.space.start, start.parents
+        if encoded:
+            genome, parents = encoded[0][1], (encoded[0][0].id,)
+        search = LearnedSearch(
+            opening,
+            self.runner,
+            self._show,
+            lambda generation: self._budget_ended(start.number, 0, generation),
+        )
+        descended = search.run(genome, start.first_generation, parents)
+        finalists = self._finals.learned_finalists(descended)
+        first, last = start.first_generation, descended.last
+        return SearchedStage(stage, first, last, float(last), finalists)
+
     def _search(self, stage: Stage, opening: Opening, start: StageStart) -> list[Island]:
         """A stage's islands after their last generations."""
         islands = self._islands(stage, opening, start)
@@ -209,12 +236,7 @@ class Study:
     def _islands(self, stage: Stage, opening: Opening, start: StageStart) -> list[Island]:
         """A stage's islands before their first generations."""
         space = opening.space
-        encoded: list[tuple[Trial, tuple[float, ...]]] = []
-        for trial in start.known:
-            genome = space.encode(self.store.recipe(trial.recipe_id)) if trial.score is not None else None
-            if genome is not None:
-                encoded.append((trial, genome))
-        encoded.sort(key=lambda pair: (-_score(pair[0]), pair[0].id))
+        encoded = self._encoded(space, start.known)
         first_genome = encoded[0][1] if opening.at_best and encoded else space.start
         count = max(1, self.plan.islands)
         first_trial_id = self.store.last_trial_before(start.first_generation) + 1
@@ -239,6 +261,16 @@ class Study:
             return Island(settings, optimizer, self.runner, budget_ended, self._show)
 
         return [island(number) for number in range(count)]
+
+    def _encoded(self, space: SearchSpace, known: Sequence[Trial]) -> list[tuple[Trial, tuple[float, ...]]]:
+        """Scored trials that a space can hold, with their genomes, the best first."""
+        encoded: list[tuple[Trial, tuple[float, ...]]] = []
+        for trial in known:
+            genome = space.encode(self.store.recipe(trial.recipe_id)) if trial.score is not None else None
+            if genome is not None:
+                encoded.append((trial, genome))
+        encoded.sort(key=lambda pair: (-_score(pair[0]), pair[0].id))
+        return encoded
 
     def _budget_ended(self, stage: int, island: int, generation: int) -> bool:
         """Whether a budget ended an island there; a replay ends where the first run did."""

@@ -140,11 +140,34 @@ class TrialRecorder:
             trial = replace(trial, score=score, task_values=None, whole=item_count)
         return self.store.add_trial(replace(trial, dropped=result.dropped))
 
+    def record_learned_trial(
+        self, generation: int, candidate: Candidate, items: Items, evaluation: Evaluation
+    ) -> Trial:
+        """Stores the trial of a step of gradient descent, which has no score.
+
+        Args:
+            generation: Its number.
+            candidate: Where the descent was.
+            items: The step's items.
+            evaluation: With its slopes, or its error.
+
+        Returns:
+            The trial as stored.
+        """
+        trial = self._new_trial(generation, 0, candidate, items, evaluation, _Scores())
+        return self.store.add_trial(replace(trial, purpose="gradient"))
+
     def _new_trial(
-        self, generation: int, slot: int, candidate: Candidate, items: Items, evaluation: Evaluation
+        self,
+        generation: int,
+        slot: int,
+        candidate: Candidate,
+        items: Items,
+        evaluation: Evaluation,
+        scores: _Scores | None = None,
     ) -> NewTrial:
-        """The row of a candidate that was scored on items, with the scores of the evaluation."""
-        scores = self._scores(evaluation)
+        """The row of a candidate that was evaluated on items. scores: None for those of the evaluation."""
+        scores = scores or self._scores(evaluation)
         return NewTrial(
             generation=generation,
             slot=slot,

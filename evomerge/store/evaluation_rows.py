@@ -54,6 +54,7 @@ def add(file: StudyFile, new: NewEvaluation) -> int:
         probabilities=rows.soft_metric_column([item.probability for item in evaluation.items]),
         logprobs=rows.soft_metric_column([item.logprob for item in evaluation.items]),
         costs=rows.numbers_json(evaluation.costs),
+        slopes=rows.slopes_json(evaluation.slopes),
     )
     if new.task_values is not None and new.score is not None:
         pareto_front.add(file, evaluation_row, new.role, item_set, new.task_values)

@@ -73,4 +73,5 @@ NULL, cause TEXT NOT NULL, digest TEXT,
     CREATE TABLE runs (id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT \
 NULL, seconds REAL NOT NULL, digest TEXT);
     """,
+    "ALTER TABLE evaluations ADD COLUMN slopes TEXT",
 )

@@ -10,9 +10,9 @@ from evomerge.evaluation import Evaluation, Items, Role
 from evomerge.recipes import Recipe
 from evomerge.store.study_facts import Outcome, StudyFacts
 
-Purpose = Role | Literal["rung", "look"]
+Purpose = Role | Literal["rung", "look", "gradient"]
 """What an evaluation is for: a role of its items; a rung of a race, whose items are a part of a generation's;
-or a look at test items that a person asked for, which the search does not read."""
+a look at test items that a person asked for, which the search does not read; or the gradient of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,7 @@ class NewTrial:
         evaluation: Its evaluation on them.
         task_values: See `NewEvaluation`.
         trial_id: Its number; None takes the next one, and so does a number that is taken.
+        purpose: What its evaluation is for: 'gradient' for a step of a learned stage.
     """
 
     generation: int
@@ -157,12 +158,19 @@ class NewTrial:
     stage: int = 0
     island: int = 0
     trial_id: int | None = None
+    purpose: Purpose = "search"
 
     @property
     def search_evaluation(self) -> NewEvaluation:
         """The trial's evaluation on the search items."""
         return NewEvaluation(
-            self.recipe, "search", self.items, self.evaluation, self.score, self.reported, self.task_values
+            self.recipe,
+            self.purpose,
+            self.items,
+            self.evaluation,
+            self.score,
+            self.reported,
+            self.task_values,
         )
 
 

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore
+from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, Slopes
 from evomerge.store.records import Scored, StudyRow, Trial, WorkerUse
 from evomerge.store.study_facts import Outcome, StudyFacts
 
@@ -155,7 +155,13 @@ def scored(row: sqlite3.Row, item_set: str) -> Scored:
     )
     costs = _numbers(row["costs"]) if "costs" in columns and row["costs"] else {}
     evaluation = Evaluation(
-        row["recipe"], items, _numbers(row["metrics"]), _numbers(row["seconds"]), row["error"], costs
+        row["recipe"],
+        items,
+        _numbers(row["metrics"]),
+        _numbers(row["seconds"]),
+        row["error"],
+        costs,
+        _slopes(row),
     )
     reported = row["reported"] if "reported" in columns else None
     return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
@@ -167,6 +173,28 @@ def _numbers(text: str) -> dict[str, float]:
     if not isinstance(numbers, dict) or not all(isinstance(x, int | float) for x in numbers.values()):
         raise TypeError("there are no numbers by name")
     return numbers
+
+
+def slopes_json(slopes: Slopes | None) -> str | None:
+    """Writes derivatives as a column.
+
+    Args:
+        slopes: Of an evaluation.
+
+    Returns:
+        JSON of the loss and of (tensor, parameter, source, derivative) rows; None without slopes.
+    """
+    if slopes is None:
+        return None
+    return json.dumps([slopes.loss, [[*key, value] for key, value in slopes.partials.items()]])
+
+
+def _slopes(row: sqlite3.Row) -> Slopes | None:
+    """The derivatives of an evaluation."""
+    if "slopes" not in set(row.keys()) or not row["slopes"]:
+        return None
+    loss, partials = json.loads(row["slopes"])
+    return Slopes(loss, {(tensor, param, source): value for tensor, param, source, value in partials})
 
 
 def _soft_metric(row: sqlite3.Row, column: str, count: int) -> list[float | None]:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from evomerge._redaction import scrub
 from evomerge.errors import EvomergeError
-from evomerge.evaluation import Attempt, Evaluation, Items
+from evomerge.evaluation import Attempt, Evaluation, GradientRequest, Items
 from evomerge.recipes import Recipe
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.machine_errors import (
@@ -31,6 +31,7 @@ class Job:
         cost: how long it is expected to take beside the others, in any unit; of a turn the longest begin
             first.
         turn: jobs of a lower turn begin first.
+        gradient: the derivatives that are wanted beside scores; None for the tasks' own metrics.
     """
 
     slot: int
@@ -38,6 +39,7 @@ class Job:
     items: Items
     cost: float = 1.0
     turn: int = 0
+    gradient: GradientRequest | None = None
 
 
 class Scorer(Protocol):
@@ -49,6 +51,18 @@ class Scorer(Protocol):
         Args:
             recipe: what to merge.
             items: task -> ids.
+
+        Returns:
+            The evaluation; whatever goes wrong with the candidate is in its `error`.
+        """
+
+    def slopes(self, recipe: Recipe, items: Items, request: GradientRequest) -> Evaluation:
+        """Scores a recipe by a differentiable loss, with the derivatives by its coefficients.
+
+        Args:
+            recipe: what to merge.
+            items: task -> ids.
+            request: the loss.
 
         Returns:
             The evaluation; whatever goes wrong with the candidate is in its `error`.
@@ -199,7 +213,7 @@ def prepare(scorer: Scorer, job: Job) -> Evaluation | None:
         EvomergeError: what the scorer raises of that kind.
     """
     try:
-        if isinstance(scorer, PreparingScorer):
+        if isinstance(scorer, PreparingScorer) and job.gradient is None:
             scorer.prepare(job.recipe, job.items)
     except EvomergeError:
         raise
@@ -222,6 +236,8 @@ def score(scorer: Scorer, job: Job) -> Evaluation:
         EvomergeError: what the scorer raises of that kind.
     """
     try:
+        if job.gradient is not None:
+            return scorer.slopes(job.recipe, job.items, job.gradient)
         return scorer.evaluate(job.recipe, job.items)
     except EvomergeError:
         raise

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,17 @@ from torch import nn
 from evomerge.checkpoints import Parent, total_bytes
 from evomerge.checkpoints.checkpoint import file_stamps
 from evomerge.errors import CandidateError, CheckpointError
-from evomerge.evaluation import Evaluation, Evaluator, Items, ItemScore, Preparing
+from evomerge.evaluation import (
+    Differentiable,
+    Evaluation,
+    Evaluator,
+    GradientRequest,
+    Items,
+    ItemScore,
+    Preparing,
+    Slopes,
+    mean_metrics,
+)
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
 from evomerge.merging.live_model import ModelBuilder
@@ -175,6 +185,43 @@ class Worker:
             log.debug("candidate %s failed", recipe.id, exc_info=True)
             return Evaluation(recipe.id, (), screened, seconds, error=one_line(error), costs=costs)
 
+    def slopes(self, recipe: Recipe, items: Items, request: GradientRequest) -> Evaluation:
+        """Scores a recipe by a differentiable loss, with the derivatives by its coefficients.
+
+        Args:
+            recipe: what to merge: sums of task vectors in the base's shape.
+            items: task -> ids.
+            request: the loss.
+
+        Returns:
+            The evaluation with its `slopes`; whatever goes wrong with the candidate is in its `error`.
+
+        Raises:
+            CheckpointError: see `evaluate`.
+        """
+        self._check_parent_files()
+        seconds: dict[str, float] = {}
+        try:
+            if not isinstance(self.evaluator, Differentiable):
+                raise CandidateError("these tasks have no differentiable loss; search weights instead")
+            started = time.perf_counter()
+            module = self.module(recipe, items)
+            if module is not self.model:
+                raise CandidateError("a route has no derivatives yet; learn weights before routes")
+            seconds["merge"] = time.perf_counter() - started
+            started = time.perf_counter()
+            with self.builder.coefficient_slopes(recipe) as found:
+                scores, loss = self.evaluator.backward(module, items, request)
+            seconds["backward"] = time.perf_counter() - started
+            partials = dict(sorted(found.partials.items()))
+            if not all(map(math.isfinite, (loss, *partials.values()))):
+                raise CandidateError("the gradient of the loss is not finite")
+            metrics = _soft_means(scores)
+            return Evaluation(recipe.id, scores, metrics, seconds, slopes=Slopes(loss, partials))
+        except Exception as error:  # as in `evaluate`
+            log.debug("slopes of candidate %s failed", recipe.id, exc_info=True)
+            return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
+
     def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
         """The live model of a recipe, ready to be scored.
 
@@ -250,6 +297,19 @@ class Worker:
         """A text generated from NaN logits would otherwise be scored as a wrong answer."""
         has_nan = bool(torch.isnan(logits.sum(dtype=torch.float32)))
         self._logits_are_finite = self._logits_are_finite and not has_nan
+
+
+def _soft_means(scores: Sequence[ItemScore]) -> dict[str, float]:
+    """Means of the soft metrics of each task; a task's own metric is not known."""
+    by_task: dict[str, list[ItemScore]] = {}
+    for score in scores:
+        by_task.setdefault(score.task, []).append(score)
+    return {
+        name: value
+        for task, own in by_task.items()
+        for name, value in mean_metrics(task, own).items()
+        if name != task
+    }
 
 
 def _check_finite(metrics: Mapping[str, float]) -> None:

@@ -78,6 +78,20 @@ def fork(cache: Any, *, rows: int = 1, index: Tensor | None = None) -> Any:
     return forked
 
 
+def carries_gradients(model: nn.Module) -> bool:
+    """Returns whether `detached` takes the caches of a model.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        True if no layer keeps a recurrent state.
+    """
+    return not any(
+        isinstance(value, dict) for layer in new_cache(model).layers for value in vars(layer).values()
+    )
+
+
 def detached(cache: Any) -> Any:
     """Copies a cache so that gradients by its keys and values end in the copy.
 

@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import nn
 
-from evomerge.errors import CandidateError
+from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.inference.loglikelihood import Rounding
 from evomerge.evaluation.inference.requests import Verification
+from evomerge.evaluation.lm_harness import gradients
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND, find_backend
-from evomerge.evaluation.lm_harness.backends.base import Backend
+from evomerge.evaluation.lm_harness.backends.base import Backend, DifferentiableBackend
 from evomerge.evaluation.lm_harness.backends.hflm import make_hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_group_metrics
 from evomerge.evaluation.lm_harness.items import ItemRules
@@ -40,7 +41,7 @@ from evomerge.evaluation.lm_harness.results import (
 from evomerge.evaluation.lm_harness.samples import Sample, example, sample
 from evomerge.evaluation.lm_harness.task_loading import LoadedTask, TaskSpec, load
 from evomerge.evaluation.lm_harness.truncation import truncation_warnings
-from evomerge.evaluation.records import Items, ItemScore, Role, soft_metric_name
+from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role, soft_metric_name
 
 log = logging.getLogger(__name__)
 _PREPARED = 8  # sets of items that stay prepared for a model
@@ -72,6 +73,7 @@ class _Model:
     model: nn.Module
     backend: Backend
     prepared: OrderedDict[tuple[Any, ...], _PreparedItems] = field(default_factory=OrderedDict)
+    texts: dict[tuple[Any, ...], gradients.PreparedTexts] = field(default_factory=dict)
 
 
 class LmHarness:
@@ -281,6 +283,36 @@ class LmHarness:
             soft = soft_scores(loaded, row.requests, row.right_answers, backend.tokens)
             scores.append(ItemScore(name, row.item, number, *soft))
         return scores
+
+    def backward(
+        self, model: nn.Module, items: Items, request: GradientRequest
+    ) -> tuple[tuple[ItemScore, ...], float]:
+        """See `Differentiable.backward`.
+
+        Raises:
+            TaskError: An item has no text with a right answer, or the backend has no gradients.
+        """
+        state = self._model(model)
+        backend = state.backend
+        if not isinstance(backend, DifferentiableBackend):
+            raise TaskError(
+                "this evaluation backend gives no gradients, which a learned stage needs; "
+                "use evaluation.backend: compiled"
+            )
+        key = ("gradients", *((name, tuple(ids)) for name, ids in items.items() if ids))
+        texts = state.texts.get(key)
+        if texts is None:
+            end = str(self.tokenizer.eos_token or "")
+            rows = [
+                gradients.text_item(self.tasks[name], item, self.tasks[name].requests[item], end)
+                for name, ids in items.items()
+                for item in ids
+            ]
+            requests = [request for row in rows for request in row.requests]
+            texts = gradients.PreparedTexts(rows, backend.prepare_gradients(requests))
+            state.texts.clear()  # a step's items are used once
+            state.texts[key] = texts
+        return gradients.backward(backend, texts, request.weights, request.surrogate)
 
     def samples(self, model: nn.Module, items: Items) -> list[Sample]:
         """See `TaskSet.samples`."""

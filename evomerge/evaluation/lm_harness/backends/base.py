@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -78,6 +78,42 @@ class Backend(Protocol):
 
         Returns:
             The reason; None if none did.
+        """
+        ...
+
+
+@runtime_checkable
+class DifferentiableBackend(Protocol):
+    """A backend whose log-likelihoods have gradients."""
+
+    def prepare_gradients(self, requests: Sequence[Any]) -> Any:
+        """Does what can be done once, for log-likelihood requests alone.
+
+        Args:
+            requests: lm-eval's `Instance` objects.
+
+        Returns:
+            What `sums` and `backward` take.
+        """
+        ...
+
+    def sums(self, prepared: Any) -> list[float]:
+        """Scores prepared requests.
+
+        Args:
+            prepared: Result of `prepare_gradients`.
+
+        Returns:
+            The log-likelihood of each request, in nats, from float32 logits.
+        """
+        ...
+
+    def backward(self, prepared: Any, slopes: Sequence[float]) -> None:
+        """Adds the gradient of a weighted sum of log-likelihoods to the model's parameters.
+
+        Args:
+            prepared: Result of `prepare_gradients`.
+            slopes: The weight of each request.
         """
         ...
 

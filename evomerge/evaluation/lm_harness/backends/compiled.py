@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import nn
 
 from evomerge.errors import CandidateError
+from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.generation import Generator, TextRules
 from evomerge.evaluation.inference.generation_plan import GenerationPlan
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
@@ -182,6 +185,41 @@ class CompiledBackend:
             ):
                 answers[number] = responses
         return answers
+
+    # ---- gradients -----------------------------------------------------------------------------------------
+
+    def prepare_gradients(self, requests: Sequence[Any]) -> Prepared:
+        """See `DifferentiableBackend.prepare_gradients`. Recurrent states are not shared."""
+        prepared = self.prepare(requests)
+        assert prepared.plan is not None
+        if prepared.plan.optimization != "plain" and not kv_cache.carries_gradients(self.model):
+            assert self._engine is not None
+            pieces = [piece for request in prepared.requests for piece in self._tokenize(request)]
+            prepared.plan = self._engine.compile(pieces, "plain")
+        return prepared
+
+    def sums(self, prepared: Prepared) -> list[float]:
+        """See `DifferentiableBackend.sums`."""
+        assert self._engine is not None
+        assert prepared.plan is not None
+        found = self._engine.run(prepared.plan).sums.tolist()
+        return [math.fsum(found[start:end]) for start, end in prepared.spans.values()]
+
+    def backward(self, prepared: Prepared, slopes: Sequence[float]) -> None:
+        """See `DifferentiableBackend.backward`."""
+        assert self._engine is not None
+        plan = prepared.plan
+        assert plan is not None
+        of_pieces = torch.tensor(
+            [
+                slope
+                for slope, (start, end) in zip(slopes, prepared.spans.values(), strict=True)
+                for _ in range(start, end)
+            ],
+            dtype=torch.float64,
+        )
+        distinct = torch.zeros(plan.size, dtype=torch.float64).index_add(0, plan.places, of_pieces)
+        self._engine.backward(plan, distinct)
 
     def _answer_loglikelihoods(
         self, prepared: Prepared, plan: LoglikelihoodPlan, rounding: Rounding, answers: Answers

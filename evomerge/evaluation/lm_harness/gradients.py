@@ -1,0 +1,172 @@
+"""lm-eval items as texts with a differentiable loss: which texts are scored, and the loss of each item.
+
+The texts of a multiple choice are its choices; of a generated answer, each right answer followed by each
+text that may end it (the request's own stop strings and the tokenizer's end), so that their probabilities add
+up to that of generating a right answer and stopping there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation import surrogates
+from evomerge.evaluation.lm_harness.results import right_choices
+from evomerge.evaluation.lm_harness.task_loading import LoadedTask
+from evomerge.evaluation.records import ItemScore
+from evomerge.evaluation.surrogates import ItemLoss, Surrogate
+
+_MOST_STOPS = 3  # stop strings of a request that an answer is scored with, beside the tokenizer's end
+
+
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """An item as log-likelihood requests.
+
+    Attributes:
+        task: Name of its task.
+        item: Its id.
+        requests: lm-eval's requests.
+        kind: What the requests are: choices, right answers, or one text.
+        right: Indices of the right choices; empty for another kind.
+    """
+
+    task: str
+    item: str
+    requests: list[Any]
+    kind: Literal["choices", "answers", "text"]
+    right: tuple[int, ...] = ()
+
+    def loss(
+        self, sums: Sequence[float], surrogate: Surrogate, count_tokens: Callable[[Any], int]
+    ) -> ItemLoss:
+        """Computes the item's loss.
+
+        Args:
+            sums: Log-likelihood of each request.
+            surrogate: What is climbed.
+            count_tokens: Request -> number of tokens that it scores.
+
+        Returns:
+            The loss with its slopes.
+
+        Raises:
+            CandidateError: A log-likelihood is NaN or infinite.
+        """
+        if not all(-1e30 < s < 1e30 for s in sums):
+            raise CandidateError(
+                f"the model gives log-likelihoods that are not finite in task '{self.task}', item {self.item}"
+            )
+        if self.kind == "choices":
+            return surrogates.of_choices(sums, self.right, surrogate)
+        if self.kind == "answers":
+            return surrogates.of_answers(sums, surrogate)
+        return surrogates.of_text(sums[0], count_tokens(self.requests[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTexts:
+    """Items whose texts are prepared for a model. prepared: what the backend made of their requests."""
+
+    items: list[TextItem]
+    prepared: Any
+
+
+def backward(
+    backend: Any, texts: PreparedTexts, weights: Mapping[str, float], surrogate: Surrogate
+) -> tuple[tuple[ItemScore, ...], float]:
+    """Scores prepared items by their loss and runs its backward pass.
+
+    Args:
+        backend: A `DifferentiableBackend`.
+        texts: The items.
+        weights: Task -> weight of each of its items.
+        surrogate: What is climbed.
+
+    Returns:
+        Per-item scores, and the weighted sum of their losses.
+    """
+    sums = backend.sums(texts.prepared)
+    scores: list[ItemScore] = []
+    slopes: list[float] = []
+    losses: list[float] = []
+    for item in texts.items:
+        first = len(slopes)
+        own = item.loss(sums[first : first + len(item.requests)], surrogate, backend.tokens)
+        weight = weights[item.task]
+        slopes += [weight * slope for slope in own.slopes]
+        losses.append(weight * own.loss)
+        tokens = min(backend.tokens(request) for request in item.requests)
+        value = math.exp(own.logprob) if own.probability is None else own.probability
+        scores.append(ItemScore(item.task, item.item, value, own.probability, own.logprob / tokens))
+    backend.backward(texts.prepared, slopes)
+    return tuple(scores), math.fsum(losses)
+
+
+def text_item(loaded: LoadedTask, item: str, requests: Sequence[Any], end: str) -> TextItem:
+    """Finds the texts of an item.
+
+    Args:
+        loaded: Its task.
+        item: Its id.
+        requests: Its lm-eval requests.
+        end: Text of the tokenizer's end-of-sequence token; '' for none.
+
+    Returns:
+        The item as texts.
+
+    Raises:
+        TaskError: The item has no text with a right answer.
+    """
+    task, name, first = loaded.task, loaded.spec.task, requests[0]
+    kind = task.OUTPUT_TYPE
+    if kind == "multiple_choice":
+        right = right_choices(task, first.doc)
+        if not right:
+            raise TaskError(
+                f"task '{name}': item {item} has no right choice, so a learned stage has no loss for it; "
+                "leave the task out of the search or search weights instead"
+            )
+        # requests beyond the choices ask for choices without context
+        count = len(task.doc_to_choice(first.doc))
+        return TextItem(name, item, list(requests[:count]), "choices", tuple(right))
+    if kind == "loglikelihood":
+        return TextItem(name, item, [first], "answers")
+    if kind == "loglikelihood_rolling":
+        return TextItem(name, item, [first], "text")
+    return TextItem(name, item, _answers(loaded, item, first, end), "answers")
+
+
+def _answers(loaded: LoadedTask, item: str, request: Any, end: str) -> list[Any]:
+    """Requests of each right answer with each text that may end it."""
+    from lm_eval.api.instance import Instance
+
+    task, name = loaded.task, loaded.spec.task
+    target = task.doc_to_target(request.doc)
+    answers = [str(answer) for answer in (target if isinstance(target, list) else [target])]
+    answers = list(dict.fromkeys(answer for answer in answers if answer.strip()))
+    if not answers:
+        raise TaskError(
+            f"task '{name}': item {item} has no right answer as text, so a learned stage has no loss for it; "
+            "search weights instead"
+        )
+    delimiter = str(task.config.target_delimiter or "")
+    texts = [answer if answer.startswith(delimiter) else f"{delimiter}{answer}" for answer in answers]
+    until = request.args[1].get("until") or []
+    stops = [until] if isinstance(until, str) else list(until)
+    stops = list(dict.fromkeys([*stops[:_MOST_STOPS], end] if end else stops[:_MOST_STOPS])) or [""]
+    # what ends at a stop string never reaches a longer one that begins with it
+    stops = [s for s in stops if not any(s != other and s.startswith(other) for other in stops)]
+    return [
+        Instance(
+            request_type="loglikelihood",
+            doc=request.doc,
+            arguments=(request.args[0], f"{text}{stop}"),
+            idx=number,
+            metadata=(name, request.doc_id, 1),
+        )
+        for number, (text, stop) in enumerate((text, stop) for text in texts for stop in stops)
+    ]

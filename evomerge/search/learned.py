@@ -1,0 +1,214 @@
+"""A learned stage: steps of gradient descent on a genome, each a generation of one trial.
+
+A step's items are cut into fixed shards, each scored with its slopes by whatever worker is free and stored as
+it comes; they are added in their order in float64, so that rows do not depend on the number of workers.
+Resume is replay: the optimizer's state is computed again from stored slopes. A step's trial has no score,
+since a metric is not differentiable: its loss and the tasks' soft metrics are stored, and the finalists are
+scored as any candidate is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from evomerge.errors import FailureBudget
+from evomerge.evaluation import Evaluation, GradientRequest, Items, ItemScore, Slopes, mean_metrics
+from evomerge.optimizers.descent import Descent
+from evomerge.recipes import Recipe
+from evomerge.search.generation_runner import GenerationRunner
+from evomerge.search.item_windows import ItemWindows
+from evomerge.search.plan import LearnedOpening, Progress
+from evomerge.search.trial_recorder import Candidate
+from evomerge.store import NewEvaluation, Trial
+from evomerge.workers import Job
+
+FORWARDS_OF_A_SLOPE = 3
+"""What a scored item with its derivatives costs, in forward passes: the backward pass counts as two."""
+_MOST_FAILURES = 3  # steps in a row that may fail
+_MARKS = (0.25, 0.5, 0.75)  # of the steps: where earlier genomes are kept for validation
+
+
+@dataclass(frozen=True, slots=True)
+class Descended:
+    """A learned stage that is over.
+
+    Attributes:
+        last: Number of its last generation.
+        finalists: Candidates for validation: the genome after the last step first, then earlier ones.
+    """
+
+    last: int
+    finalists: tuple[Candidate, ...]
+
+
+class LearnedSearch:
+    """Runs the steps of a learned stage.
+
+    Example:
+        search = LearnedSearch(opening, runner, show, budget_ended=lambda generation: False)
+        descended = search.run(genome, first_generation=1, parents=(0,))
+    """
+
+    def __init__(
+        self,
+        opening: LearnedOpening,
+        runner: GenerationRunner,
+        show: Callable[[Progress], None],
+        budget_ended: Callable[[int], bool],
+    ) -> None:
+        """Makes a learned stage that has taken no step.
+
+        Args:
+            opening: What is learned.
+            runner: Evaluates jobs and holds the store.
+            show: Called with the progress after each step.
+            budget_ended: Given a generation, says whether a budget ends the stage after it.
+        """
+        self.opening = opening
+        self.runner = runner
+        self._show = show
+        self._budget_ended = budget_ended
+        plan = runner.plan
+        self._windows = ItemWindows(plan.items["search"], opening.items, plan.seed)
+        self._shares = {task: abs(share) for task, share in plan.objective.shares().items()}
+
+    def run(self, start: Sequence[float], first_generation: int, parents: tuple[int, ...]) -> Descended:
+        """Takes the steps that the store does not hold yet.
+
+        Args:
+            start: Genome to begin at.
+            first_generation: Number of the stage's first generation.
+            parents: Ids of the trials that the start comes from.
+
+        Returns:
+            Its end and its finalists.
+
+        Raises:
+            FailureBudget: Several steps in a row failed.
+            Paused: A stop was requested.
+            StudyError: The replay differs from the store.
+        """
+        opening = self.opening
+        descent = Descent(start, rate=opening.rate, steps=opening.steps)
+        kept: list[Candidate] = []
+        failures, number = 0, first_generation
+        for step in range(opening.steps):
+            number = first_generation + step
+            candidate = self._candidate(descent, parents, f"learned, step {step + 1}")
+            if step in {round(mark * opening.steps) for mark in _MARKS}:
+                kept.append(candidate)
+            trial, slopes = self._step(number, candidate, self._windows.items(step + 1))
+            parents = (trial.id,)
+            failures = failures + 1 if slopes is None else 0
+            if failures >= _MOST_FAILURES:
+                raise FailureBudget(
+                    f"{failures} steps of the learned stage failed; the last because: {trial.error}"
+                )
+            descent.tell(None if slopes is None else opening.space.pull(slopes.partials))
+            self._show(Progress("learned", step + 1, opening.steps, None, _note(step, trial, slopes)))
+            if self._budget_ended(number):
+                break
+        end = self._candidate(descent, parents, "end of the learned stage")
+        return Descended(number, (end, *reversed(kept)))
+
+    def _candidate(self, descent: Descent, parents: tuple[int, ...], label: str) -> Candidate:
+        """The candidate of the genome that the descent asks for."""
+        genome = tuple(float(gene) for gene in descent.ask())
+        recipe = self.opening.space.decode(genome)
+        return Candidate("learned", recipe, label=label, genome=genome, parents=parents)
+
+    def _step(self, number: int, candidate: Candidate, items: Items) -> tuple[Trial, Slopes | None]:
+        """The step's trial, and its slopes; None where the candidate failed."""
+        replayed = self.runner.replayed_trials(number, [candidate])
+        shards = self._shards(items)
+        request = self._request(items)
+        evaluations = self._evaluations(candidate.recipe, shards, request)
+        whole = _union(evaluations)
+        trial = replayed.get(0)
+        if trial is None:
+            trial = self.runner.recorder.record_learned_trial(number, candidate, _joined(shards), whole)
+        return trial, whole.slopes
+
+    def _request(self, items: Items) -> GradientRequest:
+        """The loss of a step: the mean over items within tasks, then over tasks by their shares."""
+        weights = {task: self._shares.get(task, 0.0) / len(ids) for task, ids in items.items() if ids}
+        return GradientRequest(weights, self.opening.surrogate)
+
+    def _shards(self, items: Items) -> list[Items]:
+        """The items of a step in fixed parts, tasks in turns."""
+        turns: list[tuple[str, str]] = []
+        for place in range(max(map(len, items.values()))):
+            turns += [(task, ids[place]) for task, ids in items.items() if place < len(ids)]
+        size = self.opening.shard
+        return [_by_task(turns[first : first + size]) for first in range(0, len(turns), size)]
+
+    def _evaluations(
+        self, recipe: Recipe, shards: Sequence[Items], request: GradientRequest
+    ) -> list[Evaluation]:
+        """The evaluation of each shard, in their order; what the store holds is not made again."""
+        store = self.runner.store
+        found: dict[int, Evaluation] = {}
+        jobs: list[Job] = []
+        for slot, shard in enumerate(shards):
+            stored = store.evaluation(recipe.id, "gradient", shard)
+            if stored is not None:
+                found[slot] = stored.evaluation
+                continue
+            cost = FORWARDS_OF_A_SLOPE * len(recipe.layers) * sum(map(len, shard.values()))
+            jobs.append(Job(slot, recipe, shard, float(cost), gradient=request))
+        for job, evaluation in self.runner.evaluate(jobs):
+            store.add_evaluation(NewEvaluation(recipe, "gradient", job.items, evaluation, None))
+            found[job.slot] = evaluation
+        return [found[slot] for slot in range(len(shards))]
+
+
+def _union(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of shards as one: slopes add up in the order of the shards, in float64."""
+    recipe_id = evaluations[0].recipe_id
+    seconds: dict[str, float] = {}
+    for evaluation in evaluations:
+        for name, value in evaluation.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    failed = next((e for e in evaluations if e.error is not None), None)
+    if failed is not None:
+        return Evaluation(recipe_id, (), {}, seconds, failed.error)
+    partials: dict[tuple[str, str, str], float] = {}
+    losses: list[float] = []
+    for evaluation in evaluations:
+        assert evaluation.slopes is not None
+        losses.append(evaluation.slopes.loss)
+        for key, value in evaluation.slopes.partials.items():
+            partials[key] = partials.get(key, 0.0) + value
+    scores = {(s.task, s.item): s for e in evaluations for s in e.items}
+    by_task: dict[str, list[ItemScore]] = {}
+    for score in scores.values():
+        by_task.setdefault(score.task, []).append(score)
+    items = tuple(score for own in by_task.values() for score in own)
+    metrics = {
+        name: value
+        for task, own in by_task.items()
+        for name, value in mean_metrics(task, own).items()
+        if name != task
+    }
+    return Evaluation(recipe_id, items, metrics, seconds, slopes=Slopes(math.fsum(losses), partials))
+
+
+def _joined(shards: Sequence[Items]) -> Items:
+    """The items of all shards, by task in the order in which tasks come first."""
+    return _by_task([(task, item) for shard in shards for task, ids in shard.items() for item in ids])
+
+
+def _by_task(pairs: Sequence[tuple[str, str]]) -> Mapping[str, tuple[str, ...]]:
+    tasks: dict[str, list[str]] = {}
+    for task, item in pairs:
+        tasks.setdefault(task, []).append(item)
+    return {task: tuple(ids) for task, ids in tasks.items()}
+
+
+def _note(step: int, trial: Trial, slopes: Slopes | None) -> str:
+    """A line about a step."""
+    if slopes is None:
+        return f"step {step + 1} failed: {trial.error}"
+    return f"step {step + 1}: loss {slopes.loss:.4f}"
