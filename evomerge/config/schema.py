@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from evomerge.config.block import Strict
 from evomerge.config.stage_kinds import LEARNED_STEPS, STAGES
+from evomerge.config.stage_schema import RoutesConfig, StageConfig
 from evomerge.config.value_types import (
     BackendName,
     Counts,
@@ -21,23 +23,15 @@ from evomerge.config.value_types import (
     OptimizerName,
     Positive,
     Shares,
-    StageName,
     Whole,
 )
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND
 from evomerge.optimizers import optimizer_for
 
+STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a study may be called."""
 _DEFAULT_ITEMS = 100
 _METRIC_ALONE: dict[Measure, float] = {"metric": 1.0}
-
-
-class Strict(BaseModel):
-    """A block that knows all of its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class ModelConfig(Strict):
@@ -241,85 +235,6 @@ class SearchConfig(Strict):
     def _takes_numbers(cls, name: str) -> str:
         optimizer_for(name, categorical=False)
         return name
-
-
-class StageConfig(Strict):
-    """A stage of a search; written as text alone, the text is its kind."""
-
-    stage: StageName
-    """What is searched: weights of a merge method, by evolution or learned by their gradient, or routes."""
-    evaluations: Whole | None = Field(default=None, ge=1, le=10**9)
-    """Budget of the stage; search.evaluations unless given."""
-    population: Whole | None = Field(default=None, ge=4)
-    """Candidates of a generation; search.population unless given."""
-    sigma: Number | None = Field(default=None, gt=0)
-    """Initial standard deviation; search.sigma unless given."""
-    steps: Whole | None = Field(default=None, ge=1)
-    """Steps of gradient descent of a learned stage; 40 unless given."""
-    items: Whole | None = Field(default=None, ge=1)
-    """Items of each task that a step of a learned stage is scored on; 30 unless given."""
-    rate: Number | None = Field(default=None, gt=0, le=1)
-    """Size of the first step of each weight in a learned stage, which falls to 0; .05 unless given."""
-    surrogate: Literal["logprob", "probability"] | None = None
-    """What a learned stage climbs: log-probability (unless given) or probability of the right answer."""
-
-
-class PerplexityScreenConfig(Strict):
-    """Early rejection of routes whose perplexity on right answers is far above the parents'."""
-
-    tokens: Whole | None = Field(default=None, ge=16)
-    """Tokens that a route is screened on; a hundredth of what a candidate is scored on, 64 to 2,000, unless
-    given."""
-    factor: Number = Field(default=20.0, gt=1)
-    """How many times the best parent's perplexity a route may have."""
-
-
-class RoutesConfig(Strict):
-    """Routes of layers, see `evomerge.spaces.routes`."""
-
-    genome: Literal["categorical", "conditional", "indicator"] = "categorical"
-    """A choice at each position of one model's path, the same as numbers, or switches of all layers (arXiv
-    2403.13187)."""
-    start: str = "best"
-    """Model that gives embeddings and head, and whose path a route begins at; 'best' is the best so far."""
-    embeddings: Literal["any", "start"] = "any"
-    """Embeddings and head of any model, which is one more choice, or of the start."""
-    models: tuple[str, ...] = ()
-    """Models whose layers are used; all where left out."""
-    layers: tuple[Whole, Whole] | None = None
-    """Least and most layers of a route; half to twice the start's unless given."""
-    expected_mutations: Number = Field(default=2.0, gt=0)
-    """How many positions a first candidate changes, on average."""
-    repeats: Whole = Field(default=2, ge=1, le=8)
-    """How many times over an indicator genome has all layers of all models."""
-    spans: tuple[Annotated[Whole, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
-    """Lengths of inserted spans of layers."""
-    scales: Literal["none", "hop", "matrix"] = "none"
-    """Factors of the hidden state: none, one for each hop, or one between any two layers."""
-    scale_range: tuple[Number, Number] = (0.4, 1.5)
-    """Bounds of these factors, around 1."""
-    penalty: Number = Field(default=0.0, ge=0)
-    """What a layer more than the base has costs of the score."""
-    stacks: tuple[str, ...] = ()
-    """mergekit passthrough files of stacks to begin with."""
-    perplexity_screen: PerplexityScreenConfig | None = Field(default_factory=PerplexityScreenConfig)
-    """Early rejection by perplexity; null scores every route in full."""
-    optimizer: OptimizerName | None = None
-    """Optimizer, which takes the genome; elitist for choices and cma for numbers unless given."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> RoutesConfig:
-        if self.layers is not None and not 1 <= self.layers[0] <= self.layers[1]:
-            raise ValueError(f"layers are [least, most], both at least 1, got {list(self.layers)}")
-        if not 0 < self.scale_range[0] < 1 < self.scale_range[1]:
-            raise ValueError(f"scale_range must hold 1 and lie above 0, got {list(self.scale_range)}")
-        if self.optimizer is not None:
-            optimizer_for(self.optimizer, categorical=self.genome == "categorical")
-        if self.scales == "matrix" and self.genome != "indicator":
-            raise ValueError(
-                "scales: matrix belongs to genome: indicator; a conditional genome has scales: hop or none"
-            )
-        return self
 
 
 class LimitsConfig(Strict):

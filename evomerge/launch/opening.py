@@ -123,7 +123,7 @@ def open_search(
         TaskError: If a task cannot be had.
     """
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
-    warnings = check_compatible(parents, settings.base, deeper="weights" not in settings.kinds)
+    warnings = check_compatible(parents, settings.base, deeper=not settings.merges_weights)
     if not is_checked:
         for name, parent in parents.items():
             check_finite(name, parent)

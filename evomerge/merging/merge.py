@@ -116,10 +116,10 @@ class Merge:
         values = _values(rule, mix, step.name, step.inputs)
         merged, is_finite = self._merged(step, rule, inputs, values, out)
         if not is_finite:
-            for (model, _), name, tensor in zip(mix.sources, step.inputs, tensors, strict=True):
+            for (model, _), name, tensor in zip(mix.sources, step.inputs, inputs.sources, strict=True):
                 check_tensor(model, name, tensor)
-            if mix.base and step.base and base is not None:
-                check_tensor(mix.base[0], step.base, base)
+            if mix.base and step.base and inputs.base is not None:
+                check_tensor(mix.base[0], step.base, inputs.base)
             raise CandidateError(
                 f"merging gave a value that is not finite in tensor '{step.name}' "
                 f"({mix.method} of {', '.join(mix.models)})"

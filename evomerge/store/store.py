@@ -258,7 +258,8 @@ class Store:
             (role, evaluation), the oldest first.
         """
         evaluations = self._file.rows(
-            "SELECT * FROM evaluations WHERE recipe = ? AND role NOT IN ('rung', 'look', 'gradient') ORDER BY id",
+            "SELECT * FROM evaluations WHERE recipe = ? AND role NOT IN ('rung', 'look', 'gradient') "
+            "ORDER BY id",
             (recipe_id,),
         )
         return [(row["role"], evaluation_rows.scored(self._file, row)) for row in evaluations]

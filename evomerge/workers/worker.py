@@ -200,6 +200,7 @@ class Worker:
             CheckpointError: see `evaluate`.
         """
         self._check_parent_files()
+        self._built = None
         seconds: dict[str, float] = {}
         try:
             if not isinstance(self.evaluator, Differentiable):

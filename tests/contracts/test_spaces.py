@@ -18,6 +18,7 @@ from evomerge.methods import METHODS, method
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.spaces import Range, RouteWeightSpace, SearchSpace
 from evomerge.spaces.routes import LayerIndicatorSpace, LayerPool, PositionChoiceSpace
+from evomerge.spaces.tensor_weights import TensorWeight, TensorWeightSpace
 from tests.support.toy import weight_space
 
 POOL = LayerPool((("a", 6), ("b", 4), ("c", 9)), "a")
@@ -58,6 +59,21 @@ SPACES: dict[str, SearchSpace] = weight_spaces() | {
     "choices": PositionChoiceSpace(POOL, scales="none"),
     "choices, a scale a hop": PositionChoiceSpace(POOL, spans=(1, 2, 3), scales="hop"),
     "choices as categories": PositionChoiceSpace(POOL, spans=(1, 2), scales="hop", categorical=True),
+    "a weight for each tensor": TensorWeightSpace(
+        method("task_arithmetic"),
+        "base",
+        ("a", "b"),
+        2,
+        (
+            TensorWeight("model.layers.0.norm.weight", "norm.weight", 0, False, "a"),
+            TensorWeight("model.layers.0.q_norm.weight", "q_norm.weight", 0, False, "a"),
+            TensorWeight("model.layers.0.norm.weight", "norm.weight", 0, False, "b"),
+            TensorWeight("model.layers.1.mlp.up.weight", "mlp.up.weight", 1, False, "b"),
+            TensorWeight("model.embed.weight", "model.embed.weight", None, False, "a"),
+            TensorWeight("lm_head.weight", "lm_head.weight", None, True, "b"),
+        ),
+        (("lambda", 0.9),),
+    ),
     "weights on a route": RouteWeightSpace(ROUTE, "base", ("a", "b"), groups=3),
 }
 each = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
@@ -84,7 +100,7 @@ def test_every_space_of_the_package_is_swept() -> None:
         for module in modules
         for _, value in inspect.getmembers(module, inspect.isclass)
         if value.__module__.startswith("evomerge.spaces")
-        and {"decode", "encode", "axes"} <= set(dir(value))
+        and {"decode", "encode", "start"} <= set(dir(value))
         and value is not SearchSpace
     }
     assert classes == {type(space) for space in SPACES.values()}

@@ -1,0 +1,162 @@
+"""A learned stage over the zoo: its derivatives are the score's own, its recipe leaves and comes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from evomerge.checkpoints import Checkpoint
+from evomerge.config import loading
+from evomerge.evaluation import GradientRequest
+from evomerge.launch.learned_stage import make_tensor_space
+from evomerge.launch.opening import open_search
+from evomerge.merging.mergekit_check import compare
+from evomerge.recipes import Recipe
+from evomerge.store import Store
+from evomerge.workers.worker import Worker
+from tests.support.toy import REPO, in_process, search_file, stored_rows
+
+STEPS, ITEMS = 3, 6
+
+
+def learned_file(folder: Path, study: str, stage: dict[str, Any] | None = None, **more: Any) -> Path:
+    """A search file of one learned stage in float32."""
+    file = search_file(folder, study)
+    document = json.loads(file.read_text())
+    del document["search"]["evaluations"], document["search"]["population"], document["search"]["sigma"]
+    stages = [{"stage": "learned", "steps": STEPS, "items": ITEMS} | (stage or {})]
+    file.write_text(json.dumps(document | {"stages": stages, "out_dtype": "float32"} | more, indent=1))
+    return file
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a finished study 'learned'."""
+    root = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVOMERGE_THREADS", "1")
+        code, _, err = in_process("run", learned_file(root, "learned"), "--root", root)
+    assert code == 0, err
+    return root
+
+
+@pytest.mark.parametrize("surrogate", ["logprob", "probability"])
+def test_slopes_are_central_differences_of_the_loss(surrogate: Any, tmp_path: Path) -> None:
+    """Through lm-eval's tasks, the scoring plans and the merge, on the zoo in float32."""
+    settings, _ = loading.load(str(learned_file(tmp_path, "slopes")))
+    opened = open_search(settings)
+    worker = Worker(opened.parents, settings.base, opened.harness, dtype="float32")
+    space = make_tensor_space(opened.space, opened.parents)
+    items = {task: ids[:5] for task, ids in opened.harness.items("search").items()}
+    request = GradientRequest(dict.fromkeys(items, 0.05), surrogate)
+    found = worker.slopes(space.decode(space.start), items, request)
+    assert found.error is None
+    assert found.slopes is not None
+    gradient = space.pull(found.slopes.partials)
+    assert len(gradient) == len(space.axes)
+    largest = sorted(range(len(gradient)), key=lambda i: -abs(gradient[i]))
+    for place in (*largest[:3], largest[len(largest) // 2]):
+        ends = []
+        for step in (0.005, -0.005):
+            genome = list(space.start)
+            genome[place] += step
+            moved = worker.slopes(space.decode(genome), items, request)
+            assert moved.slopes is not None
+            ends.append(moved.slopes.loss)
+        assert gradient[place] == pytest.approx((ends[0] - ends[1]) / 0.01, rel=0.01, abs=2e-5)
+
+
+def test_the_loss_falls_and_the_recipe_names_tensors(learned: Path) -> None:
+    with Store.open(learned / "learned" / "study.db") as store:
+        steps = [trial for trial in store.trials() if trial.origin == "learned"]
+        losses = [store.scored(trial).evaluation.slopes for trial in steps]
+        assert len(steps) == STEPS
+        assert all(slopes is not None and slopes.loss > 0 for slopes in losses)
+        assert all(trial.score is None and trial.error is None for trial in steps)
+        study = store.study()
+        assert study is not None
+        assert study.state == "done"
+        ends = [trial for trial in store.trials() if trial.label == "end of the learned stage"]
+        recipe = store.recipe(ends[0].recipe_id)
+    assert "self_attn.q_proj.weight" in recipe.canonical()
+
+
+def test_status_show_and_report_speak_of_a_learned_study(learned: Path) -> None:
+    code, out, err = in_process("status", "learned", "--root", learned)
+    assert code == 0, err
+    assert "0 failed" in out
+    code, out, err = in_process("show", "learned/best", "--root", learned)
+    assert code == 0, err
+    report = (learned / "learned" / "report.md").read_text()
+    assert "end of the learned stage" in report or "learned" in report
+
+
+def test_a_learned_recipe_leaves_as_yaml_and_comes_back_bit_for_bit(learned: Path, tmp_path: Path) -> None:
+    with Store.open(learned / "learned" / "study.db") as store:
+        end = next(trial for trial in store.trials() if trial.label == "end of the learned stage")
+    code, _, err = in_process("export", f"learned/{end.id}", tmp_path / "out", "--weights", "--root", learned)
+    assert code == 0, err
+    weights = next(folder for folder in (tmp_path / "out").rglob("model*.safetensors")).parent
+    document = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert "filter" in json.dumps(document)
+    code, _, err = in_process("merge", tmp_path / "out" / "recipe.yaml", tmp_path / "again")
+    assert code == 0, err
+    own, again = Checkpoint(weights), Checkpoint(tmp_path / "again")
+    assert own.tensors.keys() == again.tensors.keys()
+    for name in own.tensors:
+        assert torch.equal(own.tensor(name), again.tensor(name)), name
+    mergekit = REPO / ".venv-mergekit"
+    if not mergekit.exists():
+        pytest.skip("scripts/make_mergekit_env makes mergekit's environment")
+    code, out, err = in_process(
+        "merge", tmp_path / "out" / "recipe.yaml", tmp_path / "witness", "--policy", "mergekit",
+        "--check-against", mergekit,
+    )  # fmt: skip
+    assert code == 0, out + err
+    assert compare(own, Checkpoint(tmp_path / "witness")).tensors == len(own.tensors)
+
+
+def test_two_processes_give_the_rows_of_one(learned: Path, tmp_path: Path) -> None:
+    code, _, err = in_process("run", learned_file(tmp_path, "learned"), "--root", tmp_path, "--workers", "2")
+    assert code == 0, err
+    wanted = stored_rows(learned / "learned" / "study.db")
+    found = stored_rows(tmp_path / "learned" / "study.db")
+    for table in ("trials", "evaluations", "recipes", "item_sets"):
+        assert found[table] == wanted[table], table
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "words"),
+    [
+        ({"population": 8}, {}, "a stage of learned has steps, items, rate and surrogate, and no population"),
+        ({}, {"method": "multislerp", "space": {"groups": 2}}, "'multislerp' is none"),
+        ({"rate": 0}, {}, "rate should be above 0"),
+        ({"surrogate": "entropy"}, {}, "surrogate should be"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_a_line(
+    stage: dict[str, Any], more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    file = learned_file(tmp_path, "refused", stage, **more)
+    code, out, err = in_process("run", file, "--root", tmp_path)
+    assert (code, out) == (3, "") or code == 2, err
+    assert words in err
+    assert not (tmp_path / "refused" / "study.db").exists()
+
+
+def test_learned_then_weights_goes_on_from_the_learned_recipe(tmp_path: Path) -> None:
+    file = learned_file(tmp_path, "both")
+    document = json.loads(file.read_text())
+    document["stages"].append({"stage": "weights", "evaluations": 4, "population": 4})
+    file.write_text(json.dumps(document))
+    code, _, err = in_process("run", file, "--root", tmp_path)
+    assert code == 0, err
+    with Store.open(tmp_path / "both" / "study.db") as store:
+        second = [trial for trial in store.trials() if trial.stage == 1]
+        assert len(second) >= 4
+        assert all(isinstance(store.recipe(trial.recipe_id), Recipe) for trial in second)
