@@ -16,7 +16,8 @@ from evomerge import _resources, _yaml
 from evomerge.config import checks, messages
 from evomerge.config.locations import located
 from evomerge.config.renamed_keys import rename_keys
-from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConfig, StageConfig
+from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConfig
+from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import ConfigError, suggest
 from evomerge.evaluation.lm_harness import task_names
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from evomerge.checkpoints import Parent
 from evomerge.config import Config
-from evomerge.config.schema import StageConfig
+from evomerge.config.stage_schema import StageConfig
 from evomerge.launch import pool
 from evomerge.optimizers import Optimizer, OptimizerEntry, OptimizerSettings
 from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP

@@ -28,6 +28,7 @@ from evomerge.recipes import Mix, Recipe, params
 from evomerge.store import NewTrial, Store, StudyFacts
 from tests.support import shipped_routes
 from tests.support.shipped_routes import ROUTE, SCALES, SIX, Case
+from tests.support.sweeps import sweep
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +49,7 @@ def general(names: Any) -> set[str]:
 # ---- a folder that is right
 
 
-@pytest.mark.parametrize("kind", [*SIX, "gemma3"])
+@pytest.mark.parametrize("kind", sweep([*SIX, "gemma3"], ("llama", "gemma2", "mixtral")))
 def test_a_fresh_process_computes_what_was_scored(kind: str, tmp_path: Path) -> None:
     case = shipped_routes.case(shipped_routes.files(tmp_path, kind, "float32"))
     found = route_checkpoint.write_checkpoint(case.routed, case.hops, tmp_path / "out", case.donor)

@@ -22,6 +22,7 @@ from evomerge.merging.routing.routed_model import Hop, RoutedModel, gains
 from evomerge.recipes import Mix, Recipe, params
 from tests.support import parity_cases, shipped_routes
 from tests.support.shipped_routes import ROUTE, SIX, Case
+from tests.support.sweeps import sweep
 from tests.support.toy import REPO
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
@@ -188,7 +189,10 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
 
 @pytest.mark.parametrize(
     ("kind", "scaled", "dtype", "policy"),
-    [("gemma2", True, "float32", "mergekit"), ("qwen3", False, "bfloat16", "mergekit")],
+    sweep(
+        [("gemma2", True, "float32", "mergekit"), ("qwen3", False, "bfloat16", "mergekit")],
+        [("gemma2", True, "float32", "mergekit")],
+    ),
 )
 def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(
     kind: str, scaled: bool, dtype: str, policy: str, tmp_path: Path

@@ -19,6 +19,7 @@ from evomerge.merging import model_loading
 from evomerge.merging.model_loading import load_tokenizer
 from evomerge.merging.routing.routed_model import Hop, RoutedModel, gains
 from tests.support.equality_oracle import item_id
+from tests.support.sweeps import sweep
 from tests.support.toy import REPO, environment, zoo_folder
 
 TASKS, LIMIT = {"zoo_lookup": "acc", "zoo_arithmetic": "exact_match"}, 60
@@ -69,7 +70,9 @@ def answer(found: object) -> float | str:
     return float(found[0]) if isinstance(found, list | tuple) else str(found)
 
 
-@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-5), ("bfloat16", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "relative"), sweep([("float32", 1e-5), ("bfloat16", 1e-5)], [("bfloat16", 1e-5)])
+)
 def test_lm_evals_command_line_scores_the_checkpoint_as_the_live_route_was_scored(
     dtype: str, relative: float, tmp_path: Path
 ) -> None:

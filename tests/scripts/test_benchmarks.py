@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.toy import REPO, environment, zoo_folder
 
 HEADS = {"evaluation": "| workload |", "search": "| items × 4 tasks |"}
@@ -52,6 +54,7 @@ def test_scoring_is_timed_beside_lm_eval(tmp_path: Path) -> None:
     assert "0 of 1 choices" in said
 
 
+@pytest.mark.sweep
 def test_searches_are_timed(tmp_path: Path) -> None:
     zoo_folder()
     rows = table("search", ["--items", "50", "--modes", "one"], tmp_path / "search.md")
