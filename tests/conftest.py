@@ -142,7 +142,9 @@ def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     Those that start it in this process have one token: a process keeps the first that it reads.
     """
     name = request.module.__name__.rpartition(".")[2]
-    if not name.startswith(("test_ray_", "test_cluster_scripts")):
+    items = (item for item in request.session.items if item.path == request.path)
+    has_ray = any(item.get_closest_marker("cluster") for item in items)
+    if not has_ray and not name.startswith(("test_ray_", "test_cluster_scripts")):
         yield
         return
     with (
@@ -150,7 +152,7 @@ def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.MonkeyPatch.context() as patch,
     ):
         fcntl.flock(turn, fcntl.LOCK_EX)
-        if name.startswith("test_ray_"):
+        if not name.startswith("test_cluster_scripts"):
             patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
         yield
 

@@ -25,6 +25,7 @@ from evomerge.workers.worker_table import WorkerSlot, WorkerTable, WorkerUsage
 
 log = logging.getLogger(__name__)
 _GIB = 1 << 30
+_LAST_WORD = 2.0  # seconds in which a worker's word that it scores has come
 
 
 class Scheduler:
@@ -70,6 +71,7 @@ class Scheduler:
         self._num_tries = 0
         self._num_done = 0  # jobs that a worker gave a result of
         self._draining = False
+        self._draining_since: float | None = None  # as far as `overdue` has seen it
 
     # ---- jobs ----------------------------------------------------------------------------------------------
 
@@ -91,12 +93,13 @@ class Scheduler:
         self._queue.add(jobs)
 
     def drain(self) -> None:
-        """Forgets what no worker scores; until more is submitted, what fails in flight is forgotten too."""
+        """Forgets what is not in flight; until more is submitted, what fails in flight is forgotten too.
+
+        So is, some seconds later, what a worker still prepares.
+        """
         self._queue.drop_waiting()
-        for execution in self._running.values():
-            if execution.prepares and not execution.queued.settled:
-                self._queue.settle(execution.queued)
         self._draining = True
+        self._draining_since = None
 
     def assign(self, now: float, *, prepares: bool = False) -> list[Try]:
         """Gives idle workers their next jobs: by turn, the longest first, those tried before ahead of them.
@@ -238,9 +241,20 @@ class Scheduler:
                 log.warning("worker %s %s: %s", worker.name, "hangs" if cause == "hung" else "froze", error)
                 self.leave(worker.number, cause, error, now)
                 ended.append(worker)
+        self._drop_prepared(now)
         if self._quarantine.release(now, any_in_use=self._workers.any_usable):
             self._workers.release_all(self._running)
         return ended
+
+    def _drop_prepared(self, now: float) -> None:
+        """While draining, forgets what is not scored yet: to merge, probe and compile may take minutes."""
+        if not self._draining:
+            return
+        self._draining_since = now if self._draining_since is None else self._draining_since
+        if now - self._draining_since >= _LAST_WORD:
+            for execution in self._running.values():
+                if execution.prepares and not execution.queued.settled:
+                    self._queue.settle(execution.queued)
 
     def _limit(self, execution: Try) -> float:
         return self.limits.opening if execution.prepares else self.time_limit(execution.job.cost)

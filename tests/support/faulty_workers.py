@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from evomerge.evaluation import Evaluation, Items
@@ -87,3 +88,52 @@ class Faulty:
         if fault and claim(self.folder, f"{fault}.{phase(items)}"):
             return failed(recipe, fault)
         return landscape.evaluation(recipe, items)
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for what another process does, or for so long."""
+    for _ in range(int(seconds / 0.02)):
+        if done():
+            return
+        threading.Event().wait(0.02)
+
+
+class Company:
+    """Scores by the landscape.
+
+    deadly: recipes that kill their process; slow: one that lasts on when two have died beside it.
+    """
+
+    def __init__(self, folder: Path, deadly: tuple[str, ...], slow: str = "") -> None:
+        self.folder, self.deadly, self.slow = folder, deadly, slow
+
+    def marks(self, name: str) -> int:
+        return len(list(self.folder.glob(f"{name}.*")))
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        if recipe.id in self.deadly:
+            if self.slow:
+                wait_until(lambda: self.marks("slow") > 0)
+                threading.Event().wait(0.5)
+            (self.folder / f"died.{os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if recipe.id == self.slow:
+            (self.folder / f"slow.{os.getpid()}").touch()
+            wait_until(lambda: self.marks("died") >= 2)
+            threading.Event().wait(2.0)
+        return landscape.evaluation(recipe, items)
+
+
+class Blocked:
+    """Its first process ends at its first job; all others never open."""
+
+    def __init__(self, folder: Path, opens: bool = True) -> None:
+        self.folder = folder
+        if not opens or (folder / "died").exists():
+            (folder / f"blocked.{os.getpid()}").touch()
+            threading.Event().wait()
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        (self.folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("it is dead")

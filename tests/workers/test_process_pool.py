@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,14 @@ from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study, one_stage
 from evomerge.store import Store, StudyFacts
-from evomerge.workers import Job, Pool, ProcessPool
-from tests.support.toy import ToyPool, results, stored_rows, weight_space
+from evomerge.workers import Job, Limits, Pool, ProcessPool
+from tests.support.coded_workers import alive, until
+from tests.support.faulty_workers import Blocked, Company
+from tests.support.toy import REPO, ToyPool, environment, results, stored_rows, weight_space
 
 ITEMS = {"first": ("a", "b", "c")}
+QUICK = Limits(backoff=0.01, longest_backoff=0.05)
+POISON = "poison: 3 worker processes died while it was evaluated"
 SPACE = weight_space()
 
 
@@ -132,6 +138,82 @@ def test_a_drained_pool_gives_what_is_in_flight_and_goes_on(tmp_path: Path) -> N
         assert [e.error for _, e in results(pool, jobs(2))] == [None, None], "the pool goes on"
 
 
+def test_a_slow_innocent_beside_candidates_that_kill_their_processes_is_scored(tmp_path: Path) -> None:
+    work = jobs(4)
+    slow, deadly = work[0].recipe.id, work[1].recipe.id
+    with ProcessPool(functools.partial(Company, tmp_path, (deadly,), slow), 2, QUICK) as pool:
+        found = {job.slot: evaluation for job, evaluation in results(pool, work)}
+        told = pool.attempts()
+    assert found[0] == results(ToyPool(), work)[0][1]
+    assert found[1].error == POISON
+    assert [a.cause for a in told if a.recipe_id == slow] == ["done"], "it is begun once"
+    assert [a.recipe_id for a in told if a.cause == "died"] == [deadly] * 3
+
+
+def test_a_study_with_deadly_candidates_has_the_rows_of_one_worker(tmp_path: Path) -> None:
+    from evomerge.spaces import baselines
+
+    deadly = (baselines(SPACE)[3].recipe.id,)
+    stored = []
+    for workers in (1, 2):
+        marks = tmp_path / f"marks{workers}"
+        marks.mkdir()
+        with ProcessPool(functools.partial(Company, marks, deadly), workers, QUICK) as pool:
+            stored.append(study(tmp_path / str(workers), pool))
+    assert stored[0] == stored[1]
+    assert sum(row["error"] == POISON for row in stored[0]["evaluations"]) == 3
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_opens(tmp_path: Path) -> None:
+    with ProcessPool(functools.partial(Blocked, tmp_path), 1, QUICK) as pool:
+        pool.submit(jobs(3))
+        until(
+            lambda: pool.result(0.1) is None and list(tmp_path.glob("blocked.*")) != [], "a worker that opens"
+        )
+        assert pool.out == 3
+        pool.drain()
+        assert pool.out == 0
+        assert pool.result() is None
+
+
+OPENS = """
+import functools, sys
+from pathlib import Path
+from evomerge.cli.progress import stop_while_opening
+from evomerge.workers import ProcessPool
+from tests.support.faulty_workers import Blocked
+
+if __name__ == "__main__":
+    with stop_while_opening():
+        ProcessPool(functools.partial(Blocked, Path(sys.argv[1]), False), 2)
+"""
+
+
+def test_sigterm_is_answered_while_the_first_workers_open(tmp_path: Path) -> None:
+    script = tmp_path / "opens.py"
+    script.write_text(OPENS)
+    driver = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        cwd=REPO,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(
+        lambda: len(list(tmp_path.glob("blocked.*"))) == 2 or driver.poll() is not None, "workers that open"
+    )
+    driver.terminate()
+    try:
+        _, err = driver.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        pytest.fail("it waits for workers that never open")
+    assert driver.returncode == 75, err
+    assert "stopped while opening" in err
+    pids = [int(file.name.split(".")[1]) for file in tmp_path.glob("blocked.*")]
+    until(lambda: not any(alive(pid) for pid in pids), "the end of the workers")
+
+
 def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
     work = jobs(5)
     with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,), work[0].recipe.id), 1) as pool:
@@ -166,10 +248,3 @@ def drive(folder: Path) -> None:
     with ProcessPool(functools.partial(Toy, folder), 1) as pool:
         for _ in range(1000):
             results(pool, jobs(20))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
