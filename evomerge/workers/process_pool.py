@@ -238,19 +238,29 @@ class ProcessPool:
     def _check(self, now: float) -> None:
         """Ends processes whose job or start takes too long."""
         self._checked_at = now
-        for worker in self._scheduler.overdue(now, self._look):
+        for worker in self._scheduler.overdue(now, _Look()):
             self._end(self._open[worker.number], now)
         limits = self._scheduler.limits
         for process in [p for p in self._processes.values() if p is not None and p.worker is None]:
             if process.watched.verdict(limits.opening, limits, now, activity(process.pid)):
                 self._start_failed(process, f"a worker was not open after {limits.opening:g} s", now)
 
-    def _look(self, workers: Sequence[WorkerSlot]) -> Mapping[int, ProcessActivity]:
-        found = {worker.number: activity(worker.pid) for worker in workers}
-        return {number: seen for number, seen in found.items() if seen is not None}
-
     def _replace_retired(self) -> None:
         """Ends the processes of workers that the scheduler retired."""
         while self._scheduler.retired:
             worker, _ = self._scheduler.retired.pop()
             self._end(self._open[worker.number], self._now())
+
+
+class _Look:
+    """Looks at processes of this machine. Satisfies `tries.Look`."""
+
+    def at(self, workers: Sequence[WorkerSlot]) -> Mapping[int, ProcessActivity]:
+        """See `Look.at`."""
+        found = {worker.number: activity(worker.pid) for worker in workers}
+        return {number: seen for number, seen in found.items() if seen is not None}
+
+    def is_stopped(self, worker: WorkerSlot) -> bool:
+        """See `Look.is_stopped`."""
+        seen = activity(worker.pid)
+        return seen is not None and seen.is_stopped

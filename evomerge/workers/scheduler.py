@@ -19,8 +19,8 @@ from evomerge.workers.job_queue import JobQueue, QueuedJob
 from evomerge.workers.machine_errors import breaks_device, error_kind, is_machine_error
 from evomerge.workers.placement import Placement
 from evomerge.workers.pool import Job
-from evomerge.workers.time_limits import JobTimeLimit, Look
-from evomerge.workers.tries import Try
+from evomerge.workers.time_limits import JobTimeLimit
+from evomerge.workers.tries import Look, Try, late
 from evomerge.workers.worker_table import WorkerSlot, WorkerTable, WorkerUsage
 
 log = logging.getLogger(__name__)
@@ -217,30 +217,22 @@ class Scheduler:
         """Failure domains that get no jobs any more."""
         return self._quarantine.domains
 
-    def overdue(self, now: float, look: Look = lambda workers: {}) -> list[WorkerSlot]:
+    def overdue(self, now: float, look: Look | None = None) -> list[WorkerSlot]:
         """Workers whose job takes too long, which count as gone from now on; to be called once a second.
 
         Args:
             now: unix seconds.
-            look: says what the processes of workers do; one of which it says nothing hangs at its limit.
+            look: says what the processes of workers do; None where nobody can say.
 
         Returns:
             The workers, for the pool to kill.
         """
-        late = [t for t in self._running.values() if now - t.watched.since > self._limit(t)]
-        activities = look([t.worker for t in late]) if late else {}
         ended = []
-        for execution in late:
-            limit, worker = self._limit(execution), execution.worker
-            cause = execution.watched.verdict(limit, self.limits, now, activities.get(worker.number))
-            if cause is not None:
-                what = "was not ready to score" if execution.prepares else "gave no result"
-                error = f"{what} after {now - execution.watched.since:.0f} s, the limit is {limit:.0f} s"
-                if cause == "frozen":
-                    error = f"its process was stopped by somebody, and {error}"
-                log.warning("worker %s %s: %s", worker.name, "hangs" if cause == "hung" else "froze", error)
-                self.leave(worker.number, cause, error, now)
-                ended.append(worker)
+        for execution, cause, error in late(self._running.values(), self._limit, self.limits, now, look):
+            worker = execution.worker
+            log.warning("worker %s %s: %s", worker.name, "hangs" if cause == "hung" else "froze", error)
+            self.leave(worker.number, cause, error, now)
+            ended.append(worker)
         self._drop_prepared(now)
         if self._quarantine.release(now, any_in_use=self._workers.any_usable):
             self._workers.release_all(self._running)

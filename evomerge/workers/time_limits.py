@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.process_activity import ProcessActivity
-from evomerge.workers.worker_table import WorkerSlot
 
 _RECENT_JOBS = 255  # that the running median is taken over
 _BUSY_SHARE = 0.05  # of a processor, from which on a process computes
-
-Look = Callable[[Sequence[WorkerSlot]], Mapping[int, ProcessActivity]]
-"""Workers -> by number what their processes do; those of which nothing is known are left out."""
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ SIZES = (
     ("ray", 50, "drivers: how many of them with a Ray pool"),
     ("ray-evaluations", 1000, "drivers: budget of the study with a Ray pool"),
     ("worker-evaluations", 96, "workers: budget of each study"),
+    ("machine-evaluations", 96, "machines: budget of the study in each pool"),
     ("races", 200, "races"),
     ("configs", 100_000, "inputs: search files, mergekit files and recipes"),
     ("headers", 100_000, "inputs: safetensors headers"),
@@ -53,6 +54,13 @@ def part(name: str, work: Path, args: argparse.Namespace) -> tuple[dict[str, Any
 
         data = faults.run(work, rates=args.rates, evaluations=args.worker_evaluations, seed=args.seed)
         return data, list(faults.lines(data)), faults.failures(data)
+    if name == "machines":
+        from scripts.validation.soak_parts import machines
+
+        data = machines.run(
+            work, evaluations=args.machine_evaluations, rate=0.3, seed=args.seed, pools=args.pools
+        )
+        return data, list(machines.lines(data)), machines.failures(data)
     if name == "races":
         from scripts.validation.soak_parts import races
 
@@ -92,6 +100,13 @@ def main() -> None:
         default=[0, 0.1, 0.3, 0.5],
         help="workers: deaths per attempt",
     )
+    parser.add_argument(
+        "--pools",
+        type=lambda text: text.split(","),
+        default=["in-process", "processes", "ray"],
+        help="machines: in which pools",
+    )
+    parser.add_argument("--report", action="store_true", help="one part: write it into the report as well")
     parser.add_argument("--case", help="inputs: one case by its name, shown whole")
     for name, default, what in SIZES:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default:,})")
@@ -115,6 +130,8 @@ def main() -> None:
         )
         for said in found[:20]:
             print(f"  {said}")
+    if args.report and args.part != "all":
+        report.put(args.out, args.part, *results[args.part])
     if args.part == "all":
         args.out.write_text(
             report.text(results, {name: getattr(args, name.replace("-", "_")) for name, _, _ in SIZES})

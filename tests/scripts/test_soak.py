@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evomerge.errors import ConfigError
-from scripts.validation.soak_parts import damage, inputs, kills, races, toy_study
+from scripts.validation.soak_parts import damage, inputs, kills, machines, races, report, toy_study
 from scripts.validation.soak_parts.toy_study import Work
 from tests.support.toy import REPO, environment
 
@@ -44,6 +44,24 @@ def test_a_driver_killed_again_and_again_ends_where_the_others_do_and_a_second_c
     assert again["parts"][0]["starts"] == part["starts"]
     with pytest.raises(SystemExit, match="other sizes"):
         kills.run(tmp_path, evaluations=49, kills=4, ray=0, seed=3)
+
+
+def test_machines_that_fail_at_three_of_ten_attempts_change_no_row(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"evaluations": 4, "rate": 0.3, "seed": 0, "references": 2, "population": 2}
+    found = machines.run(tmp_path, pools=("in-process", "processes"), **sizes)
+    assert machines.failures(found) == []
+    assert [part["pool"] for part in found["pools"]] == ["in-process", "processes"]
+    for part in found["pools"]:
+        assert part["causes"]["done"] == found["evaluations"]
+        assert sum(part["faults"].values()) > 3
+    file = tmp_path / "soak.md"
+    file.write_text("# The soak\n\n## Drivers killed\n\nsaid\n")
+    for _ in range(2):  # the second in the place of the first
+        report.put(file, "machines", found, list(machines.lines(found)))
+        text = file.read_text()
+        assert text.count("## Machines that fail\n") == 1
+        assert text.startswith("# The soak\n\n## Drivers killed\n\nsaid\n\n")
+        assert "| processes |" in text
 
 
 def test_of_two_drivers_one_runs(tmp_path: Path) -> None:
@@ -111,6 +129,13 @@ def test_an_account_of_a_diary_tells_what_was_lost_repeated_and_interleaved(
     assert found.repeated == [" ".join(known)]
     assert found.lost == ["gone gone", "late late"]
     assert found.interleaved == [f"ack late late {mine}"]
+
+
+def test_a_pool_that_blames_a_candidate_is_found() -> None:
+    fine = {"pool": "ray", "differ": [], "failed": 0, "best": True}
+    assert machines.failures({"pools": [fine]}) == []
+    bad = {"differ": ["trials"], "failed": 2, "best": False}
+    assert len(machines.failures({"pools": [fine, fine | bad]})) == 3
 
 
 def test_rows_that_differ_in_one_score_are_told_apart(over: Work, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ class ActorFleet:
         Args:
             now: unix seconds.
         """
-        for worker in self._scheduler.overdue(now, self._look):
+        for worker in self._scheduler.overdue(now, self):
             self.end(self.ready[worker.number], now, may_be_frozen=True)
         limits = self._scheduler.limits
         for record in self.records:
@@ -264,9 +264,30 @@ class ActorFleet:
         seen = self._activities({0: (record.node, location.pid)}).get(0)
         return record.watched.verdict(limits.opening, limits, now, seen) is not None
 
-    def _look(self, workers: Sequence[WorkerSlot]) -> Mapping[int, ProcessActivity]:
-        """What the processes of workers do, as far as their nodes say within some seconds."""
+    def at(self, workers: Sequence[WorkerSlot]) -> Mapping[int, ProcessActivity]:
+        """What the processes of workers do, as far as their nodes say within some seconds. See `Look`.
+
+        Args:
+            workers: that are ready.
+
+        Returns:
+            Worker's number -> what its process does.
+        """
         return self._activities({w.number: (self.ready[w.number].node, w.pid) for w in workers})
+
+    def is_stopped(self, worker: WorkerSlot) -> bool:
+        """Whether somebody stopped a process of the driver's node. See `Look`.
+
+        Args:
+            worker: that is ready.
+
+        Returns:
+            False for processes of other nodes.
+        """
+        if not self.is_on_driver_node(self.ready[worker.number]):
+            return False
+        seen = activity(worker.pid)
+        return seen is not None and seen.is_stopped
 
     def _activities(self, processes: Mapping[int, tuple[Node, int]]) -> dict[int, ProcessActivity]:
         seen: dict[int, ProcessActivity | None] = {}

@@ -7,6 +7,7 @@ import shlex
 import sqlite3
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks import machine
@@ -15,6 +16,7 @@ from scripts.validation.soak_parts import pieces
 TITLES = {
     "drivers": "Drivers killed",
     "workers": "Workers that die",
+    "machines": "Machines that fail",
     "races": "Two drivers at once",
     "inputs": "Mutated inputs",
     "damage": "Damaged stores",
@@ -31,6 +33,13 @@ Two workers of a Ray pool, who kill themselves in an attempt with this probabili
 candidate, attempt and seed). The pool's limits are raised, so that a candidate that is unlucky
 three times is not called poison and the pool never gives up. Compared with an unbroken run in one
 process, as above.""",
+    "machines": """\
+At 30 % of all attempts, a function of candidate, attempt and seed, the machine fails, by one of: a
+full disk (ENOSPC), too many open files (EMFILE), no memory (ENOMEM), a process killed (SIGKILL), a
+process stopped (SIGSTOP), a start that takes 2.5 times what scoring may take. One process, which a
+kill ends and which is then started again, and is not stopped; two processes; two workers of a local
+Ray. The limits on numbers of failures are the defaults, those in seconds are about a second.
+Compared with an unbroken run in one process, as above.""",
     "races": """\
 Two processes started together, or up to 50 ms apart, on one study. The winner goes on beside the
 loser, and gets SIGKILL at the end of the race; in two thirds of the races the study is one that was
@@ -73,6 +82,27 @@ def text(results: Mapping[str, tuple[Any, Sequence[str]]], sizes: Mapping[str, A
             *lines,
         ]
     return "\n".join(out) + "\n"
+
+
+def put(file: Path, name: str, data: Any, lines: Sequence[str]) -> None:
+    """Writes one part into a report: in the place of what it said of it before, or at its end."""
+    title = f"## {TITLES[name]}"
+    section = [
+        title,
+        "",
+        f"Written by `{shlex.join(['scripts/validation/soak.py', *sys.argv[1:]])}`,",
+        f"{machine.stamp('ray', 'cma')},",
+        f"SQLite {sqlite3.sqlite_version}; {platform.system()}, shared with other work: "
+        "times are no measure.",
+        f"{_SAID[name]}",
+        f"On the sources {', '.join(sorted(set(_codes(data))))}.",
+        "",
+        *lines,
+    ]
+    before, _, rest = file.read_text(encoding="utf-8").partition(f"{title}\n")
+    following = rest.partition("\n## ")
+    after = f"\n## {following[2]}" if following[1] else ""
+    file.write_text(f"{before.rstrip()}\n\n" + "\n".join(section) + "\n" + after, encoding="utf-8")
 
 
 def _codes(data: Any) -> Iterator[str]:

@@ -48,7 +48,7 @@ class Work:
 
     folder: the study's; rate: of attempts that kill their worker, keyed by `seed`; ray: workers of a Ray
     pool, 0 for none; hold: seconds that an evaluation takes at least; references: most parents and hand
-    recipes.
+    recipes; population: of each generation.
     """
 
     folder: Path
@@ -59,6 +59,7 @@ class Work:
     seed: int = 0
     hold: float = 0.0
     references: int = 100
+    population: int = 16
 
     @property
     def store(self) -> Path:
@@ -77,7 +78,7 @@ def plan(work: Work) -> Plan:
 
     def stage(number: int, evaluations: int) -> Stage:
         def optimizer(start: Sequence[float], island: int) -> CmaEs:
-            return CmaEs(start, 0.1, population=16, seed=SEED + 100 * number + island)
+            return CmaEs(start, 0.1, population=work.population, seed=SEED + 100 * number + island)
 
         return Stage("weights", evaluations, lambda start: Opening(space, optimizer, at_best=number > 0))
 
@@ -234,14 +235,7 @@ def run(work: Work) -> None:
     """`drive` in a process of its own; what it raises is in the folder's `crashes`, what it says in `log`,
     and its exit code 1.
     """
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    handle = os.open(work.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    handle = os.open(work.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    redirect(work)
     try:
         drive(work)
     except BaseException as error:
@@ -249,6 +243,14 @@ def run(work: Work) -> None:
 
         note(work.folder / "crashes", os.getpid(), repr(error), "".join(traceback.format_exception(error)))
         raise SystemExit(1) from None
+
+
+def redirect(work: Work) -> None:
+    """Begins a process of the soak: its output goes to the folder's `log`, and it ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    handle = os.open(work.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
 
 
 def _end_with_parent() -> None:
