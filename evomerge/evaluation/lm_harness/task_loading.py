@@ -148,6 +148,7 @@ def load(
     catalogue = TaskCatalogue(include)
     loaded: dict[str, tuple[LoadedTask, _Documents]] = {}
     group_members: dict[str, tuple[tuple[str, ...], GroupMetric]] = {}
+    entries: dict[str, str] = {}  # task with items -> the entry that it is part of
     warnings: list[str] = []
     for spec in specs:
         try:
@@ -158,10 +159,7 @@ def load(
                         f"a task of '{spec.task}' is called {ascii(name)[:_LONGEST_NAME]}; give it printable "
                         f"text of at most {_LONGEST_NAME} characters for a name"
                     )
-                if name in loaded:
-                    raise TaskError(
-                        f"task '{name}' is part of '{spec.task}' and of an entry before it; list it once"
-                    )
+                _check_once(name, spec.task, entries)
                 benchmark = catalogue.is_benchmark(task, spec.task)
                 loaded[name] = _load_task(task_spec, task, prompting, rules, benchmark)
                 loaded[name][0].code = sandbox.code_hash(task, include)
@@ -183,6 +181,17 @@ def load(
     }
     warnings += [warning for task in tasks.values() for warning in task.warnings]
     return LoadedTasks(tasks, groups, tuple(spec.task for spec in specs), tuple(warnings))
+
+
+def _check_once(name: str, entry: str, entries: dict[str, str]) -> None:
+    """Notes that a task is part of an entry. Raises TaskError where it was part of an earlier one."""
+    if name not in entries:
+        entries[name] = entry
+        return
+    groups = [f"'{group}'" for group in (entries[name], entry) if group != name]
+    listed = f"listed, and part of {groups[0]} too" if groups else "listed twice"
+    place = f"part of {' and of '.join(groups)}" if len(groups) == 2 else listed
+    raise TaskError(f"task '{name}' is {place}; list it once")
 
 
 # ---- groups ------------------------------------------------------------------------------------------------
