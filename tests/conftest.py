@@ -87,6 +87,7 @@ SLOW = (
     "reports/test_sensitivity.py",
     "scripts/test_cluster_scripts.py",
     "scripts/test_evaluators.py",
+    "scripts/test_forged_stores.py",
     "scripts/test_fuzz_inputs.py",
     "search/test_islands.py",
     "search/test_pipelined.py",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import AllowPython, AllowTasks, Json, Root, allowed, open_store
+from evomerge.cli.options import AllowPython, AllowTasks, Json, Root, allowed, open_store, reading_store
 from evomerge.cli.output import put
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
@@ -54,7 +54,7 @@ def show(
     from evomerge.cli import analysis_tables, study_tables
 
     study, reference = split_reference(candidate)
-    with open_store(study, root) as store:
+    with reading_store(study, root) as store:
         row = store.study()
         if reference == "pareto":
             front = reports.front(store)
@@ -64,11 +64,11 @@ def show(
         data = reports.candidate(store, trial)
         recipe = store.recipe(trial.recipe_id)
         backends = dict(row.facts.backends) if row else {}
-    if as_json:
-        more = {"backends": backends, "recipe_body": json.loads(recipe.canonical())}
-        put(json.dumps(data | more, indent=2))
-    else:
-        put("\n".join([study_tables.candidate_text(data), *analysis_tables.backend_lines(backends)]))
+        if as_json:
+            more = {"backends": backends, "recipe_body": json.loads(recipe.canonical())}
+            put(json.dumps(data | more, indent=2))
+        else:
+            put("\n".join([study_tables.candidate_text(data), *analysis_tables.backend_lines(backends)]))
 
 
 def compare(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from evomerge.cli.analysis_tables import duration
-from evomerge.cli.options import Json, Root, open_store
+from evomerge.cli.options import Json, Root, open_store, reading_store
 from evomerge.cli.output import put, tell
 from evomerge.errors import EvomergeError
 
@@ -86,36 +86,40 @@ class _StatusScreen:
     def text(self) -> str:
         from evomerge.cli import study_tables
 
-        data: Any = self._all() if self.study is None else self._read(self.study)
+        read = self._all() if self.study is None else [self._read(self.study)]
+        found = [one for one in read if one is not None]
+        data: Any = [data for data, _ in found] if self.study is None else found[0][0]
         if self.as_json:
             return json.dumps(data, indent=None if self.refreshed else 2)
         lines = [time.strftime("%Y-%m-%d %H:%M:%S")] if self.refreshed else []
-        if self.study is None:
-            lines.append(study_tables.list_of_studies(data))
-        else:
-            lines += [study_tables.study_table(data), *activity_lines(data)]
-        return "\n".join(lines)
+        return "\n".join(
+            [*lines, *(text for _, text in found)] if found else [*lines, study_tables.NO_STUDIES]
+        )
 
-    def _all(self) -> list[dict[str, Any]]:
+    def _all(self) -> list[tuple[dict[str, Any], str] | None]:
         from evomerge.store import paths
 
-        rows = []
+        rows: list[tuple[dict[str, Any], str] | None] = []
         for name in paths.studies(paths.root(self.root)):
             try:
                 rows.append(self._read(name))
             except EvomergeError as error:  # one that cannot be read hides no other
                 tell(f"error[{error.code}] {error}")
-        return [row for row in rows if row is not None]
+        return rows
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """None, among all studies, for one that has not begun."""
+    def _read(self, name: str) -> tuple[dict[str, Any], str] | None:
+        """A study's data and text; None, among all studies, for one that has not begun."""
         from evomerge import reports
+        from evomerge.cli import study_tables
 
-        with open_store(name, self.root) as store:
+        with reading_store(name, self.root) as store:
             if self.study is None and store.study() is None:
                 return None
             check = not self.refreshed or store.path.stat().st_size < _LARGE
-            return reports.study_summary(store, check=check) | reports.study_activity(store)
+            data = reports.study_summary(store, check=check) | reports.study_activity(store)
+            if self.study is None:
+                return data, study_tables.line_of_study(data)
+            return data, "\n".join([study_tables.study_table(data), *activity_lines(data)])
 
 
 def _refresh(text: Callable[[], str], every: float) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -200,6 +201,24 @@ def open_store(study: str, root: Path | None, *, write: bool = False) -> Store:
     from evomerge.store.paths import store_path
 
     return Store.open(store_path(study, studies_root(root)), write=write)
+
+
+@contextmanager
+def reading_store(study: str, root: Path | None) -> Iterator[Store]:
+    """Opens the store of a study to read, and to say what was read.
+
+    Args:
+        study: The name of the study.
+        root: Folder of the studies; None for the default.
+
+    Yields:
+        The open store; values in it that cannot be said, such as a text in the place of a number, are damage.
+
+    Raises:
+        StudyError: If there is no study of that name, or it is damaged.
+    """
+    with open_store(study, root) as store, store.reading():
+        yield store
 
 
 def allowed(python: bool, tasks: bool) -> Allowed:

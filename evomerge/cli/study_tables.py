@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+NO_STUDIES = "no studies here; start one with: evomerge run CONFIG"
 
-def list_of_studies(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each study.
+
+def line_of_study(row: Mapping[str, Any]) -> str:
+    """One line for a study among others.
 
     Args:
-        rows: As `evomerge.reports.study_summary` gives them.
+        row: As `evomerge.reports.study_summary` gives it.
 
     Returns:
-        The text; without studies, a sentence that says how to start one.
+        The line.
     """
-    if not rows:
-        return "no studies here; start one with: evomerge run CONFIG"
-    return "\n".join(
-        f"{r['study']}: {r['state']}, {r['evaluations']} evaluations, {_best_or_damage(r)}" for r in rows
-    )
+    return f"{row['study']}: {row['state']}, {row['evaluations']} evaluations, {_best_or_damage(row)}"
 
 
 def study_table(data: Mapping[str, Any]) -> str:

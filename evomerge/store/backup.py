@@ -197,6 +197,8 @@ def _copies(store: Path) -> list[Path]:
 
 def _held(copy: Path) -> Held | None:
     """What a copy holds; None where there is none that can be read."""
+    if not copy.is_file():  # a pipe would be waited for
+        return None
     try:
         with contextlib.closing(_read(copy)) as db:
             return Held.of(db)

@@ -60,7 +60,7 @@ class StudyFile:
         self._score_check: ScoreCheck | None = None
         if lock is not None:
             self._rows = integrity.count_rows(db)
-            self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT, 0o644)
+            self._count = os.open(integrity.count_path(path), os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
         self.acknowledge()
 
     @classmethod

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 from evomerge.errors import ConfigError
+from evomerge.store import paths
 from evomerge.store.migrations import MIGRATIONS
 from evomerge.store.rows import short_hash
 from evomerge.store.score_check import ScoreCheck
@@ -129,10 +130,7 @@ def acknowledged(store: Path) -> int:
     Returns:
         The count, 0 where it is not known.
     """
-    try:
-        match = re.fullmatch(rb"(\d{16}) ([0-9a-f]{16})\n", count_path(store).read_bytes())
-    except OSError:
-        return 0
+    match = re.fullmatch(rb"(\d{16}) ([0-9a-f]{16})\n", paths.first_bytes(count_path(store)))
     if match is None:
         return 0
     rows = int(match[1])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from evomerge.errors import StudyError
+from evomerge.store import paths
 
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """Errors of flock where another process holds the lock; any other means that there are no locks here."""
@@ -193,6 +194,8 @@ def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driv
     path = lock_path(store)
     holder = _named(path)
     alive: bool | None = False
+    if path.exists() and not path.is_file():
+        return None
     try:
         with path.open() as handle:
             flock(handle.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -214,10 +217,8 @@ def driver(store: Path, flock: Callable[[int, int], None] = fcntl.flock) -> Driv
 
 def _named(path: Path) -> tuple[str, int] | None:
     """(host, pid) that a lock or a lease names."""
-    try:
-        match = re.fullmatch(r"host (.+), pid (\d+)", path.read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):
-        return None
+    text = paths.first_bytes(path).decode(errors="replace")
+    match = re.fullmatch(r"host (.+), pid (\d{1,9})", text.strip())
     return (match[1], int(match[2])) if match else None
 
 

@@ -14,6 +14,24 @@ BEFORE_RETRY = "study.before-retry-{}.db"
 _FILES = (STORE, BACKUP, EARLIER_BACKUP)
 
 
+def first_bytes(file: Path) -> bytes:
+    """Reads a small file beside a study's.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its first 256 bytes; nothing of what is no file, such as a pipe, which would be waited for.
+    """
+    try:
+        if not file.is_file():
+            return b""
+        with file.open("rb") as handle:
+            return handle.read(256)
+    except OSError:
+        return b""
+
+
 def root(given: Path | None = None) -> Path:
     """Chooses the folder of the studies.
 

@@ -47,6 +47,7 @@ class Store:
         path: The file.
         activity: Attempts, worker time, runs of drivers and ends by a budget.
         usage: How far the search has come, and what its test items were used for.
+        reading: Makes a context in which values that nobody stored raise StudyError.
         retry: Takes evaluations that failed by their machine out.
     """
 
@@ -60,6 +61,7 @@ class Store:
         self.path = file.path
         self.activity = ActivityLog(file)
         self.usage = Usage(file)
+        self.reading = file.reading
         self.retry = Retry(file)
         self._backed_up = time.monotonic()  # when the last backup was made, or the store opened
         self._changed = False  # whether something was stored since

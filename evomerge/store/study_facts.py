@@ -288,6 +288,7 @@ class Outcome:
             StageOutcome(row["stage"], row["first"], row["last"], row["best"])
             for row in data.get("stages", ())
         ]
+        int(data["best"]["id"])
         for row in (data["best"], *data.get("references", ()), *data.get("finalists", ())):
             _check_line(row)
         for row in data.get("retention", ()):

@@ -75,7 +75,7 @@ def test_keys_that_an_old_store_lacks_have_defaults() -> None:
 
 def test_keys_of_another_version_are_kept() -> None:
     assert StudyFacts.from_json({"colour": "red"}).to_json()["colour"] == "red"
-    assert Outcome.from_json({"best": {}, "colour": "red"}).to_json()["colour"] == "red"
+    assert Outcome.from_json({"best": {"id": 1}, "colour": "red"}).to_json()["colour"] == "red"
 
 
 def test_what_differs_is_named_with_both_values() -> None:
