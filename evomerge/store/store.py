@@ -159,9 +159,8 @@ class Store:
             overrides: Key of the search file -> the number that a flag replaces it by.
             facts: The stored facts with the places of now.
         """
-        stored = {"overrides": overrides, "facts": facts.to_json()}
-        texts = {key: json.dumps(value, sort_keys=True) for key, value in stored.items()}
-        self._change_study(name=name, config=config, **texts)
+        texts = [json.dumps(value, sort_keys=True) for value in (overrides, facts.to_json())]
+        self._change_study(name=name, config=config, overrides=texts[0], facts=texts[1])
 
     def finish(self, outcome: Outcome) -> None:
         """Marks the study done.
