@@ -100,11 +100,13 @@ class PoolHealth:
         failure_domain: of the worker that failed.
         successes: jobs that were done so far, by all workers.
         has_other_jobs: whether there are jobs that may still speak for it.
+        others_fail: whether other jobs failed by machine errors since the last that was done.
     """
 
     failure_domain: str
     successes: int
     has_other_jobs: bool
+    others_fail: bool
 
 
 @dataclass(slots=True)
@@ -138,7 +140,9 @@ class JobFailures:
         before = [failure for failure in self.failed if failure.kind == error_kind(error)]
         met = len(before) + 1
         domains = {failure.failure_domain for failure in before} | {pool.failure_domain}
-        is_proven = len(domains) > 1 or any(pool.successes > failure.successes for failure in before)
+        is_proven = (len(domains) > 1 and not pool.others_fail) or any(
+            pool.successes > failure.successes for failure in before
+        )
         if met >= limits.same and is_proven:
             return False
         return pool.has_other_jobs or met < max(limits.same, limits.unproven)

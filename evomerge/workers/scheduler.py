@@ -70,6 +70,7 @@ class Scheduler:
         self._open_tries: dict[int, Try] = {}  # by number, those of which an answer may still come
         self._num_tries = 0
         self._num_done = 0  # jobs that a worker gave a result of
+        self._ill: set[int] = set()  # slots of those that failed by machine errors since
         self._draining = False
         self._draining_since: float | None = None  # as far as `overdue` has seen it
 
@@ -340,8 +341,12 @@ class Scheduler:
         if queued.settled:
             self._late_answer(execution, evaluation, seconds, log_lines)
             return
-        others = self._queue.unsettled > 1
-        health = PoolHealth(execution.worker.failure_domain, self._num_done, others)
+        health = PoolHealth(
+            execution.worker.failure_domain,
+            self._num_done,
+            has_other_jobs=self._queue.unsettled > 1,
+            others_fail=bool(self._ill - {queued.job.slot}),
+        )
         if error is not None and queued.failures.is_machines(error, self.limits, health):
             self._try_failed(execution, "failed", error, seconds, log_lines)
             return
@@ -365,6 +370,7 @@ class Scheduler:
         self._record(execution, cause, error, seconds, log_lines)
         if cause in ("failed", "frozen"):
             self._failures.machine_failed(worker.name, error)
+            self._ill.add(queued.job.slot)
         elif cause != "lost":
             self._failures.failed(worker.name, error)
         if queued.settled or queued.failures.has_hung(worker.number, worker.failure_domain):
@@ -386,6 +392,7 @@ class Scheduler:
         """A worker did its part: its failures in a row end; devices where the job failed are to blame."""
         worker, queued = execution.worker, execution.queued
         self._num_done += 1
+        self._ill.clear()
         self._failures.succeeded(worker.name)
         self._quarantine.succeeded(worker.failure_domain)
         self._workers.usage[worker.name].jobs += 1

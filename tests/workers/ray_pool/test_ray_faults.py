@@ -41,7 +41,7 @@ from tests.support.coded_workers import (
 
 pytestmark = pytest.mark.cluster
 
-LIMITS = Limits(floor=6.0, first=6.0, memory=100 << 20, backoff=0.01, longest_backoff=0.05)
+LIMITS = Limits(floor=6.0, first=6.0, look=1.0, memory=100 << 20, backoff=0.01, longest_backoff=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_an_error_of_the_device_is_done_elsewhere_by_new_processes(pool: RayPool
 
 
 def test_the_same_error_at_two_workers_is_the_candidates(pool: RayPool) -> None:
-    found, ended = run(pool, CUDA, FINE)
+    found, ended = run(pool, CUDA, *[FINE] * 8)
     assert found[0].error == "AcceleratorError: CUDA error: an illegal memory access was encountered"
     own = tries(ended, jobs(CUDA)[0])
     assert [a.cause for a in own] == ["failed", "failed"]
