@@ -128,7 +128,10 @@ def _text(path: Path) -> str:
             raise ConfigError(
                 f"{path} has {path.stat().st_size:,} bytes; a search or recipe file has at most {MAX_BYTES:,}"
             )
-        return path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file() and not path.is_dir() and not _is_given(path):
+            raise ConfigError(f"{path} is no file with text but a device or a pipe; give a file")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_BYTES + 1)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; is it a YAML file?") from None
     except OSError as error:
@@ -148,6 +151,11 @@ def read_all(path: Path) -> list[Document]:
         ConfigError: It cannot be read or is malformed; names file, line and column.
     """
     return parse_all(_text(path), str(path))
+
+
+def _is_given(path: Path) -> bool:
+    """Whether a path is an open file of this process, such as a shell's <(command)."""
+    return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
 
 
 def parse(text: str, name: str) -> Document:

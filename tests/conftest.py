@@ -86,6 +86,7 @@ SLOW = (
     "reports/test_comparison.py",
     "reports/test_sensitivity.py",
     "scripts/test_cluster_scripts.py",
+    "scripts/test_edges.py",
     "scripts/test_evaluators.py",
     "scripts/test_forged_stores.py",
     "scripts/test_fuzz_inputs.py",

@@ -18,6 +18,9 @@ from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.checkpoints.tensor_names import find_towers
 from evomerge.errors import CheckpointError
 
+_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_MOST_COMPANION = 250_000_000  # bytes
+
 
 class Checkpoint:
     """An open model folder. Tensors are views of memory-mapped files: read them, never write to them.
@@ -49,6 +52,7 @@ class Checkpoint:
         text = _text_config(self.config, path)
         config_checks.check_references(self.config, path / "config.json")
         _check_no_adapter(path)
+        _check_companions(path)
         self.tensors: dict[str, TensorInfo] = safetensors_headers.read_folder(path)
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensors; fetch the model again")
@@ -156,6 +160,21 @@ def _check_no_adapter(path: Path) -> None:
             f"{path} is a model and has an adapter_config.json beside it, which transformers applies where "
             "peft is installed; move the adapter to a folder of its own and name it base+adapter"
         )
+
+
+def _check_companions(path: Path) -> None:
+    """Raises CheckpointError for a file beside the weights that libraries read, or an export copies, whole.
+
+    It has to be a regular file of the folder: a device has no end, and a link would take in any file.
+    """
+    for file in sorted(path.iterdir()):
+        if file.name.startswith("tokenizer") or file.suffix in _COMPANIONS:
+            safetensors_headers.check_file(file)
+            size = file.stat().st_size
+            if size > _MOST_COMPANION:
+                raise CheckpointError(
+                    f"{file} has {size:,} bytes, at most {_MOST_COMPANION:,} are read; fetch the model again"
+                )
 
 
 def _text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,8 @@ from evomerge._escaping import one_line
 from evomerge._redaction import ScrubbedFormatter, scrub
 from evomerge.cli import analysis, control, doctor, run, ship
 from evomerge.cli.output import print_in_any_locale, put, tell
-from evomerge.errors import EvomergeError, unwritable
+from evomerge.cli.usage_errors import usage_line
+from evomerge.errors import ConfigError, EvomergeError, unwritable
 from evomerge.launch.threads import set_thread_defaults
 
 _verbose = False
@@ -99,8 +101,12 @@ def main() -> None:
     """
     set_thread_defaults()
     print_in_any_locale()
+    code: Any = 0
     try:
-        app()
+        code = app(standalone_mode=False)
+    except BrokenPipeError:  # who read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
     except EvomergeError as error:
         if _verbose:
             raise
@@ -109,12 +115,25 @@ def main() -> None:
     except KeyboardInterrupt:
         _exit("interrupted", 130)
     except Exception as error:
+        if hasattr(error, "format_message"):  # typer's, of whichever click it brings
+            _refuse_usage(error)
         if _verbose:
             raise
         if isinstance(error, OSError) and error.errno in _PLACES:
             explained = unwritable(error.filename or "a file", error)
             _exit(f"error[{explained.code}] {explained}", explained.exit_code)
         _exit(f"error[E000] {type(error).__name__}: {error} (a bug; -v shows where)", 1)
+
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
+
+
+def _refuse_usage(error: Any) -> None:
+    """Ends with 2 and one line; with the help where no verb is given."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        tell(error.format_message())
+        raise SystemExit(2) from None
+    _exit(f"error[{ConfigError.code}] {usage_line(error)}", ConfigError.exit_code)
 
 
 def _exit(line: str, code: int) -> None:

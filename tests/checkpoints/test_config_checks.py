@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,25 @@ def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/repo"}))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json.*base\+adapter"):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_secret", "vocab.txt", "chat_template.jinja"])
+@pytest.mark.parametrize("how", ["a device", "a pipe", "a link out", "a folder", "4 TB", "a loop"])
+def test_a_file_beside_the_weights_is_a_file_of_the_folder(name: str, how: str, tmp_path: Path) -> None:
+    """An export copies tokenizer files: a link would take any file of the user's along."""
+    file = changed(tmp_path / "model") / name
+    (tmp_path / "secret").write_text("mine")
+    if how == "a pipe":
+        os.mkfifo(file)
+    elif how == "a folder":
+        file.mkdir()
+    elif how == "4 TB":
+        with file.open("wb") as opened:
+            opened.truncate(1 << 42)
+    else:
+        file.symlink_to({"a device": "/dev/zero", "a link out": tmp_path / "secret", "a loop": file}[how])
+    with pytest.raises(CheckpointError, match=name):
+        Checkpoint(file.parent)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------

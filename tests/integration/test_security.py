@@ -83,6 +83,16 @@ def test_a_hostile_search_file_is_refused_with_its_place(what: str, tmp_path: Pa
         _yaml.read(file)
 
 
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/null", "a pipe"])
+def test_a_device_is_no_search_file(device: str, tmp_path: Path) -> None:
+    path = Path(device)
+    if device == "a pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    with pytest.raises(ConfigError, match="a device or a pipe"):
+        _yaml.read(path)
+
+
 def test_the_bounds_of_a_search_file_are_those_that_were_asked_for() -> None:
     assert _yaml.MAX_BYTES <= 1_000_000
     assert _yaml.MAX_DEPTH <= 32
