@@ -128,7 +128,7 @@ def test_a_frozen_process_is_killed_and_its_job_done_elsewhere(pool: RayPool) ->
     work = jobs(FREEZES_ONCE)
     found, ended = run(pool, FREEZES_ONCE, FINE)
     own = tries(ended, work[0])
-    assert [a.cause for a in own] == ["hung", "done"]
+    assert [a.cause for a in own] == ["frozen", "done"]
     assert found[0] == toy(work[0])
     until(lambda: not alive(own[0].pid), "the end of the frozen process")
 
