@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -246,34 +247,44 @@ def make_done(scratch: Path) -> Path:
 
 
 def run_all(count: int, folders: int, seed: int, verbose: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """(what was wrong, counts by locale, kind and outcome) of all cases."""
+    """(what was wrong, counts by locale and outcome) of all cases; the locales run side by side."""
     wrong: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
+    every = [cases.case(number, seed) for number in range(count)]
+    every += [cases.model_case(number, seed) for number in range(folders)]
     with tempfile.TemporaryDirectory(prefix="edges-") as kept:
         scratch = Path(kept)
         done = make_done(scratch)
-        todo = [cases.case(number, seed) for number in range(count)]
-        models = [cases.model_case(number, seed) for number in range(folders)]
-        for position, locale in enumerate(cases.LOCALES):
+
+        def run_locale(position: int) -> None:
+            locale = tuple(cases.LOCALES)[position]
             server = Server(locale)
-            own = todo[position :: len(cases.LOCALES)] + models[position :: len(cases.LOCALES)]
-            for case in own:
-                with place(case, done, scratch) as (folder, placed):
-                    alone = case.number % _OWN == 3 and case.kind != "model"
-                    found = run_alone(folder, placed, locale) if alone else server.run(folder, placed)
-                    mark = folder.with_name(folder.name + "-mark")
-                    why = "code ran" if mark.exists() else fault(found)
-                counts[f"{locale}|cases"] += 1
-                counts[f"{locale}|{'wrong' if why else 'done' if found['code'] == 0 else 'refused'}"] += 1
-                counts[f"{locale}|programs"] += alone
-                counts[f"{locale}|{why}"] += bool(why)
-                if why:
-                    wrong.append({"why": why, "locale": locale, "case": case.to_json(), **found})
-                    print(f"{why}: {locale} {case.to_json()[:300]}\n  {found['err'][-400:]!r}", flush=True)
+            for case in every[position :: len(cases.LOCALES)]:
+                found = _run(case, locale, server, done, scratch)
+                counts.update(found["counted"])
+                if found["why"]:
+                    wrong.append(found)
+                    print(f"{found['why']}: {locale} {found['case'][:300]}", flush=True)
+                    print(f"  {found['err'][-400:]!r}", flush=True)
                 elif verbose:
                     print(f"{found['code']} {found['seconds']:.1f} {case.words}", flush=True)
             server.close()
+
+        with ThreadPoolExecutor(len(cases.LOCALES)) as threads:
+            list(threads.map(run_locale, range(len(cases.LOCALES))))
     return wrong, counts
+
+
+def _run(case: Case, locale: str, server: Server, done: Path, scratch: Path) -> dict[str, Any]:
+    """What came of a case, 'why' it is wrong, and what is counted of it."""
+    alone = case.number % _OWN == 3 and case.kind != "model"
+    with place(case, done, scratch) as (folder, placed):
+        found = run_alone(folder, placed, locale) if alone else server.run(folder, placed)
+        has_run = folder.with_name(folder.name + "-mark").exists()
+    why = "code ran" if has_run else fault(found)
+    ending = "wrong" if why else "done" if found["code"] == 0 else "refused"
+    counted = [f"{locale}|{name}" for name in ("cases", ending, why, "programs" if alone else "") if name]
+    return found | {"why": why, "locale": locale, "case": case.to_json(), "counted": counted}
 
 
 def report(
