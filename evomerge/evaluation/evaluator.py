@@ -45,6 +45,14 @@ class Evaluator(Protocol):
 class Differentiable(Protocol):
     """An evaluator whose tasks have a loss that a model's parameters have gradients of."""
 
+    def check_losses(self) -> None:
+        """Checks that each task has a loss, in so far as its first search item shows.
+
+        Raises:
+            TaskError: A task has no text with a right answer.
+        """
+        ...
+
     def backward(
         self, model: nn.Module, items: Items, request: GradientRequest
     ) -> tuple[tuple[ItemScore, ...], float]:

@@ -220,14 +220,18 @@ class CombinedTasks:
             if not part:
                 continue
             if not isinstance(task_set, Differentiable):
-                raise TaskError(
-                    f"task '{next(iter(part))}' has no text with a right answer, so a learned stage has no "
-                    "loss for it; search weights instead, or leave the task out"
-                )
+                raise _no_loss(next(iter(part)))
             part_scores, loss = task_set.backward(model, part, request)
             scores += part_scores
             losses.append(loss)
         return tuple(scores), math.fsum(losses)
+
+    def check_losses(self) -> None:
+        """See `Differentiable.check_losses`."""
+        for task_set in self._sets:
+            if not isinstance(task_set, Differentiable):
+                raise _no_loss(next(iter(task_set.items("search"))))
+            task_set.check_losses()
 
     def prepare(self, model: nn.Module, items: Items) -> None:
         """See `Preparing.prepare`. Sets that need no preparation are left out."""
@@ -304,3 +308,10 @@ class CombinedTasks:
     def _part(self, task_set: TaskSet, items: Items) -> dict[str, Sequence[str]]:
         """The items that belong to one of the sets."""
         return {name: ids for name, ids in items.items() if self._owner[name] is task_set}
+
+
+def _no_loss(task: str) -> TaskError:
+    return TaskError(
+        f"task '{task}' has no text with a right answer, so a learned stage has no loss for it; "
+        "search weights instead, or leave the task out"
+    )

@@ -13,8 +13,9 @@ from evomerge.checkpoints import Parent, check_compatible, open_parent
 from evomerge.checkpoints.comparison import twins
 from evomerge.checkpoints.values import check_finite
 from evomerge.config import Config
-from evomerge.errors import CandidateError, StudyError
-from evomerge.evaluation import Evaluator, Objective, TaskSet
+from evomerge.config.stage_kinds import STAGES
+from evomerge.errors import CandidateError, StudyError, TaskError
+from evomerge.evaluation import Differentiable, Evaluator, Objective, TaskSet
 from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.stored_models import places, stored_settings
 from evomerge.launch.tasks import open_tasks
@@ -253,5 +254,18 @@ def _opened(
         allow_tasks=allowed.tasks,
         known=stored.terms if stored else None,
     )
+    if any(STAGES[kind].is_learned for kind in settings.kinds):
+        _check_losses(harness)
     objective = make_objective(settings, task_terms(settings, harness), base.layout.num_layers)
     return Opened(settings, parents, space, harness, objective, warnings)
+
+
+def _check_losses(tasks: TaskSet) -> None:
+    """Raises TaskError for a task that a learned stage cannot climb."""
+    if not isinstance(tasks, Differentiable):
+        task = next(iter(tasks.items("search")))
+        raise TaskError(
+            f"task '{task}' has no text with a right answer, so a learned stage has no loss for it; "
+            "search weights instead, or leave the task out"
+        )
+    tasks.check_losses()

@@ -149,6 +149,24 @@ def test_what_cannot_be_learned_is_refused_in_a_line(
     assert not (tmp_path / "refused" / "study.db").exists()
 
 
+def test_a_task_without_a_text_as_its_answer_is_named_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "size_of.py").write_text(
+        "def size(model, tokenizer):\n    return {f'item {i}': float(i) for i in range(50)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    file = learned_file(tmp_path, "python")
+    document = json.loads(file.read_text())
+    document["tasks"] = [{"name": "size", "python": "size_of:size", "higher_is_better": True}]
+    document["evaluation"] = {"items": 8}
+    file.write_text(json.dumps(document))
+    code, out, err = in_process("run", file, "--root", tmp_path, "--allow-python", "--accept-floor")
+    assert (code, out) != (0, ""), err
+    assert "task 'size' has no text with a right answer" in err
+    assert not (tmp_path / "python" / "study.db").exists()
+
+
 def test_learned_then_weights_goes_on_from_the_learned_recipe(tmp_path: Path) -> None:
     file = learned_file(tmp_path, "both")
     document = json.loads(file.read_text())

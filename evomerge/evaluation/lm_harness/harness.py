@@ -284,6 +284,12 @@ class LmHarness:
             scores.append(ItemScore(name, row.item, number, *soft))
         return scores
 
+    def check_losses(self) -> None:
+        """See `Differentiable.check_losses`."""
+        for loaded in self.tasks.values():
+            item = loaded.items["search"][0]
+            gradients.text_item(loaded, item, loaded.requests[item], "")
+
     def backward(
         self, model: nn.Module, items: Items, request: GradientRequest
     ) -> tuple[tuple[ItemScore, ...], float]:
