@@ -110,7 +110,7 @@ def stop_while_opening() -> Iterator[None]:
 
     An exception that a handler raises inside a weak reference's callback or a `__del__` method is lost, and
     Python prints it as ignored: the signal is then sent again a moment later, and answered at the latest at
-    the end.
+    the end. A library may also make an error of its own of it: whatever comes after a signal is its answer.
 
     Yields:
         None, while the signals are handled so.
@@ -139,6 +139,9 @@ def stop_while_opening() -> Iterator[None]:
         sys.unraisablehook = send_again
         try:
             yield
+        except Exception:
+            if not codes:
+                raise
         finally:
             sys.unraisablehook = print_lost
             for timer in timers:
