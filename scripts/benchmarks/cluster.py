@@ -139,7 +139,8 @@ def simulate(
     scheduler.expected_workers = workers
     numbers = count(1)
     for i in range(workers):
-        scheduler.join(WorkerSlot(next(numbers), f"w{i}", f"host{i // 8} cuda:{i % 8}"), now)
+        host = f"host{i // 8}"
+        scheduler.join(WorkerSlot(next(numbers), f"w{i}", f"{host} cuda:{i % 8}", host), now)
     # what ends when: a try, or the opening of a worker
     events: list[tuple[float, int, Try | WorkerSlot]] = []
     order, next_look = count(), now

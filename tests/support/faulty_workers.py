@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from evomerge.errors import CheckpointError
 from evomerge.evaluation import Evaluation, Items
 from evomerge.recipes import Recipe
 from tests.support import landscape
@@ -137,3 +138,10 @@ class Blocked:
         (self.folder / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("it is dead")
+
+
+class ParentChanged:
+    """Finds a parent's file changed."""
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        raise CheckpointError("model.safetensors was changed or deleted while the search reads it")
