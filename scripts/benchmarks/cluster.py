@@ -121,6 +121,12 @@ class Night:
     memory: tuple[float, ...]  # MiB, at each tenth
 
 
+def _slot(number: int, place: int) -> WorkerSlot:
+    """A worker at a place; eight share a host."""
+    host = f"host{place // 8}"
+    return WorkerSlot(number, f"w{place}", f"{host} cuda:{place % 8}", host)
+
+
 def simulate(
     workers: int,
     islands: int,
@@ -139,8 +145,7 @@ def simulate(
     scheduler.expected_workers = workers
     numbers = count(1)
     for i in range(workers):
-        host = f"host{i // 8}"
-        scheduler.join(WorkerSlot(next(numbers), f"w{i}", f"{host} cuda:{i % 8}", host), now)
+        scheduler.join(_slot(next(numbers), i), now)
     # what ends when: a try, or the opening of a worker
     events: list[tuple[float, int, Try | WorkerSlot]] = []
     order, next_look = count(), now
