@@ -69,7 +69,10 @@ class ScoreCheck:
         Returns:
             What contradicts its items, None where nothing does.
         """
-        if row["error"] is not None or not self._facts.terms:
+        if row["error"] is not None:
+            scores = [number for number in (row["score"], row["reported"]) if number is not None]
+            return f"it failed, which its score {scores[0]} contradicts" if scores else None
+        if not self._facts.terms:
             return None
         metrics = json.loads(row["metrics"])
         means = self._means(row, items)

@@ -107,7 +107,10 @@ def contradicted(file: Path) -> bool:
         for role in ("validation", "test")
         if role in line
     ]
-    return any(min(abs(value - x) for x in made[recipe, role]) > 1e-5 for recipe, role, value in told)
+    return any(
+        min((abs(value - x) for x in made.get((recipe, role), ())), default=1.0) > 1e-5
+        for recipe, role, value in told
+    )
 
 
 # ---- what is changed ---------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ SCORES: dict[str, list[str]] = {
         "UPDATE trials SET evaluation = (SELECT max(evaluation) FROM trials) WHERE id = "
         "(SELECT min(id) FROM trials)"
     ],
+    "failure": ["UPDATE evaluations SET error = 'it failed' WHERE role = 'validation'"],
     "winner": ["UPDATE study SET outcome = json_set(outcome, '$.best.test', 0.999)"],
     "reference": ["UPDATE study SET outcome = json_set(outcome, '$.references[0].validation', 0.001)"],
 }
