@@ -21,7 +21,16 @@ import pytest
 from evomerge.errors import EvomergeError, StudyError
 from evomerge.evaluation import Evaluation, Items, ItemScore
 from evomerge.recipes import Recipe
-from evomerge.store import NewEvaluation, NewTrial, Outcome, Store, StudyFacts, Trial, item_set_id
+from evomerge.store import (
+    NewEvaluation,
+    NewTrial,
+    Outcome,
+    Store,
+    StudyFacts,
+    Trial,
+    integrity,
+    item_set_id,
+)
 from evomerge.store.migrations import MIGRATIONS
 from tests.support.toy import stored_rows, weight_space
 
@@ -498,7 +507,8 @@ def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Pa
         db.executescript(script)
     db.execute(f"PRAGMA user_version = {version}")
     db.execute(
-        "INSERT INTO study VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', NULL, 1.0, NULL)"
+        "INSERT INTO study (id, name, seed, config, overrides, facts, state, created) "
+        "VALUES (1, 'trial', 3, 'study: trial', '{}', '{}', 'paused', 1.0)"
     )
     db.execute("INSERT INTO recipes VALUES (?, ?)", (recipe().id, recipe().canonical()))
     db.execute(
@@ -522,6 +532,9 @@ def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Pa
     db.execute(
         f"INSERT INTO trials ({names}) VALUES (0, 0, 'parent', 'base', NULL, '[]', ?, 1)", (recipe().id,)
     )
+    if version >= 6:  # rows have digests
+        db.row_factory = sqlite3.Row
+        integrity.seal_all(db)
     db.commit()
     db.close()
     with pytest.raises(StudyError, match="older evomerge"):
