@@ -213,7 +213,7 @@ def snapshot(store: Any) -> dict[str, Any]:
     recipes = sorted({t.recipe_id for t in trials})
     study = store.study()
     return {
-        "study": study and dataclasses.replace(study, state=""),
+        "study": study and dataclasses.replace(study, state="", name=""),
         "trials": trials,
         "scored": [store.scored(t) for t in trials],
         "recipes": [store.recipe(r).canonical() for r in recipes],
