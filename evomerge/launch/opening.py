@@ -14,7 +14,7 @@ from evomerge.checkpoints.comparison import twins
 from evomerge.checkpoints.values import check_finite
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
-from evomerge.errors import CandidateError, StudyError, TaskError
+from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError, TaskError
 from evomerge.evaluation import Differentiable, Evaluator, Objective, TaskSet
 from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.stored_models import places, stored_settings
@@ -232,8 +232,24 @@ def backends(harness: TaskSet, model: nn.Module) -> dict[str, str]:
 
 
 def device_name() -> str:
-    """$EVOMERGE_DEVICE, else the first CUDA device, else the CPU."""
-    return os.environ.get("EVOMERGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    """$EVOMERGE_DEVICE, else the first CUDA device, else the CPU.
+
+    Raises:
+        ConfigError: $EVOMERGE_DEVICE is no name of a device.
+        SetupError: There is no such GPU here.
+    """
+    named = os.environ.get("EVOMERGE_DEVICE")
+    if not named:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(named)
+    except RuntimeError:
+        raise ConfigError(
+            f"$EVOMERGE_DEVICE is '{named[:40]}'; write cpu, cuda or cuda:0, or unset it"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SetupError(f"$EVOMERGE_DEVICE is '{named[:40]}', and torch finds no such GPU here; unset it")
+    return named
 
 
 def _opened(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from evomerge.config import Config
-from evomerge.errors import ConfigError, SetupError
+from evomerge.errors import SetupError
 from evomerge.launch.opening import device_name
 
 
@@ -28,13 +26,13 @@ def check_place(settings: Config) -> str:
         _check_cluster(address)
     if address not in (None, "local"):
         return ""
-    device = _device()
+    device = device_name()
     if address == "local" and gpus and not _cards():
         raise SetupError(
             f"a worker is to have {gpus:g} of a GPU, and this machine has none; leave --gpus out, or join a "
             "cluster that has some"
         )
-    return "no GPU is used: candidates are evaluated on the CPU" if device == "cpu" else ""
+    return "no GPU is used: candidates are evaluated on the CPU" if device.startswith("cpu") else ""
 
 
 def _check_cluster(address: str) -> None:
@@ -48,22 +46,6 @@ def _check_cluster(address: str) -> None:
         ) from None
     if address != "local":
         cluster.required(address)
-
-
-def _device() -> str:
-    """The kind of the device of this process. Raises where there is none of its name."""
-    import torch
-
-    name = device_name()
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise ConfigError(
-            f"$EVOMERGE_DEVICE is '{os.environ.get('EVOMERGE_DEVICE')}'; write cpu, cuda or cuda:0"
-        ) from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SetupError(f"$EVOMERGE_DEVICE is '{name}', and torch finds no such GPU here; unset it")
-    return kind
 
 
 def _cards() -> int:

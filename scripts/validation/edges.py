@@ -39,6 +39,7 @@ EXIT_CODES = {0, 2, 3, 4, 5, 75}
 OTHERS_WORDS = re.compile(
     r"pydantic|validation error|input_value|input_type|For further information|Input should|Traceback|Errno"
 )
+_SERVERS = 2  # processes of each locale
 _OWN = 50  # one case of so many is a program of its own
 
 
@@ -158,7 +159,7 @@ def fault(found: dict[str, Any]) -> str:
         return ""
     lines = [line for line in err.splitlines() if line.strip()]
     if not lines:
-        return "no message"
+        return "" if str(found["out"]).strip() else "no message"  # doctor says it as its result
     if OTHERS_WORDS.search(err):
         return "words of a library"
     errors = [i for i, line in enumerate(lines) if line.startswith("error[E")]
@@ -255,11 +256,12 @@ def run_all(count: int, folders: int, seed: int, verbose: bool) -> tuple[list[di
     with tempfile.TemporaryDirectory(prefix="edges-") as kept:
         scratch = Path(kept)
         done = make_done(scratch)
+        processes = _SERVERS * len(cases.LOCALES)
 
         def run_locale(position: int) -> None:
-            locale = tuple(cases.LOCALES)[position]
+            locale = tuple(cases.LOCALES)[position % len(cases.LOCALES)]
             server = Server(locale)
-            for case in every[position :: len(cases.LOCALES)]:
+            for case in every[position::processes]:
                 found = _run(case, locale, server, done, scratch)
                 counts.update(found["counted"])
                 if found["why"]:
@@ -270,8 +272,8 @@ def run_all(count: int, folders: int, seed: int, verbose: bool) -> tuple[list[di
                     print(f"{found['code']} {found['seconds']:.1f} {case.words}", flush=True)
             server.close()
 
-        with ThreadPoolExecutor(len(cases.LOCALES)) as threads:
-            list(threads.map(run_locale, range(len(cases.LOCALES))))
+        with ThreadPoolExecutor(processes) as threads:
+            list(threads.map(run_locale, range(processes)))
     return wrong, counts
 
 
