@@ -297,6 +297,7 @@ for line in sys.stdin:
         code = 1
         try:
             main()
+            code = 0
         except SystemExit as error:
             code = error.code or 0
         finally:
