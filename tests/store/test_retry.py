@@ -132,6 +132,7 @@ def test_resume_mends_a_study_that_stored_an_error_of_the_machine(finished: Path
             store._file.db.execute("DELETE FROM front WHERE evaluation = ?", (number,))
             empty = {"metrics": "{}", "scores": "[]", "probabilities": None, "logprobs": None}
             store._file.change("evaluations", number, error=ERRORS[0], score=None, reported=None, **empty)
+            store._file.change("study", 1, outcome=None, state="paused")  # it names the score of before
     code, _, err = in_process("resume", "small", "--retry-failed", "--root", root)
     assert code == 0, err
     assert "1 evaluations that failed by their machine are scored anew" in err
