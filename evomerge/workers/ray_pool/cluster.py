@@ -290,8 +290,12 @@ def _init(**options: Any) -> None:
     try:
         with safe_path():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job, **options)
-    except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise SetupError(f"Ray cannot be started or joined: {_first_line(error)}") from None
+    except Exception as error:  # a slow start is a bare Exception of Ray's
+        ray.shutdown()  # what it has started of itself
+        raise SetupError(
+            f"Ray cannot be started or joined: {_first_line(error)}; try again, on a machine less busy if it "
+            "timed out"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

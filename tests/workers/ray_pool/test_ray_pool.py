@@ -221,6 +221,31 @@ def test_no_cluster_at_an_address_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         cluster.find("auto")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("The current node timed out during startup.\nThis could happen because"),
+        TimeoutError("no answer"),
+        ConnectionError("Could not find any running Ray instance"),
+        AssertionError(),
+    ],
+    ids=repr,
+)
+def test_a_ray_that_is_slow_to_start_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def slow(**options: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", slow)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)  # of the cluster of other tests
+    with pytest.raises(SetupError, match=r"Ray cannot be started or joined: .*; try again") as raised:
+        cluster.join("local")
+    assert "\n" not in str(raised.value)
+
+
 def test_workers_that_cannot_be_opened_end_it_with_the_cause(here: Path) -> None:
     with RayPool(broken, workers=1) as pool:
         pool.submit(jobs(FINE))
