@@ -107,8 +107,8 @@ def check_first_scores(
             log.warning(text)
     if certain:
         raise TaskError(
-            f"{'; '.join(certain)}; a search learns nothing from that: correct the prompt, the filter or the "
-            "items, leave the task out, or go on with --accept-floor"
+            f"{'; '.join(certain)}; where all score alike a search learns nothing: correct the prompt, the "
+            "filter, the token limit or the items, leave the task out, or go on with --accept-floor"
         )
 
 
