@@ -20,7 +20,7 @@ from typing import IO, Any
 from evomerge.errors import StoreLost, StudyError
 from evomerge.store import backup, file_systems, integrity, locks, paths, sqlite_errors
 from evomerge.store.backup import damaged
-from evomerge.store.migrations import MIGRATIONS
+from evomerge.store.migrations import MIGRATIONS, READABLE_FROM
 from evomerge.store.score_check import ScoreCheck
 from evomerge.store.study_facts import StudyFacts
 
@@ -424,6 +424,8 @@ def _refuse_newer(version: int, path: Path) -> None:
 def _migrate(db: sqlite3.Connection, path: Path, write: bool) -> None:
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     _refuse_newer(version, path)
+    if version >= READABLE_FROM and not write:
+        return
     if version < len(MIGRATIONS) and not write:
         raise StudyError(
             f"{path} was written by an older evomerge (schema {version}); "

@@ -75,3 +75,5 @@ NULL, seconds REAL NOT NULL, digest TEXT);
     """,
     "ALTER TABLE evaluations ADD COLUMN slopes TEXT",
 )
+READABLE_FROM = 6
+"""The oldest schema that is read as it is: readers do without what later scripts add."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -31,7 +32,7 @@ from evomerge.store import (
     integrity,
     item_set_id,
 )
-from evomerge.store.migrations import MIGRATIONS
+from evomerge.store.migrations import MIGRATIONS, READABLE_FROM
 from tests.support.toy import stored_rows, weight_space
 
 SPACE = weight_space()
@@ -499,6 +500,25 @@ def test_a_newer_schema_is_refused_untouched(write: bool, file: Path) -> None:
             Store.open(file, write=write)
 
 
+@pytest.mark.parametrize("version", range(READABLE_FROM, len(MIGRATIONS)))
+def test_an_older_file_is_read_as_it_is_where_only_columns_are_missing(version: int, file: Path) -> None:
+    """A study of the version before is shown without being resumed, and left as it is to the byte."""
+    filled(file)
+    with sqlite3.connect(file) as db:
+        for script in reversed(MIGRATIONS[version:]):
+            table, column = re.findall(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", script)[0]
+            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        db.execute(f"PRAGMA user_version = {version}")
+    db.close()
+    before = file.read_bytes()
+    with Store.open(file) as store:
+        assert store.check() == "ok"
+        trials = store.trials()
+        assert trials
+        assert all(store.scored(trial).evaluation.slopes is None for trial in trials)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
 def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Path) -> None:
     """As an older evomerge left it: its rows are all there, and say of what is new that there is none."""
@@ -537,8 +557,9 @@ def test_an_older_file_is_brought_up_to_date_when_written(version: int, file: Pa
         integrity.seal_all(db)
     db.commit()
     db.close()
-    with pytest.raises(StudyError, match="older evomerge"):
-        Store.open(file)
+    if version < READABLE_FROM:
+        with pytest.raises(StudyError, match="older evomerge"):
+            Store.open(file)
     with Store.open(file, write=True) as store:
         (trial,) = store.trials()
         assert (trial.score, trial.reported, trial.dropped, trial.whole, trial.violation) == (
