@@ -47,7 +47,7 @@ def staged_file(folder: Path, study: str, stages: list[Any], **routes: Any) -> P
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("kills", sweep([3, 7], [3]))
+@pytest.mark.parametrize("kills", sweep([2, 7], [2]))
 def test_a_killed_search_of_three_stages_is_the_unbroken_one_row_by_row(kills: int, tmp_path: Path) -> None:
     rng = random.Random(3)
     file = staged_file(tmp_path, "staged", STAGES, penalty=0.01)
@@ -67,7 +67,7 @@ def test_a_killed_search_of_three_stages_is_the_unbroken_one_row_by_row(kills: i
         last = prepared.start(*words)
         assert last.wait() == 0, last.err.read_text()
         assert whole.wait() == 0, whole.err.read_text()
-    assert killed >= kills - 2
+    assert killed >= max(1, kills - 2)
     final, unbroken = stored_rows(store), stored_rows(tmp_path / "whole" / "staged" / "study.db")
     assert final.keys() == unbroken.keys()
     for table, found in final.items():

@@ -36,6 +36,7 @@ def table(name: str, arguments: list[str], out: Path) -> list[list[str]]:
     return rows[2:end]
 
 
+@pytest.mark.sweep
 def test_scoring_is_timed_beside_lm_eval(tmp_path: Path) -> None:
     zoo_folder()
     rows = table("evaluation", ["--only", "zoo", "likelihood", "--repeats", "1"], tmp_path / "eval.md")

@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 
 from scripts.validation import edges
+from tests.support.sweeps import sweep
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_odd_command_lines_and_hostile_folders_end_in_one_sentence_and_a_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cases", "folders"), sweep([(12, 3), (40, 10)], [(12, 3)]))
+def test_odd_command_lines_and_hostile_folders_end_in_one_sentence_and_a_code(
+    cases: int, folders: int, tmp_path: Path
+) -> None:
     out = tmp_path / "edges.md"
-    program = [sys.executable, str(REPO / "scripts" / "validation" / "edges.py"), "--cases", "40"]
+    program = [sys.executable, str(REPO / "scripts" / "validation" / "edges.py"), "--cases", str(cases)]
     done = subprocess.run(
-        [*program, "--folders", "10", "--seed", "7", "--out", str(out)],
+        [*program, "--folders", str(folders), "--seed", "7", "--out", str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
@@ -31,7 +35,7 @@ def test_odd_command_lines_and_hostile_folders_end_in_one_sentence_and_a_code(tm
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = re.findall(r"^\| (\S+) \| (\d+) \|", out.read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == ["UTF-8", "latin-1", "ASCII"]
-    assert sum(int(cases) for _, cases in rows) == 50
+    assert sum(int(cases) for _, cases in rows) == cases + folders
 
 
 @pytest.mark.parametrize(
