@@ -136,7 +136,6 @@ class Study:
             else:
                 searched.append(self._evolve(stage, opening, start, references))
             last = searched[-1].last
-            self._refuse_less(stage, number, last)
             if number + 1 < len(self.plan.stages):
                 best = self._finals.elect(references, searched).winner
                 place = f"stage {number + 1} of {len(self.plan.stages)}, {stage.name}"
@@ -202,6 +201,7 @@ class Study:
         """Runs a stage of an optimizer that learns from scores."""
         islands = self._search(stage, opening, start)
         first, last = start.first_generation, max(island.last_generation for island in islands)
+        self._refuse_less(stage, start.number, last)
         late_after = first - 1 + opening.late * (last - first + 1)
         finalists = self._finals.finalists(islands, references, late_after, last)
         return SearchedStage(stage, first, last, late_after, finalists)
@@ -219,6 +219,7 @@ class Study:
             lambda generation: self._budget_ended(start.number, 0, generation),
         )
         descended = search.run(genome, start.first_generation, parents)
+        self._refuse_less(stage, start.number, descended.last)
         finalists = self._finals.learned_finalists(descended)
         first, last = start.first_generation, descended.last
         return SearchedStage(stage, first, last, float(last), finalists)

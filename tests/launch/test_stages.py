@@ -34,7 +34,7 @@ def test_a_kind_of_stage_has_an_opener_and_a_line_about_it(kind: StageKind) -> N
 
 
 def test_a_stage_of_no_kind_is_refused_with_the_kinds_that_there_are() -> None:
-    with pytest.raises(ValidationError, match="should be one of weights, routes"):
+    with pytest.raises(ValidationError, match="should be one of weights, learned, routes"):
         StageConfig(stage="wieghts")
 
 

@@ -158,7 +158,7 @@ def test_a_damage_that_no_one_reports_is_silent(over: Work, tmp_path: Path) -> N
     assert (ended, said) == ("wrong", "silent: trials differ")
 
 
-def test_a_traceback_a_hang_and_an_error_of_two_lines_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traceback_a_hang_and_an_empty_error_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(error: BaseException) -> bool:
         raise error
 
@@ -166,7 +166,8 @@ def test_a_traceback_a_hang_and_an_error_of_two_lines_are_wrong(monkeypatch: pyt
         "refused",
         "a file that is wrong",
     )
-    for error in (ConfigError("one\ntwo"), ConfigError(""), KeyError("x"), RecursionError()):
+    assert inputs.verdict(lambda: raises(ConfigError("one\ntwo")))[0] == "refused", "it is shown as one line"
+    for error in (ConfigError(""), KeyError("x"), RecursionError()):
         assert inputs.verdict(lambda e=error: raises(e))[0] == "wrong"  # type: ignore[misc]
     monkeypatch.setattr(inputs, "SECONDS", 0.05)
     inputs.slice_("recipe", 0, 0, 0, bytearray(8))  # takes the alarm's signal
