@@ -31,6 +31,7 @@ from evomerge.workers.worker_process import (
 from evomerge.workers.worker_table import WorkerSlot
 
 log = logging.getLogger(__name__)
+_ENDING_SECONDS = 3.0  # that all processes have to end by themselves when a pool is closed
 _CHECK_SECONDS = 1.0  # between two checks of what takes too long
 
 
@@ -97,10 +98,14 @@ class ProcessPool:
         """Ends the processes; jobs in flight are dropped."""
         atexit.unregister(self.close)
         self._scheduler.drain()
-        processes, self._processes = self._processes, {}
-        for process in processes.values():
-            if process is not None:
-                process.end()
+        processes = [process for process in self._processes.values() if process is not None]
+        self._processes = {}
+        for process in processes:
+            process.let_end()
+        until = time.monotonic() + _ENDING_SECONDS
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+            process.end()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hands over jobs; the longest begin first, of those handed over together. See `Pool.submit`."""

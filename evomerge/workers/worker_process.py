@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +138,21 @@ class WorkerProcess:
             self._send(data)
         else:
             threading.Thread(target=self._send, args=(data,), daemon=True).start()
+
+    def let_end(self) -> None:
+        """Asks an idle process to end by itself, so that it removes its semaphores."""
+        with contextlib.suppress(OSError, ValueError):  # it is gone
+            half = socket.socket(fileno=os.dup(self._connection.fileno()))
+            with half:
+                half.shutdown(socket.SHUT_WR)
+
+    def join(self, seconds: float) -> None:
+        """Waits for a process that was asked to end.
+
+        Args:
+            seconds: to wait at most.
+        """
+        self._process.join(seconds)
 
     def end(self) -> str:
         """Kills the process, if it lives still.
