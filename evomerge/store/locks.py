@@ -25,6 +25,7 @@ from evomerge.store import paths
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """Errors of flock where another process holds the lock; any other means that there are no locks here."""
 _BYTE = 0x40000000 + 1024  # of the study's file that is locked: beyond those that SQLite locks
+_NAMING_SECONDS = 0.5  # in which a driver that has just taken the lock writes its name there
 _ATTEMPTS = 20  # a reader that asks who drives holds the lock for a moment
 
 
@@ -153,6 +154,10 @@ def _lock_byte(descriptor: int, kind: int) -> None:
 def _busy(path: Path) -> StudyError:
     """The error of a lock that another process holds, which the lock's text names."""
     named = _named(path)
+    until = time.monotonic() + _NAMING_SECONDS
+    while not named and time.monotonic() < until:  # its holder writes the name after it has the lock
+        time.sleep(0.02)
+        named = _named(path)
     holder = f"host {named[0]}, pid {named[1]}" if named else f"unknown: {path.name} does not name it"
     return StudyError(
         f"another process is writing {path.parent.name} ({holder}); "
