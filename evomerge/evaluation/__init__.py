@@ -27,6 +27,7 @@ from evomerge.evaluation.records import (
     Role,
     Slopes,
     mean_metrics,
+    soft_means,
     soft_metric_name,
     task_of_metric,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "mean_metrics",
     "missing_metric_message",
     "ranks",
+    "soft_means",
     "soft_metric_name",
     "task_of_metric",
 ]

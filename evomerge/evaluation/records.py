@@ -166,6 +166,24 @@ def mean_metrics(task: str, scores: Sequence[ItemScore]) -> dict[str, float]:
     return metrics
 
 
+def soft_means(scores: Sequence[ItemScore]) -> dict[str, float]:
+    """Computes the means of the soft metrics of items whose tasks' own metrics are not known.
+
+    Args:
+        scores: Scores of the items of one or several tasks.
+
+    Returns:
+        Metrics by name, soft ones alone.
+    """
+    by_task: dict[str, list[ItemScore]] = {}
+    for score in scores:
+        by_task.setdefault(score.task, []).append(score)
+    metrics: dict[str, float] = {}
+    for task, own in by_task.items():
+        metrics |= {name: value for name, value in mean_metrics(task, own).items() if name != task}
+    return metrics
+
+
 CAUSES = ("done", "failed", "died", "hung", "frozen", "memory", "lost", "late")
 """How an attempt can end; see `Attempt.cause`."""
 

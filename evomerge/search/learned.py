@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import FailureBudget
-from evomerge.evaluation import Evaluation, GradientRequest, Items, ItemScore, Slopes, mean_metrics
+from evomerge.evaluation import Evaluation, GradientRequest, Items, Slopes, soft_means
 from evomerge.optimizers.descent import Descent
 from evomerge.recipes import Recipe
 from evomerge.search.generation_runner import GenerationRunner
@@ -125,10 +125,10 @@ class LearnedSearch:
         shards = self._shards(items)
         request = self._request(items)
         evaluations = self._evaluations(candidate.recipe, shards, request)
-        whole = _union(evaluations)
+        whole = _union(evaluations, items)
         trial = replayed.get(0)
         if trial is None:
-            trial = self.runner.recorder.record_learned_trial(number, candidate, _joined(shards), whole)
+            trial = self.runner.recorder.record_learned_trial(number, candidate, items, whole)
         return trial, whole.slopes
 
     def _request(self, items: Items) -> GradientRequest:
@@ -164,8 +164,8 @@ class LearnedSearch:
         return [found[slot] for slot in range(len(shards))]
 
 
-def _union(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of shards as one: slopes add up in the order of the shards, in float64."""
+def _union(evaluations: Sequence[Evaluation], items: Items) -> Evaluation:
+    """Evaluations of shards as one on their items: slopes add up in the order of the shards, in float64."""
     recipe_id = evaluations[0].recipe_id
     seconds: dict[str, float] = {}
     for evaluation in evaluations:
@@ -181,23 +181,10 @@ def _union(evaluations: Sequence[Evaluation]) -> Evaluation:
         losses.append(evaluation.slopes.loss)
         for key, value in evaluation.slopes.partials.items():
             partials[key] = partials.get(key, 0.0) + value
-    scores = {(s.task, s.item): s for e in evaluations for s in e.items}
-    by_task: dict[str, list[ItemScore]] = {}
-    for score in scores.values():
-        by_task.setdefault(score.task, []).append(score)
-    items = tuple(score for own in by_task.values() for score in own)
-    metrics = {
-        name: value
-        for task, own in by_task.items()
-        for name, value in mean_metrics(task, own).items()
-        if name != task
-    }
-    return Evaluation(recipe_id, items, metrics, seconds, slopes=Slopes(math.fsum(losses), partials))
-
-
-def _joined(shards: Sequence[Items]) -> Items:
-    """The items of all shards, by task in the order in which tasks come first."""
-    return _by_task([(task, item) for shard in shards for task, ids in shard.items() for item in ids])
+    known = {(s.task, s.item): s for e in evaluations for s in e.items}
+    scores = tuple(known[task, item] for task, ids in items.items() for item in ids)
+    slopes = Slopes(math.fsum(losses), partials)
+    return Evaluation(recipe_id, scores, soft_means(scores), seconds, slopes=slopes)
 
 
 def _by_task(pairs: Sequence[tuple[str, str]]) -> Mapping[str, tuple[str, ...]]:

@@ -8,15 +8,15 @@ import time
 from collections.abc import Sequence
 
 from evomerge.errors import MachineFault
-from evomerge.evaluation import Attempt, Evaluation
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.pool import Job, PoolSettings, Scorer, execute
+from evomerge.workers.scheduled_pool import ScheduledPool
 from evomerge.workers.scheduler import Scheduler
 from evomerge.workers.tries import Try
 from evomerge.workers.worker_table import WorkerSlot
 
 
-class InProcessPool:
+class InProcessPool(ScheduledPool):
     """One worker in this process, one job after the other, in the order they came. Satisfies `Pool`.
 
     pool = InProcessPool(worker)
@@ -30,9 +30,8 @@ class InProcessPool:
             limits: when an error is the machine's and when the search pauses; None for the defaults. Nobody
                 can end a job of this process that takes too long.
         """
+        super().__init__(Scheduler(limits, in_order=True))
         self._scorer = scorer
-        self._scheduler = Scheduler(limits, in_order=True)
-        self._clock_offset = time.time() - time.monotonic()
         self._number = 0
         self._join()
 
@@ -52,56 +51,27 @@ class InProcessPool:
         """Queues jobs; they are evaluated as results are asked for. See `Pool.submit`."""
         self._scheduler.submit(jobs)
 
-    def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
-        """Evaluates the next job, whatever time it takes. See `Pool.result`.
-
-        Raises:
-            MachineFault: where the machine fails at every job, or this process can no longer use its device.
-        """
-        scheduler = self._scheduler
-        end = None if timeout is None else time.monotonic() + timeout
-        while not scheduler.results:
-            if not scheduler.out:
-                return None
-            scheduler.raise_if_hopeless()
-            if scheduler.retired:
-                raise MachineFault(
-                    f"this process can no longer evaluate: {scheduler.retired[-1][1]}; start it again, "
-                    "or with --workers, whose processes are replaced"
-                )
-            begun = scheduler.assign(self._now())
-            if begun:
-                self._run(begun[0])
-                continue
-            wait = max(0.0, scheduler.next_idle(self._now()) or 0.0)  # it rests after an error of the machine
-            if end is not None:
-                if time.monotonic() >= end:
-                    return None
-                wait = min(wait, max(0.0, end - time.monotonic()))
-            time.sleep(wait)
-        return scheduler.results.popleft()
-
-    def drain(self) -> None:
-        """Drops all jobs: nothing is in flight between two results."""
-        self._scheduler.drain()
-
-    @property
-    def out(self) -> int:
-        """Jobs whose results were not taken yet."""
-        return self._scheduler.out
-
-    def attempts(self) -> list[Attempt]:
-        """The attempts that ended since this was last called."""
-        attempts, self._scheduler.attempts = self._scheduler.attempts, []
-        return attempts
-
     def close(self) -> None:
         """Drops all jobs; nothing is held beside this process."""
         self._scheduler.drain()
 
-    def _now(self) -> float:
-        """Unix seconds that never go back."""
-        return self._clock_offset + time.monotonic()
+    def _step(self, timeout: float) -> None:
+        """Evaluates the next job, whatever time it takes; rests after an error of the machine.
+
+        Raises:
+            MachineFault: where this process can no longer use its device.
+        """
+        scheduler = self._scheduler
+        if scheduler.retired:
+            raise MachineFault(
+                f"this process can no longer evaluate: {scheduler.retired[-1][1]}; start it again, "
+                "or with --workers, whose processes are replaced"
+            )
+        begun = scheduler.assign(self._now())
+        if begun:
+            self._run(begun[0])
+        else:
+            time.sleep(min(timeout, max(0.0, scheduler.next_idle(self._now()) or 0.0)))
 
     def _join(self) -> None:
         self._number += 1

@@ -174,6 +174,25 @@ class Execution:
     scoring: float
 
 
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """What a process that executed a job says of it.
+
+    Attributes:
+        evaluation: what the worker returned.
+        seconds: that it took.
+        scoring: of them, those from when it began to score.
+        memory: bytes that the process holds after it; 0 where unknown.
+        log: last lines that were logged, where it failed.
+    """
+
+    evaluation: Evaluation
+    seconds: float
+    scoring: float
+    memory: int
+    log: str = ""
+
+
 def execute(scorer: Scorer, job: Job, scoring_began: Callable[[], None] = lambda: None) -> Execution:
     """Evaluates a job in this process.
 

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from evomerge.evaluation import Attempt, Evaluation
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.pool import Job, PoolSettings, Scorer
 from evomerge.workers.process_activity import ProcessActivity, activity
+from evomerge.workers.scheduled_pool import CHECK_SECONDS, ScheduledPool
 from evomerge.workers.scheduler import Scheduler
 from evomerge.workers.worker_process import (
     Gone,
@@ -32,10 +32,9 @@ from evomerge.workers.worker_table import WorkerSlot
 
 log = logging.getLogger(__name__)
 _ENDING_SECONDS = 3.0  # that all processes have to end by themselves when a pool is closed
-_CHECK_SECONDS = 1.0  # between two checks of what takes too long
 
 
-class ProcessPool:
+class ProcessPool(ScheduledPool):
     """Workers in processes of this machine. Satisfies `evomerge.workers.pool.Pool`.
 
     A context manager that ends its processes; they also end when this one is killed.
@@ -56,7 +55,7 @@ class ProcessPool:
             SetupError: where none can be opened.
         """
         self._make = make
-        self._scheduler = Scheduler(limits)
+        super().__init__(Scheduler(limits))
         self._scheduler.expected_workers = workers
         self._host = socket.gethostname()
         self._messages: queue.SimpleQueue[tuple[WorkerProcess, Message]] = queue.SimpleQueue()
@@ -64,12 +63,11 @@ class ProcessPool:
         self._due = dict.fromkeys(self._processes, 0.0)  # name -> when a lacking one may be started
         self._count = 0
         self._checked_at = 0.0
-        self._clock_offset = time.time() - time.monotonic()
         atexit.register(self.close)
         try:
             while not self._open:
                 self._scheduler.raise_if_hopeless()
-                self._step(_CHECK_SECONDS)
+                self._step(CHECK_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -112,39 +110,6 @@ class ProcessPool:
         self._scheduler.submit(jobs)
         self._hand_out()
 
-    def result(self, timeout: float | None = None) -> tuple[Job, Evaluation] | None:
-        """The next job that is finished. See `Pool.result`.
-
-        Raises:
-            MachineFault: where the machine fails at every job.
-            SetupError: where processes fail again and again and nothing is ever done.
-        """
-        scheduler = self._scheduler
-        end = None if timeout is None else time.monotonic() + timeout
-        while not scheduler.results:
-            if not scheduler.out:
-                return None
-            scheduler.raise_if_hopeless()
-            left = _CHECK_SECONDS if end is None else max(0.0, end - time.monotonic())
-            self._step(min(left, _CHECK_SECONDS))
-            if not scheduler.results and end is not None and time.monotonic() >= end:
-                return None
-        return scheduler.results.popleft()
-
-    def drain(self) -> None:
-        """Drops jobs that no process scores; what then fails in flight is dropped too."""
-        self._scheduler.drain()
-
-    @property
-    def out(self) -> int:
-        """How many results will still come."""
-        return self._scheduler.out
-
-    def attempts(self) -> list[Attempt]:
-        """The attempts that ended since this was last called."""
-        attempts, self._scheduler.attempts = self._scheduler.attempts, []
-        return attempts
-
     # ---- one turn of the event loop ------------------------------------------------------------------------
 
     @property
@@ -153,14 +118,10 @@ class ProcessPool:
         there = [p for p in self._processes.values() if p is not None]
         return {p.worker.number: p for p in there if p.worker is not None}
 
-    def _now(self) -> float:
-        """Unix seconds that never go back."""
-        return self._clock_offset + time.monotonic()
-
     def _step(self, timeout: float) -> None:
         """Waits until something happens, at most `timeout` seconds, and reacts to it."""
         now = self._now()
-        if now - self._checked_at >= _CHECK_SECONDS:
+        if now - self._checked_at >= CHECK_SECONDS:
             self._check(now)
         self._start_due(now)
         self._hand_out()
@@ -193,15 +154,7 @@ class ProcessPool:
     def _take(self, process: WorkerProcess, message: Message, now: float) -> None:
         """Reacts to what came of a process."""
         if isinstance(message, Report):  # of one that was ended too: it may be the first result
-            self._scheduler.finished(
-                message.number,
-                message.evaluation,
-                now,
-                message.seconds,
-                message.memory,
-                message.log,
-                message.scoring,
-            )
+            self._finished(message.number, message.of_job, now)
         elif isinstance(message, ScoringBegan):
             self._scheduler.scoring_began(message.number, now)
         elif self._processes.get(process.name) is not process:

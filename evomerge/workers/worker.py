@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from evomerge.evaluation import (
     ItemScore,
     Preparing,
     Slopes,
-    mean_metrics,
+    soft_means,
 )
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
@@ -217,8 +217,7 @@ class Worker:
             partials = dict(sorted(found.partials.items()))
             if not all(map(math.isfinite, (loss, *partials.values()))):
                 raise CandidateError("the gradient of the loss is not finite")
-            metrics = _soft_means(scores)
-            return Evaluation(recipe.id, scores, metrics, seconds, slopes=Slopes(loss, partials))
+            return Evaluation(recipe.id, scores, soft_means(scores), seconds, slopes=Slopes(loss, partials))
         except Exception as error:  # as in `evaluate`
             log.debug("slopes of candidate %s failed", recipe.id, exc_info=True)
             return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
@@ -298,19 +297,6 @@ class Worker:
         """A text generated from NaN logits would otherwise be scored as a wrong answer."""
         has_nan = bool(torch.isnan(logits.sum(dtype=torch.float32)))
         self._logits_are_finite = self._logits_are_finite and not has_nan
-
-
-def _soft_means(scores: Sequence[ItemScore]) -> dict[str, float]:
-    """Means of the soft metrics of each task; a task's own metric is not known."""
-    by_task: dict[str, list[ItemScore]] = {}
-    for score in scores:
-        by_task.setdefault(score.task, []).append(score)
-    return {
-        name: value
-        for task, own in by_task.items()
-        for name, value in mean_metrics(task, own).items()
-        if name != task
-    }
 
 
 def _check_finite(metrics: Mapping[str, float]) -> None:

@@ -20,9 +20,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluation import Evaluation
 from evomerge.workers.last_lines import LastLines
-from evomerge.workers.pool import Job, Scorer, execute, one_line
+from evomerge.workers.pool import Job, JobReport, Scorer, execute, one_line
 from evomerge.workers.process_activity import private_memory
 from evomerge.workers.safe_path import SafeContext, safe_path
 from evomerge.workers.time_limits import Watched
@@ -53,23 +52,10 @@ class ScoringBegan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of a job.
-
-    Attributes:
-        number: of the execution.
-        evaluation: what the worker returned.
-        seconds: that it took.
-        scoring: of them, those from when it began to score.
-        memory: bytes that the process holds after it; 0 where unknown.
-        log: last lines that were logged, where it failed.
-    """
+    """What came of a job. number: of the execution."""
 
     number: int
-    evaluation: Evaluation
-    seconds: float
-    scoring: float
-    memory: int
-    log: str
+    of_job: JobReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +213,7 @@ def _evaluated(connection: Connection, scorer: Scorer, log_lines: LastLines, num
     except EvomergeError as error:
         return error
     log = "\n".join(log_lines.lines) if done.evaluation.error else ""
-    return Report(number, done.evaluation, done.seconds, done.scoring, private_memory(), log)
+    return Report(number, JobReport(done.evaluation, done.seconds, done.scoring, private_memory(), log))
 
 
 def _end_with_parent() -> None:

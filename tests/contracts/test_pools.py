@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.evaluation import Evaluation
+from evomerge.evaluation import Evaluation, GradientRequest, Slopes
 from evomerge.workers import POOLS, Job, Pool, PoolSettings
 from tests.support.coded_workers import FINE, ITEMS, NAN, Coded, every, jobs, recipe, toy
 from tests.support.toy import REPO, environment
@@ -66,6 +66,15 @@ def test_jobs_may_be_handed_over_while_others_are_out(pool: Pool) -> None:
     others = every(pool)
     assert {first[0].slot, *others} == set(range(6))
     assert {first[0].slot: first[1], **others} == {job.slot: toy(job) for job in work}
+    pool.attempts()
+
+
+def test_a_job_that_asks_for_a_gradient_is_answered_with_slopes(pool: Pool) -> None:
+    request = GradientRequest({"first": 0.25})
+    pool.submit([Job(0, recipe(FINE, 600), ITEMS, gradient=request), Job(1, recipe(FINE, 600), ITEMS)])
+    found = every(pool)
+    assert found[0].slopes == Slopes(1.0, {("first", "weight", "a"): 0.25})
+    assert found[1] == toy(Job(1, recipe(FINE, 600), ITEMS))
     pool.attempts()
 
 

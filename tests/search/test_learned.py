@@ -211,6 +211,20 @@ def test_a_step_that_fails_is_a_value_and_the_next_begins_half_way_back(tmp_path
     assert after == pytest.approx([(x + y) / 2 for x, y in zip(before, failed, strict=True)], abs=2e-4)
 
 
+def test_a_step_that_failed_by_its_machine_is_taken_out_with_all_that_came_of_it(
+    whole: tuple[dict[str, list[dict[str, Any]]], Learner], tmp_path: Path
+) -> None:
+    file = tmp_path / "trial" / "study.db"
+    shards = -(-2 * ITEMS // SHARD)
+    assert run(file, Learner(fails_at=[3 * shards + 1])) == "done"
+    with Store.open(file, write=True) as store:
+        forgotten = store.retry.forget(lambda error: "not finite" in error, plan().objective.task_values)
+        assert forgotten is not None
+        assert forgotten.generation == 4
+    assert run(file, Learner()) == "done"
+    assert stored_rows(file) == whole[0]
+
+
 def test_steps_that_fail_one_after_the_other_end_the_search_with_the_cause(tmp_path: Path) -> None:
     with pytest.raises(FailureBudget, match=r"3 steps .* not finite"):
         run(tmp_path / "trial" / "study.db", Learner(fails_at=range(1, 100)))

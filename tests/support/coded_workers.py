@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from evomerge.evaluation import Evaluation, Items
+from evomerge.evaluation import Evaluation, GradientRequest, Items, Slopes
 from evomerge.recipes import Recipe
 from evomerge.workers import Job, Pool
 from tests.support.toy import ToyPool, weight_space
@@ -83,6 +83,11 @@ class Coded:
             while not gate.exists():
                 threading.Event().wait(0.02)
         return ToyPool().evaluate(recipe, items)
+
+    def slopes(self, recipe: Recipe, items: Items, request: GradientRequest) -> Evaluation:
+        """The weights that were asked for, as partial derivatives of tensors called like the tasks."""
+        partials = {(task, "weight", "a"): weight for task, weight in request.weights.items()}
+        return Evaluation(recipe.id, (), {}, {}, slopes=Slopes(float(len(items)), partials))
 
 
 def until(done: Callable[[], bool], what: str, seconds: float = 120.0) -> None:

@@ -15,10 +15,9 @@ import ray
 from ray import cloudpickle
 
 from evomerge._redaction import scrub
-from evomerge.evaluation import Evaluation, Items
-from evomerge.recipes import Recipe
+from evomerge.evaluation import Evaluation
 from evomerge.workers.last_lines import LOG_LINES, LastLines
-from evomerge.workers.pool import Job, Scorer, prepare, score
+from evomerge.workers.pool import Job, JobReport, Scorer, prepare, score
 from evomerge.workers.process_activity import private_memory
 
 _TAIL_BYTES = 8192  # of a log file that are read
@@ -40,25 +39,6 @@ class ActorLocation:
     pid: int
     device: str
     errors: str
-
-
-@dataclass(frozen=True, slots=True)
-class ActorReport:
-    """What came of a job.
-
-    Attributes:
-        evaluation: what the worker returned.
-        seconds: that it took.
-        scoring: of them, those from when it began to score.
-        memory: bytes that the process holds after it; 0 where unknown.
-        log: last lines that were logged, where it failed.
-    """
-
-    evaluation: Evaluation
-    seconds: float
-    scoring: float
-    memory: int
-    log: str = ""
 
 
 class Actor:
@@ -90,35 +70,33 @@ class Actor:
         sys.path += [folder for folder in path if folder not in sys.path]
         self._scorer = cloudpickle.loads(make)()
 
-    def prepare(self, recipe: Recipe, items: Items) -> None:
-        """Does what comes before the scoring of a candidate; `evaluate` of the same is to follow.
+    def prepare(self, job: Job) -> None:
+        """Does what comes before the scoring of a job; `evaluate` of the same is to follow.
 
         Args:
-            recipe: what to merge.
-            items: what to score it on: task -> ids.
+            job: to be scored.
         """
         assert self._scorer is not None
         self._log_lines.lines.clear()
         began = time.perf_counter()
-        self._failed = prepare(self._scorer, Job(0, recipe, items))
+        self._failed = prepare(self._scorer, job)
         self._preparing = time.perf_counter() - began
 
-    def evaluate(self, recipe: Recipe, items: Items) -> ActorReport:
-        """Scores one candidate that is prepared.
+    def evaluate(self, job: Job) -> JobReport:
+        """Scores a job that is prepared.
 
         Args:
-            recipe: what to merge.
-            items: what to score it on: task -> ids.
+            job: to score.
 
         Returns:
             The evaluation with its time, the memory held, and the log of a failure.
         """
         assert self._scorer is not None
         began = time.perf_counter()
-        evaluation = self._failed or score(self._scorer, Job(0, recipe, items))
+        evaluation = self._failed or score(self._scorer, job)
         scoring = time.perf_counter() - began
         log_lines = "\n".join(self._log_lines.lines) if evaluation.error else ""
-        return ActorReport(evaluation, self._preparing + scoring, scoring, private_memory(), log_lines)
+        return JobReport(evaluation, self._preparing + scoring, scoring, private_memory(), log_lines)
 
 
 def _descriptor_file(descriptor: int) -> str:

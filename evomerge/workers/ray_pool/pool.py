@@ -17,23 +17,23 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluation import Attempt, Evaluation
+from evomerge.evaluation import Evaluation
 from evomerge.workers.failure_policy import Limits
-from evomerge.workers.pool import Job, PoolSettings, Scorer
+from evomerge.workers.pool import Job, JobReport, PoolSettings, Scorer
 from evomerge.workers.ray_pool import cluster, ray_errors
-from evomerge.workers.ray_pool.actor import ActorReport, last_lines
+from evomerge.workers.ray_pool.actor import last_lines
 from evomerge.workers.ray_pool.actor_fleet import ActorFleet, ActorSize, PendingCall
+from evomerge.workers.scheduled_pool import CHECK_SECONDS, ScheduledPool
 from evomerge.workers.scheduler import Scheduler
 from evomerge.workers.worker_table import WorkerUsage
 
 log = logging.getLogger(__name__)
-_CHECK_SECONDS = 1.0  # between two checks of what takes too long
 _PLACING_SECONDS = 60.0  # without any worker until a warning says why
 _UNATTENDED_SECONDS = 0.05  # that workers may be left alone while the caller takes results
 _MOST_NAMES = 8  # of workers that are shown for a node
 
 
-class RayPool:
+class RayPool(ScheduledPool):
     """Workers on a Ray cluster. Satisfies `evomerge.workers.pool.Pool`.
 
     A context manager that ends its workers; they also end when this process is killed.
@@ -67,9 +67,8 @@ class RayPool:
         Raises:
             SetupError: where the cluster cannot be had or has too little.
         """
-        self._scheduler = Scheduler(limits)
+        super().__init__(Scheduler(limits))
         self._replan_seconds = replan
-        self._clock_offset = time.time() - time.monotonic()
         self._planned_at = self._checked_at = self._stepped_at = self._warn_after = 0.0
         self._closed = False
         self._fleet: ActorFleet | None = None
@@ -127,35 +126,9 @@ class RayPool:
             MachineFault: where the machines fail at every job.
             SetupError: where workers fail again and again and nothing is ever done.
         """
-        scheduler = self._scheduler
-        end = None if timeout is None else time.monotonic() + timeout
-        if scheduler.results and time.monotonic() - self._stepped_at > _UNATTENDED_SECONDS:
+        if self._scheduler.results and time.monotonic() - self._stepped_at > _UNATTENDED_SECONDS:
             self._step(0.0)
-        while not scheduler.results:
-            if not scheduler.out:
-                return None
-            scheduler.raise_if_hopeless()
-            wait = _CHECK_SECONDS
-            if end is not None:
-                wait = min(wait, max(0.0, end - time.monotonic()))
-            self._step(wait)
-            if not scheduler.results and end is not None and time.monotonic() >= end:
-                return None
-        return scheduler.results.popleft()
-
-    def drain(self) -> None:
-        """Drops jobs that no worker has begun; what then fails in flight is dropped too."""
-        self._scheduler.drain()
-
-    @property
-    def out(self) -> int:
-        """How many results will still come."""
-        return self._scheduler.out
-
-    def attempts(self) -> list[Attempt]:
-        """The attempts that ended since this was last called."""
-        attempts, self._scheduler.attempts = self._scheduler.attempts, []
-        return attempts
+        return super().result(timeout)
 
     def close(self) -> None:
         """Kills the workers, and ends the cluster if it was started here."""
@@ -199,16 +172,12 @@ class RayPool:
         assert self._fleet is not None
         return self._fleet
 
-    def _now(self) -> float:
-        """Unix seconds that never go back."""
-        return self._clock_offset + time.monotonic()
-
     def _step(self, timeout: float) -> None:
         """Waits until something happens, at most `timeout` seconds, and reacts to it."""
         now = self._now()
         if now - self._planned_at >= self._replan_seconds:
             self._plan(now)
-        if now - self._checked_at >= _CHECK_SECONDS:
+        if now - self._checked_at >= CHECK_SECONDS:
             self._check(now)
         self._actors.start_due(now)
         self._hand_out(now)
@@ -252,9 +221,9 @@ class RayPool:
         """Calls idle workers with the jobs that they may do."""
         for execution in self._scheduler.assign(now, prepares=True):
             record, job = self._actors.ready[execution.worker.number], execution.job
-            first = record.actor.prepare.remote(job.recipe, job.items)
+            first = record.actor.prepare.remote(job)
             self._actors.calls[first] = PendingCall(record, record.actor, execution, prepares=True)
-            second = record.actor.evaluate.remote(job.recipe, job.items)  # begins when the first has ended
+            second = record.actor.evaluate.remote(job)  # begins when the first has ended
             self._actors.calls[second] = PendingCall(record, record.actor, execution)
 
     def _answer(self, reference: Any) -> None:
@@ -269,7 +238,8 @@ class RayPool:
             if call.execution is None:
                 self._actors.start_failed(call, ray_errors.message(error), now)
             else:
-                self._evaluated(call, _failed_report(call, ray_errors.message(error), now), now)
+                report = _failed_report(call, ray_errors.message(error), now)
+                self._finished(call.execution.number, report, now)
             return
         except RayError as error:  # the process is gone
             self._process_gone(call, error, now)
@@ -277,26 +247,13 @@ class RayPool:
         if call.execution is not None and call.prepares:
             self._scheduler.scoring_began(call.execution.number, now)
         elif call.execution is not None:
-            self._evaluated(call, value, now)
+            self._finished(call.execution.number, value, now)
         elif call.actor is not call.record.actor:
             return  # another actor has taken its place
         elif call.record.state == "placing":
             self._actors.placed(call.record, value, now)
         else:
             self._actors.opened(call.record, now)
-
-    def _evaluated(self, call: PendingCall, report: ActorReport, now: float) -> None:
-        """Hands a job's evaluation to the scheduler."""
-        assert call.execution is not None
-        self._scheduler.finished(
-            call.execution.number,
-            report.evaluation,
-            now,
-            report.seconds,
-            report.memory,
-            report.log,
-            report.scoring,
-        )
 
     def _process_gone(self, call: PendingCall, error: RayError, now: float) -> None:
         """A worker's process is gone: its job is tried elsewhere, and another process is started."""
@@ -320,8 +277,8 @@ class RayPool:
             self._scheduler.forget(call.execution.number)
 
 
-def _failed_report(call: PendingCall, error: str, now: float) -> ActorReport:
+def _failed_report(call: PendingCall, error: str, now: float) -> JobReport:
     """What a worker that does not catch its errors gave."""
     assert call.execution is not None
     evaluation = Evaluation(call.execution.job.recipe.id, (), {}, {}, error=error)
-    return ActorReport(evaluation, now - call.execution.started, 0.0, 0)
+    return JobReport(evaluation, now - call.execution.started, 0.0, 0)
