@@ -219,9 +219,7 @@ class CombinedTasks:
             part = self._part(task_set, items)
             if not part:
                 continue
-            if not isinstance(task_set, Differentiable):
-                raise _no_loss(next(iter(part)))
-            part_scores, loss = task_set.backward(model, part, request)
+            part_scores, loss = _differentiable(task_set, part).backward(model, part, request)
             scores += part_scores
             losses.append(loss)
         return tuple(scores), math.fsum(losses)
@@ -229,9 +227,7 @@ class CombinedTasks:
     def check_losses(self) -> None:
         """See `Differentiable.check_losses`."""
         for task_set in self._sets:
-            if not isinstance(task_set, Differentiable):
-                raise _no_loss(next(iter(task_set.items("search"))))
-            task_set.check_losses()
+            check_losses(task_set)
 
     def prepare(self, model: nn.Module, items: Items) -> None:
         """See `Preparing.prepare`. Sets that need no preparation are left out."""
@@ -310,8 +306,23 @@ class CombinedTasks:
         return {name: ids for name, ids in items.items() if self._owner[name] is task_set}
 
 
-def _no_loss(task: str) -> TaskError:
-    return TaskError(
-        f"task '{task}' has no text with a right answer, so a learned stage has no loss for it; "
-        "search weights instead, or leave the task out"
-    )
+def check_losses(tasks: TaskSet) -> None:
+    """Checks that each task has a loss that a learned stage can climb.
+
+    Args:
+        tasks: The tasks of a search.
+
+    Raises:
+        TaskError: A task has no text with a right answer; names it.
+    """
+    _differentiable(tasks, tasks.items("search")).check_losses()
+
+
+def _differentiable(tasks: TaskSet, items: Items) -> Differentiable:
+    """The set itself, which is to be scored on items; raises TaskError where it has no losses."""
+    if not isinstance(tasks, Differentiable):
+        raise TaskError(
+            f"task '{next(iter(items))}' has no text with a right answer, so a learned stage has no loss for "
+            "it; search weights instead, or leave the task out"
+        )
+    return tasks

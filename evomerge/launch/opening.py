@@ -14,8 +14,9 @@ from evomerge.checkpoints.comparison import twins
 from evomerge.checkpoints.values import check_finite
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
-from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError, TaskError
-from evomerge.evaluation import Differentiable, Evaluator, Objective, TaskSet
+from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError
+from evomerge.evaluation import Evaluator, Objective, TaskSet
+from evomerge.evaluation.task_set import check_losses
 from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.stored_models import places, stored_settings
 from evomerge.launch.tasks import open_tasks
@@ -271,17 +272,6 @@ def _opened(
         known=stored.terms if stored else None,
     )
     if any(STAGES[kind].is_learned for kind in settings.kinds):
-        _check_losses(harness)
+        check_losses(harness)
     objective = make_objective(settings, task_terms(settings, harness), base.layout.num_layers)
     return Opened(settings, parents, space, harness, objective, warnings)
-
-
-def _check_losses(tasks: TaskSet) -> None:
-    """Raises TaskError for a task that a learned stage cannot climb."""
-    if not isinstance(tasks, Differentiable):
-        task = next(iter(tasks.items("search")))
-        raise TaskError(
-            f"task '{task}' has no text with a right answer, so a learned stage has no loss for it; "
-            "search weights instead, or leave the task out"
-        )
-    tasks.check_losses()

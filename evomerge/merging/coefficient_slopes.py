@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from evomerge.errors import CandidateError
 from evomerge.merging.merge import Merge
@@ -56,7 +57,7 @@ class CoefficientSlopes:
                 )
             self._steps[step.name] = step
         self.partials: dict[tuple[str, str, str], float] = {}
-        self._handles: list[object] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> CoefficientSlopes:
         for parameter in self._weights.model.parameters():
@@ -74,7 +75,7 @@ class CoefficientSlopes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for handle in self._handles:
-            handle.remove()  # type: ignore[attr-defined]
+            handle.remove()
         self._handles.clear()
         for parameter in self._weights.model.parameters():
             parameter.requires_grad_(False)

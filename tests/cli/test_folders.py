@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from evomerge.store import Store, integrity, paths
-from tests.support.toy import REPO, command, environment, in_process, search_file, stored_rows
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs a verb in this process, from the root of the repository."""
-    monkeypatch.setenv("EVOMERGE_THREADS", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(REPO)
-    return in_process
-
-
-@pytest.fixture
-def root(finished: Path, tmp_path: Path) -> Path:
-    """A root of its own with the finished study 'small', and its search file."""
-    return Path(shutil.copytree(finished, tmp_path / "root"))
-
-
-def one_line(err: str, code: str) -> str:
-    """The only line of an error; dated lines are progress."""
-    lines = [line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
-    assert len(lines) == 1, err
-    assert lines[0].startswith(f"error[{code}] "), err
-    return lines[0]
-
+from tests.support.command_line import Call, one_line
+from tests.support.toy import REPO, command, environment, search_file, stored_rows
 
 # ---- a store that is gone ----------------------------------------------------------------------------------
 

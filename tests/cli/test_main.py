@@ -32,6 +32,7 @@ from evomerge.cli.app import app
 from evomerge.merging import merge, model_loading
 from evomerge.merging.weight_map import WeightMap
 from evomerge.store import Store
+from tests.support.command_line import Call, one_line
 from tests.support.toy import (
     REPO,
     Fork,
@@ -40,7 +41,6 @@ from tests.support.toy import (
     count_rows,
     environment,
     evomerge,
-    in_process,
     search_file,
     stored_rows,
     zoo_folder,
@@ -148,18 +148,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         theirs.communicate()
 
 
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs a verb in this process, from the root of the repository."""
-    monkeypatch.setenv("EVOMERGE_THREADS", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(REPO)
-    return in_process
-
-
 # ---- help and errors ----------------------------------------
 
 
@@ -183,15 +171,6 @@ def test_help_lists_every_verb_in_its_group() -> None:
         assert verb in [c.callback.__name__ for c in app.registered_commands if c.callback]
     for group in ("Plan", "Search", "Inspect", "Export"):
         assert group in done.stdout
-
-
-def one_line(err: str, code: str) -> None:
-    lines = [
-        line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)
-    ]  # dated lines are progress
-    assert len(lines) == 1, err
-    assert lines[0].startswith(f"error[{code}] ")
-    assert "Traceback" not in err
 
 
 def test_errors_from_outside_are_one_line_and_a_code(tmp_path: Path) -> None:

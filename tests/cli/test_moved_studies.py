@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ import yaml
 from evomerge.store import Store
 from tests.support.toy import in_process, search_file, stored_rows, zoo_folder
 
-Call = Callable[..., tuple[int, str, str]]
 MODELS = ("base", "math", "lang", "string")
 
 
