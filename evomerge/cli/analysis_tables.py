@@ -19,19 +19,21 @@ def plan_text(data: Mapping[str, Any]) -> str:
     Returns:
         The text.
     """
-    space = data["space"]
-    size = f"{space['axes']} axes in {len(space['groups'])} layer groups"
+    space, first = data["space"], data["stages"][0]
+    size, axes = f"{space['axes']} axes in {len(space['groups'])} layer groups", space["ranges"]
+    if "items" in first:  # the first stage is learned, in a space of its own
+        size, axes = f"{first['axes']} weights, one for each tensor and model", []
     lines = [
         f"{data['study']}: {space['method']} over {len(data['models'])} models, {size}",
         "",
         *(_model_line(model) for model in data["models"]),
         "",
-        "axes, each from its start:",
+        *(["axes, each from its start:"] if axes else []),
         *(
             f"  {axis['name']}: {axis['low']:g} to {axis['high']:g}, start {axis['start']:.4g}"
-            for axis in space["ranges"]
+            for axis in axes
         ),
-        "",
+        *([""] if axes else []),
         *_task_lines(data["tasks"]),
         *(f"warning: {warning}" for warning in data["warnings"]),
         *(f"note: {note}" for note in data["findings"]),
@@ -67,12 +69,19 @@ def _task_lines(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
 def _work_lines(data: Mapping[str, Any]) -> list[str]:
     """The optimizer, and each step of the search with its candidates and items."""
     optimizer, work = data["optimizer"], data["work"]
-    settings = f"population {optimizer['population']}, sigma {optimizer['sigma']:g}"
+    settings = ""
+    if optimizer["sigma"] is not None:
+        settings = f"population {optimizer['population']}, sigma {optimizer['sigma']:g}"
     start = f"start {optimizer['start']}, seed {optimizer['seed']}"
-    covariance = f", {optimizer['covariance']} covariance" if optimizer["covariance"] else ""
-    lines = [f"{optimizer['name']}: {settings}{covariance}, {start}"]
+    covariance = f"{optimizer['covariance']} covariance" if optimizer["covariance"] else ""
+    lines = [f"{optimizer['name']}: {', '.join(part for part in (settings, covariance, start) if part)}"]
     for number, stage in enumerate(data["stages"], 1):
-        if len(data["stages"]) > 1 or stage["stage"] == "routes":
+        if "items" in stage:
+            text = (
+                f"{stage['axes']} genes, {stage['evaluations']} steps of {stage['items']} items of each task"
+            )
+            lines.append(f"stage {number}, {stage['stage']}: {text}")
+        elif len(data["stages"]) > 1 or stage["stage"] == "routes":
             search = f"population {stage['population']}, {stage['evaluations']} evaluations"
             text = f"{stage['axes']} genes, {search}, {stage['hand']} hand-written routes"
             lines.append(f"stage {number}, {stage['stage']}: {text}")

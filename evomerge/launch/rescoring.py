@@ -154,7 +154,7 @@ def sensitivity(
     opened = open_stored_search(store, allowed)
     if trial.stage or opened.settings.kinds[0] != "weights":
         raise StudyError(
-            f"candidate {trial.id} is of a stage of routes, or came after one: "
+            f"candidate {trial.id} is of another stage than a first search of weights, or came after one: "
             "only the coefficients of a first weight search are scanned"
         )
     scan = _Scan.of(store, trial, opened, request)

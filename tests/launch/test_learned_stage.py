@@ -72,6 +72,17 @@ def test_slopes_are_central_differences_of_the_loss(surrogate: Any, tmp_path: Pa
         assert gradient[place] == pytest.approx((ends[0] - ends[1]) / 0.01, rel=0.01, abs=2e-5)
 
 
+def test_a_plan_says_what_is_learned_and_what_it_costs(tmp_path: Path) -> None:
+    """It was error[E000]: gradient descent has no sigma."""
+    code, out, err = in_process("plan", learned_file(tmp_path, "planned"))
+    assert code == 0, err
+    assert "164 weights, one for each tensor and model" in out
+    assert "gradient descent (Adam): start best, seed 0" in out
+    assert f"stage 1, learned: 164 genes, {STEPS} steps of {ITEMS} items of each task" in out
+    assert f"search: {STEPS} candidates x {3 * 4 * ITEMS} items" in out
+    assert "to 2.5, start" not in out, "the axes are another space's"
+
+
 def test_the_loss_falls_and_the_recipe_names_tensors(learned: Path) -> None:
     with Store.open(learned / "learned" / "study.db") as store:
         steps = [trial for trial in store.trials() if trial.origin == "learned"]
