@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from evomerge.evaluation import Items, ItemScore, Role
+from evomerge.checkpoints import Checkpoint
+from evomerge.evaluation import Evaluator, Items, ItemScore, Role
 from evomerge.recipes import Mix, Recipe, params
+from evomerge.workers.worker import Worker
 
 ITEMS: Items = {"first": ("1", "2", "3"), "second": ("4",)}
 
@@ -55,3 +57,8 @@ def recipe(
 
     layers = [(at or {}).get(i, mix(i)) for i in range(3)]
     return Recipe("base", tuple(layers), mix(None), mix(None))
+
+
+def worker(parents: Mapping[str, Checkpoint], evaluator: Evaluator | None = None) -> Worker:
+    """A worker of the small models, which scores by logits unless another evaluator is given."""
+    return Worker(parents, "base", evaluator or Logits(), dtype="bfloat16")

@@ -12,24 +12,10 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateError, CheckpointError
 from evomerge.workers import POOLS, InProcessPool, Job, Limits, PoolSettings
 from evomerge.workers.machine_errors import is_only_machines
-from evomerge.workers.worker import Worker
 from tests.support.coded_workers import FINE, jobs
 from tests.support.faulty_workers import ParentChanged
-from tests.support.logit_tasks import ITEMS, Logits, recipe
-from tests.support.toy import llama, results
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    root = tmp_path_factory.mktemp("parents")
-    base = llama(root / "base", 0, layers=3)
-    return {"base": Checkpoint(base)} | {
-        m: Checkpoint(llama(root / m, i, layers=3, near=base)) for i, m in enumerate("ab", 1)
-    }
-
-
-def worker(parents: dict[str, Checkpoint], evaluator: Logits | None = None) -> Worker:
-    return Worker(parents, "base", evaluator or Logits(), dtype="bfloat16")
+from tests.support.logit_tasks import ITEMS, Logits, recipe, worker
+from tests.support.toy import results
 
 
 def test_what_is_prepared_is_scored_as_without_that(parents: dict[str, Checkpoint]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,8 @@ from evomerge.store import Store
 from evomerge.workers import InProcessPool, Job
 from evomerge.workers.worker import Worker
 from tests.support.landscape import uniform
-from tests.support.logit_tasks import ITEMS, Logits, recipe
+from tests.support.logit_tasks import ITEMS, Logits, recipe, worker
 from tests.support.toy import in_process, llama, results, search_file, zoo_folder
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    root = tmp_path_factory.mktemp("parents")
-    base = llama(root / "base", 0, layers=3)
-    return {"base": Checkpoint(base)} | {
-        m: Checkpoint(llama(root / m, i, layers=3, near=base)) for i, m in enumerate("ab", 1)
-    }
-
-
-def worker(parents: Mapping[str, Checkpoint], evaluator: Evaluator | None = None) -> Worker:
-    return Worker(parents, "base", evaluator or Logits(), dtype="bfloat16")
 
 
 def values(evaluation: Evaluation) -> tuple[Any, ...]:
