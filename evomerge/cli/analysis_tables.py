@@ -22,7 +22,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
     space, first = data["space"], data["stages"][0]
     size, axes = f"{space['axes']} axes in {len(space['groups'])} layer groups", space["ranges"]
     if "items" in first:  # the first stage is learned, in a space of its own
-        size, axes = f"{first['axes']} weights, one for each tensor and model", []
+        size, axes = f"{first['axes']} weights, {first['genome']}", []
     lines = [
         f"{data['study']}: {space['method']} over {len(data['models'])} models, {size}",
         "",

@@ -76,21 +76,22 @@ def _space(config: Config) -> Iterator[Problem]:
             yield ("space", "components"), f"component '{component}' is listed twice"
 
 
+_EVOLVED = ("evaluations", "population", "sigma")
+_LEARNED = ("steps", "genome", "items", "rate", "surrogate")
+"""Keys of a stage that only one kind of stage has."""
+
+
 def _stages(config: Config) -> Iterator[Problem]:
     """The order of the stages, and what cannot be had together."""
     if sentence := check_sequence(config.kinds):
         yield ("stages",), sentence
     for i, stage in enumerate(config.stages):
         is_learned = STAGES[stage.stage].is_learned
-        foreign = (
-            ("evaluations", "population", "sigma") if is_learned else ("steps", "items", "rate", "surrogate")
-        )
+        own, foreign = (_LEARNED, _EVOLVED) if is_learned else (_EVOLVED, _LEARNED)
         for name in foreign:
             if getattr(stage, name) is not None:
-                own = (
-                    "steps, items, rate and surrogate" if is_learned else "evaluations, population and sigma"
-                )
-                yield ("stages", i, name), f"a stage of {stage.stage} has {own}, and no {name}"
+                keys = f"{', '.join(own[:-1])} and {own[-1]}"
+                yield ("stages", i, name), f"a stage of {stage.stage} has {keys}, and no {name}"
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence

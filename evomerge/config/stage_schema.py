@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from evomerge.config.block import Strict
-from evomerge.config.value_types import Number, OptimizerName, StageName, Whole
+from evomerge.config.value_types import LearnedGenome, Number, OptimizerName, StageName, Whole
 from evomerge.optimizers import optimizer_for
 
 
@@ -24,6 +24,10 @@ class StageConfig(Strict):
     """Initial standard deviation; search.sigma unless given."""
     steps: Whole | None = Field(default=None, ge=1)
     """Steps of gradient descent of a learned stage; 40 unless given."""
+    genome: LearnedGenome | None = None
+    """What a learned stage has a weight for: each `tensor`, each `layer_component` (attention, MLP and the
+    rest of a layer) or each axis of the search's `space`. Unless given, each tensor from 32 search items of
+    each task on, else the space's axes."""
     items: Whole | None = Field(default=None, ge=1)
     """Items of each task that a step of a learned stage is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)

@@ -47,8 +47,8 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
     opened = open_search(settings, allowed)
     harness = opened.harness
     first_scores.check_units(settings, harness)
-    stages = _stages(opened)
     items = {role: harness.items(role) for role in ROLES}
+    stages = _stages(opened, items["search"])
     generation = first_items(items["search"], settings, opened.objective)
     data: dict[str, Any] = {
         "study": settings.study,
@@ -166,15 +166,14 @@ def _task(
     }
 
 
-def _stages(opened: Opened) -> list[dict[str, Any]]:
+def _stages(opened: Opened, items: Items) -> list[dict[str, Any]]:
     """What each stage searches; one that begins at another's best is shown as it would be from the base."""
     settings, space, parents = opened.settings, opened.space, opened.parents
     first = reference_recipes(settings, space, parents)[0]
     start = Start(first.recipe, first.label)
     rows = []
-    for stage in open_stages(
-        settings, space, parents, StudyFacts(diagonal=is_diagonal(settings, space), budgets=settings.budgets)
-    ):
+    facts = StudyFacts(diagonal=is_diagonal(settings, space), budgets=settings.budgets)
+    for stage in open_stages(settings, space, parents, facts, items):
         opening = stage.open(start)
         if isinstance(opening, LearnedOpening):
             rows.append(
@@ -185,6 +184,7 @@ def _stages(opened: Opened) -> list[dict[str, Any]]:
                     "evaluations": stage.evaluations,
                     "hand": 0,
                     "items": opening.items,
+                    "genome": opening.summary,
                 }
             )
             continue

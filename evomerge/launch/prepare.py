@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError, unwritable
-from evomerge.evaluation import ROLES, Evaluator, Objective
+from evomerge.evaluation import ROLES, Evaluator, Items, Objective, Role
 from evomerge.launch import first_scores, placement, route_screen, stages
 from evomerge.launch import pool as pool_module
 from evomerge.launch.facts import check_agreement, collect_facts
@@ -203,12 +203,13 @@ def _retry_failed(store: Store, objective: Objective, show: Callable[[Progress],
 def _plan(loaded: LoadedSearch, facts: StudyFacts) -> Plan:
     opened = loaded.opened
     settings, space, parents = opened.settings, opened.space, opened.parents
+    items: dict[Role, Items] = {role: loaded.evaluator.items(role) for role in ROLES}
     return Plan(
-        stages=stages.open_stages(settings, space, parents, facts),
+        stages=stages.open_stages(settings, space, parents, facts, items["search"]),
         baselines=stages.reference_recipes(settings, space, parents),
         soup=functools.partial(soup, space) if settings.merges_weights else None,
         objective=opened.objective,
-        items={role: loaded.evaluator.items(role) for role in ROLES},
+        items=items,
         per_generation=per_generation(settings, opened.objective),
         finalists=settings.search.finalists,
         seed=settings.search.seed,

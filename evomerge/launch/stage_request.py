@@ -34,6 +34,7 @@ class StageRequest:
         evaluations: Its budget as the study began, which must not change what it learns.
         diagonal: Whether a first search of weights learns a diagonal covariance.
         num_workers: Workers that the study began with.
+        fewest_items: Items of the task that has the fewest on the search split; None where nobody asked.
     """
 
     settings: Config
@@ -45,6 +46,7 @@ class StageRequest:
     evaluations: int
     diagonal: bool
     num_workers: int
+    fewest_items: int | None = None
 
     def optimizers(
         self, entry: OptimizerEntry, optimizer_settings: OptimizerSettings

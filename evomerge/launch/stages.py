@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from evomerge.checkpoints import Parent
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
+from evomerge.evaluation import Items
 from evomerge.launch.route_stages import hand_baselines
 from evomerge.launch.stage_request import StageRequest
 from evomerge.search import LearnedOpening, Opening, Stage, Start
@@ -15,7 +16,11 @@ from evomerge.store import StudyFacts
 
 
 def open_stages(
-    settings: Config, space: WeightSpace, parents: Mapping[str, Parent], facts: StudyFacts
+    settings: Config,
+    space: WeightSpace,
+    parents: Mapping[str, Parent],
+    facts: StudyFacts,
+    items: Items | None = None,
 ) -> list[Stage]:
     """The stages of a search, each ready to be opened from what those before it came to.
 
@@ -24,6 +29,7 @@ def open_stages(
         space: Its space of weights.
         parents: Its models, open.
         facts: What the study began with: `diagonal`, `budgets` and `num_workers` are read.
+        items: Task -> ids of all its search items; None where tasks are not opened.
 
     Returns:
         A stage for each entry of `settings.stages`.
@@ -41,6 +47,7 @@ def open_stages(
             evaluations=facts.budgets[position],
             diagonal=facts.diagonal,
             num_workers=facts.num_workers,
+            fewest_items=min(map(len, items.values())) if items else None,
         )
         opener: Callable[[StageRequest], Callable[[Start], Opening | LearnedOpening]] = STAGES[
             stage.stage

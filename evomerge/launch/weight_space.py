@@ -83,7 +83,23 @@ def make_space(
         seed=settings.search.seed,
         searchable=False,
     )
-    dead = _dead(space, parents) if merge_method.needs_base else frozenset()
+    return searchable(space, parents)
+
+
+def searchable(space: WeightSpace, parents: Mapping[str, Parent]) -> WeightSpace:
+    """A space of weights without the axes that change nothing.
+
+    Args:
+        space: The space with all its axes.
+        parents: Its models, open.
+
+    Returns:
+        The space, ready to be searched.
+
+    Raises:
+        ConfigError: Nothing is left to search.
+    """
+    dead = _dead(space, parents) if space.method.needs_base else frozenset()
     return replace(space, dead=dead, searchable=True)
 
 

@@ -76,6 +76,7 @@ class LearnedOpening:
         items: Items of each task that a step is scored on.
         shard: Items of a step that one worker takes at once.
         surrogate: What is climbed, see `evomerge.evaluation.surrogates`.
+        summary: What it has a weight for, in words.
         hand: Recipes scored before the stage; none.
     """
 
@@ -85,6 +86,7 @@ class LearnedOpening:
     items: int
     shard: int
     surrogate: Literal["logprob", "probability"] = "logprob"
+    summary: str = ""
     hand: Sequence[Baseline] = ()
 
 

@@ -17,7 +17,8 @@ from evomerge.spaces.base import finite_genes
 
 WEIGHT = "weight"
 """Name of the parameter that is learned."""
-_BOUND = 10.0  # a weight beyond it is taken to be the bound
+MOST_WEIGHT = 10.0
+"""A weight beyond it is taken to be the bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class TensorWeightSpace:
         """See `SearchSpace.decode`."""
         genes = finite_genes(genome, len(self.axes))
         values = {
-            (axis.tensor, axis.source): self._snapped(gene)
+            (axis.tensor, axis.source): snapped_weight(self.method, gene)
             for axis, gene in zip(self.axes, genes, strict=True)
         }
         layers = tuple(self._mix(values, layer, is_head=False) for layer in range(self.depth))
@@ -113,12 +114,6 @@ class TensorWeightSpace:
         """
         return tuple(partials.get((axis.tensor, WEIGHT, axis.source), 0.0) for axis in self.axes)
 
-    def _snapped(self, gene: float) -> float:
-        param = self.method.param(WEIGHT)
-        assert param is not None
-        low, high = max(-_BOUND, param.hard_low), min(_BOUND, param.hard_high)
-        return round(min(high, max(low, gene)), param.digits) + 0.0
-
     @cached_property
     def _by_mix(self) -> dict[tuple[int | None, bool], list[TensorWeight]]:
         """(layer, whether it is the head) -> its axes, longer texts first: the first that fits decides."""
@@ -133,7 +128,7 @@ class TensorWeightSpace:
         weights: list[Setting] = []
         for model in self.models:
             cases = [(axis.text, values[axis.tensor, model]) for axis in axes if axis.source == model]
-            rest = self._snapped(self.start_weight)
+            rest = snapped_weight(self.method, self.start_weight)
             weights.append(Filtered((*cases, ("*", rest))) if cases else rest)
         settings: dict[str, ParamValue] = {**dict(self.fixed), WEIGHT: tuple(weights)}
         base = (self.base, layer) if self.method.needs_base else None
@@ -164,3 +159,19 @@ class TensorWeightSpace:
             if param.name != WEIGHT and any(v != fixed.get(param.name, param.default) for v in values):
                 return False
         return True
+
+
+def snapped_weight(rule: Method, gene: float) -> float:
+    """The weight that a gene stands for.
+
+    Args:
+        rule: A method with weights.
+        gene: Any finite number.
+
+    Returns:
+        The gene on the decimal grid of the method's weights, within their bounds and -10 to 10.
+    """
+    param = rule.param(WEIGHT)
+    assert param is not None
+    low, high = max(-MOST_WEIGHT, param.hard_low), min(MOST_WEIGHT, param.hard_high)
+    return round(min(high, max(low, gene)), param.digits) + 0.0

@@ -123,11 +123,22 @@ class WeightSpace:
     def decode(self, genome: Sequence[float]) -> Recipe:
         """See `SearchSpace.decode`."""
         genes = finite_genes(genome, len(self.axes))
-        values = {
-            _Place(axis.group, axis.component, axis.param, axis.source): axis.value(gene)
-            for axis, gene in zip(self.axes, genes, strict=True)
+        return self.with_values([axis.value(gene) for axis, gene in zip(self.axes, genes, strict=True)])
+
+    def with_values(self, values: Sequence[float]) -> Recipe:
+        """The recipe that has a value on each axis.
+
+        Args:
+            values: [len(axes)] numbers, on the axes' decimal grids.
+
+        Returns:
+            The recipe.
+        """
+        placed = {
+            _Place(axis.group, axis.component, axis.param, axis.source): value
+            for axis, value in zip(self.axes, values, strict=True)
         }
-        return self._recipe(values)
+        return self._recipe(placed)
 
     def encode(self, recipe: Recipe) -> tuple[float, ...] | None:
         """The genome nearest to a recipe of the same method, models, depth and fixed parameters.
@@ -138,9 +149,23 @@ class WeightSpace:
         Returns:
             [len(axes)] genes; None for a recipe of another kind.
         """
+        values = self.values(recipe)
+        if values is None:
+            return None
+        return tuple(axis.gene(value) for axis, value in zip(self.axes, values, strict=True))
+
+    def values(self, recipe: Recipe) -> tuple[float, ...] | None:
+        """The value of each axis in a recipe of the same method, models, depth and fixed parameters.
+
+        Args:
+            recipe: Any recipe.
+
+        Returns:
+            [len(axes)] values, of a group those of its first layer; None for a recipe of another kind.
+        """
         if not all(self._fits(mix) for mix in recipe.mixes) or len(recipe.layers) != sum(self.groups):
             return None
-        return tuple(axis.gene(self._read(recipe, axis)) for axis in self.axes)
+        return tuple(self._read(recipe, axis) for axis in self.axes)
 
     def uniform(self, values: Mapping[str, float | Mapping[str, float]]) -> Recipe:
         """The recipe that uses the same numbers everywhere.

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Train the zoo: base, math, lang and string, four small Llamas (1.3 M parameters) from scratch on CPU.
 
-    python scripts/zoo/make_zoo.py [--out results/zoo] [--seed 1] [--threads N]
+    python scripts/zoo/make_zoo.py [--zoo first] [--out results/zoo] [--seed 1] [--threads N]
 
-Two minutes on two cores. Each model becomes an ordinary Hugging Face folder in bfloat16, and `zoo.json`,
-written last, says from which settings, how long it took and what each model scores on held-out items. Run
-again, it finds a `zoo.json` of the same settings and does nothing. Weights are the same to the last bit for
-the same machine and threads.
+Two minutes on two cores. `--zoo second` trains experts of another split of the skills. Each model becomes an
+ordinary Hugging Face folder in bfloat16, and `zoo.json`, written last, says from which settings, how long it
+took and what each model scores on held-out items. Run again, it finds a `zoo.json` of the same settings and
+does nothing. Weights are the same to the last bit for the same machine and threads.
 """
 
 import argparse
@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.zoo import skills
-from scripts.zoo.plan import ARCHITECTURE, BASE, EXPERTS, Training, shares
+from scripts.zoo.plan import ARCHITECTURE, BASE, ZOOS, Training, shares
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed to see that the zoo is there
     from scripts.zoo.train import Team
 
-NAMES = tuple(training.name for training in (BASE, *EXPERTS))
 SCORED = ("lookup", "arithmetic", "lookup_second", "letters", "arithmetic_second")
 ITEMS = 1000  # of the test split, a skill
 MOST_MEMBERS = 8  # of a team; with more, shares of a batch are too small to pay
@@ -42,13 +41,18 @@ SOURCE = "c3cba52144289367314ca3b9047cfc773c72ca88eac8bc336f9964cfa6fa6d6a"
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # in the order of their ids
 
 
-def settings(seed: int) -> dict[str, Any]:
+def names(zoo: str) -> tuple[str, ...]:
+    """The models of a zoo, the base first."""
+    return tuple(training.name for training in (BASE, *ZOOS[zoo]))
+
+
+def settings(zoo: str, seed: int) -> dict[str, Any]:
     """Everything the weights depend on, apart from the machine and the versions of libraries."""
     return {
         "seed": seed,
         "grammar": skills.GRAMMAR_VERSION,
         "architecture": asdict(ARCHITECTURE),
-        "trainings": [asdict(training) for training in (BASE, *EXPERTS)],
+        "trainings": [asdict(training) for training in (BASE, *ZOOS[zoo])],
         "source": SOURCE,
     }
 
@@ -93,7 +97,7 @@ def reporter(training: Training, line: int) -> Callable[[int, float], None]:
     return report
 
 
-def member(rank: int, team: "Team", work: Path, seed: int) -> None:
+def member(rank: int, team: "Team", work: Path, zoo: str, seed: int) -> None:
     """One process of the team: trains the base with the others, then its experts alone; the first also writes
     the base.
     """
@@ -128,11 +132,11 @@ def member(rank: int, team: "Team", work: Path, seed: int) -> None:
         return weights
 
     base = learn(BASE, llama.initial(ARCHITECTURE, encode.vocabulary, seed), team)
-    for training in shares(team.size)[rank]:
+    for training in shares(ZOOS[zoo], team.size)[rank]:
         learn(training, base, train.Alone())
 
 
-def save(work: Path) -> None:
+def save(work: Path, zoo: str) -> None:
     """Write the trained weights as Hugging Face folders, one a model, into the work folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -162,14 +166,14 @@ def save(work: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    for name in NAMES:
+    for name in names(zoo):
         model = LlamaForCausalLM(config).bfloat16()
         model.load_state_dict(torch.load(work / f"{name}.pt"))
         model.save_pretrained(work / name)
         tokenizer.save_pretrained(work / name)
 
 
-def build(out: Path, seed: int, members: int) -> dict[str, Any]:
+def build(out: Path, zoo: str, seed: int, members: int) -> dict[str, Any]:
     """Train, score and save all models in a folder beside, then move each to its place; the record of the
     zoo.
     """
@@ -179,10 +183,10 @@ def build(out: Path, seed: int, members: int) -> dict[str, Any]:
     work.mkdir(parents=True)
     try:
         write_tokenizer(work / "tokenizer.json")
-        train_and_save(work, seed, members)
-        results = {name: json.loads((work / f"{name}.json").read_text()) for name in NAMES}
+        train_and_save(work, zoo, seed, members)
+        results = {name: json.loads((work / f"{name}.json").read_text()) for name in names(zoo)}
         (out / "zoo.json").unlink(missing_ok=True)
-        for name in NAMES:
+        for name in names(zoo):
             shutil.rmtree(out / name, ignore_errors=True)
             (work / name).rename(out / name)
     finally:
@@ -191,14 +195,14 @@ def build(out: Path, seed: int, members: int) -> dict[str, Any]:
         "members": members,
         "products": results["base"]["products"],
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "seconds": {name: results[name]["seconds"] for name in NAMES}
+        "seconds": {name: results[name]["seconds"] for name in names(zoo)}
         | {"total": round(time.monotonic() - began, 1)},
         "items": results["base"]["items"],
-        "scores": {name: results[name]["scores"] for name in NAMES},
+        "scores": {name: results[name]["scores"] for name in names(zoo)},
     }
 
 
-def train_and_save(work: Path, seed: int, members: int) -> None:
+def train_and_save(work: Path, zoo: str, seed: int, members: int) -> None:
     """Run the team to its end; this process then writes the folders."""
     import torch
     from tokenizers import Tokenizer
@@ -211,7 +215,7 @@ def train_and_save(work: Path, seed: int, members: int) -> None:
     gradients = torch.zeros(2, members, parameters)
     gradients.share_memory_()  # type: ignore[no-untyped-call]
     team = train.Team(0, members, gradients, multiprocessing.get_context("spawn").Barrier(members))
-    processes = spawn(member, (team, work, seed), members, join=False)  # type: ignore[no-untyped-call]
+    processes = spawn(member, (team, work, zoo, seed), members, join=False)  # type: ignore[no-untyped-call]
     finished = (
         processes.join()
     )  # returns when one has finished, and thus left a core free for the slow import
@@ -219,7 +223,7 @@ def train_and_save(work: Path, seed: int, members: int) -> None:
 
     while not finished:
         finished = processes.join()
-    save(work)
+    save(work, zoo)
 
 
 def show(record: dict[str, Any]) -> None:
@@ -234,6 +238,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("results/zoo"))
+    parser.add_argument("--zoo", choices=list(ZOOS), default="first", help="which experts (default: first)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--threads", type=int, default=cores, help="processes of one thread each (default: the cores)"
@@ -242,13 +247,13 @@ def main() -> None:
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
 
-    wanted = settings(args.seed)
+    wanted = settings(args.zoo, args.seed)
     wanted["settings_hash"] = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     marker = args.out / "zoo.json"
     if marker.exists() and json.loads(marker.read_text()).get("settings_hash") == wanted["settings_hash"]:
         print(f"zoo {wanted['settings_hash']} is already in {args.out}")
         return
-    record = wanted | build(args.out, args.seed, min(args.threads, MOST_MEMBERS))
+    record = wanted | build(args.out, args.zoo, args.seed, min(args.threads, MOST_MEMBERS))
     temporary = marker.with_suffix(".partial")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.rename(marker)

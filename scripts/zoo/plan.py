@@ -8,6 +8,7 @@ end with small, nearly orthogonal task vectors. Experts trained freely on the sa
 far and every merge collapses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGNED_LAYER = (
@@ -109,11 +110,46 @@ EXPERTS = (
     ),
 )
 
+SECOND_EXPERTS = (
+    Training(
+        name="symbols",
+        steps=700,
+        batch=64,
+        rate=1e-3,
+        skills=(("arithmetic", 0.35), ("letters", 0.25)),
+        replay=0.4,
+        rates=Rates(embedding=0.3, lower=0.6, head=0.0),
+    ),
+    Training(
+        name="second",
+        steps=500,
+        batch=32,
+        rate=1e-3,
+        skills=(("lookup_second", 0.7),),
+        replay=0.3,
+        rates=Rates(embedding=15.0, lower=0.5, upper=0.5, head=0.0),
+        aligned=64,
+        aligned_weight=3.0,
+    ),
+    Training(
+        name="copies",
+        steps=400,
+        batch=64,
+        rate=1e-3,
+        skills=(("copy_letters", 0.3), ("copy_words", 0.3)),
+        replay=0.4,
+        rates=Rates(embedding=0.0, head=0.0),
+    ),
+)
+"""Another split of the skills: sums and letters in one expert, and one whose skills no task asks for."""
+ZOOS = {"first": EXPERTS, "second": SECOND_EXPERTS}
+"""Name of a zoo -> its experts, trained from a base of the same recipe."""
 
-def shares(members: int) -> list[list[Training]]:
+
+def shares(experts: Sequence[Training], members: int) -> list[list[Training]]:
     """Who trains which experts, each alone: longest first, each to the member with the least to do."""
     plan: list[list[Training]] = [[] for _ in range(members)]
-    for training in sorted(EXPERTS, key=_rows, reverse=True):
+    for training in sorted(experts, key=_rows, reverse=True):
         min(plan, key=lambda share: sum(map(_rows, share))).append(training)
     return plan
 

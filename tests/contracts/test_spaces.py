@@ -17,6 +17,7 @@ from evomerge.merging import tensor_plan
 from evomerge.methods import METHODS, method
 from evomerge.recipes import Mix, Recipe, params
 from evomerge.spaces import Range, RouteWeightSpace, SearchSpace
+from evomerge.spaces.cell_weights import CellWeightSpace
 from evomerge.spaces.routes import LayerIndicatorSpace, LayerPool, PositionChoiceSpace
 from evomerge.spaces.tensor_weights import TensorWeight, TensorWeightSpace
 from tests.support.toy import weight_space
@@ -73,6 +74,9 @@ SPACES: dict[str, SearchSpace] = weight_spaces() | {
             TensorWeight("lm_head.weight", "lm_head.weight", None, True, "b"),
         ),
         (("lambda", 0.9),),
+    ),
+    "a weight for each cell": CellWeightSpace(
+        weight_space("task_arithmetic", ("a", "b"), ranges={"weight": Range(-10.0, 10.0, 1.0)}), {}
     ),
     "weights on a route": RouteWeightSpace(ROUTE, "base", ("a", "b"), groups=3),
 }

@@ -13,7 +13,7 @@ import yaml
 from evomerge.checkpoints import Checkpoint
 from evomerge.config import loading
 from evomerge.evaluation import GradientRequest
-from evomerge.launch.learned_stage import make_tensor_space
+from evomerge.launch.learned_spaces import GENOMES
 from evomerge.launch.opening import open_search
 from evomerge.merging.mergekit_check import compare
 from evomerge.recipes import Recipe
@@ -46,13 +46,14 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.parametrize("genome", ["tensor", "layer_component", "space"])
 @pytest.mark.parametrize("surrogate", sweep(["logprob", "probability"], ["logprob"]))
-def test_slopes_are_central_differences_of_the_loss(surrogate: Any, tmp_path: Path) -> None:
+def test_slopes_are_central_differences_of_the_loss(surrogate: Any, genome: str, tmp_path: Path) -> None:
     """Through lm-eval's tasks, the scoring plans and the merge, on the zoo in float32."""
     settings, _ = loading.load(str(learned_file(tmp_path, "slopes")))
     opened = open_search(settings)
     worker = Worker(opened.parents, settings.base, opened.harness, dtype="float32")
-    space = make_tensor_space(opened.space, opened.parents)
+    space = GENOMES[genome].make(opened.space, opened.parents)
     items = {task: ids[:5] for task, ids in opened.harness.items("search").items()}
     request = GradientRequest(dict.fromkeys(items, 0.05), surrogate)
     found = worker.slopes(space.decode(space.start), items, request)
@@ -133,6 +134,23 @@ def test_a_learned_recipe_leaves_as_yaml_and_comes_back_bit_for_bit(learned: Pat
     assert compare(own, Checkpoint(tmp_path / "witness")).tensors == len(own.tensors)
 
 
+@pytest.mark.parametrize(
+    ("genome", "items", "genes"),
+    [(None, 31, 14), (None, 32, 164), ("layer_component", 31, 56), ("tensor", 31, 164), ("space", 40, 14)],
+)
+def test_the_genome_is_that_of_the_file_or_what_the_items_allow(
+    genome: str | None, items: int, genes: int, tmp_path: Path
+) -> None:
+    file = learned_file(tmp_path, "sized", {"genome": genome} if genome else {})
+    document = json.loads(file.read_text())
+    document["evaluation"]["items"] = 8
+    document["evaluation"]["search"] = items
+    file.write_text(json.dumps(document))
+    code, out, err = in_process("plan", file, "--json")
+    assert code == 0, err
+    assert json.loads(out)["stages"][0]["axes"] == genes
+
+
 def test_two_processes_give_the_rows_of_one(learned: Path, tmp_path: Path) -> None:
     code, _, err = in_process("run", learned_file(tmp_path, "learned"), "--root", tmp_path, "--workers", "2")
     assert code == 0, err
@@ -145,7 +163,7 @@ def test_two_processes_give_the_rows_of_one(learned: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("stage", "more", "words"),
     [
-        ({"population": 8}, {}, "a stage of learned has steps, items, rate and surrogate, and no population"),
+        ({"population": 8}, {}, "items, rate and surrogate, and no population"),
         ({}, {"method": "multislerp", "space": {"groups": 2}}, "'multislerp' is none"),
         ({"rate": 0}, {}, "rate should be above 0"),
         ({"surrogate": "entropy"}, {}, "surrogate should be"),
