@@ -57,7 +57,7 @@ STAGES: dict[str, StageKind] = {
         ),
         StageKind(
             "learned",
-            "the weights of a merge, tensor by tensor or coarser, by the gradient of the right answers' probability",
+            "the weights of a merge by tensor or coarser, by the gradient of the right answers' probability",
             "evomerge.launch.learned_stage:open_learned_stage",
             blocks=("method", "space"),
             at_most=1,
