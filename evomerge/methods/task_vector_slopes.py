@@ -10,6 +10,7 @@ dot products and these are summed in float64, since <G, x_i> - <G, b> cancels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from evomerge.methods.task_vectors import agreement, sparsify
 
 Slope = float | tuple[float, ...]
 """The derivative by a parameter of the merge, or those by a parameter of each model."""
+_PIECE = 1 << 16  # elements whose float32 copies are held at once: they stay in the processor's cache
 _NO_DIVISOR = {True: 1e-6, False: 1e-8}  # by election: below this a sum of weights counts as 1
 
 
@@ -60,6 +62,9 @@ def slopes(
     weight, factor = values["weight"], values.get("lambda", 1.0)
     assert isinstance(weight, tuple)
     assert isinstance(factor, float)
+    if is_plain(rule, values):
+        dots = _dots(rule.task_vector_sum, tensors, base, gradient)
+        return _from_dots(dots, weight, factor, values)
     gradient = gradient.float()
     parts = _parts(rule.task_vector_sum, tensors, base, values, keys)  # [sources, *shape]
     w = torch.tensor(weight, dtype=torch.float32, device=parts.device).reshape(-1, *[1] * gradient.dim())
@@ -82,6 +87,67 @@ def slopes(
             for i, part in enumerate(parts)
         ]
         total = _dot(gradient, mixed)
+    found: dict[str, Slope] = {"weight": tuple(by_weight)}
+    if "lambda" in values:
+        found["lambda"] = total
+    return found
+
+
+def is_plain(rule: Method, values: Values) -> bool:
+    """Whether task vectors are summed as they are: none is masked and no sign elected.
+
+    Then the derivatives follow from one dot product a source, in which rows without a gradient have no part.
+
+    Args:
+        rule: A method that `has_slopes`.
+        values: The method's parameter values for a tensor.
+
+    Returns:
+        True if they are.
+    """
+    summed = rule.task_vector_sum
+    assert summed is not None
+    if summed.elect_sign:
+        return False
+    densities = values.get("density", ())
+    assert isinstance(densities, tuple)
+    return summed.sparsifier is None or all(density >= 1 for density in densities)
+
+
+def _dots(
+    summed: TaskVectorSum, tensors: Sequence[Tensor], base: Tensor | None, gradient: Tensor
+) -> list[float]:
+    """<gradient, x_i - base> of each source, a piece at a time: no float32 copy of a whole tensor is made."""
+    flat = gradient.reshape(-1)
+    sources = [tensor.reshape(-1) for tensor in tensors]
+    origin = None if base is None or summed.without_base else base.reshape(-1)
+    buffers = torch.empty(3, min(_PIECE, flat.numel()), dtype=torch.float32, device=flat.device)
+    sums: list[list[Tensor]] = [[] for _ in sources]
+    for first in range(0, flat.numel(), _PIECE):
+        part = slice(first, first + _PIECE)
+        g, b, difference = buffers[:, : len(flat[part])]
+        g.copy_(flat[part])
+        if origin is not None:
+            b.copy_(origin[part])
+        for source, own in zip(sources, sums, strict=True):
+            difference.copy_(source[part])
+            if origin is not None:
+                difference.sub_(b)
+            own.append(difference.mul_(g).sum(dtype=torch.float64))
+    return [math.fsum(torch.stack(own).tolist()) if own else 0.0 for own in sums]
+
+
+def _from_dots(
+    dots: Sequence[float], weight: Sequence[float], factor: float, values: Values
+) -> dict[str, Slope]:
+    """The derivatives where S = sum_i w_i s_i and D is a number, from <G, s_i>."""
+    total = math.fsum(w * dot for w, dot in zip(weight, dots, strict=True))
+    by_weight = [factor * dot for dot in dots]
+    if values["normalize"]:
+        divisor = math.fsum(weight)
+        if abs(divisor) >= _NO_DIVISOR[False]:
+            total /= divisor
+            by_weight = [factor * (dot - total) / divisor for dot in dots]
     found: dict[str, Slope] = {"weight": tuple(by_weight)}
     if "lambda" in values:
         found["lambda"] = total

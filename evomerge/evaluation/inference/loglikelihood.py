@@ -8,28 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evomerge.evaluation.inference import kv_cache
+from evomerge.evaluation.inference import gradient_memory, kv_cache, loglikelihood_gradients
 from evomerge.evaluation.inference.forward import MAX_LOGITS, Forward
+from evomerge.evaluation.inference.gradient_memory import GraphSizes, Way
+from evomerge.evaluation.inference.loglikelihood_gradients import SlopesOf
 from evomerge.evaluation.inference.loglikelihood_plan import (
     OPTIMIZATIONS,
     ForwardStep,
     LoglikelihoodPlan,
     ModelFacts,
     Optimization,
-    Reads,
     make_plan,
 )
 from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
+from evomerge.evaluation.inference.target_logprobs import Rounding, target_logprobs
 
-Rounding = Literal["float32", "model"]
-"""How log-probabilities are rounded; see `Engine.run`."""
-_PIECE = 512  # rows whose float32 logits are held at once
 _TOKENS_CPU, _TOKENS_ACCELERATOR = 1024, 16384  # inputs of one forward; on a CPU more is no faster
 
 
@@ -87,6 +86,7 @@ class Engine:
             tokens=tokens or (_TOKENS_CPU if forward.device.type == "cpu" else _TOKENS_ACCELERATOR),
             rows=max(64, MAX_LOGITS // forward.vocabulary),
         )
+        self._sizes: GraphSizes | None = None
         if forward_cost is not None:
             self.facts = replace(self.facts, forward_cost=forward_cost)
 
@@ -133,61 +133,59 @@ class Engine:
         Returns:
             Scores in the order of the requests.
         """
+        sums, mismatches = self._run(plan, rounding)
+        places = plan.places.to(self.facts.device)
+        return Scores(sums[places].cpu(), (mismatches == 0)[places].cpu())
+
+    @torch.inference_mode()
+    def sums(self, plan: LoglikelihoodPlan) -> Tensor:
+        """Scores the distinct requests of a plan.
+
+        Args:
+            plan: Result of `compile`.
+
+        Returns:
+            [n] of float64, log-likelihood of each distinct request, see `LoglikelihoodPlan.places`.
+        """
+        return self._run(plan, "float32")[0]
+
+    def _run(self, plan: LoglikelihoodPlan, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        """Of each distinct request, its log-likelihood and how many of its tokens are not the likeliest."""
         device = self.facts.device
         sums = torch.zeros(plan.size, dtype=torch.float64, device=device)
         mismatches = torch.zeros(plan.size, dtype=torch.long, device=device)
         caches: dict[int, Any] = {}
         dtype = torch.float32
         for step in plan.steps:
-            logits = self._forward(step, caches)
+            logits = self.forward_step(step, caches)
             if step.reads is not None:
                 dtype = logits.dtype
-                logprobs, likeliest = _target_logprobs(logits, step.reads, rounding)
+                logprobs, likeliest = target_logprobs(logits, step.reads, rounding)
                 sums.index_add_(0, step.reads.request, logprobs.double())
                 mismatches.index_add_(0, step.reads.request, (likeliest != step.reads.target).long())
             for number in step.drop:
                 del caches[number]
         if rounding == "model":
             sums = sums.to(dtype).double()
-        places = plan.places.to(device)
-        return Scores(sums[places].cpu(), (mismatches == 0)[places].cpu())
+        return sums, mismatches
 
-    def backward(self, plan: LoglikelihoodPlan, slopes: Tensor) -> None:
-        """Adds the gradient of a weighted sum of log-likelihoods to the parameters that require one.
-
-        The graph is cut at each cache that later steps continue: its keys and values become leaves, the
-        backward pass of a step runs at once, and that of a shared prefix when the last step that reads it is
-        done. So no step holds the partial gradients of another, and a hook of a parameter that takes its
-        gradient and frees it sees each step by itself.
+    def differentiate(self, plan: LoglikelihoodPlan, slopes_of: SlopesOf, way: Way | None = None) -> None:
+        """Adds the gradient of a loss of log-likelihoods to the parameters that require one.
 
         Args:
             plan: Result of `compile`, of whose caches every layer holds keys and values alone.
-            slopes: [n] of float64, the weight of each distinct request, see `LoglikelihoodPlan.places`.
+            slopes_of: Derivatives of the loss by the log-likelihoods of distinct requests, given these; see
+                `LoglikelihoodPlan.places`.
+            way: How it is computed; None for the fastest way whose memory is bounded.
 
         Raises:
             CandidateError: A cache holds recurrent states, which cannot be cut; use the optimization 'plain'.
         """
-        slopes = slopes.to(self.facts.device)
-        caches: dict[int, Any] = {}
-        prefixes: dict[int, _Prefix] = {}
-        with torch.enable_grad():
-            for step in plan.steps:
-                logits = self._forward(step, caches)
-                part = None
-                if step.reads is not None:
-                    logprobs, _ = _target_logprobs(logits, step.reads, "float32")
-                    part = (slopes[step.reads.request] * logprobs.double()).sum()
-                if step.keep is None:
-                    if part is not None:
-                        part.backward()  # type: ignore[no-untyped-call]
-                else:
-                    whole = caches[step.keep]
-                    caches[step.keep] = kv_cache.detached(whole)
-                    prefixes[step.keep] = _Prefix(whole, caches[step.keep], part, step.source)
-                for number in step.drop:
-                    del caches[number]
-                    prefixes[number].is_read = True
-                _run_backward(prefixes)
+        if way is None:
+            if self._sizes is None:
+                self._sizes = gradient_memory.measure(self.forward)
+            way = gradient_memory.choose_way(plan, self._sizes)
+        loglikelihood_gradients.differentiate(self, plan, slopes_of, way)
 
     def score(
         self,
@@ -207,8 +205,16 @@ class Engine:
         """
         return self.run(self.compile(requests, optimization), rounding)
 
-    def _forward(self, step: ForwardStep, caches: dict[int, Any]) -> Tensor:
-        """Logits [N, V] of the rows that a step reads; of its first row where it reads none."""
+    def forward_step(self, step: ForwardStep, caches: dict[int, Any]) -> Tensor:
+        """Runs one step of a plan.
+
+        Args:
+            step: The step.
+            caches: Number -> cache of the steps before; the step's own is added where it is kept.
+
+        Returns:
+            [N, V] logits of the rows that the step reads; of its first row where it reads none.
+        """
         past = None
         if step.source is not None:
             past = kv_cache.fork(caches[step.source], rows=step.spread, index=step.index)
@@ -219,49 +225,3 @@ class Engine:
         if step.keep is not None:
             caches[step.keep] = past
         return logits
-
-
-@dataclass(slots=True)
-class _Prefix:
-    """A step whose cache others continue, until its backward pass.
-
-    whole: the cache with its graph; leaves: what others read; part: the step's own sum; source: number of the
-    cache that it continues itself; is_read: whether all that continue it have been computed.
-    """
-
-    whole: Any
-    leaves: Any
-    part: Tensor | None
-    source: int | None
-    is_read: bool = False
-
-    def backward(self) -> None:
-        """Runs the step's backward pass, once all that read its cache have run theirs."""
-        pairs = kv_cache.key_value_pairs(self.whole, self.leaves)
-        known = [(own, leaf.grad) for own, leaf in pairs if leaf.grad is not None and own.requires_grad]
-        tensors, gradients = [own for own, _ in known], [gradient for _, gradient in known]
-        if self.part is not None:
-            tensors.append(self.part)
-            gradients.append(torch.ones_like(self.part))
-        if tensors:
-            torch.autograd.backward(tensors, gradients)
-
-
-def _run_backward(prefixes: dict[int, _Prefix]) -> None:
-    """Runs and removes the steps that nothing reads any more, those that continue another one before it."""
-    for number in sorted(prefixes, reverse=True):
-        waits = any(other.source == number for other in prefixes.values())
-        if prefixes[number].is_read and not waits:
-            prefixes.pop(number).backward()
-
-
-def _target_logprobs(logits: Tensor, reads: Reads, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target, likeliest token at its row), both [M]."""
-    pieces = torch.split(logits, _PIECE)
-    if rounding == "model":
-        rounded = torch.cat([torch.log_softmax(piece, -1) for piece in pieces])
-        likeliest = rounded.argmax(-1)  # rounding makes ties, and the first of them wins
-        return rounded[reads.row, reads.target], likeliest[reads.row]
-    normalizers = torch.cat([torch.logsumexp(piece.float(), -1) for piece in pieces])
-    logprobs = logits[reads.row, reads.target].float() - normalizers[reads.row]
-    return logprobs, logits.argmax(-1)[reads.row]

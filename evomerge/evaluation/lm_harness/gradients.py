@@ -89,20 +89,23 @@ def backward(
     Returns:
         Per-item scores, and the weighted sum of their losses.
     """
-    sums = backend.sums(texts.prepared)
     scores: list[ItemScore] = []
-    slopes: list[float] = []
     losses: list[float] = []
-    for item in texts.items:
-        first = len(slopes)
-        own = item.loss(sums[first : first + len(item.requests)], surrogate, backend.tokens)
-        weight = weights[item.task]
-        slopes += [weight * slope for slope in own.slopes]
-        losses.append(weight * own.loss)
-        tokens = min(backend.tokens(request) for request in item.requests)
-        value = math.exp(own.logprob) if own.probability is None else own.probability
-        scores.append(ItemScore(item.task, item.item, value, own.probability, own.logprob / tokens))
-    backend.backward(texts.prepared, slopes)
+
+    def slopes_of(sums: Sequence[float]) -> list[float]:
+        slopes: list[float] = []
+        for item in texts.items:
+            first = len(slopes)
+            own = item.loss(sums[first : first + len(item.requests)], surrogate, backend.tokens)
+            weight = weights[item.task]
+            slopes += [weight * slope for slope in own.slopes]
+            losses.append(weight * own.loss)
+            tokens = min(backend.tokens(request) for request in item.requests)
+            value = math.exp(own.logprob) if own.probability is None else own.probability
+            scores.append(ItemScore(item.task, item.item, value, own.probability, own.logprob / tokens))
+        return slopes
+
+    backend.backward(texts.prepared, slopes_of)
     return tuple(scores), math.fsum(losses)
 
 

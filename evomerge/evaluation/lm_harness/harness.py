@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.inference.loglikelihood import Rounding
 from evomerge.evaluation.inference.requests import Verification
+from evomerge.evaluation.inference.target_logprobs import Rounding
 from evomerge.evaluation.lm_harness import gradients
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND, find_backend
 from evomerge.evaluation.lm_harness.backends.base import Backend, DifferentiableBackend

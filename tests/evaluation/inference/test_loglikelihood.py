@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from evomerge.errors import CandidateError
 from evomerge.evaluation.inference import kv_cache
 from evomerge.evaluation.inference.attention_masks import Windows, attention_mask, windows
+from evomerge.evaluation.inference.gradient_memory import Way
 from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_plan import OPTIMIZATIONS, LoglikelihoodPlan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
@@ -247,12 +249,12 @@ def test_model_rounding_is_hflms(dtype: torch.dtype) -> None:
 
 
 def test_greedy_in_bfloat16_is_the_first_of_the_tokens_that_rounding_makes_equal() -> None:
-    from evomerge.evaluation.inference.loglikelihood import _target_logprobs
     from evomerge.evaluation.inference.loglikelihood_plan import Reads
+    from evomerge.evaluation.inference.target_logprobs import target_logprobs
 
     logits = torch.randn(4000, 400, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     every = torch.arange(len(logits))
-    _, likeliest = _target_logprobs(logits, Reads(every, every, every % 400, every), "model")
+    _, likeliest = target_logprobs(logits, Reads(every, every, every % 400, every), "model")
     assert torch.equal(likeliest, torch.log_softmax(logits, -1).argmax(-1))
     assert not torch.equal(likeliest, logits.argmax(-1)), "some rows tie"
 
@@ -363,14 +365,16 @@ def test_masks_say_what_windows_and_chunks_say() -> None:
 
 # ---- gradients ---------------------------------------------------------------------------------------------
 
+WAYS = [Way(passes, recomputes) for passes in (1, 2) for recomputes in (False, True)]
+
 
 def gradients(
-    model: Any, engine: Engine, plan: LoglikelihoodPlan, weights: torch.Tensor
+    model: Any, engine: Engine, plan: LoglikelihoodPlan, weights: torch.Tensor, way: Way | None = None
 ) -> dict[str, torch.Tensor]:
     """Name -> gradient of the weighted sum of the requests' log-likelihoods."""
     slopes = torch.zeros(plan.size, dtype=torch.float64).index_add(0, plan.places, weights)
     model.zero_grad(set_to_none=True)
-    engine.backward(plan, slopes)
+    engine.differentiate(plan, lambda sums: slopes, way)
     return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -390,11 +394,11 @@ def test_plans_that_share_give_the_gradient_of_one_request_at_a_time(architectur
     wanted = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
     size = max(float(g.norm()) for g in wanted.values())
     with Engine(model) as engine:
-        for optimization in OPTIMIZATIONS:
-            found = gradients(model, engine, engine.compile(asked, optimization), weights)
+        for optimization, way in itertools.product(OPTIMIZATIONS, WAYS):
+            found = gradients(model, engine, engine.compile(asked, optimization), weights, way)
             assert found.keys() == wanted.keys()
             for name, gradient in wanted.items():
-                assert float((found[name] - gradient).norm()) <= 3e-6 * size, (optimization, name)
+                assert float((found[name] - gradient).norm()) <= 3e-6 * size, (optimization, way, name)
 
 
 def test_each_step_of_a_plan_runs_its_backward_pass_before_the_next_is_computed() -> None:
@@ -413,7 +417,7 @@ def test_each_step_of_a_plan_runs_its_backward_pass_before_the_next_is_computed(
     with Engine(model) as engine:
         plan = engine.compile(asked, "tree")
         assert len(plan.steps) > 1
-        engine.backward(plan, torch.ones(plan.size, dtype=torch.float64))
+        engine.differentiate(plan, torch.ones_like, Way(passes=2))
     count = sum(1 for _ in model.parameters())
     assert len(taken) > count
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -425,4 +429,4 @@ def test_recurrent_states_carry_no_gradient_and_say_so() -> None:
         plan = engine.compile(requests(3), "prefix")
         assert any(step.keep is not None for step in plan.steps)
         with pytest.raises(CandidateError, match="recurrent states"):
-            engine.backward(plan, torch.ones(plan.size, dtype=torch.float64))
+            engine.differentiate(plan, torch.ones_like, Way())

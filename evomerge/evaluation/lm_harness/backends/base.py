@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from evomerge.evaluation.inference.loglikelihood import Rounding
 from evomerge.evaluation.inference.requests import Verification
+from evomerge.evaluation.inference.target_logprobs import Rounding
 
 Answers = list[list[Any]]
 """Of each request its responses, one a repeat: (log-likelihood, greedy) pairs, log-likelihoods or texts."""
@@ -93,27 +93,17 @@ class DifferentiableBackend(Protocol):
             requests: lm-eval's `Instance` objects.
 
         Returns:
-            What `sums` and `backward` take.
+            What `backward` takes.
         """
         ...
 
-    def sums(self, prepared: Any) -> list[float]:
-        """Scores prepared requests.
+    def backward(self, prepared: Any, slopes_of: Callable[[Sequence[float]], Sequence[float]]) -> None:
+        """Adds the gradient of a loss of log-likelihoods to the model's parameters.
 
         Args:
             prepared: Result of `prepare_gradients`.
-
-        Returns:
-            The log-likelihood of each request, in nats, from float32 logits.
-        """
-        ...
-
-    def backward(self, prepared: Any, slopes: Sequence[float]) -> None:
-        """Adds the gradient of a weighted sum of log-likelihoods to the model's parameters.
-
-        Args:
-            prepared: Result of `prepare_gradients`.
-            slopes: The weight of each request.
+            slopes_of: Called once with the log-likelihood of each request, in nats, from float32 logits;
+                returns the derivatives of the loss by them.
         """
         ...
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,11 @@ from evomerge.evaluation.inference.generation import Generator, TextRules
 from evomerge.evaluation.inference.generation_plan import GenerationPlan
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
 from evomerge.evaluation.inference.logits_processors import unsupported_reason
-from evomerge.evaluation.inference.loglikelihood import Engine, Rounding
+from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_plan import LoglikelihoodPlan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
 from evomerge.evaluation.inference.requests import Request, Verification
+from evomerge.evaluation.inference.target_logprobs import Rounding
 from evomerge.evaluation.lm_harness.backends.base import Answers
 from evomerge.evaluation.lm_harness.backends.hflm import answer_by_hflm, make_hflm
 from evomerge.evaluation.lm_harness.tokenization import RequestTokenizer
@@ -198,28 +199,22 @@ class CompiledBackend:
             prepared.plan = self._engine.compile(pieces, "plain")
         return prepared
 
-    def sums(self, prepared: Prepared) -> list[float]:
-        """See `DifferentiableBackend.sums`."""
-        assert self._engine is not None
-        assert prepared.plan is not None
-        found = self._engine.run(prepared.plan).sums.tolist()
-        return [math.fsum(found[start:end]) for start, end in prepared.spans.values()]
-
-    def backward(self, prepared: Prepared, slopes: Sequence[float]) -> None:
+    def backward(self, prepared: Prepared, slopes_of: Callable[[Sequence[float]], Sequence[float]]) -> None:
         """See `DifferentiableBackend.backward`."""
         assert self._engine is not None
-        plan = prepared.plan
+        plan, spans = prepared.plan, prepared.spans.values()
         assert plan is not None
-        of_pieces = torch.tensor(
-            [
-                slope
-                for slope, (start, end) in zip(slopes, prepared.spans.values(), strict=True)
-                for _ in range(start, end)
-            ],
-            dtype=torch.float64,
-        )
-        distinct = torch.zeros(plan.size, dtype=torch.float64).index_add(0, plan.places, of_pieces)
-        self._engine.backward(plan, distinct)
+
+        def of_distinct(sums: torch.Tensor) -> torch.Tensor:
+            pieces = sums[plan.places].tolist()
+            slopes = slopes_of([math.fsum(pieces[start:end]) for start, end in spans])
+            of_pieces = [
+                slope for slope, (start, end) in zip(slopes, spans, strict=True) for _ in range(start, end)
+            ]
+            given = torch.tensor(of_pieces, dtype=torch.float64)
+            return torch.zeros(plan.size, dtype=torch.float64).index_add(0, plan.places, given)
+
+        self._engine.differentiate(plan, of_distinct)
 
     def _answer_loglikelihoods(
         self, prepared: Prepared, plan: LoglikelihoodPlan, rounding: Rounding, answers: Answers

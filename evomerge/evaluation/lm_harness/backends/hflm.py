@@ -11,8 +11,8 @@ import lm_eval.models.huggingface as hf
 import torch
 from torch import nn
 
-from evomerge.evaluation.inference.loglikelihood import Rounding
 from evomerge.evaluation.inference.requests import Verification
+from evomerge.evaluation.inference.target_logprobs import Rounding
 from evomerge.evaluation.lm_harness.backends.base import Answers
 from evomerge.evaluation.lm_harness.tokenization import RequestTokenizer
 
