@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from evomerge import _yaml
 from evomerge.config.schema import Config, RangeConfig
 from evomerge.config.stage_kinds import STAGES, check_sequence
+from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import suggest
 
 Problem = tuple[_yaml.Key, str]
@@ -78,7 +79,20 @@ def _space(config: Config) -> Iterator[Problem]:
 
 _EVOLVED = ("evaluations", "population", "sigma")
 _LEARNED = ("steps", "genome", "items", "rate", "surrogate")
-"""Keys of a stage that only one kind of stage has."""
+_RELAXED = ("steps", "items", "rate", "surrogate")
+"""Keys of a stage that evolves, of a learned one, and those that relaxed routes share with it."""
+
+
+def _keys_of(stage: StageConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(keys that a stage may have, keys of other stages)."""
+    if STAGES[stage.stage].is_learned:
+        return _LEARNED, ("method", *_EVOLVED)
+    if stage.stage != "routes":
+        return _EVOLVED, ("method", *_LEARNED)
+    if stage.method == "relaxed":
+        own = ("method", *_EVOLVED, *_RELAXED)
+        return own, tuple(name for name in _LEARNED if name not in _RELAXED)
+    return ("method", *_EVOLVED), _LEARNED
 
 
 def _stages(config: Config) -> Iterator[Problem]:
@@ -86,12 +100,17 @@ def _stages(config: Config) -> Iterator[Problem]:
     if sentence := check_sequence(config.kinds):
         yield ("stages",), sentence
     for i, stage in enumerate(config.stages):
-        is_learned = STAGES[stage.stage].is_learned
-        own, foreign = (_LEARNED, _EVOLVED) if is_learned else (_EVOLVED, _LEARNED)
+        own, foreign = _keys_of(stage)
         for name in foreign:
             if getattr(stage, name) is not None:
                 keys = f"{', '.join(own[:-1])} and {own[-1]}"
                 yield ("stages", i, name), f"a stage of {stage.stage} has {keys}, and no {name}"
+        if stage.method == "relaxed" and config.routes.genome == "indicator":
+            sentence = (
+                "method: relaxed ends at one layer for each depth, which genome: indicator need not hold; "
+                "take genome: categorical or conditional"
+            )
+            yield ("stages", i, "method"), sentence
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence

@@ -365,6 +365,11 @@ class Config(Strict):
         return any(STAGES[kind].of_weights for kind in self.kinds)
 
     @property
+    def follows_gradients(self) -> bool:
+        """Whether a stage follows the gradient of the tasks' losses."""
+        return any(STAGES[stage.stage].is_learned or stage.method == "relaxed" for stage in self.stages)
+
+    @property
     def parents(self) -> tuple[str, ...]:
         """The models that are mixed: all but the base, in the order written."""
         return tuple(name for name in self.models if name != self.base)

@@ -22,18 +22,22 @@ class StageConfig(Strict):
     """Candidates of a generation; search.population unless given."""
     sigma: Number | None = Field(default=None, gt=0)
     """Initial standard deviation; search.sigma unless given."""
+    method: Literal["relaxed"] | None = None
+    """How a stage of routes begins: `relaxed` chooses the model of each depth by gradient, and evolution goes
+    on from there; by evolution alone unless given."""
     steps: Whole | None = Field(default=None, ge=1)
-    """Steps of gradient descent of a learned stage; 40 unless given."""
+    """Steps of gradient descent: 40 of a learned stage and 24 of relaxed routes unless given."""
     genome: LearnedGenome | None = None
     """What a learned stage has a weight for: each `tensor`, each `layer_component` (attention, MLP and the
     rest of a layer) or each axis of the search's `space`. Unless given, each tensor from 32 search items of
     each task on, else the space's axes."""
     items: Whole | None = Field(default=None, ge=1)
-    """Items of each task that a step of a learned stage is scored on; 30 unless given."""
+    """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)
-    """Size of the first step of each weight in a learned stage, which falls to 0; .05 unless given."""
+    """Size of the first step of gradient descent, which falls to 0: .05 of each weight of a learned stage, .3
+    of relaxed routes unless given."""
     surrogate: Literal["logprob", "probability"] | None = None
-    """What a learned stage climbs: log-probability (unless given) or probability of the right answer."""
+    """What gradient descent climbs: log-probability (unless given) or probability of the right answer."""
 
 
 class PerplexityScreenConfig(Strict):

@@ -188,6 +188,18 @@ def _stages(opened: Opened, items: Items) -> list[dict[str, Any]]:
                 }
             )
             continue
+        if opening.relaxation is not None:
+            relaxed = opening.relaxation.opening
+            rows.append(
+                {
+                    "stage": f"{stage.name}, {relaxed.name}",
+                    "axes": len(relaxed.space.axes),
+                    "population": 1,
+                    "evaluations": relaxed.steps,
+                    "hand": 0,
+                    "items": relaxed.items,
+                }
+            )
         rows.append(
             {
                 "stage": stage.name,

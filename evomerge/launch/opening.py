@@ -13,7 +13,6 @@ from evomerge.checkpoints import Parent, check_compatible, open_parent
 from evomerge.checkpoints.comparison import twins
 from evomerge.checkpoints.values import check_finite
 from evomerge.config import Config
-from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
 from evomerge.evaluation.task_set import check_losses
@@ -271,7 +270,7 @@ def _opened(
         allow_tasks=allowed.tasks,
         known=stored.terms if stored else None,
     )
-    if any(STAGES[kind].is_learned for kind in settings.kinds):
+    if settings.follows_gradients:
         check_losses(harness)
     objective = make_objective(settings, task_terms(settings, harness), base.layout.num_layers)
     return Opened(settings, parents, space, harness, objective, warnings)

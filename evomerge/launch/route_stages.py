@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evomerge.checkpoints import Parent
 from evomerge.config import Config
+from evomerge.launch.relaxed_routes import check_relaxable, make_relaxation
 from evomerge.launch.route_stacks import read_stack
 from evomerge.launch.stage_request import StageRequest
 from evomerge.optimizers import OptimizerEntry, OptimizerSettings, is_diagonal, optimizer_for
@@ -71,8 +72,16 @@ def open_route_stage(request: StageRequest) -> Callable[[Start], Opening]:
 
     Returns:
         A function from what the stages before came to to the open stage.
+
+    Raises:
+        ConfigError: The stage is to be relaxed and a model's layers cannot be averaged with the others'.
     """
     settings, parents = request.settings, request.parents
+    is_relaxed = request.stage.method == "relaxed"
+    if is_relaxed:
+        routes = settings.routes
+        names = [*(routes.models or settings.models), *([routes.start] if routes.start != "best" else [])]
+        check_relaxable(settings.base, names, parents, routes.layers)
 
     def open_from(start: Start) -> Opening:
         space = route_space(settings, parents, start)
@@ -88,7 +97,13 @@ def open_route_stage(request: StageRequest) -> Callable[[Start], Opening]:
         )
         make = request.optimizers(route_optimizer(settings), optimizer_settings)
         hand = hand_baselines(settings, parents, start) if request.position else ()
-        return Opening(space, make, hand, at_best=True, late=0.0)
+        relaxation = None
+        if is_relaxed:
+            any_outer = settings.routes.embeddings == "any"
+            relaxation = make_relaxation(
+                request.stage, settings.base, parents, space.pool, any_outer=any_outer
+            )
+        return Opening(space, make, hand, at_best=True, late=0.0, relaxation=relaxation)
 
     return open_from
 

@@ -12,7 +12,16 @@ and `racing_statistics` drop candidates early, `reuse` answers jobs from earlier
 from __future__ import annotations
 
 from evomerge.search.dispatch import Budget, Dispatch, StopRequest
-from evomerge.search.plan import LearnedOpening, Opening, Plan, Progress, Stage, Start, one_stage
+from evomerge.search.plan import (
+    LearnedOpening,
+    Opening,
+    Plan,
+    Progress,
+    Relaxation,
+    Stage,
+    Start,
+    one_stage,
+)
 from evomerge.search.study import Study
 
 __all__ = [
@@ -22,6 +31,7 @@ __all__ = [
     "Opening",
     "Plan",
     "Progress",
+    "Relaxation",
     "Stage",
     "Start",
     "StopRequest",

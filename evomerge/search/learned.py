@@ -96,7 +96,7 @@ class LearnedSearch:
         failures, number = 0, first_generation
         for step in range(opening.steps):
             number = first_generation + step
-            candidate = self._candidate(descent, parents, f"learned, step {step + 1}")
+            candidate = self._candidate(descent, parents, f"{opening.name}, step {step + 1}", step)
             if step in {round(mark * opening.steps) for mark in _MARKS}:
                 kept.append(candidate)
             trial, slopes = self._step(number, candidate, self._windows.items(step + 1))
@@ -106,17 +106,22 @@ class LearnedSearch:
                 raise FailureBudget(
                     f"{failures} steps of the learned stage failed; the last because: {trial.error}"
                 )
-            descent.tell(None if slopes is None else opening.space.pull(slopes.partials))
-            self._show(Progress("learned", step + 1, opening.steps, None, _note(step, trial, slopes)))
+            descent.tell(None if slopes is None else self._gradient(step, candidate, slopes))
+            self._show(Progress(opening.name, step + 1, opening.steps, None, _note(step, trial, slopes)))
             if self._budget_ended(number):
                 break
-        end = self._candidate(descent, parents, "end of the learned stage")
+        end = self._candidate(descent, parents, "end of the learned stage", opening.steps - 1)
         return Descended(number, (end, *reversed(kept)))
 
-    def _candidate(self, descent: Descent, parents: tuple[int, ...], label: str) -> Candidate:
+    def _gradient(self, step: int, candidate: Candidate, slopes: Slopes) -> Sequence[float]:
+        """The derivatives by genes where the step was."""
+        genome = candidate.genome or ()
+        return self.opening.space_at(step, genome).pull(slopes.partials)
+
+    def _candidate(self, descent: Descent, parents: tuple[int, ...], label: str, step: int) -> Candidate:
         """The candidate of the genome that the descent asks for."""
         genome = tuple(float(gene) for gene in descent.ask())
-        recipe = self.opening.space.decode(genome)
+        recipe = self.opening.space_at(step, genome).decode(genome)
         return Candidate("learned", recipe, label=label, genome=genome, parents=parents)
 
     def _step(self, number: int, candidate: Candidate, items: Items) -> tuple[Trial, Slopes | None]:

@@ -42,6 +42,7 @@ class Opening:
         late: Share of the stage's generations, in [0, 1], after which candidates may become finalists. Where
             a
             distribution converges, early candidates owe a high score to selection bias.
+        relaxation: What is descended before the optimizer starts; None for nothing.
     """
 
     space: SearchSpace
@@ -49,6 +50,7 @@ class Opening:
     hand: Sequence[Baseline] = ()
     at_best: bool = False
     late: float = 0.75
+    relaxation: Relaxation | None = None
 
 
 class DifferentiableSpace(SearchSpace, Protocol):
@@ -78,6 +80,9 @@ class LearnedOpening:
         surrogate: What is climbed, see `evomerge.evaluation.surrogates`.
         summary: What it has a weight for, in words.
         hand: Recipes scored before the stage; none.
+        annealed: (step from 0, genome) -> the space of that step, with its derivatives at the genome; None
+            where it is `space` at every step.
+        name: What steps and progress are called.
     """
 
     space: DifferentiableSpace
@@ -88,6 +93,35 @@ class LearnedOpening:
     surrogate: Literal["logprob", "probability"] = "logprob"
     summary: str = ""
     hand: Sequence[Baseline] = ()
+    annealed: Callable[[int, Sequence[float]], DifferentiableSpace] | None = None
+    name: str = "learned"
+
+    def space_at(self, step: int, genome: Sequence[float]) -> DifferentiableSpace:
+        """The space of a step.
+
+        Args:
+            step: From 0.
+            genome: Where it is.
+
+        Returns:
+            What decodes the genome, and pulls gradients back to it.
+        """
+        return self.space if self.annealed is None else self.annealed(step, genome)
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxation:
+    """A discrete space made continuous, descended, and rounded to a candidate that evolution goes on from.
+
+    Attributes:
+        opening: What is descended, from the start of its space.
+        rounded: Genome of its end -> the recipe that it stands for.
+        label: Of that candidate.
+    """
+
+    opening: LearnedOpening
+    rounded: Callable[[Sequence[float]], Recipe]
+    label: str
 
 
 @dataclass(frozen=True, slots=True)

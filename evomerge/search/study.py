@@ -19,8 +19,8 @@ from evomerge.search.dispatch import Dispatch
 from evomerge.search.final_selection import FinalSelection, SearchedStage
 from evomerge.search.generation_runner import GenerationRunner, ProgressCounter
 from evomerge.search.island import Island, IslandSettings
-from evomerge.search.learned import LearnedSearch
-from evomerge.search.plan import LearnedOpening, Opening, Plan, Progress, Stage, Start
+from evomerge.search.learned import Descended, LearnedSearch
+from evomerge.search.plan import LearnedOpening, Opening, Plan, Progress, Relaxation, Stage, Start
 from evomerge.search.trial_recorder import Candidate
 from evomerge.spaces import Baseline, SearchSpace
 from evomerge.store import Outcome, Store, Trial
@@ -199,12 +199,35 @@ class Study:
         self, stage: Stage, opening: Opening, start: StageStart, references: Sequence[Trial]
     ) -> SearchedStage:
         """Runs a stage of an optimizer that learns from scores."""
+        begin = start.first_generation
+        relaxed: tuple[Trial, ...] = ()
+        if opening.relaxation is not None:
+            start, relaxed = self._relax(opening.relaxation, start)
+            last = start.first_generation - 1
+            if self._budget_ended(start.number, 0, last):
+                return SearchedStage(stage, begin, last, float(last), relaxed)
         islands = self._search(stage, opening, start)
         first, last = start.first_generation, max(island.last_generation for island in islands)
         self._refuse_less(stage, start.number, last)
         late_after = first - 1 + opening.late * (last - first + 1)
-        finalists = self._finals.finalists(islands, references, late_after, last)
-        return SearchedStage(stage, first, last, late_after, finalists)
+        finalists = self._finals.finalists(islands, [*references, *relaxed], late_after, last)
+        return SearchedStage(stage, begin, last, late_after, (*relaxed, *finalists))
+
+    def _relax(self, relaxation: Relaxation, start: StageStart) -> tuple[StageStart, tuple[Trial, ...]]:
+        """Descends a relaxation and scores what it is rounded to: (start of the evolution, its trial)."""
+        opening = relaxation.opening
+        descended = self._descend(opening, start, opening.space.start, start.parents)
+        end = descended.finalists[0]
+        recipe = relaxation.rounded(end.genome or ())
+        candidate = Candidate("mean", recipe, label=relaxation.label, parents=end.parents)
+        trials = tuple(
+            trial
+            for trial in self.runner.score_means(descended.last, {1: candidate})
+            if trial.score is not None
+        )
+        parents = tuple(trial.id for trial in trials) or start.parents
+        begun = StageStart(start.number, [*start.known, *trials], parents, descended.last + 1)
+        return begun, trials
 
     def _learn(self, stage: Stage, opening: LearnedOpening, start: StageStart) -> SearchedStage:
         """Runs a stage of gradient descent from the best trial that its space can hold."""
@@ -212,17 +235,22 @@ class Study:
         genome, parents = opening.space.start, start.parents
         if encoded:
             genome, parents = encoded[0][1], (encoded[0][0].id,)
-        search = LearnedSearch(
-            opening,
-            self.runner,
-            self._show,
-            lambda generation: self._budget_ended(start.number, 0, generation),
-        )
-        descended = search.run(genome, start.first_generation, parents)
+        descended = self._descend(opening, start, genome, parents)
         self._refuse_less(stage, start.number, descended.last)
         finalists = self._finals.learned_finalists(descended)
         first, last = start.first_generation, descended.last
         return SearchedStage(stage, first, last, float(last), finalists)
+
+    def _descend(
+        self, opening: LearnedOpening, start: StageStart, genome: Sequence[float], parents: tuple[int, ...]
+    ) -> Descended:
+        """Takes the steps of a descent, from the first generation of its stage on."""
+
+        def budget_ended(generation: int) -> bool:
+            return self._budget_ended(start.number, 0, generation)
+
+        search = LearnedSearch(opening, self.runner, self._show, budget_ended)
+        return search.run(genome, start.first_generation, parents)
 
     def _search(self, stage: Stage, opening: Opening, start: StageStart) -> list[Island]:
         """A stage's islands after their last generations."""
