@@ -23,8 +23,7 @@ class StageConfig(Strict):
     sigma: Number | None = Field(default=None, gt=0)
     """Initial standard deviation; search.sigma unless given."""
     method: Literal["relaxed"] | None = None
-    """How a stage of routes begins: `relaxed` chooses the model of each depth by gradient, and evolution goes
-    on from there; by evolution alone unless given."""
+    """Relaxed chooses a route's model at each depth by gradient before it evolves; no descent unless given."""
     steps: Whole | None = Field(default=None, ge=1)
     """Steps of gradient descent: 40 of a learned stage and 24 of relaxed routes unless given."""
     genome: LearnedGenome | None = None
@@ -34,8 +33,7 @@ class StageConfig(Strict):
     items: Whole | None = Field(default=None, ge=1)
     """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)
-    """Size of the first step of gradient descent, which falls to 0: .05 of each weight of a learned stage, .3
-    of relaxed routes unless given."""
+    """Size of the first step of gradient descent, which falls to 0; .05, of relaxed routes .3, unless given."""
     surrogate: Literal["logprob", "probability"] | None = None
     """What gradient descent climbs: log-probability (unless given) or probability of the right answer."""
 

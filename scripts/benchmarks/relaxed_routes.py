@@ -89,7 +89,8 @@ def main() -> None:
         "Cost in item forwards up to the relaxed route and its score: the descent, a scored item counted as",
         "three, the four parents and the route itself. Evolution goes on from it.",
         "",
-        "| seed | embeddings and head | layers | cost | seconds of the descent | test of the relaxed route | item forwards of the evolution after it | test of the winner |",  # noqa: E501
+        "| seed | embeddings and head | layers | cost | seconds of the descent | test of the relaxed route | "
+        "item forwards of the evolution after it | test of the winner |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     lines += [_row(row) for row in rows]

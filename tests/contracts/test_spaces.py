@@ -76,14 +76,11 @@ SPACES: dict[str, SearchSpace] = weight_spaces() | {
         ),
         (("lambda", 0.9),),
     ),
-<<<<<<< HEAD
     "a weight for each cell": CellWeightSpace(
         weight_space("task_arithmetic", ("a", "b"), ranges={"weight": Range(-10.0, 10.0, 1.0)}), {}
     ),
-=======
     "shares of models at each depth": RelaxedRouteSpace("base", ("a", "b", "c"), 4, {}),
     "shares, embeddings and head given": RelaxedRouteSpace("base", ("a", "b"), 3, {}, outer="a"),
->>>>>>> 5519327 (Routes by relaxation: which model fills each depth, by gradient, and evolution goes on from there)
     "weights on a route": RouteWeightSpace(ROUTE, "base", ("a", "b"), groups=3),
 }
 each = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
