@@ -23,17 +23,15 @@ class StageConfig(Strict):
     sigma: Number | None = Field(default=None, gt=0)
     """Initial standard deviation; search.sigma unless given."""
     method: Literal["relaxed"] | None = None
-    """Relaxed chooses a route's model at each depth by gradient before it evolves; no descent unless given."""
+    """`relaxed` chooses each depth's model by gradient before routes evolve; evolution alone unless given."""
     steps: Whole | None = Field(default=None, ge=1)
     """Steps of gradient descent: 40 of a learned stage and 24 of relaxed routes unless given."""
     genome: LearnedGenome | None = None
-    """What a learned stage has a weight for: each `tensor`, each `layer_component` (attention, MLP and the
-    rest of a layer) or each axis of the search's `space`. Unless given, each tensor from 32 search items of
-    each task on, else the space's axes."""
+    """What a learned weight is of: each tensor (from 32 items a task on), layer_component or axis of space."""
     items: Whole | None = Field(default=None, ge=1)
     """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)
-    """Size of the first step of gradient descent, which falls to 0; .05, of relaxed routes .3, unless given."""
+    """Size of the first step of gradient descent; .05, and .3 of relaxed routes, unless given."""
     surrogate: Literal["logprob", "probability"] | None = None
     """What gradient descent climbs: log-probability (unless given) or probability of the right answer."""
 
