@@ -37,6 +37,7 @@ SLOW = (
     "cli/test_moved_studies.py",
     "contracts/test_methods.py",
     "integration/test_kill.py",
+    "integration/test_learned_search.py",
     "integration/test_route_lm_eval.py",
     "cli/test_test_items.py",
     "methods/test_spherical_and_selecting.py",
