@@ -79,8 +79,12 @@ def _space(config: Config) -> Iterator[Problem]:
 
 _EVOLVED = ("evaluations", "population", "sigma")
 _LEARNED = ("steps", "genome", "items", "rate", "surrogate")
+_RETENTION = (
+    *("retain", "retain_weight", "retain_items", "teacher", "decay", "trust", "trust_rms", "check"),
+    "patience",
+)
 _RELAXED = ("steps", "items", "rate", "surrogate")
-"""Keys of a stage that evolves, of a learned one, and those that relaxed routes share with it."""
+"""Keys of a stage that evolves, of a learned one, of its retention, and those that relaxed routes share."""
 
 
 def _keys_of(stage: StageConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -88,11 +92,11 @@ def _keys_of(stage: StageConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if STAGES[stage.stage].is_learned:
         return _LEARNED, ("method", *_EVOLVED)
     if stage.stage != "routes":
-        return _EVOLVED, ("method", *_LEARNED)
+        return _EVOLVED, ("method", *_LEARNED, *_RETENTION)
     if stage.method == "relaxed":
         own = ("method", *_EVOLVED, *_RELAXED)
-        return own, tuple(name for name in _LEARNED if name not in _RELAXED)
-    return ("method", *_EVOLVED), _LEARNED
+        return own, (*(name for name in _LEARNED if name not in _RELAXED), *_RETENTION)
+    return ("method", *_EVOLVED), (*_LEARNED, *_RETENTION)
 
 
 def _stages(config: Config) -> Iterator[Problem]:
@@ -111,9 +115,37 @@ def _stages(config: Config) -> Iterator[Problem]:
                 "take genome: categorical or conditional"
             )
             yield ("stages", i, "method"), sentence
+        if STAGES[stage.stage].is_learned:
+            yield from _learned(config, i)
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence
+
+
+def _learned(config: Config, i: int) -> Iterator[Problem]:
+    """What keeps a learned stage near its start, and two of them in a row."""
+    stage, before = config.stages[i], config.stages[i - 1] if i else None
+    if before and before.stage == stage.stage and (before.genome or "tensor") == (stage.genome or "tensor"):
+        sentence = "two learned stages of one genome follow one another; give the first more steps"
+        yield ("stages", i), sentence
+    if stage.genome == "row":
+        if not config.keep and (stage.retain is None or stage.retain_weight == 0):
+            yield (
+                ("stages", i, "genome"),
+                "genome: row has thousands of weights and forgets what no task asks for, as fine-tuning "
+                "does; name texts by retain, or what must not be lost by keep",
+            )
+        if i + 1 < len(config.stages):
+            sentence = "a stage with genome: row is the last; no later one can hold its weights"
+            yield ("stages", i, "genome"), sentence
+    for name in ("retain_weight", "retain_items", "teacher"):
+        if getattr(stage, name) is not None and stage.retain is None:
+            yield ("stages", i, name), f"{name} belongs to retain, a file of texts; add it, or leave it out"
+    if stage.teacher is not None and stage.teacher not in config.models:
+        sentence = f"'{stage.teacher}' is not among the models. {suggest(stage.teacher, config.models)}"
+        yield ("stages", i, "teacher"), sentence
+    if stage.patience is not None and stage.check is None:
+        yield ("stages", i, "patience"), "patience counts checks; give check, the steps between two of them"
 
 
 def _routes(config: Config) -> Iterator[Problem]:

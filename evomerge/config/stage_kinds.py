@@ -60,7 +60,7 @@ STAGES: dict[str, StageKind] = {
             "the weights of a merge by tensor or coarser, by the gradient of the right answers' probability",
             "evomerge.launch.learned_stage:open_learned_stage",
             blocks=("method", "space"),
-            at_most=1,
+            at_most=2,
             of_weights=True,
             is_learned=True,
         ),
@@ -88,7 +88,7 @@ def check_sequence(kinds: Sequence[str]) -> str:
         A sentence that says what is wrong and what is allowed; '' where nothing is.
     """
     for before, after in pairwise(kinds):
-        if before == after:
+        if before == after and not STAGES[before].is_learned:
             return f"two stages of {after} follow one another; give the first one more evaluations"
     if "learned" in kinds and "routes" in kinds[: kinds.index("learned")]:
         return "a route has no derivatives yet; put the learned stage before the stage of routes"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evomerge.config.block import Strict
 from evomerge.config.value_types import LearnedGenome, Number, OptimizerName, StageName, Whole
@@ -27,13 +27,39 @@ class StageConfig(Strict):
     steps: Whole | None = Field(default=None, ge=1)
     """Steps of gradient descent: 40 of a learned stage and 24 of relaxed routes unless given."""
     genome: LearnedGenome | None = None
-    """What a learned weight is of: tensor (from 32 items a task on), layer_component or axis of the space."""
+    """What a learned weight is of: tensor (from 32 items a task on), layer_component, axis of space, or row."""
     items: Whole | None = Field(default=None, ge=1)
     """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)
     """Size of the first step of gradient descent; .05, and .3 of relaxed routes, unless given."""
     surrogate: Literal["logprob", "probability"] | None = None
     """What gradient descent climbs: log-probability (unless given) or probability of the right answer."""
+    retain: str | None = Field(default=None, min_length=1)
+    """File of texts whose next-token distributions a learned stage keeps: a line, paragraph or JSON "text"
+    each."""
+    retain_weight: Number | None = Field(default=None, ge=0)
+    """Weight of the retained texts' mean divergence, in nats, in the loss; 1 unless given."""
+    retain_items: Whole | None = Field(default=None, ge=1)
+    """Retained texts that a step takes; 64 unless given."""
+    teacher: str | None = None
+    """Model whose distributions on retained texts are kept; the learned stage's start unless given."""
+    decay: Number | None = Field(default=None, ge=0)
+    """Pull of learned weights towards the stage's start, a share of the rate in each step; 0 unless given."""
+    trust: Number | None = Field(default=None, gt=0)
+    """Largest distance of any learned weight from the stage's start; no bound unless given."""
+    trust_rms: Number | None = Field(default=None, gt=0)
+    """Largest root mean square of learned weights' distances from the start; no bound unless given."""
+    check: Whole | None = Field(default=None, ge=1)
+    """Steps between two scorings of a learned stage on all validation items; none unless given."""
+    patience: Whole | None = Field(default=None, ge=1)
+    """Checks in a row without a better one that end a learned stage; all steps are taken unless given."""
+
+    @field_validator("genome", mode="before")
+    @classmethod
+    def _is_built(cls, value: Any) -> Any:
+        if value == "svd":
+            raise ValueError("is not built for singular directions; use row (finer) or tensor (coarser)")
+        return value
 
 
 class PerplexityScreenConfig(Strict):

@@ -75,5 +75,5 @@ Shares = Annotated[
     BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
 ]
 """Measure -> share of it in what a search sees; a measure alone has all of it."""
-LearnedGenome = Literal["tensor", "layer_component", "space"]
+LearnedGenome = Literal["tensor", "layer_component", "space", "row"]
 """What a learned stage has a weight for, see `evomerge.launch.learned_spaces`."""

@@ -14,7 +14,7 @@ do.
 
 from __future__ import annotations
 
-from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing
+from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing, Retaining
 from evomerge.evaluation.objective import Objective, Standing, Term, missing_metric_message, ranks
 from evomerge.evaluation.records import (
     ROLES,
@@ -26,6 +26,7 @@ from evomerge.evaluation.records import (
     ItemScore,
     Role,
     Slopes,
+    Teacher,
     mean_metrics,
     soft_means,
     soft_metric_name,
@@ -46,10 +47,12 @@ __all__ = [
     "Items",
     "Objective",
     "Preparing",
+    "Retaining",
     "Role",
     "Slopes",
     "Standing",
     "TaskSet",
+    "Teacher",
     "Term",
     "mean_metrics",
     "missing_metric_message",

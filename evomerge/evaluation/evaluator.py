@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from evomerge.evaluation.inference.divergence import Distributions
 
 
 class Evaluator(Protocol):
@@ -68,6 +71,44 @@ class Differentiable(Protocol):
 
         Raises:
             TaskError: A task has no text with a right answer, so that it has no loss.
+        """
+        ...
+
+
+@runtime_checkable
+class Retaining(Protocol):
+    """An evaluator that can hold a model's next-token distributions near a teacher's on texts."""
+
+    def distributions(self, model: nn.Module, texts: Sequence[str]) -> Distributions:
+        """Computes a model's distributions at every position of texts.
+
+        Args:
+            model: Live model.
+            texts: As they would be a prompt.
+
+        Returns:
+            What `backward_divergence` takes.
+
+        Raises:
+            TaskError: The backend has no gradients.
+        """
+        ...
+
+    def backward_divergence(
+        self, model: nn.Module, teacher: Distributions, weights: Sequence[float]
+    ) -> list[float]:
+        """Computes how far a model is from a teacher and runs the backward pass.
+
+        Args:
+            model: Live model; gradients go to its parameters that require one.
+            teacher: The teacher's distributions.
+            weights: Of each text's divergence in the loss.
+
+        Returns:
+            Each text's divergence, the mean over its positions of KL(teacher || model) in nats.
+
+        Raises:
+            TaskError: The backend has no gradients.
         """
         ...
 

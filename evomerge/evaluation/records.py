@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from evomerge.recipes import Recipe
 
 Role = Literal["search", "validation", "test"]
 """What an item is used for. No item has two roles."""
@@ -90,18 +93,34 @@ Coefficient = tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Teacher:
+    """A model whose next-token distributions are to be kept on texts.
+
+    Attributes:
+        recipe: What makes the model.
+        texts: Item id -> text.
+    """
+
+    recipe: Recipe
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class GradientRequest:
     """Asks for the derivatives of a loss by a recipe's coefficients.
 
-    The loss is the weighted sum of the items' losses, see `evomerge.evaluation.surrogates`.
+    The loss is the weighted sum of the items' losses, see `evomerge.evaluation.surrogates`; with a teacher it
+    is that of the texts' divergences, KL(teacher || model) in nats, each the mean over a text's positions.
 
     Attributes:
         weights: Task -> the weight of each of its items.
         surrogate: What an item's loss is made of, one of `SURROGATES`.
+        teacher: If given, the items are texts of the teacher's and no items of tasks.
     """
 
     weights: Mapping[str, float]
     surrogate: Literal["logprob", "probability"] = "logprob"
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +130,12 @@ class Slopes:
     Attributes:
         loss: Its value.
         partials: Coefficient -> derivative.
+        rows: Coefficient with a value for each row -> derivative by that of each row, in float32's numbers.
     """
 
     loss: float
     partials: Mapping[Coefficient, float]
+    rows: Mapping[Coefficient, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing
+from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing, Retaining
 from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from evomerge.evaluation.inference.divergence import Distributions
 
 
 def items_digest(ids: Sequence[str]) -> str:
@@ -223,6 +225,23 @@ class CombinedTasks:
             scores += part_scores
             losses.append(loss)
         return tuple(scores), math.fsum(losses)
+
+    def distributions(self, model: nn.Module, texts: Sequence[str]) -> Distributions:
+        """See `Retaining.distributions`. Raises TaskError where no set has them."""
+        return self._retaining().distributions(model, texts)
+
+    def backward_divergence(
+        self, model: nn.Module, teacher: Distributions, weights: Sequence[float]
+    ) -> list[float]:
+        """See `Retaining.backward_divergence`. Raises TaskError where no set has them."""
+        return self._retaining().backward_divergence(model, teacher, weights)
+
+    def _retaining(self) -> Retaining:
+        """The first set that knows how a text becomes tokens."""
+        for task_set in self._sets:
+            if isinstance(task_set, Retaining):
+                return task_set
+        raise TaskError("retain needs a task of lm-eval beside those of Python")
 
     def check_losses(self) -> None:
         """See `Differentiable.check_losses`."""

@@ -17,6 +17,7 @@ from evomerge.evaluation import ROLES
 from evomerge.evaluation.task_set import items_digest
 from evomerge.launch.objective import task_terms
 from evomerge.launch.opening import LoadedSearch, backends, device_name
+from evomerge.launch.retained_texts import retained_sources
 from evomerge.launch.search_request import SearchRequest
 from evomerge.launch.tasks import scoring_facts
 from evomerge.launch.weight_space import is_diagonal, searched_unnamed
@@ -48,7 +49,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         },
         tasks=harness.fingerprint(),
         # what an older version began knows of no sources, and goes on without
-        sources={} if stored and not stored.sources else harness.sources(),
+        sources={} if stored and not stored.sources else {**harness.sources(), **retained_sources(settings)},
         metrics={t.task: harness.metric(t.task) for t in settings.tasks},
         terms=task_terms(settings, harness),
         backends={} if loaded.is_replaced else backends(harness, loaded.scorer.model),
@@ -121,6 +122,9 @@ def _comparable(settings: Config) -> dict[str, Any]:
     data["evaluation"]["training_texts"] = [Path(text).name for text in settings.evaluation.training_texts]
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
+    for stage in data["stages"]:
+        if stage["retain"] is not None:  # by its content, see `evomerge.launch.retained_texts`
+            stage["retain"] = Path(stage["retain"]).name
     *earlier, last = data["stages"]
     last.pop("evaluations")
     budgets = settings.budgets[:-1]

@@ -9,11 +9,15 @@ from evomerge.checkpoints import COMPONENTS, Parent, equal_tensors
 from evomerge.errors import ConfigError
 from evomerge.launch.weight_space import searchable
 from evomerge.merging.merge import Merge
-from evomerge.search.plan import DifferentiableSpace
+from evomerge.methods.row_sums import takes_rows
+from evomerge.search.plan import DifferentiableSpace, RowSpace
 from evomerge.spaces import Range, WeightSpace
 from evomerge.spaces.cell_weights import CellWeightSpace, cells_of
+from evomerge.spaces.row_weights import RowWeightSpace
 from evomerge.spaces.tensor_weights import MOST_WEIGHT, WEIGHT, TensorWeight, TensorWeightSpace
 
+MOST_ROWS = 200_000
+"""Most weights of rows: a step stores 7 bytes of recipe, 20 of genome and 5 a shard for each of them."""
 ITEMS_FOR_TENSORS = 32
 """Search items of each task from which on one weight for each tensor is the default; with fewer it overfits
 (measured on the demo's models)."""
@@ -121,6 +125,36 @@ def make_layer_component_space(space: WeightSpace, parents: Mapping[str, Parent]
     return make_cell_space(finer, parents)
 
 
+def make_row_space(space: WeightSpace, parents: Mapping[str, Parent]) -> RowWeightSpace:
+    """The space of one weight for each row of each matrix and parent.
+
+    Args:
+        space: The search's space of weights.
+        parents: Its models, open.
+
+    Returns:
+        The space; a vector has one weight.
+
+    Raises:
+        ConfigError: The method has no weights for rows, or there would be too many of them.
+    """
+    if not takes_rows(space.method):
+        raise ConfigError(
+            f"genome: row needs a plain sum of task vectors, and '{space.method.name}' is none: "
+            "use task_arithmetic or linear, or genome: tensor"
+        )
+    tensors = make_tensor_space(space, parents)
+    base = parents[space.base]
+    shapes = [base.tensors[axis.tensor].shape for axis in tensors.axes]
+    rows = tuple(shape[0] if len(shape) > 1 else 1 for shape in shapes)
+    if sum(rows) > MOST_ROWS:
+        raise ConfigError(
+            f"genome: row would be {sum(rows):,} weights, and at most {MOST_ROWS:,} are learned: each step "
+            "stores the recipe and the derivatives of every shard; use genome: tensor, or fine-tune"
+        )
+    return RowWeightSpace(tensors, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Genome:
     """What a learned stage has a weight for.
@@ -131,12 +165,15 @@ class Genome:
     """
 
     summary: str
-    make: Callable[[WeightSpace, Mapping[str, Parent]], DifferentiableSpace]
+    make: Callable[[WeightSpace, Mapping[str, Parent]], DifferentiableSpace | RowSpace]
 
 
 GENOMES = {
     "tensor": Genome("one for each tensor and model", make_tensor_space),
     "layer_component": Genome("one for each layer, component and model", make_layer_component_space),
+    "row": Genome(
+        "one for each row of a matrix and model: fine-tuning in the span of the parents", make_row_space
+    ),
     "space": Genome("one for each axis of the space", make_cell_space),
 }
 """Name in the search file -> genome."""

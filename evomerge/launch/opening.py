@@ -17,6 +17,7 @@ from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
 from evomerge.evaluation.task_set import check_losses
 from evomerge.launch.objective import make_objective, task_terms
+from evomerge.launch.retained_texts import RETAINED
 from evomerge.launch.stored_models import places, stored_settings
 from evomerge.launch.tasks import open_tasks
 from evomerge.launch.threads import set_torch_threads
@@ -158,9 +159,8 @@ def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
                 "its items, prompts or settings differ; bring those back"
             )
     sources = opened.harness.sources() if study.facts.sources else {}
-    changed = study_facts.differences(
-        {task: dict(of) for task, of in study.facts.sources.items()} if sources else {}, sources
-    )
+    known = {task: dict(of) for task, of in study.facts.sources.items() if task != RETAINED}
+    changed = study_facts.differences(known if sources else {}, sources)
     if changed:
         raise StudyError(
             f"the code of a task is not what {study.name} was searched with: {changed[0]}; bring that back"

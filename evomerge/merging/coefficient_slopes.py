@@ -32,6 +32,7 @@ class CoefficientSlopes:
     Attributes:
         partials: (output tensor, parameter, source model or '') -> derivative so far, in the order in which
             gradients came.
+        rows: The same of the weights of rows -> [rows] of float64.
     """
 
     def __init__(self, merge: Merge, weights: WeightMap) -> None:
@@ -57,6 +58,7 @@ class CoefficientSlopes:
                 )
             self._steps[step.name] = step
         self.partials: dict[tuple[str, str, str], float] = {}
+        self.rows: dict[tuple[str, str, str], Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> CoefficientSlopes:
@@ -93,6 +95,9 @@ class CoefficientSlopes:
             for (param, source), slope in self._merge.slopes(self._steps[name], part).items():
                 key = (name, param, source)
                 self.partials[key] = self.partials.get(key, 0.0) + slope
+            for source, slopes in self._merge.row_slopes(self._steps[name], part).items():
+                key = (name, "weight", source)
+                self.rows[key] = self.rows[key] + slopes if key in self.rows else slopes
 
 
 class _Taker:

@@ -25,7 +25,7 @@ from evomerge.merging.tensor_plan import Step, layer_index
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
 from evomerge.methods.fused import MagnitudeTables
-from evomerge.recipes import Filtered, Mix, Recipe
+from evomerge.recipes import Filtered, Mix, PerRow, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +351,7 @@ def _depends_on_position(mix: Mix) -> bool:
     if method(mix.method).randomized:
         return True
     settings = [s for _, value in mix.params for s in (value if isinstance(value, tuple) else (value,))]
-    filters = [text for s in settings if isinstance(s, Filtered) for text, _ in s.cases]
+    filters = [text for s in settings if isinstance(s, Filtered | PerRow) for text, _ in s.cases]
     return any(character.isdigit() for text in filters for character in text)
 
 

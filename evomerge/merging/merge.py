@@ -21,13 +21,14 @@ from evomerge.checkpoints.values import check_tensor
 from evomerge.errors import CandidateError, RecipeError, suggest
 from evomerge.merging.merged_config import layer_changes, merged_config
 from evomerge.merging.merged_parent import MergedParent, check_intermediate
+from evomerge.merging.row_weights import check_rows_of_steps, row_weights
 from evomerge.merging.tensor_plan import DTYPES, Step, check, plan, resized_tensors
 from evomerge.merging.vocabulary.alignment import Vocabulary
 from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.merging.weight_map import WeightMap
-from evomerge.methods import Method, Values, method, task_vector_slopes
+from evomerge.methods import Method, Values, method, row_sums, task_vector_slopes
 from evomerge.methods.fused import MagnitudeTables, MergeInputs, combine_by_dot_products, merge_tensor
-from evomerge.recipes import STORED, Filtered, Mix, Recipe, Setting
+from evomerge.recipes import STORED, Filtered, Mix, PerRow, Recipe, Setting
 
 
 class Merge:
@@ -84,6 +85,7 @@ class Merge:
         self.vocabulary = _vocabulary(recipe, self.parents)
         self._resized = resized_tensors(self.parents[recipe.base], self.vocabulary)
         self.steps: tuple[Step, ...] = plan(recipe, self.parents, self.vocabulary)
+        check_rows_of_steps(self.steps)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -134,9 +136,12 @@ class Merge:
             gradient: Of the loss by the output tensor, on the merging device.
 
         Returns:
-            (parameter, source model) -> derivative; the model is '' for a parameter of the merge.
+            (parameter, source model) -> derivative; the model is '' for a parameter of the merge. Nothing for
+            a tensor whose rows have weights of their own, see `row_slopes`.
         """
         assert step.mix is not None
+        if row_weights(step) is not None:
+            return {}
         inputs = self._inputs(step, step.mix)
         rule = method(step.mix.method)
         values = _values(rule, step.mix, step.name, step.inputs)
@@ -149,6 +154,24 @@ class Merge:
             else:
                 found[name, ""] = slope
         return found
+
+    def row_slopes(self, step: Step, gradient: Tensor) -> dict[str, Tensor]:
+        """Computes the derivatives of a loss by the weights of the rows of one output tensor.
+
+        Args:
+            step: One of `steps`.
+            gradient: Of the loss by the output tensor, on the merging device.
+
+        Returns:
+            Source model -> [rows] derivatives in float64; nothing for a tensor without weights by row.
+        """
+        weights = row_weights(step)
+        if weights is None or step.mix is None:
+            return {}
+        inputs = self._inputs(step, step.mix)
+        values = _values(method(step.mix.method), step.mix, step.name, step.inputs)
+        found = row_sums.row_slopes(inputs.sources, inputs.base, values, weights, gradient)
+        return {model: slopes for (model, _), slopes in zip(step.mix.sources, found, strict=True)}
 
     def combines(self, step: Step) -> bool:
         """Whether a step combines whole inputs with coefficients that come from their dot products.
@@ -197,6 +220,9 @@ class Merge:
         if rule.task_vector_sum is not None or rule.coefficients is not None:
             if out is None:
                 out = torch.empty(step.info.shape, dtype=dtype, device=self._device)
+            weights = row_weights(step)
+            if weights is not None:
+                return out, row_sums.merge_rows(inputs.sources, inputs.base, values, weights, out)
             if rule.task_vector_sum is not None:
                 return out, merge_tensor(rule.task_vector_sum, inputs, values, out, self._magnitude_tables)
             is_finite = combine_by_dot_products(rule, inputs, values, out)
@@ -377,7 +403,9 @@ def _values(rule: Method, mix: Mix, output: str, inputs: Sequence[str]) -> Value
 
 
 def _number(setting: Setting, tensor: str, default: float) -> float:
-    """The value of a setting for one tensor."""
+    """The value of a setting for one tensor; of one by row the first."""
+    if isinstance(setting, PerRow):
+        return setting.at(tensor)[0]
     if not isinstance(setting, Filtered):
         return setting
     value = setting.at(tensor)

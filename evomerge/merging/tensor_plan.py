@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,8 @@ from evomerge.errors import CheckpointError, RecipeError, suggest
 from evomerge.merging.vocabulary.alignment import Vocabulary
 from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.methods import Method, method
-from evomerge.recipes import STORED, Filtered, Mix, ParamValue, Recipe
+from evomerge.methods.row_sums import takes_rows
+from evomerge.recipes import STORED, Filtered, Mix, ParamValue, PerRow, Recipe, Setting
 
 DTYPES = {
     "float32": torch.float32,
@@ -63,6 +64,7 @@ def check(recipe: Recipe) -> None:
         _check_models(mix, where)
         for name, value in mix.params:
             _check_param(method(mix.method), name, value, mix, where)
+        _check_row_settings(mix, recipe.policy, where)
 
 
 def output_places(recipe: Recipe) -> list[str]:
@@ -216,6 +218,23 @@ def _check_models(mix: Mix, where: str) -> None:
         raise RecipeError(f"{mix.method} has no base model; list '{mix.base[0]}' among its sources ({where})")
 
 
+def _check_row_settings(mix: Mix, policy: str, where: str) -> None:
+    """Raises RecipeError for values by row where they mean nothing."""
+    for name, value in mix.params:
+        if not any(isinstance(s, PerRow) for s in (value if isinstance(value, tuple) else (value,))):
+            continue
+        if not takes_rows(method(mix.method)) or name != "weight" or not isinstance(value, tuple):
+            raise RecipeError(
+                f"{name} of {mix.method} cannot have a value for each row ({where}): only the weights of a "
+                "plain sum can, such as task_arithmetic or linear"
+            )
+        if policy != "float32":
+            raise RecipeError(
+                f"mergekit has no weights for rows, so the policy '{policy}' cannot have them ({where}); "
+                "use the policy 'float32'"
+            )
+
+
 def _check_param(rule: Method, name: str, value: ParamValue, mix: Mix, where: str) -> None:
     param = rule.param(name)
     if param is None:
@@ -228,6 +247,12 @@ def _check_param(rule: Method, name: str, value: ParamValue, mix: Mix, where: st
         )
     for i, setting in enumerate(value if isinstance(value, tuple) else (value,)):
         place = f"{where}, model {mix.sources[i][0]}" if is_per_model else where
-        numbers = [number for _, number in setting.cases] if isinstance(setting, Filtered) else [setting]
-        for number in numbers:
+        for number in _extremes(setting):
             param.check(number, place)
+
+
+def _extremes(setting: Setting) -> Sequence[float]:
+    """The numbers of a setting; of one by row the least and the largest."""
+    if isinstance(setting, PerRow):
+        return (min(setting.numbers), max(setting.numbers))
+    return [number for _, number in setting.cases] if isinstance(setting, Filtered) else [setting]

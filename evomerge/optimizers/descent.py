@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,40 @@ from evomerge.optimizers.pending import GRID
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8  # beside the square root of the second moment, relative to the largest gradient seen
+
+
+@dataclass(frozen=True, slots=True)
+class Leash:
+    """What holds a descent near its start.
+
+    Attributes:
+        decay: Each step moves a gene by this share of the rate towards the start, as AdamW's weight decay
+            does towards 0.
+        trust: Largest distance of any gene from the start; None for no bound.
+        trust_rms: Largest root mean square of all genes' distances from the start; None for no bound.
+    """
+
+    decay: float = 0.0
+    trust: float | None = None
+    trust_rms: float | None = None
+
+    def hold(self, genome: Array, start: Array) -> Array:
+        """Projects a genome into the trust region.
+
+        Args:
+            genome: [n] genome.
+            start: [n] genome of the start.
+
+        Returns:
+            [n] the genome, or the nearest one along the way of each bound.
+        """
+        if self.trust is not None:
+            genome = np.clip(genome, start - self.trust, start + self.trust)
+        if self.trust_rms is not None:
+            rms = float(np.sqrt(np.mean((genome - start) ** 2)))
+            if rms > self.trust_rms:
+                genome = start + (genome - start) * (self.trust_rms / rms)
+        return genome
 
 
 class Descent:
@@ -28,13 +63,16 @@ class Descent:
             descent.tell(gradient(descent.ask()))
     """
 
-    def __init__(self, start: Sequence[float], *, rate: float, steps: int) -> None:
+    def __init__(
+        self, start: Sequence[float], *, rate: float, steps: int, leash: Leash | None = None
+    ) -> None:
         """Makes a descent at its start.
 
         Args:
             start: [n] genome.
             rate: Size of the first step of each gene, above 0; it falls to 0 by a cosine.
             steps: Steps of the schedule, at least 1.
+            leash: What holds it near its start; None for nothing.
 
         Raises:
             ValueError: A rate or a number of steps out of range.
@@ -42,8 +80,9 @@ class Descent:
         if not rate > 0 or steps < 1:
             raise ValueError(f"a descent has a rate above 0 and at least 1 step, got {rate} and {steps}")
         self._rate, self._steps = rate, steps
+        self._leash = leash or Leash()
         self._x = np.asarray(start, dtype=np.float64)
-        self._before = self._x
+        self._start = self._before = self._x
         self._first = np.zeros_like(self._x)
         self._second = np.zeros_like(self._x)
         self._taken = 0
@@ -76,4 +115,7 @@ class Descent:
         progress = min(1.0, (self._taken - 1) / self._steps)
         rate = self._rate * 0.5 * (1 + math.cos(math.pi * progress))
         self._before = self._x
-        self._x = self._x - rate * mean / (size + _EPSILON)
+        moved = self._x - rate * mean / (size + _EPSILON)
+        if self._leash.decay:
+            moved = moved - rate * self._leash.decay * (self._x - self._start)
+        self._x = self._leash.hold(moved, self._start)

@@ -52,12 +52,49 @@ class Filtered:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class PerRow:
+    """A value for each row of some tensors, and one for all others.
+
+    Attributes:
+        cases: ((text, values), ...), at least one: the first case whose text is in the tensor's name decides.
+            One value is that of the whole tensor; else there is one for each of its rows (first dimension).
+        rest: The value of a tensor that no case names.
+    """
+
+    cases: tuple[tuple[str, tuple[float, ...]], ...]
+    rest: float
+
+    def __post_init__(self) -> None:
+        if not self.cases or not all(values for _, values in self.cases):
+            raise RecipeError("values by row need at least one tensor, and each tensor at least one value")
+        cases = tuple((text, tuple(float(value) + 0.0 for value in values)) for text, values in self.cases)
+        object.__setattr__(self, "cases", cases)
+        object.__setattr__(self, "rest", float(self.rest) + 0.0)
+
+    def at(self, tensor: str) -> tuple[float, ...]:
+        """The values for one tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            One for the whole tensor, or one for each row.
+        """
+        return next((values for text, values in self.cases if text in tensor), (self.rest,))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Every value, those of the cases first."""
+        return (*(value for _, values in self.cases for value in values), self.rest)
+
+
 _SHOWN = 500  # characters of an error about a text that may hold anything
 POLICIES = ("float32", "mergekit")
 """What arithmetic a merge does, see `Recipe.policy`."""
 STORED = "stored"
 """The arithmetic type that is that of the inputs."""
-Setting = float | Filtered
+Setting = float | Filtered | PerRow
 ParamValue = Setting | tuple[Setting, ...]
 """A setting for a parameter of the merge; a tuple of one per source for a parameter of each model."""
 
@@ -174,6 +211,13 @@ class Recipe:
         stages = {name for name, _ in self.stages}
         return tuple(dict.fromkeys(model for model in named if model not in stages))
 
+    @property
+    def row_numbers(self) -> int:
+        """How many numbers settings by row hold; 0 for a recipe without any."""
+        given = (value for mix in self.mixes for _, value in mix.params)
+        settings = (s for value in given for s in (value if isinstance(value, tuple) else (value,)))
+        return sum(len(values) for s in settings if isinstance(s, PerRow) for _, values in s.cases)
+
     def is_route(self, depths: Mapping[str, int]) -> bool:
         """Whether this is more than a merge of whole models.
 
@@ -254,8 +298,8 @@ def _checked_scales(given: Iterable[float], layers: int) -> tuple[float, ...]:
 def _normal(value: ParamValue) -> ParamValue:
     """The value with every number a float, and no -0.0: equal mixes have one text."""
     if isinstance(value, tuple):
-        return tuple(v if isinstance(v, Filtered) else float(v) + 0.0 for v in value)
-    return value if isinstance(value, Filtered) else float(value) + 0.0
+        return tuple(v if isinstance(v, Filtered | PerRow) else float(v) + 0.0 for v in value)
+    return value if isinstance(value, Filtered | PerRow) else float(value) + 0.0
 
 
 def params(values: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:
@@ -297,6 +341,8 @@ def _plain(value: Any) -> Any:
             }
         case Filtered():
             return {"cases": [[text, number] for text, number in value.cases]}
+        case PerRow():
+            return {"rows": [[text, list(values)] for text, values in value.cases], "rest": value.rest}
         case tuple():
             return [_plain(v) for v in value]
     return value
@@ -348,6 +394,11 @@ def _value(data: Any) -> ParamValue:
 
 
 def _setting(data: Any) -> Setting:
+    if isinstance(data, dict) and "rows" in data:
+        rows = [
+            (_text(text), tuple(map(_number, values))) for text, values in _fields(data, "rows rest")["rows"]
+        ]
+        return PerRow(tuple(rows), _number(data["rest"]))
     if isinstance(data, dict):
         cases = [(text, _number(number)) for text, number in _fields(data, "cases")["cases"]]
         if not all(isinstance(text, str) for text, _ in cases):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge._escaping import markdown, markdown_data
 from evomerge.errors import StudyError
-from evomerge.recipes import Filtered, Mix, Recipe, Setting
+from evomerge.recipes import Filtered, Mix, PerRow, Recipe, Setting
 from evomerge.reports import route_text
 from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
 from evomerge.store import Store, Trial
@@ -282,6 +283,10 @@ def _mixed_alike(recipe: Recipe) -> list[tuple[str, Mix]]:
 def _setting(value: Setting) -> str:
     if isinstance(value, Filtered):
         return ", ".join(f"{text.strip('.')} {number:g}" for text, number in value.cases)
+    if isinstance(value, PerRow):
+        numbers = value.numbers[:-1]
+        mean = math.fsum(numbers) / len(numbers)
+        return f"{len(numbers):,} by row, {min(numbers):g} to {max(numbers):g}, mean {mean:.3g}"
     return f"{value:g}"
 
 

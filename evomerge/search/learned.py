@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from evomerge.errors import FailureBudget
 from evomerge.evaluation import Evaluation, GradientRequest, Items, Slopes, soft_means
+from evomerge.optimizers import Array
 from evomerge.optimizers.descent import Descent
 from evomerge.recipes import Recipe
 from evomerge.search.generation_runner import GenerationRunner
 from evomerge.search.item_windows import ItemWindows
-from evomerge.search.plan import LearnedOpening, Progress
+from evomerge.search.learned_retention import Checks, Retained, retained_texts
+from evomerge.search.plan import DifferentiableSpace, LearnedOpening, Progress, RowSpace
 from evomerge.search.trial_recorder import Candidate
 from evomerge.store import NewEvaluation, Trial
 from evomerge.workers import Job
@@ -72,6 +76,7 @@ class LearnedSearch:
         self._budget_ended = budget_ended
         plan = runner.plan
         self._windows = ItemWindows(plan.items["search"], opening.items, plan.seed)
+        self._retained: Retained | None = None
         self._shares = {task: abs(share) for task, share in plan.objective.shares().items()}
 
     def run(self, start: Sequence[float], first_generation: int, parents: tuple[int, ...]) -> Descended:
@@ -91,7 +96,9 @@ class LearnedSearch:
             StudyError: The replay differs from the store.
         """
         opening = self.opening
-        descent = Descent(start, rate=opening.rate, steps=opening.steps)
+        descent = Descent(start, rate=opening.rate, steps=opening.steps, leash=opening.leash)
+        self._retained = retained_texts(opening, start, self.runner.plan.seed)
+        checks = Checks(opening.stopping, self.runner)
         kept: list[Candidate] = []
         failures, number = 0, first_generation
         for step in range(opening.steps):
@@ -99,7 +106,7 @@ class LearnedSearch:
             candidate = self._candidate(descent, parents, f"{opening.name}, step {step + 1}", step)
             if step in {round(mark * opening.steps) for mark in _MARKS}:
                 kept.append(candidate)
-            trial, slopes = self._step(number, candidate, self._windows.items(step + 1))
+            trial, slopes = self._step(number, candidate, step + 1)
             parents = (trial.id,)
             failures = failures + 1 if slopes is None else 0
             if failures >= _MOST_FAILURES:
@@ -108,15 +115,21 @@ class LearnedSearch:
                 )
             descent.tell(None if slopes is None else self._gradient(step, candidate, slopes))
             self._show(Progress(opening.name, step + 1, opening.steps, None, _note(step, trial, slopes)))
-            if self._budget_ended(number):
+            if checks.is_due(step + 1):
+                after = f"{opening.name}, after step {step + 1}"
+                checks.make(step + 1, self._candidate(descent, parents, after, step))
+            if checks.ended or self._budget_ended(number):
                 break
+        if checks.ended:
+            self._show(Progress(opening.name, opening.steps, opening.steps, None, checks.note()))
         end = self._candidate(descent, parents, "end of the learned stage", opening.steps - 1)
-        return Descended(number, (end, *reversed(kept)))
+        best = [checks.best] if checks.best and checks.best.recipe.id != end.recipe.id else []
+        return Descended(number, (end, *best, *reversed(kept)))
 
     def _gradient(self, step: int, candidate: Candidate, slopes: Slopes) -> Sequence[float]:
         """The derivatives by genes where the step was."""
         genome = candidate.genome or ()
-        return self.opening.space_at(step, genome).pull(slopes.partials)
+        return _pulled(self.opening.space_at(step, genome), slopes)
 
     def _candidate(self, descent: Descent, parents: tuple[int, ...], label: str, step: int) -> Candidate:
         """The candidate of the genome that the descent asks for."""
@@ -124,16 +137,24 @@ class LearnedSearch:
         recipe = self.opening.space_at(step, genome).decode(genome)
         return Candidate("learned", recipe, label=label, genome=genome, parents=parents)
 
-    def _step(self, number: int, candidate: Candidate, items: Items) -> tuple[Trial, Slopes | None]:
+    def _step(self, number: int, candidate: Candidate, step: int) -> tuple[Trial, Slopes | None]:
         """The step's trial, and its slopes; None where the candidate failed."""
         replayed = self.runner.replayed_trials(number, [candidate])
-        shards = self._shards(items)
+        items = self._windows.items(step)
         request = self._request(items)
-        evaluations = self._evaluations(candidate.recipe, shards, request)
+        shards = [(shard, request) for shard in self._shards(items)]
+        if self._retained is not None:
+            texts, of_teacher = self._retained.request(step)
+            shards += [(shard, of_teacher) for shard in self._shards(texts)]
+            items = {**items, **texts}
+        evaluations = self._evaluations(candidate.recipe, shards)
         whole = _union(evaluations, items)
         trial = replayed.get(0)
         if trial is None:
-            trial = self.runner.recorder.record_learned_trial(number, candidate, items, whole)
+            stored = whole
+            if whole.slopes is not None:  # the derivatives of rows are many, and stored with the shards
+                stored = replace(whole, slopes=replace(whole.slopes, rows={}))
+            trial = self.runner.recorder.record_learned_trial(number, candidate, items, stored)
         return trial, whole.slopes
 
     def _request(self, items: Items) -> GradientRequest:
@@ -150,13 +171,13 @@ class LearnedSearch:
         return [_by_task(turns[first : first + size]) for first in range(0, len(turns), size)]
 
     def _evaluations(
-        self, recipe: Recipe, shards: Sequence[Items], request: GradientRequest
+        self, recipe: Recipe, shards: Sequence[tuple[Items, GradientRequest]]
     ) -> list[Evaluation]:
         """The evaluation of each shard, in their order; what the store holds is not made again."""
         store = self.runner.store
         found: dict[int, Evaluation] = {}
         jobs: list[Job] = []
-        for slot, shard in enumerate(shards):
+        for slot, (shard, request) in enumerate(shards):
             stored = store.evaluation(recipe.id, "gradient", shard)
             if stored is not None:
                 found[slot] = stored.evaluation
@@ -180,15 +201,20 @@ def _union(evaluations: Sequence[Evaluation], items: Items) -> Evaluation:
     if failed is not None:
         return Evaluation(recipe_id, (), {}, seconds, failed.error)
     partials: dict[tuple[str, str, str], float] = {}
+    rows: dict[tuple[str, str, str], Array] = {}
     losses: list[float] = []
     for evaluation in evaluations:
         assert evaluation.slopes is not None
         losses.append(evaluation.slopes.loss)
         for key, value in evaluation.slopes.partials.items():
             partials[key] = partials.get(key, 0.0) + value
+        for key, values in evaluation.slopes.rows.items():
+            own = np.asarray(values, dtype=np.float64)
+            rows[key] = rows[key] + own if key in rows else own
     known = {(s.task, s.item): s for e in evaluations for s in e.items}
     scores = tuple(known[task, item] for task, ids in items.items() for item in ids)
-    slopes = Slopes(math.fsum(losses), partials)
+    summed = {key: tuple(float(value) for value in values) for key, values in rows.items()}
+    slopes = Slopes(math.fsum(losses), partials, summed)
     return Evaluation(recipe_id, scores, soft_means(scores), seconds, slopes=slopes)
 
 
@@ -197,6 +223,13 @@ def _by_task(pairs: Sequence[tuple[str, str]]) -> Mapping[str, tuple[str, ...]]:
     for task, item in pairs:
         tasks.setdefault(task, []).append(item)
     return {task: tuple(ids) for task, ids in tasks.items()}
+
+
+def _pulled(space: DifferentiableSpace | RowSpace, slopes: Slopes) -> Sequence[float]:
+    """The gradient by a space's genes."""
+    if isinstance(space, RowSpace):
+        return space.pull_rows(slopes.partials, slopes.rows)
+    return space.pull(slopes.partials)
 
 
 def _note(step: int, trial: Trial, slopes: Slopes | None) -> str:

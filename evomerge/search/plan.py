@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import Items, Objective, Role
 from evomerge.optimizers import Optimizer
+from evomerge.optimizers.descent import Leash
 from evomerge.recipes import Recipe
 from evomerge.search import racing
 from evomerge.spaces import Baseline
@@ -67,6 +68,57 @@ class DifferentiableSpace(SearchSpace, Protocol):
         """
 
 
+@runtime_checkable
+class RowSpace(SearchSpace, Protocol):
+    """A differentiable space whose genes are weights of rows."""
+
+    def pull_rows(
+        self,
+        partials: Mapping[tuple[str, str, str], float],
+        rows: Mapping[tuple[str, str, str], Sequence[float]],
+    ) -> Sequence[float]:
+        """Turns derivatives by coefficients and by weights of rows into those by genes.
+
+        Args:
+            partials: (output tensor, parameter, source model) -> derivative.
+            rows: The same -> derivative by the weight of each row.
+
+        Returns:
+            [len(axes)] derivatives.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedTexts:
+    """Texts on which a learned stage keeps the next-token distributions of a teacher.
+
+    Attributes:
+        texts: Id -> text.
+        weight: Of their mean Kullback-Leibler divergence in the loss of a step.
+        items: How many of them a step takes.
+        teacher: Whose distributions; None for the stage's start.
+    """
+
+    texts: Mapping[str, str]
+    weight: float
+    items: int
+    teacher: Recipe | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopping:
+    """When a learned stage ends before its last step.
+
+    Attributes:
+        every: Steps between two checks, each the tasks' own metrics on all validation items.
+        patience: Checks in a row that may fail to improve on the best one; None for no end before the last
+            step, so that checks only add candidates to the election.
+    """
+
+    every: int
+    patience: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class LearnedOpening:
     """A learned stage ready to run.
@@ -83,9 +135,12 @@ class LearnedOpening:
         annealed: (step from 0, genome) -> the space of that step, with its derivatives at the genome; None
             where it is `space` at every step.
         name: What steps and progress are called.
+        leash: What holds the genome near the stage's start.
+        retained: Texts on which a teacher's distributions are kept; None for none.
+        stopping: When it ends early; None for never.
     """
 
-    space: DifferentiableSpace
+    space: DifferentiableSpace | RowSpace
     steps: int
     rate: float
     items: int
@@ -93,10 +148,13 @@ class LearnedOpening:
     surrogate: Literal["logprob", "probability"] = "logprob"
     summary: str = ""
     hand: Sequence[Baseline] = ()
+    leash: Leash = field(default_factory=Leash)
+    retained: RetainedTexts | None = None
+    stopping: EarlyStopping | None = None
     annealed: Callable[[int, Sequence[float]], DifferentiableSpace] | None = None
     name: str = "learned"
 
-    def space_at(self, step: int, genome: Sequence[float]) -> DifferentiableSpace:
+    def space_at(self, step: int, genome: Sequence[float]) -> DifferentiableSpace | RowSpace:
         """The space of a step.
 
         Args:

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from evomerge.methods import method
-from evomerge.recipes import Filtered, Mix, ParamValue, Recipe, Setting, Source, params
+from evomerge.recipes import Filtered, Mix, ParamValue, PerRow, Recipe, Setting, Source, params
 from evomerge.spaces.base import Axis, finite_genes
 
 WEIGHT = "weight"
@@ -150,4 +150,7 @@ def _add(value: Setting, change: float, digits: int) -> Setting:
     """A setting with each of its numbers moved."""
     if isinstance(value, Filtered):
         return Filtered(tuple((text, round(number + change, digits)) for text, number in value.cases))
+    if isinstance(value, PerRow):
+        moved = ((text, tuple(round(number + change, digits) for number in row)) for text, row in value.cases)
+        return PerRow(tuple(moved), round(value.rest + change, digits))
     return round(value + change, digits)

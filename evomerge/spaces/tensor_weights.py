@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from evomerge.methods import Method
-from evomerge.recipes import Filtered, Mix, ParamValue, Recipe, Setting, params
+from evomerge.recipes import Filtered, Mix, ParamValue, PerRow, Recipe, Setting, params
 from evomerge.spaces.base import finite_genes
 
 WEIGHT = "weight"
@@ -99,6 +99,8 @@ class TensorWeightSpace:
         """
         if len(recipe.layers) != self.depth or recipe.base != self.base or recipe.stages or recipe.scales:
             return None
+        if recipe.row_numbers:
+            return None
         if not all(self._fits(mix) for mix in recipe.mixes):
             return None
         return tuple(self._read(recipe, axis) for axis in self.axes)
@@ -144,6 +146,7 @@ class TensorWeightSpace:
         if isinstance(setting, Filtered):
             number = setting.at(axis.tensor)
             return self.start_weight if number is None else number
+        assert not isinstance(setting, PerRow)
         return setting
 
     def _fits(self, mix: Mix) -> bool:
@@ -171,7 +174,20 @@ def snapped_weight(rule: Method, gene: float) -> float:
     Returns:
         The gene on the decimal grid of the method's weights, within their bounds and -10 to 10.
     """
+    return snapped_weights(rule, (gene,))[0]
+
+
+def snapped_weights(rule: Method, genes: Sequence[float]) -> list[float]:
+    """The weights that genes stand for.
+
+    Args:
+        rule: A method with weights.
+        genes: Finite numbers.
+
+    Returns:
+        Of each what `snapped_weight` gives.
+    """
     param = rule.param(WEIGHT)
     assert param is not None
     low, high = max(-MOST_WEIGHT, param.hard_low), min(MOST_WEIGHT, param.hard_high)
-    return round(min(high, max(low, gene)), param.digits) + 0.0
+    return [round(min(high, max(low, gene)), param.digits) + 0.0 for gene in genes]

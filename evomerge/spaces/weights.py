@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from evomerge.errors import ConfigError
 from evomerge.methods import Method, Param
-from evomerge.recipes import Filtered, Mix, ParamValue, Recipe, Setting, Source, params, setting
+from evomerge.recipes import Filtered, Mix, ParamValue, PerRow, Recipe, Setting, Source, params, setting
 from evomerge.spaces.base import Axis, finite_genes
 
 EMBEDDINGS, HEAD = "embeddings", "head"
@@ -165,6 +165,8 @@ class WeightSpace:
         """
         if not all(self._fits(mix) for mix in recipe.mixes) or len(recipe.layers) != sum(self.groups):
             return None
+        if recipe.row_numbers:
+            return None
         return tuple(self._read(recipe, axis) for axis in self.axes)
 
     def uniform(self, values: Mapping[str, float | Mapping[str, float]]) -> Recipe:
@@ -285,6 +287,7 @@ class WeightSpace:
             text = next((t for t, component in self.segments if component == axis.component), "")
             number = value.at(text)
             return self._param(axis.param).default if number is None else number
+        assert not isinstance(value, PerRow)
         return value
 
     def _fits(self, mix: Mix) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import sqlite3
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -182,19 +184,37 @@ def slopes_json(slopes: Slopes | None) -> str | None:
         slopes: Of an evaluation.
 
     Returns:
-        JSON of the loss and of (tensor, parameter, source, derivative) rows; None without slopes.
+        JSON of the loss, of (tensor, parameter, source, derivative) rows and, where weights of rows were
+        derived by, of (tensor, parameter, source, base64 of little-endian float32); None without slopes.
     """
     if slopes is None:
         return None
-    return json.dumps([slopes.loss, [[*key, value] for key, value in slopes.partials.items()]])
+    partials = [[*key, value] for key, value in slopes.partials.items()]
+    rows = [[*key, _packed(values)] for key, values in slopes.rows.items()]
+    return json.dumps([slopes.loss, partials, rows] if rows else [slopes.loss, partials])
+
+
+def _packed(values: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def _unpacked(text: str) -> tuple[float, ...]:
+    data = base64.b64decode(text, validate=True)
+    if len(data) % 4:
+        raise ValueError("derivatives by row are no float32 numbers")
+    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 def _slopes(row: sqlite3.Row) -> Slopes | None:
     """The derivatives of an evaluation."""
     if "slopes" not in set(row.keys()) or not row["slopes"]:
         return None
-    loss, partials = json.loads(row["slopes"])
-    return Slopes(loss, {(tensor, param, source): value for tensor, param, source, value in partials})
+    loss, partials, *rows = json.loads(row["slopes"])
+    return Slopes(
+        loss,
+        {(tensor, param, source): value for tensor, param, source, value in partials},
+        {(tensor, param, source): _unpacked(text) for found in rows for tensor, param, source, text in found},
+    )
 
 
 def _soft_metric(row: sqlite3.Row, column: str, count: int) -> list[float | None]:

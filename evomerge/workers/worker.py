@@ -5,6 +5,8 @@ Knows nothing of pools and of Ray.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import math
@@ -27,9 +29,12 @@ from evomerge.evaluation import (
     Items,
     ItemScore,
     Preparing,
+    Retaining,
     Slopes,
+    Teacher,
     soft_means,
 )
+from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
 from evomerge.merging.live_model import ModelBuilder
@@ -37,6 +42,7 @@ from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 from evomerge.workers.pool import one_line
+from evomerge.workers.taught_texts import TaughtTexts
 
 log = logging.getLogger(__name__)
 _TABLES_SHARE = 4  # magnitude tables may take one part in so many of the free memory
@@ -123,6 +129,7 @@ class Worker:
         self._watched: set[int] = set()
         self._prepared: set[tuple[int, str]] = set()
         self._built: _Built | None = None
+        self._taught_texts = TaughtTexts()
 
     def prepare(self, recipe: Recipe, items: Items) -> None:
         """Builds a candidate, and plans, probes and compiles what scores it; see `pool.PreparingScorer`.
@@ -206,21 +213,54 @@ class Worker:
             if not isinstance(self.evaluator, Differentiable):
                 raise CandidateError("these tasks have no differentiable loss; search weights instead")
             started = time.perf_counter()
-            module = self.module(recipe, items)
-            if module is not self.model:
-                raise CandidateError("a route has no derivatives yet; learn weights before routes")
+            taught = None if request.teacher is None else self._taught(request.teacher, items)
+            module = self._merged_module(recipe, items)
             seconds["merge"] = time.perf_counter() - started
             started = time.perf_counter()
             with self.builder.coefficient_slopes(recipe) as found:
-                scores, loss = self.evaluator.backward(module, items, request)
+                if taught is None:
+                    scores, loss = self.evaluator.backward(module, items, request)
+                else:
+                    scores, loss = self._backward_divergence(module, taught, items, request)
             seconds["backward"] = time.perf_counter() - started
             partials = dict(sorted(found.partials.items()))
-            if not all(map(math.isfinite, (loss, *partials.values()))):
+            rows = {key: tuple(of.float().tolist()) for key, of in sorted(found.rows.items())}
+            numbers = itertools.chain((loss,), partials.values(), *rows.values())
+            if not all(map(math.isfinite, numbers)):
                 raise CandidateError("the gradient of the loss is not finite")
-            return Evaluation(recipe.id, scores, soft_means(scores), seconds, slopes=Slopes(loss, partials))
+            slopes = Slopes(loss, partials, rows)
+            return Evaluation(recipe.id, scores, soft_means(scores), seconds, slopes=slopes)
         except Exception as error:  # as in `evaluate`
             log.debug("slopes of candidate %s failed", recipe.id, exc_info=True)
             return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
+
+    def _merged_module(self, recipe: Recipe, items: Items) -> nn.Module:
+        """The live model of a merge; raises CandidateError for a route."""
+        module = self.module(recipe, items)
+        if module is not self.model:
+            raise CandidateError("a route has no derivatives yet; learn weights before routes")
+        return module
+
+    def _taught(self, teacher: Teacher, items: Items) -> Distributions:
+        """The teacher's distributions on the texts of items."""
+        if not isinstance(self.evaluator, Retaining):
+            raise CandidateError("these tasks cannot tell a text's tokens, which retain needs")
+        texts = [teacher.texts[item] for ids in items.values() for item in ids]
+        if self._taught_texts.lacks(teacher, texts):
+            self._merged_module(teacher.recipe, items)
+        compute = functools.partial(self.evaluator.distributions, self.model)
+        return self._taught_texts.distributions(teacher, texts, compute)
+
+    def _backward_divergence(
+        self, module: nn.Module, taught: Distributions, items: Items, request: GradientRequest
+    ) -> tuple[tuple[ItemScore, ...], float]:
+        """Divergences of the items' texts, and their weighted sum; adds its gradient to the parameters."""
+        assert isinstance(self.evaluator, Retaining)
+        pairs = [(task, item) for task, ids in items.items() for item in ids]
+        weights = [request.weights[task] for task, _ in pairs]
+        found = self.evaluator.backward_divergence(module, taught, weights)
+        scores = tuple(ItemScore(task, item, own) for (task, item), own in zip(pairs, found, strict=True))
+        return scores, math.fsum(weight * own for weight, own in zip(weights, found, strict=True))
 
     def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
         """The live model of a recipe, ready to be scored.

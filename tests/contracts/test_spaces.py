@@ -20,6 +20,7 @@ from evomerge.spaces import Range, RouteWeightSpace, SearchSpace
 from evomerge.spaces.cell_weights import CellWeightSpace
 from evomerge.spaces.routes import LayerIndicatorSpace, LayerPool, PositionChoiceSpace
 from evomerge.spaces.routes.relaxation import RelaxedRouteSpace
+from evomerge.spaces.row_weights import RowWeightSpace
 from evomerge.spaces.tensor_weights import TensorWeight, TensorWeightSpace
 from tests.support.toy import weight_space
 
@@ -75,6 +76,21 @@ SPACES: dict[str, SearchSpace] = weight_spaces() | {
             TensorWeight("lm_head.weight", "lm_head.weight", None, True, "b"),
         ),
         (("lambda", 0.9),),
+    ),
+    "a weight for each row": RowWeightSpace(
+        TensorWeightSpace(
+            method("task_arithmetic"),
+            "base",
+            ("a", "b"),
+            2,
+            (
+                TensorWeight("model.layers.0.norm.weight", "norm.weight", 0, False, "a"),
+                TensorWeight("model.layers.0.q_norm.weight", "q_norm.weight", 0, False, "a"),
+                TensorWeight("model.layers.1.mlp.up.weight", "mlp.up.weight", 1, False, "b"),
+                TensorWeight("lm_head.weight", "lm_head.weight", None, True, "b"),
+            ),
+        ),
+        (1, 3, 4, 2),
     ),
     "a weight for each cell": CellWeightSpace(
         weight_space("task_arithmetic", ("a", "b"), ranges={"weight": Range(-10.0, 10.0, 1.0)}), {}

@@ -19,11 +19,12 @@ from typing import Any
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.target_logprobs import Rounding
 from evomerge.evaluation.lm_harness import gradients
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND, find_backend
-from evomerge.evaluation.lm_harness.backends.base import Backend, DifferentiableBackend
+from evomerge.evaluation.lm_harness.backends.base import Backend, DifferentiableBackend, RetainingBackend
 from evomerge.evaluation.lm_harness.backends.hflm import make_hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_group_metrics
 from evomerge.evaluation.lm_harness.items import ItemRules
@@ -319,6 +320,25 @@ class LmHarness:
             state.texts.clear()  # a step's items are used once
             state.texts[key] = texts
         return gradients.backward(backend, texts, request.weights, request.surrogate)
+
+    def distributions(self, model: nn.Module, texts: Sequence[str]) -> Distributions:
+        """See `Retaining.distributions`."""
+        return self._retaining(model).distributions(texts)
+
+    def backward_divergence(
+        self, model: nn.Module, teacher: Distributions, weights: Sequence[float]
+    ) -> list[float]:
+        """See `Retaining.backward_divergence`."""
+        return self._retaining(model).backward_divergence(teacher, weights)
+
+    def _retaining(self, model: nn.Module) -> RetainingBackend:
+        backend = self._model(model).backend
+        if not isinstance(backend, RetainingBackend):
+            raise TaskError(
+                "this evaluation backend gives no gradients, which retain needs; "
+                "use evaluation.backend: resident"
+            )
+        return backend
 
     def samples(self, model: nn.Module, items: Items) -> list[Sample]:
         """See `TaskSet.samples`."""

@@ -10,7 +10,7 @@ import yaml
 
 from evomerge.errors import RecipeError
 from evomerge.methods import Method, Param, method
-from evomerge.recipes.recipe import STORED, Filtered, Mix, ParamValue, Recipe, Setting, Source, params
+from evomerge.recipes.recipe import STORED, Filtered, Mix, ParamValue, PerRow, Recipe, Setting, Source, params
 from evomerge.recipes.tokenizer_spec import ZERO, TokenDonor, TokenizerSpec
 
 
@@ -28,6 +28,7 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
     Raises:
         RecipeError: mergekit cannot express the recipe.
     """
+    _refuse_rows(recipe)
     named = {**references, **{name: name for name, _ in recipe.stages}}
     documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages]
     documents.append(_document(recipe, named))
@@ -36,6 +37,13 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
         for d in documents
     )
     return "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""]) + body
+
+
+def _refuse_rows(recipe: Recipe) -> None:
+    if recipe.row_numbers:
+        raise RecipeError(
+            f"mergekit has no weights for rows, and this recipe has {recipe.row_numbers:,} of them"
+        )
 
 
 def _document(recipe: Recipe, references: Mapping[str, str]) -> dict[str, Any]:
@@ -114,10 +122,15 @@ def with_outer_filters(recipe: Recipe, embeddings: Sequence[str], head: Sequence
 
     Returns:
         A recipe that merges to the same tensors.
+
+    Raises:
+        RecipeError: It has weights for rows.
     """
+    _refuse_rows(recipe)
 
     def named(mix: Mix, names: Sequence[str]) -> Mix:
         def by_name(param: str, value: Setting) -> Setting:
+            assert not isinstance(value, PerRow)
             declared = method(mix.method).param(param)
             default = declared.default if declared else 0.0
             cases = []
@@ -253,6 +266,7 @@ def _write(outer: Sequence[Setting], inner: Setting, param: Param) -> Any:
         cases += [case for case in setting_.cases if not _gives(inner, *case)]
     if not cases and not isinstance(inner, Filtered):
         return inner
+    assert not isinstance(inner, PerRow)
     cases += list(inner.cases) if isinstance(inner, Filtered) else [("*", inner)]
     return [{"filter": text, "value": value} for text, value in cases]
 

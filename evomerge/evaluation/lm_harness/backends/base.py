@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.target_logprobs import Rounding
 
@@ -104,6 +105,34 @@ class DifferentiableBackend(Protocol):
             prepared: Result of `prepare_gradients`.
             slopes_of: Called once with the log-likelihood of each request, in nats, from float32 logits;
                 returns the derivatives of the loss by them.
+        """
+        ...
+
+
+@runtime_checkable
+class RetainingBackend(Protocol):
+    """A backend that can hold a model's next-token distributions near a teacher's; see `Retaining`."""
+
+    def distributions(self, texts: Sequence[str]) -> Distributions:
+        """Computes the model's distributions at every position of texts.
+
+        Args:
+            texts: As they would be a prompt.
+
+        Returns:
+            What `backward_divergence` takes.
+        """
+        ...
+
+    def backward_divergence(self, teacher: Distributions, weights: Sequence[float]) -> list[float]:
+        """Adds the gradient of a weighted sum of divergences to the model's parameters.
+
+        Args:
+            teacher: The distributions that the model should have.
+            weights: Of each text's divergence.
+
+        Returns:
+            Each text's divergence.
         """
         ...
 

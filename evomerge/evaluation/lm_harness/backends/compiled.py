@@ -21,7 +21,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import nn
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.inference import kv_cache
+from evomerge.evaluation.inference import divergence, kv_cache
+from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.generation import Generator, TextRules
 from evomerge.evaluation.inference.generation_plan import GenerationPlan
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
@@ -216,6 +217,18 @@ class CompiledBackend:
 
         self._engine.differentiate(plan, of_distinct)
 
+    def distributions(self, texts: Sequence[str]) -> Distributions:
+        """See `RetainingBackend.distributions`. A text is cut at the model's length."""
+        ids = [list(self.lm.tok_encode(text))[: self.lm.max_length] for text in texts]
+        empty = next((text for text, own in zip(texts, ids, strict=True) if not own), None)
+        if empty is not None:
+            raise CandidateError(f"a text to be retained has no tokens: {empty[:80]!r}")
+        return divergence.distributions(self._opened_engine().forward, ids)
+
+    def backward_divergence(self, teacher: Distributions, weights: Sequence[float]) -> list[float]:
+        """See `RetainingBackend.backward_divergence`."""
+        return divergence.backward(self._opened_engine().forward, teacher, weights)
+
     def _answer_loglikelihoods(
         self, prepared: Prepared, plan: LoglikelihoodPlan, rounding: Rounding, answers: Answers
     ) -> None:
@@ -241,9 +254,14 @@ class CompiledBackend:
             )
             self._decoders = {}
             _log_verifications("optimizations", self._verifications)
+        engine = self._opened_engine()
+        engine.verifications = self._verifications
+        return engine
+
+    def _opened_engine(self) -> Engine:
+        """The engine, perhaps not verified yet."""
         if self._engine is None:
             self._engine = Engine(self.model, pad_id=self.pad_id)
-        self._engine.verifications = self._verifications
         return self._engine
 
     def _verified_generator(self, engine: Engine) -> Generator:
