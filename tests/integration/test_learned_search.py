@@ -1,4 +1,4 @@
-"""A learned stage, then weights, then routes: killed anywhere and run by any workers, it has the same rows."""
+"""A learned stage, then weights, then routes: killed anywhere, run by any workers, it has the same rows."""
 
 from __future__ import annotations
 
