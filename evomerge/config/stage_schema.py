@@ -27,7 +27,7 @@ class StageConfig(Strict):
     steps: Whole | None = Field(default=None, ge=1)
     """Steps of gradient descent: 40 of a learned stage and 24 of relaxed routes unless given."""
     genome: LearnedGenome | None = None
-    """What a learned weight is of: tensor (from 32 items a task on), layer_component, axis of space or row."""
+    """What a learned weight is of: tensor (from 32 items a task on), layer_component, row, axis of space."""
     items: Whole | None = Field(default=None, ge=1)
     """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)

@@ -70,6 +70,10 @@ ARMS: dict[str, Arm] = {
     "answered 1": Arm("prompts with their answers, weight 1", "answered", {"retain_weight": 1.0}),
     "answered 3": Arm("prompts with their answers, weight 3", "answered", {"retain_weight": 3.0}),
     "answered 10": Arm("prompts with their answers, weight 10", "answered", {"retain_weight": 10.0}),
+    "answered 30": Arm("prompts with their answers, weight 30", "answered", {"retain_weight": 30.0}),
+    "base 10": Arm(
+        "answered, the base as teacher, weight 10", "answered", {"retain_weight": 10.0, "teacher": "base"}
+    ),
     "others 3": Arm("as before without any letters, weight 3", "others", {"retain_weight": 3.0}),
     "others 10": Arm("as before without any letters, weight 10", "others", {"retain_weight": 10.0}),
     "base 3": Arm(
@@ -209,8 +213,9 @@ class Runs:
         opened = open_search(settings)
         worker = opened.load()
         references = baselines(opened.space)
-        if start is not None:
-            references = [b for b in references if b.origin == "parent"] + [Baseline("coarse", "hand", start)]
+        if start is not None:  # `keep` compares with the parents
+            references = [b for b in references if b.origin == "parent" and settings.keep]
+            references.append(Baseline("coarse", "hand", start))
         if self._harness is None:
             self._harness = unasked_tasks(self._folder, opened.harness.tokenizer)  # type: ignore[attr-defined]
         folder = self._folder / f"{name}-{seed}-{self.steps}".replace(" ", "-")
