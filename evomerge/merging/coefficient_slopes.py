@@ -1,22 +1,29 @@
 """Gradients of a live model's parameters, taken as derivatives by the coefficients of the merge that made it.
 
-Knows nothing of what the loss is: whoever runs a backward pass while the slopes are open has each gradient
-turned into dot products and freed, so that one parameter's gradient is alive at a time.
+Knows nothing of what the loss is: whoever runs a backward pass while the slopes are open has its gradients
+turned into dot products. Those of a small model are added up and taken at the end; of a larger one that of
+one parameter is alive at a time, of a linear layer or an embedding a few of its rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from evomerge.errors import CandidateError
 from evomerge.merging.merge import Merge
 from evomerge.merging.tensor_plan import Step
+from evomerge.merging.weight_gradients import GradientTaker, WeightGradients
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
 from evomerge.methods.task_vector_slopes import has_slopes
+
+_SMALL = 1 << 26  # bytes of gradients that are kept until the end
+_BLOCK = 1 << 22  # elements of a linear layer's gradient that are made at once
 
 
 class CoefficientSlopes:
@@ -24,10 +31,10 @@ class CoefficientSlopes:
 
         with CoefficientSlopes(merge, weights) as slopes:
             loss(model).backward()
-        slopes.partials["model.norm.weight", "weight", "math"]
+    slopes.partials["model.norm.weight", "weight", "math"]
 
-    Dot products are linear in the gradient: several backward passes add up. On leaving, the model's
-    parameters require no gradient again.
+    Dot products are linear in the gradient: several backward passes add up. They are complete once it is
+    left; then the model's parameters require no gradient again.
 
     Attributes:
         partials: (output tensor, parameter, source model or '') -> derivative so far, in the order in which
@@ -35,12 +42,14 @@ class CoefficientSlopes:
         rows: The same of the weights of rows -> [rows] of float64.
     """
 
-    def __init__(self, merge: Merge, weights: WeightMap) -> None:
+    def __init__(self, merge: Merge, weights: WeightMap, *, adds_up: bool | None = None) -> None:
         """Checks that the derivatives of the merge are known.
 
         Args:
             merge: What the live model holds.
             weights: The live model.
+            adds_up: Whether gradients are kept and taken at the end, each once; None for those of a model
+                below 64 MiB, a bound that is the same on every machine.
 
         Raises:
             CandidateError: A method of the merge is no sum of task vectors with weights; names it.
@@ -59,54 +68,104 @@ class CoefficientSlopes:
             self._steps[step.name] = step
         self.partials: dict[tuple[str, str, str], float] = {}
         self.rows: dict[tuple[str, str, str], Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        size = sum(p.numel() * p.element_size() for p in weights.model.parameters())
+        self._adds_up = size <= _SMALL if adds_up is None else adds_up
+        self._open = ExitStack()
 
     def __enter__(self) -> CoefficientSlopes:
+        takers: dict[int, GradientTaker] = {}
         for parameter in self._weights.model.parameters():
             names = [name for name in self._weights.fed_by(parameter) if name in self._steps]
-            if names and parameter.is_floating_point():
-                parameter.requires_grad_(True)
-                taker = _Taker(self, names)
-                handle = parameter.register_post_accumulate_grad_hook(taker)  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
-            else:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(bool(names) and parameter.is_floating_point())
+            if not parameter.requires_grad:
+                continue
+            taker = _Taker(self, names, parameter)
+            if self._adds_up:
+                self._open.callback(taker, parameter)
+                continue
+            takers[id(parameter)] = taker
+            handle = parameter.register_post_accumulate_grad_hook(taker)  # type: ignore[no-untyped-call]
+            self._open.callback(handle.remove)
+        if takers:
+            self._open.enter_context(WeightGradients(takers))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for parameter in self._weights.model.parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        parameters = list(self._weights.model.parameters())
+        try:
+            if error is not None:
+                for parameter in parameters:
+                    parameter.grad = None
+            self._open.close()
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
-    def take(self, names: list[str], gradient: Tensor) -> None:
+    def take(self, names: Sequence[str], gradient: Tensor, rows: Tensor | slice | None = None) -> None:
         """Adds the derivatives by the coefficients of the tensors that one parameter is made of.
 
         Args:
             names: The disk tensors that feed the parameter.
             gradient: Of the parameter.
+            rows: The rows of the parameter that it is of, where one tensor is all of it; None for all.
         """
         for name in names:
-            part = self._weights.gradient(name, gradient)
-            for (param, source), slope in self._merge.slopes(self._steps[name], part).items():
+            part = gradient if rows is not None else self._weights.gradient(name, gradient)
+            for (param, source), slope in self._merge.slopes(self._steps[name], part, rows).items():
                 key = (name, param, source)
                 self.partials[key] = self.partials.get(key, 0.0) + slope
             for source, slopes in self._merge.row_slopes(self._steps[name], part).items():
                 key = (name, "weight", source)
                 self.rows[key] = self.rows[key] + slopes if key in self.rows else slopes
 
+    def goes_by_rows(self, names: Sequence[str]) -> bool:
+        """Whether the gradient of a parameter can be taken some rows at a time.
+
+        Args:
+            names: The disk tensors that feed the parameter.
+
+        Returns:
+            True if one tensor is all of it, of which no task vector is masked and no sign elected.
+        """
+        return (
+            len(names) == 1
+            and self._weights.is_whole(names[0])
+            and self._merge.is_plain(self._steps[names[0]])
+        )
+
 
 class _Taker:
-    """The hook of one parameter: hands its gradient over and frees it."""
+    """Takes the gradient of one parameter: whole as its hook, or as the factors of `WeightGradients`."""
 
-    def __init__(self, slopes: CoefficientSlopes, names: list[str]) -> None:
-        self._slopes, self._names = slopes, names
+    def __init__(self, slopes: CoefficientSlopes, names: list[str], parameter: Tensor) -> None:
+        self._slopes, self._names, self._shape = slopes, names, parameter.shape
+        self._goes_by_rows = slopes.goes_by_rows(names)
 
     def __call__(self, parameter: nn.Parameter | Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
             self._slopes.take(self._names, gradient)
+
+    def take_linear(self, inputs: Tensor, gradients: Tensor) -> None:
+        """See `GradientTaker`."""
+        if not self._goes_by_rows:
+            self._slopes.take(self._names, gradients.T @ inputs)
+            return
+        count = max(1, _BLOCK // self._shape[1])
+        for first in range(0, self._shape[0], count):
+            rows = slice(first, first + count)
+            self._slopes.take(self._names, gradients[:, rows].T @ inputs, rows)
+
+    def take_lookups(self, ids: Tensor, gradients: Tensor) -> None:
+        """See `GradientTaker`. Rows are added up in float32, which thousands of a frequent token ask for."""
+        rows, places = torch.unique(ids, return_inverse=True)
+        found = torch.zeros(len(rows), self._shape[1], dtype=torch.float32, device=gradients.device)
+        found.index_add_(0, places, gradients.float())
+        if self._goes_by_rows:
+            self._slopes.take(self._names, found, rows)
+            return
+        whole = torch.zeros(self._shape, dtype=torch.float32, device=gradients.device)
+        self._slopes.take(self._names, whole.index_copy_(0, rows, found))

@@ -128,12 +128,29 @@ class Merge:
             )
         return merged
 
-    def slopes(self, step: Step, gradient: Tensor) -> dict[tuple[str, str], float]:
+    def is_plain(self, step: Step) -> bool:
+        """Whether a step sums whole task vectors by one weight each, see `task_vector_slopes.is_plain`.
+
+        Args:
+            step: One of `steps`, with a mix whose method `has_slopes`.
+
+        Returns:
+            True if it does.
+        """
+        assert step.mix is not None
+        rule = method(step.mix.method)
+        values = _values(rule, step.mix, step.name, step.inputs)
+        return row_weights(step) is None and task_vector_slopes.is_plain(rule, values)
+
+    def slopes(
+        self, step: Step, gradient: Tensor, rows: Tensor | slice | None = None
+    ) -> dict[tuple[str, str], float]:
         """Computes the derivatives of a loss by the coefficients of one output tensor.
 
         Args:
             step: One of `steps`, with a mix whose method `has_slopes`.
             gradient: Of the loss by the output tensor, on the merging device.
+            rows: The rows that it is of, where the step `is_plain`; None for all.
 
         Returns:
             (parameter, source model) -> derivative; the model is '' for a parameter of the merge. Nothing for
@@ -145,9 +162,12 @@ class Merge:
         inputs = self._inputs(step, step.mix)
         rule = method(step.mix.method)
         values = _values(rule, step.mix, step.name, step.inputs)
+        sources, base = inputs.sources, inputs.base
+        if rows is not None:
+            sources, base = [source[rows] for source in sources], None if base is None else base[rows]
         found: dict[tuple[str, str], float] = {}
         for name, slope in task_vector_slopes.slopes(
-            rule, inputs.sources, inputs.base, values, inputs.mask_keys, gradient
+            rule, sources, base, values, inputs.mask_keys, gradient
         ).items():
             if isinstance(slope, tuple):
                 found |= {(name, model): s for (model, _), s in zip(step.mix.sources, slope, strict=True)}

@@ -121,12 +121,22 @@ class WeightMap:
             The parameter, contiguous and in the tensor's order; None if it has another type or holds more or
             less than the disk tensor.
         """
-        place = self._places.get(name)
-        if not isinstance(place, _Slice):
+        if not self.is_whole(name):
             return None
-        parameter = self._parameters[place.parameter].detach()
-        is_whole = place.shape == tuple(parameter.shape)
-        return parameter if is_whole and parameter.dtype == dtype and parameter.is_contiguous() else None
+        parameter = self._parameters[self._places[name].parameter].detach()
+        return parameter if parameter.dtype == dtype and parameter.is_contiguous() else None
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a disk tensor is all of a parameter, in its order.
+
+        Args:
+            name: Name on disk.
+
+        Returns:
+            True if it is.
+        """
+        place = self._places.get(name)
+        return isinstance(place, _Slice) and place.shape == tuple(self._parameters[place.parameter].shape)
 
     def fed_by(self, parameter: Tensor) -> list[str]:
         """The disk tensors that a parameter is made of, one after the other.

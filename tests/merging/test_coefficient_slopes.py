@@ -74,8 +74,9 @@ def differences(
     return found
 
 
+@pytest.mark.parametrize("adds_up", [True, False], ids=["added up", "one at a time"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gemma2"])
-def test_partials_are_the_models_own_differences(architecture: str, tmp_path: Path) -> None:
+def test_partials_are_the_models_own_differences(architecture: str, adds_up: bool, tmp_path: Path) -> None:
     """Whole parameters, transposed ones (gpt2), experts fused into one (mixtral), tied ones (gemma2)."""
     parents = family(tmp_path, architecture)
     model: Any = load_base(parents["base"], "float32")
@@ -83,15 +84,105 @@ def test_partials_are_the_models_own_differences(architecture: str, tmp_path: Pa
     one = recipe(parents["base"].layout.num_layers)
     merge = Merge(one, parents)
     merge_into(one, parents, weights)
-    with CoefficientSlopes(merge, weights) as slopes:
+    with CoefficientSlopes(merge, weights, adds_up=adds_up) as slopes:
         loss(model).backward()
-        assert all(parameter.grad is None for parameter in model.parameters())
+        assert adds_up or all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     merged = {step.name for step in merge.steps if step.mix is not None}
     assert {name for name, param, source in slopes.partials if (param, source) == ("weight", "a")} == merged
     largest = sorted(merged, key=lambda name: -abs(slopes.partials[name, "weight", "a"]))[:6]
     for name, wanted in differences(parents, largest, model, weights).items():
         assert slopes.partials[name, "weight", "a"] == pytest.approx(wanted, rel=5e-3, abs=2e-5), name
+
+
+def naive(merge: Merge, weights: WeightMap, passes: int = 1) -> dict[tuple[str, str, str], float]:
+    """Partials of whole gradients that are all kept, and multiplied with task vectors afterwards."""
+    model: Any = weights.model
+    model.requires_grad_(True)
+    for _ in range(passes):
+        loss(model).backward()
+    found = {}
+    for parameter in model.parameters():
+        for name in weights.fed_by(parameter):
+            gradient = weights.gradient(name, parameter.grad).float()
+            base = merge.parents["base"].tensor(name).float()
+            for source in ("a", "b"):
+                difference = merge.parents[source].tensor(name).float() - base
+                found[name, "weight", source] = float((gradient * difference).sum(dtype=torch.float64))
+    model.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_partials_are_those_of_gradients_that_are_all_kept(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Added up: bit for bit, two passes too. One at a time: the same products, in another order of sums."""
+    parents = family(tmp_path, architecture)
+    model: Any = load_base(parents["base"], str(dtype).removeprefix("torch."))
+    weights = WeightMap(model, parents["base"].tensors)
+    one = recipe(parents["base"].layout.num_layers)
+    merge = Merge(one, parents)
+    merge_into(one, parents, weights)
+    for passes in (1, 2):
+        wanted = naive(merge, weights, passes)
+        with CoefficientSlopes(merge, weights, adds_up=True) as kept:
+            for _ in range(passes):
+                loss(model).backward()
+        with CoefficientSlopes(merge, weights, adds_up=False) as freed:
+            for _ in range(passes):
+                loss(model).backward()
+        assert {key: kept.partials[key] for key in wanted} == wanted
+        size = max(map(abs, wanted.values()))
+        for key, value in wanted.items():
+            assert freed.partials[key] == pytest.approx(
+                value, rel=1e-5, abs=size * (1e-6 if dtype == torch.float32 else 4e-3)
+            ), key
+
+
+def test_no_gradient_of_a_linear_layer_or_an_embedding_is_ever_held(tmp_path: Path) -> None:
+    """Their parameters' hooks do not fire; those of norms do."""
+    parents = family(tmp_path, "llama")
+    model: Any = load_base(parents["base"], "float32")
+    weights = WeightMap(model, parents["base"].tensors)
+    one = recipe(parents["base"].layout.num_layers)
+    merge_into(one, parents, weights)
+    held: list[str] = []
+
+    def watch(name: str, parameter: torch.Tensor) -> Any:
+        def hook(parameter: torch.Tensor) -> None:
+            held.extend([name] * (parameter.grad is not None))
+
+        return parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+
+    handles = [watch(name, parameter) for name, parameter in model.named_parameters()]
+    with CoefficientSlopes(Merge(one, parents), weights, adds_up=False):
+        loss(model).backward()
+    for handle in handles:
+        handle.remove()
+    assert held
+    assert all("norm" in name for name in held)
+
+
+def test_an_error_in_a_backward_pass_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    parents = family(tmp_path, "llama")
+    model: Any = load_base(parents["base"], "float32")
+    weights = WeightMap(model, parents["base"].tensors)
+    one = recipe(parents["base"].layout.num_layers)
+    slopes = CoefficientSlopes(Merge(one, parents), weights)
+
+    def break_off() -> None:
+        with slopes:
+            loss(model).backward()
+            raise RuntimeError("no more memory")
+
+    with pytest.raises(RuntimeError, match="no more memory"):
+        break_off()
+    assert not slopes.partials
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
 def test_backward_passes_add_up(tmp_path: Path) -> None:
