@@ -69,12 +69,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by query, key and value; those of another type than float32 are rounded by torch."""
+        saved = ctx.saved_tensors  # asked for once: layers that run again unpack them once
         options = dict(ctx.options)
         mask = options.get("attn_mask")
         if mask is not None and mask.is_floating_point():
             options["attn_mask"] = mask.float()
         with torch.enable_grad():
-            wide = [tensor.detach().float().requires_grad_(True) for tensor in ctx.saved_tensors]
+            wide = [tensor.detach().float().requires_grad_(True) for tensor in saved]
             out = scaled_dot_product_attention(*wide, **options)
         found = torch.autograd.grad(out, wide, gradients[0].float())
-        return *(g.to(t.dtype) for g, t in zip(found, ctx.saved_tensors, strict=True)), None
+        return *(g.to(t.dtype) for g, t in zip(found, saved, strict=True)), None
