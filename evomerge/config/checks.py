@@ -12,6 +12,7 @@ from evomerge.config.schema import Config, RangeConfig
 from evomerge.config.stage_kinds import STAGES, check_sequence
 from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import suggest
+from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
 
 Problem = tuple[_yaml.Key, str]
 """(path of the key, what is wrong there and what to do)."""
@@ -78,7 +79,7 @@ def _space(config: Config) -> Iterator[Problem]:
 
 
 _EVOLVED = ("evaluations", "population", "sigma")
-_LEARNED = ("steps", "genome", "items", "rate", "surrogate")
+_LEARNED = ("steps", "genome", "items", "rate", "surrogate", "labels")
 _RETENTION = (
     *("retain", "retain_weight", "retain_items", "teacher", "decay", "trust", "trust_rms", "check"),
     "patience",
@@ -117,6 +118,7 @@ def _stages(config: Config) -> Iterator[Problem]:
             yield ("stages", i, "method"), sentence
         if STAGES[stage.stage].is_learned:
             yield from _learned(config, i)
+            yield from _labels(config, i)
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence
@@ -146,6 +148,25 @@ def _learned(config: Config, i: int) -> Iterator[Problem]:
         yield ("stages", i, "teacher"), sentence
     if stage.patience is not None and stage.check is None:
         yield ("stages", i, "patience"), "patience counts checks; give check, the steps between two of them"
+
+
+def _labels(config: Config, position: int) -> Iterator[Problem]:
+    """Whose answers stand for the right ones in a learned stage."""
+    tasks = [task.task for task in config.tasks]
+    labels = config.stages[position].labels or {}
+    for task, source in labels.items():
+        path = ("stages", position, "labels", task)
+        if task not in tasks:
+            yield path, f"'{task}' is not among the tasks. {suggest(task, tasks)}"
+        words = (GOLD, SAMPLES, LEFT_OUT)
+        if source not in (*words, *config.models):
+            allowed = [*config.models, *words]
+            yield path, f"'{source}' is no model whose answers could be labels. {suggest(source, allowed)}"
+        elif source in words and source in config.models:
+            yield path, f"'{source}' is a model and a kind of labels too; give the model another name"
+    if labels and all(labels.get(task) == LEFT_OUT for task in tasks):
+        sentence = "labels leave every task out, so that nothing is learned; give one of them labels or gold"
+        yield ("stages", position, "labels"), sentence
 
 
 def _routes(config: Config) -> Iterator[Problem]:

@@ -32,8 +32,10 @@ class StageConfig(Strict):
     """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)
     """Size of the first step of gradient descent; .05, and .3 of relaxed routes, unless given."""
-    surrogate: Literal["logprob", "probability"] | None = None
-    """What gradient descent climbs: log-probability (unless given) or probability of the right answer."""
+    surrogate: Literal["logprob", "probability", "margin"] | None = None
+    """What gradient descent climbs: logprob (unless given), probability or margin of the right answer."""
+    labels: dict[str, str] | None = Field(default=None, min_length=1)
+    """Task -> whose answers a learned stage climbs: gold, a model's, samples (models' right ones) or none."""
     retain: str | None = Field(default=None, min_length=1)
     """File of texts whose next-token distributions a learned stage keeps: a line, paragraph or JSON "text"
     each."""
@@ -59,6 +61,17 @@ class StageConfig(Strict):
     def _is_built(cls, value: Any) -> Any:
         if value == "svd":
             raise ValueError("is not built for singular directions; use row (finer) or tensor (coarser)")
+        return value
+
+    @field_validator("surrogate", mode="before")
+    @classmethod
+    def _no_entropy(cls, value: Any) -> Any:
+        if value == "entropy":
+            raise ValueError(
+                "entropy is not offered: it falls as a model grows sure of wrong answers, and a merge that "
+                "climbs it ends below its start; where there are no right answers, write "
+                "labels: {TASK: MODEL} for a model whose answers stand for them"
+            )
         return value
 
 

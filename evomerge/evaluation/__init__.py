@@ -14,16 +14,18 @@ do.
 
 from __future__ import annotations
 
-from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing, Retaining
+from evomerge.evaluation.evaluator import Answering, Differentiable, Evaluator, Preparing, Retaining
 from evomerge.evaluation.objective import Objective, Standing, Term, missing_metric_message, ranks
 from evomerge.evaluation.records import (
     ROLES,
     SOFT_METRICS,
+    Answer,
     Attempt,
     Evaluation,
     GradientRequest,
     Items,
     ItemScore,
+    Labels,
     Role,
     Slopes,
     Teacher,
@@ -37,6 +39,8 @@ from evomerge.evaluation.task_set import CombinedTasks, TaskSet
 __all__ = [
     "ROLES",
     "SOFT_METRICS",
+    "Answer",
+    "Answering",
     "Attempt",
     "CombinedTasks",
     "Differentiable",
@@ -45,6 +49,7 @@ __all__ = [
     "GradientRequest",
     "ItemScore",
     "Items",
+    "Labels",
     "Objective",
     "Preparing",
     "Retaining",

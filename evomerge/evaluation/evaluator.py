@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role
+from evomerge.evaluation.records import Answer, GradientRequest, Items, ItemScore, Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,8 +48,15 @@ class Evaluator(Protocol):
 class Differentiable(Protocol):
     """An evaluator whose tasks have a loss that a model's parameters have gradients of."""
 
-    def check_losses(self) -> None:
-        """Checks that each task has a loss, in so far as its first search item shows.
+    def check_losses(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """Checks that each task has a loss, in so far as its first search items show.
+
+        Args:
+            labels: Task -> whose answers stand for the right ones, see `evomerge.search.labels`; its own for
+                the others.
+
+        Returns:
+            Sentences that a user should read.
 
         Raises:
             TaskError: A task has no text with a right answer.
@@ -59,7 +66,7 @@ class Differentiable(Protocol):
     def backward(
         self, model: nn.Module, items: Items, request: GradientRequest
     ) -> tuple[tuple[ItemScore, ...], float]:
-        """Scores items by their loss and runs its backward pass.
+        """Scores items by their loss and runs its backward pass, where derivatives are wanted.
 
         Args:
             model: Live model; gradients go to its parameters that require one.
@@ -109,6 +116,29 @@ class Retaining(Protocol):
 
         Raises:
             TaskError: The backend has no gradients.
+        """
+        ...
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """An evaluator that can say what a model answers."""
+
+    def answers(
+        self, model: nn.Module, items: Items
+    ) -> tuple[tuple[ItemScore, ...], dict[str, float], tuple[Answer | None, ...]]:
+        """Scores a model, and collects what it answers.
+
+        Args:
+            model: Live model.
+            items: Task -> ids of the items to answer.
+
+        Returns:
+            Scores and metrics as `Evaluator.score` gives them; the greedy answer to each item, None where it
+            is empty or was cut off.
+
+        Raises:
+            TaskError: A task has no answers.
         """
         ...
 

@@ -88,6 +88,13 @@ class ItemScore:
     logprob: float | None = None
 
 
+Answer = str | int
+"""What a model answered to an item: a text, or the number of a choice from 0."""
+Labels = Mapping[str, Mapping[str, Sequence[Answer]]]
+"""Task -> item -> answers that stand for the right ones."""
+GOLD, SAMPLES, LEFT_OUT = "gold", "samples", "none"
+"""Where the labels of a task come from, if not from one model: the task's own right answers; the answers of
+all models that its metric finds right; none, the task is left out."""
 Coefficient = tuple[str, str, str]
 """(output tensor, parameter of a merge method, source model or '' for a parameter of the whole merge)."""
 
@@ -115,11 +122,15 @@ class GradientRequest:
     Attributes:
         weights: Task -> the weight of each of its items.
         surrogate: What an item's loss is made of, one of `SURROGATES`.
+        labels: Answers that stand for the items' own right ones; items without any keep theirs.
+        derivatives: Whether they are wanted; else the loss alone, without a backward pass.
         teacher: If given, the items are texts of the teacher's and no items of tasks.
     """
 
     weights: Mapping[str, float]
-    surrogate: Literal["logprob", "probability"] = "logprob"
+    surrogate: Literal["logprob", "probability", "margin"] = "logprob"
+    labels: Labels = field(default_factory=dict)
+    derivatives: bool = True
     teacher: Teacher | None = None
 
 
@@ -153,6 +164,8 @@ class Evaluation:
         costs: 'layers' and 'parameters' of the model, where it was built.
         slopes: What a `GradientRequest` asked for; then an item's value is its probability, and `metrics` has
             soft metrics alone.
+        answers: Of each item the model's answer, where a job asked for them; None where it gave none that
+            could be a label.
     """
 
     recipe_id: str
@@ -162,6 +175,7 @@ class Evaluation:
     error: str | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
     slopes: Slopes | None = None
+    answers: tuple[Answer | None, ...] = ()
 
 
 def mean_metrics(task: str, scores: Sequence[ItemScore]) -> dict[str, float]:

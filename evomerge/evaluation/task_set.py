@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.evaluator import Differentiable, Evaluator, Preparing, Retaining
-from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role
+from evomerge.evaluation.evaluator import Answering, Differentiable, Evaluator, Preparing, Retaining
+from evomerge.evaluation.records import Answer, GradientRequest, Items, ItemScore, Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -243,10 +243,32 @@ class CombinedTasks:
                 return task_set
         raise TaskError("retain needs a task of lm-eval beside those of Python")
 
-    def check_losses(self) -> None:
-        """See `Differentiable.check_losses`."""
+    def answers(
+        self, model: nn.Module, items: Items
+    ) -> tuple[tuple[ItemScore, ...], dict[str, float], tuple[Answer | None, ...]]:
+        """See `Answering.answers`. Raises TaskError for a task that has no answers."""
+        scores: list[ItemScore] = []
+        metrics: dict[str, float] = {}
+        answers: list[Answer | None] = []
         for task_set in self._sets:
-            check_losses(task_set)
+            part = self._part(task_set, items)
+            if not part:
+                continue
+            if not isinstance(task_set, Answering):
+                raise TaskError(no_answers(next(iter(part))))
+            part_scores, part_metrics, part_answers = task_set.answers(model, part)
+            scores += part_scores
+            metrics |= part_metrics
+            answers += part_answers
+        return tuple(scores), metrics, tuple(answers)
+
+    def check_losses(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """See `Differentiable.check_losses`."""
+        return tuple(
+            warning
+            for task_set in self._sets
+            for warning in _differentiable(task_set, task_set.items("search")).check_losses(labels)
+        )
 
     def prepare(self, model: nn.Module, items: Items) -> None:
         """See `Preparing.prepare`. Sets that need no preparation are left out."""
@@ -325,16 +347,38 @@ class CombinedTasks:
         return {name: ids for name, ids in items.items() if self._owner[name] is task_set}
 
 
-def check_losses(tasks: TaskSet) -> None:
+def check_losses(tasks: TaskSet, labels: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Checks that each task has a loss that a learned stage can climb.
 
     Args:
         tasks: The tasks of a search.
+        labels: Task or group -> whose answers stand for the right ones; its own for the others.
+
+    Returns:
+        Sentences that a user should read.
 
     Raises:
         TaskError: A task has no text with a right answer; names it.
     """
-    _differentiable(tasks, tasks.items("search")).check_losses()
+    by_subtask = {
+        subtask: source for task, source in (labels or {}).items() for subtask, _ in tasks.subtasks(task)
+    }
+    return _differentiable(tasks, tasks.items("search")).check_losses(by_subtask)
+
+
+def no_answers(task: str) -> str:
+    """Says that a task has no answers that could be labels.
+
+    Args:
+        task: Its name.
+
+    Returns:
+        A sentence with the remedy.
+    """
+    return (
+        f"task '{task}' is a Python function, whose answers are not known, so they cannot be labels; "
+        "give it a loss, or leave it out with labels: none"
+    )
 
 
 def _differentiable(tasks: TaskSet, items: Items) -> Differentiable:

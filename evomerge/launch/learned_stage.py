@@ -48,6 +48,7 @@ def open_learned_stage(request: StageRequest) -> Callable[[Start], LearnedOpenin
         items=stage.items or _ITEMS,
         shard=_SHARD,
         surrogate=stage.surrogate or "logprob",
+        labels=dict(stage.labels or {}),
         leash=Leash(stage.decay or 0.0, stage.trust, stage.trust_rms),
         retained=_retained(request),
         stopping=EarlyStopping(stage.check, stage.patience) if stage.check else None,

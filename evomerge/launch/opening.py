@@ -13,6 +13,7 @@ from evomerge.checkpoints import Parent, check_compatible, open_parent
 from evomerge.checkpoints.comparison import twins
 from evomerge.checkpoints.values import check_finite
 from evomerge.config import Config
+from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
 from evomerge.evaluation.task_set import check_losses
@@ -271,6 +272,8 @@ def _opened(
         known=stored.terms if stored else None,
     )
     if settings.follows_gradients:
-        check_losses(harness)
+        for stage in settings.stages:
+            if STAGES[stage.stage].is_learned or stage.method == "relaxed":
+                warnings = (*warnings, *check_losses(harness, stage.labels))
     objective = make_objective(settings, task_terms(settings, harness), base.layout.num_layers)
     return Opened(settings, parents, space, harness, objective, warnings)

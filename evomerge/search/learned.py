@@ -22,8 +22,15 @@ from evomerge.optimizers.descent import Descent
 from evomerge.recipes import Recipe
 from evomerge.search.generation_runner import GenerationRunner
 from evomerge.search.item_windows import ItemWindows
+from evomerge.search.labels import LabelledItems, Labeller
 from evomerge.search.learned_retention import Checks, Retained, retained_texts
-from evomerge.search.plan import DifferentiableSpace, LearnedOpening, Progress, RowSpace
+from evomerge.search.plan import (
+    STAGE_SEED_STEP,
+    DifferentiableSpace,
+    LearnedOpening,
+    Progress,
+    RowSpace,
+)
 from evomerge.search.trial_recorder import Candidate
 from evomerge.store import NewEvaluation, Trial
 from evomerge.workers import Job
@@ -74,10 +81,12 @@ class LearnedSearch:
         self.runner = runner
         self._show = show
         self._budget_ended = budget_ended
-        plan = runner.plan
-        self._windows = ItemWindows(plan.items["search"], opening.items, plan.seed)
+        self._labeller = Labeller(runner, opening.labels, show)
+        shares = {task: abs(share) for task, share in runner.plan.objective.shares().items()}
+        kept = {task: shares.get(task, 0.0) for task in self._labeller.kept(runner.plan.items["search"])}
+        whole = math.fsum(kept.values())
+        self._shares = shares if len(kept) >= len(shares) else {t: s / whole for t, s in kept.items()}
         self._retained: Retained | None = None
-        self._shares = {task: abs(share) for task, share in plan.objective.shares().items()}
 
     def run(self, start: Sequence[float], first_generation: int, parents: tuple[int, ...]) -> Descended:
         """Takes the steps that the store does not hold yet.
@@ -96,6 +105,7 @@ class LearnedSearch:
             StudyError: The replay differs from the store.
         """
         opening = self.opening
+        windows, labels = self._labelled()
         descent = Descent(start, rate=opening.rate, steps=opening.steps, leash=opening.leash)
         self._retained = retained_texts(opening, start, self.runner.plan.seed)
         checks = Checks(opening.stopping, self.runner)
@@ -106,7 +116,7 @@ class LearnedSearch:
             candidate = self._candidate(descent, parents, f"{opening.name}, step {step + 1}", step)
             if step in {round(mark * opening.steps) for mark in _MARKS}:
                 kept.append(candidate)
-            trial, slopes = self._step(number, candidate, step + 1)
+            trial, slopes = self._step(number, candidate, step + 1, windows.items(step + 1), labels)
             parents = (trial.id,)
             failures = failures + 1 if slopes is None else 0
             if failures >= _MOST_FAILURES:
@@ -137,12 +147,26 @@ class LearnedSearch:
         recipe = self.opening.space_at(step, genome).decode(genome)
         return Candidate("learned", recipe, label=label, genome=genome, parents=parents)
 
-    def _step(self, number: int, candidate: Candidate, step: int) -> tuple[Trial, Slopes | None]:
+    def _labelled(self) -> tuple[ItemWindows, LabelledItems]:
+        """The items of each step, and the labels of all of them."""
+        plan, opening = self.runner.plan, self.opening
+        # a later stage has windows of its own, or it would read an earlier one's derivatives of another loss
+        seed = plan.seed + STAGE_SEED_STEP * self.runner.recorder.stage
+        windows = ItemWindows(self._labeller.kept(plan.items["search"]), opening.items, seed)
+        labels = self._labeller.label(self._labeller.used(windows, opening.steps))
+        if not labels.labels:
+            return windows, labels
+        self._show(Progress("labels", 1, 1, None, labels.summary()))
+        return ItemWindows(labels.items, opening.items, seed), labels
+
+    def _step(
+        self, number: int, candidate: Candidate, step: int, items: Items, labels: LabelledItems
+    ) -> tuple[Trial, Slopes | None]:
         """The step's trial, and its slopes; None where the candidate failed."""
         replayed = self.runner.replayed_trials(number, [candidate])
-        items = self._windows.items(step)
-        request = self._request(items)
-        shards = [(shard, request) for shard in self._shards(items)]
+        weights = {task: self._shares.get(task, 0.0) / len(ids) for task, ids in items.items() if ids}
+        request = GradientRequest(weights, self.opening.surrogate)
+        shards = [(shard, replace(request, labels=labels.of(shard))) for shard in self._shards(items)]
         if self._retained is not None:
             texts, of_teacher = self._retained.request(step)
             shards += [(shard, of_teacher) for shard in self._shards(texts)]
@@ -156,11 +180,6 @@ class LearnedSearch:
                 stored = replace(whole, slopes=replace(whole.slopes, rows={}))
             trial = self.runner.recorder.record_learned_trial(number, candidate, items, stored)
         return trial, whole.slopes
-
-    def _request(self, items: Items) -> GradientRequest:
-        """The loss of a step: the mean over items within tasks, then over tasks by their shares."""
-        weights = {task: self._shares.get(task, 0.0) / len(ids) for task, ids in items.items() if ids}
-        return GradientRequest(weights, self.opening.surrogate)
 
     def _shards(self, items: Items) -> list[Items]:
         """The items of a step in fixed parts, tasks in turns."""

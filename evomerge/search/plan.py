@@ -130,6 +130,7 @@ class LearnedOpening:
         items: Items of each task that a step is scored on.
         shard: Items of a step that one worker takes at once.
         surrogate: What is climbed, see `evomerge.evaluation.surrogates`.
+        labels: Task or group -> whose answers stand for the right ones, see `evomerge.search.labels`.
         summary: What it has a weight for, in words.
         hand: Recipes scored before the stage; none.
         annealed: (step from 0, genome) -> the space of that step, with its derivatives at the genome; None
@@ -145,7 +146,8 @@ class LearnedOpening:
     rate: float
     items: int
     shard: int
-    surrogate: Literal["logprob", "probability"] = "logprob"
+    surrogate: Literal["logprob", "probability", "margin"] = "logprob"
+    labels: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
     hand: Sequence[Baseline] = ()
     leash: Leash = field(default_factory=Leash)

@@ -229,7 +229,7 @@ class KnownPool:
         """
         others: list[Job] = []
         for job in jobs:
-            found = self.earlier.lookup(job.recipe, job.items) if job.gradient is None else None
+            found = self.earlier.lookup(job.recipe, job.items) if job.is_plain else None
             if found is None:
                 others.append(job)
             else:

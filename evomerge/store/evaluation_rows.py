@@ -55,6 +55,7 @@ def add(file: StudyFile, new: NewEvaluation) -> int:
         logprobs=rows.soft_metric_column([item.logprob for item in evaluation.items]),
         costs=rows.numbers_json(evaluation.costs),
         slopes=rows.slopes_json(evaluation.slopes),
+        answers=json.dumps(evaluation.answers) if evaluation.answers else None,
     )
     if new.task_values is not None and new.score is not None:
         pareto_front.add(file, evaluation_row, new.role, item_set, new.task_values)

@@ -74,6 +74,7 @@ NULL, cause TEXT NOT NULL, digest TEXT,
 NULL, seconds REAL NOT NULL, digest TEXT);
     """,
     "ALTER TABLE evaluations ADD COLUMN slopes TEXT",
+    "ALTER TABLE evaluations ADD COLUMN answers TEXT",
 )
 READABLE_FROM = 6
 """The oldest schema that is read as it is: readers do without what later scripts add."""

@@ -10,9 +10,10 @@ from evomerge.evaluation import Evaluation, Items, Role
 from evomerge.recipes import Recipe
 from evomerge.store.study_facts import Outcome, StudyFacts
 
-Purpose = Role | Literal["rung", "look", "gradient"]
+Purpose = Role | Literal["rung", "look", "gradient", "labels", "surrogate"]
 """What an evaluation is for: a role of its items; a rung of a race, whose items are a part of a generation's;
-a look at test items that a person asked for, which the search does not read; or the gradient of a step."""
+a look at test items that a person asked for, which the search does not read; the gradient of a step; a
+parent's answers, which stand for right ones; or what a learned stage climbs, to compare with the metrics."""
 
 
 @dataclass(frozen=True, slots=True)

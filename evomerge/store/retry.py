@@ -140,7 +140,9 @@ class Retry:
         if not any(row["recipe"] in in_rungs for row in of_first):
             stays += of_first
         recipes, used = {row["recipe"] for row in stays}, {row["evaluation"] for row in stays}
-        scored = [row for row in self._evaluations() if row["role"] in ("search", "rung", "gradient")]
+        scored = [
+            row for row in self._evaluations() if row["role"] in ("search", "rung", "gradient", "surrogate")
+        ]
         later = {row["evaluation"] for row in trials} - used
         return later | {int(row["id"]) for row in scored if row["recipe"] not in recipes}
 

@@ -164,6 +164,7 @@ def scored(row: sqlite3.Row, item_set: str) -> Scored:
         row["error"],
         costs,
         _slopes(row),
+        tuple(json.loads(row["answers"])) if "answers" in columns and row["answers"] else (),
     )
     reported = row["reported"] if "reported" in columns else None
     return Scored(row["score"], evaluation, row["score"] if reported is None else reported)

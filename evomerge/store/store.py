@@ -259,8 +259,8 @@ class Store:
             (role, evaluation), the oldest first.
         """
         evaluations = self._file.rows(
-            "SELECT * FROM evaluations WHERE recipe = ? AND role NOT IN ('rung', 'look', 'gradient') "
-            "ORDER BY id",
+            "SELECT * FROM evaluations WHERE recipe = ? AND role NOT IN "
+            "('rung', 'look', 'gradient', 'labels', 'surrogate') ORDER BY id",
             (recipe_id,),
         )
         return [(row["role"], evaluation_rows.scored(self._file, row)) for row in evaluations]
@@ -367,7 +367,7 @@ class Store:
     def count_evaluations(self) -> dict[str, int]:
         """Role -> number of evaluations; 'failed' -> those with an error, rungs of races not counted."""
         counts = self._file.rows(
-            "SELECT role, count(*), sum(error IS NOT NULL AND role NOT IN ('rung', 'gradient')) "
+            "SELECT role, count(*), sum(error IS NOT NULL AND role NOT IN ('rung', 'gradient', 'surrogate')) "
             "FROM evaluations GROUP BY role"
         )
         return {row[0]: row[1] for row in counts} | {"failed": sum(row[2] for row in counts)}

@@ -31,7 +31,9 @@ class Job:
         cost: how long it is expected to take beside the others, in any unit; of a turn the longest begin
             first.
         turn: jobs of a lower turn begin first.
-        gradient: the derivatives that are wanted beside scores; None for the tasks' own metrics.
+        gradient: the loss, and perhaps its derivatives, that are wanted in place of the tasks' own metrics;
+            None for those.
+        answers: whether the model's answers are wanted beside the tasks' metrics.
     """
 
     slot: int
@@ -40,6 +42,12 @@ class Job:
     cost: float = 1.0
     turn: int = 0
     gradient: GradientRequest | None = None
+    answers: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tasks' own metrics are all that is wanted."""
+        return self.gradient is None and not self.answers
 
 
 class Scorer(Protocol):
@@ -63,6 +71,17 @@ class Scorer(Protocol):
             recipe: what to merge.
             items: task -> ids.
             request: the loss.
+
+        Returns:
+            The evaluation; whatever goes wrong with the candidate is in its `error`.
+        """
+
+    def answers(self, recipe: Recipe, items: Items) -> Evaluation:
+        """Scores a recipe and collects what the model answers.
+
+        Args:
+            recipe: what to merge.
+            items: task -> ids.
 
         Returns:
             The evaluation; whatever goes wrong with the candidate is in its `error`.
@@ -232,7 +251,7 @@ def prepare(scorer: Scorer, job: Job) -> Evaluation | None:
         EvomergeError: what the scorer raises of that kind.
     """
     try:
-        if isinstance(scorer, PreparingScorer) and job.gradient is None:
+        if isinstance(scorer, PreparingScorer) and job.is_plain:
             scorer.prepare(job.recipe, job.items)
     except EvomergeError:
         raise
@@ -257,6 +276,8 @@ def score(scorer: Scorer, job: Job) -> Evaluation:
     try:
         if job.gradient is not None:
             return scorer.slopes(job.recipe, job.items, job.gradient)
+        if job.answers:
+            return scorer.answers(job.recipe, job.items)
         return scorer.evaluate(job.recipe, job.items)
     except EvomergeError:
         raise

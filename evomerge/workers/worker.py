@@ -22,6 +22,7 @@ from evomerge.checkpoints import Parent, total_bytes
 from evomerge.checkpoints.checkpoint import file_stamps
 from evomerge.errors import CandidateError, CheckpointError
 from evomerge.evaluation import (
+    Answering,
     Differentiable,
     Evaluation,
     Evaluator,
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 _TABLES_SHARE = 4  # magnitude tables may take one part in so many of the free memory
 _MOST_NATS = 1e9  # that are stored of a rejected route: JSON has no infinity
 _MOST_REASONS = 3  # that an error gives
+_NO_DERIVATIVES = "a route has no derivatives yet; learn weights before routes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,40 +216,27 @@ class Worker:
                 raise CandidateError("these tasks have no differentiable loss; search weights instead")
             started = time.perf_counter()
             taught = None if request.teacher is None else self._taught(request.teacher, items)
-            module = self._merged_module(recipe, items)
+            module = self.module(recipe, items)
             seconds["merge"] = time.perf_counter() - started
             started = time.perf_counter()
-            with self.builder.coefficient_slopes(recipe) as found:
-                if taught is None:
-                    scores, loss = self.evaluator.backward(module, items, request)
-                else:
-                    scores, loss = self._backward_divergence(module, taught, items, request)
-            seconds["backward"] = time.perf_counter() - started
-            partials = dict(sorted(found.partials.items()))
-            rows = {key: tuple(of.float().tolist()) for key, of in sorted(found.rows.items())}
-            numbers = itertools.chain((loss,), partials.values(), *rows.values())
+            scores, slopes = self._backward(recipe, module, items, request, taught)
+            seconds["backward" if request.derivatives else "score"] = time.perf_counter() - started
+            numbers = itertools.chain((slopes.loss,), slopes.partials.values(), *slopes.rows.values())
             if not all(map(math.isfinite, numbers)):
                 raise CandidateError("the gradient of the loss is not finite")
-            slopes = Slopes(loss, partials, rows)
             return Evaluation(recipe.id, scores, soft_means(scores), seconds, slopes=slopes)
         except Exception as error:  # as in `evaluate`
             log.debug("slopes of candidate %s failed", recipe.id, exc_info=True)
             return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
-
-    def _merged_module(self, recipe: Recipe, items: Items) -> nn.Module:
-        """The live model of a merge; raises CandidateError for a route."""
-        module = self.module(recipe, items)
-        if module is not self.model:
-            raise CandidateError("a route has no derivatives yet; learn weights before routes")
-        return module
 
     def _taught(self, teacher: Teacher, items: Items) -> Distributions:
         """The teacher's distributions on the texts of items."""
         if not isinstance(self.evaluator, Retaining):
             raise CandidateError("these tasks cannot tell a text's tokens, which retain needs")
         texts = [teacher.texts[item] for ids in items.values() for item in ids]
-        if self._taught_texts.lacks(teacher, texts):
-            self._merged_module(teacher.recipe, items)
+        lacks = self._taught_texts.lacks(teacher, texts)
+        if lacks and self.module(teacher.recipe, items) is not self.model:
+            raise CandidateError(_NO_DERIVATIVES)
         compute = functools.partial(self.evaluator.distributions, self.model)
         return self._taught_texts.distributions(teacher, texts, compute)
 
@@ -261,6 +250,59 @@ class Worker:
         found = self.evaluator.backward_divergence(module, taught, weights)
         scores = tuple(ItemScore(task, item, own) for (task, item), own in zip(pairs, found, strict=True))
         return scores, math.fsum(weight * own for weight, own in zip(weights, found, strict=True))
+
+    def answers(self, recipe: Recipe, items: Items) -> Evaluation:
+        """Scores a recipe and collects what the model answers.
+
+        Args:
+            recipe: what to merge.
+            items: task -> ids.
+
+        Returns:
+            The evaluation with its `answers`; whatever goes wrong with the candidate is in its `error`.
+
+        Raises:
+            CheckpointError: see `evaluate`.
+        """
+        self._check_parent_files()
+        self._built = None
+        seconds: dict[str, float] = {}
+        try:
+            if not isinstance(self.evaluator, Answering):
+                raise CandidateError("the answers of these tasks are not known, so they cannot be labels")
+            started = time.perf_counter()
+            module = self.module(recipe, items)
+            seconds["merge"] = time.perf_counter() - started
+            started = time.perf_counter()
+            scores, metrics, answers = self.evaluator.answers(module, items)
+            seconds["score"] = time.perf_counter() - started
+            return Evaluation(recipe.id, scores, metrics, seconds, answers=answers)
+        except Exception as error:  # as in `evaluate`
+            log.debug("answers of candidate %s failed", recipe.id, exc_info=True)
+            return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
+
+    def _backward(
+        self,
+        recipe: Recipe,
+        module: nn.Module,
+        items: Items,
+        request: GradientRequest,
+        taught: Distributions | None,
+    ) -> tuple[tuple[ItemScore, ...], Slopes]:
+        """Scores of items, the loss and, where they are wanted, its derivatives."""
+        assert isinstance(self.evaluator, Differentiable)
+        if not request.derivatives:
+            scores, loss = self.evaluator.backward(module, items, request)
+            return scores, Slopes(loss, {})
+        if module is not self.model:
+            raise CandidateError(_NO_DERIVATIVES)
+        with self.builder.coefficient_slopes(recipe) as found:
+            if taught is None:
+                scores, loss = self.evaluator.backward(module, items, request)
+            else:
+                scores, loss = self._backward_divergence(module, taught, items, request)
+        rows = {key: tuple(of.float().tolist()) for key, of in sorted(found.rows.items())}
+        return scores, Slopes(loss, dict(sorted(found.partials.items())), rows)
 
     def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
         """The live model of a recipe, ready to be scored.

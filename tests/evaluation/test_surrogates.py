@@ -28,8 +28,10 @@ def test_a_choice_is_the_probability_of_the_right_ones_among_all(
     found = of_choices(SUMS, right, surrogate)
     probability = sum(math.exp(SUMS[i]) for i in right) / sum(map(math.exp, SUMS))
     assert found.probability == pytest.approx(probability)
-    wanted = -math.log(probability) if surrogate == "logprob" else 1 - probability
-    assert found.loss == pytest.approx(wanted, abs=1e-12)
+    assert found.logprob == pytest.approx(math.log(probability), abs=1e-12)
+    if surrogate != "margin":
+        wanted = -math.log(probability) if surrogate == "logprob" else 1 - probability
+        assert found.loss == pytest.approx(wanted, abs=1e-12)
     check_slopes(lambda sums: of_choices(sums, right, surrogate), SUMS)
 
 
@@ -39,6 +41,30 @@ def test_an_answer_is_the_probability_that_one_of_the_right_texts_is_generated(s
     probability = sum(map(math.exp, SUMS))
     assert found.probability == pytest.approx(probability)
     check_slopes(lambda sums: of_answers(sums, surrogate), SUMS)
+
+
+@pytest.mark.parametrize("right", [[1], [0, 3], [2]])
+def test_a_margin_is_the_probability_of_the_likeliest_right_choice_beside_the_likeliest_wrong_one(
+    right: list[int],
+) -> None:
+    """It is below a half exactly where the metric finds the answer right."""
+    found = of_choices(SUMS, right, "margin")
+    best = math.exp(max(SUMS[i] for i in right))
+    rival = math.exp(max(SUMS[i] for i in range(4) if i not in right))
+    assert found.loss == pytest.approx(rival / (best + rival))
+    assert (found.loss < 0.5) == (SUMS.index(max(SUMS)) in right)
+    assert sum(slope != 0 for slope in found.slopes) == 2
+
+
+def test_a_margin_of_choices_that_are_all_right_or_far_apart_is_a_number() -> None:
+    assert of_choices(SUMS, [0, 1, 2, 3], "margin").loss == 0.0
+    assert of_choices([-2000.0, -1.0], [0], "margin").loss == 1.0
+    assert of_choices([-2000.0, -1.0], [1], "margin").loss == 0.0
+
+
+def test_a_margin_of_an_answer_over_all_other_texts_is_its_probability() -> None:
+    assert of_answers(SUMS, "margin") == of_answers(SUMS, "probability")
+    assert of_text(-12.0, 4).loss == 3.0
 
 
 def test_an_improbable_answer_has_a_finite_loss_whose_slope_does_not_vanish() -> None:

@@ -163,10 +163,13 @@ def test_two_processes_give_the_rows_of_one(learned: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("stage", "more", "words"),
     [
-        ({"population": 8}, {}, "items, rate and surrogate, and no population"),
+        ({"population": 8}, {}, "items, rate, surrogate and labels, and no population"),
         ({}, {"method": "multislerp", "space": {"groups": 2}}, "'multislerp' is none"),
         ({"rate": 0}, {}, "rate should be above 0"),
-        ({"surrogate": "entropy"}, {}, "surrogate should be"),
+        ({"surrogate": "token"}, {}, "surrogate should be"),
+        ({"surrogate": "entropy"}, {}, "entropy is not offered: it falls as a model grows sure of wrong"),
+        ({"labels": {"zoo_sums": "math"}}, {}, "'zoo_sums' is not among the tasks"),
+        ({"labels": {"zoo_string": "maths"}}, {}, "Did you mean 'math'"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_in_a_line(

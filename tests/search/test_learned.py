@@ -2,117 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evomerge.errors import FailureBudget, Paused
-from evomerge.evaluation import Evaluation, GradientRequest, Items, ItemScore, Slopes
-from evomerge.methods import method
-from evomerge.recipes import Filtered, Recipe
-from evomerge.search import LearnedOpening, Plan, Stage, Start, Study
-from evomerge.spaces.tensor_weights import WEIGHT, TensorWeight, TensorWeightSpace
-from evomerge.store import Store, StudyFacts
-from tests.support.toy import ToyPool, stored_rows
+from evomerge.errors import FailureBudget
+from evomerge.store import Store
+from tests.support.learned_search import ITEMS, SHARD, STEPS, Learner, run, target, tensor_space
+from tests.support.toy import stored_rows
 from tests.support.toy_search import Killed, plan
-
-NAMES = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
-STEPS, ITEMS, SHARD = 8, 5, 4
-
-
-def tensor_space(depth: int = 3) -> TensorWeightSpace:
-    """Two tensors a layer, the embeddings and the final norm, two models."""
-    axes = [
-        TensorWeight(f"model.layers.{layer}.{text}", text, layer, False, model)
-        for layer in range(depth)
-        for text in NAMES
-        for model in ("a", "b")
-    ]
-    axes += [TensorWeight("model.embed_tokens.weight", "model.embed_tokens.weight", None, False, "a")]
-    axes += [TensorWeight("model.norm.weight", "model.norm.weight", None, True, "b")]
-    return TensorWeightSpace(
-        method("task_arithmetic"), "base", ("a", "b"), depth, tuple(axes), start_weight=0.5
-    )
-
-
-def target(tensor: str, source: str) -> float:
-    """Where the loss of a coefficient is least."""
-    return int(hashlib.sha256(f"{tensor}/{source}".encode()).hexdigest()[:4], 16) / 65536
-
-
-def weight_of(recipe: Recipe, tensor: str, source: str) -> float:
-    """A coefficient read from a recipe by the tensor's full name."""
-    mix = recipe.embeddings if "embed" in tensor else recipe.head
-    if ".layers." in tensor:
-        mix = recipe.layers[int(tensor.split(".")[2])]
-    setting = dict(mix.params)[WEIGHT][mix.models.index(source)]  # type: ignore[index]
-    number = setting.at(tensor) if isinstance(setting, Filtered) else setting
-    assert number is not None
-    return number
-
-
-class Learner(ToyPool):
-    """The toy pool, with a quadratic loss of each coefficient that items weigh differently."""
-
-    def __init__(self, fails_at: Sequence[int] = (), **hooks: Callable[[int], None]) -> None:
-        super().__init__(**hooks)  # type: ignore[arg-type]
-        self.fails_at = fails_at
-        self.learned = 0
-
-    def slopes(self, recipe: Recipe, items: Items, request: GradientRequest) -> Evaluation:
-        self.learned += 1
-        if self.learned in self.fails_at:
-            return Evaluation(recipe.id, (), {}, {}, error="the gradient of the loss is not finite")
-        partials: dict[tuple[str, str, str], float] = {}
-        scores, loss = [], 0.0
-        for task, ids in items.items():
-            for item in ids:
-                scores.append(ItemScore(task, item, 0.5, 0.5, -0.7))
-                for axis in tensor_space().axes:
-                    off = weight_of(recipe, axis.tensor, axis.source) - target(axis.tensor, axis.source)
-                    weight = request.weights[task] * (1 + len(item) % 3)
-                    loss += weight * off**2
-                    key = (axis.tensor, WEIGHT, axis.source)
-                    partials[key] = partials.get(key, 0.0) + 2 * weight * off
-        return Evaluation(recipe.id, tuple(scores), {}, {}, slopes=Slopes(loss, partials))
-
-
-def learned_plan(**changes: Any) -> Plan:
-    """A search of one learned stage."""
-    given = {"steps": STEPS, "rate": 0.2, "items": ITEMS, "shard": SHARD} | changes
-    opening = LearnedOpening(tensor_space(), **given)
-
-    def open_stage(start: Start) -> LearnedOpening:
-        return opening
-
-    return Plan(
-        **{
-            **{name: getattr(plan(), name) for name in Plan.__dataclass_fields__},
-            "stages": (Stage("learned", given["steps"], open_stage),),
-        }
-    )
-
-
-def run(file: Path, pool: Learner, of: Plan | None = None) -> str:
-    """One process' life; how it ended."""
-    file.parent.mkdir(exist_ok=True)
-    with Store.open(file, write=True) as store:
-        if store.study() is None:
-            store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
-        study = Study(of or learned_plan(), store, pool)
-        pool.study = study  # type: ignore[attr-defined]
-        try:
-            study.run()
-        except Killed:
-            return "killed"
-        except Paused:
-            return "paused"
-    return "done"
 
 
 @pytest.fixture(scope="module")

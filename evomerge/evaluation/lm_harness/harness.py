@@ -28,6 +28,7 @@ from evomerge.evaluation.lm_harness.backends.base import Backend, Differentiable
 from evomerge.evaluation.lm_harness.backends.hflm import make_hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_group_metrics
 from evomerge.evaluation.lm_harness.items import ItemRules
+from evomerge.evaluation.lm_harness.labels import check_source, given_answers
 from evomerge.evaluation.lm_harness.lm_eval_patches import cache_document_rendering
 from evomerge.evaluation.lm_harness.prompts import Prompting
 from evomerge.evaluation.lm_harness.results import (
@@ -42,7 +43,15 @@ from evomerge.evaluation.lm_harness.results import (
 from evomerge.evaluation.lm_harness.samples import Sample, example, sample
 from evomerge.evaluation.lm_harness.task_loading import LoadedTask, TaskSpec, load
 from evomerge.evaluation.lm_harness.truncation import truncation_warnings
-from evomerge.evaluation.records import GradientRequest, Items, ItemScore, Role, soft_metric_name
+from evomerge.evaluation.records import (
+    GOLD,
+    Answer,
+    GradientRequest,
+    Items,
+    ItemScore,
+    Role,
+    soft_metric_name,
+)
 
 log = logging.getLogger(__name__)
 _PREPARED = 8  # sets of items that stay prepared for a model
@@ -285,11 +294,13 @@ class LmHarness:
             scores.append(ItemScore(name, row.item, number, *soft))
         return scores
 
-    def check_losses(self) -> None:
+    def check_losses(self, labels: Mapping[str, str]) -> tuple[str, ...]:
         """See `Differentiable.check_losses`."""
-        for loaded in self.tasks.values():
-            item = loaded.items["search"][0]
-            gradients.text_item(loaded, item, loaded.requests[item], "")
+        return tuple(
+            warning
+            for name, loaded in self.tasks.items()
+            for warning in check_source(loaded, labels.get(name, GOLD), self._end)
+        )
 
     def backward(
         self, model: nn.Module, items: Items, request: GradientRequest
@@ -306,20 +317,42 @@ class LmHarness:
                 "this evaluation backend gives no gradients, which a learned stage needs; "
                 "use evaluation.backend: compiled"
             )
-        key = ("gradients", *((name, tuple(ids)) for name, ids in items.items() if ids))
+        labelled = [
+            (name, item, tuple(request.labels.get(name, {}).get(item, ())))
+            for name, ids in items.items()
+            for item in ids
+        ]
+        key = ("gradients", *labelled)
         texts = state.texts.get(key)
         if texts is None:
-            end = str(self.tokenizer.eos_token or "")
             rows = [
-                gradients.text_item(self.tasks[name], item, self.tasks[name].requests[item], end)
-                for name, ids in items.items()
-                for item in ids
+                gradients.text_item(
+                    self.tasks[name], item, self.tasks[name].requests[item], self._end, labels
+                )
+                for name, item, labels in labelled
             ]
-            requests = [request for row in rows for request in row.requests]
+            requests = [text for row in rows for text in row.requests]
             texts = gradients.PreparedTexts(rows, backend.prepare_gradients(requests))
             state.texts.clear()  # a step's items are used once
             state.texts[key] = texts
-        return gradients.backward(backend, texts, request.weights, request.surrogate)
+        return gradients.backward(backend, texts, request)
+
+    def answers(
+        self, model: nn.Module, items: Items
+    ) -> tuple[tuple[ItemScore, ...], dict[str, float], tuple[Answer | None, ...]]:
+        """See `Answering.answers`. The text of a log-likelihood task is generated greedily."""
+        scores, metrics = self.score(model, items)
+        backend, prepared = self._prepared(model, items)
+        rows = [(self.tasks[name], row.requests) for name, own in prepared.rows.items() for row in own]
+        answers = given_answers(backend, rows, self._end, self._count)
+        return scores, metrics, answers
+
+    @property
+    def _end(self) -> str:
+        return str(self.tokenizer.eos_token or "")
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def distributions(self, model: nn.Module, texts: Sequence[str]) -> Distributions:
         """See `Retaining.distributions`."""

@@ -94,7 +94,18 @@ class DifferentiableBackend(Protocol):
             requests: lm-eval's `Instance` objects.
 
         Returns:
-            What `backward` takes.
+            What `sums` and `backward` take.
+        """
+        ...
+
+    def sums(self, prepared: Any) -> list[float]:
+        """Scores prepared requests.
+
+        Args:
+            prepared: Result of `prepare_gradients`.
+
+        Returns:
+            The log-likelihood of each request, in nats, from float32 logits.
         """
         ...
 

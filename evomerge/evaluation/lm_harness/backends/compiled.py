@@ -200,6 +200,13 @@ class CompiledBackend:
             prepared.plan = self._engine.compile(pieces, "plain")
         return prepared
 
+    def sums(self, prepared: Prepared) -> list[float]:
+        """See `DifferentiableBackend.sums`."""
+        assert self._engine is not None
+        assert prepared.plan is not None
+        found = self._engine.run(prepared.plan).sums.tolist()
+        return [math.fsum(found[start:end]) for start, end in prepared.spans.values()]
+
     def backward(self, prepared: Prepared, slopes_of: Callable[[Sequence[float]], Sequence[float]]) -> None:
         """See `DifferentiableBackend.backward`."""
         assert self._engine is not None
