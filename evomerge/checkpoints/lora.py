@@ -35,6 +35,19 @@ _PAIRS = {  # ending of the name of an A -> ending of the name of its B
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """A difference of two tensors as left @ right, in float32.
+
+    Attributes:
+        left: [out, r], scaled.
+        right: [r, in].
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Change:
     """What an adapter does to one base tensor: replace it, then add scale (B A), transposed or not.
 
@@ -131,6 +144,24 @@ class AdaptedCheckpoint:
             left, right = (a.T, b.T) if change.transposed else (b, a)
             start = torch.addmm(start.to(wide), left, right, alpha=change.scale)
         return start.to(weight.dtype)
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """Returns what the adapter adds to a matrix of the base, before the sum is rounded to its type.
+
+        Args:
+            name: Name of the tensor on disk.
+
+        Returns:
+            The difference, of rank 0 where the adapter leaves the tensor alone; None where it replaces it, or
+            where it is no matrix.
+        """
+        shape, change = self.tensors[name].shape, self._changes.get(name)
+        if len(shape) != 2 or (change is not None and change.replacement is not None):
+            return None
+        if change is None or not change.a or not change.b:
+            return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
+        a, b = self._read(change.a).float(), self._read(change.b).float() * change.scale
+        return LowRank(a.T, b.T) if change.transposed else LowRank(b, a)
 
     def content_hash(self) -> str:
         """SHA-256 over the base, the adapter's tensors and what the adapter's config makes of them."""

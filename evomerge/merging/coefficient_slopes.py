@@ -2,19 +2,22 @@
 
 Knows nothing of what the loss is: whoever runs a backward pass while the slopes are open has its gradients
 turned into dot products. Those of a small model are added up and taken at the end; of a larger one that of
-one parameter is alive at a time, of a linear layer or an embedding a few of its rows.
+one parameter is alive at a time, of a linear layer or an embedding a few of its rows. Where all sources of a
+linear layer are LoRA adapters of the base, its gradient is never made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
+from evomerge.checkpoints.lora import LowRank
 from evomerge.errors import CandidateError
+from evomerge.merging.low_rank import low_rank_task_vectors, products
 from evomerge.merging.merge import Merge
 from evomerge.merging.tensor_plan import Step
 from evomerge.merging.weight_gradients import GradientTaker, WeightGradients
@@ -80,10 +83,11 @@ class CoefficientSlopes:
             if not parameter.requires_grad:
                 continue
             taker = _Taker(self, names, parameter)
+            if not self._adds_up or taker.low_rank is not None:
+                takers[id(parameter)] = taker
             if self._adds_up:
                 self._open.callback(taker, parameter)
                 continue
-            takers[id(parameter)] = taker
             handle = parameter.register_post_accumulate_grad_hook(taker)  # type: ignore[no-untyped-call]
             self._open.callback(handle.remove)
         if takers:
@@ -113,13 +117,40 @@ class CoefficientSlopes:
             rows: The rows of the parameter that it is of, where one tensor is all of it; None for all.
         """
         for name in names:
+            step = self._steps[name]
             part = gradient if rows is not None else self._weights.gradient(name, gradient)
-            for (param, source), slope in self._merge.slopes(self._steps[name], part, rows).items():
-                key = (name, param, source)
-                self.partials[key] = self.partials.get(key, 0.0) + slope
-            for source, slopes in self._merge.row_slopes(self._steps[name], part).items():
+            self._add(name, self._merge.slopes(step, part, rows))
+            for source, slopes in self._merge.row_slopes(step, part).items():
                 key = (name, "weight", source)
                 self.rows[key] = self.rows[key] + slopes if key in self.rows else slopes
+
+    def take_products(self, name: str, products: Sequence[float]) -> None:
+        """Adds the derivatives by the coefficients of one tensor.
+
+        Args:
+            name: The tensor.
+            products: Dot product of its gradient with the task vector of each source.
+        """
+        self._add(name, self._merge.slopes_of_products(self._steps[name], products))
+
+    def low_rank(self, names: Sequence[str], device: torch.device) -> list[LowRank] | None:
+        """Finds the task vectors of a parameter that are known as products of thin matrices.
+
+        Args:
+            names: The disk tensors that feed the parameter.
+            device: Where they are wanted.
+
+        Returns:
+            One for each source; None where they are not all known so.
+        """
+        if not self.goes_by_rows(names):
+            return None
+        return low_rank_task_vectors(self._steps[names[0]], self._merge.parents, device)
+
+    def _add(self, name: str, slopes: Mapping[tuple[str, str], float]) -> None:
+        for (param, source), slope in slopes.items():
+            key = (name, param, source)
+            self.partials[key] = self.partials.get(key, 0.0) + slope
 
     def goes_by_rows(self, names: Sequence[str]) -> bool:
         """Whether the gradient of a parameter can be taken some rows at a time.
@@ -143,6 +174,7 @@ class _Taker:
     def __init__(self, slopes: CoefficientSlopes, names: list[str], parameter: Tensor) -> None:
         self._slopes, self._names, self._shape = slopes, names, parameter.shape
         self._goes_by_rows = slopes.goes_by_rows(names)
+        self.low_rank = slopes.low_rank(names, parameter.device)
 
     def __call__(self, parameter: nn.Parameter | Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -151,6 +183,9 @@ class _Taker:
 
     def take_linear(self, inputs: Tensor, gradients: Tensor) -> None:
         """See `GradientTaker`."""
+        if self.low_rank is not None:
+            self._slopes.take_products(self._names[0], products(self.low_rank, inputs, gradients))
+            return
         if not self._goes_by_rows:
             self._slopes.take(self._names, gradients.T @ inputs)
             return

@@ -142,6 +142,21 @@ class Merge:
         values = _values(rule, step.mix, step.name, step.inputs)
         return row_weights(step) is None and task_vector_slopes.is_plain(rule, values)
 
+    def slopes_of_products(self, step: Step, products: Sequence[float]) -> dict[tuple[str, str], float]:
+        """Computes what `slopes` does from the dot products of the gradient with each source's task vector.
+
+        Args:
+            step: One of `steps` that `is_plain`.
+            products: One number for each source.
+
+        Returns:
+            As `slopes`.
+        """
+        assert step.mix is not None
+        values = _values(method(step.mix.method), step.mix, step.name, step.inputs)
+        slopes = task_vector_slopes.slopes_of_products(values, products)
+        return task_vector_slopes.by_source(step.mix.sources, slopes)
+
     def slopes(
         self, step: Step, gradient: Tensor, rows: Tensor | slice | None = None
     ) -> dict[tuple[str, str], float]:
@@ -165,15 +180,8 @@ class Merge:
         sources, base = inputs.sources, inputs.base
         if rows is not None:
             sources, base = [source[rows] for source in sources], None if base is None else base[rows]
-        found: dict[tuple[str, str], float] = {}
-        for name, slope in task_vector_slopes.slopes(
-            rule, sources, base, values, inputs.mask_keys, gradient
-        ).items():
-            if isinstance(slope, tuple):
-                found |= {(name, model): s for (model, _), s in zip(step.mix.sources, slope, strict=True)}
-            else:
-                found[name, ""] = slope
-        return found
+        slopes = task_vector_slopes.slopes(rule, sources, base, values, inputs.mask_keys, gradient)
+        return task_vector_slopes.by_source(step.mix.sources, slopes)
 
     def row_slopes(self, step: Step, gradient: Tensor) -> dict[str, Tensor]:
         """Computes the derivatives of a loss by the weights of the rows of one output tensor.

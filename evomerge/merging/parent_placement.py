@@ -23,6 +23,7 @@ class PlacedParent:
     """A parent whose tensors are copied to the device or to pinned memory at their first read.
 
     Attributes:
+        original: The parent.
         path: Of the parent, as are `files`, `config`, `tensors` and `layout`.
     """
 
@@ -35,7 +36,7 @@ class PlacedParent:
         """
         self.path, self.files = parent.path, parent.files
         self.config, self.tensors, self.layout = parent.config, parent.tensors, parent.layout
-        self._parent = parent
+        self.original = parent
         self._device = device
         self._cache: dict[str, Tensor] = {}
 
@@ -46,13 +47,13 @@ class PlacedParent:
             The tensor; the same object at every call.
         """
         if name not in self._cache:
-            tensor = self._parent.tensor(name)
+            tensor = self.original.tensor(name)
             self._cache[name] = tensor.pin_memory() if self._device is None else tensor.to(self._device)
         return self._cache[name]
 
     def content_hash(self) -> str:
         """See `Parent.content_hash`."""
-        return self._parent.content_hash()
+        return self.original.content_hash()
 
 
 def choose_placements(

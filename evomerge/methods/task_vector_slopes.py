@@ -11,7 +11,7 @@ dot products and these are summed in float64, since <G, x_i> - <G, b> cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ def slopes(
     assert isinstance(weight, tuple)
     assert isinstance(factor, float)
     if is_plain(rule, values):
-        dots = _dots(rule.task_vector_sum, tensors, base, gradient)
-        return _from_dots(dots, weight, factor, values)
+        return slopes_of_products(values, _dots(rule.task_vector_sum, tensors, base, gradient))
     gradient = gradient.float()
     parts = _parts(rule.task_vector_sum, tensors, base, values, keys)  # [sources, *shape]
     w = torch.tensor(weight, dtype=torch.float32, device=parts.device).reshape(-1, *[1] * gradient.dim())
@@ -137,20 +136,50 @@ def _dots(
     return [math.fsum(torch.stack(own).tolist()) if own else 0.0 for own in sums]
 
 
-def _from_dots(
-    dots: Sequence[float], weight: Sequence[float], factor: float, values: Values
-) -> dict[str, Slope]:
-    """The derivatives where S = sum_i w_i s_i and D is a number, from <G, s_i>."""
-    total = math.fsum(w * dot for w, dot in zip(weight, dots, strict=True))
-    by_weight = [factor * dot for dot in dots]
+def slopes_of_products(values: Values, products: Sequence[float]) -> dict[str, Slope]:
+    """Computes the derivatives of a sum that `is_plain` from the dot products of the gradient.
+
+    Args:
+        values: The method's parameter values for this tensor.
+        products: <gradient, task vector> of each source.
+
+    Returns:
+        As `slopes`.
+    """
+    weight, factor = values["weight"], values.get("lambda", 1.0)
+    assert isinstance(weight, tuple)
+    assert isinstance(factor, float)
+    total = math.fsum(w * dot for w, dot in zip(weight, products, strict=True))
+    by_weight = [factor * dot for dot in products]
     if values["normalize"]:
         divisor = math.fsum(weight)
         if abs(divisor) >= _NO_DIVISOR[False]:
             total /= divisor
-            by_weight = [factor * (dot - total) / divisor for dot in dots]
+            by_weight = [factor * (dot - total) / divisor for dot in products]
     found: dict[str, Slope] = {"weight": tuple(by_weight)}
     if "lambda" in values:
         found["lambda"] = total
+    return found
+
+
+def by_source(
+    sources: Sequence[tuple[str, object]], slopes: Mapping[str, Slope]
+) -> dict[tuple[str, str], float]:
+    """Names the derivatives by each source's parameter.
+
+    Args:
+        sources: (model, whatever is taken of it) of each.
+        slopes: Result of `slopes`.
+
+    Returns:
+        (parameter, source model) -> derivative; the model is '' for a parameter of the merge.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for name, slope in slopes.items():
+        if isinstance(slope, tuple):
+            found |= {(name, model): own for (model, _), own in zip(sources, slope, strict=True)}
+        else:
+            found[name, ""] = slope
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint, open_parent
+from evomerge.checkpoints.foreign_formats import check_kind
 from evomerge.config import loading
 from evomerge.errors import CheckpointError, EvomergeError, SetupError
 from evomerge.launch import opening
@@ -78,6 +79,17 @@ def test_a_file_of_another_format_is_named(first: bytes, words: str, folder: Pat
     (folder / "model.safetensors").write_bytes(first)
     with pytest.raises(CheckpointError, match=words):
         open_parent(str(folder))
+
+
+def test_a_header_whose_length_begins_as_a_pickle_does_is_read(tmp_path: Path) -> None:
+    """Its length, of 640 bytes, is the first thing in the file."""
+    file = tmp_path / "model.safetensors"
+    for length in range(400, 640):
+        save_file({"w": torch.zeros(1)}, file, metadata={"filler": "x" * length})
+        if file.read_bytes()[:2] == b"\x80\x02":
+            break
+    assert file.read_bytes()[:8] == (640).to_bytes(8, "little")
+    check_kind(file)
 
 
 def test_a_file_in_place_of_a_folder_is_named(folder: Path) -> None:
