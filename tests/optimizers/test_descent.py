@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evomerge.optimizers.base import Array
-from evomerge.optimizers.descent import Descent
+from evomerge.optimizers.descent import Descent, Leash
 
 TARGET = np.array([0.3, -0.8, 1.7])
 
@@ -68,3 +68,43 @@ def test_what_is_no_gradient_is_refused(bad: list[float]) -> None:
 def test_settings_out_of_range_are_refused(rate: float, steps: int) -> None:
     with pytest.raises(ValueError, match="rate above 0"):
         Descent([0.0], rate=rate, steps=steps)
+
+
+def path(leash: Leash | None, steps: int = 30) -> np.ndarray:
+    """[steps + 1, n] the genomes of a descent whose gradient changes its sign now and then."""
+    descent = Descent([0.5, -0.25, 1.0], rate=0.2, steps=steps, leash=leash)
+    generator = np.random.default_rng(1)
+    found = [descent.ask()]
+    for _ in range(steps):
+        descent.tell(list(generator.normal(size=3) + np.array([1.0, -2.0, 0.1])))
+        found.append(descent.ask())
+    return np.stack(found)
+
+
+def test_a_leash_of_nothing_changes_no_genome() -> None:
+    assert np.array_equal(path(None), path(Leash(decay=0.0)))
+    assert not np.array_equal(path(None), path(Leash(decay=0.5)))
+
+
+@pytest.mark.parametrize("trust", [0.25, 0.0625])
+def test_no_gene_leaves_the_trust_region(trust: float) -> None:
+    found = path(Leash(trust=trust))
+    assert np.abs(found - found[0]).max() <= trust
+    assert np.abs(found - found[0]).max() == trust, "it never came to the bound"
+
+
+def test_the_root_mean_square_of_all_genes_is_bounded() -> None:
+    found = path(Leash(trust_rms=0.125))
+    rms = np.sqrt(((found - found[0]) ** 2).mean(axis=1))
+    assert rms.max() <= 0.125 + 2**-14
+    assert np.abs(found - found[0]).max() > 0.125
+
+
+def test_decay_without_a_gradient_goes_back_to_the_start_as_a_geometric_series() -> None:
+    descent = Descent([1.0], rate=0.5, steps=10**9, leash=Leash(decay=0.5))
+    descent.tell([1.0])
+    away = [float(descent.ask()[0]) - 1.0]
+    for _ in range(2000):
+        descent.tell([0.0])
+    assert away[0] == pytest.approx(-0.5)
+    assert float(descent.ask()[0]) == pytest.approx(1.0, abs=1e-3)

@@ -25,7 +25,7 @@ class Distributions:
 
     Attributes:
         ids: Token ids of each text, at least one.
-        logprobs: Of each text [tokens, vocabulary] in float32, on the CPU.
+        logprobs: Of each text [tokens, vocabulary] in float32 or wider, on the CPU.
     """
 
     ids: Sequence[Sequence[int]]
@@ -57,7 +57,7 @@ def distributions(forward: Forward, ids: Sequence[Sequence[int]]) -> Distributio
     for batch in _batches(ids, forward.vocabulary):
         logits = _logits(forward, [ids[i] for i in batch])
         for i, own in zip(batch, logits, strict=True):
-            found[i] = own.float().log_softmax(-1).cpu()
+            found[i] = _logprobs(own).cpu()
     if not all(bool(torch.isfinite(logprobs).all()) for logprobs in found):
         raise CandidateError("the teacher's distributions on the texts to be retained are not finite")
     return Distributions(ids, found)
@@ -80,14 +80,19 @@ def backward(forward: Forward, teacher: Distributions, weights: Sequence[float])
             total: Tensor | None = None
             for i, logits in zip(batch, _logits(forward, [teacher.ids[i] for i in batch]), strict=True):
                 wanted = teacher.logprobs[i].to(logits.device)
-                own = logits.float().log_softmax(-1)
+                own = _logprobs(logits)
                 divergence = (wanted.exp() * (wanted - own)).sum(-1).double().mean()
                 found[i] = float(divergence.detach())
                 part = weights[i] * divergence
                 total = part if total is None else total + part
-            assert total is not None
-            total.backward()  # type: ignore[no-untyped-call]
+            if total is not None and total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
     return found
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    """Log-probabilities, in float32 of narrower logits."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def _batches(ids: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[int]]:
