@@ -46,7 +46,7 @@ from scripts.zoo.plan import BASE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNASKED = ("copy_letters", "copy_words", "lookup")
-UNASKED_ITEMS, TEXTS, ITEMS, COARSE_STEPS = 300, 512, 30, 40
+UNASKED_ITEMS, ITEMS, COARSE_STEPS = 300, 30, 40
 LETTERS = ("copy_letters", "letters")
 
 
@@ -54,46 +54,51 @@ LETTERS = ("copy_letters", "letters")
 class Arm:
     """A learned stage by rows.
 
-    texts: of which kind, '' for none; stage: its settings beside genome and items; about: in the table.
+    about: in the table; texts: of which kind, '' for none; count: of them; stage: its settings beside genome
+    and items.
     """
 
     about: str
     texts: str = ""
+    count: int = 0
     stage: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _arm(texts: str, weight: float, count: int = 4096, items: int = 128, **stage: Any) -> Arm:
+    """An arm that retains texts."""
+    about = f"{count:,} {texts}, {items} a step, weight {weight:g}"
+    about += "".join(f", {name} {value}" for name, value in stage.items())
+    return Arm(about, texts, count, {"retain_weight": weight, "retain_items": items, **stage})
+
+
+PROMPTS, ANSWERED = "prompts", "prompts with answers"
+OTHERS = "prompts with answers, none of letters"
 ARMS: dict[str, Arm] = {
     "free": Arm("nothing retained"),
-    "prompts 1": Arm("prompts of the base, weight 1", "prompts", {"retain_weight": 1.0}),
-    "prompts 3": Arm("prompts of the base, weight 3", "prompts", {"retain_weight": 3.0}),
-    "prompts 10": Arm("prompts of the base, weight 10", "prompts", {"retain_weight": 10.0}),
-    "answered 1": Arm("prompts with their answers, weight 1", "answered", {"retain_weight": 1.0}),
-    "answered 3": Arm("prompts with their answers, weight 3", "answered", {"retain_weight": 3.0}),
-    "answered 10": Arm("prompts with their answers, weight 10", "answered", {"retain_weight": 10.0}),
-    "answered 30": Arm("prompts with their answers, weight 30", "answered", {"retain_weight": 30.0}),
-    "base 10": Arm(
-        "answered, the base as teacher, weight 10", "answered", {"retain_weight": 10.0, "teacher": "base"}
-    ),
-    "others 3": Arm("as before without any letters, weight 3", "others", {"retain_weight": 3.0}),
-    "others 10": Arm("as before without any letters, weight 10", "others", {"retain_weight": 10.0}),
-    "base 3": Arm(
-        "answered, the base as teacher, weight 3", "answered", {"retain_weight": 3.0, "teacher": "base"}
-    ),
-    "trust .3": Arm("no text, trust .3", "", {"trust": 0.3}),
-    "decay .3": Arm("no text, decay .3", "", {"decay": 0.3}),
+    "prompts 10": _arm(PROMPTS, 10.0),
+    "few 3": _arm(ANSWERED, 3.0, 512, 64),
+    "few 10": _arm(ANSWERED, 10.0, 512, 64),
+    "few base 3": _arm(ANSWERED, 3.0, 512, 64, teacher="base"),
+    "answered 3": _arm(ANSWERED, 3.0),
+    "answered 10": _arm(ANSWERED, 10.0),
+    "base 3": _arm(ANSWERED, 3.0, teacher="base"),
+    "base 10": _arm(ANSWERED, 10.0, teacher="base"),
+    "others 10": _arm(OTHERS, 10.0),
+    "trust .3": Arm("no text, trust .3", stage={"trust": 0.3}),
+    "decay .3": Arm("no text, decay .3", stage={"decay": 0.3}),
 }
 
 
-def write_texts(file: Path, kind: str, seed: int) -> None:
+def write_texts(file: Path, kind: str, count: int, seed: int) -> None:
     """Draws texts of the base's own training mix from the training split, a line each."""
     rng = Random(f"retain/{kind}/{seed}")
-    mix = [(name, share) for name, share in BASE.skills if kind != "others" or name not in LETTERS]
+    mix = [(name, share) for name, share in BASE.skills if kind != OTHERS or name not in LETTERS]
     names, shares = [name for name, _ in mix], [share for _, share in mix]
     lines: dict[str, None] = {}
-    for _ in range(100 * TEXTS):
+    for _ in range(100 * count):
         prompt, answer = skills.draw(rng.choices(names, shares)[0], rng, "train")
-        lines[prompt if kind == "prompts" else prompt + answer] = None
-        if len(lines) == TEXTS:
+        lines[prompt if kind == PROMPTS else prompt + answer] = None
+        if len(lines) == count:
             break
     file.write_text("\n".join(lines) + "\n")
 
@@ -202,8 +207,8 @@ class Runs:
         stage = {"stage": "learned", "genome": "row", "steps": self.steps, "items": ITEMS, **arm.stage}
         more: dict[str, Any] = {}
         if arm.texts:
-            file = self._folder / f"{arm.texts}-{seed}.txt"
-            write_texts(file, arm.texts, seed)
+            file = self._folder / f"{name.replace(' ', '-')}-{seed}.txt"
+            write_texts(file, arm.texts, arm.count, seed)
             stage["retain"] = str(file)
         else:
             more["keep"] = {"zoo_arithmetic": 1.0}

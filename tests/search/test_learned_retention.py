@@ -41,7 +41,6 @@ class Retainer(Learner):
         scores = tuple(ItemScore(task, item, 0.25) for item in items[task])
         return Evaluation(recipe.id, scores, {}, {}, slopes=slopes)
 
-
     @staticmethod
     def weights(recipe: Recipe) -> dict[tuple[str, str], float]:
         """(tensor, model) -> its weight in a recipe."""
