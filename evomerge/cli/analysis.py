@@ -130,6 +130,10 @@ def sensitivity(
     items: Annotated[
         int | None, typer.Option(help="Items of each task; as many as a generation has if left out.")
     ] = None,
+    gradient: Annotated[
+        bool,
+        typer.Option("--gradient", help="Derivatives by all coefficients from one backward pass; no scan."),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .png, .svg or .pdf.")] = None,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
@@ -139,26 +143,36 @@ def sensitivity(
     """Scan each coefficient of a candidate.
 
     Shows how its score depends on one coefficient, all others fixed. Points are stored; the same command goes
-    on.
+    on. With --gradient: the derivative of the right answers' probability by each, beside stored scans.
     """
     from evomerge.cli import analysis_tables
     from evomerge.cli import progress as progress_module
     from evomerge.evaluation import ROLES
-    from evomerge.launch import rescoring
+    from evomerge.launch import derivatives, rescoring
 
     if role not in ROLES[:2]:
         raise ConfigError(
             f"--role must be search or validation, got '{role}'; test items are for the final score alone"
         )
+    if gradient and plot is not None:
+        raise ConfigError(
+            "--plot draws the curves of a scan and --gradient makes none; leave one of them out"
+        )
     study, reference = split_reference(candidate)
     request = rescoring.ScanRequest(step, span, axes, role, items)
+    may = allowed(allow_python, allow_tasks)
+    if gradient:
+        with reading_store(study, root) as store, progress_module.bar("shards of items") as progress:
+            data = derivatives.differentiate(store, reference, request, allowed=may, show=progress)
+        put(json.dumps(data, indent=2) if as_json else analysis_tables.derivatives_table(data))
+        return
     with open_store(study, root, write=True) as store, progress_module.bar("points") as progress:
         data = rescoring.sensitivity(
             store,
             reference,
             request,
             plot=plot,
-            allowed=allowed(allow_python, allow_tasks),
+            allowed=may,
             show=progress,
         )
     put(json.dumps(data, indent=2) if as_json else analysis_tables.sensitivity_table(data))

@@ -203,6 +203,34 @@ def sensitivity_table(data: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"bars: {low:.4f} to {high:.4f}, × failed; steep: {steep}"])
 
 
+def derivatives_table(data: Mapping[str, Any]) -> str:
+    """A line for each axis: its value, the derivative by it, and the slope of its scan where that is stored.
+
+    Args:
+        data: As `evomerge.launch.derivatives.differentiate` gives it.
+
+    Returns:
+        The text.
+    """
+    loss = f"loss {data['loss']:.4f} on {data['items']} {data['role']} items"
+    lines = [
+        f"{data['study']}/{data['candidate']}: {loss}; errors from {data['shards']} parts of them",
+        *(f"note: {note}" for note in data["notes"]),
+        "",
+        f"{'axis':60}{'value':>8}{'derivative ± error':>22}{'slope of the scan':>20}",
+    ]
+    for axis in data["axes"]:
+        own, scanned = "–", "–"
+        if "derivative" in axis:
+            own = f"{axis['derivative']:+.4f} ± {axis['derivative_error']:.4f}"
+        if "slope" in axis:
+            scanned = f"{axis['slope']:+.3f} ± {axis['slope_error']:.3f}"
+        lines.append(f"{axis['axis']:60.60}{axis['value']:>8.3g}{own:>22}{scanned:>20}")
+    unit = "of right answers' mean probability (for plain texts, of a token's log-probability)"
+    law = "by one unit of the coefficient; – where none is known"
+    return "\n".join([*lines, "", f"derivative: {unit} {law}"])
+
+
 def _curve_line(curve: Mapping[str, Any], low: float, high: float) -> str:
     steps = curve["steps"]
     bars = "".join(_bar(step["score"], low, high) for step in steps)

@@ -176,30 +176,11 @@ def _stages(opened: Opened, items: Items) -> list[dict[str, Any]]:
     for stage in open_stages(settings, space, parents, facts, items):
         opening = stage.open(start)
         if isinstance(opening, LearnedOpening):
-            rows.append(
-                {
-                    "stage": stage.name,
-                    "axes": len(opening.space.axes),
-                    "population": 1,
-                    "evaluations": stage.evaluations,
-                    "hand": 0,
-                    "items": opening.items,
-                    "genome": opening.summary,
-                }
-            )
+            rows.append(_descent(stage.name, opening))
             continue
         if opening.relaxation is not None:
             relaxed = opening.relaxation.opening
-            rows.append(
-                {
-                    "stage": f"{stage.name}, {relaxed.name}",
-                    "axes": len(relaxed.space.axes),
-                    "population": 1,
-                    "evaluations": relaxed.steps,
-                    "hand": 0,
-                    "items": relaxed.items,
-                }
-            )
+            rows.append(_descent(f"{stage.name}, {relaxed.name}", relaxed) | {"finalists": 1})
         rows.append(
             {
                 "stage": stage.name,
@@ -210,6 +191,19 @@ def _stages(opened: Opened, items: Items) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _descent(name: str, opening: LearnedOpening) -> dict[str, Any]:
+    """The row of a descent, whose steps are generations of one candidate."""
+    return {
+        "stage": name,
+        "axes": len(opening.space.axes),
+        "population": 1,
+        "evaluations": opening.steps,
+        "hand": 0,
+        "items": opening.items,
+        "genome": opening.summary,
+    }
 
 
 def _work(
@@ -234,7 +228,7 @@ def _work(
             of_tasks = [min(stage["items"], len(ids)) for ids in items["search"].values()]
             scored = FORWARDS_OF_A_SLOPE * sum(of_tasks)
         steps.append({"stage": name, "candidates": candidates, "items": scored})
-    finalists = search.finalists * len(stages) + references
+    finalists = sum(stage.get("finalists", search.finalists) for stage in stages) + references
     steps.append({"stage": "validation", "candidates": finalists, "items": counts["validation"]})
     steps.append({"stage": "test", "candidates": 1 + references, "items": counts["test"]})
     return {

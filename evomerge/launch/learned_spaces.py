@@ -12,7 +12,7 @@ from evomerge.merging.merge import Merge
 from evomerge.methods.row_sums import takes_rows
 from evomerge.search.plan import DifferentiableSpace, RowSpace
 from evomerge.spaces import Range, WeightSpace
-from evomerge.spaces.cell_weights import CellWeightSpace, cells_of
+from evomerge.spaces.cell_weights import Cell, CellWeightSpace, cells_of
 from evomerge.spaces.row_weights import RowWeightSpace
 from evomerge.spaces.tensor_weights import MOST_WEIGHT, WEIGHT, TensorWeight, TensorWeightSpace
 
@@ -98,13 +98,25 @@ def make_cell_space(space: WeightSpace, parents: Mapping[str, Parent]) -> CellWe
     fixed = {name: Range(b.start, b.start, b.start) for name, b in space.ranges.items() if name != WEIGHT}
     weight = Range(-MOST_WEIGHT, MOST_WEIGHT, _start_weight(space))
     cells = searchable(replace(space, ranges=fixed | {WEIGHT: weight}, searchable=False), parents)
-    base = parents[space.base]
-    places = {}
+    return CellWeightSpace(cells, tensor_cells(cells, parents[space.base]))
+
+
+def tensor_cells(space: WeightSpace, base: Parent) -> dict[str, tuple[Cell, ...]]:
+    """Which cells of a space of weights each tensor takes its coefficients from.
+
+    Args:
+        space: The space.
+        base: Its base, open.
+
+    Returns:
+        Tensor -> the cells whose mean it takes, see `cells_of`; without the tensors of other towers.
+    """
+    cells = {}
     for name in base.tensors:
         place = base.layout.place(name)
         if place.part != "tower":
-            places[name] = cells_of(cells, place.layer, place.component, place.part)
-    return CellWeightSpace(cells, places)
+            cells[name] = cells_of(space, place.layer, place.component, place.part)
+    return cells
 
 
 def make_layer_component_space(space: WeightSpace, parents: Mapping[str, Parent]) -> CellWeightSpace:

@@ -65,6 +65,7 @@ def make_relaxation(
         surrogate=stage.surrogate or "logprob",
         annealed=space_at,
         name="relaxed",
+        summary="one for each depth and model",
     )
     return Relaxation(opening, rounded, "relaxed route")
 

@@ -25,8 +25,13 @@ OnProgress = Callable[[int, int], None]
 """Called with how many are done and how many there are."""
 
 
-def _silent(done: int, total: int) -> None:
-    """Shows no progress."""
+def silent(done: int, total: int) -> None:
+    """Shows no progress.
+
+    Args:
+        done: How many are done.
+        total: How many there are.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def compare(
     request: CompareRequest,
     *,
     allowed: Allowed | None = None,
-    show: OnProgress = _silent,
+    show: OnProgress = silent,
 ) -> dict[str, Any]:
     """Compares candidates on the items of a role that all were scored on.
 
@@ -128,7 +133,7 @@ def sensitivity(
     *,
     plot: Path | None = None,
     allowed: Allowed | None = None,
-    show: OnProgress = _silent,
+    show: OnProgress = silent,
 ) -> dict[str, Any]:
     """Scans a candidate's coefficients, one at a time.
 
@@ -197,7 +202,7 @@ class _Scan:
                 "the objective is no mean of items: errors, slopes and verdicts are of the weighted mean of "
                 "the items' values"
             )
-        items = _scan_items(opened, request)
+        items = scan_items(opened, request)
         return cls(trial, opened, request, genome, centre, neighbours, items, tuple(notes))
 
     @property
@@ -251,8 +256,16 @@ class _Scan:
         }
 
 
-def _scan_items(opened: Opened, request: ScanRequest) -> Items:
-    """The items of a scan: so many of each task, or as many as a generation has."""
+def scan_items(opened: Opened, request: ScanRequest) -> Items:
+    """The items of a scan: so many of each task, or as many as a generation has.
+
+    Args:
+        opened: The search.
+        request: Role and number of the items.
+
+    Returns:
+        Task -> items.
+    """
     pool = opened.harness.items(request.role)
     if request.count is not None:
         sizes = dict.fromkeys(pool, request.count)

@@ -20,7 +20,8 @@ from evomerge.recipes import Recipe
 from evomerge.store import NewEvaluation, NewSensitivity, Scored, Store
 
 if TYPE_CHECKING:
-    from evomerge.spaces import Axis, WeightSpace
+    from evomerge.spaces import WeightSpace
+    from evomerge.spaces.base import NamedAxis
 
 
 CENTRE = ""
@@ -127,7 +128,7 @@ def genome_of(space: WeightSpace, recipe: Recipe, genome: Sequence[float] | None
     return nearest
 
 
-def matching_axes(axes: Sequence[Axis], pattern: str | None) -> list[int]:
+def matching_axes(axes: Sequence[NamedAxis], pattern: str | None) -> list[int]:
     """Finds axes by name.
 
     Args:

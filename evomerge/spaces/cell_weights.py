@@ -79,6 +79,33 @@ class CellWeightSpace:
         return tuple(pulled)
 
 
+def axis_derivatives(
+    space: WeightSpace, places: Mapping[str, tuple[Cell, ...]], partials: Mapping[tuple[str, str, str], float]
+) -> list[float | None]:
+    """Turns derivatives by coefficients of the merge into those by the values of a space's axes.
+
+    Args:
+        space: A space of weights.
+        places: Output tensor -> the cells whose values it takes the mean of.
+        partials: (output tensor, parameter, source model or '') -> derivative.
+
+    Returns:
+        One for each axis: the sum over the tensors that share it; None for a parameter without derivatives.
+    """
+    known = {param for _, param, _ in partials}
+    axes = {
+        (axis.group, axis.component, axis.param, axis.source or ""): i for i, axis in enumerate(space.axes)
+    }
+    found: list[float | None] = [0.0 if axis.param in known else None for axis in space.axes]
+    for (tensor, param, source), slope in partials.items():
+        cells = places.get(tensor, ())
+        for group, component in cells:
+            place = axes.get((group, component, param, source))
+            if place is not None:
+                found[place] = (found[place] or 0.0) + slope / len(cells)
+    return found
+
+
 def cells_of(space: WeightSpace, layer: int | None, component: str, part: str) -> tuple[Cell, ...]:
     """The cells whose weights a tensor takes the mean of.
 
