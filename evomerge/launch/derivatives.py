@@ -17,7 +17,7 @@ from evomerge.methods.task_vector_slopes import has_slopes
 from evomerge.recipes import Recipe
 from evomerge.reports import derivatives as report
 from evomerge.reports import sensitivity as scanning
-from evomerge.search.plan import DifferentiableSpace
+from evomerge.search.plan import DifferentiableSpace, RowSpace
 from evomerge.spaces import WeightSpace
 from evomerge.spaces.base import NamedAxis
 from evomerge.spaces.cell_weights import axis_derivatives
@@ -116,6 +116,11 @@ def _coefficients(opened: Opened, trial: Trial, recipe: Recipe) -> _Coefficients
         return _of_weights(opened, trial, recipe)
     fewest = min(map(len, opened.harness.items("search").values()))
     space = GENOMES[stage.genome or genome_for(fewest)].make(opened.space, opened.parents)
+    if isinstance(space, RowSpace):
+        raise StudyError(
+            f"candidate {trial.id} has a weight for each row of its tensors, too many to be listed; choose a "
+            "candidate of another genome"
+        )
     return _of_learned(space, trial, recipe)
 
 

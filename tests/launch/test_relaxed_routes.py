@@ -117,7 +117,7 @@ def test_two_processes_give_the_rows_of_one(relaxed: Path, tmp_path: Path) -> No
 def test_a_plan_shows_the_descent_and_what_it_costs(tmp_path: Path) -> None:
     code, out, err = in_process("plan", relaxed_file(tmp_path, "planned"))
     assert code == 0, err
-    assert f"routes, relaxed: 14 genes, {STEPS} steps of {ITEMS} items of each task" in out
+    assert f"routes, relaxed: 21 genes, {STEPS} steps of {ITEMS} items of each task" in out
     assert f"search: routes, relaxed: {STEPS} candidates x {3 * 4 * ITEMS} items" in out
 
 
