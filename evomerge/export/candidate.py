@@ -11,8 +11,10 @@ from evomerge._escaping import markdown
 from evomerge.checkpoints import Parent
 from evomerge.errors import RecipeError
 from evomerge.export import open_route
+from evomerge.export.fine_tuning import fine_tuning_note
 from evomerge.export.lineage import candidate_lineage
 from evomerge.export.model_card import render_card
+from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
 from evomerge.merging import atomic_folder, checkpoint_writer, merge
 from evomerge.methods import method
@@ -103,7 +105,8 @@ def _write_merge(
         (directory / "recipe.yaml").write_text(recipe_yaml(candidate), encoding="utf-8")
     except RecipeError as error:  # such as one model's layers between another's embeddings and head
         advice = "`evomerge merge` of recipe.json makes the model."
-        return [f"There is no recipe.yaml for mergekit: {markdown(str(error))}. {advice}"]
+        note = fine_tuning_note(candidate)
+        return [*([note] if note else []), f"{NO_MERGEKIT_FILE}: {markdown(str(error))}. {advice}"]
     return []
 
 

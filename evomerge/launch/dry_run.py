@@ -22,6 +22,7 @@ from evomerge.launch.weight_space import is_diagonal
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
 from evomerge.search import LearnedOpening, Start
 from evomerge.search.learned import FORWARDS_OF_A_SLOPE
+from evomerge.search.learned_retention import retained_count
 from evomerge.store import StudyFacts
 from evomerge.workers.worker import Worker
 
@@ -202,6 +203,8 @@ def _descent(name: str, opening: LearnedOpening) -> dict[str, Any]:
         "evaluations": opening.steps,
         "hand": 0,
         "items": opening.items,
+        "texts": retained_count(opening),
+        "checks": opening.steps // opening.stopping.every if opening.stopping else 0,
         "genome": opening.summary,
     }
 
@@ -226,9 +229,10 @@ def _work(
         candidates, scored = number * stage["population"], per_generation
         if "items" in stage:  # of each task, and a backward pass counts as two forward passes
             of_tasks = [min(stage["items"], len(ids)) for ids in items["search"].values()]
-            scored = FORWARDS_OF_A_SLOPE * sum(of_tasks)
+            scored = FORWARDS_OF_A_SLOPE * (sum(of_tasks) + stage.get("texts", 0))
         steps.append({"stage": name, "candidates": candidates, "items": scored})
     finalists = sum(stage.get("finalists", search.finalists) for stage in stages) + references
+    finalists += sum(stage.get("checks", 0) for stage in stages)
     steps.append({"stage": "validation", "candidates": finalists, "items": counts["validation"]})
     steps.append({"stage": "test", "candidates": 1 + references, "items": counts["test"]})
     return {

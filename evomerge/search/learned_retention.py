@@ -72,6 +72,19 @@ def retained_texts(opening: LearnedOpening, start: Sequence[float], seed: int) -
     return Retained(Teacher(teacher, given.texts), given.weight, windows)
 
 
+def retained_count(opening: LearnedOpening) -> int:
+    """How many texts a step of a learned stage takes.
+
+    Args:
+        opening: The stage.
+
+    Returns:
+        Their number; 0 without any, or with a weight of 0.
+    """
+    given = opening.retained
+    return 0 if given is None or not given.weight else min(given.items, len(given.texts))
+
+
 class Checks:
     """The checks of a learned stage on validation items.
 
