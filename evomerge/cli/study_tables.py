@@ -57,6 +57,8 @@ def candidate_text(data: Mapping[str, Any]) -> str:
     Returns:
         The text, several lines.
     """
+    from evomerge.reports.learned_stages import agreement_line
+
     name = f" '{data['label']}'" if data["label"] else ""
     place = f"generation {data['generation']}, slot {data['slot']}"
     lines = [f"candidate {data['id']}{name}: {data['origin']}, {place}, recipe {data['recipe']}"]
@@ -76,6 +78,7 @@ def candidate_text(data: Mapping[str, Any]) -> str:
         lines.append(f"recombined from: {', '.join(str(p) for p in data['parents'])}")
     for score in data["scores"]:
         lines += _score_lines(score)
+    lines += [f"stage {row['stage']}: {agreement_line(row)}" for row in data["agreements"]]
     return "\n".join(lines)
 
 
@@ -104,6 +107,7 @@ def _score_lines(score: Mapping[str, Any]) -> list[str]:
 def _conclusions(data: Mapping[str, Any]) -> list[str]:
     """What follows the table: the winner's interval and bias, skills lost, front, partial scores."""
     from evomerge.reports import lost_skills, test_item_uses
+    from evomerge.reports.learned_stages import agreement_line
 
     best, lines = data["best"] or {}, [""]
     if "test_interval" in best:
@@ -115,6 +119,7 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
     lines += [f"without a signal before the search: {sentence}" for sentence in data["flat"]]
     if uses := test_item_uses(data):
         lines.append(uses)
+    lines += [f"stage {row['stage']}: {agreement_line(row)}" for row in data["agreements"]]
     if retention := lost_skills(data["retention"]):
         lines.append(f"retention: {retention}")
     if len(data["pareto"]) > 1:

@@ -10,7 +10,7 @@ from typing import Any
 from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
-from evomerge.errors import SetupError
+from evomerge.errors import EvomergeError, SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.launch import first_scores
@@ -20,10 +20,11 @@ from evomerge.launch.route_stages import route_optimizer
 from evomerge.launch.stages import open_stages, reference_recipes
 from evomerge.launch.weight_space import is_diagonal
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
+from evomerge.reports.learned_stages import agreement_line, agreements
 from evomerge.search import LearnedOpening, Start
 from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 from evomerge.search.learned_retention import retained_count
-from evomerge.store import StudyFacts
+from evomerge.store import Store, StudyFacts, paths
 from evomerge.workers.worker import Worker
 
 _TIMED = 3  # candidates whose median is the estimate
@@ -57,7 +58,7 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
         "warnings": list(opened.warnings),
         "space": _space(opened),
         "tasks": [_task(t.task, t.weight, opened, items, generation) for t in settings.tasks],
-        "findings": list(harness.warnings()),
+        "findings": [*harness.warnings(), *_known_disagreements(settings)],
         "optimizer": _optimizer(opened, stages[0]["population"]),
         "stages": stages,
         "work": _work(opened, stages, items, generation),
@@ -67,11 +68,35 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
         parents = _parents(opened, worker, generation)
         first_scores.check_units(settings, harness, parents)
         flat = find_flat_tasks(opened.objective.terms, parents)
-        data["findings"] = [*harness.warnings(worker.model), *(task.sentence() for task in flat)]
+        data["findings"] = [
+            *harness.warnings(worker.model),
+            *_known_disagreements(settings),
+            *(task.sentence() for task in flat),
+        ]
         data["probe"] = _probe(opened, worker, generation, data["work"]) | {
             "parents": {name: dict(evaluation.metrics) for name, evaluation in parents.items()}
         }
     return data
+
+
+def _known_disagreements(settings: Config) -> list[str]:
+    """What a finished study of this name says of surrogates that do not follow the metrics."""
+    if not settings.follows_gradients:
+        return []
+    try:
+        path = paths.store_path(settings.study, paths.root())
+        if not path.is_file():
+            return []
+        with Store.open(path) as store:
+            study = store.study()
+    except EvomergeError:  # which a start would say
+        return []
+    rows = [] if study is None else agreements(study)
+    return [
+        f"in study '{settings.study}', stage {row['stage']}: {agreement_line(row)}"
+        for row in rows
+        if row["sentence"]
+    ]
 
 
 def seconds_of(work: Mapping[str, Any], merge: float, item: float) -> float:

@@ -10,6 +10,7 @@ from evomerge._escaping import markdown, markdown_data
 from evomerge.errors import StudyError
 from evomerge.recipes import Filtered, Mix, PerRow, Recipe, Setting
 from evomerge.reports import route_text
+from evomerge.reports.learned_stages import learned_lines
 from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
 from evomerge.store import Store, Trial
 
@@ -48,6 +49,7 @@ def study_markdown(store: Store) -> str:
     lines += _retention(data["retention"])
     lines += _trade_offs(store)
     lines += route_text.stage_table(study.outcome, data["finalists"])
+    lines += learned_lines(data["agreements"], data["labels"])
     lines += route_text.scores_by_depth([trial for trial in store.trials() if trial.generation > 0])
     lines += [
         "## The best candidate",

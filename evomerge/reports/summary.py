@@ -8,6 +8,7 @@ from typing import Any
 from evomerge.errors import StudyError
 from evomerge.evaluation import Term
 from evomerge.evaluation.flat_tasks import find_flat_tasks
+from evomerge.reports.learned_stages import agreements, label_rows
 from evomerge.reports.route_text import depths, hops
 from evomerge.store import Scored, Store, StudyRow, Trial
 
@@ -27,7 +28,8 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         `finalists`: rows with scores by role, of which `search` is the objective by the tasks' metrics, also
         where candidates are ranked by soft metrics. `test_items`: how many `winners` they were used for, and
         at how many candidates somebody `looks` by hand. `retention`: by task and parent what the winner has
-        lost, empty before the end. `flat`: a sentence for each task on which all parents score alike.
+        lost, empty before the end. `agreements`, `labels`: of learned stages, see
+        `evomerge.reports.learned_stages`. `flat`: a sentence for each task on which all parents score alike.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -52,6 +54,8 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "flat": flat_tasks(store, trials),
         "test_items": _test_items(store, study),
         "retention": [] if study.outcome is None else list(study.outcome.retention),
+        "agreements": agreements(study),
+        "labels": label_rows(store, study),
     }
     if study.outcome is not None:
         return data | {
@@ -219,7 +223,7 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         `partial`: how many of its generation's items a race scored it on, None for all. `estimate`: (mean,
         standard error) over all search items, of the leaders of a finished search. `violation`: by how much
         it breaks the retention constraints. `costs`: its layers and parameters. `route`: its layers in words,
-        None for a merge of whole models.
+        None for a merge of whole models. `agreements`: of its stage, where that is a learned one.
     """
     study = store.study()
     outcome = None if study is None else study.outcome
@@ -243,6 +247,9 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "stage": trial.stage,
         "costs": dict(trial.costs),
         "route": hops(recipe) if recipe.is_route(depths(store)) else None,
+        "agreements": [
+            row for row in ([] if study is None else agreements(study)) if row["stage"] == trial.stage + 1
+        ],
     }
 
 

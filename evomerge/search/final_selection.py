@@ -14,7 +14,7 @@ from evomerge.search.island import Island
 from evomerge.search.learned import Descended
 from evomerge.search.plan import Plan, Stage
 from evomerge.search.trial_recorder import Candidate
-from evomerge.store import Outcome, Scored, StageOutcome, Store, Trial
+from evomerge.store import Agreement, Outcome, Scored, StageOutcome, Store, Trial
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class SearchedStage:
         last: Number of its last generation.
         late_after: Finalists come from generations after this, a number that need not be whole.
         finalists: The means of its distributions and the leaders of its late generations.
+        agreement: Of a learned stage, whether its surrogate follows the metrics.
     """
 
     stage: Stage
@@ -36,6 +37,7 @@ class SearchedStage:
     last: int
     late_after: float
     finalists: tuple[Trial, ...]
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,8 @@ class FinalSelection:
             estimates={trial_id: (e.mean, e.error) for trial_id, e in sorted(estimates.items())},
             generations=last,
             stages=tuple(
-                StageOutcome(s.stage.name, s.first, s.last, _best_finalist(s, validated)) for s in searched
+                StageOutcome(s.stage.name, s.first, s.last, _best_finalist(s, validated), s.agreement)
+                for s in searched
             ),
         )
 

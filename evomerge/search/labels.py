@@ -91,11 +91,12 @@ class Labeller:
         """
         return {task: ids for task, ids in items.items() if self._sources.get(task, GOLD) != LEFT_OUT}
 
-    def label(self, items: Items) -> LabelledItems:
+    def label(self, items: Items, *, needed: bool = True) -> LabelledItems:
         """Finds the labels of items.
 
         Args:
             items: Task -> ids.
+            needed: Whether each task needs a label.
 
         Returns:
             The items that have a right answer, with the labels of those whose right answer is not their own.
@@ -118,7 +119,8 @@ class Labeller:
                     answers = found[score.task].setdefault(score.item, [])
                     if answer not in answers:
                         answers.append(answer)
-        self._check(found, labelled)
+        if needed:
+            self._check(found, labelled)
         with_labels = {
             task: tuple(i for i in ids if i in found[task]) if task in found else ids
             for task, ids in kept.items()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from evomerge.errors import ConfigError, FailureBudget, Paused, StudyError
 from evomerge.search import event_loop
+from evomerge.search.agreement import AgreementCheck
 from evomerge.search.dispatch import Dispatch
 from evomerge.search.final_selection import FinalSelection, SearchedStage
 from evomerge.search.generation_runner import GenerationRunner, ProgressCounter
@@ -132,7 +133,7 @@ class Study:
                 known = [best, *(t for t in references if t.stage == number)]
                 start = StageStart(number, known, (best.id,), last + 1)
             if isinstance(opening, LearnedOpening):
-                searched.append(self._learn(stage, opening, start))
+                searched.append(self._learn(stage, opening, start, references))
             else:
                 searched.append(self._evolve(stage, opening, start, references))
             last = searched[-1].last
@@ -229,7 +230,9 @@ class Study:
         begun = StageStart(start.number, [*start.known, *trials], parents, descended.last + 1)
         return begun, trials
 
-    def _learn(self, stage: Stage, opening: LearnedOpening, start: StageStart) -> SearchedStage:
+    def _learn(
+        self, stage: Stage, opening: LearnedOpening, start: StageStart, references: Sequence[Trial]
+    ) -> SearchedStage:
         """Runs a stage of gradient descent from the best trial that its space can hold."""
         encoded = self._encoded(opening.space, start.known)
         genome, parents = opening.space.start, start.parents
@@ -238,8 +241,12 @@ class Study:
         descended = self._descend(opening, start, genome, parents)
         self._refuse_less(stage, start.number, descended.last)
         finalists = self._finals.learned_finalists(descended)
+        check = AgreementCheck(opening, self.runner, self._show)
+        agreement = check.measure([*finalists, *references])
+        if agreement is not None and agreement.sentence:
+            self.show(Progress(stage.name, 1, 1, None, agreement.sentence))
         first, last = start.first_generation, descended.last
-        return SearchedStage(stage, first, last, float(last), finalists)
+        return SearchedStage(stage, first, last, float(last), finalists, agreement)
 
     def _descend(
         self, opening: LearnedOpening, start: StageStart, genome: Sequence[float], parents: tuple[int, ...]

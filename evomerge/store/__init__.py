@@ -28,11 +28,12 @@ from evomerge.store.records import (
 )
 from evomerge.store.rows import item_set_id
 from evomerge.store.store import Store
-from evomerge.store.study_facts import Outcome, ParentFacts, StageOutcome, StudyFacts, TermFacts
+from evomerge.store.study_facts import Agreement, Outcome, ParentFacts, StageOutcome, StudyFacts, TermFacts
 from evomerge.store.usage import Tested
 
 __all__ = [
     "ActivityLog",
+    "Agreement",
     "BudgetEnd",
     "NewEvaluation",
     "NewSensitivity",

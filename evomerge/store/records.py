@@ -104,6 +104,19 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelRow:
+    """Answers of a parent that stand for right ones.
+
+    Attributes:
+        created: When they were made, in Unix seconds.
+        evaluation: The parent's evaluation, with its answers.
+    """
+
+    created: float
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
 class NewEvaluation:
     """An evaluation to store.
 

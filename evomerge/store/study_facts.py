@@ -228,6 +228,47 @@ def comparable_versions(versions: Mapping[str, str]) -> dict[str, str]:
 _FACT_OF_KEY = {"gate": "max_nats_per_token", "depth": "base_layers", "crew": "num_workers"}
 
 
+FOLLOWS = 0.5
+"""Rank correlation below which a surrogate does not follow the metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Whether what a learned stage climbs ranks candidates as the metrics do.
+
+    Attributes:
+        correlation: Spearman's rank correlation of the surrogates' and the metrics' means over tasks; None
+            where all candidates are alike.
+        tasks: Task -> the same of it alone.
+        candidates: That were compared: parents, hand recipes and the stage's finalists.
+        items: Validation items that they were compared on.
+        forwards: Items that were scored for it alone.
+    """
+
+    correlation: float | None
+    tasks: Mapping[str, float | None]
+    candidates: int
+    items: int
+    forwards: int
+
+    @property
+    def sentence(self) -> str:
+        """What a user should do, '' where the surrogate follows the metric or nothing is known."""
+        if self.correlation is None or self.correlation >= FOLLOWS:
+            return ""
+        return "the surrogate does not follow the metric here: add a stage of weights"
+
+    def to_json(self) -> dict[str, Any]:
+        """The agreement as stored."""
+        return {
+            "correlation": self.correlation,
+            "tasks": dict(self.tasks),
+            "candidates": self.candidates,
+            "items": self.items,
+            "forwards": self.forwards,
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class StageOutcome:
     """How a stage of a search ended.
@@ -237,12 +278,39 @@ class StageOutcome:
         first: Number of its first generation.
         last: Number of its last generation.
         best: Id of its finalist that is best on validation, None where none could be scored.
+        agreement: Of a learned stage, whether its surrogate follows the metrics; None where not measured.
     """
 
     stage: str
     first: int
     last: int
     best: int | None
+    agreement: Agreement | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StageOutcome:
+        """Reads a stage as stored.
+
+        Args:
+            data: Stored key -> value, as `to_json` gives it.
+
+        Returns:
+            The stage.
+
+        Raises:
+            KeyError, TypeError: A value has another form than `to_json` writes.
+        """
+        agreement = data.get("agreement")
+        if agreement is not None:
+            agreement = Agreement(**agreement)
+            _check_numbers({"correlation": agreement.correlation}, ("correlation",))
+            _check_numbers(agreement.tasks, tuple(agreement.tasks))
+        return cls(data["stage"], data["first"], data["last"], data["best"], agreement)
+
+    def to_json(self) -> dict[str, Any]:
+        """The stage as stored."""
+        data = {"stage": self.stage, "first": self.first, "last": self.last, "best": self.best}
+        return data if self.agreement is None else data | {"agreement": self.agreement.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,10 +352,7 @@ class Outcome:
             KeyError, TypeError, ValueError: A value has another form than `to_json` writes.
         """
         names = {attribute.name for attribute in fields(cls)} - {"extra"}
-        stages = [
-            StageOutcome(row["stage"], row["first"], row["last"], row["best"])
-            for row in data.get("stages", ())
-        ]
+        stages = [StageOutcome.from_json(row) for row in data.get("stages", ())]
         int(data["best"]["id"])
         for row in (data["best"], *data.get("references", ()), *data.get("finalists", ())):
             _check_line(row)
@@ -316,10 +381,7 @@ class Outcome:
             "retention": [dict(row) for row in self.retention],
             "estimates": {str(trial_id): [mean, error] for trial_id, (mean, error) in self.estimates.items()},
             "generations": self.generations,
-            "stages": [
-                {"stage": stage.stage, "first": stage.first, "last": stage.last, "best": stage.best}
-                for stage in self.stages
-            ],
+            "stages": [stage.to_json() for stage in self.stages],
             **self.extra,
         }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from evomerge.store import evaluation_rows
 from evomerge.store.connection import StudyFile
-from evomerge.store.records import Scored
+from evomerge.store.records import LabelRow, Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,15 @@ class Usage:
             "SELECT * FROM evaluations WHERE recipe = ? AND role = 'look' ORDER BY id", (recipe_id,)
         )
         return [evaluation_rows.scored(self._file, row) for row in found]
+
+    def labels(self) -> list[LabelRow]:
+        """Reads what parents answered as labels of a learned stage.
+
+        Returns:
+            Their evaluations with answers, the oldest first.
+        """
+        found = self._file.rows("SELECT * FROM evaluations WHERE role = 'labels' ORDER BY id")
+        return [LabelRow(row["created"], evaluation_rows.scored(self._file, row).evaluation) for row in found]
 
     def test_uses(self) -> list[Tested]:
         """Reads what test items were used for; each use is a row of the table of evaluations.
