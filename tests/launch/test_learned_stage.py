@@ -19,20 +19,11 @@ from evomerge.merging.mergekit_check import compare
 from evomerge.recipes import Recipe
 from evomerge.store import Store
 from evomerge.workers.worker import Worker
+from tests.support.learned_search import learned_file
 from tests.support.sweeps import sweep
-from tests.support.toy import REPO, in_process, search_file, stored_rows
+from tests.support.toy import REPO, in_process, stored_rows
 
 STEPS, ITEMS = 3, 6
-
-
-def learned_file(folder: Path, study: str, stage: dict[str, Any] | None = None, **more: Any) -> Path:
-    """A search file of one learned stage in float32."""
-    file = search_file(folder, study)
-    document = json.loads(file.read_text())
-    del document["search"]["evaluations"], document["search"]["population"], document["search"]["sigma"]
-    stages = [{"stage": "learned", "steps": STEPS, "items": ITEMS} | (stage or {})]
-    file.write_text(json.dumps(document | {"stages": stages, "out_dtype": "float32"} | more, indent=1))
-    return file
 
 
 @pytest.fixture(scope="module")

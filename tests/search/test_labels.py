@@ -32,7 +32,7 @@ def labelled(file: Path, sources: dict[str, str], pool: Learner | None = None) -
 def climbed(pool: Learner) -> dict[str, dict[str, tuple[Any, ...]]]:
     """Task -> item -> labels that steps were given."""
     found: dict[str, dict[str, tuple[Any, ...]]] = {}
-    for request in pool.requests:
+    for request in [request for request in pool.requests if request.derivatives]:
         for task, own in request.labels.items():
             found.setdefault(task, {}).update({item: tuple(answers) for item, answers in own.items()})
     return found
@@ -95,11 +95,15 @@ def test_samples_are_the_answers_of_all_models_that_the_metric_finds_right(tmp_p
 def test_labels_are_an_evaluation_of_their_model_and_are_made_once(tmp_path: Path) -> None:
     labelled(tmp_path, FROM_A)
     rows = stored_rows(tmp_path / "trial" / "study.db")
-    (row,) = [row for row in rows["evaluations"] if row["role"] == "labels"]
-    assert row["recipe"] == PARENTS["a"].id
-    items = dict(json.loads(next(s["body"] for s in rows["item_sets"] if s["id"] == row["item_set"])))[
-        "first"
+    sets = {row["id"]: dict(json.loads(row["body"])) for row in rows["item_sets"]}
+    of_search = [
+        row
+        for row in rows["evaluations"]
+        if row["role"] == "labels" and set(sets[row["item_set"]]["first"]) <= set(POOLS["search"]["first"])
     ]
+    (row,) = of_search
+    assert row["recipe"] == PARENTS["a"].id
+    items = sets[row["item_set"]]["first"]
     answers = json.loads(row["answers"])
     assert answers == [f"{row['recipe']} of {i}" if answered(i) else None for i in items]
     assert len(json.loads(row["scores"])) == len(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from evomerge.search import LearnedOpening, Plan, Stage, Start, Study
 from evomerge.spaces.tensor_weights import WEIGHT, TensorWeight, TensorWeightSpace
 from evomerge.store import Store, StudyFacts
 from tests.support.landscape import uniform
-from tests.support.toy import ToyPool
+from tests.support.toy import ToyPool, search_file
 from tests.support.toy_search import Killed, plan
 
 NAMES = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
@@ -121,3 +122,13 @@ def run(file: Path, pool: Learner, of: Plan | None = None) -> str:
         except Paused:
             return "paused"
     return "done"
+
+
+def learned_file(folder: Path, study: str, stage: dict[str, Any] | None = None, **more: Any) -> Path:
+    """A search file of one learned stage of the zoo in float32: 3 steps of 6 items of each task."""
+    file = search_file(folder, study)
+    document = json.loads(file.read_text())
+    del document["search"]["evaluations"], document["search"]["population"], document["search"]["sigma"]
+    stages = [{"stage": "learned", "steps": 3, "items": 6} | (stage or {})]
+    file.write_text(json.dumps(document | {"stages": stages, "out_dtype": "float32"} | more, indent=1))
+    return file
