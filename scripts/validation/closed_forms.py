@@ -1,12 +1,15 @@
 """Scores merges in closed form on the demo's models: RegMean and Fisher-weighted averages.
 
-    python -m scripts.validation.closed_forms [--items 200] [--out results/closed_forms.md]
+    python -m scripts.validation.closed_forms [--items 200] [--few 16 50] [--out results/closed_forms.md]
+    python -m scripts.validation.closed_forms --write FOLDER  # the Fisher-weighted average as a checkpoint
 
 Each expert's statistics come from the search items of its own task, right answers included: Gram matrices of
 the inputs of linear layers (RegMean), or squared gradients of each item's log-probability (Fisher). The
 fourth task, which no expert was trained for, gives none. What no statistic covers is averaged. A merge is
 scored as it is, and as base + s (merge - base) with the scale s that is best on validation items; test items
-are used once for each row. Hand recipes are those of every search, the best one by validation.
+are used once for each row. Hand recipes are those of every search, the best one by validation. With fewer
+items (`--few`), three draws of them show how far a result depends on which. Copying letters is a skill that
+all parents have and no task asks for.
 
 References:
     RegMean: Jin et al. 2023, arXiv:2212.09849; alpha scales the off-diagonal part of the Gram matrices.
@@ -17,9 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +36,12 @@ from evomerge.launch.opening import Opened, open_search
 from evomerge.launch.stages import reference_recipes
 from evomerge.workers.worker import Worker
 from scripts.benchmarks import machine
+from scripts.zoo import skills
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERTS = {"math": "zoo_arithmetic", "lang": "zoo_lookup", "string": "zoo_string"}
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0)
+COPIES = skills.distinct("copy_letters", 300, "test")
 Weights = dict[str, Tensor]
 
 
@@ -57,18 +62,21 @@ class Row:
     name: str
     scale: float
     validation: float
-    test: float
-    seconds: float
+    test: Mapping[str, float]
+    copying: float
 
 
-def load_expert(name: str, count: int) -> Expert:
-    """An expert and the first items of its task."""
+def load_expert(name: str, count: int, seed: int = 0) -> Expert:
+    """An expert and some items of its task: the first ones for seed 0, else a draw."""
     folder = REPOSITORY / "results" / "zoo" / name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, starts = [], []
     file = REPOSITORY / "evaluators" / "zoo" / f"{EXPERTS[name]}.search.jsonl"
-    for line in file.read_text().splitlines()[:count]:
+    lines = file.read_text().splitlines()
+    if seed:
+        random.Random(seed).shuffle(lines)
+    for line in lines[:count]:
         item = json.loads(line)
         answer = item["choices"][item["label"]] if "choices" in item else item["answer"]
         prompt = tokenizer.encode(item["prompt"], add_special_tokens=False)
@@ -158,29 +166,40 @@ class Scorer:
         self.opened = opened
         self.worker: Worker = opened.load()
         base = REPOSITORY / "results" / "zoo" / "base"
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
 
-    def score(self, merged: Weights, scale: float, items: Items) -> float:
-        """The mean of the tasks' metrics."""
+    def score(self, merged: Weights, scale: float, items: Items) -> dict[str, float]:
+        """The tasks' metrics."""
         own = self.worker.model.state_dict()
         with torch.no_grad():
             for key, value in merged.items():
                 own[key].copy_(self.base[key] + scale * (value - self.base[key]))
         _, metrics = self.opened.harness.score(self.worker.model, items)
-        return statistics.fmean(metrics[task.task] for task in self.opened.settings.tasks)
+        return {task.task: metrics[task.task] for task in self.opened.settings.tasks}
 
-    def rows(self, name: str, make: Callable[[], Weights]) -> list[Row]:
+    def rows(self, name: str, merged: Weights, scales: Sequence[float] = SCALES) -> list[Row]:
         """The merge as it is, and at its best scale."""
-        began = time.perf_counter()
-        merged = make()
-        seconds = time.perf_counter() - began
         validation, test = (self.opened.harness.items(role) for role in ("validation", "test"))
-        by_scale = {scale: self.score(merged, scale, validation) for scale in SCALES}
+        by_scale = {
+            scale: statistics.fmean(self.score(merged, scale, validation).values()) for scale in scales
+        }
         best = max(by_scale, key=lambda scale: by_scale[scale])
         return [
-            Row(name, scale, by_scale[scale], self.score(merged, scale, test), seconds)
+            Row(name, scale, by_scale[scale], self.score(merged, scale, test), self.copying())
             for scale in dict.fromkeys((1.0, best))
         ]
+
+    def copying(self) -> float:
+        """How often the model that was scored last copies letters without a fault."""
+        right = 0
+        for prompt, answer in COPIES:
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+            wanted = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = self.worker.model(input_ids=torch.tensor([[*ids, *wanted]])).logits
+            right += logits[0, len(ids) - 1 : -1].argmax(-1).tolist() == wanted
+        return right / len(COPIES)
 
     def best_hand_recipe(self) -> Row:
         """The hand recipe that is best on validation items."""
@@ -192,8 +211,44 @@ class Scorer:
             evaluation = self.worker.evaluate(baseline.recipe, validation)
             scored[baseline.label] = opened.objective.reported_score(evaluation) or 0.0
         best = max(references, key=lambda baseline: scored[baseline.label])
-        tested = opened.objective.reported_score(self.worker.evaluate(best.recipe, test))
-        return Row(f"hand recipe: {best.label}", 1.0, scored[best.label], tested or 0.0, 0.0)
+        metrics = self.worker.evaluate(best.recipe, test).metrics
+        tested = {task.task: metrics[task.task] for task in opened.settings.tasks}
+        return Row(f"hand recipe: {best.label}", 1.0, scored[best.label], tested, self.copying())
+
+
+def fisher_of(count: int, seed: int = 0) -> Weights:
+    """The Fisher-weighted average from some items of each expert's task."""
+    experts = {name: load_expert(name, count, seed) for name in EXPERTS}
+    squares = {name: squared_gradients(expert) for name, expert in experts.items()}
+    return fisher(experts, squares, normalized=False)
+
+
+def write(folder: Path, merged: Weights) -> None:
+    """Writes a merge as a checkpoint in bfloat16, which a search may have among its models."""
+    base = REPOSITORY / "results" / "zoo" / "base"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.load_state_dict(merged)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def all_rows(items: int, few: Sequence[int]) -> list[Row]:
+    """Every merge, scored."""
+    settings, _ = loading.load(str(REPOSITORY / "search_spaces" / "demo.yaml"))
+    scorer = Scorer(open_search(settings))
+    experts = {name: load_expert(name, items) for name in EXPERTS}
+    grams = {name: gram_matrices(expert) for name, expert in experts.items()}
+    squares = {name: squared_gradients(expert) for name, expert in experts.items()}
+    rows = [scorer.best_hand_recipe(), *scorer.rows("average of the experts", average(experts))]
+    for alpha in (1.0, 0.9, 0.5, 0.1):
+        rows += scorer.rows(f"RegMean, alpha {alpha:g}", regmean(experts, grams, alpha))
+    rows += scorer.rows("Fisher", fisher(experts, squares, normalized=False))
+    normalized = fisher(experts, squares, normalized=True)
+    rows += scorer.rows("Fisher, each divided by its mean", normalized)
+    for count in few:
+        for seed in (1, 2, 3):
+            rows += scorer.rows(f"Fisher, {count} items a task, draw {seed}", fisher_of(count, seed), (1.0,))
+    return rows
 
 
 def main() -> None:
@@ -201,42 +256,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--few", type=int, nargs="*", default=[16, 50])
+    parser.add_argument("--write", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    settings, _ = loading.load(str(REPOSITORY / "search_spaces" / "demo.yaml"))
-    scorer = Scorer(open_search(settings))
-    experts = {name: load_expert(name, args.items) for name in EXPERTS}
-    began = time.perf_counter()
-    grams = {name: gram_matrices(expert) for name, expert in experts.items()}
-    gram_seconds = time.perf_counter() - began
-    began = time.perf_counter()
-    squares = {name: squared_gradients(expert) for name, expert in experts.items()}
-    fisher_seconds = time.perf_counter() - began
-    rows = [scorer.best_hand_recipe(), *scorer.rows("average of the experts", lambda: average(experts))]
-    for alpha in (1.0, 0.9, 0.5, 0.1):
-        rows += scorer.rows(f"RegMean, alpha {alpha:g}", lambda alpha=alpha: regmean(experts, grams, alpha))
-    for normalized in (False, True):
-        name = "Fisher" + (", each divided by its mean" if normalized else "")
-        rows += scorer.rows(name, lambda n=normalized: fisher(experts, squares, normalized=n))
-    text = "\n".join([*_lines(rows, args.items, gram_seconds, fisher_seconds), ""])
-    print(text)
-    if args.out:
-        args.out.write_text(text)
-
-
-def _lines(rows: list[Row], items: int, gram_seconds: float, fisher_seconds: float) -> list[str]:
-    return [
+    if args.write:
+        write(args.write, fisher_of(args.items))
+        return
+    rows = all_rows(args.items, args.few)
+    tasks = list(rows[0].test)
+    names = [task.removeprefix("zoo_") for task in tasks]
+    lines = [
         "# Merges in closed form",
         "",
         f"By `scripts/validation/closed_forms.py`; {machine.stamp('torch', 'transformers', 'lm-eval')}.",
         "",
-        f"Statistics of {items} search items of each expert's task: Gram matrices in {gram_seconds:.1f} s, "
-        f"squared gradients in {fisher_seconds:.1f} s.",
+        f"Statistics of {args.items} search items of each expert's task; a Fisher-weighted average costs "
+        f"their forward and backward passes, {3 * args.items * len(EXPERTS):,} item forwards.",
         "",
-        "| merge | scale of the task vector | validation | test |",
-        "| --- | ---: | ---: | ---: |",
-        *(f"| {row.name} | {row.scale:g} | {row.validation:.4f} | {row.test:.4f} |" for row in rows),
+        f"| merge | scale | validation | test | {' | '.join(names)} | copying letters |",
+        "| --- | ---: | ---: | ---: " + "| ---: " * (len(names) + 1) + "|",
     ]
+    for row in rows:
+        single = " | ".join(f"{row.test[task]:.3f}" for task in tasks)
+        mean = statistics.fmean(row.test.values())
+        scores = f"{row.validation:.4f} | {mean:.4f} | {single} | {row.copying:.3f}"
+        lines.append(f"| {row.name} | {row.scale:g} | {scores} |")
+    text = "\n".join([*lines, ""])
+    print(text)
+    if args.out:
+        args.out.write_text(text)
 
 
 if __name__ == "__main__":
