@@ -73,6 +73,8 @@ def _arm(texts: str, weight: float, count: int = 4096, items: int = 128, **stage
 
 PROMPTS, ANSWERED = "prompts", "prompts with answers"
 OTHERS = "prompts with answers, none of letters"
+UNASKED_ALONE = "prompts with answers of unasked skills"
+EVEN = "prompts with answers of unasked skills in equal numbers"
 ARMS: dict[str, Arm] = {
     "free": Arm("nothing retained"),
     "prompts 10": _arm(PROMPTS, 10.0),
@@ -84,6 +86,9 @@ ARMS: dict[str, Arm] = {
     "base 3": _arm(ANSWERED, 3.0, teacher="base"),
     "base 10": _arm(ANSWERED, 10.0, teacher="base"),
     "others 10": _arm(OTHERS, 10.0),
+    "unasked base 10": _arm(UNASKED_ALONE, 10.0, teacher="base"),
+    "even base 3": _arm(EVEN, 3.0, teacher="base"),
+    "even 3": _arm(EVEN, 3.0),
     "trust .3": Arm("no text, trust .3", stage={"trust": 0.3}),
     "decay .3": Arm("no text, decay .3", stage={"decay": 0.3}),
 }
@@ -93,6 +98,8 @@ def write_texts(file: Path, kind: str, count: int, seed: int) -> None:
     """Draws texts of the base's own training mix from the training split, a line each."""
     rng = Random(f"retain/{kind}/{seed}")
     mix = [(name, share) for name, share in BASE.skills if kind != OTHERS or name not in LETTERS]
+    if kind in (UNASKED_ALONE, EVEN):
+        mix = [(name, 1.0 if kind == EVEN else share) for name, share in BASE.skills if name in UNASKED]
     names, shares = [name for name, _ in mix], [share for _, share in mix]
     lines: dict[str, None] = {}
     for _ in range(100 * count):
