@@ -251,28 +251,27 @@ def _cost(settings: Config, steps: int) -> int:
     return FORWARDS_OF_A_SLOPE * steps * (ITEMS * len(settings.tasks) + texts)
 
 
-def table(runs: Runs, arms: list[str], seeds: int) -> list[str]:
-    """A row for each arm: means over the seeds."""
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for each arm and number of steps: means over the seeds, in brackets what differs from coarse."""
+    coarse = {row["seed"]: row for row in rows if row["arm"] == "coarse"}
     lines = [
-        "| genome and retention | weights | item forwards | asked, test | " + " | ".join(UNASKED) + " |",
-        "| --- | ---: | ---: | --- |" + " --- |" * len(UNASKED),
+        "| genome and retention | steps | seeds | item forwards | asked, test | "
+        + " | ".join(UNASKED)
+        + " |",
+        "| --- | ---: | ---: | ---: | --- |" + " --- |" * len(UNASKED),
     ]
-    coarse = [runs.coarse(seed) for seed in range(seeds)]
-    named = [("tensor, 40 steps: the coarse merge", coarse)]
-    named += [(f"row: {ARMS[name].about}", [runs.row(name, seed) for seed in range(seeds)]) for name in arms]
-    for about, found in named:
-        cells = [
-            about,
-            f"{found[0]['genes']:,}",
-            f"{found[0]['cost']:,}",
-            _spread([r["test"] for r in found]),
-        ]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for name in ("coarse", *ARMS):
+        for row in rows:
+            if row["arm"] == name:
+                found.setdefault((name, row["asked_steps"]), []).append(row)
+    for (name, steps), own in found.items():
+        about = "tensor, 164 weights: the coarse merge" if name == "coarse" else f"row: {ARMS[name].about}"
+        cells = [about, str(steps), str(len(own)), f"{own[0]['cost']:,}", _spread([r["test"] for r in own])]
         for skill in UNASKED:
-            values = [r["unasked"][skill] for r in found]
-            lost = statistics.fmean(
-                r["unasked"][skill] - c["unasked"][skill] for r, c in zip(found, coarse, strict=True)
-            )
-            cells.append(_spread(values) + ("" if found is coarse else f" ({lost:+.3f})"))
+            lost = statistics.fmean(r["unasked"][skill] - coarse[r["seed"]]["unasked"][skill] for r in own)
+            difference = "" if name == "coarse" else f" ({lost:+.3f})"
+            cells.append(_spread([r["unasked"][skill] for r in own]) + difference)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -289,17 +288,20 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--log", type=Path, default=Path("retention.jsonl"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     runs = Runs(args.log, args.steps)
+    for name in args.arms:
+        for seed in range(args.seeds):
+            runs.row(name, seed)
     lines = [
         "# What a weight for each row learns and forgets",
         "",
         f"By `scripts/benchmarks/retention.py`; {machine.stamp('torch', 'transformers', 'lm-eval')}.",
         "",
-        *table(runs, args.arms, args.seeds),
+        *table(runs.rows),
         "",
     ]
     text = "\n".join(lines)
