@@ -8,7 +8,7 @@ with it takes the factors, so that autograd never holds the gradient of a weight
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -42,8 +42,11 @@ class WeightGradients(TorchFunctionMode):
     with WeightGradients({id(layer.weight): taker}):
         loss(model).backward()
 
-    The weights have to require gradients, and the backward pass to run on the thread that entered it.
+    The weights have to require gradients. A layer that runs again in the backward pass, where torch leaves
+    all modes, has to enter `again`.
     """
+
+    _entered: ClassVar[list[WeightGradients]] = []
 
     def __init__(self, takers: Mapping[int, GradientTaker]) -> None:
         """Makes a mode that is not entered.
@@ -53,6 +56,20 @@ class WeightGradients(TorchFunctionMode):
         """
         super().__init__()
         self._takers = takers
+
+    def __enter__(self) -> Self:
+        self._entered.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._entered.remove(self)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def again(cls) -> WeightGradients:
+        """A mode with the takers of the one that was entered last, if there is one."""
+        return WeightGradients(cls._entered[-1]._takers if cls._entered else {})
 
     def __torch_function__(
         self,

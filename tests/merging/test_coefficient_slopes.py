@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.errors import CandidateError
+from evomerge.evaluation.inference.attention_gradients import HalfPrecisionAttention
+from evomerge.evaluation.inference.layer_recomputation import recomputed_layers
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into
 from evomerge.merging.model_loading import load_base
@@ -165,6 +168,24 @@ def test_no_gradient_of_a_linear_layer_or_an_embedding_is_ever_held(tmp_path: Pa
         handle.remove()
     assert held
     assert all("norm" in name for name in held)
+
+
+def test_layers_that_run_again_hand_over_the_same_gradients(tmp_path: Path) -> None:
+    """Modes of torch are left in a backward pass, and have to be entered again there."""
+    parents = family(tmp_path, "llama")
+    model: Any = load_base(parents["base"], "bfloat16")
+    weights = WeightMap(model, parents["base"].tensors)
+    one = recipe(parents["base"].layout.num_layers)
+    merge_into(one, parents, weights)
+    found = []
+    for context in (nullcontext, lambda: recomputed_layers(model)):
+        with CoefficientSlopes(Merge(one, parents), weights, adds_up=False) as slopes, context():
+            with HalfPrecisionAttention():
+                value = loss(model)
+            value.backward()
+        found.append(slopes.partials)
+    assert found[0] == found[1]
+    assert all(vars(layer).get("forward") is None for layer in model.model.layers)
 
 
 def test_an_error_in_a_backward_pass_leaves_the_model_as_it_was(tmp_path: Path) -> None:

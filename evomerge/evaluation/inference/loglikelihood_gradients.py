@@ -68,7 +68,7 @@ def differentiate(engine: Engine, plan: LoglikelihoodPlan, slopes_of: SlopesOf, 
         CandidateError: A cache holds recurrent states, which cannot be cut; use the optimization 'plain'.
     """
     layers = recomputed_layers(engine.model) if way.recomputes else nullcontext()
-    with layers, torch.autograd.set_multithreading_enabled(False):  # modes of this thread hold in both passes
+    with layers:
         if way.passes == 1:
             _by_plan(engine, plan, slopes_of)
         else:
