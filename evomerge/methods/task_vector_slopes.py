@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.declaration import Method, TaskVectorSum, Values
+from evomerge.methods.fused.one_pass import projections
 from evomerge.methods.task_vectors import agreement, sparsify
 
 Slope = float | tuple[float, ...]
 """The derivative by a parameter of the merge, or those by a parameter of each model."""
-_PIECE = 1 << 16  # elements whose float32 copies are held at once: they stay in the processor's cache
 _NO_DIVISOR = {True: 1e-6, False: 1e-8}  # by election: below this a sum of weights counts as 1
 
 
@@ -63,7 +63,8 @@ def slopes(
     assert isinstance(weight, tuple)
     assert isinstance(factor, float)
     if is_plain(rule, values):
-        return slopes_of_products(values, _dots(rule.task_vector_sum, tensors, base, gradient))
+        origin = None if rule.task_vector_sum.without_base else base
+        return slopes_of_products(values, projections(gradient, origin, tensors))
     gradient = gradient.float()
     parts = _parts(rule.task_vector_sum, tensors, base, values, keys)  # [sources, *shape]
     w = torch.tensor(weight, dtype=torch.float32, device=parts.device).reshape(-1, *[1] * gradient.dim())
@@ -111,29 +112,6 @@ def is_plain(rule: Method, values: Values) -> bool:
     densities = values.get("density", ())
     assert isinstance(densities, tuple)
     return summed.sparsifier is None or all(density >= 1 for density in densities)
-
-
-def _dots(
-    summed: TaskVectorSum, tensors: Sequence[Tensor], base: Tensor | None, gradient: Tensor
-) -> list[float]:
-    """<gradient, x_i - base> of each source, a piece at a time: no float32 copy of a whole tensor is made."""
-    flat = gradient.reshape(-1)
-    sources = [tensor.reshape(-1) for tensor in tensors]
-    origin = None if base is None or summed.without_base else base.reshape(-1)
-    buffers = torch.empty(3, min(_PIECE, flat.numel()), dtype=torch.float32, device=flat.device)
-    sums: list[list[Tensor]] = [[] for _ in sources]
-    for first in range(0, flat.numel(), _PIECE):
-        part = slice(first, first + _PIECE)
-        g, b, difference = buffers[:, : len(flat[part])]
-        g.copy_(flat[part])
-        if origin is not None:
-            b.copy_(origin[part])
-        for source, own in zip(sources, sums, strict=True):
-            difference.copy_(source[part])
-            if origin is not None:
-                difference.sub_(b)
-            own.append(difference.mul_(g).sum(dtype=torch.float64))
-    return [math.fsum(torch.stack(own).tolist()) if own else 0.0 for own in sums]
 
 
 def slopes_of_products(values: Values, products: Sequence[float]) -> dict[str, Slope]:

@@ -201,6 +201,20 @@ def test_dot_products_are_the_reference_s_but_for_the_last_bits(backend, device,
 
 
 @every_backend
+@every_device
+@every_dtype
+def test_projections_are_those_of_a_loop_in_float64(backend, device, dtype):
+    for n, based in itertools.product(SIZES, (True, False)):
+        base, (gradient, *sources) = tensors(n, dtype, device)
+        if not backend.fits([base, gradient, *sources]):
+            continue
+        origin = base.float() if based else torch.zeros_like(base, dtype=torch.float32)
+        got = backend.projections(gradient, base if based else None, sources)
+        want = [float((gradient.double() * (x.float() - origin).double()).sum()) for x in sources]
+        assert got.tolist() == pytest.approx(want, rel=1e-10, abs=1e-12)
+
+
+@every_backend
 def test_the_number_of_threads_changes_no_bit(backend):
     base, sources = tensors(600_000, torch.bfloat16, "cpu")
     total = WeightedSum(tuple(Summand(MaskKind.DENSE, w) for w in (0.1, 0.2, 0.3)), True, None)

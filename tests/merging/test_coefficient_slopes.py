@@ -18,6 +18,7 @@ from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into
 from evomerge.merging.model_loading import load_base
 from evomerge.merging.weight_map import WeightMap
+from evomerge.methods.fused.one_pass import projections
 from evomerge.recipes import Filtered, Mix, Recipe, params
 from tests.support.text_architectures import VOCABULARY, build
 
@@ -108,11 +109,13 @@ def naive(merge: Merge, weights: WeightMap, passes: int = 1) -> dict[tuple[str, 
     found = {}
     for parameter in model.parameters():
         for name in weights.fed_by(parameter):
-            gradient = weights.gradient(name, parameter.grad).float()
-            base = merge.parents["base"].tensor(name).float()
-            for source in ("a", "b"):
-                difference = merge.parents[source].tensor(name).float() - base
-                found[name, "weight", source] = float((gradient * difference).sum(dtype=torch.float64))
+            gradient = weights.gradient(name, parameter.grad)
+            base, *sources = (merge.parents[model].tensor(name) for model in ("base", "a", "b"))
+            products = projections(gradient, base, sources)
+            for source, other, product in zip(("a", "b"), sources, products, strict=True):
+                exact = float((gradient.double() * (other.float() - base.float()).double()).sum())
+                assert product == pytest.approx(exact, rel=1e-9, abs=1e-12)
+                found[name, "weight", source] = product
     model.requires_grad_(False)
     model.zero_grad(set_to_none=True)
     return found

@@ -102,6 +102,25 @@ def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> Array:
     return total
 
 
+def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> Array:
+    """See `KernelBackend.projections`."""
+    pointers = (
+        *c_library.pointer(gradient),
+        *c_library.pointer(base),
+        c_library.addresses(sources),
+        c_library.type_codes(sources),
+    )
+
+    def piece(start: int, stop: int) -> Array:
+        products = np.zeros(len(sources))
+        c_library.functions().projections(len(sources), *_span(start, stop), *pointers, _address(products))
+        return products
+
+    parts = parallel_map(pieces(gradient.numel(), torch_kernels.PRODUCTS_PIECE), piece)
+    total: Array = np.sum(parts, axis=0) if parts else np.zeros(len(sources))
+    return total
+
+
 def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
     """See `KernelBackend.hash_sums`."""
     numbers = (*map(ctypes.c_int32, key), ctypes.c_float(unit), grid)

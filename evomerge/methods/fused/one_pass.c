@@ -340,6 +340,29 @@ int gram(
     return 0;
 }
 
+/* Adds to products[sources] the dot products of g with x_i - base, or with x_i without a base, in 64-bit
+   floats. */
+int projections(
+    int sources, int64_t from, int64_t to, const void *gradient, int gradient_type, const void *base,
+    int base_type, const void *const *x, const int32_t *types, double *products
+) {
+    float g[BLOCK], b[BLOCK], d[BLOCK];
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        load(g, gradient, gradient_type, at, n);
+        if (base) load(b, base, base_type, at, n);
+        for (int i = 0; i < sources; i++) {
+            double sum = 0;
+            load(d, x[i], types[i], at, n);
+            if (base) difference(d, b, n);
+#pragma omp simd reduction(+ : sum)
+            for (int j = 0; j < n; j++) sum += (double)g[j] * (double)d[j];
+            products[i] += sum;
+        }
+    }
+    return 0;
+}
+
 /* sums[grid]: adds floor(|x - base| * unit) of every element to the entry of its hash: the share of all
    32-bit numbers below it, times `grid`, rounded down. */
 int hash_sums(

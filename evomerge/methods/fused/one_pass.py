@@ -95,6 +95,21 @@ class KernelBackend(Protocol):
             [sources, sources] float64, of which the lower half (column <= row) counts.
         """
 
+    def projections(self, gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> Array:
+        """Dot products of one tensor with x_i - base (with x_i without a base).
+
+        Differences are formed in 32-bit floats, multiplied and summed in 64-bit ones, piece by piece in a
+        fixed order. Backends may differ in the last bits.
+
+        Args:
+            gradient: [n].
+            base: [n] or None.
+            sources: Each [n].
+
+        Returns:
+            [sources] float64.
+        """
+
     def hash_sums(self, base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
         """Sums of floor(unit * |x - base|) by the cell of an element's hash.
 
@@ -215,6 +230,23 @@ def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> list[list[fl
     lower = backend_for([base, *sources]).dot_products(flat_base, [x.reshape(-1) for x in sources])
     count = len(sources)
     return [[float(lower[max(i, j), min(i, j)]) for j in range(count)] for i in range(count)]
+
+
+def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
+    """Dot products of one tensor with x_i - base (with x_i without a base), summed in 64-bit floats.
+
+    Args:
+        gradient: Any shape and float type.
+        base: The base's tensor or None, of the same shape.
+        sources: The sources' tensors, of the same shape.
+
+    Returns:
+        One number for each source.
+    """
+    flat = [tensor.contiguous().reshape(-1) for tensor in (gradient, *sources)]
+    flat_base = None if base is None else base.contiguous().reshape(-1)
+    found: list[float] = backend_for([flat_base, *flat]).projections(flat[0], flat_base, flat[1:]).tolist()
+    return found
 
 
 def largest_difference(base: Tensor, source: Tensor) -> float:

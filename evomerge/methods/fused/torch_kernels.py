@@ -81,6 +81,24 @@ def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> Array:
     return total
 
 
+def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> Array:
+    """See `KernelBackend.projections`. Copies in wider types are of a piece of one source at a time."""
+
+    def piece(start: int, stop: int) -> Array:
+        direction = gradient[start:stop].double()
+        origin = None if base is None else base[start:stop].float()
+        products = [
+            direction @ (x[start:stop].float() if origin is None else x[start:stop].float() - origin).double()
+            for x in sources
+        ]
+        found: Array = torch.stack(products).cpu().numpy()
+        return found
+
+    parts = parallel_map(pieces(gradient.numel(), PRODUCTS_PIECE), piece)
+    total: Array = np.sum(parts, axis=0) if parts else np.zeros(len(sources))
+    return total
+
+
 def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
     """See `KernelBackend.hash_sums`."""
     bounds = np.array(random_masks.grid_bounds(grid), np.int64)
