@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -143,9 +144,8 @@ class CoefficientSlopes:
         Returns:
             One for each source; None where they are not all known so.
         """
-        if not self.goes_by_rows(names):
-            return None
-        return low_rank_task_vectors(self._steps[names[0]], self._merge.parents, device)
+        found = low_rank_task_vectors(self._steps[names[0]], self._merge.parents, device)
+        return found if found is not None and self.goes_by_rows(names) else None
 
     def _add(self, name: str, slopes: Mapping[tuple[str, str], float]) -> None:
         for (param, source), slope in slopes.items():
@@ -173,8 +173,11 @@ class _Taker:
 
     def __init__(self, slopes: CoefficientSlopes, names: list[str], parameter: Tensor) -> None:
         self._slopes, self._names, self._shape = slopes, names, parameter.shape
-        self._goes_by_rows = slopes.goes_by_rows(names)
         self.low_rank = slopes.low_rank(names, parameter.device)
+
+    @cached_property
+    def _goes_by_rows(self) -> bool:
+        return self._slopes.goes_by_rows(self._names)
 
     def __call__(self, parameter: nn.Parameter | Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None

@@ -174,13 +174,13 @@ class Merge:
         assert step.mix is not None
         if row_weights(step) is not None:
             return {}
-        inputs = self._inputs(step, step.mix)
         rule = method(step.mix.method)
         values = _values(rule, step.mix, step.name, step.inputs)
-        sources, base = inputs.sources, inputs.base
+        sources, base = self._tensors(step, step.mix)
         if rows is not None:
             sources, base = [source[rows] for source in sources], None if base is None else base[rows]
-        slopes = task_vector_slopes.slopes(rule, sources, base, values, inputs.mask_keys, gradient)
+        keys = self._mask_keys(step, step.mix) if rule.randomized else [0] * len(sources)
+        slopes = task_vector_slopes.slopes(rule, sources, base, values, keys, gradient)
         return task_vector_slopes.by_source(step.mix.sources, slopes)
 
     def row_slopes(self, step: Step, gradient: Tensor) -> dict[str, Tensor]:
@@ -223,13 +223,20 @@ class Merge:
             yield step.name, self.tensor(step)
 
     def _inputs(self, step: Step, mix: Mix) -> MergeInputs:
-        """The tensors that a step merges, with their rows aligned where the vocabulary changes."""
+        """What a step merges."""
+        tensors, base = self._tensors(step, mix)
+        return MergeInputs(tensors, base, self._mask_keys(step, mix), self._cache_ids(step))
+
+    def _tensors(self, step: Step, mix: Mix) -> tuple[list[Tensor], Tensor | None]:
+        """The sources and the base of a step, with their rows aligned where the vocabulary changes."""
         tensors = [self._read(model, name) for (model, _), name in zip(mix.sources, step.inputs, strict=True)]
         base = self._read(mix.base[0], step.base) if mix.base and step.base else None
         if step.name in self._resized and tensors[0].is_floating_point():
             tensors, base = self._aligned(mix, tensors, base)
-        keys = [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
-        return MergeInputs(tensors, base, keys, self._cache_ids(step))
+        return tensors, base
+
+    def _mask_keys(self, step: Step, mix: Mix) -> list[int]:
+        return [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
 
     def _read(self, model: str, name: str) -> Tensor:
         tensor = self.parents[model].tensor(name)

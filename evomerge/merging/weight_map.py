@@ -95,6 +95,9 @@ class WeightMap:
                 "architecture?"
             )
         self._parameters = _state(model)
+        self._fed: dict[int, list[str]] = {}
+        for name, place in self._places.items():
+            self._fed.setdefault(id(self._parameters[place.parameter]), []).append(name)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Copies a disk tensor into its place, cast to the parameter's type.
@@ -147,8 +150,7 @@ class WeightMap:
         Returns:
             Their names; none for a parameter that no disk tensor feeds.
         """
-        keys = {key for key, value in self._parameters.items() if value is parameter}
-        return [name for name, place in self._places.items() if place.parameter in keys]
+        return list(self._fed.get(id(parameter), ()))
 
     def gradient(self, name: str, gradient: Tensor) -> Tensor:
         """The part of a parameter's gradient that belongs to a disk tensor.

@@ -12,7 +12,7 @@ import torch
 
 from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.errors import CandidateError
-from evomerge.evaluation.inference.attention_gradients import HalfPrecisionAttention
+from evomerge.evaluation.inference.attention_gradients import half_precision_attention
 from evomerge.evaluation.inference.layer_recomputation import recomputed_layers
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into
@@ -182,10 +182,9 @@ def test_layers_that_run_again_hand_over_the_same_gradients(tmp_path: Path) -> N
     merge_into(one, parents, weights)
     found = []
     for context in (nullcontext, lambda: recomputed_layers(model)):
-        with CoefficientSlopes(Merge(one, parents), weights, adds_up=False) as slopes, context():
-            with HalfPrecisionAttention():
-                value = loss(model)
-            value.backward()
+        slopes = CoefficientSlopes(Merge(one, parents), weights, adds_up=False)
+        with slopes, context(), half_precision_attention():
+            loss(model).backward()
         found.append(slopes.partials)
     assert found[0] == found[1]
     assert all(vars(layer).get("forward") is None for layer in model.model.layers)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import RouteError
-from evomerge.evaluation.inference.attention_gradients import HalfPrecisionAttention
+from evomerge.evaluation.inference.attention_gradients import half_precision_attention
 from evomerge.evaluation.inference.loglikelihood_plan import LoglikelihoodPlan
 from evomerge.merging.routing.decoder_layers import stack
 
@@ -142,6 +142,6 @@ def _saved_bytes(forward: Forward, tokens: int) -> float:
 
     ids = torch.full((1, tokens), forward.pad_id, device=forward.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.enable_grad(), HalfPrecisionAttention(), hooks:
+    with torch.enable_grad(), half_precision_attention(), hooks:
         forward(forward.first, ids, None)
     return float(sum(sizes.values()))

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from evomerge.evaluation.inference.attention_gradients import HalfPrecisionAttention
 from evomerge.merging.routing.decoder_layers import stack
 from evomerge.merging.weight_gradients import WeightGradients
 
@@ -77,13 +76,7 @@ def _checkpoint(run: Callable[[], Any]) -> Any:
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Of the first run and of the second, which comes where torch has left the modes of the first."""
-    return nullcontext(), _modes(WeightGradients.again())
-
-
-@contextmanager
-def _modes(gradients: WeightGradients) -> Iterator[None]:
-    with gradients, HalfPrecisionAttention():
-        yield
+    return nullcontext(), WeightGradients.again()
 
 
 def _is_cache(value: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from evomerge.evaluation.inference import kv_cache
-from evomerge.evaluation.inference.attention_gradients import HalfPrecisionAttention
+from evomerge.evaluation.inference.attention_gradients import half_precision_attention
 from evomerge.evaluation.inference.gradient_memory import Way
 from evomerge.evaluation.inference.layer_recomputation import recomputed_layers
 from evomerge.evaluation.inference.loglikelihood_plan import ForwardStep, LoglikelihoodPlan
@@ -68,7 +68,7 @@ def differentiate(engine: Engine, plan: LoglikelihoodPlan, slopes_of: SlopesOf, 
         CandidateError: A cache holds recurrent states, which cannot be cut; use the optimization 'plain'.
     """
     layers = recomputed_layers(engine.model) if way.recomputes else nullcontext()
-    with layers:
+    with layers, half_precision_attention():
         if way.passes == 1:
             _by_plan(engine, plan, slopes_of)
         else:
@@ -115,7 +115,7 @@ def _by_step(engine: Engine, plan: LoglikelihoodPlan, slopes: Tensor) -> None:
 
 def _compute(engine: Engine, step: ForwardStep, caches: dict[int, Any]) -> _Computed:
     """Runs a step with a graph."""
-    with torch.enable_grad(), HalfPrecisionAttention():
+    with torch.enable_grad():
         logits = engine.forward_step(step, caches)
         logprobs = None if step.reads is None else differentiable_logprobs(logits, step.reads)
     pairs: list[tuple[Tensor, Tensor]] = []
