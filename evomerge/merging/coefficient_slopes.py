@@ -16,9 +16,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from evomerge.checkpoints.lora import LowRank
 from evomerge.errors import CandidateError
-from evomerge.merging.low_rank import low_rank_task_vectors, products
+from evomerge.merging.low_rank import LowRankTaskVectors, low_rank_task_vectors
 from evomerge.merging.merge import Merge
 from evomerge.merging.tensor_plan import Step
 from evomerge.merging.weight_gradients import GradientTaker, WeightGradients
@@ -134,7 +133,7 @@ class CoefficientSlopes:
         """
         self._add(name, self._merge.slopes_of_products(self._steps[name], products))
 
-    def low_rank(self, names: Sequence[str], device: torch.device) -> list[LowRank] | None:
+    def low_rank(self, names: Sequence[str], device: torch.device) -> LowRankTaskVectors | None:
         """Finds the task vectors of a parameter that are known as products of thin matrices.
 
         Args:
@@ -142,7 +141,7 @@ class CoefficientSlopes:
             device: Where they are wanted.
 
         Returns:
-            One for each source; None where they are not all known so.
+            Those of all sources; None where they are not all known so.
         """
         found = low_rank_task_vectors(self._steps[names[0]], self._merge.parents, device)
         return found if found is not None and self.goes_by_rows(names) else None
@@ -187,7 +186,7 @@ class _Taker:
     def take_linear(self, inputs: Tensor, gradients: Tensor) -> None:
         """See `GradientTaker`."""
         if self.low_rank is not None:
-            self._slopes.take_products(self._names[0], products(self.low_rank, inputs, gradients))
+            self._slopes.take_products(self._names[0], self.low_rank.products(inputs, gradients))
             return
         if not self._goes_by_rows:
             self._slopes.take(self._names, gradients.T @ inputs)

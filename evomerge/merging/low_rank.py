@@ -9,7 +9,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +22,38 @@ from evomerge.merging.parent_placement import PlacedParent
 from evomerge.merging.tensor_plan import Step
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankTaskVectors:
+    """The task vectors of one tensor, side by side in float32.
+
+    Attributes:
+        left: [out, R] of all sources.
+        right: [in, R].
+        ranks: Of each source; R is their sum.
+    """
+
+    left: Tensor
+    right: Tensor
+    ranks: tuple[int, ...]
+
+    def products(self, inputs: Tensor, gradients: Tensor) -> list[float]:
+        """Computes <G, task vector> of each source with G = sum_t g_t x_t^T.
+
+        Args:
+            inputs: [T, in] x_t.
+            gradients: [T, out] g_t.
+
+        Returns:
+            One number for each source, of products in float32 that are summed in float64.
+        """
+        pairs = (gradients.float() @ self.left) * (inputs.float() @ self.right)
+        columns = torch.split(pairs.sum(0, dtype=torch.float64), self.ranks)
+        return [math.fsum(own.tolist()) for own in columns]
+
+
 def low_rank_task_vectors(
     step: Step, parents: Mapping[str, Parent], device: torch.device
-) -> list[LowRank] | None:
+) -> LowRankTaskVectors | None:
     """Finds the task vectors of a step whose sources are all the base or adapters of it.
 
     Args:
@@ -31,7 +62,7 @@ def low_rank_task_vectors(
         device: Where they are wanted.
 
     Returns:
-        One for each source; None where one of them is another model, or replaces the tensor.
+        Those of all sources; None where one of them is another model, or replaces the tensor.
     """
     if step.mix is None or step.mix.base is None or step.base is None:
         return None
@@ -41,30 +72,15 @@ def low_rank_task_vectors(
     found: list[LowRank] = []
     for (model, _), name in zip(step.mix.sources, step.inputs, strict=True):
         source = _original(parents[model])
-        is_adapter = isinstance(source, AdaptedCheckpoint)
-        difference = source.low_rank(name) if isinstance(source, AdaptedCheckpoint) else None
-        if not is_adapter or difference is None or source.path != base.path or name != step.base:
+        if not isinstance(source, AdaptedCheckpoint) or source.path != base.path or name != step.base:
             return None
-        found.append(LowRank(difference.left.to(device), difference.right.to(device)))
-    return found
-
-
-def products(differences: Sequence[LowRank], inputs: Tensor, gradients: Tensor) -> list[float]:
-    """Computes <G, left right> with G = sum_t g_t x_t^T.
-
-    Args:
-        differences: Of each source.
-        inputs: [T, in] x_t.
-        gradients: [T, out] g_t.
-
-    Returns:
-        One number for each source, of products in float32 that are summed in float64.
-    """
-    x, g = inputs.float(), gradients.float()
-    return [
-        float(((g @ difference.left) * (x @ difference.right.T)).sum(dtype=torch.float64))
-        for difference in differences
-    ]
+        difference = source.low_rank(name)
+        if difference is None:
+            return None
+        found.append(difference)
+    left, right = [own.left for own in found], [own.right.T for own in found]
+    ranks = tuple(own.left.shape[1] for own in found)
+    return LowRankTaskVectors(torch.cat(left, 1).to(device), torch.cat(right, 1).to(device), ranks)
 
 
 def _original(parent: Parent) -> Parent:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from evomerge.checkpoints import Checkpoint, Parent
-from evomerge.checkpoints.lora import AdaptedCheckpoint, LowRank
-from evomerge.merging import low_rank
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
+from evomerge.merging.low_rank import LowRankTaskVectors, low_rank_task_vectors
 from evomerge.merging.merge import Merge, merge_into
 from evomerge.merging.model_loading import load_base
 from evomerge.merging.parent_placement import place_parent
@@ -69,13 +69,13 @@ def test_derivatives_from_activations_are_those_from_gradients(
 ) -> None:
     models, one = parents(tmp_path), recipe(method, **given)
     multiplied: list[tuple[int, ...]] = []
-    products = low_rank.products
+    products = LowRankTaskVectors.products
 
-    def spied(differences: Any, inputs: Any, gradients: Any) -> list[float]:
+    def spied(self: LowRankTaskVectors, inputs: torch.Tensor, gradients: torch.Tensor) -> list[float]:
         multiplied.append((gradients.shape[-1], inputs.shape[-1]))
-        return products(differences, inputs, gradients)
+        return products(self, inputs, gradients)
 
-    monkeypatch.setattr("evomerge.merging.coefficient_slopes.products", spied)
+    monkeypatch.setattr(LowRankTaskVectors, "products", spied)
     found = partials(models, one, adds_up=adds_up)
     linear_layers = 7 * LAYERS + 1  # the head's too, without the one that an adapter replaces
     assert len(multiplied) == linear_layers - 1
@@ -98,7 +98,7 @@ def test_another_model_among_the_sources_takes_the_way_of_gradients(
     def refused(*_: Any) -> list[float]:
         raise AssertionError("products of a model that is no adapter")
 
-    monkeypatch.setattr("evomerge.merging.coefficient_slopes.products", refused)
+    monkeypatch.setattr(LowRankTaskVectors, "products", refused)
     assert partials(models, recipe("task_arithmetic", ("a", "other")), adds_up=False)
     assert partials(models, recipe("ties", density=0.5), adds_up=False)
 
@@ -108,19 +108,21 @@ def test_an_adapters_difference_is_found_wherever_the_parent_is_held(tmp_path: P
     placed = {name: place_parent(parent, "device", "cpu") for name, parent in models.items()}
     merge = Merge(recipe("task_arithmetic"), placed)
     for step in merge.steps:
-        found = low_rank.low_rank_task_vectors(step, merge.parents, torch.device("cpu"))
+        found = low_rank_task_vectors(step, merge.parents, torch.device("cpu"))
         if ("up_proj" in step.name and ".2." in step.name) or len(step.info.shape) != 2:
             assert found is None
             continue
         assert found is not None
         base = models["base"].tensor(step.name)
-        for name, own in zip(("a", "b"), found, strict=True):
-            assert torch.allclose(own.left @ own.right, models[name].tensor(step.name) - base, atol=1e-6)
+        pairs = zip(found.left.split(found.ranks, 1), found.right.split(found.ranks, 1), strict=True)
+        for name, (left, right) in zip(("a", "b"), pairs, strict=True):
+            assert torch.allclose(left @ right.T, models[name].tensor(step.name) - base, atol=1e-6)
 
 
 def test_products_are_those_of_the_whole_gradient() -> None:
     inputs, gradients = noise(9, 6, seed=1), noise(9, 5, seed=2)
-    own = LowRank(noise(5, 2, seed=3), noise(2, 6, seed=4))
+    own = LowRankTaskVectors(noise(5, 3, seed=3), noise(6, 3, seed=4), (2, 0, 1))
     whole = gradients.double().T @ inputs.double()
-    wanted = float((whole * (own.left.double() @ own.right.double())).sum())
-    assert low_rank.products([own], inputs, gradients) == [pytest.approx(wanted, rel=1e-5)]
+    products = own.left.double().T @ whole @ own.right.double()
+    wanted = [float(products[:2, :2].trace()), 0.0, float(products[2, 2])]
+    assert own.products(inputs, gradients) == pytest.approx(wanted, rel=1e-5)
