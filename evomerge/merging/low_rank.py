@@ -47,7 +47,7 @@ class LowRankTaskVectors:
             One number for each source, of products in float32 that are summed in float64.
         """
         pairs = (gradients.float() @ self.left) * (inputs.float() @ self.right)
-        columns = torch.split(pairs.sum(0, dtype=torch.float64), self.ranks)
+        columns = torch.split(pairs.sum(0, dtype=torch.float64), list(self.ranks))
         return [math.fsum(own.tolist()) for own in columns]
 
 
