@@ -106,6 +106,8 @@ class TaskConfig(Strict):
     unless given."""
     python: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """'module:function' that scores candidates in place of a task, see `evomerge.evaluation.python_tasks`."""
+    loss: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """'module:function' of a Python task's loss for learned stages, `evomerge.evaluation.python_losses`."""
     name: Name | None = None
     """Name of a Python task."""
     higher_is_better: bool | None = None
@@ -124,6 +126,8 @@ class TaskConfig(Strict):
     def _one_kind(self) -> TaskConfig:
         if self.python is None and self.name is not None:
             raise ValueError("name belongs to a task with python: module:function")
+        if self.python is None and self.loss is not None:
+            raise ValueError("loss belongs to a task with python: module:function")
         if self.python is not None and self.name is None:
             raise ValueError("a python task needs a name, not a task")
         settings_of_lm_eval = (self.metric, self.filter, self.num_fewshot, self.items)

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,19 @@ import torch
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.python_losses import losses
 from evomerge.evaluation.python_sources import sources_of
-from evomerge.evaluation.records import ROLES, Items, ItemScore, Role, role_of_hash
+from evomerge.evaluation.records import (
+    GOLD,
+    LEFT_OUT,
+    ROLES,
+    GradientRequest,
+    Items,
+    ItemScore,
+    Role,
+    role_of_hash,
+)
+from evomerge.evaluation.task_set import no_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +47,13 @@ class PythonSpec:
         name: Name of the task.
         function: 'module:function'; the module is installed or lies in the working directory.
         higher_is_better: Direction of its scores.
+        loss: 'module:function' of its loss, for learned stages; None without.
     """
 
     name: str
     function: str
     higher_is_better: bool = True
+    loss: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +68,8 @@ class _Function:
         sources: The code that the module depends on, see `python_sources.sources_of`.
         known_items: Every item that it scored for the base.
         items: The items of each role.
+        loss: Its loss and how many arguments that takes; None without.
+        loss_sha256: Of the loss's source; '' without.
     """
 
     spec: PythonSpec
@@ -64,6 +79,8 @@ class _Function:
     sources: Mapping[str, str]
     known_items: frozenset[str]
     items: Mapping[Role, tuple[str, ...]]
+    loss: tuple[Callable[..., Any], int] | None = None
+    loss_sha256: str = ""
 
 
 class PythonTasks:
@@ -126,6 +143,45 @@ class PythonTasks:
             metrics[name] = math.fsum(values) / len(values)
         return tuple(scores), metrics
 
+    def check_losses(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """See `Differentiable.check_losses`: a task has a loss where the user gave one."""
+        for name, function in self._functions.items():
+            source = labels.get(name, GOLD)
+            if source not in (GOLD, LEFT_OUT):
+                raise TaskError(no_answers(name))
+            if source == GOLD and function.loss is None:
+                raise TaskError(
+                    f"task '{name}' has no text with a right answer, so a learned stage has no loss for it; "
+                    "give it a loss: module:function, search weights instead, or leave the task out"
+                )
+        return ()
+
+    def backward(
+        self, model: nn.Module, items: Items, request: GradientRequest
+    ) -> tuple[tuple[ItemScore, ...], float]:
+        """See `Differentiable.backward`. The value of an item is minus its loss.
+
+        Raises:
+            TaskError: A task has no loss.
+            CandidateError: A loss gives no finite scalars with a gradient.
+        """
+        scores: list[ItemScore] = []
+        whole: list[float] = []
+        for name, ids in items.items():
+            if not ids:
+                continue
+            loss = self._functions[name].loss
+            if loss is None:
+                raise TaskError(f"python task '{name}' has no loss; give it loss: module:function")
+            call, count = loss
+            with torch.set_grad_enabled(request.derivatives):
+                total, values = losses(call, name, count, model, self.tokenizer, ids)
+                if request.derivatives:
+                    (request.weights[name] * total).backward()  # type: ignore[no-untyped-call]
+            scores += [ItemScore(name, item, -value) for item, value in zip(ids, values, strict=True)]
+            whole.append(request.weights[name] * math.fsum(values))
+        return tuple(scores), math.fsum(whole)
+
     def sign(self, task: str) -> int:
         """See `TaskSet.sign`."""
         return 1 if self._functions[task].spec.higher_is_better else -1
@@ -159,12 +215,13 @@ class PythonTasks:
 
         What resume compares.
         """
-        return {
-            name: hashlib.sha256(
-                repr((f.spec, f.sha256, [f.items[role] for role in ROLES])).encode()
-            ).hexdigest()
-            for name, f in self._functions.items()
-        }
+        digests = {}
+        for name, f in self._functions.items():
+            parts: tuple[Any, ...] = (f.spec, f.sha256, [f.items[role] for role in ROLES])
+            if f.loss is not None:
+                parts = (*parts, f.spec.loss, f.loss_sha256)
+            digests[name] = hashlib.sha256(repr(parts).encode()).hexdigest()
+        return digests
 
     def sources(self) -> dict[str, dict[str, str]]:
         """See `TaskSet.sources`: all Python below the module's folder, and the packages that it imports."""
@@ -224,14 +281,9 @@ def _checked_values(function: _Function, result: Any, ids: Sequence[str]) -> lis
 
 def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Role, int]) -> _Function:
     """Imports a function and learns its items from one call on the base."""
-    call, file = _import_function(spec)
+    call, file = _import_function(spec.name, spec.function)
     sources = sources_of(spec.function.partition(":")[0], file)
-    positional = [
-        p
-        for p in inspect.signature(call).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    takes_items = len(positional) > 2
+    takes_items = _count_arguments(call) > 2
     try:
         result = _call(call, takes_items, base, tokenizer, None)
     except Exception as error:  # a user's function can raise anything
@@ -247,7 +299,34 @@ def _learn(spec: PythonSpec, base: nn.Module, tokenizer: Any, limits: Mapping[Ro
         )
     items = _assign_roles(spec.name, list(result), limits)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return _Function(spec, call, takes_items, digest, sources, frozenset(result), items)
+    function = _Function(spec, call, takes_items, digest, sources, frozenset(result), items)
+    if spec.loss is None:
+        return function
+    loss, file = _import_function(spec.name, spec.loss)
+    return replace(
+        function,
+        loss=(loss, _checked_arguments(spec, loss)),
+        loss_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        sources={**sources, **sources_of(spec.loss.partition(":")[0], file)},
+    )
+
+
+def _checked_arguments(spec: PythonSpec, loss: Callable[..., Any]) -> int:
+    """How many arguments a loss takes; raises TaskError for other than two or three."""
+    count = _count_arguments(loss)
+    if count not in (2, 3):
+        raise TaskError(
+            f"python task '{spec.name}': its loss {spec.loss} takes {count} arguments; it is called as "
+            "loss(model, items) or loss(model, tokenizer, items)"
+        )
+    return count
+
+
+def _count_arguments(call: Callable[..., Any]) -> int:
+    """How many positional arguments a function takes."""
+    kinds = [p.kind for p in inspect.signature(call).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in positional for kind in kinds)
 
 
 def _assign_roles(name: str, ids: Sequence[str], limits: Mapping[Role, int]) -> dict[Role, tuple[str, ...]]:
@@ -276,9 +355,9 @@ def _call(
         return call(model, tokenizer, items) if takes_items else call(model, tokenizer)
 
 
-def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], Path]:
+def _import_function(task: str, function: str) -> tuple[Callable[..., Any], Path]:
     """(the function, its module's source file)."""
-    module_name, _, name = spec.function.partition(":")
+    module_name, _, name = function.partition(":")
     here = os.getcwd()
     sys.path.append(here)  # last: files in the working directory hide no installed module
     importlib.invalidate_caches()
@@ -286,7 +365,7 @@ def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], Path]:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module's own code can raise anything
         raise TaskError(
-            f"python task '{spec.name}': module '{module_name}' cannot be imported: "
+            f"python task '{task}': module '{module_name}' cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
     finally:
@@ -294,9 +373,7 @@ def _import_function(spec: PythonSpec) -> tuple[Callable[..., Any], Path]:
     call = getattr(module, name, None)
     file = inspect.getsourcefile(module)
     if not callable(call) or file is None:
-        raise TaskError(
-            f"python task '{spec.name}': {module_name} holds no function '{name}' written in Python"
-        )
+        raise TaskError(f"python task '{task}': {module_name} holds no function '{name}' written in Python")
     return call, Path(file)
 
 

@@ -115,7 +115,7 @@ def _python_tasks(settings: Config, tokenizer: Any, base: Parent, device: str) -
 
     model = model_loading.load_base(base, settings.out_dtype).to(device)
     specs = [
-        PythonSpec(t.task, t.python, t.higher_is_better is not False)
+        PythonSpec(t.task, t.python, t.higher_is_better is not False, t.loss)
         for t in settings.tasks
         if t.python is not None
     ]
