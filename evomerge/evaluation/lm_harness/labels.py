@@ -129,17 +129,17 @@ def _check_gold(loaded: LoadedTask) -> tuple[str, ...]:
     items = loaded.items["search"][:_CHECKED]
     if not loaded.higher_is_better or _aggregation(loaded) != "mean":
         return ()
-    name, texts = loaded.spec.task, []
+    name = loaded.spec.task
+    texts = [_as_generated(loaded, loaded.requests[item][0]) for item in items]
+    rows = [
+        (item, [_answered(loaded.requests[item][0], form)])
+        for item, text in zip(items, texts, strict=True)
+        for form in (text, text.strip())  # tokenizers differ in the space before a first word
+    ]
     judge = TaskValues(loaded)
     try:
-        rows = []
-        for item in items:
-            request = copy.copy(loaded.requests[item][0])
-            texts.append(_as_generated(loaded, request))
-            request.resps, request.filtered_resps = [texts[-1]], {}
-            rows.append((item, [request]))
         values = [item_value(value, max) for value in judge.values(rows)]
-        filtered = judge.filtered(rows)
+        filtered = judge.filtered(rows)[::2]
     except (CandidateError, TypeError, AttributeError):  # what judges answers does not take these
         values, filtered = [0.0], []
     if values and not any(values):
@@ -150,7 +150,7 @@ def _check_gold(loaded: LoadedTask) -> tuple[str, ...]:
             "weights instead"
         )
     limit = int(loaded.requests[items[0]][0].args[1].get("max_gen_toks") or _LENGTH)
-    is_final = all(text.strip() == found for text, found in zip(texts, filtered, strict=True))
+    is_final = all(text.strip() == found for text, found in zip(texts, filtered, strict=False))
     if is_final and _extracts(loaded) and limit > _REASONING:
         return (
             f"task '{name}': its right answers are final answers ({texts[0].strip()[:20]!r}), and its filter "
@@ -158,6 +158,13 @@ def _check_gold(loaded: LoadedTask) -> tuple[str, ...]:
             f"they answer, a learned stage climbs the wrong texts, so write labels: {{{name}: {SAMPLES}}}",
         )
     return ()
+
+
+def _answered(request: Any, text: str) -> Any:
+    """A copy of a request with a response."""
+    copied = copy.copy(request)
+    copied.resps, copied.filtered_resps = [text], {}
+    return copied
 
 
 def _as_generated(loaded: LoadedTask, request: Any) -> str:
