@@ -108,8 +108,10 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
     """What follows the table: the winner's interval and bias, skills lost, front, partial scores."""
     from evomerge.reports import lost_skills, test_item_uses
     from evomerge.reports.learned_stages import agreement_line
+    from evomerge.reports.stages import stage_sentences
 
     best, lines = data["best"] or {}, [""]
+    lines += stage_sentences(data["stages"])
     if "test_interval" in best:
         low, high = best["test_interval"]
         bias = ""

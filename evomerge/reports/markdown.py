@@ -11,6 +11,7 @@ from evomerge.errors import StudyError
 from evomerge.recipes import Filtered, Mix, PerRow, Recipe, Setting
 from evomerge.reports import route_text
 from evomerge.reports.learned_stages import learned_lines
+from evomerge.reports.stages import stage_table
 from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
 from evomerge.store import Store, Trial
 
@@ -48,7 +49,7 @@ def study_markdown(store: Store) -> str:
     lines += _finalists([*data["finalists"], *references])
     lines += _retention(data["retention"])
     lines += _trade_offs(store)
-    lines += route_text.stage_table(study.outcome, data["finalists"])
+    lines += stage_table(data["stages"])
     lines += learned_lines(data["agreements"], data["labels"])
     lines += route_text.scores_by_depth([trial for trial in store.trials() if trial.generation > 0])
     lines += [

@@ -1,14 +1,13 @@
-"""Text about routes of layers: a route in words, scores by depth, the stages of a search."""
+"""Text about routes of layers: a route in words, and scores by depth."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from evomerge._escaping import markdown, markdown_code
 from evomerge.recipes import Recipe
-from evomerge.store import Outcome, Store, Trial
+from evomerge.store import Store, Trial
 
 
 def depths(store: Store) -> dict[str, int]:
@@ -127,37 +126,3 @@ def _depth_row(layers: int, trials: Sequence[Trial]) -> str:
     rejected = len(trials) - len(scores)
     cells = [str(layers), parameters, str(len(trials)), str(rejected), best, median, median_seconds]
     return f"| {' | '.join(cells)} |"
-
-
-def stage_table(outcome: Outcome, finalists: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tabulates the stages of a finished search.
-
-    Args:
-        outcome: What the search found.
-        finalists: Rows of its finalists.
-
-    Returns:
-        Lines of Markdown with a row for each stage: its generations and its best finalist on validation;
-        empty for one stage.
-    """
-    if len(outcome.stages) < 2:
-        return []
-    by_id = {finalist["id"]: finalist for finalist in finalists}
-    lines = [
-        "## Stages",
-        "",
-        "| stage | generations | best finalist | validation |",
-        "| --- | --- | --- | --- |",
-    ]
-    for stage in outcome.stages:
-        finalist = {} if stage.best is None else by_id.get(stage.best, {})
-        score = finalist.get("validation")
-        validation = "–" if score is None else f"{score:.3f}"
-        lines.append(f"| {stage.stage} | {stage.first} to {stage.last} | {stage.best} | {validation} |")
-    return [
-        *lines,
-        "",
-        "Each stage but the first began at what was best on validation so far, parents and hand recipes "
-        "among it.",
-        "",
-    ]

@@ -10,6 +10,7 @@ from evomerge.evaluation import Term
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.reports.learned_stages import agreements, label_rows
 from evomerge.reports.route_text import depths, hops
+from evomerge.reports.stages import stage_rows
 from evomerge.store import Scored, Store, StudyRow, Trial
 
 
@@ -28,8 +29,9 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         `finalists`: rows with scores by role, of which `search` is the objective by the tasks' metrics, also
         where candidates are ranked by soft metrics. `test_items`: how many `winners` they were used for, and
         at how many candidates somebody `looks` by hand. `retention`: by task and parent what the winner has
-        lost, empty before the end. `agreements`, `labels`: of learned stages, see
-        `evomerge.reports.learned_stages`. `flat`: a sentence for each task on which all parents score alike.
+        lost, empty before the end. `stages`: see `evomerge.reports.stages.stage_rows`. `agreements`,
+        `labels`: of learned stages, see `evomerge.reports.learned_stages`. `flat`: a sentence for each task
+        on which all parents score alike.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -56,6 +58,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "retention": [] if study.outcome is None else list(study.outcome.retention),
         "agreements": agreements(study),
         "labels": label_rows(store, study),
+        "stages": stage_rows(store),
     }
     if study.outcome is not None:
         return data | {

@@ -26,6 +26,26 @@ class Tested:
     is_reference: bool
 
 
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What a stage has cost, without parents, hand recipes and the choice of its winner.
+
+    Attributes:
+        candidates: Candidates and steps.
+        forwards: Items that were scored without a gradient.
+        gradients: Items that were scored with their gradient, each three forward passes.
+    """
+
+    candidates: int
+    forwards: int
+    gradients: int
+
+    @property
+    def item_forwards(self) -> int:
+        """Forward passes of an item, a backward pass counted as two."""
+        return self.forwards + 3 * self.gradients
+
+
 class Usage:
     """What an open study file says of its use, as `Store.usage`::
 
@@ -67,6 +87,29 @@ class Usage:
         """
         sql = "SELECT count(*) FROM trials WHERE stage = ? AND origin IN ('sampled', 'injected')"
         return int(self._file.row(sql, (stage,))[0])
+
+    def cost(self, stage: int, first: int = 1, last: int | None = None) -> StageCost:
+        """Counts the items that the candidates of a stage were scored on.
+
+        Args:
+            stage: Number of the stage, from 0.
+            first: Number of the first generation that is counted.
+            last: Of the last one; None for all.
+
+        Returns:
+            The counts.
+        """
+        items = "(SELECT sum(json_array_length(value)) FROM json_each(i.body))"
+        sql = (
+            f"SELECT count(*), total({items} * (e.role != 'gradient')), "
+            f"total({items} * (e.role = 'gradient')) "
+            "FROM trials t JOIN evaluations e ON e.id = t.evaluation JOIN item_sets i ON i.id = e.item_set "
+            "WHERE t.stage = ? AND t.generation BETWEEN ? AND ? "
+            "AND t.origin IN ('sampled', 'injected', 'learned')"
+        )
+        end = 2**62 if last is None else last
+        candidates, forwards, gradients = self._file.row(sql, (stage, first, end))
+        return StageCost(int(candidates), int(forwards), int(gradients))
 
     def looks(self, recipe_id: str) -> list[Scored]:
         """Reads what a recipe scored on test items when somebody looked by hand.

@@ -30,7 +30,7 @@ ITEMS = 30  # of each task in a step
 
 def learned_study(root: Path, seed: int, steps: int, workers: int) -> dict[str, Any]:
     """Runs one study; its row."""
-    document = yaml.safe_load((REPOSITORY / "search_spaces" / "demo.yaml").read_text())
+    document = yaml.safe_load((REPOSITORY / "search_spaces" / "demo-evolution.yaml").read_text())
     document["study"] = f"learned-{steps}-{seed}"
     document["search"] = {"seed": seed}
     document["stages"] = [{"stage": "learned", "steps": steps, "items": ITEMS}]

@@ -243,7 +243,7 @@ ARMS: dict[str, Arm] = {
 
 def document_of(zoo: str, name: str, seed: int) -> Document:
     """The demo's search file for a zoo."""
-    document: Document = yaml.safe_load((REPO / "search_spaces" / "demo.yaml").read_text())
+    document: Document = yaml.safe_load((REPO / "search_spaces" / "demo-evolution.yaml").read_text())
     folder, experts = ZOOS[zoo]
     document["models"] = {model: str(REPO / folder / model) for model in ("base", *experts)}
     document["study"] = name

@@ -1,4 +1,4 @@
-"""Draws the picture of the README from a finished study: score against evaluations, beside the references.
+"""Draws the picture of the README from a finished study: score against cost, beside the references.
 
 python scripts/docs/picture.py results/demo/study.db docs/images/demo.svg
 """
@@ -6,6 +6,7 @@ python scripts/docs/picture.py results/demo/study.db docs/images/demo.svg
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib
@@ -13,59 +14,82 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from evomerge.store import Store, Trial
+from evomerge.reports.stages import stage_rows
+from evomerge.store import Store
 
-GREY, BLUE, ORANGE, GREEN = "#9aa0a6", "#1f6feb", "#d9730d", "#2a9d4a"
-
-
-def searched(trials: list[Trial]) -> tuple[list[int], list[float]]:
-    """Number of each sampled candidate in the order of evaluation, and its search score."""
-    scores = [t.score for t in trials if t.origin in ("sampled", "injected") and t.score is not None]
-    return list(range(1, len(scores) + 1)), scores
+GREY, BLUE, ORANGE, GREEN, RED = "#9aa0a6", "#1f6feb", "#d9730d", "#2a9d4a", "#c2255c"
+Points = list[tuple[float, float]]
+"""(item forwards so far, score on search items)."""
 
 
-def generation_means(trials: list[Trial]) -> tuple[list[float], list[float]]:
-    """Place of each generation on the axis of evaluations, and its mean score."""
-    places: list[float] = []
-    means: list[float] = []
-    done = 0
-    for generation in sorted({t.generation for t in trials if t.origin == "sampled"}):
-        scores = [t.score for t in trials if t.generation == generation and t.origin == "sampled" and t.score]
-        places.append(done + len(scores) / 2)
-        means.append(sum(scores) / len(scores))
-        done += len(scores)
-    return places, means
+def evolved(store: Store) -> tuple[Points, Points]:
+    """Candidates of evolution, and the means of their generations."""
+    candidates: Points = []
+    means: Points = []
+    before = 0
+    for number, row in enumerate(stage_rows(store)):
+        own = [t for t in store.trials() if t.stage == number and t.origin in ("sampled", "injected")]
+        for generation in sorted({trial.generation for trial in own}):
+            cost = before + store.usage.cost(number, row["first"], generation).item_forwards
+            scores = [t.score for t in own if t.generation == generation and t.score is not None]
+            candidates += [(cost, score) for score in scores]
+            if scores:
+                means.append((cost, sum(scores) / len(scores)))
+        before += row["item_forwards"]
+    return candidates, means
+
+
+def learned(store: Store) -> Points:
+    """The genomes of a learned stage that were scored by the tasks' metrics: its end and earlier ones."""
+    points: Points = []
+    before = 0
+    for number, row in enumerate(stage_rows(store)):
+        for trial in store.trials():
+            if trial.stage != number or trial.origin != "mean" or trial.score is None or not row["gradients"]:
+                continue
+            step = re.search(r"step (\d+)", trial.label or "")
+            last = row["last"] if step is None else row["first"] + int(step[1]) - 2
+            points.append((before + store.usage.cost(number, row["first"], last).item_forwards, trial.score))
+        before += row["item_forwards"]
+    return sorted(points)
 
 
 def draw(store: Store, out: Path) -> None:
-    """Writes the picture as SVG.
+    """Writes the picture.
 
     Args:
-        store: of a finished study.
-        out: file to write.
+        store: Of a finished study.
+        out: File to write; its ending says which kind.
     """
-    trials = store.trials()
-    references = [t for t in trials if t.origin in ("parent", "hand") and t.score is not None]
+    references = [t for t in store.trials() if t.origin in ("parent", "hand") and t.score is not None]
     best_parent = max((t.score or 0.0 for t in references if t.origin == "parent"), default=0.0)
     best_hand = max((t.score or 0.0 for t in references if t.origin == "hand"), default=0.0)
+    candidates, means = evolved(store)
+    steps = learned(store)
     plt.rcParams["svg.hashsalt"] = "evomerge"
     figure, axes = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
-    axes.scatter(*searched(trials), s=7, color=GREY, alpha=0.7, label="candidate", linewidths=0)
-    axes.plot(*generation_means(trials), color=BLUE, linewidth=2, label="mean of a generation")
+    if candidates:
+        axes.scatter(
+            *zip(*candidates, strict=True), s=7, color=GREY, alpha=0.7, label="candidate", linewidths=0
+        )
+        axes.plot(*zip(*means, strict=True), color=BLUE, linewidth=2, label="mean of a generation")
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color=RED, linewidth=2, marker="o", label="learned by gradient")
     axes.axhline(best_hand, color=ORANGE, linestyle="--", label="best hand recipe")
     axes.axhline(best_parent, color=GREEN, linestyle=":", linewidth=2, label="best parent")
-    axes.set_xlabel("evaluations")
+    axes.set_xlabel("item forwards, an item with its gradient counted as three")
     axes.set_ylabel("score on search items")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", frameon=False, ncols=4)
-    figure.savefig(out, metadata={"Date": None})
+    figure.legend(loc="outside upper center", frameon=False, ncols=5)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
 def main() -> None:
     """Draws one picture."""
     parser = argparse.ArgumentParser(description="picture of a finished study")
     parser.add_argument("study", type=Path, help="study.db of a finished study")
-    parser.add_argument("out", type=Path, help="SVG file to write")
+    parser.add_argument("out", type=Path, help="file to write")
     arguments = parser.parse_args()
     store = Store.open(arguments.study)
     try:

@@ -4,9 +4,9 @@ Writes results/racing.md.
 
 The simulation: candidates with normal skills answer items of normal difficulty by a logistic model, with a
 part of their own in common that other candidates lack. Recorded are two searches over the zoo
-(search_spaces/demo.yaml, 20 generations of 24, 200 items a task), one ranked by the tasks' metrics, one by
-the probability of the right answer, both without a race, so that all scores are known. A replay deals a
-generation's items in another order and runs the same code as a search.
+(search_spaces/demo-evolution.yaml, 20 generations of 24, 200 items a task), one ranked by the tasks' metrics,
+one by the probability of the right answer, both without a race, so that all scores are known. A replay deals
+a generation's items in another order and runs the same code as a search.
 
 usage: python scripts/validation/racing_replay.py [--studies results] [--samples 75] [--orders 4] [--out
     results/racing.md]
@@ -197,7 +197,8 @@ def record(measure: str, seed: int, studies: Path) -> Path:
 
 
 def _document(measure: str, seed: int) -> dict[str, Any]:
-    document: dict[str, Any] = yaml.safe_load((REPOSITORY / "search_spaces" / "demo.yaml").read_text())
+    file = REPOSITORY / "search_spaces" / "demo-evolution.yaml"
+    document: dict[str, Any] = yaml.safe_load(file.read_text())
     document["study"] = f"racing-{measure}"
     document["tasks"] = [task | {"search": measure} for task in document["tasks"]]
     document["evaluation"] |= {"items": 200, "validation": 20, "test": 20}
