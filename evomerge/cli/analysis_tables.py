@@ -89,7 +89,17 @@ def _work_lines(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {step['stage']}: {step['candidates']} candidates x {step['items']} items")
     raced = ", fewer with a race" if work["race"] else ""
     total = f"{work['generations']} generations, {work['item_evaluations']} scored items{raced}"
-    return [*lines, f"  in all {total}"]
+    return [*lines, f"  in all {total}", *_recommended(data)]
+
+
+def _recommended(data: Mapping[str, Any]) -> list[str]:
+    """The first stage that is recommended for the same budget, and why."""
+    if "recommended" not in data:
+        return []
+    found = data["recommended"]
+    stage = ", ".join(f"{key}: {value}" for key, value in found["stage"].items())
+    lines = [f"recommended first stage: {{{stage}}}, {found['item_forwards']} item forwards"]
+    return [*lines, *(f"  {reason}" for reason in found["reasons"])]
 
 
 def _probe_lines(probe: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.launch import first_scores
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
+from evomerge.launch.recommendation import recommendation
 from evomerge.launch.route_stages import route_optimizer
 from evomerge.launch.stages import open_stages, reference_recipes
 from evomerge.launch.weight_space import is_diagonal
@@ -63,6 +64,13 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
         "stages": stages,
         "work": _work(opened, stages, items, generation),
     }
+    if settings.merges_weights:
+        budget = sum(
+            step["candidates"] * step["items"]
+            for step in data["work"]["stages"]
+            if step["stage"].startswith("search")
+        )
+        data["recommended"] = recommendation(settings, harness, items["search"], budget)
     if probe:
         worker = opened.load()
         parents = _parents(opened, worker, generation)

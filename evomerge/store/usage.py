@@ -99,7 +99,7 @@ class Usage:
         Returns:
             The counts.
         """
-        items = "(SELECT sum(json_array_length(value)) FROM json_each(i.body))"
+        items = "(SELECT sum(json_array_length(value, '$[1]')) FROM json_each(i.body))"
         sql = (
             f"SELECT count(*), total({items} * (e.role != 'gradient')), "
             f"total({items} * (e.role = 'gradient')) "

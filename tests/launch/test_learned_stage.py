@@ -202,3 +202,17 @@ def test_learned_then_weights_goes_on_from_the_learned_recipe(tmp_path: Path) ->
         second = [trial for trial in store.trials() if trial.stage == 1]
         assert len(second) >= 4
         assert all(isinstance(store.recipe(trial.recipe_id), Recipe) for trial in second)
+    code, out, err = in_process("status", "both", "--json", "--root", tmp_path)
+    assert code == 0, err
+    first, then = json.loads(out)["stages"]
+    assert (first["stage"], first["candidates"], first["genes"]) == ("learned", STEPS, 164)
+    assert (first["forwards"], first["gradients"]) == (0, STEPS * 4 * ITEMS)
+    assert first["item_forwards"] == 3 * STEPS * 4 * ITEMS
+    assert (then["stage"], then["candidates"], then["gradients"]) == ("weights", 4, 0)
+    assert then["forwards"] == then["item_forwards"] == 4 * 4 * 8
+    code, out, err = in_process("status", "both", "--root", tmp_path)
+    assert (
+        f"stage 1, learned: {first['validation']:.3f} on validation for {3 * STEPS * 4 * ITEMS} item" in out
+    )
+    report = (tmp_path / "both" / "report.md").read_text()
+    assert f"| learned | 1 to {STEPS} | 164 | 0 | {STEPS * 4 * ITEMS} |" in report
