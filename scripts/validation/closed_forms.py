@@ -22,18 +22,22 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evomerge as em
 from evomerge.config import loading
 from evomerge.evaluation import Items
 from evomerge.launch.opening import Opened, open_search
 from evomerge.launch.stages import reference_recipes
+from evomerge.store import Store
 from evomerge.workers.worker import Worker
 from scripts.benchmarks import machine
 from scripts.zoo import skills
@@ -185,10 +189,12 @@ class Scorer:
             scale: statistics.fmean(self.score(merged, scale, validation).values()) for scale in scales
         }
         best = max(by_scale, key=lambda scale: by_scale[scale])
-        return [
+        rows = [
             Row(name, scale, by_scale[scale], self.score(merged, scale, test), self.copying())
             for scale in dict.fromkeys((1.0, best))
         ]
+        print(rows, flush=True)
+        return rows
 
     def copying(self) -> float:
         """How often the model that was scored last copies letters without a fault."""
@@ -216,11 +222,26 @@ class Scorer:
         return Row(f"hand recipe: {best.label}", 1.0, scored[best.label], tested, self.copying())
 
 
-def fisher_of(count: int, seed: int = 0) -> Weights:
+def fisher_of(count: int, seed: int = 0, *, normalized: bool = False) -> Weights:
     """The Fisher-weighted average from some items of each expert's task."""
     experts = {name: load_expert(name, count, seed) for name in EXPERTS}
     squares = {name: squared_gradients(expert) for name, expert in experts.items()}
-    return fisher(experts, squares, normalized=False)
+    return fisher(experts, squares, normalized=normalized)
+
+
+def learned_with(folder: Path, root: Path, seed: int) -> tuple[float, float]:
+    """Validation and test of a learned stage with the Fisher-weighted average among the models."""
+    document = yaml.safe_load((REPOSITORY / "search_spaces" / "demo.yaml").read_text())
+    models = {name: str(REPOSITORY / path) for name, path in document["models"].items()}
+    document |= {"study": f"fisher-{seed}", "search": {"seed": seed}}
+    document["models"] = models | {"fisher": str(folder)}
+    document["stages"] = [{"stage": "learned", "steps": 40, "items": 30}]
+    em.run(document, root=root)
+    with Store.open(root / document["study"] / "study.db") as store:
+        study = store.study()
+        assert study is not None
+        assert study.outcome is not None
+        return study.outcome.best["validation"], study.outcome.best["test"]
 
 
 def write(folder: Path, merged: Weights) -> None:
@@ -247,7 +268,10 @@ def all_rows(items: int, few: Sequence[int]) -> list[Row]:
     rows += scorer.rows("Fisher, each divided by its mean", normalized)
     for count in few:
         for seed in (1, 2, 3):
-            rows += scorer.rows(f"Fisher, {count} items a task, draw {seed}", fisher_of(count, seed), (1.0,))
+            name = f"Fisher, {count} items a task, draw {seed}"
+            rows += scorer.rows(name, fisher_of(count, seed), (1.0,))
+            normalized = fisher_of(count, seed, normalized=True)
+            rows += scorer.rows(f"{name}, each divided by its mean", normalized)
     return rows
 
 
@@ -257,6 +281,7 @@ def main() -> None:
     )
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--few", type=int, nargs="*", default=[16, 50])
+    parser.add_argument("--learned", type=int, default=3, help="seeds of a learned stage with it as a parent")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -264,6 +289,24 @@ def main() -> None:
         write(args.write, fisher_of(args.items))
         return
     rows = all_rows(args.items, args.few)
+    found: list[tuple[float, float]] = []
+    _write(args.out, rows, args.items, found)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "fisher", fisher_of(args.items))
+        for seed in range(args.learned):
+            found.append(learned_with(Path(folder) / "fisher", Path(folder), seed))
+            _write(args.out, rows, args.items, found)
+
+
+def _write(out: Path | None, rows: Sequence[Row], items: int, learned: Sequence[tuple[float, float]]) -> None:
+    """Prints the tables, and writes them into a file if there is one."""
+    text = "\n".join([*_lines(rows, items), *_learned_lines(learned), ""])
+    print(text, flush=True)
+    if out:
+        out.write_text(text)
+
+
+def _lines(rows: Sequence[Row], items: int) -> list[str]:
     tasks = list(rows[0].test)
     names = [task.removeprefix("zoo_") for task in tasks]
     lines = [
@@ -271,8 +314,8 @@ def main() -> None:
         "",
         f"By `scripts/validation/closed_forms.py`; {machine.stamp('torch', 'transformers', 'lm-eval')}.",
         "",
-        f"Statistics of {args.items} search items of each expert's task; a Fisher-weighted average costs "
-        f"their forward and backward passes, {3 * args.items * len(EXPERTS):,} item forwards.",
+        f"Statistics of {items} search items of each expert's task; a Fisher-weighted average costs "
+        f"their forward and backward passes, {3 * items * len(EXPERTS):,} item forwards.",
         "",
         f"| merge | scale | validation | test | {' | '.join(names)} | copying letters |",
         "| --- | ---: | ---: | ---: " + "| ---: " * (len(names) + 1) + "|",
@@ -282,10 +325,15 @@ def main() -> None:
         mean = statistics.fmean(row.test.values())
         scores = f"{row.validation:.4f} | {mean:.4f} | {single} | {row.copying:.3f}"
         lines.append(f"| {row.name} | {row.scale:g} | {scores} |")
-    text = "\n".join([*lines, ""])
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    return lines
+
+
+def _learned_lines(learned: Sequence[tuple[float, float]]) -> list[str]:
+    if not learned:
+        return []
+    what = "A learned stage, 40 steps (14,400 item forwards), with the first Fisher average as a model:"
+    rows = [f"- seed {seed}: validation {v:.4f}, test {t:.4f}" for seed, (v, t) in enumerate(learned)]
+    return ["", what, "", *rows]
 
 
 if __name__ == "__main__":
