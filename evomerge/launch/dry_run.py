@@ -13,6 +13,7 @@ from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import EvomergeError, SetupError
 from evomerge.evaluation import ROLES, Evaluation, Items
 from evomerge.evaluation.flat_tasks import find_flat_tasks
+from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
 from evomerge.launch import first_scores
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
@@ -23,6 +24,7 @@ from evomerge.launch.weight_space import is_diagonal
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
 from evomerge.reports.learned_stages import agreement_line, agreements
 from evomerge.search import LearnedOpening, Start
+from evomerge.search.agreement import ITEMS_ASKED, MOST_COMPARED
 from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 from evomerge.search.learned_retention import retained_count
 from evomerge.store import Store, StudyFacts, paths
@@ -210,7 +212,7 @@ def _stages(opened: Opened, items: Items) -> list[dict[str, Any]]:
     for stage in open_stages(settings, space, parents, facts, items):
         opening = stage.open(start)
         if isinstance(opening, LearnedOpening):
-            rows.append(_descent(stage.name, opening))
+            rows.append(_descent(stage.name, opening) | {"labels": dict(opening.labels)})
             continue
         if opening.relaxation is not None:
             relaxed = opening.relaxation.opening
@@ -264,6 +266,8 @@ def _work(
             of_tasks = [min(stage["items"], len(ids)) for ids in items["search"].values()]
             scored = FORWARDS_OF_A_SLOPE * (sum(of_tasks) + stage.get("texts", 0))
         steps.append({"stage": name, "candidates": candidates, "items": scored})
+        if "labels" in stage:
+            steps += _beside_descent(opened, stage, items, references + search.finalists)
     finalists = sum(stage.get("finalists", search.finalists) for stage in stages) + references
     finalists += sum(stage.get("checks", 0) for stage in stages)
     steps.append({"stage": "validation", "candidates": finalists, "items": counts["validation"]})
@@ -274,6 +278,30 @@ def _work(
         "item_evaluations": sum(step["candidates"] * step["items"] for step in steps),
         "race": search.race is not None,
     }
+
+
+def _beside_descent(
+    opened: Opened, stage: Mapping[str, Any], items: Mapping[Any, Items], candidates: int
+) -> list[dict[str, Any]]:
+    """The work of a learned stage beside its steps: labels, and the comparison of surrogate and metric."""
+    harness, models = opened.harness, len(opened.settings.models)
+    sources = {
+        subtask: source for task, source in stage["labels"].items() for subtask, _ in harness.subtasks(task)
+    }
+    answered = asked = 0
+    for task, ids in items["search"].items():
+        source = sources.get(task, GOLD)
+        validation = min(ITEMS_ASKED, len(items["validation"][task]))
+        if source not in (GOLD, LEFT_OUT):
+            used = min(stage["items"] * stage["evaluations"], len(ids)) + validation
+            answered += used * (models if source == SAMPLES else 1)
+        if source != LEFT_OUT and (source != GOLD or not harness.soft_metrics(task)):
+            asked += validation
+    steps = [
+        {"stage": "answers that are labels", "candidates": 1, "items": answered},
+        {"stage": "surrogate and metric", "candidates": min(MOST_COMPARED, candidates), "items": asked},
+    ]
+    return [step for step in steps if step["items"]]
 
 
 def _count(items: Items) -> int:

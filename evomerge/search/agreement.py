@@ -23,8 +23,11 @@ from evomerge.search.plan import LearnedOpening, Progress
 from evomerge.store import Agreement, NewEvaluation, Trial
 from evomerge.workers import Job
 
-_ITEMS = 24  # of a task whose right answers have to be asked for
-_FEWEST, _MOST = 5, 16  # candidates: of fewer a correlation says nothing, of more it costs more than it says
+ITEMS_ASKED = 24
+"""Validation items of a task whose right answers have to be asked for."""
+MOST_COMPARED = 16
+"""Candidates that are compared at most: of more it costs more than it says."""
+_FEWEST = 5  # candidates of which a correlation says something
 _Means = dict[str, tuple[float, float]]
 """Task -> (mean surrogate, mean of its metric's values), both better where they are higher."""
 
@@ -54,7 +57,7 @@ class AgreementCheck:
         """
         store, plan = self.runner.store, self.runner.plan
         names = list(dict.fromkeys(t.recipe_id for t in trials if t.score is not None))
-        recipes = {name: store.recipe(name) for name in names[:_MOST]}
+        recipes = {name: store.recipe(name) for name in names[:MOST_COMPARED]}
         scored = self.runner.score_all("validation", list(recipes.values()))
         metrics = {name: s.evaluation for name, s in scored.items() if s.score is not None}
         sources = by_subtask(self.opening.labels, plan.objective)
@@ -90,7 +93,7 @@ class AgreementCheck:
 
     def _asked(self, items: Items) -> LabelledItems:
         """A few items of the tasks whose probabilities are not known, with their labels."""
-        windows = ItemWindows(items, _ITEMS, self.runner.plan.seed)
+        windows = ItemWindows(items, ITEMS_ASKED, self.runner.plan.seed)
         labeller = Labeller(self.runner, self.opening.labels, self.show)
         found = labeller.label(windows.items(1), needed=False)
         return replace(found, items={task: ids for task, ids in found.items.items() if ids})

@@ -93,6 +93,22 @@ def test_labels_that_cannot_be_had_are_refused_in_a_line(
     assert not (tmp_path / "refused" / "study.db").exists()
 
 
+def test_a_plan_counts_labels_and_the_comparison_of_the_surrogate(labelled: Path, tmp_path: Path) -> None:
+    """As many items as the search then scores for them."""
+    code, out, err = in_process("plan", learned_file(tmp_path, "labelled", {"labels": LABELS}), "--json")
+    assert code == 0, err
+    steps = {row["stage"]: row for row in json.loads(out)["work"]["stages"]}
+    rows = stored_rows(labelled / "labelled" / "study.db")
+    sizes = {row["id"]: sum(len(ids) for _, ids in json.loads(row["body"])) for row in rows["item_sets"]}
+    scored = {
+        role: [sizes[row["item_set"]] for row in rows["evaluations"] if row["role"] == role]
+        for role in ("labels", "surrogate")
+    }
+    assert steps["answers that are labels"]["items"] == sum(scored["labels"])
+    assert steps["surrogate and metric"]["candidates"] == len(scored["surrogate"])
+    assert {steps["surrogate and metric"]["items"]} == set(scored["surrogate"])
+
+
 def test_a_plan_says_what_a_study_of_its_name_has_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
