@@ -217,6 +217,24 @@ def few_labels(genome: str) -> Callable[[Document, int], None]:
     return change
 
 
+def experts(genome: str) -> Callable[[Document, int], None]:
+    """No right answers: each task's own expert is its teacher, and the cross task is left out of the loss."""
+
+    def change(document: Document, budget: int) -> None:
+        steps = budget // (FORWARDS_OF_A_SLOPE * STEP_ITEMS * 3)  # three tasks have an expert
+        learned(genome)(document, budget)
+        teachers = EXPERTS[tuple(document["models"])[1:]]
+        labels = dict(zip(TASKS, (*teachers, "none"), strict=True))
+        document["stages"][0] |= {"labels": labels, "steps": steps}
+
+    return change
+
+
+EXPERTS = {
+    ("math", "lang", "string"): ("math", "lang", "string"),
+    ("symbols", "second", "copies"): ("symbols", "second", "symbols"),
+}
+"""Models of a zoo -> the experts of arithmetic, look-ups and letters."""
 LEARNED_FIRST = 14_400
 SMALL, MIDDLE, HALF, LARGE = 4_680, 39_960, 115_200, 230_400
 ARMS: dict[str, Arm] = {
@@ -235,6 +253,10 @@ ARMS: dict[str, Arm] = {
     "then": Arm("learned, tensor, then CMA-ES", (MIDDLE, HALF), learned_then_evolved),
     "few_space": Arm("learned from 16 items a task, the space's axes", (11_520,), few_labels("space")),
     "few_tensor": Arm("learned from 16 items a task, tensor", (11_520,), few_labels("tensor")),
+    "experts_space": Arm(
+        "learned, experts' answers as labels, the space's axes", (27_000,), experts("space")
+    ),
+    "experts_tensor": Arm("learned, experts' answers as labels, tensor", (27_000,), experts("tensor")),
 }
 
 
