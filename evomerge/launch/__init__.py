@@ -3,9 +3,10 @@
 - `prepare`: a search request -> a study ready to run, by `opening` (models and tasks), `facts` (what must not
   change), `stages` with an opener for each kind (`weight_stages`, `route_stages`), and `pool`
 - `dry_run`: what a search would be; `environment`: whether this machine can run one
-- `rescoring`: stored candidates compared and scanned with their models open
+- `rescoring`: stored candidates compared and scanned with their models open; `derivatives`: by gradient
 - `api`, `search_request`, `study_view`, `ask_tell`: what `import evomerge` offers
-- `weight_space`, `route_stacks`, `route_screen`, `objective`, `tasks`, `threads`: what these are made of
+- `weight_space`, `route_stacks`, `relaxed_routes`, `route_screen`, `objective`, `tasks`, `threads`: what
+  these are made of
 
 Modules are imported by their path: those that open models load torch, `search_request`, `study_view` and
 `api` do not.

@@ -2,7 +2,8 @@
 
 `layer_pool` holds the layers that a route may take and writes a route as a recipe. `layer_indicators` says of
 every layer of every model whether it is on the route; `position_choices` changes single positions of one
-model's path. `hand_routes` are the stacks that people write by hand.
+model's path. `relaxation` has shares of the models at each depth in place of a choice, for a gradient.
+`hand_routes` are the stacks that people write by hand.
 
 Genes are in units of the first sample's standard deviation, so one sigma, 1, fits all of them. Knows nothing
 of optimizers, tensors or files.
