@@ -38,7 +38,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("genome", ["tensor", "layer_component", "space"])
-@pytest.mark.parametrize("surrogate", sweep(["logprob", "probability"], ["logprob"]))
+@pytest.mark.parametrize("surrogate", sweep(["logprob", "probability", "margin"], ["logprob"]))
 def test_slopes_are_central_differences_of_the_loss(surrogate: Any, genome: str, tmp_path: Path) -> None:
     """Through lm-eval's tasks, the scoring plans and the merge, on the zoo in float32."""
     settings, _ = loading.load(str(learned_file(tmp_path, "slopes")))
