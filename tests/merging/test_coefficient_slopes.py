@@ -14,6 +14,7 @@ from evomerge.checkpoints import Checkpoint, Parent
 from evomerge.errors import CandidateError
 from evomerge.evaluation.inference.attention_gradients import half_precision_attention
 from evomerge.evaluation.inference.layer_recomputation import recomputed_layers
+from evomerge.merging import coefficient_slopes
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into
 from evomerge.merging.model_loading import load_base
@@ -124,9 +125,10 @@ def naive(merge: Merge, weights: WeightMap, passes: int = 1) -> dict[tuple[str, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_partials_are_those_of_gradients_that_are_all_kept(
-    architecture: str, dtype: torch.dtype, tmp_path: Path
+    architecture: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Added up: bit for bit, two passes too. One at a time: the same products, in another order of sums."""
+    monkeypatch.setattr(coefficient_slopes, "_BLOCK", 200)  # elements: a few rows
     parents = family(tmp_path, architecture)
     model: Any = load_base(parents["base"], str(dtype).removeprefix("torch."))
     weights = WeightMap(model, parents["base"].tensors)
