@@ -103,7 +103,7 @@ NOTES = (
     "Texts are of the training split, so that none is a test item. 'prompts with answers' are the base's own "
     "training mix: 66 % look-ups, 14 % words and 8 % letters to be said again, 10 % letters to be sorted or "
     "reversed, 2 % sums. 'of unasked skills' leaves the last two out, which the four tasks ask for; in equal "
-    "numbers they hold about half of the prompts of letters to be said again that are no test items. "
+    "numbers they hold 61 % of the prompts of letters to be said again that are in that split. "
     "The teacher is the coarse merge unless named.",
     "Arms with one seed were tried one after the other, later ones once the figures of earlier ones were "
     "known: what they show is what can be had, not what to expect of another zoo.",
