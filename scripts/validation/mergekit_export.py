@@ -69,9 +69,10 @@ def lm_eval_scores(model: Path, tasks: Iterable[str], out: Path) -> dict[str, di
 
 
 def stored_scores(candidate: str, root: str) -> dict[str, float]:
-    """Task -> the candidate's stored test score."""
+    """Task -> the candidate's stored test score, by the task's own metric."""
     shown = json.loads(run("evomerge", "show", candidate, "--json", "--root", root))
-    return next(score["metrics"] for score in shown["scores"] if score["role"] == "test")
+    metrics = next(score["metrics"] for score in shown["scores"] if score["role"] == "test")
+    return {task: value for task, value in metrics.items() if ":" not in task}
 
 
 def report(study: str, tensors: dict[str, Any], differences: dict[str, tuple[float, float]]) -> list[str]:
