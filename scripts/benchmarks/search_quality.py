@@ -236,6 +236,7 @@ EXPERTS = {
 }
 """Models of a zoo -> the experts of arithmetic, look-ups and letters."""
 LEARNED_FIRST = 14_400
+FEW, EXPERT_LABELS = 11_520, 27_000
 SMALL, MIDDLE, HALF, LARGE = 4_680, 39_960, 115_200, 230_400
 ARMS: dict[str, Arm] = {
     "demo": Arm("CMA-ES, 20 weights (the demo)", (SMALL, MIDDLE, HALF, LARGE), demo),
@@ -251,12 +252,12 @@ ARMS: dict[str, Arm] = {
     "layer_component": Arm("learned, layer × component", (SMALL, MIDDLE), learned("layer_component")),
     "tensor": Arm("learned, tensor", (SMALL, LEARNED_FIRST, MIDDLE), learned("tensor")),
     "then": Arm("learned, tensor, then CMA-ES", (MIDDLE, HALF), learned_then_evolved),
-    "few_space": Arm("learned from 16 items a task, the space's axes", (11_520,), few_labels("space")),
-    "few_tensor": Arm("learned from 16 items a task, tensor", (11_520,), few_labels("tensor")),
+    "few_space": Arm("learned from 16 items a task, the space's axes", (FEW,), few_labels("space")),
+    "few_tensor": Arm("learned from 16 items a task, tensor", (FEW,), few_labels("tensor")),
     "experts_space": Arm(
-        "learned, experts' answers as labels, the space's axes", (27_000,), experts("space")
+        "learned, experts' answers as labels, the space's axes", (EXPERT_LABELS,), experts("space")
     ),
-    "experts_tensor": Arm("learned, experts' answers as labels, tensor", (27_000,), experts("tensor")),
+    "experts_tensor": Arm("learned, experts' answers as labels, tensor", (EXPERT_LABELS,), experts("tensor")),
 }
 
 
@@ -390,8 +391,33 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
     for zoo in ZOOS:
         own = [row for row in rows if row["zoo"] == zoo]
         if own:
-            lines += ["", f"## The {zoo} zoo", "", *_table(own)]
+            lines += ["", f"## The {zoo} zoo", "", *_table(own), "", *_verdicts(own)]
     return "\n".join(lines) + "\n"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], arm: str, budget: int) -> float | None:
+    tests = [row["test"] for row in rows if row["arm"] == arm and row["budget"] == budget]
+    return statistics.fmean(tests) if tests else None
+
+
+def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the project set out to reach on its first zoo, each line with the figure found."""
+    evolution = _mean(rows, "demo", LARGE)
+    goals = [
+        ("tensor", SMALL, evolution, f"what CMA-ES has after {LARGE:,}"),
+        ("tensor", MIDDLE, 0.75, "a weight for each tensor"),
+        ("few_space", FEW, 0.67, "16 labelled items a task"),
+        ("experts_space", EXPERT_LABELS, 0.66, "experts' answers as labels"),
+        ("experts_tensor", EXPERT_LABELS, 0.66, "experts' answers as labels"),
+    ]
+    lines = []
+    for arm, budget, goal, text in goals:
+        found = _mean(rows, arm, budget)
+        if found is not None and goal is not None:
+            verdict = "holds" if found >= goal else "does not hold"
+            what = f"{ARMS[arm].title}, {budget:,} item forwards"
+            lines.append(f"- {verdict}: {what}: {found:.3f}, goal {goal:.3f} ({text})")
+    return lines
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
