@@ -31,7 +31,7 @@ class StageConfig(Strict):
     items: Whole | None = Field(default=None, ge=1)
     """Items of each task that a step of gradient descent is scored on; 30 unless given."""
     rate: Number | None = Field(default=None, gt=0, le=1)
-    """Size of the first step of gradient descent; .05, and .3 of relaxed routes, unless given."""
+    """Size of the first step of gradient descent; .1, and .3 of relaxed routes, unless given."""
     surrogate: Literal["logprob", "probability", "margin"] | None = None
     """What gradient descent climbs: logprob (unless given), probability or margin of the right answer."""
     labels: dict[str, str] | None = Field(default=None, min_length=1)

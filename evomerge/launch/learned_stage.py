@@ -15,8 +15,7 @@ from evomerge.search.plan import EarlyStopping, RetainedTexts
 from evomerge.spaces import baselines
 
 _SHARD = 64  # items that one worker scores with their slopes at once
-_ITEMS, _RATE = 30, 0.05
-_ROW_RATE = 0.1  # of weights of rows (measured on the demo's models)
+_ITEMS, _RATE = 30, 0.1  # chosen on the demo's validation items, see results/search_quality.md
 _RETAIN_ITEMS, _RETAIN_WEIGHT = 64, 1.0
 
 
@@ -44,7 +43,7 @@ def open_learned_stage(request: StageRequest) -> Callable[[Start], LearnedOpenin
         space=genome.make(request.space, request.parents),
         summary=genome.summary,
         steps=request.evaluations,
-        rate=stage.rate or (_ROW_RATE if name == "row" else _RATE),
+        rate=stage.rate or _RATE,
         items=stage.items or _ITEMS,
         shard=_SHARD,
         surrogate=stage.surrogate or "logprob",

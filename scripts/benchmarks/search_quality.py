@@ -251,6 +251,7 @@ ARMS: dict[str, Arm] = {
     "space": Arm("learned, the space's axes", (SMALL, MIDDLE), learned("space")),
     "layer_component": Arm("learned, layer × component", (SMALL, MIDDLE), learned("layer_component")),
     "tensor": Arm("learned, tensor", (SMALL, LEARNED_FIRST, MIDDLE), learned("tensor")),
+    "faster": Arm("learned, tensor, rate .1", (SMALL, LEARNED_FIRST, MIDDLE), learned("tensor", 0.1)),
     "then": Arm("learned, tensor, then CMA-ES", (MIDDLE, HALF), learned_then_evolved),
     "few_space": Arm("learned from 16 items a task, the space's axes", (FEW,), few_labels("space")),
     "few_tensor": Arm("learned from 16 items a task, tensor", (FEW,), few_labels("tensor")),
@@ -405,6 +406,7 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     evolution = _mean(rows, "demo", LARGE)
     goals = [
         ("tensor", SMALL, evolution, f"what CMA-ES has after {LARGE:,}"),
+        ("faster", SMALL, evolution, f"what CMA-ES has after {LARGE:,}"),
         ("tensor", MIDDLE, 0.75, "a weight for each tensor"),
         ("few_space", FEW, 0.67, "16 labelled items a task"),
         ("experts_space", EXPERT_LABELS, 0.66, "experts' answers as labels"),
