@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from evomerge.evaluation import Teacher
-from evomerge.evaluation.inference.divergence import MAX_NUMBERS, Distributions
+
+if TYPE_CHECKING:  # loads transformers, which a search that is refused should not
+    from evomerge.evaluation.inference.divergence import Distributions
 
 
 class TaughtTexts:
@@ -43,6 +46,8 @@ class TaughtTexts:
         Returns:
             The distributions, in the order of the texts.
         """
+        from evomerge.evaluation.inference.divergence import MAX_NUMBERS, Distributions
+
         if self._teacher != teacher.recipe.id:
             self._known.clear()
         self._teacher = teacher.recipe.id

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -35,7 +36,6 @@ from evomerge.evaluation import (
     Teacher,
     soft_means,
 )
-from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
 from evomerge.merging.live_model import ModelBuilder
@@ -44,6 +44,9 @@ from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.inference.divergence import Distributions
 
 log = logging.getLogger(__name__)
 _TABLES_SHARE = 4  # magnitude tables may take one part in so many of the free memory
