@@ -17,6 +17,7 @@ from __future__ import annotations
 from evomerge.evaluation.evaluator import Answering, Differentiable, Evaluator, Preparing, Retaining
 from evomerge.evaluation.objective import Objective, Standing, Term, missing_metric_message, ranks
 from evomerge.evaluation.records import (
+    FORWARDS_OF_A_SLOPE,
     ROLES,
     SOFT_METRICS,
     Answer,
@@ -37,6 +38,7 @@ from evomerge.evaluation.records import (
 from evomerge.evaluation.task_set import CombinedTasks, TaskSet
 
 __all__ = [
+    "FORWARDS_OF_A_SLOPE",
     "ROLES",
     "SOFT_METRICS",
     "Answer",

@@ -95,6 +95,8 @@ Labels = Mapping[str, Mapping[str, Sequence[Answer]]]
 GOLD, SAMPLES, LEFT_OUT = "gold", "samples", "none"
 """Where the labels of a task come from, if not from one model: the task's own right answers; the answers of
 all models that its metric finds right; none, the task is left out."""
+FORWARDS_OF_A_SLOPE = 3
+"""What a scored item with its derivatives costs, in forward passes: the backward pass counts as two."""
 Coefficient = tuple[str, str, str]
 """(output tensor, parameter of a merge method, source model or '' for a parameter of the whole merge)."""
 

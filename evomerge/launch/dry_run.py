@@ -11,7 +11,7 @@ from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import EvomergeError, SetupError
-from evomerge.evaluation import ROLES, Evaluation, Items
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE, ROLES, Evaluation, Items
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
 from evomerge.launch import first_scores
@@ -25,7 +25,6 @@ from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
 from evomerge.reports.learned_stages import agreement_line, agreements
 from evomerge.search import LearnedOpening, Start
 from evomerge.search.agreement import ITEMS_ASKED, MOST_COMPARED
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 from evomerge.search.learned_retention import retained_count
 from evomerge.store import Store, StudyFacts, paths
 from evomerge.workers.worker import Worker

@@ -97,7 +97,7 @@ def make_cell_space(space: WeightSpace, parents: Mapping[str, Parent]) -> CellWe
     """
     fixed = {name: Range(b.start, b.start, b.start) for name, b in space.ranges.items() if name != WEIGHT}
     weight = Range(-MOST_WEIGHT, MOST_WEIGHT, _start_weight(space))
-    cells = searchable(replace(space, ranges=fixed | {WEIGHT: weight}, searchable=False), parents)
+    cells = replace(space, ranges=fixed | {WEIGHT: weight})
     return CellWeightSpace(cells, tensor_cells(cells, parents[space.base]))
 
 
@@ -134,7 +134,7 @@ def make_layer_component_space(space: WeightSpace, parents: Mapping[str, Parent]
     """
     groups = (1,) * parents[space.base].layout.num_layers
     finer = replace(space, groups=groups, components=COMPONENTS, embeddings=True, head=True, searchable=False)
-    return make_cell_space(finer, parents)
+    return make_cell_space(searchable(finer, parents), parents)
 
 
 def make_row_space(space: WeightSpace, parents: Mapping[str, Parent]) -> RowWeightSpace:

@@ -9,12 +9,11 @@ from typing import Any
 
 from evomerge.config import Config
 from evomerge.errors import TaskError
-from evomerge.evaluation import Items, TaskSet
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE, Items, TaskSet
 from evomerge.evaluation.task_set import check_losses
 from evomerge.launch.learned_spaces import ITEMS_FOR_TENSORS, genome_for
 from evomerge.methods import Method, method
 from evomerge.methods.task_vector_slopes import has_slopes
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 
 _ITEMS = 30  # of each task in a step, as measured
 _STEPS = (10, 110)  # fewest and most that were measured

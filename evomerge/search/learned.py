@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.errors import FailureBudget
-from evomerge.evaluation import Evaluation, GradientRequest, Items, Slopes, soft_means
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE, Evaluation, GradientRequest, Items, Slopes, soft_means
 from evomerge.optimizers import Array
 from evomerge.optimizers.descent import Descent
 from evomerge.recipes import Recipe
@@ -35,8 +35,6 @@ from evomerge.search.trial_recorder import Candidate
 from evomerge.store import NewEvaluation, Trial
 from evomerge.workers import Job
 
-FORWARDS_OF_A_SLOPE = 3
-"""What a scored item with its derivatives costs, in forward passes: the backward pass counts as two."""
 _MOST_FAILURES = 3  # steps in a row that may fail
 _MARKS = (0.25, 0.5, 0.75)  # of the steps: where earlier genomes are kept for validation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE
 from evomerge.store import evaluation_rows
 from evomerge.store.connection import StudyFile
 from evomerge.store.records import LabelRow, Scored
@@ -33,7 +34,7 @@ class StageCost:
     Attributes:
         candidates: Candidates and steps.
         forwards: Items that were scored without a gradient.
-        gradients: Items that were scored with their gradient, each three forward passes.
+        gradients: Items that were scored with their gradient, each `FORWARDS_OF_A_SLOPE` forward passes.
     """
 
     candidates: int
@@ -43,7 +44,7 @@ class StageCost:
     @property
     def item_forwards(self) -> int:
         """Forward passes of an item, a backward pass counted as two."""
-        return self.forwards + 3 * self.gradients
+        return self.forwards + FORWARDS_OF_A_SLOPE * self.gradients
 
 
 class Usage:

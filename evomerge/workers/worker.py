@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -211,10 +211,8 @@ class Worker:
         Raises:
             CheckpointError: see `evaluate`.
         """
-        self._check_parent_files()
-        self._built = None
-        seconds: dict[str, float] = {}
-        try:
+
+        def measure(seconds: dict[str, float]) -> Evaluation:
             if not isinstance(self.evaluator, Differentiable):
                 raise CandidateError("these tasks have no differentiable loss; search weights instead")
             started = time.perf_counter()
@@ -228,9 +226,8 @@ class Worker:
             if not all(map(math.isfinite, numbers)):
                 raise CandidateError("the gradient of the loss is not finite")
             return Evaluation(recipe.id, scores, soft_means(scores), seconds, slopes=slopes)
-        except Exception as error:  # as in `evaluate`
-            log.debug("slopes of candidate %s failed", recipe.id, exc_info=True)
-            return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
+
+        return self._measured(recipe, "slopes", measure)
 
     def _taught(self, teacher: Teacher, items: Items) -> Distributions:
         """The teacher's distributions on the texts of items."""
@@ -267,10 +264,8 @@ class Worker:
         Raises:
             CheckpointError: see `evaluate`.
         """
-        self._check_parent_files()
-        self._built = None
-        seconds: dict[str, float] = {}
-        try:
+
+        def measure(seconds: dict[str, float]) -> Evaluation:
             if not isinstance(self.evaluator, Answering):
                 raise CandidateError("the answers of these tasks are not known, so they cannot be labels")
             started = time.perf_counter()
@@ -280,8 +275,23 @@ class Worker:
             scores, metrics, answers = self.evaluator.answers(module, items)
             seconds["score"] = time.perf_counter() - started
             return Evaluation(recipe.id, scores, metrics, seconds, answers=answers)
-        except Exception as error:  # as in `evaluate`
-            log.debug("answers of candidate %s failed", recipe.id, exc_info=True)
+
+        return self._measured(recipe, "answers", measure)
+
+    def _measured(
+        self, recipe: Recipe, what: str, measure: Callable[[dict[str, float]], Evaluation]
+    ) -> Evaluation:
+        """What `measure` makes of a recipe; what it raises is in the evaluation's `error`, as in `evaluate`.
+
+        what: for the log; measure: is given the seconds of each step to fill.
+        """
+        self._check_parent_files()
+        self._built = None
+        seconds: dict[str, float] = {}
+        try:
+            return measure(seconds)
+        except Exception as error:
+            log.debug("%s of candidate %s failed", what, recipe.id, exc_info=True)
             return Evaluation(recipe.id, (), {}, seconds, error=one_line(error))
 
     def _backward(

@@ -21,7 +21,7 @@ import machine
 import yaml
 
 import evomerge as em
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE
 from evomerge.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]

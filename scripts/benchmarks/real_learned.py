@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import evomerge as em
-from evomerge.evaluation import ItemScore
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE, ItemScore
 from evomerge.evaluation.intervals import lead_interval, score_interval
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
+from evomerge.reports.stages import stage_rows
 from evomerge.store import Store
 from scripts.benchmarks import machine
 
@@ -92,14 +92,17 @@ def measure(arm: str, seed: int, root: Path, workers: int) -> dict[str, Any]:
         study = store.study()
         assert study is not None
         assert study.outcome is not None
-        cost, seconds, genes = 0, 0.0, 0
-        for trial in store.trials():
-            if trial.origin in ("sampled", "injected", "learned") and trial.generation > 0:
-                factor = FORWARDS_OF_A_SLOPE if trial.origin == "learned" else 1
-                cost += factor * len(store.scored(trial).evaluation.items)
-                seconds += sum(trial.seconds.values())
-                genes = len(trial.genome or ())
-        row = {"arm": arm, "seed": seed, "genes": genes, "cost": cost, "seconds": round(seconds, 1)}
+        stages = stage_rows(store)
+        cost = sum(stage["item_forwards"] for stage in stages)
+        searched = [t for t in store.trials() if t.generation > 0 and t.origin != "mean"]
+        seconds = sum(sum(trial.seconds.values()) for trial in searched)
+        row = {
+            "arm": arm,
+            "seed": seed,
+            "genes": stages[-1]["genes"],
+            "cost": cost,
+            "seconds": round(seconds, 1),
+        }
         row |= {"commit": machine.commit(), **line(study.outcome.best, store)}
         if arm == REFERENCES:
             row["references"] = [line(reference, store) for reference in study.outcome.references]

@@ -21,8 +21,8 @@ import machine
 import yaml
 
 import evomerge as em
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE
 from evomerge.launch.opening import open_stored_search
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 from evomerge.store import Store, Trial
 
 REPOSITORY = Path(__file__).resolve().parents[2]

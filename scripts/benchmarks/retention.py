@@ -27,7 +27,7 @@ import machine
 import yaml
 
 from evomerge.config import Config, loading
-from evomerge.evaluation import ROLES
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE, ROLES
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.launch.objective import per_generation
@@ -35,7 +35,6 @@ from evomerge.launch.opening import Opened, open_search
 from evomerge.launch.stages import open_stages
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
 from evomerge.spaces import Baseline, baselines
 from evomerge.store import Store, StudyFacts
 from evomerge.workers import InProcessPool

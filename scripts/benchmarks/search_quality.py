@@ -27,11 +27,12 @@ import numpy as np
 import yaml
 
 import evomerge as em
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE
 from evomerge.launch.opening import open_search
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerSettings
 from evomerge.optimizers.base import Array
 from evomerge.optimizers.cma_es import CmaEs
-from evomerge.search.learned import FORWARDS_OF_A_SLOPE
+from evomerge.reports.stages import stage_rows
 from evomerge.spaces import WeightSpace
 from evomerge.store import Store
 from scripts.benchmarks import machine
@@ -56,14 +57,15 @@ class Arm:
         budgets: Item forwards that it is given.
         change: Turns the demo's search file into the arm's, for a budget.
         needs: A package that it cannot do without.
-        prepare: Called with the search file before it runs, in the arm's folder.
+        before: Runs a search that the arm's own begins at, in the same folder of studies, and gives what it
+            cost; None for an arm of one search.
     """
 
     title: str
     budgets: tuple[int, ...]
     change: Callable[[Document, int], None]
     needs: str = ""
-    prepare: Callable[[Document, Path], None] = lambda document, root: None
+    before: Callable[[Document, int, Path], int] | None = None
 
 
 # ---- Optuna's samplers as optimizers of the engine ---------------------------------------------------------
@@ -163,16 +165,17 @@ def race(document: Document, budget: int) -> None:
 
 
 def fine_after_coarse(document: Document, budget: int) -> None:
-    """The second half of a coarse-to-fine search; `coarse_first` runs the first."""
+    """The second half of a coarse-to-fine search, which begins where `coarse_first` ended."""
     optimizer("coarse_to_fine")(document, budget // 2)
 
 
-def coarse_first(document: Document, root: Path) -> None:
-    """Searches one weight a model and component, and has the fine search begin at its winner."""
+def coarse_first(document: Document, budget: int, root: Path) -> int:
+    """Searches one weight a model and component, and has the fine search begin at its winner; its cost."""
     coarse = json.loads(json.dumps(document))
+    demo(coarse, budget // 2)
     coarse["study"] += "-coarse"
     coarse["space"]["groups"] = 1
-    coarse["search"] |= {"optimizer": "cma", "population": 12}
+    coarse["search"]["population"] = 12
     view = run(coarse, root)
     with Store.open(root / coarse["study"] / "study.db") as store:
         winner = store.recipe(store.trial(view["id"]).recipe_id)
@@ -184,6 +187,7 @@ def coarse_first(document: Document, root: Path) -> None:
         return CmaEs.from_settings(start, settings)
 
     _register("coarse_to_fine", "coarse-to-fine CMA-ES", make)
+    return int(view["cost"])
 
 
 def learned(genome: str, rate: float = 0.05) -> Callable[[Document, int], None]:
@@ -282,14 +286,14 @@ def run(document: Document, root: Path) -> dict[str, Any]:
         study = store.study()
         assert study is not None
         assert study.outcome is not None
-        cost, seconds = 0, 0.0
-        for trial in store.trials():
-            if trial.origin in ("sampled", "injected", "learned") and trial.generation > 0:
-                factor = FORWARDS_OF_A_SLOPE if trial.origin == "learned" else 1
-                cost += factor * len(store.scored(trial).evaluation.items)
-                seconds += sum(trial.seconds.values())
-        genes = next(len(t.genome or ()) for t in reversed(store.trials()) if t.genome)
-        return {"genes": genes, "cost": cost, "seconds": round(seconds, 1), **study.outcome.best}
+        rows = stage_rows(store)
+        searched = [t for t in store.trials() if t.generation > 0 and t.origin != "mean"]
+        found = {
+            "genes": rows[-1]["genes"],
+            "cost": sum(row["item_forwards"] for row in rows),
+            "seconds": round(sum(sum(t.seconds.values()) for t in searched), 1),
+        }
+        return found | study.outcome.best
 
 
 def references(zoo: str, root: Path) -> str:
@@ -311,22 +315,11 @@ def measure(zoo: str, arm: str, budget: int, seed: int, root: Path) -> dict[str,
     """Runs the study of one row."""
     document = document_of(zoo, f"{zoo}-{arm}-{budget}-{seed}", seed)
     document["reuse"] = [references(zoo, root)]
-    if ARMS[arm].prepare is not coarse_first:
-        ARMS[arm].change(document, budget)
-        ARMS[arm].prepare(document, root)
-        return run(document, root)
-    demo(document, budget // 2)
-    first = json.loads(json.dumps(document))
-    coarse_first(first, root)
-    fine_after_coarse(document, budget)
+    before = ARMS[arm].before
+    cost = 0 if before is None else before(document, budget, root)
+    ARMS[arm].change(document, budget)
     row = run(document, root)
-    with Store.open(root / f"{document['study']}-coarse" / "study.db") as store:
-        before = sum(
-            len(store.scored(t).evaluation.items)
-            for t in store.trials()
-            if t.origin in ("sampled", "injected")
-        )
-    return row | {"cost": row["cost"] + before}
+    return row | {"cost": cost + row["cost"]}
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ far and every merge collapses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ALIGNED_LAYER = (
     2  # the alignment loss compares the features that enter this layer; the layers below it count as lower
@@ -120,17 +120,7 @@ SECOND_EXPERTS = (
         replay=0.4,
         rates=Rates(embedding=0.3, lower=0.6, head=0.0),
     ),
-    Training(
-        name="second",
-        steps=500,
-        batch=32,
-        rate=1e-3,
-        skills=(("lookup_second", 0.7),),
-        replay=0.3,
-        rates=Rates(embedding=15.0, lower=0.5, upper=0.5, head=0.0),
-        aligned=64,
-        aligned_weight=3.0,
-    ),
+    replace(EXPERTS[1], name="second"),
     Training(
         name="copies",
         steps=400,
