@@ -4,13 +4,19 @@
 backend that fits: sums of task vectors (linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA).
 `combine_by_dot_products` does so for methods whose result is a combination of whole tensors (slerp, karcher,
 model stock, ...). `MagnitudeTables` caches what a search asks for again and again. `one_pass.BACKENDS` is the
-registry of kernel backends: `c_kernels`, `torch_kernels`.
+registry of kernel backends: `c_kernels`, `torch_kernels`. `table_sums.write_sums` merges all tensors of a
+`tensor_table.TensorTable` at once by the numbers of a candidate (`launch_numbers.LaunchNumbers`).
 """
 
 from __future__ import annotations
 
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.merge_tensor import MergeInputs, combine_by_dot_products, merge_tensor
+from evomerge.methods.fused.merge_tensor import (
+    MergeInputs,
+    combine_by_dot_products,
+    merge_tensor,
+    weighted_sum_of,
+)
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair, TopK, WeightedSum
 
 __all__ = [
@@ -23,4 +29,5 @@ __all__ = [
     "WeightedSum",
     "combine_by_dot_products",
     "merge_tensor",
+    "weighted_sum_of",
 ]

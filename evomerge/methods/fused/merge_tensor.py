@@ -61,13 +61,30 @@ def merge_tensor(
     Returns:
         Whether every element of the result is finite.
     """
+    total = weighted_sum_of(task_vector_sum, inputs, values, tables)
+    return write_sum(inputs.base, inputs.sources, total, out)
+
+
+def weighted_sum_of(
+    task_vector_sum: TaskVectorSum, inputs: MergeInputs, values: Values, tables: MagnitudeTables
+) -> WeightedSum:
+    """What `merge_tensor` computes for one tensor.
+
+    Args:
+        task_vector_sum: What the method declares of itself.
+        inputs: The sources and, for methods that have one, the base.
+        values: The method's parameter values for this tensor.
+        tables: Cached magnitudes of task vectors.
+
+    Returns:
+        One summand per source, and how they are summed.
+    """
     weights = _per_source(values, "weight")
     factor = values.get("lambda", 1.0)
     assert isinstance(factor, float)
     summands = _summands(task_vector_sum, inputs, values, tables)
     divisor = _divisor(task_vector_sum, weights, bool(values["normalize"]), based=inputs.base is not None)
-    total = WeightedSum(summands, task_vector_sum.elect_sign, divisor, factor)
-    return write_sum(inputs.base, inputs.sources, total, out)
+    return WeightedSum(summands, task_vector_sum.elect_sign, divisor, factor)
 
 
 def combine_by_dot_products(rule: Method, inputs: MergeInputs, values: Values, out: Tensor) -> bool | None:

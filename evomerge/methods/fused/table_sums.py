@@ -1,0 +1,69 @@
+"""Merges all rows of a `TensorTable`: in one launch where Triton runs, else row by row with the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.methods.fused import one_pass
+from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers
+from evomerge.methods.fused.tensor_table import TensorTable
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """Scales that the launch finds itself: for masks whose norms no table holds.
+
+    Attributes:
+        units: [rows, sources] float32, units of norms, see `MagnitudeTables.unit`.
+        wholes: [rows, sources] float64, norms of the whole differences, in units.
+    """
+
+    units: Tensor
+    wholes: Tensor
+
+
+def write_sums(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling | None = None) -> Tensor:
+    """Writes base + factor * sum / divisor into the output of every row.
+
+    Args:
+        table: The rows.
+        numbers: Of as many rows and sources.
+        rescaling: Where given, the scales of `numbers` are replaced by the factors that restore the norms of
+            the whole differences, as `MagnitudeTables.scale` computes them.
+
+    Returns:
+        [rows] int32 on the table's device: nonzero where a result is not finite. The device need not be done
+        when this returns; reading the flags waits for it.
+    """
+    return _row_by_row(table, numbers, rescaling)
+
+
+def _row_by_row(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling | None) -> Tensor:
+    if rescaling is not None:
+        numbers = _rescaled(table, numbers, rescaling)
+    bases = table.bases or [None] * table.rows
+    ranks = table.ranks or [None] * table.rows
+    flags = []
+    for row, (out, base, sources) in enumerate(zip(table.outs, bases, table.sources, strict=True)):
+        total = numbers.weighted_sum(row, ranks[row])
+        flags.append(int(not one_pass.write_sum(base, sources, total, out)))
+    return torch.tensor(flags, dtype=torch.int32, device=table.device)
+
+
+def _rescaled(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling) -> LaunchNumbers:
+    """The numbers with scales that restore norms, by one pass over each source."""
+    assert table.bases is not None
+    ranks = table.ranks or [None] * table.rows
+    floats = numbers.floats.copy()
+    units, wholes = rescaling.units.tolist(), rescaling.wholes.tolist()
+    for row, (base, sources) in enumerate(zip(table.bases, table.sources, strict=True)):
+        for i, summand in enumerate(numbers.weighted_sum(row, ranks[row]).summands):
+            unit, whole = units[row][i], wholes[row][i]
+            _, left = one_pass.l1_norms(base, sources[i], summand, unit)
+            is_small = whole < 1e-7 * unit or left < 1e-7 * unit
+            floats[row, i, SCALE] = 1.0 if is_small else np.float32(whole / left)
+    return replace(numbers, form=replace(numbers.form, is_scaled=True), floats=floats)
