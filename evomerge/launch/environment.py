@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from evomerge.errors import ConfigError
+from evomerge.merging.host_memory import host_memory
 from evomerge.store import file_systems
 
 _FOR_DEVELOPMENT = ("dev", "docs")  # extras that no search needs
@@ -131,21 +132,9 @@ def _compiler() -> str | None:
 
 def _memory() -> dict[str, int]:
     """total and available, as far as the machine says; a container's limit counts as its total."""
-    memory: dict[str, int] = {}
-    names = {"MemTotal": "total", "MemAvailable": "available"}
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            name, _, rest = line.partition(":")
-            if name in names:
-                memory[names[name]] = int(rest.split()[0]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-        if limit.isdigit() and int(limit) < memory["total"]:
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-            free = max(0, int(limit) - used)
-            memory = {"total": int(limit), "available": min(memory["available"], free)}
-    except (OSError, ValueError, KeyError):
-        return memory
-    return memory
+    memory = host_memory()
+    named = {"total": memory.total or None, "available": memory.available}
+    return {name: size for name, size in named.items() if size is not None}
 
 
 def _studies(root: Path) -> dict[str, Any]:

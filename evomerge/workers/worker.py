@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,10 +37,12 @@ from evomerge.evaluation import (
 )
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
+from evomerge.merging.host_memory import available_memory
 from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
+from evomerge.workers.device import compute_in_full_precision, tables_memory
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from evomerge.evaluation.inference.divergence import Distributions
 
 log = logging.getLogger(__name__)
-_TABLES_SHARE = 4  # magnitude tables may take one part in so many of the free memory
 _MOST_NATS = 1e9  # that are stored of a rejected route: JSON has no infinity
 _MOST_REASONS = 3  # that an error gives
 _NO_DERIVATIVES = "a route has no derivatives yet; learn weights before routes"
@@ -110,19 +110,19 @@ class Worker:
             device: of the live model: 'cpu', 'cuda' or 'cuda:N'.
             screen: what a route has to pass before it is scored.
         """
+        compute_in_full_precision()
         self.evaluator = evaluator
         self.device = device
         self.screen = screen
-        self.tables = MagnitudeTables(build=True, ranks_bytes=_free_memory() // _TABLES_SHARE)
         self.model = load_base(parents[base], dtype).to(device)
         # on a CPU the page cache serves all processes; a copy would not
-        host_memory = 0 if device == "cpu" else _free_memory()
+        host_memory = 0 if device == "cpu" else available_memory()
+        sizes = {name: total_bytes(parent) for name, parent in parents.items()}
         self.placements = parent_placement.choose_placements(
-            {name: total_bytes(parent) for name, parent in parents.items()},
-            base,
-            parent_placement.free_memory(device),
-            host_memory,
+            sizes, base, parent_placement.free_memory(device), host_memory
         )
+        placed = sum(sizes[name] for name, where in self.placements.items() if where == "device")
+        self.tables = MagnitudeTables(build=True, ranks_bytes=tables_memory(device, placed))
         log.info("parents: %s", parent_placement.describe(self.placements))
         self.parents = {
             name: parent_placement.place_parent(parent, self.placements[name], device)
@@ -398,11 +398,3 @@ def _check_finite(metrics: Mapping[str, float]) -> None:
     for task, value in metrics.items():
         if not math.isfinite(value):
             raise CandidateError(f"task '{task}' gave the metric {value}")
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free now; half a gigabyte where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 1 << 29
