@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evomerge.methods.declaration import Method, Values, switch
 from evomerge.methods.dot_products import dot
+from evomerge.methods.exact_division import divided
 
 
 def model_stock(
@@ -64,12 +65,12 @@ def _mix(base: Tensor, xs: Sequence[Tensor]) -> Tensor:
     for i, j in itertools.combinations(range(n), 2):
         size = norms[i] * norms[j]
         cos += torch.where(size == 0, 0, dot(deltas[i], deltas[j]) / torch.where(size == 0, 1, size))
-    cos = (cos / (n * (n - 1) / 2)).clamp(0, 1)
+    cos = divided(cos, n * (n - 1) / 2).clamp(0, 1)
     t = n * cos / (1 + (n - 1) * cos)
     average = deltas[0]
     for d in deltas[1:]:
         average += d
-    return base + (t / n).to(base.dtype)[:, None] * average
+    return base + divided(t, n).to(base.dtype)[:, None] * average
 
 
 def _mix_as_mergekit(base: Tensor, xs: Sequence[Tensor]) -> Tensor:

@@ -82,8 +82,12 @@ def values_of(rule: Method, count: int, seed: int, **given: object) -> dict[str,
         "normalize": float(g.integers(2)),
         "rescale": float(g.integers(2)),
     } | given
-    defaults = {p.name: (p.default,) * count if p.per == "model" else p.default for p in rule.params}
-    return {name: chosen.get(name, default) for name, default in defaults.items()}
+    values = {}
+    for p in rule.params:
+        default = (p.default,) * count if p.per == "model" else p.default
+        value = chosen.get(p.name, default)
+        values[p.name] = value if isinstance(value, tuple) == (p.per == "model") else default
+    return values
 
 
 def sums_of(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import random_masks
+from evomerge.methods.exact_division import divided
 from evomerge.methods.fused.spans import parallel_map, pieces, pieces_between_cuts
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
 
@@ -221,7 +222,7 @@ def _write_piece(
     if total.elect_sign:
         mixed = _agreeing_sum(mixed, terms, total, zero)
     if total.divisor is not None and total.divisor != 1:
-        mixed = mixed / _float32(total.divisor)
+        mixed = divided(mixed, total.divisor)
     result = (b + mixed * _float32(total.factor)).to(out.dtype)
     out[start:stop] = result
     return torch.isfinite(result).all()
