@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,38 +13,27 @@ from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers
 from evomerge.methods.fused.tensor_table import TensorTable
 
 
-@dataclass(frozen=True, slots=True)
-class Rescaling:
-    """Scales that the launch finds itself: for masks whose norms no table holds.
-
-    Attributes:
-        units: [rows, sources] float32, units of norms, see `MagnitudeTables.unit`.
-        wholes: [rows, sources] float64, norms of the whole differences, in units.
-    """
-
-    units: Tensor
-    wholes: Tensor
-
-
-def write_sums(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling | None = None) -> Tensor:
+def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None = None) -> Tensor:
     """Writes base + factor * sum / divisor into the output of every row.
 
     Args:
         table: The rows.
         numbers: Of as many rows and sources.
-        rescaling: Where given, the scales of `numbers` are replaced by the factors that restore the norms of
-            the whole differences, as `MagnitudeTables.scale` computes them.
+        units: [rows, sources] float32, units of norms (see `MagnitudeTables.unit`). Where given, the scales of
+            `numbers` are replaced by the factors that restore the norms of the whole differences, as
+            `MagnitudeTables.scale` computes them: for masks whose norms no table holds, at the price of one
+            more reading pass.
 
     Returns:
         [rows] int32 on the table's device: nonzero where a result is not finite. The device need not be done
         when this returns; reading the flags waits for it.
     """
-    return _row_by_row(table, numbers, rescaling)
+    return _row_by_row(table, numbers, units)
 
 
-def _row_by_row(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling | None) -> Tensor:
-    if rescaling is not None:
-        numbers = _rescaled(table, numbers, rescaling)
+def _row_by_row(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None) -> Tensor:
+    if units is not None:
+        numbers = _rescaled(table, numbers, units)
     bases = table.bases or [None] * table.rows
     ranks = table.ranks or [None] * table.rows
     flags = []
@@ -54,16 +43,15 @@ def _row_by_row(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling
     return torch.tensor(flags, dtype=torch.int32, device=table.device)
 
 
-def _rescaled(table: TensorTable, numbers: LaunchNumbers, rescaling: Rescaling) -> LaunchNumbers:
+def _rescaled(table: TensorTable, numbers: LaunchNumbers, units: Tensor) -> LaunchNumbers:
     """The numbers with scales that restore norms, by one pass over each source."""
     assert table.bases is not None
     ranks = table.ranks or [None] * table.rows
     floats = numbers.floats.copy()
-    units, wholes = rescaling.units.tolist(), rescaling.wholes.tolist()
     for row, (base, sources) in enumerate(zip(table.bases, table.sources, strict=True)):
         for i, summand in enumerate(numbers.weighted_sum(row, ranks[row]).summands):
-            unit, whole = units[row][i], wholes[row][i]
-            _, left = one_pass.l1_norms(base, sources[i], summand, unit)
+            unit = float(units[row, i])
+            whole, left = one_pass.l1_norms(base, sources[i], summand, unit)
             is_small = whole < 1e-7 * unit or left < 1e-7 * unit
             floats[row, i, SCALE] = 1.0 if is_small else np.float32(whole / left)
     return replace(numbers, form=replace(numbers.form, is_scaled=True), floats=floats)

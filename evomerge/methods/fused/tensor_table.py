@@ -100,7 +100,7 @@ class TensorTable:
             sources: [rows][sources].
             ranks: [rows][sources] or None.
             is_padded: The caller says that every tensor ends at, or is followed by room up to, a multiple of
-                PADDING elements, which nothing else uses (tensors of an arena do).
+                PADDING elements, which nothing else uses and which holds zeros (tensors of an arena do).
 
         Raises:
             ValueError: The rows differ in layout, or a tensor is not contiguous, of another size than its
