@@ -19,7 +19,7 @@ def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None 
     Args:
         table: The rows.
         numbers: Of as many rows and sources.
-        units: [rows, sources] float32, units of norms (see `MagnitudeTables.unit`). Where given, the scales of
+        units: [rows, sources] float32, units of norms, see `MagnitudeTables.unit`. Given them, the scales of
             `numbers` are replaced by the factors that restore the norms of the whole differences, as
             `MagnitudeTables.scale` computes them: for masks whose norms no table holds, at the price of one
             more reading pass.
