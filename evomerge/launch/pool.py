@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evomerge.config import Config
 from evomerge.errors import SetupError
+from evomerge.launch.opening import device_name
 from evomerge.optimizers import default_population
 from evomerge.search.dispatch import Budget, Dispatch
 from evomerge.search.reuse import Earlier, KnownPool
 from evomerge.store import Store, StudyFacts, paths
 from evomerge.workers import POOLS, DescribesWorkers, Limits, Pool, PoolSettings, Scorer
+from evomerge.workers.process_devices import visible_devices
 
 log = logging.getLogger(__name__)
 _ISLANDS = ((1, 1), (8, 2), (64, 4))  # (at most so many workers, islands)
@@ -96,6 +99,7 @@ def open_pool(
     """
     cluster, limits = settings.cluster, settings.cluster.limits
     on_ray = cluster.ray is not None and make is not None
+    devices = process_devices() if workers > 1 and not on_ray else ()
     pool_settings = PoolSettings(
         scorer,
         make,
@@ -104,16 +108,31 @@ def open_pool(
         cpus=cluster.cpus,
         gpus=cluster.gpus,
         limits=Limits(factor=limits.factor, floor=limits.floor, opening=limits.opening, memory=limits.memory),
+        devices=devices,
     )
     if on_ray:
         pool = _ray_pool(pool_settings)
     elif workers > 1 and make is not None:
+        if devices:
+            show(f"{workers} workers, each on one GPU of {', '.join(devices)}")
         pool = POOLS["processes"].open(pool_settings)
     else:
         pool = POOLS["in-process"].open(pool_settings)
     if isinstance(pool, DescribesWorkers):
         show(pool.describe())
     return pool
+
+
+def process_devices() -> tuple[str, ...]:
+    """The cards that processes of this machine share.
+
+    Returns:
+        Their names, as `CUDA_VISIBLE_DEVICES` has them. None where candidates are evaluated on the CPU, or
+        `$EVOMERGE_DEVICE` names one card: that is then everybody's.
+    """
+    import torch
+
+    return visible_devices(os.environ, torch.cuda.device_count()) if device_name() == "cuda" else ()
 
 
 def reuse(pool: Pool, earlier: Sequence[Path], facts: StudyFacts) -> Pool:

@@ -161,6 +161,8 @@ class PoolSettings:
         cpus: CPUs of each worker on Ray, in shares too.
         gpus: GPUs of each worker on Ray, in shares below 1 too; None for one where the cluster has any.
         limits: when to give up on a job, a worker, a device; None for the defaults.
+        devices: names of the cards that processes of this machine share, as `CUDA_VISIBLE_DEVICES` has them;
+            none where they all see what this process does.
     """
 
     scorer: Scorer
@@ -170,6 +172,7 @@ class PoolSettings:
     cpus: float = 1.0
     gpus: float | None = None
     limits: Limits | None = None
+    devices: Sequence[str] = ()
 
     def required_make(self) -> Callable[[], Scorer]:
         """`make`, for pools that need it; raises ValueError where it is None."""

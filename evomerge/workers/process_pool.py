@@ -17,6 +17,7 @@ from types import TracebackType
 from evomerge.workers.failure_policy import Limits
 from evomerge.workers.pool import Job, PoolSettings, Scorer
 from evomerge.workers.process_activity import ProcessActivity, activity
+from evomerge.workers.process_devices import VARIABLE, device_of
 from evomerge.workers.scheduled_pool import CHECK_SECONDS, ScheduledPool
 from evomerge.workers.scheduler import Scheduler
 from evomerge.workers.worker_process import (
@@ -43,13 +44,21 @@ class ProcessPool(ScheduledPool):
             pool.submit(jobs)
     """
 
-    def __init__(self, make: Callable[[], Scorer], workers: int, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Scorer],
+        workers: int,
+        limits: Limits | None = None,
+        devices: Sequence[str] = (),
+    ) -> None:
         """Starts the processes and waits until one has opened its worker.
 
         Args:
             make: opens a worker, called once in each process; it must be picklable.
             workers: how many processes.
             limits: when to give up on a job or a process; None for the defaults.
+            devices: names of the cards that the processes share, see `process_devices`; none where candidates
+                are evaluated on the CPU, or all processes see what this one does.
 
         Raises:
             SetupError: where none can be opened.
@@ -59,7 +68,9 @@ class ProcessPool(ScheduledPool):
         self._scheduler.expected_workers = workers
         self._host = socket.gethostname()
         self._messages: queue.SimpleQueue[tuple[WorkerProcess, Message]] = queue.SimpleQueue()
-        self._processes: dict[str, WorkerProcess | None] = {f"process {i}": None for i in range(workers)}
+        names = [f"process {i}" for i in range(workers)]
+        self._processes: dict[str, WorkerProcess | None] = dict.fromkeys(names)
+        self._cards = {name: device_of(i, devices) for i, name in enumerate(names)}
         self._due = dict.fromkeys(self._processes, 0.0)  # name -> when a lacking one may be started
         self._count = 0
         self._checked_at = 0.0
@@ -77,12 +88,13 @@ class ProcessPool(ScheduledPool):
         """The pool from the settings that all pools share.
 
         Args:
-            settings: `make`, `workers` and `limits` are used; one process where the number is None.
+            settings: `make`, `workers`, `limits` and `devices` are used; one process where the number is
+                None.
 
         Returns:
             The pool.
         """
-        return cls(settings.required_make(), settings.workers or 1, settings.limits)
+        return cls(settings.required_make(), settings.workers or 1, settings.limits, settings.devices)
 
     def __enter__(self) -> ProcessPool:
         return self
@@ -142,7 +154,9 @@ class ProcessPool(ScheduledPool):
         """Starts a process wherever one is lacking and its pause is over."""
         for name, process in self._processes.items():
             if process is None and self._due[name] <= now:
-                self._processes[name] = WorkerProcess(name, self._make, self._messages, now)
+                card = self._cards[name]
+                environment = {} if card is None else {VARIABLE: card}
+                self._processes[name] = WorkerProcess(name, self._make, self._messages, now, environment)
 
     def _hand_out(self) -> None:
         """Gives idle processes the jobs that they may do."""
@@ -161,7 +175,15 @@ class ProcessPool(ScheduledPool):
             return  # it was ended, and another has taken its place
         elif isinstance(message, Opened):
             self._count += 1
-            process.worker = WorkerSlot(self._count, process.name, self._host, self._host, process.pid, "")
+            domain, device = self._failure_domain(process.name), self._cards[process.name]
+            process.worker = WorkerSlot(
+                self._count,
+                process.name,
+                domain or self._host,
+                self._host,
+                process.pid,
+                f"cuda:{device}" if device else "",
+            )
             self._scheduler.join(process.worker, now)
         elif isinstance(message, NotOpened):
             self._start_failed(process, message.error, now)
@@ -169,6 +191,11 @@ class ProcessPool(ScheduledPool):
             self._gone(process, now)
         else:
             raise message
+
+    def _failure_domain(self, name: str) -> str:
+        """What a process shares with those of its card; empty where processes have none of their own."""
+        card = self._cards[name]
+        return "" if card is None else f"{self._host} cuda:{card}"
 
     def _gone(self, process: WorkerProcess, now: float) -> None:
         """A process has ended: what it was at is tried elsewhere, and another is started."""
@@ -182,7 +209,7 @@ class ProcessPool(ScheduledPool):
 
     def _start_failed(self, process: WorkerProcess, error: str, now: float) -> None:
         log.warning("worker %s could not be opened: %s", process.name, error)
-        self._scheduler.start_failed(process.name, "", error)
+        self._scheduler.start_failed(process.name, self._failure_domain(process.name), error)
         self._end(process, now)
 
     def _end(self, process: WorkerProcess, now: float) -> None:

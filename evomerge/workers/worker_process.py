@@ -13,17 +13,18 @@ import queue
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from types import MappingProxyType
 from typing import Any
 
 from evomerge.errors import EvomergeError
 from evomerge.workers.last_lines import LastLines
 from evomerge.workers.pool import Job, JobReport, Scorer, execute, one_line
 from evomerge.workers.process_activity import private_memory
-from evomerge.workers.safe_path import SafeContext, safe_path
+from evomerge.workers.safe_path import SafeContext, safe_path, variables
 from evomerge.workers.time_limits import Watched
 from evomerge.workers.worker_table import WorkerSlot
 
@@ -83,6 +84,7 @@ class WorkerProcess:
         make: Callable[[], Scorer],
         messages: queue.SimpleQueue[tuple[WorkerProcess, Message]],
         now: float,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Starts the process, which opens its worker.
 
@@ -91,6 +93,7 @@ class WorkerProcess:
             make: opens a worker; it must be picklable.
             messages: what comes of it is put there.
             now: unix seconds.
+            environment: variables that the process has beside this one's, from its start on.
         """
         context = SafeContext()
         with safe_path():
@@ -102,7 +105,8 @@ class WorkerProcess:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), name=f"evomerge {name}")
         try:
-            self._process.start()
+            with variables(environment):
+                self._process.start()
         except BaseException:
             self._connection.close()
             raise
