@@ -225,7 +225,7 @@ class Merge:
     def _inputs(self, step: Step, mix: Mix) -> MergeInputs:
         """What a step merges."""
         tensors, base = self._tensors(step, mix)
-        return MergeInputs(tensors, base, self._mask_keys(step, mix), self._cache_ids(step))
+        return MergeInputs(tensors, base, self._mask_keys(step, mix), *self._cache_ids(step))
 
     def _tensors(self, step: Step, mix: Mix) -> tuple[list[Tensor], Tensor | None]:
         """The sources and the base of a step, with their rows aligned where the vocabulary changes."""
@@ -260,7 +260,7 @@ class Merge:
                 return out, row_sums.merge_rows(inputs.sources, inputs.base, values, weights, out)
             if rule.task_vector_sum is not None:
                 return out, merge_tensor(rule.task_vector_sum, inputs, values, out, self._magnitude_tables)
-            is_finite = combine_by_dot_products(rule, inputs, values, out)
+            is_finite = combine_by_dot_products(rule, inputs, values, out, self._magnitude_tables)
             if is_finite is not None:
                 return out, is_finite
         sources = [tensor.float() for tensor in inputs.sources]
@@ -301,21 +301,19 @@ class Merge:
         sources = [aligned[model].contiguous() for model, _ in mix.sources]
         return sources, None if base_name is None else aligned[base_name].contiguous()
 
-    def _cache_ids(self, step: Step) -> list[Hashable]:
-        """For each source, what `MagnitudeTables` caches its difference from the base under.
+    def _cache_ids(self, step: Step) -> tuple[list[Hashable], Hashable]:
+        """(for each source what `MagnitudeTables` caches its tensor under, the same for the base).
 
-        None where an intermediate merge makes one of the two tensors, or the vocabulary's rows are aligned:
-        those are the recipe's own.
+        None where an intermediate merge makes the tensor, or the vocabulary's rows are aligned: those are the
+        recipe's own.
         """
-        if step.mix is None or step.mix.base is None:
-            return []
-        intermediate = {name for name, _ in self.recipe.stages}
-        base = step.mix.base[0]
-        ids: list[Hashable] = []
-        for (model, _), name in zip(step.mix.sources, step.inputs, strict=True):
-            is_lasting = step.name not in self._resized and not intermediate & {model, base}
-            ids.append((model, name, base, step.base) if is_lasting else None)
-        return ids
+        if step.mix is None or step.name in self._resized:
+            return [], None
+        passing = {name for name, _ in self.recipe.stages}
+        sources = zip(step.mix.sources, step.inputs, strict=True)
+        ids: list[Hashable] = [None if model in passing else (model, name) for (model, _), name in sources]
+        base = step.mix.base
+        return ids, None if base is None or base[0] in passing else (base[0], step.base)
 
 
 def merged_tensors(recipe: Recipe, parents: Mapping[str, Parent]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from evomerge.methods.fused import (
     one_pass,
     torch_kernels,
 )
+from evomerge.methods.fused.exact_products import REST_BITS, unit_exponent
 from evomerge.methods.fused.magnitude_tables import GRID, top_count
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -188,16 +190,89 @@ def test_ranks_are_the_reference_s(backend, device, rows, width):
             assert torch.equal(out.int(), want.int())
 
 
+def vectors(base, sources):
+    """x_i - base in float32; x_i without a base."""
+    return [x.float() if base is None else x.float() - base.float() for x in sources]
+
+
+def rounded(number, unit_exponent):
+    """A fraction as a whole number of 2**-unit_exponent, to nearest, ties to even."""
+    return round(number * Fraction(2) ** unit_exponent)
+
+
+def products_by_fractions(a, b, exponent):
+    """The definition of `exact_products`, element by element."""
+    total = 0
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        exact = Fraction(x) * Fraction(y)
+        whole = rounded(exact, exponent)
+        rest = rounded(exact - Fraction(whole) / Fraction(2) ** exponent, exponent + REST_BITS)
+        total += (whole << REST_BITS) + rest
+    return total
+
+
+PAIRS = [(i, k) for i in range(3) for k in range(i + 1)]
+
+
+@every_backend
+@every_device
+@every_dtype
+def test_sums_of_products_are_those_of_fractions(backend, device, dtype):
+    for n, based, scale in itertools.product((1, 7, 1030), (True, False), (1.0, 2.0**-12)):
+        base, sources = tensors(n, dtype, device)
+        base, sources = (base * scale).to(dtype), [(x * scale).to(dtype) for x in sources]
+        if not backend.fits([base, *sources]):
+            continue
+        wanted = vectors(base if based else None, sources)
+        tops = backend.largest(base if based else None, sources)
+        assert tops == [float(x.abs().max()) for x in wanted]
+        exponents = [unit_exponent(n, tops[i] or 1.0, tops[k] or 1.0) for i, k in PAIRS]
+        got = backend.product_sums(base if based else None, sources, PAIRS, exponents)
+        for (i, k), exponent, total in zip(PAIRS, exponents, got, strict=True):
+            assert total == products_by_fractions(wanted[i], wanted[k], exponent)
+
+
 @every_other
 @every_device
 @every_dtype
-def test_dot_products_are_the_reference_s_but_for_the_last_bits(backend, device, dtype):
+def test_sums_of_products_are_the_reference_s(backend, device, dtype):
     for n, based in itertools.product(SIZES, (True, False)):
         base, sources = tensors(n, dtype, device)
         if backend.fits([base, *sources]):
-            got = np.tril(backend.dot_products(base if based else None, sources))
-            want = np.tril(torch_kernels.dot_products(base if based else None, sources))
-            assert np.allclose(got, want, rtol=1e-10, atol=1e-12)
+            given = (base if based else None, sources)
+            assert backend.largest(*given) == torch_kernels.largest(*given)
+            exponents = [44 - i for i in range(len(PAIRS))]
+            assert backend.product_sums(*given, PAIRS, exponents) == torch_kernels.product_sums(
+                *given, PAIRS, exponents
+            )
+
+
+@every_backend
+@every_device
+def test_sums_of_products_do_not_overflow(backend, device):
+    """The largest sums there are: 2**21 equal products, each with half a unit left over by rounding."""
+    n = 1 << 21
+    exponent = unit_exponent(n, 1.9, 1.9)
+    assert exponent == 38
+    x = torch.full((n,), float(np.float32(1.9)), device=device)
+    left = Fraction(float(x[0])) ** 2
+    if backend.fits([x]):
+        [total] = backend.product_sums(None, [x], [(0, 0)], [exponent])
+        whole = rounded(left, exponent)
+        rest = rounded(left - Fraction(whole) / 2**exponent, exponent + REST_BITS)
+        assert total == n * ((whole << REST_BITS) + rest)
+
+
+@every_backend
+@every_device
+def test_the_largest_magnitude_of_a_vector_that_is_not_finite_is_not(backend, device):
+    base, sources = tensors(2000, torch.float32, device)
+    sources[0][1999], sources[1][3] = math.nan, -math.inf
+    if backend.fits([base, *sources]):
+        nan, infinite, finite = backend.largest(base, sources)
+        assert math.isnan(nan)
+        assert infinite == math.inf
+        assert math.isfinite(finite)
 
 
 @every_backend
@@ -225,7 +300,7 @@ def test_the_number_of_threads_changes_no_bit(backend):
             out = torch.empty(600_000)
             if backend.fits([base, *sources, out], total.summands):
                 backend.write_sum(base, sources, total, out)
-                results.append((bits(out), np.tril(backend.dot_products(base, sources)).tobytes()))
+                results.append((bits(out), backend.product_sums(base, sources, PAIRS, [40] * len(PAIRS))))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in itertools.pairwise(results))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.fused import c_library, torch_kernels
+from evomerge.methods.fused.exact_products import REST_BITS
 from evomerge.methods.fused.spans import parallel_map, pieces, pieces_between_cuts
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
 
@@ -86,20 +87,44 @@ def histogram(base: Tensor, source: Tensor, prefix: int) -> Array:
     return total
 
 
-def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> Array:
-    """See `KernelBackend.dot_products`."""
-    count = len(sources)
+def largest(base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
+    """See `KernelBackend.largest`."""
     pointers = (*c_library.pointer(base), c_library.addresses(sources), c_library.type_codes(sources))
 
     def piece(start: int, stop: int) -> Array:
-        products = np.zeros((count, count))
-        if c_library.functions().gram(count, *_span(start, stop), *pointers, _address(products)):
+        tops = np.zeros(len(sources), np.uint32)
+        c_library.functions().largest(len(sources), *_span(start, stop), *pointers, _address(tops))
+        return tops
+
+    n = sources[0].numel()
+    parts = parallel_map(pieces(n, _span_of(n)), piece)
+    tops = np.max(parts, axis=0) if parts else np.zeros(len(sources), np.uint32)
+    found: list[float] = tops.view(np.float32).tolist()
+    return found
+
+
+def product_sums(
+    base: Tensor | None,
+    sources: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    exponents: Sequence[int],
+) -> list[int]:
+    """See `KernelBackend.product_sums`."""
+    pointers = (*c_library.pointer(base), c_library.addresses(sources), c_library.type_codes(sources))
+    which = np.array(pairs, np.int32)
+    magic = np.array([[1.5 * 2.0 ** (52 - u), 1.5 * 2.0 ** (52 - REST_BITS - u)] for u in exponents])
+
+    def piece(start: int, stop: int) -> list[list[int]]:
+        sums = np.zeros((len(pairs), 2), np.int64)
+        arrays = (_address(which), _address(magic), _address(sums))
+        span = _span(start, stop)
+        if c_library.functions().products(len(sources), *span, *pointers, len(pairs), *arrays):
             raise MemoryError("no memory for a block of elements")
-        return products
+        found: list[list[int]] = sums.tolist()
+        return found
 
     parts = parallel_map(pieces(sources[0].numel(), torch_kernels.PRODUCTS_PIECE), piece)
-    total: Array = np.sum(parts, axis=0) if parts else np.zeros((count, count))
-    return total
+    return [sum((part[p][0] << REST_BITS) + part[p][1] for part in parts) for p in range(len(pairs))]
 
 
 def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> Array:

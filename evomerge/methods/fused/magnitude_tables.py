@@ -64,6 +64,7 @@ class MagnitudeTables:
         self._ranks_bytes_left = ranks_bytes
         self._cache: dict[Hashable, object] = {}
         self._ranks: dict[Hashable, Tensor] = {}
+        self._products: dict[frozenset[Hashable], float] = {}
 
     def unit(self, pair: TensorPair) -> float:
         """The unit of a pair's norms, see `one_pass.exact_unit`.
@@ -79,6 +80,31 @@ class MagnitudeTables:
             return one_pass.exact_unit(one_pass.largest_difference(pair.base, pair.source), pair.n)
 
         return self._cached(pair, ("unit",), compute)
+
+    def dot_products(
+        self, base: Tensor | None, sources: Sequence[Tensor], ids: Sequence[Hashable]
+    ) -> list[list[float]]:
+        """Exact dot products of all pairs of x_i - base (of x_i without a base), measured once.
+
+        Args:
+            base: The base's tensor or None.
+            sources: The sources' tensors, of one shape.
+            ids: What is known of each x_i - base, or of each x_i, is cached under; None for not cached.
+
+        Returns:
+            A symmetric matrix, [sources][sources].
+        """
+        count = len(sources)
+        keys = {(i, k): frozenset((ids[i], ids[k])) for i in range(count) for k in range(i + 1)}
+        missing = [pair for pair, key in keys.items() if None in key or key not in self._products]
+        found = {pair: self._products[key] for pair, key in keys.items() if pair not in missing}
+        if missing:
+            measured = one_pass.dot_products(base, sources, missing)
+            found |= dict(zip(missing, measured, strict=True))
+            if len(self._products) >= _LARGEST_CACHE:
+                self._products.clear()
+            self._products |= {keys[pair]: found[pair] for pair in missing if None not in keys[pair]}
+        return [[found[max(i, k), min(i, k)] for k in range(count)] for i in range(count)]
 
     def top(self, pair: TensorPair, k: int) -> TopK:
         """The k elements of largest |x - base|; of equal ones the first come first.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evomerge.methods.declaration import Method, SourceValues, Sparsifier, TaskVectorSum, Values
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-from evomerge.methods.fused.one_pass import dot_products, write_sum
+from evomerge.methods.fused.one_pass import write_sum
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair, WeightedSum
 
 
@@ -26,20 +26,27 @@ class MergeInputs:
         sources: One tensor per source model, all of one shape, in their stored types, contiguous.
         base: The base model's tensor of the same shape, or None for a merge without a base.
         mask_keys: A signed 64-bit mask key per source; used by randomized methods only.
-        cache_ids: What `MagnitudeTables` caches each source's difference from the base under; None, or an
+        source_ids: What `MagnitudeTables` caches what it knows of each source's tensor under; None, or an
             empty sequence, for nothing cached.
+        base_id: The same for the base's tensor.
     """
 
     sources: Sequence[Tensor]
     base: Tensor | None
     mask_keys: Sequence[int] = ()
-    cache_ids: Sequence[Hashable] = ()
+    source_ids: Sequence[Hashable] = ()
+    base_id: Hashable = None
 
     def pairs(self) -> list[TensorPair]:
         """Each source with the base; needs a base."""
         assert self.base is not None
-        ids = self.cache_ids or [None] * len(self.sources)
+        ids = self.difference_ids()
         return [TensorPair(self.base, x, id) for x, id in zip(self.sources, ids, strict=True)]
+
+    def difference_ids(self) -> list[Hashable]:
+        """What each source's difference from the base is cached under; None for not cached."""
+        known = self.source_ids or [None] * len(self.sources)
+        return [None if id is None or self.base_id is None else (id, self.base_id) for id in known]
 
 
 def merge_tensor(
@@ -87,7 +94,9 @@ def weighted_sum_of(
     return WeightedSum(summands, task_vector_sum.elect_sign, divisor, factor)
 
 
-def combine_by_dot_products(rule: Method, inputs: MergeInputs, values: Values, out: Tensor) -> bool | None:
+def combine_by_dot_products(
+    rule: Method, inputs: MergeInputs, values: Values, out: Tensor, tables: MagnitudeTables
+) -> bool | None:
     """Merges one tensor by a method that combines whole tensors by coefficients from their dot products.
 
     Args:
@@ -95,6 +104,7 @@ def combine_by_dot_products(rule: Method, inputs: MergeInputs, values: Values, o
         inputs: The sources and, for methods that have one, the base.
         values: The method's parameter values for this tensor.
         out: Receives the result; shape of the sources, any float type.
+        tables: Remembers dot products; a tensor whose products are there is merged in one pass.
 
     Returns:
         Whether every element of the result is finite; None, with `out` left alone, where the method has no
@@ -102,11 +112,18 @@ def combine_by_dot_products(rule: Method, inputs: MergeInputs, values: Values, o
     """
     assert rule.coefficients is not None
     sources, base = inputs.sources, inputs.base
-    if base is not None and not rule.base_is_origin:
-        sources, base = [base, *sources], None
-    coefficients = rule.coefficients(dot_products(base, sources), values) if out.numel() else None
-    if coefficients is None:
+    ids: Sequence[Hashable] = inputs.source_ids or [None] * len(sources)
+    if base is not None and rule.base_is_origin:
+        ids = inputs.difference_ids()
+    elif base is not None:
+        sources, base, ids = [base, *sources], None, [inputs.base_id, *ids]
+    if not out.numel():
         return None
+    # with all vectors alike: whether the method needs more than dot products for these values
+    if rule.coefficients([[1.0] * len(sources)] * len(sources), values) is None:
+        return None
+    coefficients = rule.coefficients(tables.dot_products(base, sources, ids), values)
+    assert coefficients is not None
     summands = tuple(Summand(MaskKind.DENSE, c) for c in coefficients)
     return write_sum(base, sources, WeightedSum(summands), out)
 

@@ -311,29 +311,80 @@ int norms(
     return 0;
 }
 
-/* Adds to products[sources][sources] (lower half) the dot products of x_i - base, or of x_i without a base,
-   in 64-bit floats. */
-int gram(
+/* tops[sources]: bits of the largest |x_i - base|, or |x_i| without a base; raised, never lowered. Bits of
+   infinity and NaN are the largest. */
+int largest(
     int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x,
-    const int32_t *types, double *products
+    const int32_t *types, uint32_t *tops
 ) {
-    float *work = malloc((size_t)(sources + 1) * BLOCK * 4);
-    if (!work) return -1;
-    float *b = work + (size_t)sources * BLOCK;
+    float b[BLOCK], d[BLOCK];
     for (int64_t at = from; at < to; at += BLOCK) {
         const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
         if (base) load(b, base, base_type, at, n);
         for (int i = 0; i < sources; i++) {
-            float *d = work + (size_t)i * BLOCK;
+            uint32_t top = tops[i];
             load(d, x[i], types[i], at, n);
             if (base) difference(d, b, n);
-            for (int k = 0; k <= i; k++) {
-                const float *e = work + (size_t)k * BLOCK;
-                double sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int j = 0; j < n; j++) sum += (double)d[j] * (double)e[j];
-                products[i * sources + k] += sum;
+            for (int j = 0; j < n; j++) {
+                uint32_t bits;
+                memcpy(&bits, d + j, 4);
+                bits &= 0x7fffffff;
+                top = bits > top ? bits : top;
             }
+            tops[i] = top;
+        }
+    }
+    return 0;
+}
+
+/* a * b + c; a * b is exact in double for products of floats, so that both give the same bits. */
+static inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Adds to sums[pairs][2] what `exact_products.py` defines, of the vectors x_i - base, or x_i without a base:
+   the sums of the rounded products, and of what rounding left. which: [pairs][2], numbers of two vectors.
+   magic: [pairs][2], 1.5 * 2**52 units and 1.5 * 2**52 units of the rest: adding such a number rounds to
+   whole units, which are then the last bits of the sum. At most 2**23 elements. Returns -1 without memory. */
+int products(
+    int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x,
+    const int32_t *types, int pairs, const int32_t *which, const double *magic, int64_t *sums
+) {
+    double *work = malloc((size_t)sources * BLOCK * 8);
+    if (!work) return -1;
+    float b[BLOCK], d[BLOCK];
+    for (int64_t at = from; at < to; at += BLOCK) {
+        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
+        if (base) load(b, base, base_type, at, n);
+        for (int i = 0; i < sources; i++) {
+            double *wide = work + (size_t)i * BLOCK;
+            load(d, x[i], types[i], at, n);
+            if (base) difference(d, b, n);
+            for (int j = 0; j < n; j++) wide[j] = d[j];
+        }
+        for (int p = 0; p < pairs; p++) {
+            const double *restrict a = work + (size_t)which[p * 2] * BLOCK;
+            const double *restrict c = work + (size_t)which[p * 2 + 1] * BLOCK;
+            const double unit = magic[p * 2], fine = magic[p * 2 + 1];
+            uint64_t whole = 0, rest = 0, unit_bits, fine_bits;
+#pragma omp simd reduction(+ : whole, rest)
+            for (int j = 0; j < n; j++) {
+                const double rounded = multiply_add(a[j], c[j], unit);
+                const double left = multiply_add(a[j], c[j], -(rounded - unit)) + fine;
+                uint64_t bits;
+                memcpy(&bits, &rounded, 8);
+                whole += bits;
+                memcpy(&bits, &left, 8);
+                rest += bits;
+            }
+            memcpy(&unit_bits, &unit, 8);
+            memcpy(&fine_bits, &fine, 8);
+            sums[p * 2] += (int64_t)(whole - (uint64_t)n * unit_bits);
+            sums[p * 2 + 1] += (int64_t)(rest - (uint64_t)n * fine_bits);
         }
     }
     free(work);

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from evomerge.methods.fused import c_kernels, torch_kernels
-from evomerge.methods.fused.spans import pieces
+from evomerge.methods.fused import c_kernels, exact_products, torch_kernels
 from evomerge.methods.fused.weighted_sum import Summand, TopK, WeightedSum
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -81,18 +80,36 @@ class KernelBackend(Protocol):
             [65536] int64.
         """
 
-    def dot_products(self, base: Tensor | None, sources: Sequence[Tensor]) -> Array:
-        """Dot products of all pairs of x_i - base (of x_i without a base) in 64-bit floats.
-
-        Summed piece by piece in a fixed order: the number of threads changes nothing. Backends may differ in
-        the last bits.
+    def largest(self, base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
+        """The largest magnitude of each x_i - base (of each x_i without a base).
 
         Args:
             base: [n] or None.
             sources: Each [n].
 
         Returns:
-            [sources, sources] float64, of which the lower half (column <= row) counts.
+            One number for each source: 0 for n = 0; NaN where any is.
+        """
+
+    def product_sums(
+        self,
+        base: Tensor | None,
+        sources: Sequence[Tensor],
+        pairs: Sequence[tuple[int, int]],
+        exponents: Sequence[int],
+    ) -> list[int]:
+        """Sums of whole numbers that are dot products of x_i - base (of x_i without a base).
+
+        See `exact_products` for their definition: all backends give the same numbers.
+
+        Args:
+            base: [n] or None.
+            sources: Each [n].
+            pairs: Numbers of the two sources of each dot product.
+            exponents: For each pair u, see `exact_products.unit_exponent`.
+
+        Returns:
+            For each pair the sum of whole * 2**REST_BITS + rest.
         """
 
     def projections(self, gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> Array:
@@ -214,22 +231,35 @@ def histogram(base: Tensor, source: Tensor, prefix: int = -1) -> Array:
     return backend_for([base, source]).histogram(base.reshape(-1), source.reshape(-1), prefix)
 
 
-def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> list[list[float]]:
-    """Dot products of all pairs of x_i - base (of x_i without a base), in 64-bit floats.
+def dot_products(
+    base: Tensor | None, sources: Sequence[Tensor], pairs: Sequence[tuple[int, int]]
+) -> list[float]:
+    """Exact dot products of x_i - base (of x_i without a base); each tensor is one vector.
 
-    Each tensor is one vector.
+    The same bits in any order, on any device, see `exact_products`.
 
     Args:
         base: The base's tensor or None.
         sources: The sources' tensors, of one shape.
+        pairs: Numbers of the two sources of each dot product.
 
     Returns:
-        A symmetric matrix, [sources][sources].
+        One number for each pair; NaN where one of the vectors is not finite.
     """
     flat_base = None if base is None else base.reshape(-1)
-    lower = backend_for([base, *sources]).dot_products(flat_base, [x.reshape(-1) for x in sources])
-    count = len(sources)
-    return [[float(lower[max(i, j), min(i, j)]) for j in range(count)] for i in range(count)]
+    flat = [x.reshape(-1) for x in sources]
+    backend = backend_for([base, *sources])
+    tops, n = backend.largest(flat_base, flat), sources[0].numel()
+    exponents = {pair: exact_products.unit_exponent(n, tops[pair[0]], tops[pair[1]]) for pair in pairs}
+    summed = {pair: u for pair, u in exponents.items() if u is not None}
+    totals = backend.product_sums(flat_base, flat, list(summed), list(summed.values())) if summed else []
+    found = {
+        pair: exact_products.value(total, u) for (pair, u), total in zip(summed.items(), totals, strict=True)
+    }
+    return [
+        found[i, k] if (i, k) in found else exact_products.product_without_unit(tops[i], tops[k])
+        for i, k in pairs
+    ]
 
 
 def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
@@ -259,9 +289,7 @@ def largest_difference(base: Tensor, source: Tensor) -> float:
     Returns:
         max |x - base|, 0 for an empty tensor.
     """
-    b, x = base.reshape(-1), source.reshape(-1)
-    spans = pieces(b.numel(), 1 << 20)
-    return max((float(torch_kernels.difference(b, x, *span).abs().amax()) for span in spans), default=0.0)
+    return backend_for([base, source]).largest(base.reshape(-1), [source.reshape(-1)])[0]
 
 
 def exact_unit(top: float, n: int) -> float:

@@ -2,8 +2,8 @@
 
 Every operation is one IEEE operation on float32, in one order, whatever the pieces, threads or device: inputs
 are upcast, and the result is rounded once. Sums that would depend on their order are sums of whole numbers
-(see `one_pass.exact_unit`); only `dot_products` sums rounded numbers, piece by piece in a fixed order. All
-tensors are flat, contiguous and on one device.
+(see `one_pass.exact_unit` and `exact_products`); only `projections` sums rounded numbers, piece by piece in a
+fixed order. All tensors are flat, contiguous and on one device.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.exact_division import divided
+from evomerge.methods.fused.exact_products import REST_BITS
 from evomerge.methods.fused.spans import parallel_map, pieces, pieces_between_cuts
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
 
 Array = np.ndarray[Any, np.dtype[Any]]
 name = "torch"
 PRODUCTS_PIECE = 1 << 20
-"""Elements whose products are summed before the sums are: fixed, so that threads change nothing."""
+"""Elements whose products are summed before the sums are: fixed, the same for all threads; at most 2**23."""
 _CHUNK = 1 << 16  # elements held at a time on a CPU
 _DEVICE_CHUNK = 1 << 24
 _PIECE = 1 << 20
@@ -66,20 +67,37 @@ def histogram(base: Tensor, source: Tensor, prefix: int) -> Array:
     return counts
 
 
-def dot_products(base: Tensor | None, sources: Sequence[Tensor]) -> Array:
-    """See `KernelBackend.dot_products`."""
+def largest(base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
+    """See `KernelBackend.largest`."""
 
-    def piece(start: int, stop: int) -> Array:
-        rows = [x[start:stop].float() for x in sources]
-        if base is not None:
-            rows = [x - base[start:stop].float() for x in rows]
-        matrix = torch.stack(rows).double()
-        products: Array = (matrix @ matrix.T).cpu().numpy()
-        return products
+    def piece(start: int, stop: int) -> Tensor:
+        return torch.stack([x.abs().amax() for x in _vectors(base, sources, start, stop)])
+
+    parts = parallel_map(pieces(sources[0].numel(), _PIECE), piece)
+    return torch.stack(parts).amax(dim=0).tolist() if parts else [0.0] * len(sources)
+
+
+def product_sums(
+    base: Tensor | None,
+    sources: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    exponents: Sequence[int],
+) -> list[int]:
+    """See `KernelBackend.product_sums`."""
+
+    def piece(start: int, stop: int) -> list[list[int]]:
+        wide = [x.double() for x in _vectors(base, sources, start, stop)]
+        sums = []
+        for (i, k), exponent in zip(pairs, exponents, strict=True):
+            exact = wide[i] * wide[k] * 2.0**exponent
+            whole = exact.round()
+            rest = ((exact - whole) * 2.0**REST_BITS).round()
+            sums.append(torch.stack([whole.long().sum(), rest.long().sum()]))
+        found: list[list[int]] = torch.stack(sums).tolist()
+        return found
 
     parts = parallel_map(pieces(sources[0].numel(), PRODUCTS_PIECE), piece)
-    total: Array = np.sum(parts, axis=0) if parts else np.zeros((len(sources), len(sources)))
-    return total
+    return [sum((part[p][0] << REST_BITS) + part[p][1] for part in parts) for p in range(len(pairs))]
 
 
 def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]) -> Array:
@@ -165,6 +183,12 @@ def difference(base: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
         [stop - start] float32: source - base.
     """
     return source[start:stop].float() - base[start:stop].float()
+
+
+def _vectors(base: Tensor | None, sources: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """A piece of each x_i - base, or of each x_i without a base, in float32."""
+    parts = [x[start:stop].float() for x in sources]
+    return parts if base is None else [x - base[start:stop].float() for x in parts]
 
 
 def masked(delta: Tensor, summand: Summand, start: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def run(rule, sources, base, values, *, tables=None, out_dtype=torch.float32, ke
     base = None if rule.task_vector_sum.without_base else base
     ids = [("t", i) for i in range(len(sources))] if ids else []
     out = torch.full_like(sources[0], math.nan, dtype=out_dtype)
-    inputs = MergeInputs(sources, base, keys, ids)
+    inputs = MergeInputs(sources, base, keys, ids, "base")
     finite = merge_tensor(rule.task_vector_sum, inputs, values, out, tables or MagnitudeTables())
     assert finite == bool(torch.isfinite(out).all())
     return out
@@ -333,7 +334,84 @@ def test_a_combination_by_dot_products_is_the_kernel_in_float64(rule, based, mon
                     if not compiled:
                         m.setattr(one_pass, "BACKENDS", (torch_kernels,))
                     out = torch.empty(shape)
-                    assert combine_by_dot_products(rule, MergeInputs(sources, base), values, out)
+                    inputs = MergeInputs(sources, base)
+                    assert combine_by_dot_products(rule, inputs, values, out, MagnitudeTables())
                     results.append(out)
             torch.testing.assert_close(results[0].double(), want, rtol=2e-5, atol=1e-6)
-            torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+            assert torch.equal(results[1], results[0])
+
+
+ANGLES = [m for m in METHODS.values() if m.coefficients]
+
+
+def combined(rule, sources, base, tables):
+    values = numbers(rule, len(sources)) if rule.param("weight") else {p.name: p.default for p in rule.params}
+    out = torch.empty_like(sources[0], dtype=torch.float32)
+    inputs = MergeInputs(sources, base, source_ids=[("m", i) for i in range(len(sources))], base_id="base")
+    assert combine_by_dot_products(rule, inputs, values, out, tables)
+    return out
+
+
+@pytest.mark.parametrize("rule", ANGLES, ids=lambda m: m.name)
+def test_dot_products_are_measured_once_for_all_candidates(rule, monkeypatch):
+    n = min(rule.models[1], 3) if rule.name != "nuslerp" else 2
+    sources, base = models((40, 33), n)
+    base = base if rule.needs_base else None
+    tables = MagnitudeTables()
+    first = combined(rule, sources, base, tables)
+    monkeypatch.setattr(one_pass, "dot_products", None)
+    assert torch.equal(combined(rule, sources, base, tables), first)
+
+
+def test_a_model_that_is_new_is_measured_with_the_others_alone(monkeypatch):
+    sources, _ = models((40, 33), 4)
+    tables = MagnitudeTables()
+    before = tables.dot_products(None, sources[:3], ["a", "b", "c"])
+    measured, asked = one_pass.dot_products, []
+    monkeypatch.setattr(
+        one_pass, "dot_products", lambda base, x, pairs: asked.extend(pairs) or measured(base, x, pairs)
+    )
+    after = tables.dot_products(None, [sources[2], sources[3], sources[0]], ["c", "d", "a"])
+    assert asked == [(1, 0), (1, 1), (2, 1)]
+    assert after[2][0] == before[0][2]
+    assert after == tables.dot_products(None, [sources[2], sources[3], sources[0]], [None] * 3)
+
+
+def test_dot_products_are_the_exact_ones_rounded_once():
+    """Of bfloat16 models nothing is lost but far below the last bit: Fraction gives the same float64."""
+    for n in (1, 33, 2000):
+        sources, base = models((n,), 3, seed=n)
+        for given in (None, base):
+            exact = [[Fraction(v) for v in (x.float() - (0 if given is None else base.float())).tolist()]
+                     for x in sources]  # fmt: skip
+            pairs = [(i, k) for i in range(3) for k in range(i + 1)]
+            got = one_pass.dot_products(given, sources, pairs)
+            for (i, k), found in zip(pairs, got, strict=True):
+                assert found == float(sum(a * b for a, b in zip(exact[i], exact[k], strict=True)))
+
+
+def test_dot_products_are_the_same_in_any_order():
+    sources, base = models((70_001,), 2, torch.float32)
+    pairs = [(0, 0), (1, 0), (1, 1)]
+    order = torch.randperm(70_001, generator=torch.Generator().manual_seed(0))
+    shuffled = one_pass.dot_products(base[order], [x[order] for x in sources], pairs)
+    assert shuffled == one_pass.dot_products(base, sources, pairs)
+
+
+def test_dot_products_of_zero_and_of_bad_vectors():
+    zero, bad, x = torch.zeros(9), torch.full((9,), math.inf), torch.ones(9)
+    found = one_pass.dot_products(None, [zero, bad, x], [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)])
+    assert [found[i] for i in (0, 3, 5)] == [0.0, 0.0, 9.0]
+    assert all(math.isnan(found[i]) for i in (1, 2, 4))
+
+
+@pytest.mark.parametrize("rule", ANGLES, ids=lambda m: m.name)
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_a_parent_that_is_not_finite_is_seen_by_methods_by_angles(rule, bad):
+    n = min(rule.models[1], 3) if rule.name != "nuslerp" else 2
+    sources, base = models((40, 33), n)
+    sources[0][3, 3] = bad
+    out = torch.empty((40, 33))
+    values = numbers(rule, n) if rule.param("weight") else {p.name: p.default for p in rule.params}
+    inputs = MergeInputs(sources, base if rule.needs_base else None)
+    assert combine_by_dot_products(rule, inputs, values, out, MagnitudeTables()) is False
