@@ -5,6 +5,7 @@ Runs plans, and gives the numbers of one request at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference import gradient_memory, kv_cache, loglikelihood_gradients
+from evomerge.evaluation.inference.cuda_graphs import Step, graphs_for
 from evomerge.evaluation.inference.forward import MAX_LOGITS, Forward
 from evomerge.evaluation.inference.gradient_memory import GraphSizes, Way
 from evomerge.evaluation.inference.loglikelihood_gradients import SlopesOf
@@ -25,10 +27,13 @@ from evomerge.evaluation.inference.loglikelihood_plan import (
     Optimization,
     make_plan,
 )
+from evomerge.evaluation.inference.plan_replay import PlanReplay, Program
 from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
 from evomerge.evaluation.inference.target_logprobs import Rounding, target_logprobs
 
+# parameters x tokens of a forward above which a card takes a tenth of a second, and its Python no part of it
+_LONG_FORWARD = 4e13
 _TOKENS_CPU, _TOKENS_ACCELERATOR = 1024, 16384  # inputs of one forward; on a CPU more is no faster
 
 
@@ -43,6 +48,27 @@ class Scores:
 
     sums: Tensor
     greedy: Tensor
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What a run of a plan adds up.
+
+    sums, mismatches: [n] of each distinct request, its log-likelihood and how many of its tokens are not the
+    likeliest; dtype: of the logits.
+    """
+
+    sums: Tensor
+    mismatches: Tensor
+    dtype: torch.dtype = torch.float32
+
+    def clear(self) -> None:
+        self.sums.zero_()
+        self.mismatches.zero_()
+
+    def round(self) -> None:
+        """Rounds the sums to the logits' type."""
+        self.sums.copy_(self.sums.to(self.dtype))
 
 
 class Engine:
@@ -89,6 +115,9 @@ class Engine:
         self._sizes: GraphSizes | None = None
         if forward_cost is not None:
             self.facts = replace(self.facts, forward_cost=forward_cost)
+        self._weights = sum(p.numel() for p in model.parameters())
+        graphs = graphs_for(model)
+        self.replay = None if graphs is None else PlanReplay(model, graphs)
 
     def __enter__(self) -> Engine:
         return self
@@ -151,23 +180,46 @@ class Engine:
 
     def _run(self, plan: LoglikelihoodPlan, rounding: Rounding) -> tuple[Tensor, Tensor]:
         """Of each distinct request, its log-likelihood and how many of its tokens are not the likeliest."""
-        device = self.facts.device
-        sums = torch.zeros(plan.size, dtype=torch.float64, device=device)
-        mismatches = torch.zeros(plan.size, dtype=torch.long, device=device)
-        caches: dict[int, Any] = {}
-        dtype = torch.float32
-        for step in plan.steps:
-            logits = self.forward_step(step, caches)
-            if step.reads is not None:
-                dtype = logits.dtype
-                logprobs, likeliest = target_logprobs(logits, step.reads, rounding)
-                sums.index_add_(0, step.reads.request, logprobs.double())
-                mismatches.index_add_(0, step.reads.request, (likeliest != step.reads.target).long())
-            for number in step.drop:
-                del caches[number]
-        if rounding == "model":
-            sums = sums.to(dtype).double()
+        if self.replay is None or not self._is_short(plan):
+            sums, mismatches = self._program(plan, rounding).run()
+        else:
+            make = functools.partial(self._program, plan, rounding)
+            sums, mismatches = self.replay.run(plan, rounding, make)
         return sums, mismatches
+
+    @property
+    def _captures(self) -> bool:
+        return self.replay is not None and self.forward.argument is not None
+
+    def _is_short(self, plan: LoglikelihoodPlan) -> bool:
+        """Whether Python takes a part of a forward's time that a replay can save."""
+        return self._weights * plan.tokens <= _LONG_FORWARD * max(1, len(plan.steps))
+
+    def _program(self, plan: LoglikelihoodPlan, rounding: Rounding) -> Program:
+        """The steps of a plan over totals of their own."""
+        device = self.facts.device
+        totals = _Totals(
+            torch.zeros(plan.size, dtype=torch.float64, device=device),
+            torch.zeros(plan.size, dtype=torch.long, device=device),
+        )
+        caches: dict[int, Any] = {}
+        steps: list[Step] = [totals.clear]
+        steps += [functools.partial(self._add, step, caches, totals, rounding) for step in plan.steps]
+        if rounding == "model":
+            steps.append(totals.round)
+        return Program((totals.sums, totals.mismatches), steps)
+
+    def _add(self, step: ForwardStep, caches: dict[int, Any], totals: _Totals, rounding: Rounding) -> None:
+        """Runs a step of a plan and adds what it reads to the totals."""
+        logits = self.forward_step(step, caches)
+        if step.reads is not None:
+            totals.dtype = logits.dtype
+            logprobs, likeliest = target_logprobs(logits, step.reads, rounding)
+            totals.sums.index_add_(0, step.reads.request, logprobs.double())
+            wrong = (likeliest != step.reads.target).long()
+            totals.mismatches.index_add_(0, step.reads.request, wrong)
+        for number in step.drop:
+            del caches[number]
 
     def differentiate(self, plan: LoglikelihoodPlan, slopes_of: SlopesOf, way: Way | None = None) -> None:
         """Adds the gradient of a loss of log-likelihoods to the parameters that require one.
@@ -219,6 +271,9 @@ class Engine:
         if step.source is not None:
             past = kv_cache.fork(caches[step.source], rows=step.spread, index=step.index)
         elif step.keep is not None:
+            past = kv_cache.new_cache(self.model, windowed=step.windowed)
+        elif self._captures and not torch.is_grad_enabled():
+            # transformers makes another mask while it is captured, but not on top of a cache
             past = kv_cache.new_cache(self.model, windowed=step.windowed)
         rows = step.reads.rows if step.reads is not None else self.forward.first
         logits = self.forward(rows, step.ids, past, positions=step.positions, mask=step.mask)

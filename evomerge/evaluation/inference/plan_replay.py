@@ -1,0 +1,145 @@
+"""Log-likelihood plans replayed as CUDA graphs for every candidate.
+
+A compiled plan is constant tensors, and a candidate's weights are written to the addresses of the one before:
+of a run of a plan only Python repeats nothing new. The second run of a plan captures each of its steps; later
+ones replay them. A model whose replay differs from its run by a bit, or that waits for the card inside a
+forward, is run as before, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from evomerge.evaluation.inference.cuda_graphs import (
+    Addresses,
+    CudaGraphs,
+    Graph,
+    Step,
+    addresses,
+    captured,
+    is_static,
+)
+
+log = logging.getLogger(__name__)
+_PLANS = 16  # that are remembered; graphs of older ones are dropped
+_MOVES = 2  # a model whose addresses changed more often is not captured again
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One run of a plan.
+
+    Attributes:
+        outputs: What the steps fill; the first step begins with setting them.
+        steps: The work, in order.
+    """
+
+    outputs: tuple[Tensor, ...]
+    steps: Sequence[Step]
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Runs the steps.
+
+        Returns:
+            The outputs.
+        """
+        for step in self.steps:
+            step()
+        return self.outputs
+
+
+@dataclass(slots=True)
+class _Remembered:
+    """owner: keeps its id from being used again; graphs: None before the second run."""
+
+    owner: object
+    outputs: tuple[Tensor, ...] = ()
+    graphs: Sequence[Graph] | None = None
+    addresses: Addresses | None = None
+
+
+class PlanReplay:
+    """Runs programs on one model, from their second run on as graphs.
+
+    Attributes:
+        model: The live model.
+        refusal: Why nothing is captured any more; None while it is.
+    """
+
+    def __init__(self, model: nn.Module, graphs: CudaGraphs) -> None:
+        """Starts without graphs.
+
+        Args:
+            model: The live model.
+            graphs: Of the card that it is on.
+        """
+        self.model = model
+        self.refusal: str | None = None
+        self._graphs = graphs
+        self._plans: OrderedDict[Hashable, _Remembered] = OrderedDict()
+        self._moves = 0
+
+    def run(self, owner: object, variant: Hashable, make: Callable[[], Program]) -> tuple[Tensor, ...]:
+        """Runs a program.
+
+        Args:
+            owner: The plan; the same object stands for the same program.
+            variant: What else the program depends on.
+            make: Makes the program.
+
+        Returns:
+            The program's outputs, of the caller's own.
+        """
+        key = (id(owner), variant)
+        remembered = self._plans.get(key)
+        if remembered is None:
+            self._remember(key, _Remembered(owner))
+            return make().run()
+        self._plans.move_to_end(key)
+        if remembered.graphs is not None and not self._holds(remembered):
+            remembered.graphs = None
+            self._moved()
+        if remembered.graphs is None:
+            return self._captured(remembered, make())
+        for graph in remembered.graphs:
+            graph.replay()
+        return tuple(output.clone() for output in remembered.outputs)
+
+    def _captured(self, remembered: _Remembered, program: Program) -> tuple[Tensor, ...]:
+        """Runs a program, and captures it on the way where that is not refused."""
+        if self.refusal is None and not is_static(self.model):
+            self._refuse("weights of the model are computed in its forward")
+        if self.refusal is not None:
+            return program.run()
+        found = captured(self._graphs, program.outputs, program.steps)
+        if isinstance(found, str):
+            self._refuse(found)
+        else:
+            remembered.graphs, remembered.outputs = found, program.outputs
+            remembered.addresses = addresses(self.model)
+        return tuple(output.clone() for output in program.outputs)
+
+    def _holds(self, remembered: _Remembered) -> bool:
+        return remembered.addresses is not None and remembered.addresses.hold(self.model)
+
+    def _moved(self) -> None:
+        self._moves += 1
+        if self._moves > _MOVES:
+            self._refuse("the model's layers or weights are exchanged between candidates")
+
+    def _refuse(self, reason: str) -> None:
+        if self.refusal is None:
+            self.refusal = reason
+            log.info("scoring without CUDA graphs: %s", reason)
+            for remembered in self._plans.values():
+                remembered.graphs = None
+
+    def _remember(self, key: Hashable, remembered: _Remembered) -> None:
+        self._plans[key] = remembered
+        if len(self._plans) > _PLANS:
+            self._plans.popitem(last=False)
