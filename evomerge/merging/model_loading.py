@@ -14,6 +14,7 @@ from evomerge.checkpoints import Parent, safetensors_headers
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.checkpoints.tokenizer_checks import check_tokenizer
 from evomerge.errors import CheckpointError, SetupError
+from evomerge.merging import bfloat16_products
 from evomerge.merging.weight_map import WeightMap
 
 _MOST_TIMES, _ROOM = 4, 2**26  # a model may have so many times its weights' numbers, and so many more
@@ -61,6 +62,7 @@ def load_model(path: Path, dtype: str, attention: str | None = None) -> LoadedMo
     """
     import transformers
 
+    bfloat16_products.install()
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     stored = sum(math.prod(tensor.shape) for tensor in safetensors_headers.read_folder(path).values())
