@@ -4,8 +4,8 @@
 backend that fits: sums of task vectors (linear, task arithmetic, TIES, DARE, breadcrumbs, DELLA).
 `combine_by_dot_products` does so for methods whose result is a combination of whole tensors (slerp, karcher,
 model stock, ...). `MagnitudeTables` caches what a search asks for again and again. `one_pass.BACKENDS` is the
-registry of kernel backends: `c_kernels`, `torch_kernels`. `table_sums.write_sums` merges all tensors of a
-`tensor_table.TensorTable` at once by the numbers of a candidate (`launch_numbers.LaunchNumbers`).
+registry of kernel backends: `c_kernels`, `triton_kernels`, `torch_kernels`. `table_sums.write_sums` merges
+all tensors of a `tensor_table.TensorTable` at once by the numbers of a candidate, `LaunchNumbers`.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evomerge.methods.fused.weighted_sum import TOP_NONE, MaskKind, Summand, TopK, WeightedSum
@@ -178,6 +179,28 @@ class LaunchNumbers:
         agreeing = self.form.division is Division.AGREEING
         divisor = None if agreeing else float(self.totals[row, DIVISOR])
         return WeightedSum(summands, self.form.elect_sign, divisor, float(self.totals[row, FACTOR]))
+
+    def on_device(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies the numbers to a device, in one copy that the device need not have done on return.
+
+        Args:
+            device: Where a launch runs.
+
+        Returns:
+            `floats`, `integers` and `totals` there, each at a multiple of 16 bytes.
+        """
+        parts = [self.floats.view(np.int32), self.integers, self.totals.view(np.int32)]
+        starts = np.cumsum([0, *(-(-part.size // 4) * 4 for part in parts)])
+        on_host = torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+        flat = on_host.numpy()
+        for part, start in zip(parts, starts, strict=False):
+            flat[start : start + part.size] = part.reshape(-1)
+        there = on_host.to(device, non_blocking=True)
+        views = [
+            there[start : start + part.size].view(part.shape)
+            for part, start in zip(parts, starts.tolist(), strict=False)
+        ]
+        return views[0].view(torch.float32), views[1], views[2].view(torch.float32)
 
     def _summand(self, row: int, i: int, ranks: Tensor | None) -> Summand:
         f, k = self.floats[row, i].tolist(), self.integers[row, i].tolist()

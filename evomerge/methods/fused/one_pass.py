@@ -1,4 +1,6 @@
-"""One pass over the tensors of a merge, by the first kernel backend that fits: C on the CPU, torch anywhere.
+"""One pass over the tensors of a merge, by the first kernel backend that fits.
+
+C on the CPU, Triton on a CUDA device, torch anywhere.
 
 A backend is a module (or object) with the members of `KernelBackend`; a new one is a file and an entry of
 `BACKENDS`. All give the same bits, so that which one runs changes the time and nothing else.
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from evomerge.methods.fused import c_kernels, exact_products, torch_kernels
+from evomerge.methods.fused import c_kernels, exact_products, torch_kernels, triton_kernels
 from evomerge.methods.fused.weighted_sum import Summand, TopK, WeightedSum
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -167,7 +169,7 @@ class KernelBackend(Protocol):
         """
 
 
-BACKENDS: tuple[KernelBackend, ...] = (c_kernels, torch_kernels)
+BACKENDS: tuple[KernelBackend, ...] = (c_kernels, triton_kernels, torch_kernels)
 """In the order in which they are tried; the last takes everything."""
 
 

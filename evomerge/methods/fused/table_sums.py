@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.methods.fused import one_pass
+from evomerge.methods.fused import one_pass, triton_kernels
 from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers
 from evomerge.methods.fused.tensor_table import TensorTable
 
@@ -28,6 +28,8 @@ def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None 
         [rows] int32 on the table's device: nonzero where a result is not finite. The device need not be done
         when this returns; reading the flags waits for it.
     """
+    if triton_kernels.fits_table(table, numbers.form):
+        return triton_kernels.write_table(table, numbers, units)
     return _row_by_row(table, numbers, units)
 
 
