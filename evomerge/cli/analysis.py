@@ -19,21 +19,33 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")
     ] = False,
+    cards: Annotated[
+        str | None,
+        typer.Option(
+            "--cards",
+            metavar="NUMBERxSIZE",
+            help="Plan memory for such cards, e.g. 4x80GB, instead of this machine's.",
+        ),
+    ] = None,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
     as_json: Json = False,
 ) -> None:
     """Check a search before it starts.
 
-    Shows its models, space, tasks with their items, and the work that it is. Writes nothing.
+    Shows its models, space, tasks with their items, the work that it is, and what lies where in memory.
+    Writes nothing.
     """
     from evomerge.cli import analysis_tables
     from evomerge.config import loading
     from evomerge.launch.dry_run import plan_search
+    from evomerge.launch.memory import named_cards
 
+    named = None if cards is None else named_cards(cards)
     settings, text = loading.load(config)
     loading.check_tasks(settings, text, config)
-    data = plan_search(settings, probe=probe, allowed=allowed(allow_python, allow_tasks))
+    permitted = allowed(allow_python, allow_tasks)
+    data = plan_search(settings, probe=probe, allowed=permitted, cards=named)
     put(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
 
 

@@ -39,6 +39,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
         *(f"note: {note}" for note in data["findings"]),
         "",
         *_work_lines(data),
+        *_memory_lines(data["memory"]),
     ]
     if "probe" in data:
         lines += _probe_lines(data["probe"])
@@ -90,6 +91,16 @@ def _work_lines(data: Mapping[str, Any]) -> list[str]:
     raced = ", fewer with a race" if work["race"] else ""
     total = f"{work['generations']} generations, {work['item_evaluations']} scored items{raced}"
     return [*lines, f"  in all {total}", *_recommended(data)]
+
+
+def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
+    """What lies where; one line on a CPU."""
+    if memory["cards"] is None:
+        return [f"memory: {line}" for line in memory["lines"]]
+    if not memory["fits"]:
+        return [f"memory of {memory['cards']}: {line}" for line in memory["lines"]]
+    first, *others = memory["lines"]
+    return [f"memory of {memory['cards']}: {first}", *(f"  {line}" for line in others)]
 
 
 def _recommended(data: Mapping[str, Any]) -> list[str]:

@@ -62,8 +62,9 @@ Gpus = Annotated[
     typer.Option(
         "--gpus",
         min=0,
-        max=1,
-        help="GPU of each Ray worker: 1 if there are any; a fraction lets several use one.",
+        max=64,
+        help="GPUs of each Ray worker: 1 if there are any; a fraction lets several use one, "
+        "2, 4, ... spread the models over so many.",
     ),
 ]
 Grace = Annotated[
@@ -103,7 +104,7 @@ class RunOptions:
         allow_tasks: Load task folders that are not evomerge's own.
         workers: Processes of this machine, or of the Ray cluster, that evaluate candidates.
         ray: 'local', 'auto' or the address of a Ray cluster.
-        gpus: GPUs of each Ray worker, 0 to 1.
+        gpus: GPUs of each Ray worker: 0 to 1, or a whole number.
         grace: Seconds that evaluations in flight have to end after a signal.
         reuse: Names or paths of earlier studies whose evaluations are read.
         models: 'NAME=PATH' of models that are elsewhere than the search file says.

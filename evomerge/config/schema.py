@@ -262,8 +262,9 @@ class ClusterConfig(Strict):
     uses no Ray."""
     workers: Whole | None = Field(default=None, ge=1)
     """Number of workers; as many as fit unless given."""
-    gpus: Number | None = Field(default=None, ge=0, le=1)  # a model over several is not built
-    """GPUs of each worker, at most one, in shares too; one, where the cluster has any, unless given."""
+    gpus: Number | None = Field(default=None, ge=0, le=64)
+    """GPUs of each worker: a share of one, or a whole number over which models are spread by layers; one,
+    where the cluster has any, unless given."""
     cpus: Number = Field(default=1.0, ge=0)
     """CPUs of each worker."""
     grace: Number = Field(default=600.0, ge=0)
@@ -272,6 +273,13 @@ class ClusterConfig(Strict):
     """Minutes between copies of the study's file; null makes none."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     """What ends a candidate or a worker."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_share(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"must be a whole number or a share of one, got {gpus:g}")
+        return gpus
 
 
 class BudgetConfig(Strict):

@@ -15,6 +15,7 @@ from evomerge.evaluation import FORWARDS_OF_A_SLOPE, ROLES, Evaluation, Items
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
 from evomerge.launch import first_scores
+from evomerge.launch.memory import Cards, cards_here, plan_data
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
 from evomerge.launch.recommendation import recommendation
@@ -32,7 +33,9 @@ from evomerge.workers.worker import Worker
 _TIMED = 3  # candidates whose median is the estimate
 
 
-def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | None = None) -> dict[str, Any]:
+def plan_search(
+    settings: Config, *, probe: bool = False, allowed: Allowed | None = None, cards: Cards | None = None
+) -> dict[str, Any]:
     """Everything about a search that can be known without starting it.
 
     Args:
@@ -41,6 +44,7 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
             techniques it can be
             trusted with, and time a candidate.
         allowed: What the tasks may do.
+        cards: Those that memory is planned for; those of this machine unless given.
 
     Returns:
         Plain data, as `evomerge plan --json` prints it.
@@ -64,6 +68,7 @@ def plan_search(settings: Config, *, probe: bool = False, allowed: Allowed | Non
         "optimizer": _optimizer(opened, stages[0]["population"]),
         "stages": stages,
         "work": _work(opened, stages, items, generation),
+        "memory": plan_data(settings, opened.parents, cards or cards_here()),
     }
     if settings.merges_weights:
         budget = sum(

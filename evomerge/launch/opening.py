@@ -253,6 +253,31 @@ def device_name() -> str:
     return named
 
 
+def device_names(settings: Config) -> tuple[str, ...]:
+    """The devices of a worker: those of `cluster.gpus` where that is more than one, else `device_name`.
+
+    Args:
+        settings: The settings of the search.
+
+    Returns:
+        torch's names, the one that scores first.
+
+    Raises:
+        SetupError: There are fewer GPUs here.
+    """
+    first, gpus = device_name(), int(settings.cluster.gpus or 1)
+    if gpus <= 1 or not first.startswith("cuda"):
+        return (first,)
+    start = torch.device(first).index or 0
+    there = torch.cuda.device_count()
+    if start + gpus > there:
+        raise SetupError(
+            f"cluster.gpus is {gpus}, and torch finds {there} GPUs here; ask for fewer, or join a cluster "
+            "with --ray"
+        )
+    return tuple(f"cuda:{start + i}" for i in range(gpus))
+
+
 def _opened(
     settings: Config,
     parents: Mapping[str, Parent],

@@ -12,7 +12,7 @@ from pathlib import Path
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError, unwritable
 from evomerge.evaluation import ROLES, Evaluator, Items, Objective, Role
-from evomerge.launch import first_scores, placement, route_screen, stages
+from evomerge.launch import first_scores, memory, placement, route_screen, stages
 from evomerge.launch import pool as pool_module
 from evomerge.launch.facts import check_agreement, collect_facts
 from evomerge.launch.objective import per_generation, race_settings
@@ -178,6 +178,9 @@ def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) ->
     harness = opened.harness
     for warning in opened.warnings:
         log.warning(warning)
+    planned = memory.check_memory(settings, opened.parents, memory.cards_here())
+    if planned:
+        execution.show(Progress("opening models and tasks", 0, 1, None, planned))
     evaluator = execution.wrap(harness) if execution.wrap else harness
     scorer = opened.load(evaluator)
     for warning in harness.warnings(scorer.model):

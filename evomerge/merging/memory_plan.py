@@ -44,10 +44,6 @@ class ModelSize:
         """Bytes of each piece: the layers, then the tensors outside."""
         return (*self.layers, self.outer)
 
-    def times(self, count: int) -> ModelSize:
-        """The size of several such models."""
-        return ModelSize(self.outer * count, tuple(size * count for size in self.layers))
-
 
 def parent_size(parent: Parent, item_bytes: int | None = None) -> ModelSize:
     """The size of a parent, by layer; only its headers are used.
