@@ -83,7 +83,14 @@ def cards_here() -> Cards | None:
 
 
 def workers_of_a_card(settings: Config) -> int:
-    """How many workers share a card, by `cluster.gpus`; 1 unless that is a share of one."""
+    """How many workers share a card.
+
+    Args:
+        settings: The settings of the search.
+
+    Returns:
+        As many as `cluster.gpus` lets; 1 unless that is a share of a card.
+    """
     gpus = settings.cluster.gpus
     return int(1 / gpus + 1e-9) if gpus and gpus < 1 else 1
 

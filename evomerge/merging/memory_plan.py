@@ -351,7 +351,14 @@ def _piece(size: ModelSize, layer: int | None) -> int:
 
 
 def gigabytes(size: float) -> str:
-    """A size to be read, such as '15.2 GB'; 1 GB is 10⁹ bytes."""
+    """A size to be read.
+
+    Args:
+        size: Bytes.
+
+    Returns:
+        Such as '15.2 GB', of 10⁹ bytes each.
+    """
     return f"{size / 1e9:.1f} GB"
 
 
