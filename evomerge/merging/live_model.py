@@ -16,6 +16,7 @@ from torch import nn
 from evomerge.checkpoints import Parent
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into, write_steps
+from evomerge.merging.merge_plan import MergePlans
 from evomerge.merging.merged_config import layer_changes
 from evomerge.merging.model_loading import load_parent
 from evomerge.merging.routing import checks, decoder_layers, plain_checkpoint, routed_model
@@ -107,6 +108,7 @@ class ModelBuilder:
         self._dtype = dtype
         self._device = device
         self._tables = tables
+        self._plans = MergePlans(parents)
         self._skeletons = [_Skeleton(skeleton, WeightMap(skeleton, parents[base].tensors))]
         self._models: dict[str, nn.Module] = {}
         self._routed: dict[tuple[int, frozenset[str]], RoutedModel] = {}
@@ -251,7 +253,7 @@ class ModelBuilder:
         mix; first: number of the first skeleton that may be used; merge_outer: whether what is outside the
         stack is merged too.
         """
-        plan = Merge(replace(recipe, scales=()), self._parents, self._tables, self._device)
+        plan = Merge(replace(recipe, scales=()), self._parents, self._tables, self._device, self._plans)
         layout = self._parents[recipe.base].layout
         steps: dict[int | None, list[Step]] = {}
         for step in plan.steps:
@@ -312,7 +314,7 @@ class ModelBuilder:
         Raises:
             CandidateError: A method of the recipe has no known derivatives.
         """
-        merge = Merge(recipe, self._parents, self._tables, self._device)
+        merge = Merge(recipe, self._parents, self._tables, self._device, self._plans)
         return CoefficientSlopes(merge, self._skeletons[0].weights)
 
     def _has_base_shape(self, recipe: Recipe) -> bool:
@@ -331,7 +333,7 @@ class ModelBuilder:
         skeleton = self._skeleton(number)
         if skeleton.recipe_id != recipe.id:
             skeleton.recipe_id = None
-            merge_into(recipe, self._parents, skeleton.weights, self._tables, self._device)
+            merge_into(recipe, self._parents, skeleton.weights, self._tables, self._device, self._plans)
             skeleton.recipe_id = recipe.id
         return skeleton
 

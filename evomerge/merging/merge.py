@@ -18,17 +18,17 @@ from torch import Tensor
 
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.values import check_tensor
-from evomerge.errors import CandidateError, RecipeError, suggest
+from evomerge.errors import CandidateError, RecipeError
+from evomerge.merging.merge_plan import MergePlan, MergePlans, RecipeValues, make_plan, shape_and_numbers
 from evomerge.merging.merged_config import layer_changes, merged_config
 from evomerge.merging.merged_parent import MergedParent, check_intermediate
-from evomerge.merging.row_weights import check_rows_of_steps, row_weights
-from evomerge.merging.tensor_plan import DTYPES, Step, check, plan, resized_tensors
-from evomerge.merging.vocabulary.alignment import Vocabulary
+from evomerge.merging.row_weights import row_weights
+from evomerge.merging.tensor_plan import DTYPES, Step, check
 from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import Method, Values, method, row_sums, task_vector_slopes
 from evomerge.methods.fused import MagnitudeTables, MergeInputs, combine_by_dot_products, merge_tensor
-from evomerge.recipes import STORED, Filtered, Mix, PerRow, Recipe, Setting
+from evomerge.recipes import STORED, Mix, Recipe
 
 
 class Merge:
@@ -42,6 +42,8 @@ class Merge:
         parents: Name -> parent, intermediate merges of the recipe included.
         vocabulary: The output's vocabulary, None if the recipe keeps the base's rows.
         steps: The output tensors in order: embeddings, layers, head, other towers.
+        plan: What the merge has in common with all of its shape.
+        values: The values of the methods' parameters for each tensor.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Merge:
         parents: Mapping[str, Parent],
         tables: MagnitudeTables | None = None,
         device: str = "cpu",
+        plans: MergePlans | None = None,
     ) -> None:
         """Checks and plans; reads headers, configs and tokenizer files, no weights.
 
@@ -59,33 +62,41 @@ class Merge:
             tables: Tables that a search shares between merges; they make merges faster and never different.
                 None: empty ones.
             device: torch's name of the device that merges.
+            plans: Plans of these parents that a search shares between merges; they make planning faster and
+                never different. None: planned anew.
 
         Raises:
             RecipeError: No method accepts the recipe, or it reads a model that is not there.
             CheckpointError: The parents' tensors do not fit together.
         """
+        self.recipe = recipe
+        self._magnitude_tables = tables or MagnitudeTables()
+        self._device = device
+        self.parents: dict[str, Parent] = dict(parents)
+        planned = None if plans is None or recipe.scales else plans.find(recipe)
+        if planned is None:
+            planned = self._planned(plans)
+        self.plan, self.values = planned
+        self.vocabulary = self.plan.vocabulary
+        self.steps: tuple[Step, ...] = self.plan.steps_of(recipe)
+        self._numbers = {step.name: number for number, step in enumerate(self.steps)}
+
+    def _planned(self, plans: MergePlans | None) -> tuple[MergePlan, RecipeValues]:
+        """Checks the recipe and plans it anew."""
+        recipe = self.recipe
         check(recipe)
         if recipe.scales:
             raise RecipeError(
                 "a recipe with scales is written by the export of routes, which folds them into the weights; "
                 "a merge has none"
             )
-        self.recipe = recipe
-        self._magnitude_tables = tables or MagnitudeTables()
-        self._device = device
-        self.parents: dict[str, Parent] = dict(parents)
         for name, stage in recipe.stages:
             check_intermediate(name, stage)
             self.parents[name] = MergedParent(Merge(replace(stage, stages=()), self.parents))
-        for name in recipe.reads:
-            if name not in self.parents:
-                raise RecipeError(
-                    f"the recipe reads model '{name}', which is not there. {suggest(name, self.parents)}"
-                )
-        self.vocabulary = _vocabulary(recipe, self.parents)
-        self._resized = resized_tensors(self.parents[recipe.base], self.vocabulary)
-        self.steps: tuple[Step, ...] = plan(recipe, self.parents, self.vocabulary)
-        check_rows_of_steps(self.steps)
+        plan = make_plan(recipe, self.parents)
+        if plans is not None:
+            plans.keep(recipe, plan)
+        return plan, RecipeValues(plan, shape_and_numbers(recipe)[1])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -115,7 +126,7 @@ class Merge:
         if not inputs.sources[0].is_floating_point():
             return inputs.sources[0] if inputs.base is None else inputs.base
         rule = method(mix.method)
-        values = _values(rule, mix, step.name, step.inputs)
+        values = self._values(step)
         merged, is_finite = self._merged(step, rule, inputs, values, out)
         if not is_finite:
             for (model, _), name, tensor in zip(mix.sources, step.inputs, inputs.sources, strict=True):
@@ -139,7 +150,7 @@ class Merge:
         """
         assert step.mix is not None
         rule = method(step.mix.method)
-        values = _values(rule, step.mix, step.name, step.inputs)
+        values = self._values(step)
         return row_weights(step) is None and task_vector_slopes.is_plain(rule, values)
 
     def slopes_of_products(self, step: Step, products: Sequence[float]) -> dict[tuple[str, str], float]:
@@ -153,7 +164,7 @@ class Merge:
             As `slopes`.
         """
         assert step.mix is not None
-        values = _values(method(step.mix.method), step.mix, step.name, step.inputs)
+        values = self._values(step)
         slopes = task_vector_slopes.slopes_of_products(values, products)
         return task_vector_slopes.by_source(step.mix.sources, slopes)
 
@@ -175,7 +186,7 @@ class Merge:
         if row_weights(step) is not None:
             return {}
         rule = method(step.mix.method)
-        values = _values(rule, step.mix, step.name, step.inputs)
+        values = self._values(step)
         sources, base = self._tensors(step, step.mix)
         if rows is not None:
             sources, base = [source[rows] for source in sources], None if base is None else base[rows]
@@ -197,7 +208,7 @@ class Merge:
         if weights is None or step.mix is None:
             return {}
         inputs = self._inputs(step, step.mix)
-        values = _values(method(step.mix.method), step.mix, step.name, step.inputs)
+        values = self._values(step)
         found = row_sums.row_slopes(inputs.sources, inputs.base, values, weights, gradient)
         return {model: slopes for (model, _), slopes in zip(step.mix.sources, found, strict=True)}
 
@@ -215,7 +226,7 @@ class Merge:
             return False
         vectors = len(step.inputs) + (not rule.base_is_origin)
         alike = [[1.0] * vectors] * vectors
-        return rule.coefficients(alike, _values(rule, step.mix, step.name, step.inputs)) is not None
+        return rule.coefficients(alike, self._values(step)) is not None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Merges all tensors: (output tensor name, tensor of out_dtype), in the order of `steps`."""
@@ -231,9 +242,12 @@ class Merge:
         """The sources and the base of a step, with their rows aligned where the vocabulary changes."""
         tensors = [self._read(model, name) for (model, _), name in zip(mix.sources, step.inputs, strict=True)]
         base = self._read(mix.base[0], step.base) if mix.base and step.base else None
-        if step.name in self._resized and tensors[0].is_floating_point():
+        if step.name in self.plan.resized and tensors[0].is_floating_point():
             tensors, base = self._aligned(mix, tensors, base)
         return tensors, base
+
+    def _values(self, step: Step) -> Values:
+        return self.values.of(self._numbers[step.name])
 
     def _mask_keys(self, step: Step, mix: Mix) -> list[int]:
         return [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
@@ -307,7 +321,7 @@ class Merge:
         None where an intermediate merge makes the tensor, or the vocabulary's rows are aligned: those are the
         recipe's own.
         """
-        if step.mix is None or step.name in self._resized:
+        if step.mix is None or step.name in self.plan.resized:
             return [], None
         passing = {name for name, _ in self.recipe.stages}
         sources = zip(step.mix.sources, step.inputs, strict=True)
@@ -340,6 +354,7 @@ def merge_into(
     weights: WeightMap,
     tables: MagnitudeTables | None = None,
     device: str = "cpu",
+    plans: MergePlans | None = None,
 ) -> None:
     """Merges into a live model of the base's architecture, in place where a tensor is a whole parameter.
 
@@ -349,6 +364,7 @@ def merge_into(
         weights: The live model, which holds the base's other towers already.
         tables: Tables that a search shares between merges, None for empty ones.
         device: torch's name of the device that merges.
+        plans: Plans that a search shares between merges, None for none.
 
     Raises:
         CandidateError: The merged model would have another shape than the live one, or a value is not finite.
@@ -359,7 +375,7 @@ def merge_into(
             f"the recipe has {len(recipe.layers)} layers, the live model {depth}; a search keeps the "
             "base's depth"
         )
-    merge = Merge(recipe, parents, tables, device)
+    merge = Merge(recipe, parents, tables, device, plans)
     if layer_changes(recipe, merge.parents) is not None:
         raise CandidateError(
             "the configs of the recipe's models say other things of its layers than the base's, which a "
@@ -407,39 +423,3 @@ def mask_key(seed: int, tensor: str, model: str) -> int:
     """
     digest = hashlib.blake2b(f"{seed}\x1f{tensor}\x1f{model}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _vocabulary(recipe: Recipe, parents: Mapping[str, Parent]) -> Vocabulary | None:
-    if recipe.tokenizer is None:
-        return None
-    return Vocabulary(recipe.tokenizer, recipe.base, {name: parents[name] for name in recipe.reads})
-
-
-def _values(rule: Method, mix: Mix, output: str, inputs: Sequence[str]) -> Values:
-    """The values of all parameters for one tensor.
-
-    Filters see the output name for a parameter of the merge, the model's own name for one of each model.
-    """
-    given = dict(mix.params)
-    values: dict[str, float | tuple[float, ...]] = {}
-    for param in rule.params:
-        value = given.get(param.name, param.default)
-        if param.per == "merge":
-            assert not isinstance(value, tuple)
-            values[param.name] = _number(value, output, param.default)
-        else:
-            settings = value if isinstance(value, tuple) else (value,) * len(inputs)
-            values[param.name] = tuple(
-                _number(setting, name, param.default) for setting, name in zip(settings, inputs, strict=True)
-            )
-    return values
-
-
-def _number(setting: Setting, tensor: str, default: float) -> float:
-    """The value of a setting for one tensor; of one by row the first."""
-    if isinstance(setting, PerRow):
-        return setting.at(tensor)[0]
-    if not isinstance(setting, Filtered):
-        return setting
-    value = setting.at(tensor)
-    return default if value is None else value

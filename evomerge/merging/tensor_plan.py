@@ -38,6 +38,7 @@ class Step:
         mix: How it is merged; None for a tensor that is taken over from the base as it is.
         inputs: Its name in each source of the mix.
         base: Its name in the mix's base, None if the mix has none.
+        place: Number of the mix in `Recipe.mixes`, None without a mix.
     """
 
     name: str
@@ -45,6 +46,18 @@ class Step:
     mix: Mix | None = None
     inputs: tuple[str, ...] = ()
     base: str | None = None
+    place: int | None = None
+
+    def with_mix(self, mix: Mix) -> Step:
+        """The plan of the same tensor by a mix of the same models.
+
+        Args:
+            mix: The mix, which differs in its numbers alone.
+
+        Returns:
+            The plan.
+        """
+        return Step(self.name, self.info, mix, self.inputs, self.base, self.place)
 
 
 def check(recipe: Recipe) -> None:
@@ -94,12 +107,14 @@ def plan(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary |
         CheckpointError: A model lacks a tensor, or the shapes of a tensor's inputs differ.
     """
     shell = parents[recipe.base].layout
-    planner = _Planner(recipe, parents, vocabulary, resized_tensors(parents[recipe.base], vocabulary))
-    steps = [planner.step(recipe.embeddings, name, None) for name in shell.outer_names("embeddings")]
+    resized = resized_tensors(parents[recipe.base], vocabulary)
+    planner = _Planner(recipe, recipe.mixes, parents, vocabulary, resized)
+    steps = [planner.step(0, name, None) for name in shell.outer_names("embeddings")]
     for position, mix in enumerate(recipe.layers):
         for suffix in planner.suffixes(mix):
-            steps.append(planner.step(mix, shell.layer_name(position, suffix), suffix))
-    steps += [planner.step(recipe.head, name, None) for name in shell.outer_names("head")]
+            steps.append(planner.step(position + 1, shell.layer_name(position, suffix), suffix))
+    last = len(recipe.layers) + 1
+    steps += [planner.step(last, name, None) for name in shell.outer_names("head")]
     steps += [planner.taken_over(name) for name in shell.outer_names("tower")]
     return tuple(steps)
 
@@ -136,9 +151,13 @@ def layer_index(layer: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    """Plans single steps. resized: names of the output tensors whose rows the vocabulary numbers anew."""
+    """Plans single steps.
+
+    mixes: of the recipe; resized: names of the output tensors whose rows the vocabulary numbers anew.
+    """
 
     recipe: Recipe
+    mixes: tuple[Mix, ...]
     parents: Mapping[str, Parent]
     vocabulary: Vocabulary | None
     resized: frozenset[str]
@@ -150,8 +169,12 @@ class _Planner:
             suffixes.update(self.parents[model].layout.layer_suffixes(layer_index(layer)))
         return sorted(suffixes)
 
-    def step(self, mix: Mix, output: str, suffix: str | None) -> Step:
-        """The plan of one merged tensor. suffix: its name inside a layer, None outside the stack."""
+    def step(self, place: int, output: str, suffix: str | None) -> Step:
+        """The plan of one merged tensor.
+
+        place: number of its mix; suffix: its name inside a layer, None outside the stack.
+        """
+        mix = self.mixes[place]
         models = [*mix.sources, *([mix.base] if mix.base else [])]
         names = [self._name(model, layer, output, suffix) for model, layer in models]
         infos = [self.parents[model].tensors[name] for (model, _), name in zip(models, names, strict=True)]
@@ -166,7 +189,8 @@ class _Planner:
             shape = (self.vocabulary.size, *last.shape[1:])
         sources = len(mix.sources)
         info = replace(self._header(last), shape=shape)
-        return Step(output, info, mix, tuple(names[:sources]), names[sources] if mix.base else None)
+        base = names[sources] if mix.base else None
+        return Step(output, info, mix, tuple(names[:sources]), base, place)
 
     def taken_over(self, name: str) -> Step:
         """The plan of a tensor that is the base's own."""
