@@ -5,11 +5,17 @@ Of entries of equal magnitude the first come first; mergekit takes what its unst
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.methods.declaration import Param, SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.declaration import MaskNumbers, Param, SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.fused.difference_rows import Array, DifferenceRows
+from evomerge.methods.fused.launch_numbers import HIGH, HIGH_LAST, LAST, LOW, MOST, LaunchNumbers
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
+from evomerge.methods.fused.sum_numbers import MaskKeys, write_bound
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
 from evomerge.methods.task_vectors import task_vector_method
 
@@ -59,8 +65,31 @@ def summand(pair: TensorPair, values: SourceValues, mask_key: int, tables: Magni
     )
 
 
+def mask_numbers(
+    numbers: LaunchNumbers,
+    rows: DifferenceRows,
+    values: Mapping[str, Array],
+    keys: MaskKeys | None,
+    is_masked: Array,
+) -> Array:
+    """See `MaskNumbersFunction.__call__`: the counts are those of `band`."""
+    n = rows.sizes
+    target, top = ((values[name] * n).astype(np.int64) for name in ("density", "gamma"))
+    inner = n - np.maximum(0, n - target - top)
+    outer = inner - target
+    thresholds, lasts, norms = rows.tops(inner, is_masked)
+    write_bound(numbers, (LOW, LAST), thresholds, lasts)
+    is_bounded = outer > 0
+    thresholds, lasts, _ = rows.tops(outer, is_masked & is_bounded)
+    thresholds = np.where(is_bounded, thresholds, np.float32(np.nan))
+    write_bound(numbers, (HIGH, HIGH_LAST), thresholds, np.where(is_bounded, lasts, MOST))
+    return np.where(is_bounded, np.nan, norms)
+
+
 _GAMMA = Param("gamma", 0.0, 0.1, 0.01, hard_low=0.0, hard_high=1.0)
-MIDDLE = Sparsifier(mask, summand, uses_top_table=True)
+MIDDLE = Sparsifier(
+    mask, summand, uses_top_table=True, masks=MaskNumbers(MaskKind.BAND, mask_numbers, is_bounded=True)
+)
 BREADCRUMBS = task_vector_method(
     "breadcrumbs",
     TaskVectorSum(MIDDLE),

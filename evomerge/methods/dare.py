@@ -8,11 +8,17 @@ distribution only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 from torch import Tensor
 
 from evomerge.methods import random_masks
-from evomerge.methods.declaration import SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.declaration import MaskNumbers, SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.fused.difference_rows import Array, DifferenceRows
+from evomerge.methods.fused.launch_numbers import BOUND, KEY, LEAST, MOST, ODD, LaunchNumbers
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
+from evomerge.methods.fused.sum_numbers import MaskKeys
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
 from evomerge.methods.task_vectors import task_vector_method
 
@@ -41,7 +47,28 @@ def summand(pair: TensorPair, values: SourceValues, mask_key: int, tables: Magni
     )
 
 
-RANDOM = Sparsifier(mask, summand, randomized=True)
+def mask_numbers(
+    numbers: LaunchNumbers,
+    rows: DifferenceRows,
+    values: Mapping[str, Array],
+    keys: MaskKeys | None,
+    is_masked: Array,
+) -> Array:
+    """See `MaskNumbersFunction.__call__`."""
+    assert keys is not None
+    everything = 1 << 31
+    bounds = np.minimum(everything, np.ceil(values["density"] * 2.0**32) - 2.0**31).astype(np.int64)
+    numbers.integers[..., [KEY, ODD]] = keys.words
+    numbers.integers[..., BOUND] = np.where(bounds == everything, MOST, bounds - 1)
+    keeps_none = bounds <= LEAST  # no hash is below the least
+    numbers.integers[keeps_none, ODD], numbers.integers[keeps_none, BOUND] = 0, -1
+    norms = rows.hash_norms(keys.seed, keys.words, bounds, is_masked & (bounds < everything))
+    if (bounds == everything).any():
+        norms = np.where(bounds == everything, rows.wholes, norms)
+    return norms
+
+
+RANDOM = Sparsifier(mask, summand, randomized=True, masks=MaskNumbers(MaskKind.RANDOM, mask_numbers))
 DARE_LINEAR = task_vector_method(
     "dare_linear",
     TaskVectorSum(RANDOM),

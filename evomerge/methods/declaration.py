@@ -15,8 +15,11 @@ from torch import Tensor
 from evomerge.errors import RecipeError
 
 if TYPE_CHECKING:
+    from evomerge.methods.fused.difference_rows import Array, DifferenceRows
+    from evomerge.methods.fused.launch_numbers import LaunchNumbers
     from evomerge.methods.fused.magnitude_tables import MagnitudeTables
-    from evomerge.methods.fused.weighted_sum import Summand, TensorPair
+    from evomerge.methods.fused.sum_numbers import MaskKeys
+    from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
 
 Values = Mapping[str, float | tuple[float, ...]]
 """Parameter values of one tensor: a float per merge parameter, else a tuple with one float per source."""
@@ -118,6 +121,48 @@ class SummandFunction(Protocol):
         ...
 
 
+class MaskNumbersFunction(Protocol):
+    """The same masks of all rows of a table at once, as arrays."""
+
+    def __call__(
+        self,
+        numbers: LaunchNumbers,
+        rows: DifferenceRows,
+        values: Mapping[str, Array],
+        keys: MaskKeys | None,
+        is_masked: Array,
+    ) -> Array:
+        """Writes the numbers of the masks.
+
+        Args:
+            numbers: Written, by the conventions of `launch_numbers`; what is written where nothing is masked
+                is ignored, as are weights and scales.
+            rows: The task vectors.
+            values: Parameter -> [rows, sources] float64 of a parameter of each model.
+            keys: Of random masks; None for a sparsifier that is not randomized.
+            is_masked: [rows, sources] bool: the density is in (0, 1) and the tensor is not empty.
+
+        Returns:
+            [rows, sources] float64: the norm of what is kept, in units, where a table has it, else NaN.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MaskNumbers:
+    """How a sparsifier's masks are written for all rows of a table at once.
+
+    Attributes:
+        kind: The kind of mask.
+        write: Writes their numbers.
+        is_bounded: Whether bands may have an upper bound.
+    """
+
+    kind: MaskKind
+    write: MaskNumbersFunction
+    is_bounded: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Sparsifier:
     """A rule that drops entries of task vectors: TIES, DARE, breadcrumbs and DELLA have one each.
@@ -133,6 +178,7 @@ class Sparsifier:
         uses_top_table: Whether `MagnitudeTables.prepare` is worth calling: it asks for elements of largest
             magnitude.
         bytes_per_element: Memory that `summand` holds for each element of a source, e.g. for ranks.
+        masks: What `summand` says, for all tensors of a model at once; None: merged tensor by tensor.
     """
 
     mask: MaskFunction
@@ -140,6 +186,7 @@ class Sparsifier:
     randomized: bool = False
     uses_top_table: bool = False
     bytes_per_element: int = 0
+    masks: MaskNumbers | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,18 @@ a search can be merged. Masks are keyed (see `random_masks`); for mergekit's the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from evomerge.methods import random_masks
-from evomerge.methods.declaration import Param, SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.declaration import MaskNumbers, Param, SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.fused.difference_rows import Array, DifferenceRows
+from evomerge.methods.fused.launch_numbers import KEY, ODD, P_LOW, P_STEP, LaunchNumbers
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
+from evomerge.methods.fused.sum_numbers import MaskKeys, unknown_norms
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
 from evomerge.methods.task_vectors import task_vector_method
 
@@ -60,8 +66,32 @@ def summand(pair: TensorPair, values: SourceValues, mask_key: int, tables: Magni
     )
 
 
+def mask_numbers(
+    numbers: LaunchNumbers,
+    rows: DifferenceRows,
+    values: Mapping[str, Array],
+    keys: MaskKeys | None,
+    is_masked: Array,
+) -> Array:
+    """See `MaskNumbersFunction.__call__`: the probabilities are those of `window`."""
+    assert keys is not None
+    density = values["density"]
+    epsilon = np.minimum(np.minimum(values["epsilon"], density), 1 - density)
+    epsilon = np.where(rows.widths > 1, epsilon, 0.0)
+    numbers.integers[..., [KEY, ODD]] = keys.words
+    numbers.floats[..., P_LOW] = density - epsilon
+    numbers.floats[..., P_STEP] = 2 * epsilon / np.maximum(1, rows.widths - 1)
+    return unknown_norms(rows)
+
+
 _EPSILON = Param("epsilon", 0.0, 0.2, 0.15, hard_low=0.0, hard_high=0.5)
-BY_RANK = Sparsifier(mask, summand, randomized=True, bytes_per_element=2)  # the rank of every element
+BY_RANK = Sparsifier(
+    mask,
+    summand,
+    randomized=True,
+    bytes_per_element=2,  # the rank of every element
+    masks=MaskNumbers(MaskKind.RANKED, mask_numbers),
+)
 DELLA = task_vector_method(
     "della",
     TaskVectorSum(BY_RANK, elect_sign=True),

@@ -5,11 +5,17 @@ Of entries of equal magnitude the first come first; mergekit takes what its unst
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.methods.declaration import SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.declaration import MaskNumbers, SourceValues, Sparsifier, TaskVectorSum
+from evomerge.methods.fused.difference_rows import Array, DifferenceRows
+from evomerge.methods.fused.launch_numbers import LAST, LOW, LaunchNumbers
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables, top_count
+from evomerge.methods.fused.sum_numbers import MaskKeys, write_bound
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TensorPair
 from evomerge.methods.task_vectors import task_vector_method
 
@@ -39,7 +45,21 @@ def summand(pair: TensorPair, values: SourceValues, mask_key: int, tables: Magni
     return Summand(MaskKind.BAND, values["weight"], inner=top)
 
 
-LARGEST = Sparsifier(mask, summand, uses_top_table=True)
+def mask_numbers(
+    numbers: LaunchNumbers,
+    rows: DifferenceRows,
+    values: Mapping[str, Array],
+    keys: MaskKeys | None,
+    is_masked: Array,
+) -> Array:
+    """See `MaskNumbersFunction.__call__`."""
+    counts = np.maximum(1, (values["density"] * rows.sizes).astype(np.int64))
+    thresholds, lasts, norms = rows.tops(counts, is_masked)
+    write_bound(numbers, (LOW, LAST), thresholds, lasts)
+    return norms
+
+
+LARGEST = Sparsifier(mask, summand, uses_top_table=True, masks=MaskNumbers(MaskKind.BAND, mask_numbers))
 TIES = task_vector_method(
     "ties",
     TaskVectorSum(LARGEST, elect_sign=True),

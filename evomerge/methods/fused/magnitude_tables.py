@@ -170,6 +170,55 @@ class MagnitudeTables:
             self._ranks[pair.id] = ranks
         return ranks
 
+    def top_table(self, pair: TensorPair) -> tuple[Array, Array, Array, Array] | None:
+        """What `top` and `scale` know of a pair for every density of the grid.
+
+        Args:
+            pair: Two tensors.
+
+        Returns:
+            [GRID - 1] each, of the densities 1 / GRID, 2 / GRID, ...: int64 count, float32 threshold, int64
+            index of the last element at it, float64 norm in units; None where a pair has no table.
+        """
+        if not self._has_table(pair):
+            return None
+        table = self._top_table(pair)
+        counts = [top_count(j / GRID, pair.n) for j in range(1, GRID)]
+        tops = [table[count] for count in counts]
+        return (
+            np.array(counts, np.int64),
+            np.array([top.threshold for top, _ in tops], np.float32),
+            np.array([top.last for top, _ in tops], np.int64),
+            np.array([norm for _, norm in tops]),
+        )
+
+    def hash_table(self, pair: TensorPair, key: tuple[int, int]) -> Array | None:
+        """Norms of what random masks keep of a pair, for every density of the grid.
+
+        Args:
+            pair: Two tensors.
+            key: Of the mask, see `random_masks.split`.
+
+        Returns:
+            [GRID] float64 norms in units below each of `random_masks.grid_bounds`; None where a pair has no
+            table.
+        """
+        if not self._has_table(pair):
+            return None
+        unit = self.unit(pair)
+        return self._cached(pair, ("hashes", key), lambda: _hash_table(pair, key, unit))[0]
+
+    def whole_norm(self, pair: TensorPair) -> float:
+        """The sum of floor(unit * |x - base|) over all elements.
+
+        Args:
+            pair: Two tensors.
+
+        Returns:
+            The norm in units.
+        """
+        return self._whole_norm(pair, self.unit(pair))
+
     def _has_table(self, pair: TensorPair) -> bool:
         return self.build and pair.id is not None and pair.n > _SMALL
 
