@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,26 @@ def done(paths: list[Path]) -> list[Path]:
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """The collector would walk the many nodes of the kept trees again and again, and find nothing."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    """The syntax tree of a file, which the tests only read."""
+    return ast.parse(file.read_text())
+
+
+@cache
+def nodes_of(file: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file."""
+    return tuple(ast.walk(tree_of(file)))
+
+
 # ---- imports -----------------------------------------------------------------------------------------------
 
 
@@ -94,7 +116,7 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
-def imported(nodes: Iterator[ast.AST] | list[ast.stmt], file: Path) -> Iterator[tuple[int, str]]:
+def imported(nodes: Iterable[ast.AST], file: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted module) of each import among the nodes; `from package import module` gives the module."""
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -108,9 +130,10 @@ def imported(nodes: Iterator[ast.AST] | list[ast.stmt], file: Path) -> Iterator[
                 yield node.lineno, full if full in MODULES else node.module
 
 
-def imports(file: Path) -> list[tuple[int, str]]:
+@cache
+def imports(file: Path) -> tuple[tuple[int, str], ...]:
     """(line, dotted module) of every import of a file, those inside functions included."""
-    return list(imported(ast.walk(ast.parse(file.read_text())), file))
+    return tuple(imported(nodes_of(file), file))
 
 
 def test_the_top_level_is_the_table_of_contents() -> None:
@@ -139,7 +162,7 @@ def test_from_the_top_level_only_the_version_is_imported() -> None:
         f"{shown(file)}:{node.lineno}"
         for file in FILES
         if package_of(file) not in TOP_LEVEL
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in nodes_of(file)
         if isinstance(node, ast.ImportFrom) and node.module == "evomerge"
         for alias in node.names
         if alias.name != "__version__" and f"evomerge.{alias.name}" not in MODULES
@@ -150,7 +173,7 @@ def test_from_the_top_level_only_the_version_is_imported() -> None:
 def module_level_imports(file: Path) -> set[str]:
     """Modules of ours that are loaded as a file is: their packages' faces too, its own package's excepted."""
     loaded = set()
-    for _, name in imported(ast.parse(file.read_text()).body, file):
+    for _, name in imported(tree_of(file).body, file):
         parts = name.split(".")
         loaded |= {".".join(parts[:n]) for n in range(2, len(parts) + 1)}
     module = module_name(file)
@@ -215,9 +238,9 @@ for package in {LIGHT}:
 # ---- length, width, docstrings -----------------------------------------------------------------------------
 
 
-def functions(tree: ast.AST) -> list[Function]:
+def functions(file: Path) -> list[Function]:
     """Every function of a file, methods and inner functions included."""
-    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+    return [node for node in nodes_of(file) if isinstance(node, Function)]
 
 
 def length(function: Function) -> int:
@@ -230,43 +253,62 @@ def length(function: Function) -> int:
     return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
 
-@pytest.mark.parametrize("file", done(TEXTS), ids=shown)
-def test_a_line_is_at_most_110_columns(file: Path) -> None:
-    lines = [PRAGMA.sub("", line) for line in file.read_text().splitlines()]
-    assert not [f"{shown(file)}:{number}" for number, line in enumerate(lines, 1) if len(line) > WIDTH]
+def test_a_line_is_at_most_110_columns() -> None:
+    wrong = [
+        f"{shown(file)}:{number}: {len(line)} columns"
+        for file in done(TEXTS)
+        for number, raw in enumerate(file.read_text().splitlines(), 1)
+        if len(raw) > WIDTH and len(line := PRAGMA.sub("", raw)) > WIDTH
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", done(PROGRAMS), ids=shown)
-def test_a_function_is_at_most_60_lines(file: Path) -> None:
-    long = [f for f in functions(ast.parse(file.read_text())) if length(f) > FUNCTION_LINES]
-    assert not [f"{shown(file)}:{f.lineno} {f.name}: {length(f)} lines" for f in long]
+def test_a_function_is_at_most_60_lines() -> None:
+    wrong = [
+        f"{shown(file)}:{f.lineno} {f.name}: {length(f)} lines"
+        for file in done(PROGRAMS)
+        for f in functions(file)
+        if length(f) > FUNCTION_LINES
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", FILES, ids=shown)
-def test_a_file_is_described_is_short_and_prints_nothing(file: Path) -> None:
-    text = file.read_text()
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree), f"{shown(file)} has no docstring"
-    count = len(text.splitlines())
-    assert count <= FILE_LINES or package_of(file) in PENDING, f"{shown(file)} has {count} lines"
-    if package_of(file) != "cli":
-        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-        assert not [f"{shown(file)}:{c.lineno}" for c in calls if ast.unparse(c.func) == "print"]
+def test_a_file_is_described_and_is_short() -> None:
+    wrong = [f"{shown(file)} has no docstring" for file in FILES if not ast.get_docstring(tree_of(file))]
+    counts = {file: len(file.read_text().splitlines()) for file in done(FILES)}
+    wrong += [f"{shown(file)} has {count} lines" for file, count in counts.items() if count > FILE_LINES]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", FILES, ids=shown)
-def test_everything_public_has_a_docstring(file: Path) -> None:
-    bare = [node for _, node in public(ast.parse(file.read_text())) if not ast.get_docstring(node)]
-    assert not [f"{shown(file)}:{node.lineno} {node.name}" for node in bare]
+def test_only_the_command_line_prints() -> None:
+    wrong = [
+        f"{shown(file)}:{node.lineno}"
+        for file in FILES
+        if package_of(file) != "cli"
+        for node in nodes_of(file)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", done(FILES), ids=shown)
-def test_a_docstring_names_the_arguments_and_what_is_returned(file: Path) -> None:
-    wrong = []
-    verbs = verbs_of_the_command_line() if package_of(file) == "cli" else set()
-    for owner, node in public(ast.parse(file.read_text())):
-        if isinstance(node, Function) and node.name not in verbs:
-            wrong += [f"{shown(file)}:{node.lineno} {node.name}: {fault}" for fault in faults(node, owner)]
+def test_everything_public_has_a_docstring() -> None:
+    wrong = [
+        f"{shown(file)}:{node.lineno} {node.name}"
+        for file in FILES
+        for _, node in public(tree_of(file))
+        if not ast.get_docstring(node)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_docstring_names_the_arguments_and_what_is_returned() -> None:
+    verbs, wrong = verbs_of_the_command_line(), []
+    for file in done(FILES):
+        for owner, node in public(tree_of(file)):
+            if isinstance(node, Function) and not (package_of(file) == "cli" and node.name in verbs):
+                wrong += [
+                    f"{shown(file)}:{node.lineno} {node.name}: {fault}" for fault in faults(node, owner)
+                ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -334,7 +376,7 @@ def test_tests_import_no_other_test_file() -> None:
     wrong = [
         f"{shown(file)}:{line} imports {name}"
         for file in sorted((REPO / "tests").rglob("*.py"))
-        for line, name in imported(ast.walk(ast.parse(file.read_text())), file)
+        for line, name in imports(file)
         if name.startswith("tests.") and name.rpartition(".")[2].startswith("test_")
     ]
     assert not wrong, "\n".join(wrong)
