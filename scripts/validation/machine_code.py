@@ -22,10 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evomerge.methods.fused import triton_kernels
 from scripts.benchmarks import machine
 
 ARCHITECTURES = (80, 90, 100)
-WARPS = 4
+WARPS = triton_kernels.COMPILATION["num_warps"]
 FORBIDDEN = {
     r"\bfma\.": "a fused multiply-add",
     r"\bmad\.\w*\.?f(32|64)": "a fused multiply-add",
@@ -101,8 +102,8 @@ def cases() -> Iterator[Case]:
         )
 
 
-def compiled(case: Case, sm: int) -> Any:
-    """The kernel, compiled for a compute capability such as 90."""
+def compiled(case: Case, sm: int, **options: object) -> Any:
+    """The kernel, compiled for a compute capability such as 90; options: instead of those of launches."""
     from importlib import import_module
 
     import triton
@@ -121,8 +122,8 @@ def compiled(case: Case, sm: int) -> Any:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    chosen = triton_kernels.COMPILATION | options
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=chosen)
 
 
 def code_of(case: Case, built: Any) -> Code:

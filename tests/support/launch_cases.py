@@ -91,18 +91,22 @@ def values_of(rule: Method, count: int, seed: int, **given: object) -> dict[str,
 
 
 def sums_of(
-    rule: Method, case: Models, values: Mapping[str, object], out_dtype: torch.dtype, seed: int = 0
+    rule: Method,
+    case: Models,
+    values: Sequence[Mapping[str, object]],
+    out_dtype: torch.dtype,
+    seed: int = 0,
 ) -> tuple[list[WeightedSum], list[Tensor]]:
-    """(the sum of each tensor, the tensor as `merge_tensor` makes it)."""
+    """(the sum of each tensor, the tensor as `merge_tensor` makes it); values: of each tensor."""
     declared, tables, sums, wanted = rule.task_vector_sum, MagnitudeTables(), [], []
     assert declared is not None
     for row, (base, sources) in enumerate(zip(case.bases, case.sources, strict=True)):
         keys = [mask_key(seed, str(row), str(i)) for i in range(len(sources))]
         inputs = MergeInputs(sources, None if declared.without_base else base, keys)
         out = torch.empty(base.shape, dtype=out_dtype)
-        merge_tensor(declared, inputs, values, out, tables)
+        merge_tensor(declared, inputs, values[row], out, tables)
         wanted.append(out)
-        sums.append(weighted_sum_of(declared, inputs, values, tables))
+        sums.append(weighted_sum_of(declared, inputs, values[row], tables))
     return sums, wanted
 
 

@@ -92,7 +92,7 @@ class SumForm:
             The form; None where kinds of masks are mixed, or some sums elect signs and others do not.
         """
         summands = [summand for total in sums for summand in total.summands]
-        kinds = {s.kind for s in summands if not _keeps_nothing(s)} - {MaskKind.DENSE}
+        kinds = {s.kind for s in summands if not keeps_nothing(s)} - {MaskKind.DENSE}
         divisions = {_division(total) for total in sums}
         if len(kinds) > 1 or len({total.elect_sign for total in sums}) > 1:
             return None
@@ -234,14 +234,22 @@ def _division(total: WeightedSum) -> Division:
     return Division.NONE if total.divisor == 1 else Division.NUMBER
 
 
-def _keeps_nothing(summand: Summand) -> bool:
+def keeps_nothing(summand: Summand) -> bool:
+    """Whether a summand is that of density 0.
+
+    Args:
+        summand: Any.
+
+    Returns:
+        True where it keeps no element.
+    """
     return summand.kind is MaskKind.BAND and summand.outer is None and summand.inner == TOP_NONE
 
 
 def _write(numbers: LaunchNumbers, place: tuple[int, int], summand: Summand) -> None:
     """Writes a summand into arrays that say: everything is kept."""
     floats, integers, kind = numbers.floats[place], numbers.integers[place], summand.kind
-    if _keeps_nothing(summand):
+    if keeps_nothing(summand):
         return
     floats[[WEIGHT, SCALE]] = summand.weight, summand.scale
     if kind is MaskKind.BAND:
@@ -249,9 +257,9 @@ def _write(numbers: LaunchNumbers, place: tuple[int, int], summand: Summand) -> 
         if summand.outer is not None:
             floats[[HIGH, HIGH_AFTER]], integers[HIGH_LAST] = _bound(summand.outer)
     elif kind is MaskKind.RANDOM:
-        integers[[KEY, ODD, BOUND]] = *summand.key, summand.bound - 1
-        if summand.bound <= LEAST:  # no hash is below the least
-            integers[[ODD, BOUND]] = 0, -1
+        none = (0, 0, -1)  # every hash is 0, above the bound
+        given = (*summand.key, summand.bound - 1)
+        integers[[KEY, ODD, BOUND]] = none if summand.bound <= LEAST else given
     elif kind is MaskKind.RANKED:
         integers[[KEY, ODD]], floats[[P_LOW, P_STEP]] = summand.key, (summand.low, summand.step)
 

@@ -87,7 +87,14 @@ def write(slot, index, inside, value, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
 
 @triton.jit
 def least_infinite(TYPE: tl.constexpr):
-    """Bits of the least positive float32 that is not finite once it is rounded to a type."""
+    """Finds what is not finite once it is rounded to a type.
+
+    Args:
+        TYPE: The type.
+
+    Returns:
+        Bits of the least such positive float32.
+    """
     if TYPE == BFLOAT16:
         least = 0x7F7F8000
     elif TYPE == FLOAT16:
@@ -99,13 +106,27 @@ def least_infinite(TYPE: tl.constexpr):
 
 @triton.jit
 def magnitude_bits(x):
-    """Bits of |x| as int32, which are in the order of the magnitudes."""
+    """Bits of magnitudes, which are in their order.
+
+    Args:
+        x: float32.
+
+    Returns:
+        int32, those of |x|.
+    """
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def mixed(index):
-    """Wellons' lowbias32 of indices, as `random_masks.mixed`; uint32."""
+    """Wellons' lowbias32, as `random_masks.mixed`.
+
+    Args:
+        index: int32.
+
+    Returns:
+        uint32.
+    """
     x = index.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B

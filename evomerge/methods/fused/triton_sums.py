@@ -250,7 +250,7 @@ def norms(
         unit = tl.load(units + source)
         whole = tl.zeros([BLOCK], tl.int64)
         left = tl.zeros([BLOCK], tl.int64)
-        for step in range(STEPS):
+        for step in range(tl.cdiv(tl.minimum(size - first, STEPS * BLOCK), BLOCK)):
             start = tl.multiple_of(first + step * BLOCK, BLOCK)
             index = start + tl.arange(0, BLOCK)
             inside = index < size

@@ -33,7 +33,7 @@ def same(outs, wanted):
 @pytest.mark.parametrize("densities", [(0.6, 0.311, 0.87), (0.0, 0.5, 1.0), (1.0, 1.0, 1.0)], ids=str)
 def test_a_table_is_merged_as_its_tensors_one_by_one_are(rule, densities):
     case = models(3, torch.bfloat16, seed=1)
-    sums, wanted = sums_of(rule, case, values_of(rule, 3, seed=2, density=densities), torch.float32)
+    sums, wanted = sums_of(rule, case, [values_of(rule, 3, seed=2, density=densities)] * 5, torch.float32)
     outs = [torch.full(shape, math.nan) for shape in SHAPES.values()]
     flags = write_sums(table_of(rule, case, sums, outs), LaunchNumbers.of(sums))
     assert flags.tolist() == [0] * len(outs)
@@ -44,7 +44,7 @@ def test_a_table_is_merged_as_its_tensors_one_by_one_are(rule, densities):
 def test_scales_that_the_launch_finds_are_those_of_the_tables(rule):
     case, tables = models(3, torch.bfloat16, seed=3), MagnitudeTables()
     values = values_of(rule, 3, seed=4, density=(0.37, 1.0, 0.8), rescale=1.0)
-    sums, wanted = sums_of(rule, case, values, torch.bfloat16)
+    sums, wanted = sums_of(rule, case, [values] * 5, torch.bfloat16)
     plain = [replace(total, summands=tuple(replace(s, scale=1.0) for s in total.summands)) for total in sums]
     assert any(s.scale != 1 for total in sums for s in total.summands)
     pairs = [[TensorPair(base, x) for x in row] for base, row in zip(case.bases, case.sources, strict=True)]
