@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent, total_bytes
@@ -43,6 +42,7 @@ from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
 from evomerge.workers.device import compute_in_full_precision, tables_memory
+from evomerge.workers.nan_watch import NanWatch
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
 
@@ -130,8 +130,7 @@ class Worker:
         }
         self.builder = ModelBuilder(parents, self.parents, base, self.model, dtype, device, self.tables)
         self._stamps = file_stamps({file for parent in parents.values() for file in parent.files})
-        self._logits_are_finite = True
-        self._watched: set[int] = set()
+        self._nan_watch = NanWatch()
         self._prepared: set[tuple[int, str]] = set()
         self._built: _Built | None = None
         self._taught_texts = TaughtTexts()
@@ -332,7 +331,7 @@ class Worker:
             CandidateError: for a route that no plain checkpoint can hold, and whatever a merge raises.
         """
         candidate = self.builder.build(recipe)
-        self._watch_head(candidate.module)
+        self._nan_watch.add(candidate.module)
         if candidate.routed is not None and isinstance(self.evaluator, Preparing):
             key = (id(candidate.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))
             if key not in self._prepared:
@@ -375,23 +374,11 @@ class Worker:
 
     def _score(self, module: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
         """Scores of items and metrics of tasks; raises CandidateError where the logits are NaN."""
-        self._logits_are_finite = True
+        self._nan_watch.reset()
         scores, metrics = self.evaluator.score(module, items)
-        if not self._logits_are_finite:
+        if self._nan_watch.has_seen():  # a text generated from NaN would else be scored as a wrong answer
             raise CandidateError("the model's logits are NaN")
         return scores, metrics
-
-    def _watch_head(self, model: nn.Module) -> None:
-        """Has the logits of a model checked for NaN from now on."""
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if id(model) not in self._watched and isinstance(head, nn.Module):
-            head.register_forward_hook(self._check_logits)
-            self._watched.add(id(model))
-
-    def _check_logits(self, head: nn.Module, inputs: object, logits: torch.Tensor) -> None:
-        """A text generated from NaN logits would otherwise be scored as a wrong answer."""
-        has_nan = bool(torch.isnan(logits.sum(dtype=torch.float32)))
-        self._logits_are_finite = self._logits_are_finite and not has_nan
 
 
 def _check_finite(metrics: Mapping[str, float]) -> None:

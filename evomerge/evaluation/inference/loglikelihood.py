@@ -28,6 +28,7 @@ from evomerge.evaluation.inference.loglikelihood_plan import (
     make_plan,
 )
 from evomerge.evaluation.inference.plan_replay import PlanReplay, Program
+from evomerge.evaluation.inference.request_sums import RequestSums
 from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import RowHead
 from evomerge.evaluation.inference.target_logprobs import Rounding, target_logprobs
@@ -54,17 +55,22 @@ class Scores:
 class _Totals:
     """What a run of a plan adds up.
 
-    sums, mismatches: [n] of each distinct request, its log-likelihood and how many of its tokens are not the
-    likeliest; dtype: of the logits.
+    terms: of log-likelihoods; sums, mismatches: [n] of each distinct request, its log-likelihood and how many
+    of its tokens are not the likeliest; dtype: of the logits.
     """
 
+    terms: RequestSums
     sums: Tensor
     mismatches: Tensor
     dtype: torch.dtype = torch.float32
 
     def clear(self) -> None:
-        self.sums.zero_()
+        self.terms.clear()
         self.mismatches.zero_()
+
+    def add_up(self) -> None:
+        """Fills the sums."""
+        self.sums.copy_(self.terms.total())
 
     def round(self) -> None:
         """Rounds the sums to the logits' type."""
@@ -199,12 +205,14 @@ class Engine:
         """The steps of a plan over totals of their own."""
         device = self.facts.device
         totals = _Totals(
+            RequestSums(plan.size, device),
             torch.zeros(plan.size, dtype=torch.float64, device=device),
             torch.zeros(plan.size, dtype=torch.long, device=device),
         )
         caches: dict[int, Any] = {}
         steps: list[Step] = [totals.clear]
         steps += [functools.partial(self._add, step, caches, totals, rounding) for step in plan.steps]
+        steps.append(totals.add_up)
         if rounding == "model":
             steps.append(totals.round)
         return Program((totals.sums, totals.mismatches), steps)
@@ -215,7 +223,7 @@ class Engine:
         if step.reads is not None:
             totals.dtype = logits.dtype
             logprobs, likeliest = target_logprobs(logits, step.reads, rounding)
-            totals.sums.index_add_(0, step.reads.request, logprobs.double())
+            totals.terms.add(step.reads.request, logprobs)
             wrong = (likeliest != step.reads.target).long()
             totals.mismatches.index_add_(0, step.reads.request, wrong)
         for number in step.drop:

@@ -23,6 +23,7 @@ from evomerge.evaluation.inference.attention_gradients import half_precision_att
 from evomerge.evaluation.inference.gradient_memory import Way
 from evomerge.evaluation.inference.layer_recomputation import recomputed_layers
 from evomerge.evaluation.inference.loglikelihood_plan import ForwardStep, LoglikelihoodPlan
+from evomerge.evaluation.inference.request_sums import RequestSums
 from evomerge.evaluation.inference.target_logprobs import differentiable_logprobs
 
 if TYPE_CHECKING:
@@ -79,16 +80,16 @@ def differentiate(engine: Engine, plan: LoglikelihoodPlan, slopes_of: SlopesOf, 
 def _by_plan(engine: Engine, plan: LoglikelihoodPlan, slopes_of: SlopesOf) -> None:
     """Computes all steps, then runs them backward."""
     computed: list[_Computed] = []
-    sums = torch.zeros(plan.size, dtype=torch.float64, device=engine.facts.device)
+    sums = RequestSums(plan.size, engine.facts.device)
     caches: dict[int, Any] = {}
     for step in plan.steps:
         computed.append(_compute(engine, step, caches))
         logprobs = computed[-1].logprobs
         if logprobs is not None and step.reads is not None:
-            sums.index_add_(0, step.reads.request, logprobs.detach().double())
+            sums.add(step.reads.request, logprobs.detach())
         for number in step.drop:
             del caches[number]
-    slopes = slopes_of(sums.cpu()).to(sums.device)
+    slopes = slopes_of(sums.total().cpu()).to(engine.facts.device)
     while computed:  # what reads a cache comes after the step that made it
         computed.pop().backward(slopes)
 
