@@ -52,20 +52,24 @@ def windows(model: nn.Module) -> Windows:
 def attention_mask(
     limits: Windows, seen: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """Builds the additive mask that transformers takes.
+    """Builds the mask that transformers takes.
 
     Args:
         limits: The model's windows and chunks.
         seen: [B, Q, K] of bool, what each query may attend to before windows and chunks.
         queries: [B, Q] logical positions of queries.
         keys: [B, K] logical positions of keys.
-        dtype: The model's type, in which eager attention adds the mask to the scores.
+        dtype: The model's type, in which eager attention adds the mask to the scores; bool for a mask that
+            says what is attended, which scaled dot product attention takes.
 
     Returns:
-        [B, 1, Q, K], 0 or the type's minimum; one for each kind of layer where the model has several.
+        [B, 1, Q, K], 0 or the type's minimum, or True where attended; one for each kind of layer where the
+        model has several.
     """
 
     def additive(allowed: Tensor) -> Tensor:
+        if dtype == torch.bool:
+            return allowed[:, None]
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from evomerge.evaluation.inference.attention_masks import FULL, attention_mask
 from evomerge.evaluation.inference.forward import Forward
-from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan, Texts, shared_cache
+from evomerge.evaluation.inference.generation_plan import Chunk, GenerationPlan, Prefiller, Texts
 
 
 class _WriteState:
@@ -163,7 +163,7 @@ def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
         texts: Where tokens are added.
     """
     batch = _Batch(forward, plan)
-    number, prefix = None, None
+    prefiller = Prefiller(plan, forward)
     waiting = 0  # index of the next chunk
     while waiting < len(plan.chunks) or batch.requests:
         while waiting < len(plan.chunks):
@@ -171,11 +171,7 @@ def decode(plan: GenerationPlan, forward: Forward, texts: Texts) -> None:
             if len(batch.requests) + len(chunk.requests) > plan.rows:
                 break
             waiting += 1
-            if chunk.prefix != number:
-                number = chunk.prefix
-                prefix = None if number is None else forward.prefill(plan.prefixes[number], windowed=False)
-            past = shared_cache(forward, chunk, prefix, windowed=False)
-            logits = forward(chunk.rows, chunk.ids, past, positions=chunk.positions)
+            past, logits = prefiller(chunk)
             new, going = texts.add(chunk.requests, logits)
             if going:
                 batch.admit(chunk, past, going, new)

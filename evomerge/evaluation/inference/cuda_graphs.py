@@ -139,7 +139,12 @@ def is_static(model: nn.Module) -> bool:
     return not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
-def captured(graphs: CudaGraphs, state: Sequence[Tensor], steps: Sequence[Step]) -> list[Graph] | str:
+def captured(
+    graphs: CudaGraphs,
+    state: Sequence[Tensor],
+    steps: Sequence[Step],
+    result: Callable[[], Tensor | None] = lambda: None,
+) -> list[Graph] | str:
     """Runs steps, captures them, and compares a replay with the run bit for bit.
 
     Afterwards the state is what the steps make of it, whatever came of the capture.
@@ -148,6 +153,7 @@ def captured(graphs: CudaGraphs, state: Sequence[Tensor], steps: Sequence[Step])
         graphs: Where to capture.
         state: Every tensor that outlives the steps and that they change.
         steps: In the order in which they run.
+        result: Gives a tensor that the last step made, to be compared too; None for none.
 
     Returns:
         A graph of each step, to be replayed in this order; or why there is none.
@@ -157,6 +163,8 @@ def captured(graphs: CudaGraphs, state: Sequence[Tensor], steps: Sequence[Step])
         for step in steps:
             step()
         expected = [tensor.clone() for tensor in state]
+        made = result()
+        made = None if made is None else made.clone()
         gc.collect()  # nothing on the card is to be freed by chance during a capture
         try:
             found = [graphs.capture(step) for step in steps]
@@ -164,6 +172,8 @@ def captured(graphs: CudaGraphs, state: Sequence[Tensor], steps: Sequence[Step])
             for graph in found:
                 graph.replay()
             equal = all(map(same_bits, state, expected))
+            again = result()
+            equal = equal and (made is None or (again is not None and same_bits(again, made)))
         except Exception as error:  # a model may do anything in its forward
             _restore(state, expected)
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.evaluation.inference import continuous_batching, static_batching
+from evomerge.evaluation.inference import continuous_batching, device_batching, static_batching
+from evomerge.evaluation.inference.cuda_graphs import CudaGraphs
+from evomerge.evaluation.inference.device_batching import DeviceBatch
 from evomerge.evaluation.inference.forward import MAX_LOGITS, Forward
 from evomerge.evaluation.inference.generation_plan import BatchingRules, GenerationPlan, Texts, make_batches
 from evomerge.evaluation.inference.logits_processors import build_processors
@@ -24,8 +26,9 @@ from evomerge.evaluation.inference.prefix_tree import FORWARD_COST
 from evomerge.evaluation.inference.selected_logits import RowHead
 from evomerge.evaluation.inference.stop_strings import Stops
 
-DECODERS = ("slots", "padded", "equal", "single", "whole")
-"""The fastest first. 'slots': continuous batching, a row of one buffer for each running prompt; 'padded':
+DECODERS = ("device", "slots", "padded", "equal", "single", "whole")
+"""The fastest first. 'device': continuous batching whose state lies on the device, for accelerators; 'slots':
+the same with its state on the host, a row of one buffer for each running prompt; 'padded':
 static batches, padded on the left; 'equal': static batches without padding; 'single': the same with one row;
 'whole': without a cache."""
 _NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -92,6 +95,7 @@ class Generator:
         decoder: str,
         shares: bool = False,
         limits: GenerationLimits | None = None,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -102,6 +106,7 @@ class Generator:
             decoder: One of `DECODERS`, as `probe_decoders` allows.
             shares: Whether prefixes may be shared, as `probe_decoders` allows.
             limits: Limits of batches; None for the defaults.
+            graphs: Where the steps of the decoder 'device' are captured; None to run each from Python.
 
         Raises:
             ValueError: The decoder is unknown.
@@ -118,6 +123,8 @@ class Generator:
         self.shares = shares and self.forward.argument is not None
         self._max_rows = max(1, MAX_LOGITS // self.forward.vocabulary)
         self._stops: dict[tuple[str, ...], Stops] = {}
+        self._graphs = graphs
+        self._batches: dict[tuple[int, int], DeviceBatch] = {}
 
     @torch.inference_mode()
     def compile(
@@ -152,6 +159,8 @@ class Generator:
         unique = tuple(prompt for prompt, _ in numbers)
         limits = tuple(new for _, new in numbers)
         length = max((len(prompt) + new for prompt, new in numbers), default=1)
+        if self.decoder == "device":
+            length = device_batching.bucket_length(length)
         rows = self._rows_at_once(len(unique), length)
         prefixes, chunks = make_batches(unique, limits, self._batching_rules(rows))
         strings = tuple(stops)
@@ -196,9 +205,25 @@ class Generator:
             The texts, in the order of `plan.prompts`.
         """
         texts = Texts(plan, self.rules.eos_ids, trace=trace)
-        decode = continuous_batching.decode if plan.decoder == "slots" else static_batching.decode
-        decode(plan, self.forward, texts)
+        if plan.decoder == "device" and plan.processors is None:
+            device_batching.decode(plan, self.forward, texts, self._device_batch(plan))
+        elif plan.decoder in ("device", "slots"):
+            continuous_batching.decode(plan, self.forward, texts)
+        else:
+            static_batching.decode(plan, self.forward, texts)
         return texts
+
+    def _device_batch(self, plan: GenerationPlan) -> DeviceBatch:
+        """Buffers of a plan's size, those of earlier plans as long as memory takes all."""
+        key = (plan.rows, plan.length)
+        refused = any(batch.refusal for batch in self._batches.values())
+        if key not in self._batches:
+            needed = plan.rows * self._row_bytes(plan.length)
+            if needed + sum(batch.nbytes for batch in self._batches.values()) > self.memory:
+                self._batches.clear()
+            graphs = None if refused else self._graphs
+            self._batches[key] = DeviceBatch(self.forward, *key, self.rules.eos_ids, graphs)
+        return self._batches[key]
 
     # ---- compiling -----------------------------------------------------------------------------------------
 
@@ -214,7 +239,7 @@ class Generator:
 
     def _batching_rules(self, rows: int) -> BatchingRules:
         return BatchingRules(
-            decoder=self.decoder,
+            decoder="slots" if self.decoder == "device" else self.decoder,
             shares=self.shares,
             rows=rows,
             tokens=self.limits.tokens,
@@ -228,7 +253,8 @@ class Generator:
         """How many rows of a length run at once."""
         most = 1 if self.decoder == "single" else self.limits.rows
         fit = max(1, self.memory // max(1, self._row_bytes(length)))
-        return max(1, min(most, prompts, fit, self._max_rows))
+        most = max(1, min(most, fit, self._max_rows))
+        return device_batching.bucket_rows(prompts, most) if self.decoder == "device" else min(prompts, most)
 
     def _row_bytes(self, length: int) -> int:
         """Bytes of the cache of one row.
@@ -242,7 +268,7 @@ class Generator:
 
     def _cache_of(self, tokens: int) -> Any:
         ids = torch.full((1, tokens), self.forward.pad_id, device=self.forward.device)
-        return self.forward.prefill(ids, windowed=self.decoder != "slots")
+        return self.forward.prefill(ids, windowed=self.decoder not in ("device", "slots"))
 
 
 def _available_memory(device: torch.device) -> int:

@@ -332,6 +332,38 @@ def shared_cache(forward: Forward, chunk: Chunk, prefix: Any, *, windowed: bool)
     return past
 
 
+class Prefiller:
+    """Prefills chunks of slots, one after another: a prefix is computed once for those that follow it."""
+
+    def __init__(self, plan: GenerationPlan, forward: Forward) -> None:
+        """Starts before the first chunk.
+
+        Args:
+            plan: The plan.
+            forward: The model.
+        """
+        self._plan, self._forward = plan, forward
+        self._number: int | None = None
+        self._prefix: Any = None
+
+    def __call__(self, chunk: Chunk) -> tuple[Any, Tensor]:
+        """Prefills a chunk.
+
+        Args:
+            chunk: The next of the plan's chunks, with b prompts.
+
+        Returns:
+            (cache of b rows with full length in every layer, logits [b, V] of each prompt's next token).
+        """
+        forward = self._forward
+        if chunk.prefix != self._number:
+            self._number, self._prefix = chunk.prefix, None
+            if chunk.prefix is not None:
+                self._prefix = forward.prefill(self._plan.prefixes[chunk.prefix], windowed=False)
+        past = shared_cache(forward, chunk, self._prefix, windowed=False)
+        return past, forward(chunk.rows, chunk.ids, past, positions=chunk.positions)
+
+
 class Texts:
     """Generated tokens of every prompt of a plan.
 
@@ -375,10 +407,42 @@ class Texts:
             ]
             logits = torch.stack(rows)
         new: list[int] = logits.argmax(-1).tolist()
-        going: list[int] = []
-        for place, (request, token) in enumerate(zip(requests, new, strict=True)):
-            text = self.tokens[request]
-            text.append(token)
-            if token not in self._eos and len(text) < plan.limits[request] and not plan.stops.hit(text):
-                going.append(place)
+        going = [
+            place
+            for place, (request, token) in enumerate(zip(requests, new, strict=True))
+            if self._appended(request, token)
+        ]
         return new, going
+
+    def append(self, request: int, token: int, logits: Tensor | None = None) -> bool:
+        """Appends a token that was taken elsewhere.
+
+        Args:
+            request: Index of the prompt.
+            token: The token.
+            logits: [V] that it was taken from; None where logits are not kept.
+
+        Returns:
+            Whether the text goes on.
+        """
+        if self.trace is not None and logits is not None:
+            self.trace[request].append(logits.float().cpu())
+        return self._appended(request, token)
+
+    def limit(self, request: int) -> int:
+        """Returns how many tokens a text may have.
+
+        Args:
+            request: Index of the prompt.
+
+        Returns:
+            The number, at least 1.
+        """
+        return self._plan.limits[request]
+
+    def _appended(self, request: int, token: int) -> bool:
+        """Appends a token; whether the text goes on."""
+        text = self.tokens[request]
+        text.append(token)
+        plan = self._plan
+        return token not in self._eos and len(text) < plan.limits[request] and not plan.stops.hit(text)

@@ -71,19 +71,21 @@ def probe_decoders(
         seed: Of the random prompts.
 
     Returns:
-        Decoder -> verification, and 'prefix' -> whether the allowed ones may share prefixes.
+        Decoder -> verification, 'device' on an accelerator alone, and 'prefix' -> whether the allowed ones
+        may share prefixes.
     """
     prompts = _prompts(model, random.Random(seed), span)
     dtype = dtype_of(model)
+    decoders = [name for name in DECODERS if name != "device" or device_of(model).type != "cpu"]
     single = _measure(model, head, prompts, pad_id, "single")
     noise = single.difference if isinstance(single, _Measurement) else 0.0
     if isinstance(single, _Measurement) and noise > _difference_limit(dtype, single.largest):
-        return _only_single(noise)
+        return _only_single(decoders, noise)
     tolerance = max(_FLOAT32_TOLERANCE, _NOISE_FACTOR * noise)
     verifications = {
-        name: _judged(_measure(model, head, prompts, pad_id, name), dtype, tolerance) for name in DECODERS
+        name: _judged(_measure(model, head, prompts, pad_id, name), dtype, tolerance) for name in decoders
     }
-    allowed = [name for name in DECODERS if verifications[name].allowed and name != "whole"]
+    allowed = [name for name in decoders if verifications[name].allowed and name != "whole"]
     sharing = {
         name: _judged(_measure(model, head, prompts, pad_id, name, shares=True), dtype, tolerance)
         for name in allowed
@@ -98,7 +100,7 @@ def probe_decoders(
     return {**verifications, "prefix": Verification(bool(allowed) and not wrong, reason)}
 
 
-def _only_single(noise: float) -> dict[str, Verification]:
+def _only_single(decoders: Sequence[str], noise: float) -> dict[str, Verification]:
     """For a model whose single rows differ from a plain forward.
 
     `generate` is what lm-eval reports, one row at a time.
@@ -109,7 +111,7 @@ def _only_single(noise: float) -> dict[str, Verification]:
         "and no other decoder can be told right",
     )
     single = Verification(True, f"as `generate` does; {refused.reason}")
-    return {**dict.fromkeys(DECODERS, refused), "single": single, "prefix": refused}
+    return {**dict.fromkeys(decoders, refused), "single": single, "prefix": refused}
 
 
 @torch.inference_mode()

@@ -122,8 +122,8 @@ class Engine:
         if forward_cost is not None:
             self.facts = replace(self.facts, forward_cost=forward_cost)
         self._weights = sum(p.numel() for p in model.parameters())
-        graphs = graphs_for(model)
-        self.replay = None if graphs is None else PlanReplay(model, graphs)
+        self.graphs = graphs_for(model)
+        self.replay = None if self.graphs is None else PlanReplay(model, self.graphs)
 
     def __enter__(self) -> Engine:
         return self

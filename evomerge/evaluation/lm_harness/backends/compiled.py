@@ -283,6 +283,7 @@ class CompiledBackend:
                 rules,
                 decoder=choose_decoder(self._decoders),
                 shares=self._decoders["prefix"].allowed,
+                graphs=engine.graphs,
             )
         return self._generator
 
