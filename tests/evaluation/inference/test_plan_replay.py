@@ -77,9 +77,9 @@ def test_a_plan_is_captured_once_and_replayed_for_every_later_candidate(
         expected = plain(engine.model, optimization)
         assert torch.equal(scores.sums, expected.sums)
         assert torch.equal(scores.greedy, expected.greedy)
-        assert len(fake.graphs) == (0 if candidate == 0 else len(plan.steps) + 1)
+        assert len(fake.graphs) == (0 if candidate == 0 else len(plan.steps) + 2)
     # once to compare, then for two candidates
-    assert [graph.replays for graph in fake.graphs] == [3] * (len(plan.steps) + 1)
+    assert [graph.replays for graph in fake.graphs] == [3] * (len(plan.steps) + 2)
     assert engine.replay is not None
     assert engine.replay.refusal is None
 
@@ -93,7 +93,7 @@ def test_sums_rounded_as_the_model_rounds_have_graphs_of_their_own(fake: FakeGra
             for rounding in ("float32", "model"):
                 expected = plain(model, "plain", rounding)
                 assert torch.equal(engine.run(plan, rounding).sums, expected.sums)
-    assert len(fake.graphs) == 2 * (len(plan.steps) + 1) + 1
+    assert len(fake.graphs) == 2 * (len(plan.steps) + 2) + 1
 
 
 def test_results_of_a_replay_are_not_overwritten_by_the_next(engine: Engine) -> None:
@@ -118,7 +118,7 @@ def test_a_replay_with_other_bits_leaves_the_run_as_it_was(
     assert [record.message for record in caplog.records] == [
         "scoring without CUDA graphs: a replay gives other bits than the run that was captured"
     ]
-    assert len(fake.graphs) == len(plan.steps) + 1
+    assert len(fake.graphs) == len(plan.steps) + 2
 
 
 def test_a_model_that_waits_in_its_forward_is_run_eagerly(
