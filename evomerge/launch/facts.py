@@ -14,6 +14,7 @@ from evomerge import __version__
 from evomerge.config import Config, loading, locations
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES
+from evomerge.evaluation.inference.budgets import budgets_of
 from evomerge.evaluation.task_set import items_digest
 from evomerge.launch.objective import task_terms
 from evomerge.launch.opening import LoadedSearch, backends, device_name
@@ -60,7 +61,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         # a larger budget must not change the optimizer, nor when a stage ends
         diagonal=stored.diagonal if stored else is_diagonal(settings, opened.space),
         budgets=(stored.budgets if stored else ()) or settings.budgets,
-        scoring=scoring_facts(settings, parents[settings.base], device_name()),
+        scoring=scoring_facts(settings, parents[settings.base], device_name()) | _budgets(),
         max_nats_per_token=loaded.max_nats_per_token,
         num_workers=stored.num_workers if stored else num_workers,
         base_layers=parents[settings.base].layout.num_layers,
@@ -101,6 +102,12 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
         )
     moved = replace(stored.facts, parents=facts.parents, files=facts.files, objective=facts.objective)
     store.set_config(settings.study, request.text, request.overrides, moved)
+
+
+def _budgets() -> dict[str, Any]:
+    """The budgets of forwards, from which plans and so bits follow; a CPU's are the same for all studies."""
+    device = torch.device(device_name())
+    return {} if device.type == "cpu" else {"budgets": budgets_of(device).to_json()}
 
 
 def _versions() -> dict[str, str]:

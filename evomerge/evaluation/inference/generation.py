@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference import continuous_batching, device_batching, static_batching
+from evomerge.evaluation.inference.budgets import budgets_of
 from evomerge.evaluation.inference.cuda_graphs import CudaGraphs
 from evomerge.evaluation.inference.device_batching import DeviceBatch
-from evomerge.evaluation.inference.forward import MAX_LOGITS, Forward
+from evomerge.evaluation.inference.forward import Forward
 from evomerge.evaluation.inference.generation_plan import BatchingRules, GenerationPlan, Texts, make_batches
 from evomerge.evaluation.inference.logits_processors import build_processors
 from evomerge.evaluation.inference.prefix_tree import FORWARD_COST
@@ -53,18 +54,17 @@ class TextRules:
 
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """Limits of batches.
+    """Limits of batches; where one is None, the device's budget counts, see `budgets`.
 
     Attributes:
         rows: Most prompts that run at once.
         tokens: Most input tokens of one forward.
-        memory: Bytes that keys and values of running prompts may take, but one prompt always runs. None for
-            half of what an accelerator has left, 1 GiB on a CPU.
+        memory: Bytes that keys and values of running prompts may take, but one prompt always runs.
         forward_cost: What one more forward costs, in tokens.
     """
 
-    rows: int = 1024
-    tokens: int = 4096
+    rows: int | None = None
+    tokens: int | None = None
     memory: int | None = None
     forward_cost: int = FORWARD_COST
 
@@ -82,6 +82,7 @@ class Generator:
         decoder: Name of the decoder.
         shares: Whether prefixes are shared.
         limits: Limits of batches.
+        budgets: Of the model's device.
         memory: Bytes that keys and values may take.
         forward: The model's forward.
     """
@@ -118,10 +119,10 @@ class Generator:
         self.forward = Forward(model, head, rules.pad_id)
         if decoder == "whole":
             self.forward.argument = None
-        memory = self.limits.memory
-        self.memory = _available_memory(self.forward.device) if memory is None else memory
+        self.budgets = budgets_of(self.forward.device)
+        self.memory = self.budgets.cache if self.limits.memory is None else self.limits.memory
         self.shares = shares and self.forward.argument is not None
-        self._max_rows = max(1, MAX_LOGITS // self.forward.vocabulary)
+        self._max_rows = max(1, self.budgets.logits // self.forward.vocabulary)
         self._stops: dict[tuple[str, ...], Stops] = {}
         self._graphs = graphs
         self._batches: dict[tuple[int, int], DeviceBatch] = {}
@@ -242,7 +243,7 @@ class Generator:
             decoder="slots" if self.decoder == "device" else self.decoder,
             shares=self.shares,
             rows=rows,
-            tokens=self.limits.tokens,
+            tokens=self.limits.tokens or self.budgets.prefill,
             forward_cost=self.limits.forward_cost,
             max_length=self.rules.max_length,
             pad_id=self.rules.pad_id,
@@ -251,7 +252,7 @@ class Generator:
 
     def _rows_at_once(self, prompts: int, length: int) -> int:
         """How many rows of a length run at once."""
-        most = 1 if self.decoder == "single" else self.limits.rows
+        most = 1 if self.decoder == "single" else self.limits.rows or self.budgets.rows
         fit = max(1, self.memory // max(1, self._row_bytes(length)))
         most = max(1, min(most, fit, self._max_rows))
         return device_batching.bucket_rows(prompts, most) if self.decoder == "device" else min(prompts, most)
@@ -269,11 +270,6 @@ class Generator:
     def _cache_of(self, tokens: int) -> Any:
         ids = torch.full((1, tokens), self.forward.pad_id, device=self.forward.device)
         return self.forward.prefill(ids, windowed=self.decoder not in ("device", "slots"))
-
-
-def _available_memory(device: torch.device) -> int:
-    """Bytes for the keys and values of running prompts."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
 
 
 def _cache_bytes(past: Any) -> int:

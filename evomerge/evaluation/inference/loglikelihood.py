@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference import gradient_memory, kv_cache, loglikelihood_gradients
+from evomerge.evaluation.inference.budgets import budgets_of
 from evomerge.evaluation.inference.cuda_graphs import Step, graphs_for
-from evomerge.evaluation.inference.forward import MAX_LOGITS, Forward
+from evomerge.evaluation.inference.forward import Forward
 from evomerge.evaluation.inference.gradient_memory import GraphSizes, Way
 from evomerge.evaluation.inference.loglikelihood_gradients import SlopesOf
 from evomerge.evaluation.inference.loglikelihood_plan import (
@@ -35,7 +36,6 @@ from evomerge.evaluation.inference.target_logprobs import Rounding, target_logpr
 
 # parameters x tokens of a forward above which a card takes a tenth of a second, and its Python no part of it
 _LONG_FORWARD = 4e13
-_TOKENS_CPU, _TOKENS_ACCELERATOR = 1024, 16384  # inputs of one forward; on a CPU more is no faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +101,22 @@ class Engine:
         Args:
             model: The live model.
             pad_id: Token id that rows are padded with.
-            tokens: Most input tokens of one forward; None for 1,024 on a CPU, where more is no faster, else
-                16,384.
+            tokens: Most input tokens of one forward; None for the device's budget, see `budgets`.
             forward_cost: What one more forward costs, in tokens; None for the default.
             verifications: Result of `loglikelihood_probe.probe`. Without it only plain rows are used unless
                 an optimization is named.
         """
         self.model, self.head, self.verifications = model, RowHead(model), verifications or {}
         self.forward = forward = Forward(model, self.head, pad_id)
+        budgets = budgets_of(forward.device)
         self.facts = ModelFacts(
             dtype=forward.dtype,
             device=forward.device,
             windows=forward.limits,
             positions=forward.takes_positions,
             pad_id=pad_id,
-            tokens=tokens or (_TOKENS_CPU if forward.device.type == "cpu" else _TOKENS_ACCELERATOR),
-            rows=max(64, MAX_LOGITS // forward.vocabulary),
+            tokens=tokens or budgets.tokens,
+            rows=max(64, budgets.logits // forward.vocabulary),
         )
         self._sizes: GraphSizes | None = None
         if forward_cost is not None:

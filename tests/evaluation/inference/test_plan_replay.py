@@ -71,6 +71,8 @@ def test_a_plan_is_captured_once_and_replayed_for_every_later_candidate(
     optimization: Optimization, engine: Engine, fake: FakeGraphs
 ) -> None:
     plan = engine.compile(requests(), optimization)
+    steps = len(engine._program(plan, "float32").steps)
+    assert steps > len(plan.steps)
     for candidate in range(4):
         disturb(engine.model, candidate)
         scores = engine.run(plan)
