@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evomerge.methods.fused import triton_kernels
+from evomerge.methods.fused import device_tables, triton_kernels
 from scripts.benchmarks import machine
 
 ARCHITECTURES = (80, 90, 100)
@@ -87,6 +87,12 @@ class Code:
 
 def cases() -> Iterator[Case]:
     """Every kernel, for bfloat16 models."""
+    yield from sum_cases()
+    yield from table_cases()
+
+
+def sum_cases() -> Iterator[Case]:
+    """The kernels of sums."""
     for sources, block in ((3, 2048), (8, 1024)):
         types = {"N": sources, "BASE": 1, "SOURCES": sum(1 << 2 * i for i in range(sources)), "ALIGNED": True}
         for name, form in SUMS.items():
@@ -100,6 +106,30 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"norms, {sources} parents", ("triton_sums", "norms"), arguments, types | masks, block / 128, 2
         )
+
+
+def table_cases() -> Iterator[Case]:
+    """The kernels of tables."""
+    tables = {"BASE": 1, "SOURCES": 1, "ALIGNED": True, "STEPS": 16, "BLOCK": 2048}
+
+    def case(name: str, arguments: Mapping[str, str], **constants: object) -> Case:
+        given = ADDRESSES | arguments
+        function = name.partition(",")[0]
+        return Case(name, ("triton_tables", function), given, tables | constants, 8, 2)
+
+    yield case("largest", {"tops": "*i32"}, N=1, BASED=True)
+    sums = {"units": "*fp32", "sums": "*i64"}
+    yield case("hash_sums", sums | {"keys": "*i32"}, GRID=1000, REPLICAS=8)
+    yield case("sums_between", sums | {"keys": "*i64", "wanted": "i32"}, DEPTH=10, REPLICAS=8)
+    counts = {"counts": "*i32", **{f"child_{i}": "*i32" for i in range(5)}}
+    counts |= {"node_counts": "*i32", "widths": "*i32"}
+    for level in range(6):
+        yield case(f"count_digits, level {level}", counts, LEVEL=level, REPLICAS=8)
+    numbers = dict.fromkeys(("width", "a", "b", "product", "products"), "i32")
+    constants = {"TYPE_A": 1, "TYPE_B": 1, "BASED": True, "BASE": 1, "ALIGNED": True, "STEPS": 16}
+    arguments = ADDRESSES | numbers | {"units": "*fp64", "sums": "*i64"}
+    kernel = ("triton_tables", "product_sums")
+    yield Case("product_sums", kernel, arguments, constants | {"BLOCK": 1024}, 4, 2)
 
 
 def compiled(case: Case, sm: int, **options: object) -> Any:
@@ -122,7 +152,8 @@ def compiled(case: Case, sm: int, **options: object) -> Any:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    chosen = triton_kernels.COMPILATION | options
+    own = device_tables.COMPILATION if module == "triton_tables" else triton_kernels.COMPILATION
+    chosen = own | options
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=chosen)
 
 

@@ -3,7 +3,7 @@
 Optional: without Triton, on devices that it is not for, and for tensors that its kernels do not take,
 everything is done in torch. Triton is imported when it is first needed. With TRITON_INTERPRET=1 its
 interpreter runs the kernels on tensors of the CPU, for tests. What a device does well by torch's sorts and
-counts is left to `torch_kernels`.
+counts (ranks, histograms) is left to `torch_kernels`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.methods.fused import device_tables
 from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers, SumForm, keeps_nothing
 from evomerge.methods.fused.tensor_table import MOST_ELEMENTS, TYPE_CODES, TensorTable
 from evomerge.methods.fused.torch_kernels import (
-    hash_sums,
     histogram,
-    largest,
-    product_sums,
     projections,
     rank_rows,
-    top_k_table,
 )
-from evomerge.methods.fused.weighted_sum import Summand, WeightedSum
+from evomerge.methods.fused.weighted_sum import Summand, TopK, WeightedSum
 
 __all__ = [
     "fits",
@@ -177,6 +174,43 @@ def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tup
     return float(whole), 0.0 if keeps_nothing(summand) else float(left)
 
 
+def largest(base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
+    """See `KernelBackend.largest`."""
+    found: list[float] = device_tables.largest(_row(base, sources)).view(-1).tolist()
+    return found
+
+
+def product_sums(
+    base: Tensor | None,
+    sources: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    exponents: Sequence[int],
+) -> list[int]:
+    """See `KernelBackend.product_sums`."""
+    return device_tables.product_sums(_row(base, sources), pairs, [exponents])[0]
+
+
+def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
+    """See `KernelBackend.hash_sums`."""
+    sums = device_tables.hash_sums(_row(base, [source]), [key], torch.tensor([unit]), grid)
+    found: Array = sums[0].double().cpu().numpy()
+    return found
+
+
+def top_k_table(
+    base: Tensor, source: Tensor, unit: float, counts: Sequence[int]
+) -> dict[int, tuple[TopK, float]]:
+    """See `KernelBackend.top_k_table`: by a radix descent on the device."""
+    table = _row(base, [source])
+    thresholds, lasts = device_tables.top_k(table, np.array([counts], np.int64))
+    norms = device_tables.top_k_norms(table, thresholds, lasts, torch.tensor([unit]))
+    rows = (thresholds[0].tolist(), lasts[0].tolist(), norms[0, :-1].tolist())
+    return {
+        k: (TopK(threshold, last, k), float(norm))
+        for k, threshold, last, norm in zip(counts, *rows, strict=True)
+    }
+
+
 @functools.cache
 def is_available() -> bool:
     """Whether Triton can be imported; AMD's is untried."""
@@ -195,6 +229,12 @@ def _runs_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return is_interpreted() and device.type == "cpu"
     return not is_interpreted() and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+def _row(base: Tensor | None, sources: Sequence[Tensor]) -> TensorTable:
+    """A table of one row that is only read."""
+    bases = None if base is None else [base]
+    return TensorTable([sources[0]], bases, [sources])
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -1,0 +1,129 @@
+"""Tables of a search in Triton's interpreter: the numbers of the C path and of fractions.
+
+In a process whose Triton interprets, see `test_triton_sums.py`.
+"""
+
+import math
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.methods import random_masks
+from evomerge.methods.fused import c_kernels, device_tables, one_pass, torch_kernels, triton_kernels
+from evomerge.methods.fused.exact_products import REST_BITS, unit_exponent
+from evomerge.methods.fused.magnitude_tables import GRID, top_count
+from evomerge.methods.fused.tensor_table import TensorTable
+from tests.support.launch_cases import models
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
+
+BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
+SHAPES = {"norm": (33,), "one": (1,), "odd": (7, 131), "more": (40, 64)}
+every_dtype = pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
+
+
+def pairs_of(dtype, seed, shapes=SHAPES):
+    """(a table of one row for each pair of base and source, the units of the pairs)."""
+    case = models(1, dtype, seed, shapes)
+    table = TensorTable(case.bases, case.bases, case.sources, is_padded=True)
+    tops = device_tables.largest(table)[:, 0].tolist()
+    units = [one_pass.exact_unit(top, b.numel()) for top, b in zip(tops, case.bases, strict=True)]
+    return case, table, torch.tensor(units)
+
+
+@every_dtype
+def test_thresholds_and_norms_of_many_counts_are_the_c_path_s(dtype):
+    case, table, units = pairs_of(dtype, 1)
+    counts = np.array([[top_count(j / 40, b.numel()) for j in range(1, 41)] for b in case.bases])
+    thresholds, lasts = device_tables.top_k(table, counts)
+    norms = device_tables.top_k_norms(table, thresholds, lasts, units)
+    for row, (base, sources) in enumerate(zip(case.bases, case.sources, strict=True)):
+        flat = (base.view(-1), sources[0].view(-1))
+        want = c_kernels.top_k_table(*flat, float(units[row]), sorted({*counts[row].tolist()}))
+        for i, k in enumerate(counts[row].tolist()):
+            top, norm = want[k]
+            found = (float(thresholds[row, i]), int(lasts[row, i]), float(norms[row, i]))
+            assert found == (top.threshold, top.last, norm), (row, k)
+        assert int(norms[row, -1]) == int(want[base.numel()][1])
+
+
+def test_a_table_of_every_density_is_the_c_path_s():
+    case, _, units = pairs_of(BF16, 4, {"a": (70, 65)})
+    base, source = case.bases[0].view(-1), case.sources[0][0].view(-1)
+    counts = sorted({top_count(j / GRID, base.numel()) for j in range(1, GRID)})
+    assert triton_kernels.top_k_table(base, source, float(units[0]), counts) == c_kernels.top_k_table(
+        base, source, float(units[0]), counts
+    )
+
+
+def test_equal_magnitudes_and_unchanged_tensors():
+    base = torch.zeros(3000, dtype=BF16)
+    source = torch.full((3000,), 0.5, dtype=BF16)
+    source[1000:] = -0.5
+    table = TensorTable([base] * 2, [base] * 2, [[source], [base]])
+    thresholds, lasts = device_tables.top_k(table, np.array([[1, 700, 2999], [1, 700, 3000]]))
+    assert thresholds.tolist() == [[0.5] * 3, [0.0] * 3]
+    assert lasts.tolist() == [[0, 699, 2998], [0, 699, 2999]]
+
+
+def test_most_of_the_weights_are_unchanged():
+    g = torch.Generator().manual_seed(3)
+    base = torch.randn(9000, generator=g).bfloat16()
+    changed = torch.rand(9000, generator=g) < 0.2
+    source = torch.where(changed, base.float() + torch.randn(9000, generator=g) * 0.01, base).bfloat16()
+    counts = [1, 10, 100, 1000, 1500, 2000, 2001, 3000, 4500, 6000, 7777, 8999, 9000]
+    found = triton_kernels.top_k_table(base, source, 1024.0, counts)
+    assert found == torch_kernels.top_k_table(base, source, 1024.0, counts)
+
+
+@every_dtype
+def test_hash_sums_are_the_c_path_s(dtype):
+    case, table, units = pairs_of(dtype, 2)
+    keys = [random_masks.split(7919 * (row + 1) * (1 << 33) + row) for row in range(table.rows)]
+    found = device_tables.hash_sums(table, keys, units, GRID)
+    for row, (base, sources) in enumerate(zip(case.bases, case.sources, strict=True)):
+        flat = (base.view(-1), sources[0].view(-1))
+        want = c_kernels.hash_sums(*flat, keys[row], float(units[row]), GRID)
+        assert np.array_equal(found[row].numpy(), want)
+    base, source = case.bases[2].view(-1), case.sources[2][0].view(-1)
+    one = triton_kernels.hash_sums(base, source, keys[2], float(units[2]), GRID)
+    assert np.array_equal(one, found[2].numpy())
+
+
+@pytest.mark.parametrize("is_based", [True, False])
+@every_dtype
+def test_dot_products_are_those_of_fractions(dtype, is_based):
+    case = models(2, dtype, 8, {"a": (33,), "b": (70, 31)})
+    bases = case.bases if is_based else None
+    pairs = [(0, 0), (1, 0), (1, 1)]
+    table = TensorTable(case.bases, bases, case.sources, is_padded=True)
+    tops = device_tables.largest(table).tolist()
+    exponents = [
+        [unit_exponent(base.numel(), tops[row][i], tops[row][k]) for i, k in pairs]
+        for row, base in enumerate(case.bases)
+    ]
+    found = device_tables.product_sums(table, pairs, exponents)
+    for row, (base, sources) in enumerate(zip(case.bases, case.sources, strict=True)):
+        flat = (base.view(-1) if is_based else None, [x.view(-1) for x in sources])
+        assert tops[row] == torch_kernels.largest(*flat) == triton_kernels.largest(*flat)
+        assert found[row] == c_kernels.product_sums(*flat, pairs, exponents[row])
+        assert found[row] == triton_kernels.product_sums(*flat, pairs, exponents[row])
+    origin = case.bases[0].float() if is_based else 0.0
+    a, b = ((x.float() - origin).tolist() for x in case.sources[0])
+    exact = sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True))
+    got = Fraction(found[0][1]) / Fraction(2) ** (exponents[0][1] + REST_BITS)
+    assert abs(got - exact) <= Fraction(33, 2) / Fraction(2) ** (exponents[0][1] + REST_BITS)
+
+
+def test_the_largest_magnitude_of_what_is_not_finite():
+    base, source = torch.zeros(300), torch.ones(300)
+    sources = [source.clone() for _ in range(3)]
+    sources[0][299], sources[1][3] = math.nan, -math.inf
+    nan, infinite, finite = triton_kernels.largest(base, sources)
+    assert math.isnan(nan)
+    assert (infinite, finite) == (math.inf, 1.0)
+    assert triton_kernels.largest(None, [torch.zeros(0)]) == [0.0]
