@@ -1,6 +1,7 @@
 """The order of test files, those that `--quick` leaves out, and models that many tests read."""
 
 import fcntl
+import gc
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,7 @@ SLOW = (
     "workers/ray_pool/test_ray_nodes.py",
     "workers/ray_pool/test_ray_search.py",
 )
+RAY_FILES = pytest.StashKey[set[Path]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -129,10 +131,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fails where a slow file is listed that is not there."""
+    """Fails where a slow file is listed that is not there; notes the files of tests that start Ray.
+
+    What is imported and collected lives as long as the process: the garbage collector is told not to walk it.
+    """
     missing = [name for name in SLOW if not (TESTS / name).is_file()]
     if missing:
         raise pytest.UsageError(f"SLOW of tests/conftest.py names files that are not there: {missing}")
+    session.config.stash[RAY_FILES] = {i.path for i in session.items if i.get_closest_marker("cluster")}
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,8 +150,7 @@ def one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     Those that start it in this process have one token: a process keeps the first that it reads.
     """
     name = request.module.__name__.rpartition(".")[2]
-    items = (item for item in request.session.items if item.path == request.path)
-    has_ray = any(item.get_closest_marker("cluster") for item in items)
+    has_ray = request.path in request.config.stash[RAY_FILES]
     if not has_ray and not name.startswith(("test_ray_", "test_cluster_scripts")):
         yield
         return

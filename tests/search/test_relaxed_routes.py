@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from evomerge.errors import Paused
 from evomerge.evaluation import Evaluation, GradientRequest, Items, ItemScore, Slopes
 from evomerge.optimizers.elitist import Elitist
 from evomerge.recipes import Recipe
-from evomerge.search import LearnedOpening, Opening, Plan, Relaxation, Stage, Start, Study
+from evomerge.search import LearnedOpening, Opening, Plan, Relaxation, Stage, Start
 from evomerge.spaces.routes import LayerPool, PositionChoiceSpace
 from evomerge.spaces.routes.relaxation import RelaxedRouteSpace
-from evomerge.store import Store, StudyFacts
+from tests.support import learned_search
 from tests.support.toy import ToyPool, stored_rows
 from tests.support.toy_search import Killed, plan
 
@@ -80,26 +79,8 @@ def relaxed_plan(evaluations: int = 12) -> Plan:
 
 
 def run(file: Path, pool: Relaxer, budget: int | None = None) -> str:
-    """One process' life; how it ended. budget: slopes after which there is nothing left of it."""
-    file.parent.mkdir(exist_ok=True)
-    with Store.open(file, write=True) as store:
-        if store.study() is None:
-            store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
-        study = Study(relaxed_plan(), store, pool)
-        if budget is not None:
-
-            def exhausted() -> str | None:
-                return "the budget of 1 h is used up" if pool.learned >= budget else None
-
-            study.dispatch.exhausted_budget = exhausted  # type: ignore[method-assign]
-        pool.study = study  # type: ignore[attr-defined]
-        try:
-            study.run()
-        except Killed:
-            return "killed"
-        except Paused:
-            return "paused"
-    return "done"
+    """One process' life of the relaxed search; how it ended."""
+    return learned_search.run(file, pool, relaxed_plan(), budget)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,22 @@
 """Workers on a machine that fails: the first attempts of each phase of a search end by the fault that a file
-names.
+names. Loads no torch, so that processes of workers start quickly.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evomerge.errors import CheckpointError
+from evomerge.errors import CheckpointError, SetupError
 from evomerge.evaluation import Evaluation, Items
 from evomerge.recipes import Recipe
+from evomerge.workers import Job, ProcessPool
 from tests.support import landscape
 
 ERRORS = {
@@ -145,3 +147,35 @@ class ParentChanged:
 
     def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
         raise CheckpointError("model.safetensors was changed or deleted while the search reads it")
+
+
+class Deadly:
+    """Scores by the landscape; each evaluation leaves a mark.
+
+    deadly: recipes that kill their process; flaky: one that kills it once.
+    """
+
+    def __init__(self, folder: Path, deadly: tuple[str, ...] = (), flaky: str = "") -> None:
+        self.folder, self.deadly, self.flaky = folder, deadly, flaky
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        mark = self.folder / "died"
+        if recipe.id in self.deadly or (recipe.id == self.flaky and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / f"{recipe.id}.{os.getpid()}").touch()
+        return landscape.evaluation(recipe, items)
+
+
+def fails_to_open() -> Deadly:
+    """A worker that is never there."""
+    raise SetupError("no model here")
+
+
+def drive(folder: Path, jobs: Sequence[Job]) -> None:
+    """Has a pool of one process evaluate the same jobs for a long time."""
+    with ProcessPool(functools.partial(Deadly, folder), 1) as pool:
+        for _ in range(1000):
+            pool.submit(jobs)
+            while pool.out:
+                pool.result()

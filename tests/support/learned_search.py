@@ -107,14 +107,24 @@ def learned_plan(**changes: Any) -> Plan:
     )
 
 
-def run(file: Path, pool: Learner, of: Plan | None = None) -> str:
-    """One process' life; how it ended."""
+def run(file: Path, pool: Any, of: Plan | None = None, budget: int | None = None) -> str:
+    """One process' life; how it ended.
+
+    pool: a toy pool that counts its slopes in `learned`. of: the search; one learned stage unless given.
+    budget: slopes after which there is nothing left of it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with Store.open(file, write=True) as store:
         if store.study() is None:
             store.begin("trial", 5, "study: trial\n", {}, StudyFacts())
         study = Study(of or learned_plan(), store, pool)
-        pool.study = study  # type: ignore[attr-defined]
+        if budget is not None:
+
+            def exhausted() -> str | None:
+                return "the budget of 1 h is used up" if pool.learned >= budget else None
+
+            study.dispatch.exhausted_budget = exhausted  # type: ignore[method-assign]
+        pool.study = study
         try:
             study.run()
         except Killed:

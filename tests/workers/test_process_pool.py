@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,41 +13,20 @@ from typing import Any
 import pytest
 
 from evomerge.errors import SetupError
-from evomerge.evaluation import Evaluation, Items, Objective, Term
+from evomerge.evaluation import Objective, Term
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.recipes import Recipe
 from evomerge.search import Plan, Study, one_stage
 from evomerge.store import Store, StudyFacts
 from evomerge.workers import Job, Limits, Pool, ProcessPool
 from tests.support.coded_workers import alive, until
-from tests.support.faulty_workers import Blocked, Company
+from tests.support.faulty_workers import Blocked, Company, Deadly, drive, fails_to_open
 from tests.support.toy import REPO, ToyPool, environment, results, stored_rows, weight_space
 
 ITEMS = {"first": ("a", "b", "c")}
 QUICK = Limits(backoff=0.01, longest_backoff=0.05)
 POISON = "poison: 3 worker processes died while it was evaluated"
 SPACE = weight_space()
-
-
-class Toy:
-    """A worker without a model. deadly: recipes that kill the process; flaky: one that kills it once, marked
-    by a file.
-    """
-
-    def __init__(self, folder: Path, deadly: tuple[str, ...] = (), flaky: str = "") -> None:
-        self.folder, self.deadly, self.flaky, self._toy = folder, deadly, flaky, ToyPool()
-
-    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
-        mark = self.folder / "died"
-        if recipe.id in self.deadly or (recipe.id == self.flaky and not mark.exists()):
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        (self.folder / f"{recipe.id}.{os.getpid()}").touch()
-        return self._toy.evaluate(recipe, items)
-
-
-def broken() -> Any:
-    raise SetupError("no model here")
 
 
 def recipes(count: int) -> list[Recipe]:
@@ -60,7 +38,7 @@ def jobs(count: int) -> list[Job]:
 
 
 def test_each_job_is_answered_once_by_several_processes(tmp_path: Path) -> None:
-    with ProcessPool(functools.partial(Toy, tmp_path), 2) as pool:
+    with ProcessPool(functools.partial(Deadly, tmp_path), 2) as pool:
         found = results(pool, jobs(12))
         assert pool.result() is None
     assert found == results(ToyPool(), jobs(12))
@@ -94,20 +72,20 @@ def study(folder: Path, pool: Pool) -> dict[str, list[dict[str, Any]]]:
 
 def test_a_study_has_the_rows_of_one_worker(tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
-    with ProcessPool(functools.partial(Toy, tmp_path / "marks"), 2) as pool:
+    with ProcessPool(functools.partial(Deadly, tmp_path / "marks"), 2) as pool:
         assert study(tmp_path / "two", pool) == study(tmp_path / "one", ToyPool())
 
 
 def test_a_process_that_dies_loses_no_candidate(tmp_path: Path) -> None:
     work = jobs(8)
-    with ProcessPool(functools.partial(Toy, tmp_path, (), work[3].recipe.id), 2) as pool:
+    with ProcessPool(functools.partial(Deadly, tmp_path, (), work[3].recipe.id), 2) as pool:
         assert results(pool, work) == results(ToyPool(), work)
     assert (tmp_path / "died").exists(), "one did die"
 
 
 def test_a_candidate_that_kills_every_process_fails_and_the_others_do_not(tmp_path: Path) -> None:
     work = jobs(5)
-    with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,)), 1) as pool:
+    with ProcessPool(functools.partial(Deadly, tmp_path, (work[2].recipe.id,)), 1) as pool:
         found = [evaluation for _, evaluation in results(pool, work)]
     wanted = [evaluation for _, evaluation in results(ToyPool(), work)]
     assert [e.error for e in found] == [
@@ -122,11 +100,11 @@ def test_a_candidate_that_kills_every_process_fails_and_the_others_do_not(tmp_pa
 
 def test_a_worker_that_cannot_be_opened_is_said_at_the_start() -> None:
     with pytest.raises(SetupError, match=r"no worker could be started, \d+ tries; .* because: no model here"):
-        ProcessPool(broken, 2)
+        ProcessPool(fails_to_open, 2)
 
 
 def test_a_drained_pool_gives_what_is_in_flight_and_goes_on(tmp_path: Path) -> None:
-    with ProcessPool(functools.partial(Toy, tmp_path), 1) as pool:
+    with ProcessPool(functools.partial(Deadly, tmp_path), 1) as pool:
         pool.submit(jobs(200))
         pool.result()
         pool.drain()
@@ -216,7 +194,7 @@ def test_sigterm_is_answered_while_the_first_workers_open(tmp_path: Path) -> Non
 
 def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
     work = jobs(5)
-    with ProcessPool(functools.partial(Toy, tmp_path, (work[2].recipe.id,), work[0].recipe.id), 1) as pool:
+    with ProcessPool(functools.partial(Deadly, tmp_path, (work[2].recipe.id,), work[0].recipe.id), 1) as pool:
         results(pool, work)
         told = pool.attempts()
         assert pool.attempts() == []
@@ -231,7 +209,7 @@ def test_every_try_is_told_with_its_end(tmp_path: Path) -> None:
 def test_the_processes_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     import multiprocessing
 
-    driver = multiprocessing.get_context("spawn").Process(target=drive, args=(tmp_path,))
+    driver = multiprocessing.get_context("spawn").Process(target=drive, args=(tmp_path, jobs(20)))
     driver.start()
     while not (pid := next((f.name.split(".")[1] for f in tmp_path.iterdir() if f.name.count(".") == 1), "")):
         time.sleep(0.05)
@@ -242,9 +220,3 @@ def test_the_processes_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the worker outlived its driver")
-
-
-def drive(folder: Path) -> None:
-    with ProcessPool(functools.partial(Toy, folder), 1) as pool:
-        for _ in range(1000):
-            results(pool, jobs(20))
