@@ -126,10 +126,11 @@ def table_cases() -> Iterator[Case]:
     for level in range(6):
         yield case(f"count_digits, level {level}", counts, LEVEL=level, REPLICAS=8)
     numbers = dict.fromkeys(("width", "a", "b", "product", "products"), "i32")
-    constants = {"TYPE_A": 1, "TYPE_B": 1, "BASED": True, "BASE": 1, "ALIGNED": True, "STEPS": 16}
+    own = {"TYPE_A": 1, "TYPE_B": 1, "BASED": True}
+    constants = own | {name: value for name, value in tables.items() if name != "SOURCES"}
     arguments = ADDRESSES | numbers | {"units": "*fp64", "sums": "*i64"}
     kernel = ("triton_tables", "product_sums")
-    yield Case("product_sums", kernel, arguments, constants | {"BLOCK": 1024}, 4, 2)
+    yield Case("product_sums", kernel, arguments, constants, 8, 2)
 
 
 def compiled(case: Case, sm: int, **options: object) -> Any:

@@ -23,7 +23,6 @@ ROWS_AT_ONCE = 48
 """Rows of one descent for a thousand densities: their counts take up to 33 MB each."""
 _REPLICAS = 8
 _STEPS, _BLOCK = 16, 2048
-_PRODUCT_BLOCK = 1024
 _GREATEST = 0x7FFFFFFF
 COMPILATION = {"num_warps": 8, "enable_fp_fusion": False}
 """Options of every launch, see `triton_kernels.COMPILATION`."""
@@ -68,7 +67,7 @@ def product_sums(
         numbers = (table.width, a, b, product, len(pairs))
         types = {"TYPE_A": table.types[2 + a], "TYPE_B": table.types[2 + b]}
         constants = types | {"BASED": table.bases is not None}
-        _launch(triton_tables.product_sums, table, there, sums, *numbers, block=_PRODUCT_BLOCK, **constants)
+        _launch(triton_tables.product_sums, table, there, sums, *numbers, **constants)
     return [[(whole << REST_BITS) + rest for whole, rest in row] for row in sums.tolist()]
 
 
@@ -180,11 +179,9 @@ def _types(table: TensorTable) -> int:
     return sum(code << 2 * i for i, code in enumerate(table.types[2:]))
 
 
-def _launch(
-    kernel: Any, table: TensorTable, *arguments: object, block: int = _BLOCK, **constants: object
-) -> None:
+def _launch(kernel: Any, table: TensorTable, *arguments: object, **constants: object) -> None:
     """One program for each chunk of _STEPS blocks."""
-    chunks = table.blocks(_STEPS * block)
+    chunks = table.blocks(_STEPS * _BLOCK)
     if not chunks.count:
         return
     arrays = (table.addresses(), table.launch_sizes(), chunks.first, chunks.row)
@@ -195,6 +192,6 @@ def _launch(
             BASE=table.types[1],
             ALIGNED=table.is_aligned,
             STEPS=_STEPS,
-            BLOCK=block,
+            BLOCK=_BLOCK,
             **COMPILATION,
         )
