@@ -23,6 +23,7 @@ from evomerge.launch.search_request import SearchRequest
 from evomerge.launch.tasks import scoring_facts
 from evomerge.launch.weight_space import is_diagonal, searched_unnamed
 from evomerge.store import ParentFacts, Store, StudyFacts, score_check, study_facts
+from evomerge.workers.device import card
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "cma", "safetensors", "numpy")
 _SHOWN = 6  # differences that an error names
@@ -61,7 +62,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         # a larger budget must not change the optimizer, nor when a stage ends
         diagonal=stored.diagonal if stored else is_diagonal(settings, opened.space),
         budgets=(stored.budgets if stored else ()) or settings.budgets,
-        scoring=scoring_facts(settings, parents[settings.base], device_name()) | _budgets(),
+        scoring=scoring_facts(settings, parents[settings.base], device_name()) | _card_facts(device_name()),
         max_nats_per_token=loaded.max_nats_per_token,
         num_workers=stored.num_workers if stored else num_workers,
         base_layers=parents[settings.base].layout.num_layers,
@@ -104,10 +105,14 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
     store.set_config(settings.study, request.text, request.overrides, moved)
 
 
-def _budgets() -> dict[str, Any]:
-    """The budgets of forwards, from which plans and so bits follow; a CPU's are the same for all studies."""
-    device = torch.device(device_name())
-    return {} if device.type == "cpu" else {"budgets": budgets_of(device).to_json()}
+def _card_facts(device: str) -> dict[str, Any]:
+    """What scores depend on where a card computes them: its kind, and the budgets that plans follow from.
+
+    Nothing for a CPU, whose budgets are the same for all studies.
+    """
+    if torch.device(device).type == "cpu":
+        return {}
+    return {**card(device), "budgets": budgets_of(torch.device(device)).to_json()}
 
 
 def _versions() -> dict[str, str]:

@@ -195,7 +195,9 @@ def _samples(task: str, scores: FirstScores, loaded: LoadedSearch) -> list[Any]:
     part = term.strata[0][0]
     items = {part: scores.items[part][:_ANSWERS]}
     try:
-        model = loaded.scorer.module(scores.parents[-1][0].recipe, items)
+        # cards are the other processes' by now
+        scorer = loaded.scorer if loaded.scorer.is_open else loaded.opened.load(device="cpu")
+        model = scorer.module(scores.parents[-1][0].recipe, items)
         return loaded.opened.harness.samples(model, items)
     except CandidateError:  # the search will say so
         return []

@@ -62,27 +62,28 @@ class Opened:
     objective: Objective
     warnings: tuple[str, ...] = ()
 
-    def load(self, evaluator: Evaluator | None = None) -> Worker:
+    def load(self, evaluator: Evaluator | None = None, device: str | None = None) -> Worker:
         """Loads the base model, which candidates are merged into.
 
         Args:
             evaluator: Scores the candidates; the tasks unless given.
+            device: Where; None for the device of this process.
 
         Returns:
-            A worker on the device of this process.
+            A worker.
         """
         return Worker(
             self.parents,
             self.settings.base,
             self.harness if evaluator is None else evaluator,
             dtype=self.settings.out_dtype,
-            device=device_name(),
+            device=device_name() if device is None else device,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedSearch:
-    """A search that is open, with a worker in this process.
+    """A search that is open, with a worker in this process, which may have left its device to others.
 
     Attributes:
         opened: Its models, tasks and space.

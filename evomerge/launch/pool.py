@@ -75,6 +75,16 @@ def population(settings: Config, num_workers: int, genes: int) -> int | None:
     return max(default_population(genes), busy)
 
 
+def is_elsewhere(settings: Config, workers: int) -> bool:
+    """Whether candidates are evaluated in other processes than this one, where it is not replaced.
+
+    Args:
+        settings: The settings of the search, which may name a Ray cluster.
+        workers: Processes of this machine, without Ray.
+    """
+    return settings.cluster.ray is not None or workers > 1
+
+
 def open_pool(
     settings: Config,
     scorer: Scorer,

@@ -158,6 +158,8 @@ def _prepare(request: SearchRequest, store: Store, execution: _Execution) -> Stu
     else:
         first_scores.check_units(settings, loaded.opened.harness)
     plan = _plan(loaded, facts)
+    if not loaded.is_replaced and pool_module.is_elsewhere(settings, execution.workers):
+        loaded.scorer.leave_device()
     pool = _pool(loaded, facts, execution, stored)
     if stored is None:
         try:

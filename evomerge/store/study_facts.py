@@ -91,8 +91,8 @@ class StudyFacts:
             those that every recipe must give; empty for a study of a version that searched no others.
         diagonal: Whether weight searches adapt a diagonal covariance matrix.
         budgets: Evaluations of each stage; empty for a study of a version that did not store them.
-        scoring: How scores are computed: base, dtype, device, backend, batch_size, tokenizer; empty where not
-            stored.
+        scoring: How scores are computed: base, dtype, device, backend, batch_size, tokenizer, and on a GPU
+            its card, capability and budgets; empty where not stored.
         max_nats_per_token: Limit of the perplexity screen for routes, None without a screen; stored as
             `gate`.
         num_workers: Number of workers that 'auto' settings were chosen for; 0.5.0 stored it as `crew`.
@@ -186,7 +186,8 @@ class StudyFacts:
     def differences(self, other: StudyFacts) -> list[str]:
         """Compares these facts, as those of a stored study, with those of now; places may differ.
 
-        A parent is compared by the hash of its content, where there is one.
+        A parent is compared by the hash of its content, where there is one. A study that was begun before
+        cards were stored goes on with any.
 
         Args:
             other: The facts of now.
@@ -197,6 +198,9 @@ class StudyFacts:
         before, now = self.to_json(), other.to_json()
         before["versions"] = comparable_versions(self.versions)
         now["versions"] = comparable_versions(other.versions)
+        if before["scoring"].get("device") == now["scoring"].get("device"):
+            for key in [key for key in CARD_FACTS if key not in before["scoring"]]:
+                now["scoring"].pop(key, None)
         for facts in (before, now):
             facts.pop("files", None)
             facts.pop("objective", None)
@@ -206,6 +210,8 @@ class StudyFacts:
         return differences(before, now)
 
 
+CARD_FACTS = ("card", "capability", "budgets")
+"""Keys of `StudyFacts.scoring` that say what a GPU computes scores with; on a CPU there are none."""
 _SAME_ROWS = ("0.5.0", "0.6.0")
 """Versions of evomerge that store the same rows for the same search: a study of one goes on with another."""
 

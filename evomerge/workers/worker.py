@@ -41,7 +41,7 @@ from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
-from evomerge.workers.device import compute_in_full_precision, tables_memory
+from evomerge.workers.device import compute_in_full_precision, free_unused, tables_memory
 from evomerge.workers.nan_watch import NanWatch
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
@@ -88,6 +88,7 @@ class Worker:
         placements: where each parent's tensors are held.
         parents: name -> parent, as it is held.
         builder: builds candidates in live models.
+        is_open: whether it can evaluate, see `leave_device`.
     """
 
     def __init__(
@@ -134,6 +135,17 @@ class Worker:
         self._prepared: set[tuple[int, str]] = set()
         self._built: _Built | None = None
         self._taught_texts = TaughtTexts()
+        self.is_open = True
+
+    def leave_device(self) -> None:
+        """Gives the memory of its card back and evaluates no more: workers of other processes need it.
+
+        The model itself goes to the memory of the machine, since tasks may hold it.
+        """
+        self.is_open = False
+        self.model.to("cpu")
+        del self.builder, self.parents, self.tables
+        free_unused(self.device)
 
     def prepare(self, recipe: Recipe, items: Items) -> None:
         """Builds a candidate, and plans, probes and compiles what scores it; see `pool.PreparingScorer`.

@@ -1,10 +1,19 @@
-"""The pool of a search: which cards of this machine its processes share."""
+"""The pool of a search: which cards of this machine its processes share, and who holds models there."""
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 
+from evomerge.config import loading
 from evomerge.launch.pool import process_devices
+from evomerge.launch.prepare import prepare_study
+from evomerge.launch.search_request import SearchRequest
+from evomerge.search import Progress
+from evomerge.workers.worker import Worker
+from tests.support.toy import REPO, search_file
 
 
 @pytest.mark.parametrize(
@@ -18,3 +27,27 @@ def test_a_card_that_the_user_names_is_everybodys(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert process_devices() == expected
+
+
+class _PoolOpensError(Exception):
+    """Everything is loaded, and the pool would be opened."""
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(1, 1), (2, 0)])
+def test_the_driver_holds_no_model_on_a_device_that_other_processes_compute_on(
+    workers: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_THREADS", "1")
+    monkeypatch.chdir(REPO)
+    open_workers: list[int] = []
+
+    def show(progress: Progress) -> None:
+        if progress.note.startswith("parents: "):
+            known = [thing for thing in gc.get_objects() if type(thing) is Worker]
+            open_workers.append(sum(worker.is_open for worker in known))
+            raise _PoolOpensError
+
+    settings, text = loading.load(str(search_file(tmp_path, "small", items=8)))
+    with pytest.raises(_PoolOpensError):
+        prepare_study(SearchRequest(settings, text), tmp_path / "root", workers=workers, show=show)
+    assert open_workers == [expected]

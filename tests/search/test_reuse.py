@@ -192,6 +192,7 @@ POLICIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "threads": (lambda f: f.update(threads=2), "threads was 1, is 2"),
     "the gate": (lambda f: f.update(gate=3.5), "gate was None, is 3.5"),
     "the device": (lambda f: f["scoring"].update(device="cuda"), "scoring.device was cpu, is cuda"),
+    "a card": (lambda f: f["scoring"].update(card="A100"), "scoring.card was None, is A100"),
     "the tokenizer": (lambda f: f["scoring"].update(tokenizer="u"), "scoring.tokenizer was t, is u"),
     "both tasks": (lambda f: f["tasks"].update(first="x", second="y"), "none of its tasks"),
 }

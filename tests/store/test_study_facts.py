@@ -53,6 +53,44 @@ def test_facts_of_0_5_0_are_read() -> None:
     assert facts.extra == {}
 
 
+H200 = {"device": "cuda", "card": "NVIDIA H200", "capability": "9.0", "budgets": {"tokens": 16384}}
+A100 = H200 | {"card": "NVIDIA A100-SXM4-80GB", "capability": "8.0"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "now", "expected"),
+    [
+        (H200, H200, []),
+        ({"device": "cuda"}, H200, []),  # begun before cards were stored
+        ({"device": "cpu"}, {"device": "cpu"}, []),
+        (
+            H200,
+            A100,
+            [
+                "scoring.capability was 9.0, is 8.0",
+                "scoring.card was NVIDIA H200, is NVIDIA A100-SXM4-80GB",
+            ],
+        ),
+        (
+            {"device": "cpu"},
+            H200,
+            [
+                "scoring.budgets was None, is {'tokens': 16384}",
+                "scoring.capability was None, is 9.0",
+                "scoring.card was None, is NVIDIA H200",
+                "scoring.device was cpu, is cuda",
+            ],
+        ),
+    ],
+)
+def test_another_kind_of_card_is_another_way_of_scoring(
+    stored: dict[str, Any], now: dict[str, Any], expected: list[str]
+) -> None:
+    facts = StudyFacts(scoring=now)
+    assert StudyFacts(scoring=stored).differences(facts) == expected
+    assert facts.scoring == now, "the facts themselves stay whole"
+
+
 def test_facts_are_stored_under_the_keys_of_0_5_0_but_for_the_number_of_workers() -> None:
     expected = {key: value for key, value in FACTS_OF_0_5_0.items() if key != "crew"} | {"num_workers": 2}
     assert StudyFacts.from_json(FACTS_OF_0_5_0).to_json() == expected

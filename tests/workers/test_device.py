@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging.host_memory import available_memory
 from evomerge.workers.device import card, compute_in_full_precision, tables_memory
-from tests.support.logit_tasks import worker
+from tests.support.logit_tasks import ITEMS, recipe, worker
 
 MATMUL: Any = torch.backends.cuda.matmul
 
@@ -57,6 +59,17 @@ def test_a_card_is_known_by_its_name_and_capability(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
     assert card("cuda") == {"card": "NVIDIA H200", "capability": "9.0"}
     assert card("cpu") == {}
+
+
+def test_a_worker_that_leaves_its_device_holds_nothing_there(parents: dict[str, Checkpoint]) -> None:
+    own = worker(parents)
+    assert own.evaluate(recipe(), ITEMS).error is None
+    held = [weakref.ref(own.builder), weakref.ref(own.tables)]
+    own.leave_device()
+    gc.collect()
+    assert not own.is_open
+    assert [reference() for reference in held] == [None, None]
+    assert {parameter.device.type for parameter in own.model.parameters()} == {"cpu"}
 
 
 def test_tables_lie_on_the_card_and_take_a_part_of_what_parents_leave(
