@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from evomerge.methods.fused import device_tables
@@ -45,9 +48,11 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+log = logging.getLogger(__name__)
 name = "Triton"
 MOST_SOURCES = 8
 """Sources of a sum that fit the registers of a program."""
+_LEAST_VERSION = Version("3.4")
 _LEAST_CAPABILITY = (8, 0)  # rounds to bfloat16 itself
 _STEPS = 8  # blocks of a chunk of norms
 COMPILATION = {"num_warps": 4, "enable_fp_fusion": False}
@@ -213,8 +218,25 @@ def top_k_table(
 
 @functools.cache
 def is_available() -> bool:
-    """Whether Triton can be imported; AMD's is untried."""
-    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
+    """Whether Triton is there, not too old, and wanted; AMD's is untried."""
+    if os.environ.get("EVOMERGE_NATIVE", "1") == "0" or torch.version.hip is not None:
+        return False
+    installed = _installed()
+    if installed is None:
+        return False
+    if installed < _LEAST_VERSION:
+        log.info("Triton %s is older than %s: merging in torch on GPUs", installed, _LEAST_VERSION)
+    return installed >= _LEAST_VERSION
+
+
+def _installed() -> Version | None:
+    """Triton's version, without loading it; nightly builds of torch bring it under a name of their own."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton"):
+        with suppress(metadata.PackageNotFoundError):
+            return Version(metadata.version(distribution))
+    return None
 
 
 def is_interpreted() -> bool:
