@@ -7,7 +7,7 @@ Each tensor begins at a multiple of `ALIGNMENT` elements and what lies between t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,3 +154,23 @@ def allocate_arena(layout: ArenaLayout, device: str | torch.device, *, pinned: b
         for dtype, length in layout.lengths.items()
     }
     return Arena(layout, flats)
+
+
+def move_into_arenas(tensors: Iterable[Tensor]) -> None:
+    """Makes tensors such as parameters views of one arena for each device; the objects stay the same.
+
+    Views of them that are held elsewhere keep the old memory.
+
+    Args:
+        tensors: Moved in their order, each once; what is not contiguous becomes so.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, {})[str(id(tensor))] = tensor
+    with torch.no_grad():
+        for device, members in by_device.items():
+            layout = arena_layout({key: (tuple(t.shape), t.dtype) for key, t in members.items()})
+            views = allocate_arena(layout, device).view
+            for key, tensor in members.items():
+                views[key].copy_(tensor)
+                tensor.data = views[key]

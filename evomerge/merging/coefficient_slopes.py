@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CandidateError
+from evomerge.merging import step_slopes
 from evomerge.merging.low_rank import LowRankTaskVectors, low_rank_task_vectors
 from evomerge.merging.merge import Merge
 from evomerge.merging.tensor_plan import Step
@@ -119,8 +120,8 @@ class CoefficientSlopes:
         for name in names:
             step = self._steps[name]
             part = gradient if rows is not None else self._weights.gradient(name, gradient)
-            self._add(name, self._merge.slopes(step, part, rows))
-            for source, slopes in self._merge.row_slopes(step, part).items():
+            self._add(name, step_slopes.slopes(self._merge, step, part, rows))
+            for source, slopes in step_slopes.row_slopes(self._merge, step, part).items():
                 key = (name, "weight", source)
                 self.rows[key] = self.rows[key] + slopes if key in self.rows else slopes
 
@@ -131,7 +132,7 @@ class CoefficientSlopes:
             name: The tensor.
             products: Dot product of its gradient with the task vector of each source.
         """
-        self._add(name, self._merge.slopes_of_products(self._steps[name], products))
+        self._add(name, step_slopes.slopes_of_products(self._merge, self._steps[name], products))
 
     def low_rank(self, names: Sequence[str], device: torch.device) -> LowRankTaskVectors | None:
         """Finds the task vectors of a parameter that are known as products of thin matrices.
@@ -163,7 +164,7 @@ class CoefficientSlopes:
         return (
             len(names) == 1
             and self._weights.is_whole(names[0])
-            and self._merge.is_plain(self._steps[names[0]])
+            and step_slopes.is_plain(self._merge, self._steps[names[0]])
         )
 
 

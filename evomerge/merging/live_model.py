@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from evomerge.checkpoints import Parent
+from evomerge.errors import EvomergeError
+from evomerge.merging.candidate_launch import CandidateLaunches
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into, write_steps
 from evomerge.merging.merge_plan import MergePlans
@@ -26,6 +30,7 @@ from evomerge.merging.tensor_plan import Step, layer_index
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
 from evomerge.methods.fused import MagnitudeTables
+from evomerge.methods.fused.triton_kernels import runs_on
 from evomerge.recipes import Filtered, Mix, PerRow, Recipe
 
 
@@ -108,18 +113,21 @@ class ModelBuilder:
         self._dtype = dtype
         self._device = device
         self._tables = tables
-        self._plans = MergePlans(parents)
-        self._skeletons = [_Skeleton(skeleton, WeightMap(skeleton, parents[base].tensors))]
+        launches = CandidateLaunches(tables) if runs_on(torch.device(device)) else None
+        self._plans = MergePlans(parents, launches)
+        self._skeletons = [self._made_skeleton(skeleton)]
         self._models: dict[str, nn.Module] = {}
         self._routed: dict[tuple[int, frozenset[str]], RoutedModel] = {}
         self._kinds: dict[tuple[int, int], str] = {}
         self._reasons: dict[tuple[int, tuple[str, ...]], tuple[str, ...]] = {}
 
-    def build(self, recipe: Recipe) -> CandidateModel:
+    def build(self, recipe: Recipe, *, checked: bool = True) -> CandidateModel:
         """Builds the module of a recipe; `CandidateModel.install` makes it ready.
 
         Args:
             recipe: The recipe.
+            checked: Whether to wait for the device until every value is known to be finite; else
+                `check_values` has to be asked before anything that the module computed is believed.
 
         Returns:
             The candidate, valid until the next recipe is built.
@@ -129,6 +137,30 @@ class ModelBuilder:
             CandidateError: A merge fails.
             RecipeError: No method accepts the recipe.
         """
+        with suppress(EvomergeError):  # of a candidate before, which failed otherwise
+            self.check_values()
+        candidate = self._built(recipe)
+        if checked:
+            self.check_values()
+        return candidate
+
+    def check_values(self) -> None:
+        """Reads whether the merged values of the last candidate are finite, where `build` did not.
+
+        Raises:
+            CandidateError: A value is not; names the tensor.
+            CheckpointError: Since one of a parent is not.
+        """
+        if self._plans.launches is None:
+            return
+        try:
+            self._plans.launches.check()
+        except EvomergeError:
+            for skeleton in self._skeletons:
+                skeleton.recipe_id = None
+            raise
+
+    def _built(self, recipe: Recipe) -> CandidateModel:
         if self._has_base_shape(recipe):
             self._skeletons[
                 0
@@ -273,13 +305,14 @@ class ModelBuilder:
                     (step, layout.layer_name(layer, layout.place(step.name).suffix))
                     for step in steps[position]
                 ]
-                write_steps(plan, targets, skeleton.weights)
+                write_steps(plan, targets, skeleton.weights, self._plans.launches)
                 places[key] = Hop(skeleton.model, layer)
             hops[position] = places[key]
         if merge_outer:
             skeleton = self._skeleton(first)
             skeleton.recipe_id = None
-            write_steps(plan, [(step, step.name) for step in steps.get(None, [])], skeleton.weights)
+            outer = [(step, step.name) for step in steps.get(None, [])]
+            write_steps(plan, outer, skeleton.weights, self._plans.launches)
         return hops
 
     def _reference_hops(
@@ -344,8 +377,15 @@ class ModelBuilder:
         """
         while len(self._skeletons) <= number:
             model = load_parent(self._files[self._base], self._dtype).to(self._device)
-            self._skeletons.append(_Skeleton(model, WeightMap(model, self._parents[self._base].tensors)))
+            self._skeletons.append(self._made_skeleton(model))
         return self._skeletons[number]
+
+    def _made_skeleton(self, model: nn.Module) -> _Skeleton:
+        """A skeleton of a loaded base, in an arena where merges are launched."""
+        weights = WeightMap(model, self._parents[self._base].tensors)
+        if self._plans.launches is not None:
+            weights.use_arena()
+        return _Skeleton(model, weights)
 
 
 def _depends_on_position(mix: Mix) -> bool:

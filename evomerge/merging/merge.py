@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.values import check_tensor
 from evomerge.errors import CandidateError, RecipeError
+from evomerge.merging.candidate_launch import CandidateLaunches
 from evomerge.merging.merge_plan import MergePlan, MergePlans, RecipeValues, make_plan, shape_and_numbers
 from evomerge.merging.merged_config import layer_changes, merged_config
 from evomerge.merging.merged_parent import MergedParent, check_intermediate
@@ -26,7 +27,7 @@ from evomerge.merging.row_weights import row_weights
 from evomerge.merging.tensor_plan import DTYPES, Step, check
 from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.merging.weight_map import WeightMap
-from evomerge.methods import Method, Values, method, row_sums, task_vector_slopes
+from evomerge.methods import Method, Values, method, row_sums
 from evomerge.methods.fused import MagnitudeTables, MergeInputs, combine_by_dot_products, merge_tensor
 from evomerge.recipes import STORED, Mix, Recipe
 
@@ -122,95 +123,88 @@ class Merge:
             tensor = self.parents[self.recipe.base].tensor(step.name)
             return tensor.to(DTYPES[self.recipe.out_dtype]) if tensor.is_floating_point() else tensor
         mix = step.mix
-        inputs = self._inputs(step, mix)
+        inputs = self.inputs(step)
         if not inputs.sources[0].is_floating_point():
             return inputs.sources[0] if inputs.base is None else inputs.base
         rule = method(mix.method)
-        values = self._values(step)
+        values = self.values_of(step)
         merged, is_finite = self._merged(step, rule, inputs, values, out)
         if not is_finite:
-            for (model, _), name, tensor in zip(mix.sources, step.inputs, inputs.sources, strict=True):
-                check_tensor(model, name, tensor)
-            if mix.base and step.base and inputs.base is not None:
-                check_tensor(mix.base[0], step.base, inputs.base)
-            raise CandidateError(
-                f"merging gave a value that is not finite in tensor '{step.name}' "
-                f"({mix.method} of {', '.join(mix.models)})"
-            )
+            self.refuse(step)
         return merged
 
-    def is_plain(self, step: Step) -> bool:
-        """Whether a step sums whole task vectors by one weight each, see `task_vector_slopes.is_plain`.
+    def refuse(self, step: Step) -> NoReturn:
+        """Says why a tensor cannot be merged whose result is not finite.
 
         Args:
-            step: One of `steps`, with a mix whose method `has_slopes`.
+            step: One of `steps`, with a mix.
 
-        Returns:
-            True if it does.
+        Raises:
+            CandidateError: The values are merged to one that is not finite.
+            CheckpointError: A value of a parent is not.
         """
-        assert step.mix is not None
-        rule = method(step.mix.method)
-        values = self._values(step)
-        return row_weights(step) is None and task_vector_slopes.is_plain(rule, values)
+        mix = step.mix
+        assert mix is not None
+        inputs = self.inputs(step)
+        for (model, _), name, tensor in zip(mix.sources, step.inputs, inputs.sources, strict=True):
+            check_tensor(model, name, tensor)
+        if mix.base and step.base and inputs.base is not None:
+            check_tensor(mix.base[0], step.base, inputs.base)
+        raise CandidateError(
+            f"merging gave a value that is not finite in tensor '{step.name}' "
+            f"({mix.method} of {', '.join(mix.models)})"
+        )
 
-    def slopes_of_products(self, step: Step, products: Sequence[float]) -> dict[tuple[str, str], float]:
-        """Computes what `slopes` does from the dot products of the gradient with each source's task vector.
-
-        Args:
-            step: One of `steps` that `is_plain`.
-            products: One number for each source.
-
-        Returns:
-            As `slopes`.
-        """
-        assert step.mix is not None
-        values = self._values(step)
-        slopes = task_vector_slopes.slopes_of_products(values, products)
-        return task_vector_slopes.by_source(step.mix.sources, slopes)
-
-    def slopes(
-        self, step: Step, gradient: Tensor, rows: Tensor | slice | None = None
-    ) -> dict[tuple[str, str], float]:
-        """Computes the derivatives of a loss by the coefficients of one output tensor.
-
-        Args:
-            step: One of `steps`, with a mix whose method `has_slopes`.
-            gradient: Of the loss by the output tensor, on the merging device.
-            rows: The rows that it is of, where the step `is_plain`; None for all.
-
-        Returns:
-            (parameter, source model) -> derivative; the model is '' for a parameter of the merge. Nothing for
-            a tensor whose rows have weights of their own, see `row_slopes`.
-        """
-        assert step.mix is not None
-        if row_weights(step) is not None:
-            return {}
-        rule = method(step.mix.method)
-        values = self._values(step)
-        sources, base = self._tensors(step, step.mix)
-        if rows is not None:
-            sources, base = [source[rows] for source in sources], None if base is None else base[rows]
-        keys = self._mask_keys(step, step.mix) if rule.randomized else [0] * len(sources)
-        slopes = task_vector_slopes.slopes(rule, sources, base, values, keys, gradient)
-        return task_vector_slopes.by_source(step.mix.sources, slopes)
-
-    def row_slopes(self, step: Step, gradient: Tensor) -> dict[str, Tensor]:
-        """Computes the derivatives of a loss by the weights of the rows of one output tensor.
+    def write(self, step: Step, name: str, weights: WeightMap) -> None:
+        """Merges one output tensor into a live model, in place where its elements follow each other.
 
         Args:
             step: One of `steps`.
-            gradient: Of the loss by the output tensor, on the merging device.
+            name: Name on disk of the tensor that it is written to.
+            weights: The live model.
+
+        Raises:
+            CandidateError: See `tensor`.
+            CheckpointError: See `tensor`.
+        """
+        place = weights.run(name, DTYPES[self.recipe.out_dtype])
+        tensor = self.tensor(step, place)
+        if tensor is not place:
+            weights.put(name, tensor)
+
+    def mask_keys(self, step: Step) -> list[int]:
+        """Keys of the random masks of one output tensor.
+
+        Args:
+            step: One of `steps`.
 
         Returns:
-            Source model -> [rows] derivatives in float64; nothing for a tensor without weights by row.
+            One for each source of its mix, see `mask_key`.
         """
-        weights = row_weights(step)
-        if weights is None or step.mix is None:
-            return {}
-        inputs = self._inputs(step, step.mix)
-        values = self._values(step)
-        found = row_sums.row_slopes(inputs.sources, inputs.base, values, weights, gradient)
-        return {model: slopes for (model, _), slopes in zip(step.mix.sources, found, strict=True)}
+        models = [model for model, _ in step.mix.sources] if step.mix else []
+        return [mask_key(self.recipe.seed, step.name, model) for model in models]
+
+    def values_of(self, step: Step) -> Values:
+        """The values of the method's parameters for one output tensor.
+
+        Args:
+            step: One of `steps`, with a mix.
+
+        Returns:
+            See `RecipeValues.of`.
+        """
+        return self.values.of(self._numbers[step.name])
+
+    def number(self, step: Step) -> int:
+        """The place of a step.
+
+        Args:
+            step: One of `steps`.
+
+        Returns:
+            Its index in `steps`.
+        """
+        return self._numbers[step.name]
 
     def combines(self, step: Step) -> bool:
         """Whether a step combines whole inputs with coefficients that come from their dot products.
@@ -226,17 +220,26 @@ class Merge:
             return False
         vectors = len(step.inputs) + (not rule.base_is_origin)
         alike = [[1.0] * vectors] * vectors
-        return rule.coefficients(alike, self._values(step)) is not None
+        return rule.coefficients(alike, self.values_of(step)) is not None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Merges all tensors: (output tensor name, tensor of out_dtype), in the order of `steps`."""
         for step in self.steps:
             yield step.name, self.tensor(step)
 
-    def _inputs(self, step: Step, mix: Mix) -> MergeInputs:
-        """What a step merges."""
-        tensors, base = self._tensors(step, mix)
-        return MergeInputs(tensors, base, self._mask_keys(step, mix), *self._cache_ids(step))
+    def inputs(self, step: Step) -> MergeInputs:
+        """Reads what a step merges.
+
+        Args:
+            step: One of `steps`, with a mix.
+
+        Returns:
+            The tensors, on the merging device, with their rows aligned where the vocabulary changes; keys of
+            masks; and what is known of the tensors is cached under.
+        """
+        assert step.mix is not None
+        tensors, base = self._tensors(step, step.mix)
+        return MergeInputs(tensors, base, self.mask_keys(step), *self._cache_ids(step))
 
     def _tensors(self, step: Step, mix: Mix) -> tuple[list[Tensor], Tensor | None]:
         """The sources and the base of a step, with their rows aligned where the vocabulary changes."""
@@ -245,12 +248,6 @@ class Merge:
         if step.name in self.plan.resized and tensors[0].is_floating_point():
             tensors, base = self._aligned(mix, tensors, base)
         return tensors, base
-
-    def _values(self, step: Step) -> Values:
-        return self.values.of(self._numbers[step.name])
-
-    def _mask_keys(self, step: Step, mix: Mix) -> list[int]:
-        return [mask_key(self.recipe.seed, step.name, model) for model, _ in mix.sources]
 
     def _read(self, model: str, name: str) -> Tensor:
         tensor = self.parents[model].tensor(name)
@@ -364,7 +361,8 @@ def merge_into(
         weights: The live model, which holds the base's other towers already.
         tables: Tables that a search shares between merges, None for empty ones.
         device: torch's name of the device that merges.
-        plans: Plans that a search shares between merges, None for none.
+        plans: Plans that a search shares between merges, None for none. Where they have `launches`, whether
+            values are finite is told by `CandidateLaunches.check`.
 
     Raises:
         CandidateError: The merged model would have another shape than the live one, or a value is not finite.
@@ -387,27 +385,33 @@ def merge_into(
             raise CandidateError(
                 "the recipe's tokenizer changes the number of rows; a search keeps the base's vocabulary"
             )
-    write_steps(merge, [(step, step.name) for step in merge.steps if step.mix is not None], weights)
+    steps = [(step, step.name) for step in merge.steps if step.mix is not None]
+    write_steps(merge, steps, weights, None if plans is None else plans.launches)
 
 
-def write_steps(merge: Merge, steps: Sequence[tuple[Step, str]], weights: WeightMap) -> None:
+def write_steps(
+    merge: Merge,
+    steps: Sequence[tuple[Step, str]],
+    weights: WeightMap,
+    launches: CandidateLaunches | None = None,
+) -> None:
     """Merges tensors into a live model.
 
     Args:
         merge: The merge.
         steps: (step of the merge, name on disk of the tensor that it is written to).
         weights: The live model.
+        launches: What merges them at once, and tells whether values are finite; None for one after the other.
 
     Raises:
         CandidateError: A value of the result is not finite.
     """
-    dtype = DTYPES[merge.recipe.out_dtype]
+    if launches is not None:
+        launches.write(merge, steps, weights)
+        return
     with torch.no_grad():
         for step, name in steps:
-            parameter = weights.parameter(name, dtype)
-            tensor = merge.tensor(step, parameter)
-            if tensor is not parameter:
-                weights.put(name, tensor)
+            merge.write(step, name, weights)
 
 
 def mask_key(seed: int, tensor: str, model: str) -> int:

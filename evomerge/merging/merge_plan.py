@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from evomerge.merging.tensor_plan import Step, plan, resized_tensors
 from evomerge.merging.vocabulary.alignment import Vocabulary
 from evomerge.methods import Method, Param, Values, method
 from evomerge.recipes import Filtered, Mix, ParamValue, PerRow, Recipe, Setting
+
+if TYPE_CHECKING:
+    from evomerge.merging.candidate_launch import CandidateLaunches
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MOST_PLANS = 64  # shapes that are remembered; routes have many
@@ -150,15 +153,18 @@ class MergePlans:
 
     Attributes:
         parents: Name -> parent.
+        launches: What merges whole candidates at once, None where tensors are merged one by one.
     """
 
-    def __init__(self, parents: Mapping[str, Parent]) -> None:
+    def __init__(self, parents: Mapping[str, Parent], launches: CandidateLaunches | None = None) -> None:
         """No plans yet.
 
         Args:
             parents: Name -> parent, those that `Merge` is given.
+            launches: What merges whole candidates at once, None for one tensor after the other.
         """
         self.parents = parents
+        self.launches = launches
         self._plans: OrderedDict[Hashable, MergePlan] = OrderedDict()
 
     def find(self, recipe: Recipe) -> tuple[MergePlan, RecipeValues] | None:

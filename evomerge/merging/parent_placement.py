@@ -25,6 +25,8 @@ class PlacedParent:
     Attributes:
         original: The parent.
         path: Of the parent, as are `files`, `config`, `tensors` and `layout`.
+        is_resident: Whether the tensors are on the device, see `candidate_launch.ResidentParent`.
+        is_padded: Whether each has room behind it, see there.
     """
 
     def __init__(self, parent: Parent, device: str | None) -> None:
@@ -37,6 +39,7 @@ class PlacedParent:
         self.path, self.files = parent.path, parent.files
         self.config, self.tensors, self.layout = parent.config, parent.tensors, parent.layout
         self.original = parent
+        self.is_resident, self.is_padded = device is not None, False
         self._device = device
         self._cache: dict[str, Tensor] = {}
 

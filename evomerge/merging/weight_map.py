@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError
+from evomerge.merging.arena import move_into_arenas
 from evomerge.merging.observed_rearrangement import Rearrange, Shape, SourceSlice, observe
 from evomerge.merging.refusals import REFUSALS
 
@@ -51,6 +52,7 @@ class WeightMap:
     Attributes:
         model: The model.
         ignored: Disk tensors that transformers ignores too when it loads the model, such as rotary buffers.
+        is_arena: Whether what disk feeds lies in arenas, see `use_arena`.
     """
 
     def __init__(self, model: nn.Module, disk: Mapping[str, TensorInfo]) -> None:
@@ -68,6 +70,7 @@ class WeightMap:
                 parameter is more than a rearrangement of disk tensors; names the tensors.
         """
         self.model = model
+        self.is_arena = False
         groups, unplaced = _groups(model, disk)
         parameters = _state(model)
         self._places: dict[str, _Slice | _Converted] = {}
@@ -113,21 +116,41 @@ class WeightMap:
             for part, value in self._pairs(name, tensor):
                 part.copy_(value)
 
-    def parameter(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """The parameter that a disk tensor is all of, so that it may be written in place.
+    def run(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """The elements of a parameter that a disk tensor is, so that it may be written in place.
 
         Args:
             name: Name on disk.
             dtype: The type that it is written in.
 
         Returns:
-            The parameter, contiguous and in the tensor's order; None if it has another type or holds more or
-            less than the disk tensor.
+            A contiguous view in the tensor's shape and order: the parameter, or a part such as one of fused
+            experts; None where its elements have another type or order, or do not follow each other.
         """
-        if not self.is_whole(name):
+        place = self._places.get(name)
+        if not isinstance(place, _Slice):
             return None
-        parameter = self._parameters[self._places[name].parameter].detach()
-        return parameter if parameter.dtype == dtype and parameter.is_contiguous() else None
+        parameter = self._parameters[place.parameter].detach()
+        if parameter.dtype != dtype or not parameter.is_contiguous():
+            return None
+        part = self._part(place, parameter)
+        return part if part.is_contiguous() else None
+
+    def use_arena(self) -> None:
+        """Moves what disk feeds into arenas; parameter objects stay. Meanwhile the model is held twice."""
+        move_into_arenas([self._parameters[place.parameter] for place in self._places.values()])
+        self.is_arena = True
+
+    def is_padded(self, name: str) -> bool:
+        """Whether nothing but zeros follows a disk tensor up to a multiple of 64 elements.
+
+        Args:
+            name: Name on disk.
+
+        Returns:
+            True for a whole parameter of an arena.
+        """
+        return self.is_arena and self.is_whole(name)
 
     def is_whole(self, name: str) -> bool:
         """Whether a disk tensor is all of a parameter, in its order.
@@ -215,11 +238,16 @@ class WeightMap:
         if isinstance(place, _Converted):
             for key, value in place.rearrange([tensor.to(parameter.dtype)]).items():
                 yield self._parameters[key].detach(), value
-        elif place.shape == tuple(parameter.shape):
-            yield parameter, tensor
         else:
-            offset = parameter.storage_offset() + place.offset
-            yield parameter.as_strided(place.shape, place.strides, offset), tensor
+            yield self._part(place, parameter), tensor
+
+    @staticmethod
+    def _part(place: _Slice, parameter: Tensor) -> Tensor:
+        """The part of a parameter that a place is."""
+        if place.shape == tuple(parameter.shape):
+            return parameter
+        offset = parameter.storage_offset() + place.offset
+        return parameter.as_strided(place.shape, place.strides, offset)
 
 
 @dataclass(slots=True)

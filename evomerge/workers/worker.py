@@ -162,7 +162,7 @@ class Worker:
         costs: dict[str, float] = {}
         built: nn.Module | Exception
         try:
-            built = self.module(recipe, items, costs)
+            built = self.module(recipe, items, costs, checked=False)
             if isinstance(self.evaluator, Preparing):
                 self.evaluator.prepare(built, items)
         except Exception as error:  # which `evaluate` makes the candidate's result
@@ -195,18 +195,28 @@ class Worker:
                 module = built.taken(costs)
                 seconds["merge"] = built.seconds
             else:
-                module = self.module(recipe, items, costs)
+                module = self.module(recipe, items, costs, checked=False)
                 seconds["merge"] = time.perf_counter() - started
             if self.screen is not None and module is not self.model:
                 self._pass_screen(self.screen, module, seconds, screened)
             started = time.perf_counter()
             scores, metrics = self._score(module, items)
             seconds["score"] = time.perf_counter() - started
+            self.builder.check_values()  # with the scores: nothing waits for the device before
             _check_finite(metrics)
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
-            return Evaluation(recipe.id, (), screened, seconds, error=one_line(error), costs=costs)
+            reason = one_line(self._first_cause(error))
+            return Evaluation(recipe.id, (), screened, seconds, error=reason, costs=costs)
+
+    def _first_cause(self, error: Exception) -> Exception:
+        """Of a candidate's failure: a merged value that is not finite, else what was raised."""
+        try:
+            self.builder.check_values()
+        except Exception as cause:
+            return cause
+        return error
 
     def slopes(self, recipe: Recipe, items: Items, request: GradientRequest) -> Evaluation:
         """Scores a recipe by a differentiable loss, with the derivatives by its coefficients.
@@ -328,13 +338,16 @@ class Worker:
         rows = {key: tuple(of.float().tolist()) for key, of in sorted(found.rows.items())}
         return scores, Slopes(loss, dict(sorted(found.partials.items())), rows)
 
-    def module(self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None) -> nn.Module:
+    def module(
+        self, recipe: Recipe, items: Items, costs: dict[str, float] | None = None, *, checked: bool = True
+    ) -> nn.Module:
         """The live model of a recipe, ready to be scored.
 
         Args:
             recipe: what to merge.
             items: that it is to be scored on: task -> ids.
             costs: filled with its layers and parameters; None where nobody needs them.
+            checked: see `ModelBuilder.build`.
 
         Returns:
             The model, until the next recipe is built.
@@ -342,7 +355,7 @@ class Worker:
         Raises:
             CandidateError: for a route that no plain checkpoint can hold, and whatever a merge raises.
         """
-        candidate = self.builder.build(recipe)
+        candidate = self.builder.build(recipe, checked=checked)
         self._nan_watch.add(candidate.module)
         if candidate.routed is not None and isinstance(self.evaluator, Preparing):
             key = (id(candidate.module), json.dumps([[task, list(ids)] for task, ids in items.items()]))

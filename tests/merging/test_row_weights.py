@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CheckpointError, RecipeError
-from evomerge.merging import checkpoint_writer
+from evomerge.merging import checkpoint_writer, step_slopes
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
 from evomerge.merging.merge import Merge, merge_into
 from evomerge.merging.model_loading import load_base
@@ -99,7 +99,7 @@ def test_a_live_model_and_a_written_checkpoint_hold_the_same_bits(
     checkpoint_writer.write(recipe, parents, tmp_path / "out")
     written = Checkpoint(tmp_path / "out")
     for name in written.tensors:
-        assert torch.equal(written.tensor(name), resident.parameter(name, torch.bfloat16)), name
+        assert torch.equal(written.tensor(name), resident.run(name, torch.bfloat16)), name
 
 
 def test_slopes_of_rows_are_the_whole_tensors_when_added(parents: dict[str, Checkpoint]) -> None:
@@ -108,8 +108,8 @@ def test_slopes_of_rows_are_the_whole_tensors_when_added(parents: dict[str, Chec
     merge = Merge(recipe, parents)
     step = next(step for step in merge.steps if TENSOR in step.name)
     gradient = torch.randn(step.info.shape, generator=torch.Generator().manual_seed(0))
-    assert merge.slopes(step, gradient) == {}
-    found = merge.row_slopes(step, gradient)
+    assert step_slopes.slopes(merge, step, gradient) == {}
+    found = step_slopes.row_slopes(merge, step, gradient)
     for model, slopes in found.items():
         delta = parents[model].tensor(step.name).float() - parents["base"].tensor(step.name).float()
         assert float(slopes.sum()) == pytest.approx(
@@ -117,7 +117,7 @@ def test_slopes_of_rows_are_the_whole_tensors_when_added(parents: dict[str, Chec
         )
         assert slopes.shape == (step.info.shape[0],)
     plain = next(step for step in merge.steps if "up_proj" in step.name)
-    assert merge.row_slopes(plain, torch.zeros(plain.info.shape)) == {}
+    assert step_slopes.row_slopes(merge, plain, torch.zeros(plain.info.shape)) == {}
 
 
 def test_slopes_of_rows_add_up_over_backward_passes(parents: dict[str, Checkpoint]) -> None:

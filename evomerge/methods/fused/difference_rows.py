@@ -67,7 +67,8 @@ class DifferenceRows:
             for near in (guess, guess + 1, guess - 1):
                 at = np.clip(near - 1, 0, GRID - 2)[..., None]
                 hit = left & (np.take_along_axis(self._top_counts, at, -1)[..., 0] == counts)
-                for found, table in zip((thresholds, lasts, norms), self._top_tables, strict=True):
+                results: tuple[Array, ...] = (thresholds, lasts, norms)
+                for found, table in zip(results, self._top_tables, strict=True):
                     found[hit] = np.take_along_axis(table, at, -1)[..., 0][hit]
                 left &= ~hit
         for row, i in np.argwhere(left).tolist():

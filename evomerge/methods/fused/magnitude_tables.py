@@ -170,6 +170,18 @@ class MagnitudeTables:
             self._ranks[pair.id] = ranks
         return ranks
 
+    def kept_ranks(self, pair: TensorPair) -> Tensor | None:
+        """The ranks of a pair, where there is room to keep them; see `ranks`.
+
+        Args:
+            pair: Two tensors of n elements.
+
+        Returns:
+            [n], the same tensor at every call; None where they would be computed anew each time.
+        """
+        ranks = self.ranks(pair)
+        return ranks if pair.id in self._ranks else None
+
     def top_table(self, pair: TensorPair) -> tuple[Array, Array, Array, Array] | None:
         """What `top` and `scale` know of a pair for every density of the grid.
 

@@ -216,6 +216,18 @@ def top_k_table(
     }
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device, so that a table is merged in one launch.
+
+    Args:
+        device: Any.
+
+    Returns:
+        True for a CUDA device that is new enough; for the CPU under Triton's interpreter.
+    """
+    return _runs_on(device)
+
+
 @functools.cache
 def is_available() -> bool:
     """Whether Triton is there, not too old, and wanted; AMD's is untried."""
