@@ -88,7 +88,7 @@ def hash_sums(table: TensorTable, keys: Sequence[tuple[int, int]], units: Tensor
     sums = torch.zeros(table.rows, _REPLICAS, grid, dtype=torch.int64, device=table.device)
     there = torch.tensor(keys, dtype=torch.int32).to(table.device)
     constants = {"GRID": grid, "REPLICAS": _REPLICAS, "SOURCES": _types(table)}
-    _launch(triton_tables.hash_sums, table, there, units.to(table.device), sums, **constants)
+    _launch(triton_tables.hash_sums, table, there, units.to(table.device, torch.float32), sums, **constants)
     return sums.sum(1)
 
 
@@ -146,7 +146,15 @@ def top_k_norms(table: TensorTable, thresholds: Tensor, lasts: Tensor, units: Te
     wanted = keys.shape[1]
     sums = torch.zeros(table.rows, _REPLICAS, wanted + 1, dtype=torch.int64, device=table.device)
     constants = {"DEPTH": wanted.bit_length(), "REPLICAS": _REPLICAS, "SOURCES": _types(table)}
-    _launch(triton_tables.sums_between, table, keys, units.to(table.device), sums, wanted, **constants)
+    _launch(
+        triton_tables.sums_between,
+        table,
+        keys,
+        units.to(table.device, torch.float32),
+        sums,
+        wanted,
+        **constants,
+    )
     return sums.sum(1).cumsum(1)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.fused import one_pass, triton_kernels
-from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers
+from evomerge.methods.fused.launch_numbers import P_STEP, SCALE, LaunchNumbers
 from evomerge.methods.fused.tensor_table import TensorTable
+from evomerge.methods.fused.weighted_sum import MaskKind
 
 
 def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None = None) -> Tensor:
@@ -27,10 +28,28 @@ def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None 
     Returns:
         [rows] int32 on the table's device: nonzero where a result is not finite. The device need not be done
         when this returns; reading the flags waits for it.
+
+    Raises:
+        ValueError: The numbers are of other rows or sources, or want ranks that the table has not.
     """
+    _check(table, numbers)
     if triton_kernels.fits_table(table, numbers.form):
         return triton_kernels.write_table(table, numbers, units)
     return _row_by_row(table, numbers, units)
+
+
+def _check(table: TensorTable, numbers: LaunchNumbers) -> None:
+    """Refuses numbers by which a kernel would read what is not there."""
+    if numbers.floats.shape[:2] != (table.rows, table.width):
+        raise ValueError(
+            f"the numbers of {numbers.floats.shape[:2]} rows and sources do not fit a table of "
+            f"{(table.rows, table.width)}"
+        )
+    kind = numbers.form.kind
+    if kind is not MaskKind.DENSE and table.bases is None:
+        raise ValueError("masks are of differences from a base, and the table has no bases")
+    if kind is MaskKind.RANKED and (table.lacks_ranks() & (numbers.floats[..., P_STEP] != 0)).any():
+        raise ValueError("masks by rank need the ranks of their sources in the table")
 
 
 def _row_by_row(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None) -> Tensor:

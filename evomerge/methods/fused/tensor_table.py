@@ -149,6 +149,11 @@ class TensorTable:
         ]
         return self._cached("ranks", lambda: rows)
 
+    def lacks_ranks(self) -> Array:
+        """[rows, width] bool: where there are no ranks."""
+        ranks = self.ranks or [[None] * self.width] * self.rows
+        return np.array([[t is None for t in row] for row in ranks])
+
     def launch_sizes(self) -> Tensor:
         """[rows] int32 on the device: elements that a launch covers, rounded up to PADDING where padded."""
         step = PADDING if self.is_padded else 1

@@ -141,7 +141,7 @@ def norm_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor) -> Tens
     if blocks.count:
         with _on(table.device):
             triton_sums.norms[(blocks.count,)](
-                *(*arrays, floats, integers, units.to(table.device), sums),
+                *(*arrays, floats, integers, units.to(table.device, torch.float32), sums),
                 **_mask_constants(table, numbers.form),
                 STEPS=_STEPS,
                 **COMPILATION,

@@ -99,3 +99,18 @@ def test_blocks_cover_every_row_and_no_other_element():
     assert covered == [(row, start) for row, n in enumerate(sizes) for start in range(0, n, 16)]
     assert table.launch_sizes().tolist() == [0, 16, 16, 48, 64]
     assert table.addresses().tolist() == [[t.data_ptr()] * 3 for t in outs]
+
+
+def test_numbers_that_do_not_fit_a_table_are_refused():
+    case = models(2, torch.bfloat16, seed=1)
+    outs = [torch.empty_like(base) for base in case.bases]
+    table = TensorTable(outs, case.bases, case.sources)
+    dense = WeightedSum((Summand(MaskKind.DENSE, 0.5),) * 2)
+    with pytest.raises(ValueError, match="do not fit"):
+        write_sums(table, LaunchNumbers.of([dense]))
+    ranked = WeightedSum((Summand(MaskKind.RANKED, 0.5, low=0.1, step=0.01),) * 2)
+    with pytest.raises(ValueError, match="by rank"):
+        write_sums(table, LaunchNumbers.of([ranked] * table.rows))
+    random = WeightedSum((Summand(MaskKind.RANDOM, 0.5, bound=5),) * 2)
+    with pytest.raises(ValueError, match="no bases"):
+        write_sums(TensorTable(outs, None, case.sources), LaunchNumbers.of([random] * table.rows))

@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from evomerge.methods import random_masks
-from evomerge.methods.fused import c_kernels, device_tables, one_pass, torch_kernels, triton_kernels
+from evomerge.methods.fused import (
+    MagnitudeTables,
+    MaskKind,
+    Summand,
+    TensorPair,
+    c_kernels,
+    device_tables,
+    one_pass,
+    pair_measures,
+    torch_kernels,
+    triton_kernels,
+)
 from evomerge.methods.fused.exact_products import REST_BITS, unit_exponent
 from evomerge.methods.fused.magnitude_tables import GRID, top_count
 from evomerge.methods.fused.tensor_table import TensorTable
@@ -58,6 +69,25 @@ def test_a_table_of_every_density_is_the_c_path_s():
     assert triton_kernels.top_k_table(base, source, float(units[0]), counts) == c_kernels.top_k_table(
         base, source, float(units[0]), counts
     )
+
+
+def test_pairs_of_several_types_are_measured_side_by_side():
+    cases = [models(1, dtype, 6, {"a": (33,), "b": (12, 40)}) for dtype in (BF16, F32)]
+    pairs = [TensorPair(case.bases[i], case.sources[i][0]) for i in range(2) for case in cases]
+    counts = [[top_count(j / 9, pair.n) for j in range(1, 9)] for pair in pairs]
+    found = pair_measures.measured(pairs, counts)
+    for pair, ks, measure in zip(pairs, counts, found, strict=True):
+        flat = (pair.base.view(-1), pair.source.view(-1))
+        assert pair_measures.measures(pair)
+        assert measure.unit == MagnitudeTables().unit(pair)
+        everything = Summand(MaskKind.DENSE, 1.0)
+        assert measure.whole == c_kernels.l1_norms(*flat, everything, measure.unit)[0]
+        size = (flat[1].float() - flat[0].float()).abs().numpy()
+        order = np.argsort(-size, kind="stable")
+        whole = np.floor(size[order] * np.float32(measure.unit)).astype(np.float64)
+        assert measure.thresholds.tolist() == [size[order[k - 1]] for k in ks]
+        assert measure.lasts.tolist() == [order[k - 1] for k in ks]
+        assert measure.norms.tolist() == [whole[:k].sum() for k in ks]
 
 
 def test_equal_magnitudes_and_unchanged_tensors():
