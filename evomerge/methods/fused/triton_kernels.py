@@ -23,7 +23,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from evomerge.methods.fused import device_tables
+from evomerge.methods.fused import device_tables, torch_kernels
 from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers, SumForm, keeps_nothing
 from evomerge.methods.fused.tensor_table import MOST_ELEMENTS, TYPE_CODES, TensorTable
 from evomerge.methods.fused.torch_kernels import (
@@ -31,7 +31,7 @@ from evomerge.methods.fused.torch_kernels import (
     projections,
     rank_rows,
 )
-from evomerge.methods.fused.weighted_sum import Summand, TopK, WeightedSum
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
 
 __all__ = [
     "fits",
@@ -262,7 +262,32 @@ def _runs_on(device: torch.device) -> bool:
         return False
     if device.type != "cuda":
         return is_interpreted() and device.type == "cpu"
-    return not is_interpreted() and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    is_new = torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    return is_new and not is_interpreted() and gives_the_reference_s_bits(device)
+
+
+def gives_the_reference_s_bits(device: torch.device) -> bool:
+    """Launches a small sum once: Triton needs a C compiler as it first launches, and a driver that it knows.
+
+    Args:
+        device: Where.
+
+    Returns:
+        Whether it ran and has the bits of torch's kernels; the log says what was wrong.
+    """
+    try:
+        x = torch.linspace(-3, 3, 100, device=device).bfloat16()
+        sources = [x * 2, x.square(), -x]
+        total = WeightedSum(tuple(Summand(MaskKind.DENSE, w) for w in (0.3, 0.7, 0.9)), True, None)
+        out, want = torch.empty_like(x), torch.empty_like(x)
+        is_finite = write_sum(x, sources, total, out)
+        is_right = is_finite == torch_kernels.write_sum(x, sources, total, want) and torch.equal(out, want)
+    except Exception as error:  # whatever a driver, a compiler or a linker says
+        log.warning("Triton does not run on %s, merging in torch there: %s", device, error)
+        return False
+    if not is_right:
+        log.warning("Triton's sums on %s are not those of torch: merging in torch there", device)
+    return is_right
 
 
 def _row(base: Tensor | None, sources: Sequence[Tensor]) -> TensorTable:

@@ -48,6 +48,12 @@ def test_tensors_of_a_cpu_are_not_for_triton():
     assert one_pass.BACKENDS.index(triton_kernels) < len(one_pass.BACKENDS) - 1
 
 
+def test_a_device_on_which_triton_fails_is_left_to_torch(caplog):
+    if triton_kernels.is_available():
+        assert not triton_kernels.gives_the_reference_s_bits(torch.device("cpu"))  # it has no driver
+        assert "merging in torch there" in caplog.text
+
+
 def test_nothing_loads_triton_before_a_launch():
     program = "import evomerge.merging.merge, sys; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True, timeout=300)

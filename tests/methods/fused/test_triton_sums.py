@@ -225,6 +225,10 @@ def test_scales_are_found_on_the_device(name):
     assert all(torch.equal(bits(out), bits(want)) for out, want in zip(outs, wanted, strict=True))
 
 
+def test_a_small_sum_is_launched_before_a_device_is_trusted():
+    assert triton_kernels.gives_the_reference_s_bits(torch.device("cpu"))
+
+
 def test_an_empty_tensor_and_what_does_not_fit():
     empty = torch.zeros(0)
     total = WeightedSum((Summand(MaskKind.DENSE, 1.0),))
