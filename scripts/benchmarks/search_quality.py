@@ -8,12 +8,14 @@ Each row is a whole study of one arm, seed and budget, appended to FILE.jsonl as
 was cut goes on from there, and `--report` only writes the table. Cost is what the candidates cost in item
 forwards, a scored item with its gradient counted as three; parents, hand recipes and the choice on validation
 items are the same for all arms and not counted. Test items are used once a study, for its winner. Optuna's
-optimizers run in the engine's own search, on the same genome and items, where `optuna` is installed.
+optimizers run in the engine's own search, on the same genome and items, where `optuna` is installed. A zoo
+trained on another kind of processor has other weights: its rows are told apart by a digest of the zoo.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -40,6 +42,8 @@ from scripts.benchmarks import machine
 REPO = Path(__file__).resolve().parents[2]
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 ITEMS, STEP_ITEMS, POPULATION = 60, 30, 24  # items of a task for a candidate and for a step
+FIRST_DIGESTS = {"first": "another machine's", "second": "another machine's"}
+"""Zoo -> digest of rows that have none."""
 FEW_ITEMS, TRAINING_ITEMS = 16, 200  # labelled items of a task, and how many they are drawn from
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Student's t, by number of seeds
 ZOOS = {
@@ -327,6 +331,15 @@ def measure(zoo: str, arm: str, budget: int, seed: int, root: Path) -> dict[str,
     return row | {"cost": cost + row["cost"]}
 
 
+def digest(zoo: str) -> str:
+    """Identifies the weights of a zoo; '' where it was not made."""
+    folder, experts = ZOOS[zoo]
+    files = [REPO / folder / model / "model.safetensors" for model in ("base", *experts)]
+    if not all(file.is_file() for file in files):
+        return ""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def rows_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
@@ -339,7 +352,7 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
         for zoo in args.zoos
         for arm in args.arms
         for budget in ARMS[arm].budgets
-        if args.most is None or budget <= args.most
+        if args.least <= budget <= args.most
     ]
 
 
@@ -350,20 +363,27 @@ def main() -> None:
     parser.add_argument("--zoos", nargs="+", choices=list(ZOOS), default=list(ZOOS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--most", type=int, help="largest budget that is run")
+    parser.add_argument("--least", type=int, default=0, help="smallest budget that is run")
+    parser.add_argument("--most", type=int, default=LARGE, help="largest budget that is run")
     parser.add_argument("--root", type=Path, default=REPO / "results" / "search_quality")
     parser.add_argument("--out", type=Path, default=REPO / "results" / "search_quality.md")
     parser.add_argument("--report", action="store_true", help="write the table of the rows that are there")
     args = parser.parse_args()
     raw = args.out.with_suffix(".jsonl")
-    done = {(row["zoo"], row["arm"], row["budget"], row["seed"]) for row in rows_of(raw)}
+    digests = {zoo: digest(zoo) for zoo in args.zoos}
+    done = {
+        (row["zoo"], row["arm"], row["budget"], row["seed"])
+        for row in rows_of(raw)
+        if row.get("digest", FIRST_DIGESTS[row["zoo"]]) == digests.get(row["zoo"])
+    }
     for zoo, arm, budget, seed in [] if args.report else wanted(args):
         if (zoo, arm, budget, seed) in done:
             continue
         if ARMS[arm].needs and importlib.util.find_spec(ARMS[arm].needs) is None:
             print(f"{arm} left out: {ARMS[arm].needs} is not installed", flush=True)
             continue
-        row = {"zoo": zoo, "arm": arm, "budget": budget, "seed": seed, "commit": machine.commit()}
+        row = {"zoo": zoo, "digest": digests[zoo], "arm": arm, "budget": budget, "seed": seed}
+        row |= {"commit": machine.commit()}
         row |= measure(zoo, arm, budget, seed, args.root)
         with raw.open("a") as file:
             file.write(json.dumps(row, default=str) + "\n")
@@ -390,10 +410,11 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
         "The 16 labelled items of a task are others with each seed. mergekit-evolve was not run: its",
         "environment needs patches to run on a CPU.",
     ]
-    for zoo in ZOOS:
-        own = [row for row in rows if row["zoo"] == zoo]
-        if own:
-            lines += ["", f"## The {zoo} zoo", "", *_table(own), "", *_verdicts(own)]
+    trained = dict.fromkeys((row["zoo"], row.get("digest", FIRST_DIGESTS[row["zoo"]])) for row in rows)
+    for zoo, number in sorted(trained, key=lambda pair: (pair[0], "machine" in pair[1])):
+        own = [row for row in rows if (row["zoo"], row.get("digest", FIRST_DIGESTS[zoo])) == (zoo, number)]
+        title = f"## The {zoo} zoo, {number if 'machine' in number else 'weights ' + number}"
+        lines += ["", title, "", *_table(own), "", *_verdicts(own)]
     return "\n".join(lines) + "\n"
 
 
