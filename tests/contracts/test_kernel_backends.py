@@ -1,5 +1,6 @@
 """What every kernel backend must do: give the torch kernels' bits for all tensors that it says it fits."""
 
+import contextlib
 import itertools
 import math
 from fractions import Fraction
@@ -143,7 +144,7 @@ def test_a_result_that_is_not_finite_is_reported(backend, device, bad):
 @every_other
 @every_device
 @every_dtype
-def test_norms_histograms_and_hash_sums_are_the_reference_s(backend, device, dtype):
+def test_norms_and_hash_sums_are_the_reference_s(backend, device, dtype):
     for n in SIZES:
         base, (source, *_) = tensors(n, dtype, device)
         unit = one_pass.exact_unit(one_pass.largest_difference(base, source), max(1, n))
@@ -153,35 +154,79 @@ def test_norms_histograms_and_hash_sums_are_the_reference_s(backend, device, dty
             if backend.fits([base, source], chosen[:1]):
                 got = backend.l1_norms(base, source, chosen[0], unit)
                 assert got == torch_kernels.l1_norms(base, source, chosen[0], unit)
-        for prefix in (-1, 0x3B00, 0):
-            want = torch_kernels.histogram(base, source, prefix)
-            assert np.array_equal(backend.histogram(base, source, prefix), want)
         key = random_masks.split(mask_key(5, "a", "b"))
         want = torch_kernels.hash_sums(base, source, key, unit, GRID)
         assert np.array_equal(backend.hash_sums(base, source, key, unit, GRID), want)
 
 
-@every_other
+def by_sorting(base, source, counts, unit):
+    """(bits of thresholds, lasts, sums) from one stable sort; a loop over the k."""
+    size = (source.float() - base.float()).abs()
+    order = torch.from_numpy(np.argsort(-size.view(torch.int32).cpu().numpy(), kind="stable"))
+    sums = (size * unit).floor().double()[order].cumsum(0)
+    last = order[[k - 1 for k in counts]]
+    return bits(size[last]).tolist(), last.tolist(), sums[[k - 1 for k in counts]].tolist()
+
+
+@every_backend
 @every_device
 @every_dtype
-def test_tables_of_the_largest_elements_are_the_reference_s(backend, device, dtype):
-    for n in SIZES[1:]:
-        base, (source, *_) = tensors(n, dtype, device)
+@pytest.mark.parametrize("kind", ["near", "equal", "zero", "one bucket", "infinite"])
+def test_tables_of_the_largest_elements_are_those_of_a_sort(backend, device, dtype, kind):
+    for n, threads in itertools.product(SIZES[1:], (1, 3)):
+        base, (source, *_) = tensors(n, dtype, device, seed=n)
+        if kind == "equal":  # one magnitude, of both signs
+            base, source = torch.zeros_like(base), torch.where(source > 0, 0.5, -0.5).to(dtype)
+        elif kind == "zero":
+            source = base.clone()
+        elif kind == "one bucket" and dtype == torch.float32:  # magnitudes that differ in their last bits
+            base, source = torch.zeros_like(base), 1 + torch.randint(0, 40, (n,), device=device) * 2.0**-23
+        elif kind == "infinite":
+            source[n // 2 :: 97] = math.inf
         unit = one_pass.exact_unit(one_pass.largest_difference(base, source), n)
-        counts = sorted({top_count(j / GRID, n) for j in range(1, GRID)} | {n})
+        counts = sorted({top_count(j / GRID, n) for j in range(1, GRID)} | {n, min(2, n)})
         if backend.fits([base, source]):
-            want = torch_kernels.top_k_table(base, source, unit, counts)
-            assert backend.top_k_table(base, source, unit, counts) == want
+            with torch_threads(threads):
+                thresholds, lasts = backend.top_k_table(base, source, counts)
+                sums = backend.top_k_sums(base, source, unit, counts, thresholds, lasts)
+                alone = backend.top_k_table(base, source, counts[len(counts) // 2 :][:1])
+            want = by_sorting(base, source, counts, unit)
+            assert thresholds.dtype == np.float32
+            assert (bits(torch.from_numpy(thresholds)).tolist(), lasts.tolist()) == want[:2]
+            assert kind == "infinite" or sums.tolist() == want[2]
+            assert alone[1][0] == lasts[len(counts) // 2]
+
+
+@contextlib.contextmanager
+def torch_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @every_other
 @every_device
 @pytest.mark.parametrize(
-    ("rows", "width"), [(1, 1), (4, 1), (7, 33), (150, 50), (2, 70_000), (0, 5)], ids=str
+    ("rows", "width"),
+    [(1, 1), (4, 1), (7, 33), (150, 50), (3, 4000), (2, 65_535), (2, 65_536), (2, 70_000), (0, 5)],
+    ids=str,
 )
-def test_ranks_are_the_reference_s(backend, device, rows, width):
+@pytest.mark.parametrize("kind", ["near", "equal", "zero", "wide", "infinite"])
+def test_ranks_are_the_reference_s(backend, device, rows, width, kind):
     for dtype in DTYPES:
         base, (source, *_) = tensors(rows * width, dtype, device)
+        if kind == "equal":
+            base, source = torch.zeros_like(base), torch.where(source > 0, 0.5, -0.5).to(dtype)
+        elif kind == "zero":
+            source = base.clone()
+        elif kind == "wide":  # from the smallest to nearly the largest numbers
+            powers = torch.arange(rows * width, device=device) % 23 - 12
+            base, source = torch.zeros_like(base), (source * 2.0**powers).to(dtype)
+        elif kind == "infinite":
+            source[::37] = math.inf
         rank_dtype = torch.uint16 if width <= 65536 else torch.int32
         out, want = (torch.zeros(rows * width, dtype=rank_dtype, device=device) for _ in range(2))
         if backend.fits([base, source]):

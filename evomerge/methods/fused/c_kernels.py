@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.fused import c_library, torch_kernels
+from evomerge.methods.fused.c_library import address, span, span_of
+from evomerge.methods.fused.c_tables import hash_sums, rank_rows, top_k_sums, top_k_table
 from evomerge.methods.fused.exact_products import REST_BITS
 from evomerge.methods.fused.spans import parallel_map, pieces, pieces_between_cuts
 from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
 
+__all__ = [
+    "fits", "hash_sums", "l1_norms", "largest", "name", "product_sums", "projections", "rank_rows",
+    "top_k_sums", "top_k_table", "write_sum",
+]  # fmt: skip
 Array = np.ndarray[Any, np.dtype[Any]]
 name = "C"
-_LEAST_SPAN = 1 << 18  # elements that are worth a thread of their own
 _FEW = 4  # sources of `sweep_few`
 _ALL = TopK(-1.0, 1 << 62, 1 << 62)
 
@@ -46,7 +51,7 @@ def write_sum(base: Tensor | None, sources: Sequence[Tensor], total: WeightedSum
         return _sweep(base, sources, total, out, start, stop)
 
     n = out.numel()
-    return all(parallel_map(pieces_between_cuts(n, total.summands, _span_of(n)), piece))
+    return all(parallel_map(pieces_between_cuts(n, total.summands, span_of(n)), piece))
 
 
 def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tuple[float, float]:
@@ -56,7 +61,7 @@ def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tup
         totals = (ctypes.c_double * 2)()
         _, numbers, keys, _ = _encoded([summand], start)
         c_library.functions().norms(
-            *_span(start, stop),
+            *span(start, stop),
             *c_library.pointer(base),
             *c_library.pointer(source),
             int(summand.kind),
@@ -69,22 +74,8 @@ def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tup
         return totals[0], totals[1]
 
     n = base.numel()
-    parts = parallel_map(pieces_between_cuts(n, [summand], _span_of(n)), piece)
+    parts = parallel_map(pieces_between_cuts(n, [summand], span_of(n)), piece)
     return math.fsum(part[0] for part in parts), math.fsum(part[1] for part in parts)
-
-
-def histogram(base: Tensor, source: Tensor, prefix: int) -> Array:
-    """See `KernelBackend.histogram`."""
-
-    def piece(start: int, stop: int) -> Array:
-        counts = np.zeros(65536, np.int64)
-        pointers = (*c_library.pointer(base), *c_library.pointer(source))
-        c_library.functions().histogram(*_span(start, stop), *pointers, prefix, _address(counts))
-        return counts
-
-    parts = parallel_map(pieces(base.numel(), 1 << 22), piece)
-    total: Array = np.sum(parts, axis=0) if parts else np.zeros(65536, np.int64)
-    return total
 
 
 def largest(base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
@@ -93,11 +84,11 @@ def largest(base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
 
     def piece(start: int, stop: int) -> Array:
         tops = np.zeros(len(sources), np.uint32)
-        c_library.functions().largest(len(sources), *_span(start, stop), *pointers, _address(tops))
+        c_library.functions().largest(len(sources), *span(start, stop), *pointers, address(tops))
         return tops
 
     n = sources[0].numel()
-    parts = parallel_map(pieces(n, _span_of(n)), piece)
+    parts = parallel_map(pieces(n, span_of(n)), piece)
     tops = np.max(parts, axis=0) if parts else np.zeros(len(sources), np.uint32)
     found: list[float] = tops.view(np.float32).tolist()
     return found
@@ -116,9 +107,9 @@ def product_sums(
 
     def piece(start: int, stop: int) -> list[list[int]]:
         sums = np.zeros((len(pairs), 2), np.int64)
-        arrays = (_address(which), _address(magic), _address(sums))
-        span = _span(start, stop)
-        if c_library.functions().products(len(sources), *span, *pointers, len(pairs), *arrays):
+        arrays = (address(which), address(magic), address(sums))
+        bounds = span(start, stop)
+        if c_library.functions().products(len(sources), *bounds, *pointers, len(pairs), *arrays):
             raise MemoryError("no memory for a block of elements")
         found: list[list[int]] = sums.tolist()
         return found
@@ -138,58 +129,12 @@ def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]
 
     def piece(start: int, stop: int) -> Array:
         products = np.zeros(len(sources))
-        c_library.functions().projections(len(sources), *_span(start, stop), *pointers, _address(products))
+        c_library.functions().projections(len(sources), *span(start, stop), *pointers, address(products))
         return products
 
     parts = parallel_map(pieces(gradient.numel(), torch_kernels.PRODUCTS_PIECE), piece)
     total: Array = np.sum(parts, axis=0) if parts else np.zeros(len(sources))
     return total
-
-
-def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
-    """See `KernelBackend.hash_sums`."""
-    numbers = (*map(ctypes.c_int32, key), ctypes.c_float(unit), grid)
-
-    def piece(start: int, stop: int) -> Array:
-        sums = np.zeros(grid)
-        pointers = (*c_library.pointer(base), *c_library.pointer(source))
-        c_library.functions().hash_sums(*_span(start, stop), *pointers, *numbers, _address(sums))
-        return sums
-
-    parts = parallel_map(pieces(base.numel(), 1 << 20), piece)
-    total: Array = np.sum(parts, axis=0) if parts else np.zeros(grid)
-    return total
-
-
-def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
-    """See `KernelBackend.rank_rows`: torch does ranks beyond 16 bits."""
-    if out.dtype != torch.uint16:
-        torch_kernels.rank_rows(base, source, width, out)
-        return
-
-    def piece(start: int, stop: int) -> None:
-        pointers = (*c_library.pointer(base), *c_library.pointer(source), ctypes.c_void_p(out.data_ptr()))
-        if c_library.functions().rank_rows(*_span(start, stop), ctypes.c_int64(width), *pointers):
-            raise MemoryError("no memory to sort a row")
-
-    parallel_map(torch_kernels.whole_rows(base.numel(), width), piece)
-
-
-def top_k_table(
-    base: Tensor, source: Tensor, unit: float, counts: Sequence[int]
-) -> dict[int, tuple[TopK, float]]:
-    """See `KernelBackend.top_k_table`: by histograms; torch does those with NaN or without enough memory."""
-    ks = np.array(counts, np.int64)
-    thresholds, lasts, sums = np.zeros(len(ks), np.float32), np.zeros(len(ks), np.int64), np.zeros(len(ks))
-    n, length = ctypes.c_int64(base.numel()), len(ks)
-    tensors = (*c_library.pointer(base), *c_library.pointer(source))
-    arrays = (_address(ks), _address(thresholds), _address(lasts), _address(sums))
-    if c_library.functions().levels(n, *tensors, ctypes.c_float(unit), length, *arrays):
-        return torch_kernels.top_k_table(base, source, unit, counts)
-    return {
-        k: (TopK(float(threshold), int(last), k), float(total))
-        for k, threshold, last, total in zip(counts, thresholds, lasts, sums, strict=True)
-    }
 
 
 def _sweep(
@@ -198,7 +143,7 @@ def _sweep(
     """Elements [start, stop) of the sum, for any types and masks; returns whether all are finite."""
     bad = c_library.functions().sweep(
         len(sources),
-        *_span(start, stop),
+        *span(start, stop),
         *c_library.pointer(base),
         c_library.addresses(sources),
         c_library.type_codes(sources),
@@ -220,15 +165,15 @@ def _sweep_few(
 ) -> bool:
     """As `_sweep`, for few sources of one type and one kind of mask: everything stays in registers."""
     _, numbers, keys, _ = _encoded([_as_kind(summand, kind) for summand in total.summands], start)
-    address, type_code = c_library.pointer(out)
+    target, type_code = c_library.pointer(out)
     bad = c_library.functions().sweep_few(
         len(sources),
         int(kind),
         type_code,
-        *_span(start, stop),
+        *span(start, stop),
         c_library.pointer(base)[0],
         c_library.addresses(sources),
-        address,
+        target,
         numbers,
         keys,
         *_how_to_sum(total),
@@ -280,16 +225,3 @@ def _encoded(summands: Sequence[Summand], start: int) -> tuple[object, ...]:
     numbers = c_library.floats([number for s in summands for number in s.numbers(start)])
     keys = c_library.integers([number for s in summands for number in (*s.key, s.bound)])
     return kinds, numbers, keys, c_library.addresses([s.ranks for s in summands])
-
-
-def _span(start: int, stop: int) -> tuple[object, object]:
-    return ctypes.c_int64(start), ctypes.c_int64(stop)
-
-
-def _address(array: Array) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def _span_of(n: int) -> int:
-    """Elements a thread takes, where every thread takes its part of n."""
-    return max(_LEAST_SPAN, -(-n // torch.get_num_threads()))

@@ -1,4 +1,4 @@
-"""Compiles `one_pass.c` on first use with the machine's C compiler and caches it in the user's cache folder.
+"""Compiles `one_pass.c` and `tables.c` on first use with the machine's C compiler, into the user's cache.
 
 Optional: without a compiler, or with EVOMERGE_NATIVE=0, everything is done in torch, more slowly, with the
 same bits. Nothing here knows what the functions compute.
@@ -17,15 +17,20 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.methods.fused import cache_folder
+
+Array = np.ndarray[Any, np.dtype[Any]]
 log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("one_pass.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("one_pass.c", "tables.c"))
+_HEADER = Path(__file__).with_name("elements.h")
 _FLAGS = (
     "-O3",
     "-march=native",
@@ -35,6 +40,7 @@ _FLAGS = (
     "-fno-trapping-math",
     "-fopenmp-simd",
 )
+_LEAST_SPAN = 1 << 18  # elements that are worth a thread of their own
 _LONGEST_VERSION = 10_000  # bytes of what a compiler says of itself
 _PLAIN = ("-O3", "-ffp-contract=off", "-fno-math-errno")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -59,7 +65,7 @@ def library() -> ctypes.CDLL | None:
     log.info(
         "the C compiler %s could not build %s: merging in torch, about five times slower",
         compiler,
-        _SOURCE.name,
+        " and ".join(source.name for source in _SOURCES),
     )
     return None
 
@@ -146,6 +152,43 @@ def type_codes(tensors: Sequence[Tensor]) -> Any:
     return integers([_TYPES[t.dtype] for t in tensors])
 
 
+def span(start: int, stop: int) -> tuple[object, object]:
+    """Elements [start, stop) as two arguments of a C function.
+
+    Args:
+        start: First element.
+        stop: The element after the last.
+
+    Returns:
+        Two 64-bit integers.
+    """
+    return ctypes.c_int64(start), ctypes.c_int64(stop)
+
+
+def address(array: Array) -> ctypes.c_void_p:
+    """Address of an array's data; the caller keeps the array alive.
+
+    Args:
+        array: A contiguous array.
+
+    Returns:
+        The address.
+    """
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def span_of(n: int) -> int:
+    """Elements that a thread takes, where every thread takes its part.
+
+    Args:
+        n: Number of elements.
+
+    Returns:
+        n by the number of torch's threads; no fewer than are worth a thread.
+    """
+    return max(_LEAST_SPAN, -(-n // torch.get_num_threads()))
+
+
 def _is_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _TYPES and tensor.is_contiguous()
 
@@ -162,7 +205,8 @@ def _compiler() -> str | None:
 def _load(compiler: str, flags: Sequence[str]) -> ctypes.CDLL:
     """The library for these flags. Raises OSError where it lacks a function."""
     library = ctypes.CDLL(str(_compiled(compiler, flags)))
-    for name in re.findall(r"^int (\w+)\(", _SOURCE.read_text(encoding="utf-8"), re.MULTILINE):
+    text = "".join(source.read_text(encoding="utf-8") for source in _SOURCES)
+    for name in re.findall(r"^int (\w+)\(", text, re.MULTILINE):
         if not hasattr(library, name):
             raise OSError(f"the library has no function {name}")
     return library
@@ -170,71 +214,23 @@ def _load(compiler: str, flags: Sequence[str]) -> ctypes.CDLL:
 
 def _compiled(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library for this source, compiler and processor; compiled beside and renamed."""
-    parts = [_SOURCE.read_text(encoding="utf-8"), _version(compiler), *flags, _processor()]
+    texts = [source.read_text(encoding="utf-8") for source in (*_SOURCES, _HEADER)]
+    parts = [*texts, _version(compiler), *flags, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder, is_trusted = _cache_folder()
+    folder, is_trusted = cache_folder.ours()
     target = folder / f"one_pass-{key}.so"
-    if not (is_trusted and _is_ours_alone(target, stat.S_ISREG)):
+    if not (is_trusted and cache_folder.is_ours_alone(target, stat.S_ISREG)):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
             subprocess.run(
-                [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE), "-lm"],
+                [compiler, *flags, "-shared", "-fPIC", "-o", str(built), *map(str, _SOURCES), "-lm"],
                 check=True,
                 capture_output=True,
-                timeout=120,
+                timeout=300,
             )
             built.chmod(0o700)
             built.replace(target)
     return target
-
-
-def _cache_folder() -> tuple[Path, bool]:
-    """(folder of compiled files, whether nobody else could have written what it holds).
-
-    In the user's cache, where no one else can write there or above; else one for this process.
-    """
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        if not home.is_absolute():
-            raise PermissionError(f"{home} is no absolute path")
-        folder = home / "evomerge"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = folder.resolve()
-        if not all(_is_safe_above(above) for above in folder.parents):
-            raise PermissionError(f"others can write above {folder}")
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to someone else")
-        is_trusted = _is_ours_alone(folder, stat.S_ISDIR)
-        folder.chmod(0o700)
-        return folder, is_trusted
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home
-        log.debug("no cache of compiled functions: %s", error)
-        return Path(_private_folder().name), False
-
-
-@functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process alone, removed at its end."""
-    return tempfile.TemporaryDirectory(prefix="evomerge-")
-
-
-def _is_ours_alone(path: Path, is_kind: Callable[[int], bool]) -> bool:
-    """Whether a file or folder is there, no link, and this user's, and no one else can write it."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    has_one_name = stat.S_ISDIR(status.st_mode) or status.st_nlink == 1
-    is_closed = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return is_kind(status.st_mode) and has_one_name and is_closed
-
-
-def _is_safe_above(folder: Path) -> bool:
-    """Whether no one but root, this user and his own group can rename what a folder holds."""
-    status = folder.stat()
-    is_sticky = bool(status.st_mode & stat.S_ISVTX)
-    others = 0o002 if status.st_gid == os.getgid() else 0o022
-    return status.st_uid in (0, os.getuid()) and (is_sticky or not status.st_mode & others)
 
 
 def _version(compiler: str) -> str:

@@ -134,7 +134,8 @@ class DifferenceRows:
             for i, pair in enumerate(pairs):
                 found = self.tables.top_table(pair)
                 if found is not None:
-                    counts[row, i], thresholds[row, i], lasts[row, i], norms[row, i] = found
+                    counts[row, i], thresholds[row, i] = found.counts, found.thresholds
+                    lasts[row, i], norms[row, i] = found.lasts, self.tables.top_sums(pair)
         return counts, thresholds, lasts, norms
 
     @property

@@ -1,8 +1,7 @@
-"""Cached magnitudes of task vectors: thresholds, norms and ranks that a search asks for again and again.
+"""What a search asks of its parents again and again: thresholds, norms, ranks, dot products, computed once.
 
-Thresholds and norms for a thousand densities come from one sort (or one pass over the mask) of a tensor; any
-other density is computed directly and cached. Both give the same numbers: a table changes the time, never the
-result.
+Thresholds and norms for a thousand densities come from a few passes over a tensor; any other density is
+computed directly and cached. Both give the same numbers: a table changes the time, never the result.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.fused import one_pass
-from evomerge.methods.fused.spans import pieces
-from evomerge.methods.fused.torch_kernels import difference
 from evomerge.methods.fused.weighted_sum import TOP_NONE, MaskKind, Summand, TensorPair, TopK
 
 GRID = 1000
 """A table answers the densities 1/GRID, 2/GRID, ...: those that a search proposes."""
 _SMALL = 1 << 16  # below this many elements computing a threshold directly costs no more than a table
+_SHARED = 1 << 18  # elements of a tensor for each thread, from which on the threads share its passes
 _LARGEST_CACHE = 200_000  # entries, after which the cache starts anew
 T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,6 +40,56 @@ def top_count(density: float, n: int) -> int:
         max(1, int(density * n)); 0 at density 0.
     """
     return max(1, int(density * n)) if density > 0 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class TopTable:
+    """The k elements of largest magnitude of one difference, for many k.
+
+    Attributes:
+        counts: [m] int64: the k, ascending.
+        thresholds: [m] float32: magnitude of the k-th largest element.
+        lasts: [m] int64: index of the last of the elements of this magnitude that belong.
+    """
+
+    counts: Array
+    thresholds: Array
+    lasts: Array
+
+    def place(self, k: int) -> int | None:
+        """Where a k stands in the table.
+
+        Args:
+            k: How many elements.
+
+        Returns:
+            Its index in `counts`; None where the table has not this k.
+        """
+        place = int(np.searchsorted(self.counts, k))
+        return place if place < len(self.counts) and self.counts[place] == k else None
+
+    def find(self, k: int) -> TopK | None:
+        """Looks the k largest elements up.
+
+        Args:
+            k: How many elements.
+
+        Returns:
+            Their threshold; None where the table has not this k.
+        """
+        place = self.place(k)
+        return None if place is None else self.at(place)
+
+    def at(self, place: int) -> TopK:
+        """The k largest elements at a place of the table.
+
+        Args:
+            place: Index into `counts`.
+
+        Returns:
+            Their threshold.
+        """
+        return TopK(float(self.thresholds[place]), int(self.lasts[place]), int(self.counts[place]))
 
 
 class MagnitudeTables:
@@ -118,11 +167,11 @@ class MagnitudeTables:
         """
         if k <= 0 or pair.n == 0:
             return TOP_NONE
-        if self._has_table(pair):
-            entry = self._top_table(pair).get(k)
-            if entry is not None:
-                return entry[0]
-        return self._cached(pair, ("top", k), lambda: _top(pair, k))
+        table = self.top_table(pair)
+        known = None if table is None else table.find(k)
+        if known is not None:
+            return known
+        return self._cached(pair, ("top", k), lambda: _top_table(pair, [k]).at(0))
 
     def prepare(self, pairs: Sequence[TensorPair]) -> None:
         """Builds the tables of several pairs side by side, on as many threads as torch uses.
@@ -130,12 +179,42 @@ class MagnitudeTables:
         Args:
             pairs: Those about to be asked for.
         """
-        missing = [
-            pair for pair in pairs if self._has_table(pair) and (pair.id, "top table") not in self._cache
-        ]
         threads = torch.get_num_threads()
+        missing = [
+            pair
+            for pair in pairs
+            if self._has_table(pair)
+            and (pair.id, "top table") not in self._cache
+            and pair.n < threads * _SHARED
+        ]
         if len(missing) > 1 and threads > 1:
             list(_table_builders(threads).map(self._top_table, missing))
+
+    def top_table(self, pair: TensorPair) -> TopTable | None:
+        """The k largest elements for every density of the grid.
+
+        Args:
+            pair: Two tensors.
+
+        Returns:
+            The table, of GRID - 1 densities; None where a pair has none.
+        """
+        return self._top_table(pair) if self._has_table(pair) else None
+
+    def top_sums(self, pair: TensorPair) -> Array:
+        """The norms of what is largest.
+
+        Args:
+            pair: Two tensors that have a table.
+
+        Returns:
+            For each k of `top_table` the sum of floor(unit * magnitude) over the k largest, float64.
+        """
+        table, unit = self._top_table(pair), self.unit(pair)
+        base, source = pair.base.reshape(-1), pair.source.reshape(-1)
+        backend = one_pass.backend_for([base, source])
+        numbers = (table.counts.tolist(), table.thresholds, table.lasts)
+        return self._cached(pair, ("top sums",), lambda: backend.top_k_sums(base, source, unit, *numbers))
 
     def scale(self, pair: TensorPair, summand: Summand) -> float:
         """The factor that gives what a summand keeps the L1 norm of the whole difference.
@@ -181,28 +260,6 @@ class MagnitudeTables:
         """
         ranks = self.ranks(pair)
         return ranks if pair.id in self._ranks else None
-
-    def top_table(self, pair: TensorPair) -> tuple[Array, Array, Array, Array] | None:
-        """What `top` and `scale` know of a pair for every density of the grid.
-
-        Args:
-            pair: Two tensors.
-
-        Returns:
-            [GRID - 1] each, of the densities 1 / GRID, 2 / GRID, ...: int64 count, float32 threshold, int64
-            index of the last element at it, float64 norm in units; None where a pair has no table.
-        """
-        if not self._has_table(pair):
-            return None
-        table = self._top_table(pair)
-        counts = [top_count(j / GRID, pair.n) for j in range(1, GRID)]
-        tops = [table[count] for count in counts]
-        return (
-            np.array(counts, np.int64),
-            np.array([top.threshold for top, _ in tops], np.float32),
-            np.array([top.last for top, _ in tops], np.int64),
-            np.array([norm for _, norm in tops]),
-        )
 
     def hash_table(self, pair: TensorPair, key: tuple[int, int]) -> Array | None:
         """Norms of what random masks keep of a pair, for every density of the grid.
@@ -257,9 +314,9 @@ class MagnitudeTables:
             if position < len(bounds) and bounds[position] == summand.bound:
                 return float(table[-1]), float(table[position])
         elif summand.kind is MaskKind.BAND and summand.outer is None:
-            entry = self._top_table(pair).get(summand.inner.count)
-            if entry is not None:
-                return self._whole_norm(pair, unit), entry[1]
+            place = self._top_table(pair).place(summand.inner.count)
+            if place is not None:
+                return self._whole_norm(pair, unit), float(self.top_sums(pair)[place])
         return None
 
     def _whole_norm(self, pair: TensorPair, unit: float) -> float:
@@ -268,8 +325,9 @@ class MagnitudeTables:
             pair, ("norm",), lambda: one_pass.l1_norms(pair.base, pair.source, everything, unit)[0]
         )
 
-    def _top_table(self, pair: TensorPair) -> dict[int, tuple[TopK, float]]:
-        return self._cached(pair, ("top table",), lambda: _top_table(pair, self.unit(pair)))
+    def _top_table(self, pair: TensorPair) -> TopTable:
+        counts = [top_count(j / GRID, pair.n) for j in range(1, GRID)]
+        return self._cached(pair, ("top table",), lambda: _top_table(pair, counts))
 
     def _cached(self, pair: TensorPair, what: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
         if pair.id is None:
@@ -287,34 +345,10 @@ def _table_builders(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="tables")
 
 
-def _top(pair: TensorPair, k: int) -> TopK:
-    """By two histograms of the bit patterns of |x - base|, then a scan for the last of the equal ones."""
-    upper, above = _bin_from_top(one_pass.histogram(pair.base, pair.source), k)
-    lower, above_lower = _bin_from_top(one_pass.histogram(pair.base, pair.source, upper), k - above)
-    threshold = float(np.array([(upper << 16) | lower], np.int32).view(np.float32)[0])
-    missing = k - above - above_lower  # how many of those at the threshold belong
+def _top_table(pair: TensorPair, counts: Sequence[int]) -> TopTable:
     base, source = pair.base.reshape(-1), pair.source.reshape(-1)
-    for start, stop in pieces(pair.n, 1 << 20):
-        equal = (difference(base, source, start, stop).abs() == threshold).nonzero().reshape(-1)
-        if len(equal) >= missing:
-            return TopK(threshold, start + int(equal[missing - 1]), k)
-        missing -= len(equal)
-    return TopK(threshold, pair.n, k)  # only with NaN among the magnitudes; the merge refuses those
-
-
-def _bin_from_top(counts: Array, k: int) -> tuple[int, int]:
-    """(the bin that holds the k-th from the top, how many lie in the bins above it)."""
-    from_top = np.cumsum(counts[::-1])
-    position = min(int(np.searchsorted(from_top, k)), len(counts) - 1)
-    above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, above
-
-
-def _top_table(pair: TensorPair, unit: float) -> dict[int, tuple[TopK, float]]:
-    """k -> (the k largest, sum of floor(unit * magnitude) over them), for every density of the grid."""
-    counts = sorted({top_count(j / GRID, pair.n) for j in range(1, GRID)})
-    base, source = pair.base.reshape(-1), pair.source.reshape(-1)
-    return one_pass.backend_for([base, source]).top_k_table(base, source, unit, counts)
+    thresholds, lasts = one_pass.backend_for([base, source]).top_k_table(base, source, counts)
+    return TopTable(np.array(counts, np.int64), thresholds, lasts)
 
 
 def _hash_table(pair: TensorPair, key: tuple[int, int], unit: float) -> tuple[Array, Array]:

@@ -3,30 +3,10 @@
    Blocks of BLOCK elements stay in the first-level cache; loops are written for the compiler to vectorise.
    Compile with -ffp-contract=off and without -ffast-math: every operation is one IEEE operation, as in
    torch. */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "elements.h"
 
-#define BLOCK 1024
 enum { DENSE, BAND, RANDOM, RANKED };
-enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { WEIGHT, SCALE, LOW, HIGH, P_LOW, P_STEP, NUMBERS };
-
-static void load(float *restrict to, const void *from, int type, int64_t at, int n) {
-    if (type == FLOAT32) {
-        memcpy(to, (const float *)from + at, (size_t)n * 4);
-    } else if (type == BFLOAT16) {
-        const uint16_t *restrict x = (const uint16_t *)from + at;
-        for (int j = 0; j < n; j++) {
-            uint32_t bits = (uint32_t)x[j] << 16;
-            memcpy(to + j, &bits, 4);
-        }
-    } else {
-        const _Float16 *restrict x = (const _Float16 *)from + at;
-        for (int j = 0; j < n; j++) to[j] = (float)x[j];
-    }
-}
 
 /* Rounds to nearest, ties to even. Returns 1 if a value is not finite. */
 static int store(void *to, const float *restrict from, int type, int64_t at, int n) {
@@ -54,12 +34,6 @@ static int store(void *to, const float *restrict from, int type, int64_t at, int
     return bad != 0;
 }
 
-static inline uint32_t mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-}
-
 /* d: differences, masked in place; h: mixed element indices. */
 static void mask(
     float *restrict d, const uint32_t *restrict h, int kind, const float *f, const int32_t *k,
@@ -83,14 +57,6 @@ static void mask(
             d[j] = (float)(int32_t)((h[j] ^ key) * odd) < p * 4294967296.0f - 2147483648.0f ? d[j] : 0.0f;
         }
     }
-}
-
-static void indices(uint32_t *restrict h, int64_t first, int n) {
-    for (int j = 0; j < n; j++) h[j] = mix((uint32_t)first + (uint32_t)j);
-}
-
-static void difference(float *restrict d, const float *restrict b, int n) {
-    for (int j = 0; j < n; j++) d[j] -= b[j];
 }
 
 /* The same for sources, base and output of one type, at most FEW sources and one kind of mask: everything
@@ -259,31 +225,6 @@ int sweep(
     return bad;
 }
 
-/* Counts of the bit patterns of |x - base|: of the upper 16 bits, or, with prefix >= 0, of the lower 16
-   bits of those whose upper bits are `prefix`. counts: [65536], added to. */
-int histogram(
-    int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t prefix,
-    int64_t *counts
-) {
-    float b[BLOCK], d[BLOCK];
-    for (int64_t at = from; at < to; at += BLOCK) {
-        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
-        load(b, base, base_type, at, n);
-        load(d, x, type, at, n);
-        difference(d, b, n);
-        for (int j = 0; j < n; j++) {
-            uint32_t bits;
-            memcpy(&bits, d + j, 4);
-            bits &= 0x7fffffff;
-            if (prefix < 0)
-                counts[bits >> 16]++;
-            else if ((int32_t)(bits >> 16) == prefix)
-                counts[bits & 0xffff]++;
-        }
-    }
-    return 0;
-}
-
 /* Adds to totals[0] the sum of floor(|x - base| * unit), and to totals[1] that of the elements kept. */
 int norms(
     int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int kind,
@@ -411,198 +352,5 @@ int projections(
             products[i] += sum;
         }
     }
-    return 0;
-}
-
-/* sums[grid]: adds floor(|x - base| * unit) of every element to the entry of its hash: the share of all
-   32-bit numbers below it, times `grid`, rounded down. */
-int hash_sums(
-    int64_t from, int64_t to, const void *base, int base_type, const void *x, int type, int32_t key,
-    int32_t odd, float unit, int grid, double *sums
-) {
-    float b[BLOCK], d[BLOCK];
-    uint32_t h[BLOCK];
-    for (int64_t at = from; at < to; at += BLOCK) {
-        const int n = to - at < BLOCK ? (int)(to - at) : BLOCK;
-        load(b, base, base_type, at, n);
-        load(d, x, type, at, n);
-        difference(d, b, n);
-        indices(h, at, n);
-        for (int j = 0; j < n; j++) {
-            const uint32_t hash = ((h[j] ^ (uint32_t)key) * (uint32_t)odd) ^ 0x80000000u;
-            h[j] = (uint32_t)(((uint64_t)hash * (uint32_t)grid) >> 32);
-            d[j] = floorf(fabsf(d[j]) * unit);
-        }
-        for (int j = 0; j < n; j++) sums[h[j]] += d[j];
-    }
-    return 0;
-}
-
-static inline float value_of(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-/* For each k of ks[count], ascending: the k-th largest |x - base| (thresholds), the index of the last of
-   the k largest at that value, the first coming first (lasts), and the sum of floor(unit * magnitude) over
-   the k largest (sums). Two histograms of the bit patterns, of their upper 20 and lower 12 bits, and a
-   scan. Returns -1 without memory, 1 if a k is not met (NaN). */
-int levels(
-    int64_t n, const void *base, int base_type, const void *x, int type, float unit, int count,
-    const int64_t *ks, float *thresholds, int64_t *lasts, double *sums
-) {
-    enum { UPPER = 1 << 19, LOWER = 1 << 12 };
-    int64_t *counts = calloc(UPPER, 8);
-    double *totals = calloc(UPPER, 8);
-    int32_t *slots = malloc(UPPER * 4);
-    uint32_t *fine = NULL, *exact = malloc((size_t)count * 4);
-    int64_t *room = malloc((size_t)count * 8);
-    int32_t *buckets = malloc((size_t)count * 4), *pending = NULL;
-    int status = -1, used = 0;
-    if (!counts || !totals || !slots || !exact || !room || !buckets) goto done;
-    float b[BLOCK], d[BLOCK];
-#define MAGNITUDES(at) \
-    const int m = n - at < BLOCK ? (int)(n - at) : BLOCK; \
-    load(b, base, base_type, at, m); \
-    load(d, x, type, at, m); \
-    difference(d, b, m); \
-    for (int j = 0; j < m; j++) d[j] = fabsf(d[j]);
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        MAGNITUDES(at)
-        for (int j = 0; j < m; j++) {
-            uint32_t bits;
-            memcpy(&bits, d + j, 4);
-            counts[bits >> 12]++;
-            totals[bits >> 12] += floorf(d[j] * unit);
-        }
-    }
-    memset(slots, 0xff, UPPER * 4);
-    status = 1;
-    int64_t above = 0;
-    double sum = 0;
-    int next = 0;
-    for (int bucket = UPPER - 1; bucket >= 0 && next < count; bucket--) {
-        while (next < count && ks[next] <= above + counts[bucket]) {
-            if (slots[bucket] < 0) slots[bucket] = used++;
-            buckets[next] = bucket;
-            room[next] = ks[next] - above;
-            sums[next] = sum;
-            next++;
-        }
-        above += counts[bucket];
-        sum += totals[bucket];
-    }
-    if (next < count) goto done;
-    fine = calloc((size_t)used * LOWER, 4);
-    pending = calloc((size_t)used * LOWER, 4);
-    if (!fine || !pending) {
-        status = -1;
-        goto done;
-    }
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        MAGNITUDES(at)
-        for (int j = 0; j < m; j++) {
-            uint32_t bits;
-            memcpy(&bits, d + j, 4);
-            int32_t slot = slots[bits >> 12];
-            if (slot >= 0) fine[(size_t)slot * LOWER + (bits & (LOWER - 1))]++;
-        }
-    }
-    for (int i = 0; i < count; i++) {
-        int32_t slot = slots[buckets[i]];
-        for (int low = LOWER - 1; low >= 0; low--) {
-            int64_t here = fine[(size_t)slot * LOWER + low];
-            float value = value_of(((uint32_t)buckets[i] << 12) | (uint32_t)low);
-            double weight = floorf(value * unit);
-            if (room[i] <= here) {
-                exact[i] = (uint32_t)low;
-                if (!pending[(size_t)slot * LOWER + low]) pending[(size_t)slot * LOWER + low] = i + 1;
-                thresholds[i] = value;
-                sums[i] += weight * (double)room[i];
-                break;
-            }
-            room[i] -= here;
-            sums[i] += weight * (double)here;
-        }
-        lasts[i] = -1;
-    }
-    /* the scan: entries of `fine` are free now and count how many of a value have come */
-    memset(fine, 0, (size_t)used * LOWER * 4);
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        MAGNITUDES(at)
-        for (int j = 0; j < m; j++) {
-            uint32_t bits;
-            memcpy(&bits, d + j, 4);
-            int32_t slot = slots[bits >> 12];
-            if (slot < 0) continue;
-            const size_t place = (size_t)slot * LOWER + (bits & (LOWER - 1));
-            int i = pending[place]; /* 1 + the k that waits for this value, 0 if none does */
-            if (!i) continue;
-            const int64_t come = ++fine[place];
-            while (i && room[i - 1] == come) {
-                lasts[i - 1] = at + j;
-                i = i < count && buckets[i] == buckets[i - 1] && exact[i] == exact[i - 1] ? i + 1 : 0;
-            }
-            pending[place] = i;
-        }
-    }
-    status = 0;
-done:
-    free(counts);
-    free(totals);
-    free(slots);
-    free(fine);
-    free(exact);
-    free(room);
-    free(buckets);
-    free(pending);
-    return status;
-}
-
-/* Ranks of |x - base| within rows of `width` <= 65536 elements, ascending, equal ones in order: a radix
-   sort by bytes. from, to: multiples of width. Returns -1 without memory. */
-int rank_rows(
-    int64_t from, int64_t to, int64_t width, const void *base, int base_type, const void *x, int type,
-    uint16_t *ranks
-) {
-    uint64_t *a = malloc((size_t)width * 8), *c = malloc((size_t)width * 8);
-    if (!a || !c) {
-        free(a);
-        free(c);
-        return -1;
-    }
-    float b[BLOCK], d[BLOCK];
-    for (int64_t row = from; row < to; row += width) {
-        uint32_t counts[4][256] = {{0}};
-        for (int64_t at = 0; at < width; at += BLOCK) {
-            const int n = width - at < BLOCK ? (int)(width - at) : BLOCK;
-            load(b, base, base_type, row + at, n);
-            load(d, x, type, row + at, n);
-            difference(d, b, n);
-            for (int j = 0; j < n; j++) {
-                uint32_t bits;
-                memcpy(&bits, d + j, 4);
-                bits &= 0x7fffffff;
-                a[at + j] = (uint64_t)bits << 32 | (uint64_t)(at + j);
-                for (int byte = 0; byte < 4; byte++) counts[byte][(bits >> (8 * byte)) & 255]++;
-            }
-        }
-        for (int byte = 0; byte < 4; byte++) {
-            uint32_t place = 0, shift = 32 + 8 * (uint32_t)byte;
-            for (int v = 0; v < 256; v++) {
-                uint32_t here = counts[byte][v];
-                counts[byte][v] = place;
-                place += here;
-            }
-            for (int64_t j = 0; j < width; j++) c[counts[byte][(a[j] >> shift) & 255]++] = a[j];
-            uint64_t *swap = a;
-            a = c;
-            c = swap;
-        }
-        for (int64_t j = 0; j < width; j++) ranks[row + (int64_t)(uint32_t)a[j]] = (uint16_t)j;
-    }
-    free(a);
-    free(c);
     return 0;
 }

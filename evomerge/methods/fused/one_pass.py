@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from evomerge.methods.fused import c_kernels, exact_products, torch_kernels, triton_kernels
-from evomerge.methods.fused.weighted_sum import Summand, TopK, WeightedSum
+from evomerge.methods.fused.weighted_sum import Summand, WeightedSum
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -67,19 +67,6 @@ class KernelBackend(Protocol):
 
         Returns:
             (the sum over all elements, the sum over those that the summand keeps).
-        """
-
-    def histogram(self, base: Tensor, source: Tensor, prefix: int) -> Array:
-        """Counts of the bit patterns of |x - base| as float32.
-
-        Args:
-            base: [n].
-            source: [n].
-            prefix: -1 to count the upper 16 bits; else the lower 16 bits of those whose upper 16 bits are
-                this.
-
-        Returns:
-            [65536] int64.
         """
 
     def largest(self, base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
@@ -153,19 +140,40 @@ class KernelBackend(Protocol):
             out: [n] uint16, or int32 for rows of more than 65536 elements; written.
         """
 
-    def top_k_table(
-        self, base: Tensor, source: Tensor, unit: float, counts: Sequence[int]
-    ) -> dict[int, tuple[TopK, float]]:
-        """The k elements of largest |x - base| for many k at once.
+    def top_k_table(self, base: Tensor, source: Tensor, counts: Sequence[int]) -> tuple[Array, Array]:
+        """The k elements of largest |x - base| for many k at once; of equal ones the first come first.
+
+        Args:
+            base: [n].
+            source: [n].
+            counts: The k, ascending, each in [1, n].
+
+        Returns:
+            (magnitude of the k-th largest element, [counts] float32; index of the last of the elements of
+            this magnitude that belong, [counts] int64).
+        """
+
+    def top_k_sums(
+        self,
+        base: Tensor,
+        source: Tensor,
+        unit: float,
+        counts: Sequence[int],
+        thresholds: Array,
+        lasts: Array,
+    ) -> Array:
+        """Sums of floor(unit * |x - base|) over the k largest, for many k at once.
 
         Args:
             base: [n].
             source: [n].
             unit: A power of two, see `exact_unit`.
             counts: The k, ascending, each in [1, n].
+            thresholds: [counts] float32, what `top_k_table` gives for them.
+            lasts: [counts] int64, too.
 
         Returns:
-            k -> (the k largest; the sum of floor(unit * magnitude) over them).
+            [counts] float64.
         """
 
 
@@ -217,20 +225,6 @@ def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tup
     """
     backend = backend_for([base, source], [summand])
     return backend.l1_norms(base.reshape(-1), source.reshape(-1), summand, unit)
-
-
-def histogram(base: Tensor, source: Tensor, prefix: int = -1) -> Array:
-    """Counts of the bit patterns of |x - base| as float32.
-
-    Args:
-        base: The base's tensor.
-        source: The source's tensor.
-        prefix: -1 to count the upper 16 bits; else the lower 16 bits of those whose upper 16 bits are this.
-
-    Returns:
-        [65536] int64.
-    """
-    return backend_for([base, source]).histogram(base.reshape(-1), source.reshape(-1), prefix)
 
 
 def dot_products(

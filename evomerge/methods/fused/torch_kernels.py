@@ -21,7 +21,7 @@ from evomerge.methods import random_masks
 from evomerge.methods.exact_division import divided
 from evomerge.methods.fused.exact_products import REST_BITS
 from evomerge.methods.fused.spans import parallel_map, pieces, pieces_between_cuts
-from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, WeightedSum
 
 Array = np.ndarray[Any, np.dtype[Any]]
 name = "torch"
@@ -55,16 +55,6 @@ def l1_norms(base: Tensor, source: Tensor, summand: Summand, unit: float) -> tup
 
     parts = parallel_map(pieces_between_cuts(base.numel(), [summand], _CHUNK), piece)
     return math.fsum(part[0] for part in parts), math.fsum(part[1] for part in parts)
-
-
-def histogram(base: Tensor, source: Tensor, prefix: int) -> Array:
-    """See `KernelBackend.histogram`."""
-    counts = np.zeros(65536, np.int64)
-    for start, stop in pieces(base.numel(), _PIECE):
-        bits = difference(base, source, start, stop).abs().view(torch.int32)
-        chosen = bits >> 16 if prefix < 0 else bits[(bits >> 16) == prefix] & 0xFFFF
-        counts += torch.bincount(chosen, minlength=65536).cpu().numpy()
-    return counts
 
 
 def largest(base: Tensor | None, sources: Sequence[Tensor]) -> list[float]:
@@ -147,9 +137,7 @@ def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
     parallel_map(whole_rows(base.numel(), width), piece)
 
 
-def top_k_table(
-    base: Tensor, source: Tensor, unit: float, counts: Sequence[int]
-) -> dict[int, tuple[TopK, float]]:
+def top_k_table(base: Tensor, source: Tensor, counts: Sequence[int]) -> tuple[Array, Array]:
     """See `KernelBackend.top_k_table`: by one sort of (magnitude, index)."""
     n = base.numel()
     keys = np.empty(n, np.uint64)
@@ -158,16 +146,47 @@ def top_k_table(
         index = np.arange(start, stop, dtype=np.uint64)
         keys[start:stop] = ((np.uint64(0x7FFFFFFF) - bits) << np.uint64(32)) | index
     keys.sort()  # largest magnitude first, of equal ones the first come first
-    table: dict[int, tuple[TopK, float]] = {}
-    done, total = 0, 0.0
-    for k in counts:
-        whole = np.floor(_magnitudes(keys[done:k]) * np.float32(unit))
-        total += float(whole.sum(dtype=np.float64))
-        threshold = float(_magnitudes(keys[k - 1 : k])[0])
-        last = int(keys[k - 1] & np.uint64(0xFFFFFFFF))
-        table[k] = (TopK(threshold, last, k), total)
-        done = k
-    return table
+    last = keys[np.array(counts, np.int64) - 1]
+    thresholds = (np.uint64(0x7FFFFFFF) - (last >> np.uint64(32))).astype(np.uint32).view(np.float32)
+    return thresholds, (last & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def top_k_sums(
+    base: Tensor, source: Tensor, unit: float, counts: Sequence[int], thresholds: Array, lasts: Array
+) -> Array:
+    """See `KernelBackend.top_k_sums`."""
+    distinct = np.unique(thresholds)[::-1]
+    sums, many = np.zeros(len(distinct) + 1), np.zeros(len(distinct) + 1, np.int64)
+    for start, stop in pieces(base.numel(), _PIECE):
+        size = difference(base, source, start, stop).abs()
+        place = np.searchsorted(-distinct, -size.cpu().numpy(), side="right")  # how many are no smaller
+        whole = (size * unit).floor().cpu().numpy().astype(np.float64)
+        sums += np.bincount(place, weights=whole, minlength=len(sums))
+        many += np.bincount(place, minlength=len(many))
+    return sums_of_largest(distinct, sums, many, unit, counts, thresholds)
+
+
+def sums_of_largest(
+    distinct: Array, sums: Array, many: Array, unit: float, counts: Sequence[int], thresholds: Array
+) -> Array:
+    """Sums over the k largest, from those between thresholds.
+
+    Args:
+        distinct: The distinct thresholds, descending.
+        sums: [distinct + 1]: of floor(unit * x) over the x with distinct[i - 1] >= x > distinct[i].
+        many: [distinct + 1]: how many such x there are.
+        unit: The power of two.
+        counts: The k.
+        thresholds: The k-th largest of each.
+
+    Returns:
+        [counts] float64: what is above the threshold, and as many at it as are missing.
+    """
+    place = np.searchsorted(-distinct, -thresholds)
+    missing = np.array(counts, np.int64) - np.cumsum(many)[place]
+    whole = np.floor(thresholds.astype(np.float32) * np.float32(unit)).astype(np.float64)
+    total: Array = np.cumsum(sums)[place] + missing * whole
+    return total
 
 
 def difference(base: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
@@ -271,10 +290,6 @@ def _agreeing_sum(mixed: Tensor, terms: Sequence[Tensor], total: WeightedSum, ze
 def _whole_sum(x: Tensor, unit: float) -> float:
     """The sum of floor(unit * |x|), exact."""
     return float((x.abs() * unit).floor().sum(dtype=torch.float64))
-
-
-def _magnitudes(keys: Array) -> Array:
-    return (np.uint64(0x7FFFFFFF) - (keys >> np.uint64(32))).astype(np.uint32).view(np.float32)
 
 
 def _float32(x: float) -> float:

@@ -3,7 +3,7 @@
 Optional: without Triton, on devices that it is not for, and for tensors that its kernels do not take,
 everything is done in torch. Triton is imported when it is first needed. With TRITON_INTERPRET=1 its
 interpreter runs the kernels on tensors of the CPU, for tests. What a device does well by torch's sorts and
-counts (ranks, histograms) is left to `torch_kernels`.
+counts (ranks) is left to `torch_kernels`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from evomerge.methods.fused import device_tables, torch_kernels
 from evomerge.methods.fused.launch_numbers import SCALE, LaunchNumbers, SumForm, keeps_nothing
 from evomerge.methods.fused.tensor_table import MOST_ELEMENTS, TYPE_CODES, TensorTable
 from evomerge.methods.fused.torch_kernels import (
-    histogram,
     projections,
     rank_rows,
 )
-from evomerge.methods.fused.weighted_sum import MaskKind, Summand, TopK, WeightedSum
+from evomerge.methods.fused.weighted_sum import MaskKind, Summand, WeightedSum
 
 __all__ = [
     "fits",
     "hash_sums",
-    "histogram",
     "l1_norms",
     "largest",
     "name",
     "product_sums",
     "projections",
     "rank_rows",
+    "top_k_sums",
     "top_k_table",
     "write_sum",
 ]
@@ -202,18 +201,20 @@ def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, g
     return found
 
 
-def top_k_table(
-    base: Tensor, source: Tensor, unit: float, counts: Sequence[int]
-) -> dict[int, tuple[TopK, float]]:
+def top_k_table(base: Tensor, source: Tensor, counts: Sequence[int]) -> tuple[Array, Array]:
     """See `KernelBackend.top_k_table`: by a radix descent on the device."""
-    table = _row(base, [source])
-    thresholds, lasts = device_tables.top_k(table, np.array([counts], np.int64))
-    norms = device_tables.top_k_norms(table, thresholds, lasts, torch.tensor([unit]))
-    rows = (thresholds[0].tolist(), lasts[0].tolist(), norms[0, :-1].tolist())
-    return {
-        k: (TopK(threshold, last, k), float(norm))
-        for k, threshold, last, norm in zip(counts, *rows, strict=True)
-    }
+    thresholds, lasts = device_tables.top_k(_row(base, [source]), np.array([counts], np.int64))
+    return thresholds[0].cpu().numpy(), lasts[0].cpu().numpy()
+
+
+def top_k_sums(
+    base: Tensor, source: Tensor, unit: float, counts: Sequence[int], thresholds: Array, lasts: Array
+) -> Array:
+    """See `KernelBackend.top_k_sums`."""
+    known = [torch.from_numpy(each)[None].to(base.device) for each in (thresholds, lasts)]
+    sums = device_tables.top_k_norms(_row(base, [source]), known[0], known[1], torch.tensor([unit]))
+    norms: Array = sums[0, :-1].double().cpu().numpy()
+    return norms
 
 
 def runs_on(device: torch.device) -> bool:

@@ -12,7 +12,6 @@ from evomerge.merging.merge import mask_key
 from evomerge.methods import METHODS, random_masks
 from evomerge.methods.fused import (
     MergeInputs,
-    c_kernels,
     c_library,
     combine_by_dot_products,
     magnitude_tables,
@@ -100,7 +99,7 @@ def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monk
             ]:
                 torch.set_num_threads(threads)
                 with monkeypatch.context() as m:
-                    m.setattr(c_kernels, "_LEAST_SPAN", chunk)
+                    m.setattr(c_library, "_LEAST_SPAN", chunk)
                     m.setattr(torch_kernels, "_CHUNK", chunk)
                     if not compiled:
                         m.setattr(one_pass, "BACKENDS", (torch_kernels,))
@@ -243,34 +242,7 @@ def test_without_a_compiler_it_says_so_and_works(monkeypatch):
         c_library.library.cache_clear()
 
 
-def test_a_histogram_counts_bit_patterns():
-    (source,), base = models((5000,), 1)
-    bits = (source.float() - base.float()).abs().numpy().view(np.uint32)
-    assert np.array_equal(one_pass.histogram(base, source), np.bincount(bits >> 16, minlength=65536))
-    prefix = int(bits[0] >> 16)
-    assert np.array_equal(
-        one_pass.histogram(base, source, prefix),
-        np.bincount(bits[bits >> 16 == prefix] & 0xFFFF, minlength=65536),
-    )
-
-
 # ---- what C does for the tables, against torch
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tables_by_histograms_are_tables_by_sorting(dtype):
-    if c_library.library() is None:
-        pytest.skip("no C compiler")
-    for seed, n in enumerate((1, 3, 1000, 70_001)):
-        (source,), base = models((n,), 1, dtype, seed)
-        if seed == 2:
-            source[: n // 2] = base[: n // 2]  # half of the differences are zero
-        pair = TensorPair(base, source, "t")
-        unit = MagnitudeTables().unit(pair)
-        grid = magnitude_tables.GRID
-        counts = sorted({magnitude_tables.top_count(j / grid, n) for j in range(1, grid)})
-        tables = [b.top_k_table(base, source, unit, counts) for b in (c_kernels, torch_kernels)]
-        assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("shape", [(5,), (7, 33), (3, 4, 50), (2, 70_000)], ids=str)

@@ -46,6 +46,15 @@ def pairs_of(dtype, seed, shapes=SHAPES):
     return case, table, torch.tensor(units)
 
 
+def known(backend, base, source, unit, counts):
+    """k -> (threshold, index of the last element at it, norm)."""
+    thresholds, lasts = backend.top_k_table(base, source, counts)
+    norms = backend.top_k_sums(base, source, unit, counts, thresholds, lasts)
+    return dict(
+        zip(counts, zip(thresholds.tolist(), lasts.tolist(), norms.tolist(), strict=True), strict=True)
+    )
+
+
 @every_dtype
 def test_thresholds_and_norms_of_many_counts_are_the_c_path_s(dtype):
     case, table, units = pairs_of(dtype, 1)
@@ -54,21 +63,19 @@ def test_thresholds_and_norms_of_many_counts_are_the_c_path_s(dtype):
     norms = device_tables.top_k_norms(table, thresholds, lasts, units)
     for row, (base, sources) in enumerate(zip(case.bases, case.sources, strict=True)):
         flat = (base.view(-1), sources[0].view(-1))
-        want = c_kernels.top_k_table(*flat, float(units[row]), sorted({*counts[row].tolist()}))
+        want = known(c_kernels, *flat, float(units[row]), sorted({*counts[row].tolist()}))
         for i, k in enumerate(counts[row].tolist()):
-            top, norm = want[k]
             found = (float(thresholds[row, i]), int(lasts[row, i]), float(norms[row, i]))
-            assert found == (top.threshold, top.last, norm), (row, k)
-        assert int(norms[row, -1]) == int(want[base.numel()][1])
+            assert found == want[k], (row, k)
+        assert int(norms[row, -1]) == int(want[base.numel()][2])
 
 
 def test_a_table_of_every_density_is_the_c_path_s():
     case, _, units = pairs_of(BF16, 4, {"a": (70, 65)})
     base, source = case.bases[0].view(-1), case.sources[0][0].view(-1)
     counts = sorted({top_count(j / GRID, base.numel()) for j in range(1, GRID)})
-    assert triton_kernels.top_k_table(base, source, float(units[0]), counts) == c_kernels.top_k_table(
-        base, source, float(units[0]), counts
-    )
+    given = (base, source, float(units[0]), counts)
+    assert known(triton_kernels, *given) == known(c_kernels, *given)
 
 
 def test_pairs_of_several_types_are_measured_side_by_side():
@@ -106,8 +113,8 @@ def test_most_of_the_weights_are_unchanged():
     changed = torch.rand(9000, generator=g) < 0.2
     source = torch.where(changed, base.float() + torch.randn(9000, generator=g) * 0.01, base).bfloat16()
     counts = [1, 10, 100, 1000, 1500, 2000, 2001, 3000, 4500, 6000, 7777, 8999, 9000]
-    found = triton_kernels.top_k_table(base, source, 1024.0, counts)
-    assert found == torch_kernels.top_k_table(base, source, 1024.0, counts)
+    given = (base, source, 1024.0, counts)
+    assert known(triton_kernels, *given) == known(torch_kernels, *given)
 
 
 @every_dtype
