@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 Step = Callable[[], object]
 """Launches work on static tensors; what it returns is not used."""
 Graph = torch.cuda.CUDAGraph
+OTHER_BITS = "a replay gives other bits than the run that was captured"
 
 
 class CudaGraphs:
@@ -179,7 +180,7 @@ def captured(
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if not equal:
             _restore(state, expected)
-            return "a replay gives other bits than the run that was captured"
+            return OTHER_BITS
     return found
 
 

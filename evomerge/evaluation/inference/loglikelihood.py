@@ -282,7 +282,7 @@ class Engine:
             past = kv_cache.new_cache(self.model, windowed=step.windowed)
         elif self._captures and not torch.is_grad_enabled():
             # transformers makes another mask while it is captured, but not on top of a cache
-            past = kv_cache.new_cache(self.model, windowed=step.windowed)
+            past = kv_cache.new_cache(self.model, windowed=False)
         rows = step.reads.rows if step.reads is not None else self.forward.first
         logits = self.forward(rows, step.ids, past, positions=step.positions, mask=step.mask)
         if step.keep is not None:

@@ -1,9 +1,9 @@
 """Log-likelihood plans replayed as CUDA graphs for every candidate.
 
 A compiled plan is constant tensors, and a candidate's weights are written to the addresses of the one before:
-of a run of a plan only Python repeats nothing new. The second run of a plan captures each of its steps; later
-ones replay them. A model whose replay differs from its run by a bit, or that waits for the card inside a
-forward, is run as before, and the log says so once.
+what a run of a plan launches is the same every time. The second run of a plan captures each of its steps;
+later ones replay them. A model whose replay differs from its run by a bit, and a plan that waits for the card
+inside a forward, are run as before, and the log says so once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference.cuda_graphs import (
+    OTHER_BITS,
     Addresses,
     CudaGraphs,
     Graph,
@@ -55,9 +56,10 @@ class Program:
 
 @dataclass(slots=True)
 class _Remembered:
-    """owner: keeps its id from being used again; graphs: None before the second run."""
+    """A plan. owner: keeps its id from being used again; graphs: None before the second run."""
 
     owner: object
+    refused: bool = False
     outputs: tuple[Tensor, ...] = ()
     graphs: Sequence[Graph] | None = None
     addresses: Addresses | None = None
@@ -68,7 +70,7 @@ class PlanReplay:
 
     Attributes:
         model: The live model.
-        refusal: Why nothing is captured any more; None while it is.
+        refusal: Why a plan, or any plan, is not captured: the first reason; None while all are.
     """
 
     def __init__(self, model: nn.Module, graphs: CudaGraphs) -> None:
@@ -80,6 +82,7 @@ class PlanReplay:
         """
         self.model = model
         self.refusal: str | None = None
+        self._stopped = False
         self._graphs = graphs
         self._plans: OrderedDict[Hashable, _Remembered] = OrderedDict()
         self._moves = 0
@@ -112,13 +115,16 @@ class PlanReplay:
 
     def _captured(self, remembered: _Remembered, program: Program) -> tuple[Tensor, ...]:
         """Runs a program, and captures it on the way where that is not refused."""
-        if self.refusal is None and not is_static(self.model):
-            self._refuse("weights of the model are computed in its forward")
-        if self.refusal is not None:
+        if not self._stopped and not is_static(self.model):
+            self._stop("weights of the model are computed in its forward")
+        if self._stopped or remembered.refused:
             return program.run()
         found = captured(self._graphs, program.outputs, program.steps)
-        if isinstance(found, str):
-            self._refuse(found)
+        if found == OTHER_BITS:
+            self._stop(found)
+        elif isinstance(found, str):
+            remembered.refused = True  # another plan may do without what this one needs
+            self._log(found)
         else:
             remembered.graphs, remembered.outputs = found, program.outputs
             remembered.addresses = addresses(self.model)
@@ -130,14 +136,20 @@ class PlanReplay:
     def _moved(self) -> None:
         self._moves += 1
         if self._moves > _MOVES:
-            self._refuse("the model's layers or weights are exchanged between candidates")
+            self._stop("the model's layers or weights are exchanged between candidates")
 
-    def _refuse(self, reason: str) -> None:
+    def _stop(self, reason: str) -> None:
+        """Captures nothing any more."""
+        self._stopped = True
+        for remembered in self._plans.values():
+            remembered.graphs = None
+        self._log(reason)
+
+    def _log(self, reason: str) -> None:
+        """Says once that there are no graphs."""
         if self.refusal is None:
             self.refusal = reason
             log.info("scoring without CUDA graphs: %s", reason)
-            for remembered in self._plans.values():
-                remembered.graphs = None
 
     def _remember(self, key: Hashable, remembered: _Remembered) -> None:
         self._plans[key] = remembered
