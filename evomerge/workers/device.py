@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
@@ -38,17 +37,6 @@ def card(device: str) -> dict[str, str]:
         return {}
     properties = torch.cuda.get_device_properties(device)
     return {"card": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-
-
-def free_unused(device: str) -> None:
-    """Gives back what torch keeps of a card's memory though nothing uses it, for other processes to take.
-
-    Args:
-        device: torch's name of the device; nothing is done for what is no card.
-    """
-    if device.startswith("cuda"):
-        gc.collect()  # tensors of an exception's frames, and of modules that refer to themselves
-        torch.cuda.empty_cache()
 
 
 def tables_memory(device: str, placed: int) -> int:

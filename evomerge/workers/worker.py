@@ -34,6 +34,7 @@ from evomerge.evaluation import (
     Teacher,
     soft_means,
 )
+from evomerge.evaluation.inference.device_memory import free_unused
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging import parent_placement
 from evomerge.merging.host_memory import available_memory
@@ -41,7 +42,7 @@ from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import Recipe
-from evomerge.workers.device import compute_in_full_precision, free_unused, tables_memory
+from evomerge.workers.device import compute_in_full_precision, tables_memory
 from evomerge.workers.nan_watch import NanWatch
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
@@ -145,7 +146,7 @@ class Worker:
         self.is_open = False
         self.model.to("cpu")
         del self.builder, self.parents, self.tables
-        free_unused(self.device)
+        free_unused()
 
     def prepare(self, recipe: Recipe, items: Items) -> None:
         """Builds a candidate, and plans, probes and compiles what scores it; see `pool.PreparingScorer`.

@@ -124,8 +124,8 @@ def times(repeats: int, count: int) -> Iterator[str]:
     evaluator: Any = worker.evaluator
     with worker.builder.coefficient_slopes(recipe):
         evaluator.backward(worker.model, items, request)
-    backend = evaluator._model(worker.model).backend
-    (texts,) = evaluator._model(worker.model).texts.values()
+    backend = evaluator._models.get(worker.model).backend
+    (texts,) = evaluator._models.get(worker.model).texts.values()
     engine = backend._engine
 
     def slope(run: Callable[[], object]) -> Callable[[], None]:

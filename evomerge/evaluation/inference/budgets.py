@@ -36,6 +36,10 @@ class Budgets:
         """The budgets as a study stores them."""
         return asdict(self)
 
+    def halved(self) -> Budgets:
+        """Half of each, for a card that has less room than its kind should; at least 1."""
+        return Budgets(**{name: max(1, limit // 2) for name, limit in asdict(self).items()})
+
 
 CPU = Budgets(tokens=1024, prefill=4096, logits=1 << 26, rows=1024, cache=_GIB)
 """On a CPU more tokens a forward are no faster."""

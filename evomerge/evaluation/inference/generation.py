@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference import continuous_batching, device_batching, static_batching
-from evomerge.evaluation.inference.budgets import budgets_of
+from evomerge.evaluation.inference.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference.cuda_graphs import CudaGraphs
 from evomerge.evaluation.inference.device_batching import DeviceBatch
 from evomerge.evaluation.inference.forward import Forward
@@ -82,7 +82,7 @@ class Generator:
         decoder: Name of the decoder.
         shares: Whether prefixes are shared.
         limits: Limits of batches.
-        budgets: Of the model's device.
+        budgets: Limits of a forward where `limits` give none.
         memory: Bytes that keys and values may take.
         forward: The model's forward.
     """
@@ -97,6 +97,7 @@ class Generator:
         shares: bool = False,
         limits: GenerationLimits | None = None,
         graphs: CudaGraphs | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -108,6 +109,7 @@ class Generator:
             shares: Whether prefixes may be shared, as `probe_decoders` allows.
             limits: Limits of batches; None for the defaults.
             graphs: Where the steps of the decoder 'device' are captured; None to run each from Python.
+            budgets: What `limits` leave open; None for the device's.
 
         Raises:
             ValueError: The decoder is unknown.
@@ -119,7 +121,7 @@ class Generator:
         self.forward = Forward(model, head, rules.pad_id)
         if decoder == "whole":
             self.forward.argument = None
-        self.budgets = budgets_of(self.forward.device)
+        self.budgets = budgets or budgets_of(self.forward.device)
         self.memory = self.budgets.cache if self.limits.memory is None else self.limits.memory
         self.shares = shares and self.forward.argument is not None
         self._max_rows = max(1, self.budgets.logits // self.forward.vocabulary)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.evaluation.inference import gradient_memory, kv_cache, loglikelihood_gradients
-from evomerge.evaluation.inference.budgets import budgets_of
+from evomerge.evaluation.inference.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference.cuda_graphs import Step, graphs_for
 from evomerge.evaluation.inference.forward import Forward
 from evomerge.evaluation.inference.gradient_memory import GraphSizes, Way
@@ -95,20 +95,22 @@ class Engine:
         tokens: int | None = None,
         forward_cost: int | None = None,
         verifications: Mapping[str, Verification] | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
         """Wraps a model.
 
         Args:
             model: The live model.
             pad_id: Token id that rows are padded with.
-            tokens: Most input tokens of one forward; None for the device's budget, see `budgets`.
+            tokens: Most input tokens of one forward; None for the budget.
             forward_cost: What one more forward costs, in tokens; None for the default.
             verifications: Result of `loglikelihood_probe.probe`. Without it only plain rows are used unless
                 an optimization is named.
+            budgets: Limits of a forward; None for the device's.
         """
         self.model, self.head, self.verifications = model, RowHead(model), verifications or {}
         self.forward = forward = Forward(model, self.head, pad_id)
-        budgets = budgets_of(forward.device)
+        budgets = budgets or budgets_of(forward.device)
         self.facts = ModelFacts(
             dtype=forward.dtype,
             device=forward.device,

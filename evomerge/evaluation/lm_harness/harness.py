@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from evomerge.evaluation.lm_harness.backends.hflm import make_hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_group_metrics
 from evomerge.evaluation.lm_harness.items import ItemRules
 from evomerge.evaluation.lm_harness.labels import check_source, given_answers
+from evomerge.evaluation.lm_harness.live_models import LiveModels, PreparedItems, Row
 from evomerge.evaluation.lm_harness.lm_eval_patches import cache_document_rendering
 from evomerge.evaluation.lm_harness.prompts import Prompting
 from evomerge.evaluation.lm_harness.results import (
@@ -54,36 +53,6 @@ from evomerge.evaluation.records import (
 )
 
 log = logging.getLogger(__name__)
-_PREPARED = 8  # sets of items that stay prepared for a model
-_MODELS = 8  # live models that stay ready
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """An item with its requests, and those of its right answers where a generated text has soft metrics."""
-
-    item: str
-    requests: list[Any]
-    right_answers: list[Any]
-
-
-@dataclass(slots=True)
-class _PreparedItems:
-    """Items ready to be answered. rows: by task; prepared: what the backend made of their requests."""
-
-    rows: dict[str, list[_Row]]
-    requests: list[Any]
-    prepared: Any
-
-
-@dataclass(slots=True)
-class _Model:
-    """A live model, its backend, and the sets of items that are prepared for it."""
-
-    model: nn.Module
-    backend: Backend
-    prepared: OrderedDict[tuple[Any, ...], _PreparedItems] = field(default_factory=OrderedDict)
-    texts: dict[tuple[Any, ...], gradients.PreparedTexts] = field(default_factory=dict)
 
 
 class LmHarness:
@@ -143,7 +112,9 @@ class LmHarness:
         }
         for loaded in self.tasks.values():
             cache_document_rendering(loaded.task)
-        self._models: OrderedDict[int, _Model] = OrderedDict()
+        self._models = LiveModels(
+            lambda model: self._backend_entry.load()(model, self.tokenizer, self.batch_size)
+        )
 
     # ---- what the tasks are --------------------------------------------------------------------------------
 
@@ -248,7 +219,7 @@ class LmHarness:
 
         Plans the items' requests, and verifies optimizations where the model is new.
         """
-        self._prepared(model, items)
+        self._models.within_memory(lambda: self._prepared(model, items))
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
         """Scores a model. Items of the search are scored by float32 sums, which tie less.
@@ -281,7 +252,7 @@ class LmHarness:
         return tuple(scores), metrics
 
     def _item_scores(
-        self, name: str, rows: Sequence[_Row], values: Sequence[Any], backend: Backend
+        self, name: str, rows: Sequence[Row], values: Sequence[Any], backend: Backend
     ) -> list[ItemScore]:
         """The scores of a task's answered items."""
         loaded, aggregate = self.tasks[name], self._aggregation(name)
@@ -310,7 +281,7 @@ class LmHarness:
         Raises:
             TaskError: An item has no text with a right answer, or the backend has no gradients.
         """
-        state = self._model(model)
+        state = self._models.get(model)
         backend = state.backend
         if not isinstance(backend, DifferentiableBackend):
             raise TaskError(
@@ -365,7 +336,7 @@ class LmHarness:
         return self._retaining(model).backward_divergence(teacher, weights)
 
     def _retaining(self, model: nn.Module) -> RetainingBackend:
-        backend = self._model(model).backend
+        backend = self._models.get(model).backend
         if not isinstance(backend, RetainingBackend):
             raise TaskError(
                 "this evaluation backend gives no gradients, which retain needs; "
@@ -387,8 +358,11 @@ class LmHarness:
             ]
         return samples
 
-    def _answered(self, model: nn.Module, items: Items) -> tuple[Backend, _PreparedItems]:
+    def _answered(self, model: nn.Module, items: Items) -> tuple[Backend, PreparedItems]:
         """Items whose requests hold the model's responses."""
+        return self._models.within_memory(lambda: self._answer(model, items))
+
+    def _answer(self, model: nn.Module, items: Items) -> tuple[Backend, PreparedItems]:
         backend, prepared = self._prepared(model, items)
         only_search = all(
             (name, row.item) in self._search_items for name, rows in prepared.rows.items() for row in rows
@@ -402,12 +376,12 @@ class LmHarness:
                 check_not_nan(self.tasks[name], row.item, [*row.requests, *row.right_answers])
         return backend, prepared
 
-    def _prepared(self, model: nn.Module, items: Items) -> tuple[Backend, _PreparedItems]:
+    def _prepared(self, model: nn.Module, items: Items) -> tuple[Backend, PreparedItems]:
         """The model's backend, and the items' requests prepared for it.
 
         The latest models and sets stay ready.
         """
-        state = self._model(model)
+        state = self._models.get(model)
         key = tuple((name, tuple(ids)) for name, ids in items.items() if ids)
         if key not in state.prepared:
             rows = {name: [self._row(name, item) for item in ids] for name, ids in key}
@@ -417,23 +391,10 @@ class LmHarness:
                 for row in of_task
                 for request in (*row.requests, *row.right_answers)
             ]
-            state.prepared[key] = _PreparedItems(rows, requests, state.backend.prepare(requests))
-            if len(state.prepared) > _PREPARED:
-                state.prepared.popitem(last=False)
+            state.keep(key, PreparedItems(rows, requests, state.backend.prepare(requests)))
         state.prepared.move_to_end(key)
         return state.backend, state.prepared[key]
 
-    def _model(self, model: nn.Module) -> _Model:
-        """The state of a live model. Of too many models the one used longest ago is closed."""
-        state = self._models.get(id(model))
-        if state is None or state.model is not model:
-            backend = self._backend_entry.load()(model, self.tokenizer, self.batch_size)
-            state = self._models[id(model)] = _Model(model, backend)
-            if len(self._models) > _MODELS:
-                self._models.popitem(last=False)[1].backend.close()
-        self._models.move_to_end(id(model))
-        return state
-
-    def _row(self, name: str, item: str) -> _Row:
+    def _row(self, name: str, item: str) -> Row:
         requests = self.tasks[name].requests[item]
-        return _Row(item, requests, right_answer_requests(self.tasks[name], requests))
+        return Row(item, requests, right_answer_requests(self.tasks[name], requests))

@@ -148,6 +148,15 @@ class RetainingBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class ShrinkableBackend(Protocol):
+    """A backend that can answer with forwards that take less memory."""
+
+    def halve_budgets(self) -> None:
+        """Answers with half the tokens a forward from now on; what was prepared is to be prepared anew."""
+        ...
+
+
 class BackendFactory(Protocol):
     """What a line of the registry names: a callable that wraps a live model."""
 

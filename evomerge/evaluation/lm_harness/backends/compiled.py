@@ -22,6 +22,7 @@ from torch import nn
 
 from evomerge.errors import CandidateError
 from evomerge.evaluation.inference import divergence, kv_cache
+from evomerge.evaluation.inference.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.generation import Generator, TextRules
 from evomerge.evaluation.inference.generation_plan import GenerationPlan
@@ -31,6 +32,7 @@ from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.loglikelihood_plan import LoglikelihoodPlan
 from evomerge.evaluation.inference.loglikelihood_probe import probe
 from evomerge.evaluation.inference.requests import Request, Verification
+from evomerge.evaluation.inference.selected_logits import device_of
 from evomerge.evaluation.inference.target_logprobs import Rounding
 from evomerge.evaluation.lm_harness.backends.base import Answers
 from evomerge.evaluation.lm_harness.backends.hflm import answer_by_hflm, make_hflm
@@ -107,6 +109,7 @@ class CompiledBackend:
         self.pad_id = tokenizer.pad_token_id or 0
         self._engine: Engine | None = None
         self._generator: Generator | None = None
+        self._budgets: Budgets | None = None  # the device's
         self._verifications: dict[str, Verification] = {}
         self._decoders: dict[str, Verification] = {}
         self._span = -1  # length of requests that the verifications hold for
@@ -120,6 +123,12 @@ class CompiledBackend:
         """See `Backend.close`."""
         if self._engine is not None:
             self._engine.head.close()
+
+    def halve_budgets(self) -> None:
+        """See `ShrinkableBackend.halve_budgets`. Captured graphs are dropped."""
+        self._budgets = (self._budgets or budgets_of(device_of(self.model))).halved()
+        self.close()
+        self._engine = self._generator = None
 
     def optimizations(self) -> Mapping[str, Verification]:
         """See `Backend.optimizations`. They hold for requests as long as those prepared so far."""
@@ -268,7 +277,7 @@ class CompiledBackend:
     def _opened_engine(self) -> Engine:
         """The engine, perhaps not verified yet."""
         if self._engine is None:
-            self._engine = Engine(self.model, pad_id=self.pad_id)
+            self._engine = Engine(self.model, pad_id=self.pad_id, budgets=self._budgets)
         return self._engine
 
     def _verified_generator(self, engine: Engine) -> Generator:
@@ -284,6 +293,7 @@ class CompiledBackend:
                 decoder=choose_decoder(self._decoders),
                 shares=self._decoders["prefix"].allowed,
                 graphs=engine.graphs,
+                budgets=self._budgets,
             )
         return self._generator
 
