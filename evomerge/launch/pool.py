@@ -125,6 +125,8 @@ def open_pool(
     elif workers > 1 and make is not None:
         if devices:
             show(f"{workers} workers, each on one GPU of {', '.join(devices)}")
+            if mixed := several_kinds(min(workers, len(devices))):
+                log.warning(mixed)
         pool = POOLS["processes"].open(pool_settings)
     else:
         pool = POOLS["in-process"].open(pool_settings)
@@ -143,6 +145,26 @@ def process_devices() -> tuple[str, ...]:
     import torch
 
     return visible_devices(os.environ, torch.cuda.device_count()) if device_name() == "cuda" else ()
+
+
+def several_kinds(count: int) -> str:
+    """What a user should know of cards that are not of one kind.
+
+    Args:
+        count: How many cards of this machine are used.
+
+    Returns:
+        A sentence; empty where they are of one kind.
+    """
+    from evomerge.workers.device import card
+
+    kinds = sorted({card(f"cuda:{number}")["card"] for number in range(count)})
+    if len(kinds) < 2:
+        return ""
+    return (
+        f"these GPUs are of several kinds: {', '.join(kinds)}; a score's last digits depend on which of them "
+        "computes it. Name those of one kind in CUDA_VISIBLE_DEVICES"
+    )
 
 
 def reuse(pool: Pool, earlier: Sequence[Path], facts: StudyFacts) -> Pool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from evomerge.config import loading
-from evomerge.launch.pool import process_devices
+from evomerge.launch.pool import process_devices, several_kinds
 from evomerge.launch.prepare import prepare_study
 from evomerge.launch.search_request import SearchRequest
 from evomerge.search import Progress
@@ -27,6 +28,19 @@ def test_a_card_that_the_user_names_is_everybodys(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert process_devices() == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["H200", "H200"], ""), (["H200", "A100"], "several kinds: A100, H200;")]
+)
+def test_cards_of_several_kinds_are_said(
+    names: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = {f"cuda:{i}": SimpleNamespace(name=name, major=9, minor=0) for i, name in enumerate(names)}
+    monkeypatch.setattr("torch.cuda.get_device_properties", cards.__getitem__)
+    found = several_kinds(len(names))
+    assert said in found
+    assert bool(found) == bool(said)
 
 
 class _PoolOpensError(Exception):
