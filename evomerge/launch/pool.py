@@ -76,11 +76,14 @@ def population(settings: Config, num_workers: int, genes: int) -> int | None:
 
 
 def is_elsewhere(settings: Config, workers: int) -> bool:
-    """Whether candidates are evaluated in other processes than this one, where it is not replaced.
+    """Whether candidates are evaluated in other processes than this one.
 
     Args:
         settings: The settings of the search, which may name a Ray cluster.
         workers: Processes of this machine, without Ray.
+
+    Returns:
+        True where they are, unless something else than the tasks scores them: then only this process can.
     """
     return settings.cluster.ray is not None or workers > 1
 
