@@ -207,7 +207,7 @@ def test_a_wrong_search_is_the_configuration_s_own_error(tmp_path: Path) -> None
 
 
 def test_a_search_is_planned_run_compared_and_exported(tmp_path: Path) -> None:
-    search = em.load(search_file(tmp_path, "small"), evaluations=4)
+    search = em.load(search_file(tmp_path, "small", dtype="bfloat16"), evaluations=4)
     planned = em.plan(search)
     assert planned["study"] == "small"
     assert planned["stages"][0]["evaluations"] == 4

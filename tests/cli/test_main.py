@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
 from evomerge.checkpoints import Checkpoint
@@ -37,9 +39,7 @@ from tests.support.toy import (
     REPO,
     Fork,
     Prepared,
-    command,
     count_rows,
-    environment,
     evomerge,
     search_file,
     stored_rows,
@@ -51,8 +51,7 @@ TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 
 @dataclass(frozen=True)
 class Small:
-    """A finished small study, the same one paused by a signal, and what is done with the first beside the
-    tests.
+    """A finished small study, and the same one paused by a signal.
 
     paused: the root of the paused study; stopped: its process' exit code, output and error.
     """
@@ -61,24 +60,9 @@ class Small:
     file: Path
     output: str
     weights: Path
-    lm_eval: subprocess.Popen[str]
     paused: Path
     stopped: tuple[int, str, str]
     prepared: Prepared
-
-
-def start(*words: object) -> subprocess.Popen[str]:
-    """Starts a program beside the tests."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        list(map(str, words)),
-        cwd=REPO,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-    )
 
 
 def wait_for(process: Fork, store: Path, count: int) -> None:
@@ -103,49 +87,17 @@ def positions(task: str) -> dict[str, int]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     root = tmp_path_factory.mktemp("cli")
     file = search_file(root, "small")
-    whole = start(*command("run", file, "--root", root / "results"))
     with Prepared(root) as prepared:
+        whole = prepared.start("run", file, "--root", root / "results")
         signalled = prepared.start("run", file, "--root", root / "paused")
         wait_for(signalled, root / "paused" / "small" / "study.db", 5)
         os.kill(signalled.pid, signal.SIGTERM)
         stopped = (signalled.wait(), signalled.out.read_text(), signalled.err.read_text())
-        output, error = whole.communicate(timeout=120)
-        assert whole.returncode == 0, error
+        assert whole.wait() == 0, whole.err.read_text()
         exported = evomerge("export", "small/best", root / "weights", "--weights", "--root", root / "results")
         assert exported.returncode == 0, exported.stderr
-        with Store.open(root / "results" / "small" / "study.db") as store:
-            best = store.study().outcome.best  # type: ignore[union-attr]
-            scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
-        samples = {
-            task: sorted(positions(task)[s.item] for s in scored.items if s.task == task) for task in TASKS
-        }
-        words = [
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={root / 'weights'},dtype=bfloat16",
-            "--tasks",
-            ",".join(TASKS),
-            "--device",
-            "cpu",
-        ]
-        words += [
-            "--include_path",
-            "evaluators",
-            "--batch_size",
-            "64",
-            "--samples",
-            json.dumps(samples),
-            "--output_path",
-            str(root / "lm_eval"),
-        ]
-        theirs = start(sys.executable, "-m", "lm_eval", "run", *words)
-        yield Small(
-            root / "results", file, output, root / "weights", theirs, root / "paused", stopped, prepared
-        )
-        if theirs.poll() is None:
-            theirs.kill()
-        theirs.communicate()
+        output = whole.out.read_text()
+        yield Small(root / "results", file, output, root / "weights", root / "paused", stopped, prepared)
 
 
 # ---- help and errors ----------------------------------------
@@ -464,14 +416,14 @@ def test_the_exported_weights_are_the_scored_ones(small: Small) -> None:
     parents = {name: Checkpoint(zoo / name) for name in ("base", "math", "lang", "string")}
     with Store.open(small.root / "small" / "study.db") as store:
         recipe = store.recipe(store.study().outcome.best["recipe"])  # type: ignore[union-attr]
-    model = model_loading.load_base(parents["base"], "bfloat16")
+    model = model_loading.load_base(parents["base"], "float32")
     merge.merge_into(recipe, parents, WeightMap(model, parents["base"].tensors))
     shipped = load_file(small.weights / "model.safetensors")
     inside = dict(model.named_parameters())
     assert set(shipped) == set(inside)
     for name, tensor in inside.items():
-        assert shipped[name].dtype == tensor.dtype == torch.bfloat16
-        assert torch.equal(shipped[name].view(torch.int16), tensor.view(torch.int16)), name
+        assert shipped[name].dtype == tensor.dtype == torch.float32
+        assert torch.equal(shipped[name].view(torch.int32), tensor.view(torch.int32)), name
     assert any(not torch.equal(shipped[n], parents["base"].tensor(n)) for n in shipped)
 
 
@@ -517,7 +469,7 @@ def test_merge_rebuilds_the_exported_weights_to_the_bit(small: Small, call: Call
         )
         assert set(ours) == set(theirs)
         for name in ours:
-            assert torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)), (
+            assert torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)), (
                 f"{kind}: {name}"
             )
         assert (tmp_path / kind / "config.json").read_text() == (small.weights / "config.json").read_text()
@@ -545,7 +497,7 @@ def test_hand_recipes_can_be_taken_along_too(label: str, small: Small, call: Cal
     code, _, err = call("merge", tmp_path / "all" / "recipe.yaml", tmp_path / "built")
     assert code == 0, err
     ours = load_file(tmp_path / "built" / "model.safetensors")
-    assert all(torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)) for name in theirs)
+    assert all(torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)) for name in theirs)
     if label == "base":
         base = load_file(zoo_folder() / "base" / "model.safetensors")
         assert all(torch.equal(theirs[name], base[name]) for name in base)
@@ -741,11 +693,23 @@ def test_a_signal_while_models_are_opened_asks_to_be_started_again(
 
 
 def test_lm_eval_itself_gives_the_exported_folder_the_stored_scores(small: Small, call: Call) -> None:
-    out, err = small.lm_eval.communicate(timeout=240)
-    assert small.lm_eval.returncode == 0, out[-1000:] + err[-3000:]
-    results = json.loads(next((small.weights.parent / "lm_eval").rglob("results*.json")).read_text())[
-        "results"
-    ]
+    """By what its command line calls; docs/test_code_blocks.py runs that."""
+    with Store.open(small.root / "small" / "study.db") as store:
+        best = store.study().outcome.best  # type: ignore[union-attr]
+        scored = dict(store.evaluations(best["recipe"]))["test"].evaluation
+    samples = {
+        task: sorted(positions(task)[s.item] for s in scored.items if s.task == task) for task in TASKS
+    }
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(small.weights), "dtype": "float32"},
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(REPO / "evaluators" / "zoo"), include_defaults=False),
+        device="cpu",
+        batch_size=64,
+        samples=samples,
+        bootstrap_iters=0,
+    )["results"]
     shown = json.loads(call("show", "small/best", "--root", small.root, "--json")[1])
     stored = next(s["metrics"] for s in shown["scores"] if s["role"] == "test")
     assert {name for name in stored if ":" not in name} == set(TASKS)

@@ -12,15 +12,21 @@ import pytest
 from tests.support.toy import REPO
 
 EXTENDING = REPO / "docs" / "extending"
-EXAMPLES = {
+EXAMPLES = {  # example -> test files, and which of their tests are about what it adds
     "merge-method": (
         ["tests/contracts/test_methods.py", "tests/methods/test_methods.py"],
-        "median and (float64 or zero or order or reference)",
+        "test_methods and median and (float64 or zero or order or reference)",
     ),
-    "optimizer": (["tests/contracts/test_optimizers.py"], "comma and (same or replay or injected or failed)"),
-    "stage": (["tests/launch/test_stages.py", "tests/launch/test_refine_stage.py"], ""),
-    "backend": (["tests/contracts/test_backends.py"], ""),
-    "kernel": (["tests/contracts/test_kernel_backends.py"], ""),
+    "optimizer": (
+        ["tests/contracts/test_optimizers.py"],
+        "test_optimizers and comma and (same or replay or injected or failed)",
+    ),
+    "stage": (
+        ["tests/launch/test_stages.py", "tests/launch/test_refine_stage.py"],
+        "test_stages or test_refine_stage",
+    ),
+    "backend": (["tests/contracts/test_backends.py"], "test_backends and unbatched"),
+    "kernel": (["tests/contracts/test_kernel_backends.py"], "test_kernel_backends and half"),
 }
 
 
@@ -53,18 +59,31 @@ def test_a_diff_adds_no_branch_and_few_files(name: str) -> None:
     assert len([line for line in changed if line.startswith("-")]) <= 3
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_diff_applies_and_its_contract_passes(name: str, tmp_path: Path) -> None:
-    files, chosen = EXAMPLES[name]
-    folder = copy_of_the_repository(tmp_path)
-    diff = (EXTENDING / f"{name}.diff").read_bytes()
+def apply(name: str, folder: Path, *options: str) -> None:
+    """Applies an example's diff to a copy of the repository."""
     applied = subprocess.run(
-        ["git", "apply", "--verbose", "-"], cwd=folder, input=diff, capture_output=True, check=False
+        ["git", "apply", "--verbose", *options, str(EXTENDING / f"{name}.diff")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert applied.returncode == 0, applied.stderr.decode()
-    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    program += ["-k", chosen] if chosen else []
+    assert applied.returncode == 0, applied.stderr
+
+
+def test_each_diff_applies_and_its_contract_passes(tmp_path: Path) -> None:
+    """Each applies to the repository as it is; one process tests all of them, in one copy."""
+    folder = copy_of_the_repository(tmp_path)
+    for name in EXAMPLES:
+        apply(name, folder, "--check")
+    for name in EXAMPLES:
+        apply(name, folder)
+    files = [file for of_example, _ in EXAMPLES.values() for file in of_example]
+    chosen = " or ".join(f"({words})" for _, words in EXAMPLES.values())
+    program = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files, "-k", chosen]
+    program += ["-m", "not sweep and not cluster"]
     env = {**os.environ, "PYTHONPATH": str(folder)}
     run = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout
+    passed = {line.partition("::")[0] for line in run.stdout.splitlines() if " PASSED" in line}
+    assert passed == set(files)

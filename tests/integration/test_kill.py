@@ -38,7 +38,7 @@ def test_a_search_killed_again_and_again_is_the_search_that_nobody_killed(
                 stderr=pipe,
                 text=True,
             )
-            kill_after(fresh, store, 0, rng.uniform(1, 9))
+            kill_after(fresh, store, 0, rng.uniform(1, 5))
             _, err = fresh.communicate(timeout=100)
             assert fresh.returncode in (-signal.SIGKILL, 0), err
             killed += fresh.returncode == -signal.SIGKILL

@@ -169,22 +169,10 @@ def mergekit(monkeypatch: pytest.MonkeyPatch) -> Path:
     return ENVIRONMENT
 
 
-def test_mergekit_bears_witness(mergekit: Path, recipe: Path, tmp_path: Path) -> None:
-    code, out, err = in_process(
-        "merge", recipe, tmp_path / "out", "--policy", "mergekit", "--check-against", mergekit
-    )
-    assert code == 0, out + err
-    last = out.splitlines()[-1]
-    assert last.startswith(
-        f"against mergekit: 39 tensors, {SIZE:,} elements: 0 differ (0.000%), 0 by more than one unit"
-    ), last
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
-
-
-def test_mergekit_bears_witness_to_merges_of_merges_and_a_difference_is_code_one(
+def test_mergekit_bears_witness_to_merges_of_merges(
     mergekit: Path, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Stages in bfloat16; then random masks, which are drawn otherwise in mergekit."""
+    """Stages in bfloat16. More recipes, through one mergekit process: integration/test_mergekit_parity.py."""
     base = {"base_model": str(tiny["base"]), "dtype": "bfloat16"}
     half = base | {
         "name": "half",
@@ -200,25 +188,52 @@ def test_mergekit_bears_witness_to_merges_of_merges_and_a_difference_is_code_one
     file = tmp_path / "stages.yaml"
     file.write_text("---\n".join(map(yaml.safe_dump, (half, last))))
     code, out, err = in_process(
-        "merge", file, tmp_path / "stages", "--policy", "mergekit", "--check-against", mergekit
+        "merge", file, tmp_path / "out", "--policy", "mergekit", "--check-against", mergekit
     )
     assert code == 0, out + err
-    assert f"against mergekit: 39 tensors, {SIZE:,} elements: " in out
-    dare = base | {"merge_method": "dare_linear", "models": [{"model": str(tiny["math"])}]}
-    file.write_text(
-        yaml.safe_dump(dare | {"parameters": {"weight": 1.0, "density": 0.5}, "dtype": "float32"})
-    )
-    code, out, err = in_process("merge", file, tmp_path / "dare", "--check-against", mergekit)
-    assert (code, err) == (1, "")
-    assert re.search(r"against mergekit: .* elements: [\d,]+ differ", out)
+    assert out.splitlines()[-1].startswith(f"against mergekit: 39 tensors, {SIZE:,} elements: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stages.yaml"]
+
+
+# ---- a program in mergekit's place
+
+
+def stand_in(folder: Path, script: str) -> Path:
+    """An environment whose mergekit is a shell script; "$2" is the folder that it has to make."""
+    program = folder / "env" / "bin" / "mergekit-yaml"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return folder / "env"
+
+
+def test_a_witness_that_agrees_is_code_zero_and_a_difference_is_code_one(
+    tiny: dict[str, Path], recipe: Path, tmp_path: Path
+) -> None:
+    code, _, err = in_process("merge", recipe, tmp_path / "own")
+    assert code == 0, err
+    for other, expected, differ in (
+        (tmp_path / "own", 0, r"0 differ \(0.000%\), 0"),
+        (tiny["math"], 1, r"[1-9][\d,]* differ"),
+    ):
+        shutil.rmtree(tmp_path / "env", ignore_errors=True)
+        witness = stand_in(tmp_path, f'cp -r {other} "$2"')
+        out_folder = tmp_path / f"code {expected}"
+        code, out, err = in_process("merge", recipe, out_folder, "--check-against", witness)
+        assert (code, err) == (expected, "")
+        assert re.search(rf"against mergekit: 39 tensors, {SIZE:,} elements: {differ}", out), out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "code 0",
+        "code 1",
+        "env",
+        "own",
+        "recipe.yaml",
+    ]
 
 
 def test_what_mergekit_says_is_passed_on_and_what_it_left_is_removed(recipe: Path, tmp_path: Path) -> None:
-    program = tmp_path / "env" / "bin" / "mergekit-yaml"
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\nmkdir -p "$2"\necho wall >&2\necho "ValueError: of frames" >&2\nexit 1\n')
-    program.chmod(0o755)
-    code, _, err = in_process("merge", recipe, tmp_path / "out", "--check-against", tmp_path / "env")
+    witness = stand_in(tmp_path, 'mkdir -p "$2"\necho wall >&2\necho "ValueError: of frames" >&2\nexit 1')
+    code, _, err = in_process("merge", recipe, tmp_path / "out", "--check-against", witness)
     assert (code, err) == (3, f"error[E200] mergekit failed on {recipe}: ValueError: of frames\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "out", "recipe.yaml"]
 

@@ -385,15 +385,20 @@ def search_file(
     evaluations: int = 16,
     population: int = 8,
     batch: int = 64,
+    dtype: str = "float32",
     **evaluation: Any,
 ) -> Path:
-    """Writes a small search over the zoo and the shipped tasks."""
+    """Writes a small search over the zoo and the shipped tasks.
+
+    dtype: of the merged models; bfloat16, the default of a search, costs more on many processors.
+    """
     zoo = zoo_folder()
     document = {
         "study": study,
         "models": {name: str(zoo / name) for name in ("base", "math", "lang", "string")},
         "base": "base",
         "method": "task_arithmetic",
+        "out_dtype": dtype,
         "space": {
             "groups": 2,
             "components": ["attention", "mlp"],
