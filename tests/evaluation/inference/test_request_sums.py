@@ -81,3 +81,13 @@ def test_what_is_no_number_stays_none() -> None:
     found = summed(request, torch.tensor([-1.0, math.nan, -1.0, -math.inf, -2.0]))
     assert math.isnan(found[0])
     assert found[1:3].tolist() == [-math.inf, -2.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_card_gives_the_sums_of_the_cpu() -> None:
+    request, logprobs = terms(3, 5.0, torch.bfloat16)
+    expected = summed(request, logprobs)
+    sums = RequestSums(SIZE, torch.device("cuda"))
+    sums.add(request.cuda(), logprobs.cuda())
+    assert torch.equal(sums.total().cpu(), expected)
