@@ -129,8 +129,8 @@ class DifferenceRows:
         shape = (*self.shape, GRID - 1)
         counts, thresholds = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         lasts, norms = np.zeros(shape, np.int64), np.zeros(shape)
+        self.tables.prepare([pair for pairs in self.pairs for pair in pairs])
         for row, pairs in enumerate(self.pairs):
-            self.tables.prepare(pairs)
             for i, pair in enumerate(pairs):
                 found = self.tables.top_table(pair)
                 if found is not None:

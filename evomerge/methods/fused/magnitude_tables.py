@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import random_masks
-from evomerge.methods.fused import one_pass
+from evomerge.methods.fused import one_pass, pair_measures
 from evomerge.methods.fused.weighted_sum import TOP_NONE, MaskKind, Summand, TensorPair, TopK
 
 GRID = 1000
@@ -174,21 +174,35 @@ class MagnitudeTables:
         return self._cached(pair, ("top", k), lambda: _top_table(pair, [k]).at(0))
 
     def prepare(self, pairs: Sequence[TensorPair]) -> None:
-        """Builds the tables of several pairs side by side, on as many threads as torch uses.
+        """Builds the tables of several pairs side by side: in few launches on a device, else on threads.
 
         Args:
             pairs: Those about to be asked for.
         """
-        threads = torch.get_num_threads()
         missing = [
-            pair
-            for pair in pairs
-            if self._has_table(pair)
-            and (pair.id, "top table") not in self._cache
-            and pair.n < threads * _SHARED
+            pair for pair in pairs if self._has_table(pair) and (pair.id, "top table") not in self._cache
         ]
-        if len(missing) > 1 and threads > 1:
-            list(_table_builders(threads).map(self._top_table, missing))
+        self._measure([pair for pair in missing if pair_measures.measures(pair)])
+        threads = torch.get_num_threads()
+        left = [
+            pair
+            for pair in missing
+            if (pair.id, "top table") not in self._cache and pair.n < threads * _SHARED
+        ]
+        if len(left) > 1 and threads > 1:
+            list(_table_builders(threads).map(self._top_table, left))
+
+    def _measure(self, pairs: Sequence[TensorPair]) -> None:
+        """Caches what a device measures of pairs at once: tables, their norms, units and whole norms."""
+        if not pairs:
+            return
+        counts = [_counts(pair) for pair in pairs]
+        for pair, ks, found in zip(pairs, counts, pair_measures.measured(pairs, counts), strict=True):
+            table = TopTable(np.array(ks, np.int64), found.thresholds, found.lasts)
+            self._cache[(pair.id, "unit")] = found.unit
+            self._cache[(pair.id, "norm")] = found.whole
+            self._cache[(pair.id, "top table")] = table
+            self._cache[(pair.id, "top sums")] = found.norms
 
     def top_table(self, pair: TensorPair) -> TopTable | None:
         """The k largest elements for every density of the grid.
@@ -326,8 +340,7 @@ class MagnitudeTables:
         )
 
     def _top_table(self, pair: TensorPair) -> TopTable:
-        counts = [top_count(j / GRID, pair.n) for j in range(1, GRID)]
-        return self._cached(pair, ("top table",), lambda: _top_table(pair, counts))
+        return self._cached(pair, ("top table",), lambda: _top_table(pair, _counts(pair)))
 
     def _cached(self, pair: TensorPair, what: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
         if pair.id is None:
@@ -343,6 +356,11 @@ class MagnitudeTables:
 @functools.cache
 def _table_builders(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="tables")
+
+
+def _counts(pair: TensorPair) -> list[int]:
+    """The k of a table."""
+    return [top_count(j / GRID, pair.n) for j in range(1, GRID)]
 
 
 def _top_table(pair: TensorPair, counts: Sequence[int]) -> TopTable:

@@ -164,3 +164,19 @@ def test_the_largest_magnitude_of_what_is_not_finite():
     assert math.isnan(nan)
     assert (infinite, finite) == (math.inf, 1.0)
     assert triton_kernels.largest(None, [torch.zeros(0)]) == [0.0]
+
+
+@pytest.mark.sweep
+def test_tables_of_a_search_are_measured_side_by_side_and_are_those_of_the_cpu():
+    case = models(1, BF16, 7, {"a": (33,), "b": (520, 130)})
+    pairs = [TensorPair(b, x[0], i) for i, (b, x) in enumerate(zip(case.bases, case.sources, strict=True))]
+    here, there = MagnitudeTables(build=True), MagnitudeTables(build=True)
+    here.prepare(pairs)
+    large = pairs[1]  # the other is too small for a table
+    want = there.top_table(large)
+    found = here.top_table(large)
+    assert found.counts.tolist() == want.counts.tolist()
+    assert found.thresholds.tolist() == want.thresholds.tolist()
+    assert found.lasts.tolist() == want.lasts.tolist()
+    assert here.top_sums(large).tolist() == there.top_sums(large).tolist()
+    assert (here.unit(large), here.whole_norm(large)) == (there.unit(large), there.whole_norm(large))
