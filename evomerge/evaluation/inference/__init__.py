@@ -3,7 +3,9 @@
 - `loglikelihood`, `loglikelihood_plan`, `loglikelihood_probe`: scoring of continuations, its plans, and the
   verification of its optimizations (shared prefixes, forks of a cache, token trees).
 - `generation`, `generation_plan`, `generation_probe`: greedy decoding, its plans, and the verification of its
-  decoders; `continuous_batching` and `static_batching` are the two ways to decode.
+  decoders; `continuous_batching` and `static_batching` are the two ways to decode, `device_batching` the
+  first with its state on an accelerator.
+- `cuda_graphs`, `plan_replay`: what a card runs again without Python. `budgets`: how much a forward may hold.
 - `forward`, `selected_logits`, `kv_cache`, `attention_masks`: one forward of a model. `prefix_tree`,
   `shared_prefill`: what prompts share. `logits_processors`, `stop_strings`: what transformers' `generate` and
   lm-eval do beside decoding.

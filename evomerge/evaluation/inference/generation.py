@@ -209,7 +209,11 @@ class Generator:
         """
         texts = Texts(plan, self.rules.eos_ids, trace=trace)
         if plan.decoder == "device" and plan.processors is None:
-            device_batching.decode(plan, self.forward, texts, self._device_batch(plan))
+            try:
+                device_batching.decode(plan, self.forward, texts, self._device_batch(plan))
+            except torch.OutOfMemoryError:
+                self._batches.clear()  # whoever tries again with less has what the buffers held
+                raise
         elif plan.decoder in ("device", "slots"):
             continuous_batching.decode(plan, self.forward, texts)
         else:

@@ -192,7 +192,11 @@ class Engine:
             sums, mismatches = self._program(plan, rounding).run()
         else:
             make = functools.partial(self._program, plan, rounding)
-            sums, mismatches = self.replay.run(plan, rounding, make)
+            try:
+                sums, mismatches = self.replay.run(plan, rounding, make)
+            except torch.OutOfMemoryError:
+                self.replay.clear()  # whoever tries again with less has what the graphs held
+                raise
         return sums, mismatches
 
     @property

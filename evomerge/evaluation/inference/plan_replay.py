@@ -113,6 +113,10 @@ class PlanReplay:
             graph.replay()
         return tuple(output.clone() for output in remembered.outputs)
 
+    def clear(self) -> None:
+        """Drops all graphs and the memory that they hold; plans that run again are captured again."""
+        self._plans.clear()
+
     def _captured(self, remembered: _Remembered, program: Program) -> tuple[Tensor, ...]:
         """Runs a program, and captures it on the way where that is not refused."""
         if not self._stopped and not is_static(self.model):

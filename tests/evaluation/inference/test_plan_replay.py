@@ -218,3 +218,19 @@ def test_a_captured_forward_has_the_attention_of_one_that_is_not(engine: Engine,
     attention = [args for func, args, _, _ in calls if "scaled_dot_product" in func._schema.name]
     assert len(attention) == len(plan.steps) * engine.model.config.num_hidden_layers
     assert all(len(args) < 4 or args[3] is None for args in attention), "a mask keeps flash kernels out"
+
+
+def test_graphs_are_dropped_when_memory_runs_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, other = engine.compile(requests(), "plain"), engine.compile(requests(2), "plain")
+    for _ in range(2):
+        engine.run(plan)
+    assert engine.replay is not None
+    assert len(engine.replay._plans) == 1
+
+    def fail(*args: object, **inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "forward_step", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.run(other)
+    assert not engine.replay._plans
