@@ -18,8 +18,11 @@ TESTS = Path(__file__).resolve().parent
 SLOW = (
     "cli/test_main.py",
     "integration/test_learned_search.py",
+    "methods/fused/test_triton_kernels.py",
     "launch/test_learned_stage.py",
     "launch/test_row_stage.py",
+    "scripts/test_machine_code.py",
+    "scripts/test_kernel_mutations.py",
     "launch/test_route_stages.py",
     "export/test_route_checkpoint.py",
     "docs/test_extending.py",
