@@ -17,7 +17,7 @@ import jinja2
 from evomerge.errors import TaskError
 from evomerge.evaluation.lm_harness import chat_rendering
 from evomerge.evaluation.lm_harness.items import Splits, TaskDocument, item_id, split_documents
-from evomerge.evaluation.lm_harness.lm_eval_patches import never_its_own_example
+from evomerge.evaluation.lm_harness.lm_eval_patches import never_its_own_example, rendered_once
 from evomerge.evaluation.records import Role
 
 _SEED = 1234  # lm-eval's own, for each run over a split
@@ -56,7 +56,8 @@ def build_requests(
     """
     docs = split_documents(task, name, splits)
     if isinstance(docs, list):
-        with never_its_own_example(task, "training_split" if splits == "hash-train" else None):
+        own = "training_split" if splits == "hash-train" else None
+        with never_its_own_example(task, own), rendered_once(task):
             return _documents(task, name, docs, prompting)
     settings: dict[Role, str | None] = {
         "search": "training_split",
@@ -65,7 +66,7 @@ def build_requests(
     }
     documents = {}
     for role, of_role in docs.items():
-        with never_its_own_example(task, settings[role]):
+        with never_its_own_example(task, settings[role]), rendered_once(task):
             documents[role] = _documents(task, name, of_role, prompting)
     return documents
 
