@@ -1,4 +1,6 @@
-"""A learned stage, then weights, then routes: killed anywhere, run by any workers, it has the same rows."""
+"""A learned stage with labels, then weights, then relaxed routes: killed anywhere, run by any workers, it has
+the same rows.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from tests.support.killing import check, kill_after
 from tests.support.sweeps import sweep
 from tests.support.toy import Prepared, in_process, search_file, stored_rows
 
+LABELS = {"zoo_arithmetic": "math", "zoo_lookup": "lang", "zoo_string": "string", "zoo_cross": "none"}
+
 
 def staged_file(folder: Path, study: str) -> Path:
     """A search file of the three stages."""
@@ -21,10 +25,12 @@ def staged_file(folder: Path, study: str) -> Path:
     document = json.loads(file.read_text())
     del document["search"]["evaluations"], document["search"]["population"]
     document["stages"] = [
-        {"stage": "learned", "steps": 4, "items": 20},  # 80 items: two shards a step
+        {"stage": "learned", "steps": 4, "items": 24, "labels": LABELS},  # 72 items: two shards a step
         {"stage": "weights", "evaluations": 8, "population": 4},
-        {"stage": "routes", "evaluations": 8, "population": 4},
+        {"stage": "routes", "method": "relaxed", "steps": 4, "items": 4, "evaluations": 4},
     ]
+    document["search"]["population"] = 4
+    document["routes"] = {"embeddings": "start", "models": ["math", "lang"]}
     file.write_text(json.dumps(document, indent=1))
     return file
 
@@ -39,8 +45,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     assert code == 0, err
     rows = stored_rows(root / "staged" / "study.db")
     assert {trial["stage"] for trial in rows["trials"]} == {0, 1, 2}
-    gradients = sum(e["role"] == "gradient" for e in rows["evaluations"])
-    assert gradients == 4 * (2 + 1), "two shards and the whole of each step"
+    roles = [evaluation["role"] for evaluation in rows["evaluations"]]
+    assert "labels" in roles
+    assert roles.count("gradient") == 4 * (2 + 1) + 4, (
+        "two shards and the whole of a learned step; relaxed steps"
+    )
     return rows
 
 

@@ -26,6 +26,7 @@ from evomerge.errors import EvomergeError
 from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import checkpoint_writer, merge
 from evomerge.recipes import Recipe, mergekit_yaml
+from tests.support.learned_search import tensor_space
 from tests.support.merge_cases import space
 from tests.support.mergekit_recipes import CORNERS, DARE, DETERMINISTIC, block
 from tests.support.parity_cases import finish, start, ulps
@@ -167,6 +168,9 @@ def points():
             yield f"{method}-{out_dtype}", of.decode(genome)
         plain = space(method, "float32")
         yield f"{method}-uniform", plain.uniform({})
+    of = tensor_space(4, ("math", "code"))
+    genome = torch.randn(len(of.axes), generator=torch.Generator().manual_seed(0)).tolist()
+    yield "a-weight-for-each-tensor", replace(of.decode(genome), out_dtype="float32")
 
 
 @dataclass(frozen=True)

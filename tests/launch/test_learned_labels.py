@@ -37,15 +37,6 @@ def test_steps_climb_the_experts_answers_and_the_task_without_one_is_left_out(la
     assert {task for row in steps for task in sets[row["item_set"]]} == set(LABELS) - {"zoo_cross"}
 
 
-def test_two_processes_give_the_rows_of_one(labelled: Path, tmp_path: Path) -> None:
-    file = learned_file(tmp_path, "labelled", {"labels": LABELS})
-    code, _, err = in_process("run", file, "--root", tmp_path, "--workers", "2")
-    assert code == 0, err
-    wanted, found = (stored_rows(root / "labelled" / "study.db") for root in (labelled, tmp_path))
-    for table in ("trials", "evaluations", "recipes", "item_sets"):
-        assert found[table] == wanted[table], table
-
-
 def test_reports_say_whose_answers_were_climbed_and_whether_the_surrogate_follows(labelled: Path) -> None:
     code, out, err = in_process("status", "labelled", "--json", "--root", labelled)
     assert code == 0, err

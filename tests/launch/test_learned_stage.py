@@ -14,14 +14,13 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.config import loading
 from evomerge.evaluation import GradientRequest
 from evomerge.launch.learned_spaces import GENOMES
-from evomerge.launch.opening import open_search
-from evomerge.merging.mergekit_check import compare
+from evomerge.launch.opening import Opened, open_search
 from evomerge.recipes import Recipe
 from evomerge.store import Store
 from evomerge.workers.worker import Worker
 from tests.support.learned_search import learned_file
 from tests.support.sweeps import sweep
-from tests.support.toy import REPO, in_process, stored_rows
+from tests.support.toy import in_process
 
 STEPS, ITEMS = 3, 6
 
@@ -37,15 +36,23 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Opened, Worker]:
+    """(models and tasks, a worker in float32)."""
+    settings, _ = loading.load(str(learned_file(tmp_path_factory.mktemp("slopes"), "slopes")))
+    opened = open_search(settings)
+    return opened, Worker(opened.parents, settings.base, opened.harness, dtype="float32")
+
+
 @pytest.mark.parametrize("genome", ["tensor", "layer_component", "space"])
 @pytest.mark.parametrize("surrogate", sweep(["logprob", "probability", "margin"], ["logprob"]))
-def test_slopes_are_central_differences_of_the_loss(surrogate: Any, genome: str, tmp_path: Path) -> None:
+def test_slopes_are_central_differences_of_the_loss(
+    surrogate: Any, genome: str, search: tuple[Opened, Worker]
+) -> None:
     """Through lm-eval's tasks, the scoring plans and the merge, on the zoo in float32."""
-    settings, _ = loading.load(str(learned_file(tmp_path, "slopes")))
-    opened = open_search(settings)
-    worker = Worker(opened.parents, settings.base, opened.harness, dtype="float32")
+    opened, worker = search
     space = GENOMES[genome].make(opened.space, opened.parents)
-    items = {task: ids[:5] for task, ids in opened.harness.items("search").items()}
+    items = {task: ids[:3] for task, ids in opened.harness.items("search").items()}
     request = GradientRequest(dict.fromkeys(items, 0.05), surrogate)
     found = worker.slopes(space.decode(space.start), items, request)
     assert found.error is None
@@ -53,7 +60,7 @@ def test_slopes_are_central_differences_of_the_loss(surrogate: Any, genome: str,
     gradient = space.pull(found.slopes.partials)
     assert len(gradient) == len(space.axes)
     largest = sorted(range(len(gradient)), key=lambda i: -abs(gradient[i]))
-    for place in (*largest[:3], largest[len(largest) // 2]):
+    for place in (*largest[:2], largest[len(largest) // 2]):
         ends = []
         for step in (0.005, -0.005):
             genome = list(space.start)
@@ -101,6 +108,7 @@ def test_status_show_and_report_speak_of_a_learned_study(learned: Path) -> None:
 
 
 def test_a_learned_recipe_leaves_as_yaml_and_comes_back_bit_for_bit(learned: Path, tmp_path: Path) -> None:
+    """What mergekit makes of such a file: `tensor_space` in integration/test_mergekit_parity.py."""
     with Store.open(learned / "learned" / "study.db") as store:
         end = next(trial for trial in store.trials() if trial.label == "end of the learned stage")
     code, _, err = in_process("export", f"learned/{end.id}", tmp_path / "out", "--weights", "--root", learned)
@@ -114,15 +122,6 @@ def test_a_learned_recipe_leaves_as_yaml_and_comes_back_bit_for_bit(learned: Pat
     assert own.tensors.keys() == again.tensors.keys()
     for name in own.tensors:
         assert torch.equal(own.tensor(name), again.tensor(name)), name
-    mergekit = REPO / ".venv-mergekit"
-    if not mergekit.exists():
-        pytest.skip("scripts/make_mergekit_env makes mergekit's environment")
-    code, out, err = in_process(
-        "merge", tmp_path / "out" / "recipe.yaml", tmp_path / "witness", "--policy", "mergekit",
-        "--check-against", mergekit,
-    )  # fmt: skip
-    assert code == 0, out + err
-    assert compare(own, Checkpoint(tmp_path / "witness")).tensors == len(own.tensors)
 
 
 @pytest.mark.parametrize(
@@ -140,15 +139,6 @@ def test_the_genome_is_that_of_the_file_or_what_the_items_allow(
     code, out, err = in_process("plan", file, "--json")
     assert code == 0, err
     assert json.loads(out)["stages"][0]["axes"] == genes
-
-
-def test_two_processes_give_the_rows_of_one(learned: Path, tmp_path: Path) -> None:
-    code, _, err = in_process("run", learned_file(tmp_path, "learned"), "--root", tmp_path, "--workers", "2")
-    assert code == 0, err
-    wanted = stored_rows(learned / "learned" / "study.db")
-    found = stored_rows(tmp_path / "learned" / "study.db")
-    for table in ("trials", "evaluations", "recipes", "item_sets"):
-        assert found[table] == wanted[table], table
 
 
 @pytest.mark.parametrize(

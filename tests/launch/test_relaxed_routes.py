@@ -18,7 +18,7 @@ from evomerge.launch.relaxed_routes import check_relaxable, make_relaxation
 from evomerge.spaces.routes import LayerPool
 from evomerge.store import Store
 from evomerge.workers.worker import Worker
-from tests.support.toy import in_process, llama, search_file, stored_rows
+from tests.support.toy import in_process, llama, search_file
 
 STEPS, ITEMS = 4, 4
 
@@ -103,15 +103,6 @@ def test_the_route_is_a_plain_stack_that_is_scored_validated_and_exported(
     assert code == 0, err
     code, _, err = in_process("status", "relaxed", "--root", relaxed)
     assert code == 0, err
-
-
-def test_two_processes_give_the_rows_of_one(relaxed: Path, tmp_path: Path) -> None:
-    code, _, err = in_process("run", relaxed_file(tmp_path, "relaxed"), "--root", tmp_path, "--workers", "2")
-    assert code == 0, err
-    wanted = stored_rows(relaxed / "relaxed" / "study.db")
-    found = stored_rows(tmp_path / "relaxed" / "study.db")
-    for table in ("trials", "evaluations", "recipes", "item_sets"):
-        assert found[table] == wanted[table], table
 
 
 def test_a_plan_shows_the_descent_and_what_it_costs(tmp_path: Path) -> None:

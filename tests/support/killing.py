@@ -23,7 +23,7 @@ def kill_after(process: Fork | subprocess.Popen[str], store: Path, rows: int, se
     process.
     """
     wanted = count_rows(store, "evaluations") + rows
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 300
     while rows and count_rows(store, "evaluations") < wanted and running(process):
         assert time.monotonic() < limit, "the search hangs"
         time.sleep(0.005)

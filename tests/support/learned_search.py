@@ -24,19 +24,17 @@ NAMES = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
 STEPS, ITEMS, SHARD = 8, 5, 4
 
 
-def tensor_space(depth: int = 3) -> TensorWeightSpace:
+def tensor_space(depth: int = 3, models: tuple[str, str] = ("a", "b")) -> TensorWeightSpace:
     """Two tensors a layer, the embeddings and the final norm, two models."""
     axes = [
         TensorWeight(f"model.layers.{layer}.{text}", text, layer, False, model)
         for layer in range(depth)
         for text in NAMES
-        for model in ("a", "b")
+        for model in models
     ]
-    axes += [TensorWeight("model.embed_tokens.weight", "model.embed_tokens.weight", None, False, "a")]
-    axes += [TensorWeight("model.norm.weight", "model.norm.weight", None, True, "b")]
-    return TensorWeightSpace(
-        method("task_arithmetic"), "base", ("a", "b"), depth, tuple(axes), start_weight=0.5
-    )
+    axes += [TensorWeight("model.embed_tokens.weight", "model.embed_tokens.weight", None, False, models[0])]
+    axes += [TensorWeight("model.norm.weight", "model.norm.weight", None, True, models[1])]
+    return TensorWeightSpace(method("task_arithmetic"), "base", models, depth, tuple(axes), start_weight=0.5)
 
 
 def target(tensor: str, source: str) -> float:
