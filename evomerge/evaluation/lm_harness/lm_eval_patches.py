@@ -58,7 +58,7 @@ def _sandboxed(plain: Any) -> ImmutableSandboxedEnvironment:
     compile_template = sandbox.from_string
 
     # lm-eval compiles a task's templates anew for every document and call; compiled once, they render the
-    # same text. Globals in a plain dictionary are copied for each rendering in a fraction of a ChainMap's time.
+    # same text. Globals in a plain dictionary are copied for each rendering in a fraction of the time.
     @functools.lru_cache(maxsize=_TEMPLATES)
     def from_string(source: str) -> Any:
         template = compile_template(source)
