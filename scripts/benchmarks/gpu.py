@@ -52,6 +52,7 @@ TESTS = (  # marked gpu, the most important first
     "tests/integration/test_gpu_scoring.py",
     "tests/contracts/test_methods.py::test_a_device_gives_what_the_cpu_gives",
     "tests/methods/test_methods.py::test_a_mask_is_the_same_on_a_device",
+    "tests/evaluation/inference/test_request_sums.py::test_a_card_gives_the_sums_of_the_cpu",
     "tests/merging/test_parent_placement.py::test_a_worker_on_a_gpu_merges_what_the_cpu_merges",
     "tests/integration/test_gpu.py::test_a_candidate_that_runs_out_of_memory_is_a_value_and_the_next_is_scored",
     "tests/integration/test_gpu.py::test_scores_in_float32_are_lm_evals",
