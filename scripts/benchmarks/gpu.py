@@ -65,7 +65,7 @@ TESTS = (  # marked gpu, the most important first
 RESULT = re.compile(r"^(tests/.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)")
 DRY_NOTE = (
     "**A dry run on a CPU, with tiny models: no card was there. It shows that every part runs; its times and "
-    "rates mean nothing.**"
+    "rates mean nothing and are left out: a dash stands for each.**"
 )
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     title = "On a GPU: dry run, no figures" if args.dry else "On a GPU"
     where = "no card" if args.dry else torch.cuda.get_device_name()
     note = f"`python scripts/benchmarks/gpu.py{' --dry' if args.dry else ''}`, {where}, {stamp}."
-    rows = Rows(out, title, f"{DRY_NOTE}\n\n{note}" if args.dry else note, args.minutes)
+    rows = Rows(out, title, f"{DRY_NOTE}\n\n{note}" if args.dry else note, args.minutes, dry=args.dry)
     if args.dry:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,7 +185,7 @@ def merges(run: Run, size: str) -> None:
     """Each method's first candidate and later ones, beside a copy on the card."""
     models = gpu_models.make(size, run.scratch, run.device)
     rate = _copy_rate(run)
-    run.rows.add(f"merges, {size}", "copy of 4 GB", GB_s=rate / 1e9)
+    run.rows.add(f"merges, {size}", "copy on the device", GB_s=rate / 1e9)
     for method in ("ties", *(name for name in METHODS if name != "ties")):
         if run.rows.seconds_left <= 0:
             run.rows.add("left out", f"merges, {size}: {method}", why="the time is up")
@@ -217,7 +217,7 @@ def _merge(run: Run, models: Models, method: str, rate: float, ranks_bytes: int)
         first_s=first,
         ms=1000 * seconds,
         GB_s=moved / seconds / 1e9,
-        of_copy=f"{moved / seconds / rate:.1%}",
+        percent_of_copy=100 * moved / seconds / rate,
         peak_GB=memory / 1e9,
     )
 
@@ -337,7 +337,7 @@ def candidates(run: Run, size: str) -> None:
                 an_hour=3600 / seconds,
                 ms=1000 * seconds,
                 merge_ms=1000 * median(merging),
-                merge_share=f"{median(merging) / seconds:.1%}",
+                merge_percent=100 * median(merging) / seconds,
                 counted=count,
             )
 
@@ -375,18 +375,9 @@ def tests(run: Run) -> None:
     if run.rows.seconds_left <= 0:
         run.rows.add("left out", "tests", why="the time is up")
         return
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-m",
-        "gpu",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        *TESTS,
-    ]
+    options = ["-v", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
+    order = ["-p", "scripts.benchmarks.gpu_test_order"]
+    words = [sys.executable, "-m", "pytest", *options, *order, *TESTS]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     seen = 0
     with subprocess.Popen(

@@ -12,6 +12,7 @@ import torch
 from evomerge.checkpoints import total_bytes
 from scripts.benchmarks import gpu, gpu_models
 from scripts.benchmarks.gpu_rows import Rows
+from scripts.benchmarks.gpu_test_order import position
 from tests.support.toy import REPO
 
 
@@ -49,6 +50,19 @@ def test_a_part_that_fails_or_has_no_time_left_is_named_and_the_others_run(
         ("left out", "tests"),
     ]
     assert rows[0]["error"] == "ValueError: broken"
+
+
+def test_a_dry_run_has_no_figures(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "bench.jsonl", "t", "n", minutes=1, dry=True)
+    rows.add("part", "row", ms=3.5, counted=2, verdict="equal")
+    row = json.loads((tmp_path / "bench.jsonl").read_text())
+    assert row == {"part": "part", "what": "row", "ms": "–", "counted": 2, "verdict": "equal"}
+
+
+def test_tests_run_in_the_order_of_the_command_line() -> None:
+    asked = ["tests/b.py::test_two", "tests/a.py", "tests/b.py::test_one"]
+    ids = ["tests/a.py::test_x", "tests/b.py::test_one[3]", "tests/b.py::test_two", "tests/c.py::test_y"]
+    assert sorted(ids, key=lambda nodeid: position(nodeid, asked)) == [ids[2], ids[0], ids[1], ids[3]]
 
 
 def marked(file: Path) -> set[str]:
