@@ -158,6 +158,23 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     }
 
 
+def read_spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Where the tensors of a safetensors file lie, whose header `read_header` has found good.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Tensor name -> (first byte, end) in the file, in that order; they follow one another without a gap.
+    """
+    text = _header_text(file, file.stat().st_size)
+    header = json.loads(text.decode())
+    header.pop("__metadata__", None)
+    start = 8 + len(text)
+    spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    return {name: (start + first, start + end) for first, end, name in spans}
+
+
 def check_file(file: Path) -> None:
     """Checks that a file is a regular one in its folder, or in the blobs of a Hugging Face cache.
 
