@@ -18,7 +18,6 @@ from evomerge.launch.facts import check_agreement, collect_facts
 from evomerge.launch.objective import per_generation, race_settings
 from evomerge.launch.opening import Allowed, LoadedSearch, open_search
 from evomerge.launch.search_request import SearchRequest
-from evomerge.merging import parent_placement
 from evomerge.search import Plan, Progress, Study
 from evomerge.spaces import soup
 from evomerge.store import Store, StudyFacts, paths, stop_request
@@ -230,7 +229,7 @@ def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution, stored
     def note(text: str) -> None:
         execution.show(Progress("opening models and tasks", 0, 1, None, text))
 
-    note(f"parents: {parent_placement.describe(loaded.scorer.placements)}")
+    note(f"parents: {loaded.scorer.placed.description}")
     make = None
     if not loaded.is_replaced:
         make = functools.partial(_open_worker, settings, execution.allowed, loaded.max_nats_per_token, stored)

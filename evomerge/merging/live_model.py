@@ -19,6 +19,7 @@ from evomerge.checkpoints import Parent
 from evomerge.errors import EvomergeError
 from evomerge.merging.candidate_launch import CandidateLaunches
 from evomerge.merging.coefficient_slopes import CoefficientSlopes
+from evomerge.merging.layer_devices import LayerDevices, place_model
 from evomerge.merging.merge import Merge, merge_into, write_steps
 from evomerge.merging.merge_plan import MergePlans
 from evomerge.merging.merged_config import layer_changes
@@ -90,7 +91,7 @@ class ModelBuilder:
         base: str,
         skeleton: nn.Module,
         dtype: str,
-        device: str,
+        device: str | LayerDevices,
         tables: MagnitudeTables,
     ) -> None:
         """Takes over the loaded base; other models are loaded when a recipe needs them.
@@ -101,7 +102,7 @@ class ModelBuilder:
             base: Name of the base.
             skeleton: The base, loaded on the device; it is written to.
             dtype: torch's name of the type of the tensors that are scored and shipped.
-            device: torch's name of the device.
+            device: torch's name of the device, or those of several cards with their layers.
             tables: Tables that merges share.
 
         Raises:
@@ -113,7 +114,9 @@ class ModelBuilder:
         self._dtype = dtype
         self._device = device
         self._tables = tables
-        launches = CandidateLaunches(tables) if runs_on(torch.device(device)) else None
+        # over several cards merges are made tensor by tensor, each on its layer's card
+        is_launched = isinstance(device, str) and runs_on(torch.device(device))
+        launches = CandidateLaunches(tables) if is_launched else None
         self._plans = MergePlans(parents, launches)
         self._skeletons = [self._made_skeleton(skeleton)]
         self._models: dict[str, nn.Module] = {}
@@ -240,7 +243,7 @@ class ModelBuilder:
             CheckpointError: It cannot be loaded.
         """
         if name not in self._models:
-            self._models[name] = load_parent(self._files[name], self._dtype).to(self._device)
+            self._models[name] = place_model(load_parent(self._files[name], self._dtype), self._device)
         return self._models[name]
 
     # ---- a route's layers ----
@@ -376,7 +379,7 @@ class ModelBuilder:
         There is more than one for intermediate and other merges in one recipe, or two mixes of one layer.
         """
         while len(self._skeletons) <= number:
-            model = load_parent(self._files[self._base], self._dtype).to(self._device)
+            model = place_model(load_parent(self._files[self._base], self._dtype), self._device)
             self._skeletons.append(self._made_skeleton(model))
         return self._skeletons[number]
 

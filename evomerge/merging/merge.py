@@ -20,6 +20,7 @@ from evomerge.checkpoints import Parent
 from evomerge.checkpoints.values import check_tensor
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.merging.candidate_launch import CandidateLaunches
+from evomerge.merging.layer_devices import LayerDevices
 from evomerge.merging.merge_plan import MergePlan, MergePlans, RecipeValues, make_plan, shape_and_numbers
 from evomerge.merging.merged_config import layer_changes, merged_config
 from evomerge.merging.merged_parent import MergedParent, check_intermediate
@@ -52,7 +53,7 @@ class Merge:
         recipe: Recipe,
         parents: Mapping[str, Parent],
         tables: MagnitudeTables | None = None,
-        device: str = "cpu",
+        device: str | LayerDevices = "cpu",
         plans: MergePlans | None = None,
     ) -> None:
         """Checks and plans; reads headers, configs and tokenizer files, no weights.
@@ -62,7 +63,7 @@ class Merge:
             parents: Name -> parent, for every model that the recipe reads.
             tables: Tables that a search shares between merges; they make merges faster and never different.
                 None: empty ones.
-            device: torch's name of the device that merges.
+            device: torch's name of the device that merges; with `LayerDevices` each merges its own layers.
             plans: Plans of these parents that a search shares between merges; they make planning faster and
                 never different. None: planned anew.
 
@@ -243,17 +244,26 @@ class Merge:
 
     def _tensors(self, step: Step, mix: Mix) -> tuple[list[Tensor], Tensor | None]:
         """The sources and the base of a step, with their rows aligned where the vocabulary changes."""
-        tensors = [self._read(model, name) for (model, _), name in zip(mix.sources, step.inputs, strict=True)]
-        base = self._read(mix.base[0], step.base) if mix.base and step.base else None
+        device = self._device_of(step)
+        named = zip(mix.sources, step.inputs, strict=True)
+        tensors = [self._read(model, name, device) for (model, _), name in named]
+        base = self._read(mix.base[0], step.base, device) if mix.base and step.base else None
         if step.name in self.plan.resized and tensors[0].is_floating_point():
             tensors, base = self._aligned(mix, tensors, base)
         return tensors, base
 
-    def _read(self, model: str, name: str) -> Tensor:
+    def _read(self, model: str, name: str, device: str) -> Tensor:
         tensor = self.parents[model].tensor(name)
-        if tensor.device.type == self._device:
+        if str(tensor.device) == device or tensor.device.type == device:
             return tensor
-        return tensor.to(self._device, non_blocking=True)
+        return tensor.to(device, non_blocking=True)
+
+    def _device_of(self, step: Step) -> str:
+        """Where a step is merged: with several cards, where the layer of its inputs lies."""
+        if isinstance(self._device, str):
+            return self._device
+        name = step.inputs[0] if step.inputs else step.name
+        return self._device.of(self.parents[self.recipe.base].layout.place(name).layer)
 
     def _merged(
         self, step: Step, rule: Method, inputs: MergeInputs, values: Values, out: Tensor | None
@@ -265,7 +275,7 @@ class Merge:
             return merged, bool(torch.isfinite(merged).all())
         if rule.task_vector_sum is not None or rule.coefficients is not None:
             if out is None:
-                out = torch.empty(step.info.shape, dtype=dtype, device=self._device)
+                out = torch.empty(step.info.shape, dtype=dtype, device=self._device_of(step))
             weights = row_weights(step)
             if weights is not None:
                 return out, row_sums.merge_rows(inputs.sources, inputs.base, values, weights, out)
@@ -350,7 +360,7 @@ def merge_into(
     parents: Mapping[str, Parent],
     weights: WeightMap,
     tables: MagnitudeTables | None = None,
-    device: str = "cpu",
+    device: str | LayerDevices = "cpu",
     plans: MergePlans | None = None,
 ) -> None:
     """Merges into a live model of the base's architecture, in place where a tensor is a whole parameter.
@@ -360,7 +370,7 @@ def merge_into(
         parents: Name -> parent, for every model that the recipe reads.
         weights: The live model, which holds the base's other towers already.
         tables: Tables that a search shares between merges, None for empty ones.
-        device: torch's name of the device that merges.
+        device: torch's name of the device that merges; with `LayerDevices` each merges its own layers.
         plans: Plans that a search shares between merges, None for none. Where they have `launches`, whether
             values are finite is told by `CandidateLaunches.check`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from evomerge.merging.parent_loading import fill_arenas
 
 log = logging.getLogger(__name__)
 _SMALL = 214_748_364  # bytes of parents whose tensors are kept on a CPU
+Placement = Literal["device", "pinned", "disk"]
 HOST = -1
 """Index of pinned memory among the destinations of a parent; those of cards are from 0."""
 
@@ -83,6 +84,27 @@ def keep_small(parents: Mapping[str, Parent], base: str) -> dict[str, Parent]:
     return kept
 
 
+def place_parent(parent: Parent, placement: Placement, device: str) -> Parent:
+    """One parent kept whole in one place.
+
+    Args:
+        parent: The parent.
+        placement: Where.
+        device: torch's name of the device that merges.
+
+    Returns:
+        The parent itself if it stays on disk; on a CPU one that keeps what was read, else one that is loaded.
+    """
+    if placement == "disk":
+        return parent
+    if device == "cpu":
+        return PlacedParent(parent)
+    where = 0 if placement == "device" else HOST
+    arena = _allocated(parent, list(parent.tensors), where, [device])
+    fill_arenas(parent.path.name, parent, [arena])
+    return PlacedParent(parent, arena.view)
+
+
 def destinations(parent: Parent, name: str, plan: MemoryPlan) -> dict[int, list[str]]:
     """Where each tensor of a parent goes.
 
@@ -121,7 +143,7 @@ def load_parents(
     """
     places = {name: destinations(parent, name, plan) for name, parent in parents.items()}
     check_free(parents, places, devices)
-    arenas = {
+    arenas: dict[str, ParentArenas] = {
         name: {where: _allocated(parents[name], names, where, devices) for where, names in of.items()}
         for name, of in places.items()
     }
@@ -141,7 +163,9 @@ def placed(parents: Mapping[str, Parent], arenas: Mapping[str, ParentArenas]) ->
         Name -> parent, whose tensors are views of the arenas.
     """
     return {
-        name: PlacedParent(parent, {key: view for arena in arenas[name].values() for key, view in arena.view.items()})
+        name: PlacedParent(
+            parent, {key: view for arena in arenas[name].values() for key, view in arena.view.items()}
+        )
         for name, parent in parents.items()
     }
 
@@ -184,7 +208,11 @@ def pin(tensor: Tensor) -> None:
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
     if int(error):
-        log.warning("pages of %s could not be locked (CUDA error %d): copies are slower", gigabytes(tensor.nbytes), int(error))
+        log.warning(
+            "pages of %s could not be locked (CUDA error %d): copies are slower",
+            gigabytes(tensor.nbytes),
+            int(error),
+        )
 
 
 def describe(parents: Mapping[str, Parent], plan: MemoryPlan | None) -> str:

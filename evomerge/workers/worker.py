@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from evomerge.checkpoints import Parent, total_bytes
+from evomerge.checkpoints import Parent
 from evomerge.checkpoints.checkpoint import file_stamps
 from evomerge.errors import CandidateError, CheckpointError
 from evomerge.evaluation import (
@@ -36,8 +36,7 @@ from evomerge.evaluation import (
 )
 from evomerge.evaluation.inference.device_memory import free_unused
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
-from evomerge.merging import parent_placement
-from evomerge.merging.host_memory import available_memory
+from evomerge.merging.layer_devices import devices_of, place_model
 from evomerge.merging.live_model import ModelBuilder
 from evomerge.merging.model_loading import load_base
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
@@ -46,6 +45,7 @@ from evomerge.workers.device import compute_in_full_precision, tables_memory
 from evomerge.workers.nan_watch import NanWatch
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
+from evomerge.workers.worker_memory import WorkerMemory, place
 
 if TYPE_CHECKING:
     from evomerge.evaluation.inference.divergence import Distributions
@@ -86,8 +86,7 @@ class Worker:
         screen: what a route has to pass before it is scored; None for nothing.
         tables: what the kernels remember of the parents between candidates.
         model: the base, loaded once; merges that are no routes are built in it.
-        placements: where each parent's tensors are held.
-        parents: name -> parent, as it is held.
+        placed: the parents where merges read them, and where that is.
         builder: builds candidates in live models.
         is_open: whether it can evaluate, see `leave_device`.
     """
@@ -101,8 +100,9 @@ class Worker:
         dtype: str,
         device: str = "cpu",
         screen: PerplexityScreen | None = None,
+        memory: WorkerMemory | None = None,
     ) -> None:
-        """Loads the base, and as many of the parents as fit into memory.
+        """Loads the parents to where they are kept, and then the base.
 
         Args:
             parents: name -> opened parent, the base among them.
@@ -111,26 +111,28 @@ class Worker:
             dtype: the type of the tensors that are scored and shipped.
             device: of the live model: 'cpu', 'cuda' or 'cuda:N'.
             screen: what a route has to pass before it is scored.
+            memory: where the models lie; None for all of them on the device, and on a CPU in their files.
+
+        Raises:
+            SetupError: where they do not fit.
         """
         compute_in_full_precision()
         self.evaluator = evaluator
         self.device = device
         self.screen = screen
-        self.model = load_base(parents[base], dtype).to(device)
-        # on a CPU the page cache serves all processes; a copy would not
-        host_memory = 0 if device == "cpu" else available_memory()
-        sizes = {name: total_bytes(parent) for name, parent in parents.items()}
-        self.placements = parent_placement.choose_placements(
-            sizes, base, parent_placement.free_memory(device), host_memory
-        )
-        placed = sum(sizes[name] for name, where in self.placements.items() if where == "device")
-        self.tables = MagnitudeTables(build=True, ranks_bytes=tables_memory(device, placed))
-        log.info("parents: %s", parent_placement.describe(self.placements))
-        self.parents = {
-            name: parent_placement.place_parent(parent, self.placements[name], device)
-            for name, parent in parents.items()
-        }
-        self.builder = ModelBuilder(parents, self.parents, base, self.model, dtype, device, self.tables)
+        self._open = functools.partial(place, parents, base, dtype, device, memory)
+        self.placed = self._open()
+        log.info("parents: %s", self.placed.description)
+        devices = device if memory is None else devices_of(memory.plan, memory.devices)
+        self.model = place_model(load_base(parents[base], dtype), devices)
+        ranks = memory.plan.ranks if memory and memory.plan else tables_memory(device, 0)
+        self.tables = MagnitudeTables(build=True, ranks_bytes=ranks)
+
+        def build() -> ModelBuilder:
+            return ModelBuilder(parents, self.parents, base, self.model, dtype, devices, self.tables)
+
+        self._make_builder = build
+        self.builder = build()
         self._stamps = file_stamps({file for parent in parents.values() for file in parent.files})
         self._nan_watch = NanWatch()
         self._prepared: set[tuple[int, str]] = set()
@@ -145,8 +147,13 @@ class Worker:
         """
         self.is_open = False
         self.model.to("cpu")
-        del self.builder, self.parents, self.tables
+        del self.builder, self.placed, self._make_builder, self.tables
         free_unused()
+
+    @property
+    def parents(self) -> Mapping[str, Parent]:
+        """Name -> parent, as merges read it."""
+        return self.placed.parents
 
     def prepare(self, recipe: Recipe, items: Items) -> None:
         """Builds a candidate, and plans, probes and compiles what scores it; see `pool.PreparingScorer`.
@@ -204,6 +211,8 @@ class Worker:
             scores, metrics = self._score(module, items)
             seconds["score"] = time.perf_counter() - started
             self.builder.check_values()  # with the scores: nothing waits for the device before
+            if self.placed.is_lost:
+                raise ConnectionResetError("the process that held the parents ended while they were read")
             _check_finite(metrics)
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
         except Exception as error:  # the one place where a candidate's failure becomes data
@@ -373,7 +382,15 @@ class Worker:
         return candidate.module
 
     def _check_parent_files(self) -> None:
-        """Raises CheckpointError for a parent's file that was changed since it was opened."""
+        """Raises CheckpointError for a parent's file that was changed since it was opened.
+
+        Takes the parents anew where the process that held them has ended.
+        """
+        if self.placed.is_lost:
+            log.warning("the process that held the parents has ended; they are opened anew")
+            self._built = None
+            self.placed = self._open()
+            self.builder = self._make_builder()
         now = file_stamps(self._stamps)
         changed = [file for file, stamp in now.items() if self._stamps[file] != stamp]
         if changed:

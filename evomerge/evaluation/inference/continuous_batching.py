@@ -87,7 +87,7 @@ class _Batch:
                 continue
             for buffer, prefilled in ((layer.keys, source.keys), (layer.values, source.values)):
                 written = prefilled.shape[2]
-                rows = prefilled if whole_chunk else prefilled.index_select(0, index)
+                rows = prefilled if whole_chunk else prefilled.index_select(0, index.to(prefilled.device))
                 buffer[first : first + count, :, :written] = rows
                 buffer[first : first + count, :, written:] = 0  # masked, but 0 x NaN would be NaN
         self.requests += [chunk.requests[place] for place in places]

@@ -140,8 +140,7 @@ def _fork_layer(layer: Any, rows: int, index: Tensor | None) -> Any:
     new = copy.copy(layer)
     for name, value in list(vars(new).items()):
         if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
-            expanded = value.expand(rows, *value.shape[1:]) if index is None else value.index_select(0, index)
-            setattr(new, name, expanded)
+            setattr(new, name, value.expand(rows, *value.shape[1:]) if index is None else _rows(value, index))
         elif isinstance(value, dict):
             setattr(new, name, {key: _fork_state(item, rows, index) for key, item in value.items()})
     return new
@@ -151,4 +150,9 @@ def _fork_state(state: Any, rows: int, index: Tensor | None) -> Any:
     """A recurrent state of its own for each row."""
     if not isinstance(state, Tensor) or state.dim() < 2:
         return state
-    return state.index_select(0, index) if index is not None else state.expand(rows, *state.shape[1:]).clone()
+    return _rows(state, index) if index is not None else state.expand(rows, *state.shape[1:]).clone()
+
+
+def _rows(value: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor, which may be on another card than the index."""
+    return value.index_select(0, index.to(value.device))

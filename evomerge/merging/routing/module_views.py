@@ -18,10 +18,12 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+FETCH_HOOK = "fetch_inputs_of_card"
+"""Name of the hook by which a module fetches its inputs to its card; copies keep it, see `layer_devices`."""
 
 
 def view(module: nn.Module, replaced: Mapping[int, Any]) -> Any:
-    """Copies a module tree, but not its parameters, buffers and configs, and without its hooks.
+    """Copies a module tree, but not its parameters, buffers and configs, and of its hooks only `FETCH_HOOK`.
 
     Args:
         module: The module.
@@ -37,8 +39,11 @@ def view(module: nn.Module, replaced: Mapping[int, Any]) -> Any:
         config = vars(part).get("config")
         if config is not None:
             memo.setdefault(id(config), config)
+        pre_hooks = vars(part)["_forward_pre_hooks"]
+        kept = {key for key, hook in pre_hooks.items() if getattr(hook, "__name__", "") == FETCH_HOOK}
         for name in _HOOKS:
-            memo.setdefault(id(vars(part)[name]), OrderedDict())
+            hooks = OrderedDict((key, hook) for key, hook in vars(part)[name].items() if key in kept)
+            memo.setdefault(id(vars(part)[name]), hooks)
     return copy.deepcopy(module, memo)
 
 
