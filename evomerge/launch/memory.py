@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -13,7 +13,7 @@ from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import ConfigError, SetupError
 from evomerge.evaluation.scoring_size import scoring_size
-from evomerge.launch.opening import device_name
+from evomerge.launch.opening import Opened, device_name, device_names
 from evomerge.merging.host_memory import available_memory
 from evomerge.merging.memory_plan import (
     MemoryPlan,
@@ -26,6 +26,7 @@ from evomerge.merging.memory_plan import (
 )
 from evomerge.methods import method
 from evomerge.methods.fused.magnitude_tables import GRID
+from evomerge.workers.worker_memory import WorkerMemory
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DRIVER_SHARE = 0.99  # of a card's memory, sold by the GiB, that the driver shows
@@ -122,6 +123,45 @@ def memory_request(settings: Config, parents: Mapping[str, Parent]) -> MemoryReq
         ranks=sparsifier.bytes_per_element * elements if sparsifier else 0,
         workers=workers_of_a_card(settings),
     )
+
+
+def worker_memory(
+    opened: Opened, *, is_shared: bool = False, holds_parents: bool = True, workers: int | None = None
+) -> WorkerMemory:
+    """Plans the memory of a worker of this process's cards.
+
+    Args:
+        opened: The open search.
+        is_shared: Whether a process beside the workers holds the parents.
+        holds_parents: Whether the worker scores candidates; a driver whose workers are others keeps the
+            parents in their files.
+        workers: That share a card; None for as many as the settings say.
+
+    Returns:
+        The plan, of the cards' whole size: it is the same for all workers of a card.
+
+    Raises:
+        SetupError: Where it does not fit.
+    """
+    devices, settings = device_names(opened.settings), opened.settings
+    if not holds_parents:
+        return WorkerMemory(None, devices[:1])
+    sizes = [_size_of(device) for device in devices]
+    request = memory_request(settings, opened.parents)
+    if workers is not None:
+        request = replace(request, workers=workers)
+    plan = plan_memory(request, sizes, available_memory())
+    references = {
+        name: f"{model.path}@{model.revision}" if model.revision else str(model.path)
+        for name, model in settings.models.items()
+    }
+    return WorkerMemory(plan, devices, references if is_shared else None)
+
+
+def _size_of(device: str) -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def plan_data(settings: Config, parents: Mapping[str, Parent], cards: Cards | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from evomerge.merging.vocabulary.alignment import check_rows
 from evomerge.spaces import WeightSpace
 from evomerge.store import Store, StudyFacts, study_facts
 from evomerge.workers.worker import Worker
+from evomerge.workers.worker_memory import WorkerMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +63,38 @@ class Opened:
     objective: Objective
     warnings: tuple[str, ...] = ()
 
-    def load(self, evaluator: Evaluator | None = None, device: str | None = None) -> Worker:
+    def load(
+        self,
+        evaluator: Evaluator | None = None,
+        device: str | None = None,
+        memory: Callable[[Opened], WorkerMemory] | None = None,
+    ) -> Worker:
         """Loads the base model, which candidates are merged into.
 
         Args:
             evaluator: Scores the candidates; the tasks unless given.
             device: Where; None for the device of this process.
+            memory: Plans where the models lie on cards; None for `evomerge.launch.memory.worker_memory`.
 
         Returns:
             A worker.
+
+        Raises:
+            SetupError: The models do not fit on the cards.
         """
+        device = device_name() if device is None else device
+        planned = None
+        if device.startswith("cuda"):
+            from evomerge.launch.memory import worker_memory  # which imports this module
+
+            planned = (memory or worker_memory)(self)
         return Worker(
             self.parents,
             self.settings.base,
             self.harness if evaluator is None else evaluator,
             dtype=self.settings.out_dtype,
-            device=device_name() if device is None else device,
+            device=device if planned is None else planned.devices[0],
+            memory=planned,
         )
 
 

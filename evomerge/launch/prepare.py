@@ -183,7 +183,10 @@ def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) ->
     if planned:
         execution.show(Progress("opening models and tasks", 0, 1, None, planned))
     evaluator = execution.wrap(harness) if execution.wrap else harness
-    scorer = opened.load(evaluator)
+    # workers of other processes have the parents; this one looks at the base alone
+    is_alone = execution.wrap is not None or (settings.cluster.ray is None and execution.workers <= 1)
+    kept = functools.partial(memory.worker_memory, is_shared=False, holds_parents=is_alone)
+    scorer = opened.load(evaluator, kept)
     for warning in harness.warnings(scorer.model):
         log.warning(warning)
     limit = stored.max_nats_per_token if stored else None
@@ -242,6 +245,6 @@ def _open_worker(
 ) -> Worker:
     """A worker in a process of its own. max_nats_per_token: the limit of routes that the driver found."""
     opened = open_search(settings, allowed, stored, is_checked=True)
-    scorer = opened.load()
+    scorer = opened.load(memory=functools.partial(memory.worker_memory, is_shared=True))
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer

@@ -28,7 +28,7 @@ from evomerge.checkpoints.checkpoint import file_stamps
 from evomerge.merging.arena import Arena
 from evomerge.merging.parent_placement import HOST, ParentArenas, pin
 from evomerge.workers import parent_holder
-from evomerge.workers.parent_holder import HoldRequest, SharedTensor
+from evomerge.workers.parent_holder import HoldRequest, Shared, SharedTensor
 from evomerge.workers.process_devices import VARIABLE
 from evomerge.workers.safe_path import variables
 
@@ -49,10 +49,18 @@ class HeldParents:
     Attributes:
         arenas: Name -> destination -> arena.
         lost: Set when the holder has ended: memory of a card is then not to be read any more.
+        connection: To the holder; None for none.
     """
 
     arenas: Mapping[str, ParentArenas]
     lost: threading.Event = field(default_factory=threading.Event)
+    connection: socket.socket | None = None
+
+    def take_leave(self) -> None:
+        """Tells the holder that this process ends by itself: the last that does so ends the holder."""
+        if self.connection is not None:
+            with contextlib.suppress(OSError):
+                self.connection.sendall(parent_holder.TAKE_LEAVE)
 
 
 def attach(parents: Mapping[str, Parent], request: HoldRequest) -> HeldParents | None:
@@ -66,12 +74,7 @@ def attach(parents: Mapping[str, Parent], request: HoldRequest) -> HeldParents |
         The parents; None where that cannot be had: the worker then loads them by itself.
     """
     try:
-        holder = _connected(_name(parents, request), request)
-        if parent_holder.peer_user(holder) != os.getuid():
-            raise ConnectionRefusedError("the holder is another user's")
-        shared = parent_holder.receive(holder)
-        if isinstance(shared, str):
-            raise ConnectionRefusedError(shared)
+        holder, shared = _received(_name(parents, request), request)
         arenas = {
             name: {
                 where: Arena(layout, {t.dtype: _rebuilt(t, where, request) for t in tensors})
@@ -82,9 +85,9 @@ def attach(parents: Mapping[str, Parent], request: HoldRequest) -> HeldParents |
     except (OSError, RuntimeError, AttributeError) as error:  # AttributeError: no such sockets on this system
         log.warning("parents are loaded by each worker: %s: %s", type(error).__name__, error)
         return None
-    held = HeldParents(arenas)
+    held = HeldParents(arenas, connection=holder)
     threading.Thread(target=_watch, args=(holder, held.lost), daemon=True).start()
-    atexit.register(_take_leave, holder)
+    atexit.register(held.take_leave)
     return held
 
 
@@ -105,6 +108,24 @@ def _name(parents: Mapping[str, Parent], request: HoldRequest) -> bytes:
         )
     )
     return b"\0evomerge-" + hashlib.sha256(key.encode()).hexdigest()[:32].encode()
+
+
+def _received(name: bytes, request: HoldRequest) -> tuple[socket.socket, Shared]:
+    """A connection to the holder of that name, and what it hands over. Raises OSError."""
+    for is_last in (False, True):
+        holder = _connected(name, request)
+        try:
+            if parent_holder.peer_user(holder) != os.getuid():
+                raise ConnectionRefusedError("the holder is another user's")
+            shared = parent_holder.receive(holder)
+            if isinstance(shared, str):
+                raise ConnectionRefusedError(shared)
+            return holder, shared
+        except OSError as error:
+            holder.close()
+            if is_last or not isinstance(error, ConnectionResetError):  # one that was about to end
+                raise
+    raise AssertionError("unreachable")
 
 
 def _connected(name: bytes, request: HoldRequest) -> socket.socket:
@@ -129,7 +150,14 @@ def _connected(name: bytes, request: HoldRequest) -> socket.socket:
 
 def _start(listener: socket.socket, request: HoldRequest) -> None:
     """Starts a holder on a socket that takes connections already."""
-    command = [sys.executable, "-c", _PROGRAM, str(listener.fileno()), json.dumps(sys.path)]
+    command = [
+        sys.executable,
+        "-c",
+        _PROGRAM,
+        str(listener.fileno()),
+        str(request.owner),
+        json.dumps(sys.path),
+    ]
     own = {"PYTHONSAFEPATH": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
     with variables(own):
         process = subprocess.Popen(
@@ -167,8 +195,3 @@ def _watch(holder: socket.socket, lost: threading.Event) -> None:
         while holder.recv(1):
             pass
     lost.set()
-
-
-def _take_leave(holder: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        holder.sendall(parent_holder.TAKE_LEAVE)

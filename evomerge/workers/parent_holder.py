@@ -78,9 +78,17 @@ Shared = dict[str, dict[int, tuple[ArenaLayout, list[SharedTensor]]]]
 
 
 def main() -> None:
-    """The program of the process: `argv[1]` is the descriptor of its socket, the request comes from stdin."""
-    listener = socket.socket(fileno=int(sys.argv[1]))
-    request: HoldRequest = pickle.load(sys.stdin.buffer)
+    """The program of the process: `argv[1]` is its socket, `argv[2]` its owner; stdin has the request."""
+    hold(socket.socket(fileno=int(sys.argv[1])), pickle.load(sys.stdin.buffer))
+
+
+def hold(listener: socket.socket, request: HoldRequest) -> None:
+    """Holds parents until nobody needs them.
+
+    Args:
+        listener: A socket that takes connections.
+        request: What is held.
+    """
     threading.Thread(target=_end_with, args=(request.owner,), daemon=True).start()
     holder = _Holder(listener, request)
     holder.load()
