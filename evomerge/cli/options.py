@@ -149,7 +149,7 @@ class RunOptions:
             grace=self.grace,
             reuse=self.reuse,
         )
-        if self.gpus is not None and placed.cluster.ray is None:
+        if self.gpus is not None and self.gpus <= 1 and placed.cluster.ray is None:
             raise ConfigError(
                 "--gpus shares the GPUs of a Ray cluster among its workers; add --ray, or leave it out"
             )

@@ -14,6 +14,7 @@ from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import ConfigError, SetupError
 from evomerge.evaluation.scoring_size import scoring_size
 from evomerge.launch.opening import Opened, device_name, device_names
+from evomerge.launch.pool import workers_of_a_card
 from evomerge.merging.host_memory import available_memory
 from evomerge.merging.memory_plan import (
     MemoryPlan,
@@ -83,19 +84,6 @@ def cards_here() -> Cards | None:
     return Cards(sizes, available_memory(), f"{len(sizes)} x {properties[0].name}")
 
 
-def workers_of_a_card(settings: Config) -> int:
-    """How many workers share a card.
-
-    Args:
-        settings: The settings of the search.
-
-    Returns:
-        As many as `cluster.gpus` lets; 1 unless that is a share of a card.
-    """
-    gpus = settings.cluster.gpus
-    return int(1 / gpus + 1e-9) if gpus and gpus < 1 else 1
-
-
 def memory_request(settings: Config, parents: Mapping[str, Parent]) -> MemoryRequest:
     """What a search needs of memory, from headers alone.
 
@@ -121,7 +109,7 @@ def memory_request(settings: Config, parents: Mapping[str, Parent]) -> MemoryReq
         scoring=scoring_size(base.config, item_bytes),
         tables=_TABLE_ENTRY * GRID * tensors if sparsifier else 0,
         ranks=sparsifier.bytes_per_element * elements if sparsifier else 0,
-        workers=workers_of_a_card(settings),
+        workers=workers_of_a_card(settings, 1),
     )
 
 

@@ -27,7 +27,8 @@ def check_place(settings: Config) -> str:
     if address not in (None, "local"):
         return ""
     device = device_name()
-    if address == "local" and gpus and not _cards():
+    is_requested = bool(gpus) and (address == "local" or (gpus or 0) > 1)
+    if is_requested and not _cards():
         raise SetupError(
             f"a worker is to have {gpus:g} of a GPU, and this machine has none; leave --gpus out, or join a "
             "cluster that has some"

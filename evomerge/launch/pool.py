@@ -21,6 +21,7 @@ from evomerge.workers.process_devices import visible_devices
 log = logging.getLogger(__name__)
 _ISLANDS = ((1, 1), (8, 2), (64, 4))  # (at most so many workers, islands)
 _MOST_ISLANDS = 8
+_ROUNDING = 1e-9  # of shares of a card
 _PER_WORKER = 4  # candidates of all islands together, for each worker, that keep it busy
 
 
@@ -112,7 +113,7 @@ def open_pool(
     """
     cluster, limits = settings.cluster, settings.cluster.limits
     on_ray = cluster.ray is not None and make is not None
-    devices = process_devices() if workers > 1 and not on_ray else ()
+    devices = grouped(process_devices(), cluster.gpus) if workers > 1 and not on_ray else ()
     pool_settings = PoolSettings(
         scorer,
         make,
@@ -127,7 +128,7 @@ def open_pool(
         pool = _ray_pool(pool_settings)
     elif workers > 1 and make is not None:
         if devices:
-            show(f"{workers} workers, each on one GPU of {', '.join(devices)}")
+            show(f"{workers} workers, each on GPU {' or '.join(devices)}")
             if mixed := several_kinds(min(workers, len(devices))):
                 log.warning(mixed)
         pool = POOLS["processes"].open(pool_settings)
@@ -136,6 +137,43 @@ def open_pool(
     if isinstance(pool, DescribesWorkers):
         show(pool.describe())
     return pool
+
+
+def grouped(devices: Sequence[str], gpus: float | None) -> tuple[str, ...]:
+    """The cards of each process, where one has several.
+
+    Args:
+        devices: Names of the cards.
+        gpus: Cards of a process; one unless that is more than 1.
+
+    Returns:
+        Names joined by commas, as `CUDA_VISIBLE_DEVICES` has them; cards that are left over are not used.
+
+    Raises:
+        SetupError: There are fewer cards than a process needs.
+    """
+    count = max(1, int(gpus or 1))
+    if devices and len(devices) < count:
+        raise SetupError(f"a worker is to have {count} GPUs, and this machine has {len(devices)}")
+    return tuple(",".join(devices[i : i + count]) for i in range(0, len(devices) - count + 1, count))
+
+
+def workers_of_a_card(settings: Config, workers: int) -> int:
+    """How many workers share a card.
+
+    Args:
+        settings: The settings of the search.
+        workers: Processes of this machine, without Ray.
+
+    Returns:
+        As many as `cluster.gpus` lets, or as there are processes for each card of this machine.
+    """
+    gpus = settings.cluster.gpus
+    by_share = int(1 / gpus + _ROUNDING) if gpus and gpus < 1 else 1
+    if settings.cluster.ray is not None or workers <= 1:
+        return by_share
+    cards = grouped(process_devices(), gpus)
+    return math.ceil(workers / len(cards)) if cards else 1
 
 
 def process_devices() -> tuple[str, ...]:

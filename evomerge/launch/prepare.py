@@ -186,7 +186,7 @@ def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) ->
     # workers of other processes have the parents; this one looks at the base alone
     is_alone = execution.wrap is not None or (settings.cluster.ray is None and execution.workers <= 1)
     kept = functools.partial(memory.worker_memory, is_shared=False, holds_parents=is_alone)
-    scorer = opened.load(evaluator, kept)
+    scorer = opened.load(evaluator, memory=kept)
     for warning in harness.warnings(scorer.model):
         log.warning(warning)
     limit = stored.max_nats_per_token if stored else None
@@ -235,16 +235,25 @@ def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution, stored
     note(f"parents: {loaded.scorer.placed.description}")
     make = None
     if not loaded.is_replaced:
-        make = functools.partial(_open_worker, settings, execution.allowed, loaded.max_nats_per_token, stored)
+        sharing = pool_module.workers_of_a_card(settings, execution.workers)
+        limit = loaded.max_nats_per_token
+        make = functools.partial(_open_worker, settings, execution.allowed, limit, stored, sharing)
     pool = pool_module.open_pool(settings, loaded.scorer, make, execution.workers, note)
     return pool_module.reuse(pool, execution.earlier, facts)
 
 
 def _open_worker(
-    settings: Config, allowed: Allowed, max_nats_per_token: float | None, stored: StudyFacts | None
+    settings: Config,
+    allowed: Allowed,
+    max_nats_per_token: float | None,
+    stored: StudyFacts | None,
+    sharing: int,
 ) -> Worker:
-    """A worker in a process of its own. max_nats_per_token: the limit of routes that the driver found."""
+    """A worker in a process of its own.
+
+    max_nats_per_token: the limit of routes that the driver found; sharing: workers of a card.
+    """
     opened = open_search(settings, allowed, stored, is_checked=True)
-    scorer = opened.load(memory=functools.partial(memory.worker_memory, is_shared=True))
+    scorer = opened.load(memory=functools.partial(memory.worker_memory, is_shared=True, workers=sharing))
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer

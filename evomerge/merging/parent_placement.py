@@ -36,15 +36,21 @@ class PlacedParent:
     Attributes:
         original: The parent.
         path: Of the parent, as are `files`, `config`, `tensors` and `layout`.
+        is_resident: Whether the tensors are where they are merged, see `candidate_launch.ResidentParent`.
+        is_padded: Whether each has room behind it, see there.
     """
 
-    def __init__(self, parent: Parent, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, parent: Parent, tensors: Mapping[str, Tensor] | None = None, *, is_resident: bool = True
+    ) -> None:
         """Wraps a parent; reads nothing yet.
 
         Args:
             parent: The parent.
-            tensors: Name -> tensor, of those that are in memory already.
+            tensors: Name -> tensor of arenas; None for tensors that are kept as they are first read.
+            is_resident: Whether they are all where they are merged.
         """
+        self.is_resident, self.is_padded = is_resident, tensors is not None
         self.path, self.files = parent.path, parent.files
         self.config, self.tensors, self.layout = parent.config, parent.tensors, parent.layout
         self.original = parent
@@ -102,7 +108,7 @@ def place_parent(parent: Parent, placement: Placement, device: str) -> Parent:
     where = 0 if placement == "device" else HOST
     arena = _allocated(parent, list(parent.tensors), where, [device])
     fill_arenas(parent.path.name, parent, [arena])
-    return PlacedParent(parent, arena.view)
+    return PlacedParent(parent, arena.view, is_resident=where != HOST)
 
 
 def destinations(parent: Parent, name: str, plan: MemoryPlan) -> dict[int, list[str]]:
@@ -162,12 +168,11 @@ def placed(parents: Mapping[str, Parent], arenas: Mapping[str, ParentArenas]) ->
     Returns:
         Name -> parent, whose tensors are views of the arenas.
     """
-    return {
-        name: PlacedParent(
-            parent, {key: view for arena in arenas[name].values() for key, view in arena.view.items()}
-        )
-        for name, parent in parents.items()
-    }
+    found: dict[str, Parent] = {}
+    for name, parent in parents.items():
+        views = {key: view for arena in arenas[name].values() for key, view in arena.view.items()}
+        found[name] = PlacedParent(parent, views, is_resident=HOST not in arenas[name])
+    return found
 
 
 def check_free(

@@ -45,7 +45,7 @@ from evomerge.workers.device import compute_in_full_precision, tables_memory
 from evomerge.workers.nan_watch import NanWatch
 from evomerge.workers.pool import one_line
 from evomerge.workers.taught_texts import TaughtTexts
-from evomerge.workers.worker_memory import WorkerMemory, place
+from evomerge.workers.worker_memory import PlacedParents, WorkerMemory, place
 
 if TYPE_CHECKING:
     from evomerge.evaluation.inference.divergence import Distributions
@@ -147,7 +147,8 @@ class Worker:
         """
         self.is_open = False
         self.model.to("cpu")
-        del self.builder, self.placed, self._make_builder, self.tables
+        del self.builder, self._make_builder, self.tables
+        self.placed = PlacedParents({}, self.placed.description)
         free_unused()
 
     @property
