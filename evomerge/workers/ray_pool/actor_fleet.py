@@ -161,13 +161,7 @@ class ActorFleet:
         for record in self.records:
             if record.state != "empty" or record.due > now:
                 continue
-            options = {
-                "num_cpus": self._size.cpus,
-                "num_gpus": self._size.gpus,
-                "max_restarts": 0,
-                "max_task_retries": 0,
-                "scheduling_strategy": NodeAffinitySchedulingStrategy(record.node.id, soft=False),
-            }
+            options = actor_options(self._size, record.node)
             record.actor = ray.remote(Actor).options(**options).remote()
             record.state = "placing"
             record.since = now
@@ -374,6 +368,28 @@ class ActorFleet:
             kill_process(pid)
             return
         ray.remote(kill_process).options(**_beside_workers(node)).remote(pid)
+
+
+def actor_options(size: ActorSize, node: Node) -> dict[str, Any]:
+    """What Ray is asked for an actor.
+
+    Ray gives an actor all that it asks for at once and on one node, so that several GPUs are always of one
+    machine; a placement group of one bundle would ask for the same.
+
+    Args:
+        size: of the actor.
+        node: where it is to run.
+
+    Returns:
+        Options of `ray.remote`.
+    """
+    return {
+        "num_cpus": size.cpus,
+        "num_gpus": size.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+    }
 
 
 def _beside_workers(node: Node) -> dict[str, Any]:
