@@ -129,7 +129,7 @@ def open_pool(
     elif workers > 1 and make is not None:
         if devices:
             show(f"{workers} workers, each on GPU {' or '.join(devices)}")
-            if mixed := several_kinds(min(workers, len(devices))):
+            if mixed := several_kinds(min(workers, len(devices)) * max(1, int(cluster.gpus or 1))):
                 log.warning(mixed)
         pool = POOLS["processes"].open(pool_settings)
     else:
