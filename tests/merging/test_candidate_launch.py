@@ -190,7 +190,7 @@ def test_parents_that_are_read_anew_are_merged_one_by_one(tiny: dict[str, Path],
 
 def test_parents_and_parameters_without_padding_are_launched_too(tiny: dict[str, Path]) -> None:
     zoo = Zoo(tiny)
-    zoo.parents = {name: PlacedParent(Checkpoint(path), "cpu") for name, path in tiny.items()}
+    zoo.parents = {name: PlacedParent(Checkpoint(path)) for name, path in tiny.items()}
     model = architectures.load(tiny["base"], "llama", torch.bfloat16)
     zoo.launched = WeightMap(model, zoo.parents["base"].tensors)
     zoo.plans = MergePlans(zoo.parents, zoo.launches)
