@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 name = "Triton"
 MOST_SOURCES = 8
 """Sources of a sum that fit the registers of a program."""
-_LEAST_VERSION = Version("3.4")
+_LEAST_VERSION = Version("3.6")  # 3.4 flushes subnormal numbers to zero as it divides
 _LEAST_CAPABILITY = (8, 0)  # rounds to bfloat16 itself
 _STEPS = 8  # blocks of a chunk of norms
 COMPILATION = {"num_warps": 4, "enable_fp_fusion": False}
@@ -277,12 +277,8 @@ def gives_the_reference_s_bits(device: torch.device) -> bool:
         Whether it ran and has the bits of torch's kernels; the log says what was wrong.
     """
     try:
-        x = torch.linspace(-3, 3, 100, device=device).bfloat16()
-        sources = [x * 2, x.square(), -x]
-        total = WeightedSum(tuple(Summand(MaskKind.DENSE, w) for w in (0.3, 0.7, 0.9)), True, None)
-        out, want = torch.empty_like(x), torch.empty_like(x)
-        is_finite = write_sum(x, sources, total, out)
-        is_right = is_finite == torch_kernels.write_sum(x, sources, total, want) and torch.equal(out, want)
+        x = torch.linspace(-3, 3, 100, device=device)
+        is_right = all(_is_right(scale * x) for scale in (1.0, 2.0**-128))  # subnormal numbers too
     except Exception as error:  # whatever a driver, a compiler or a linker says
         log.warning("Triton does not run on %s, merging in torch there: %s", device, error)
         return False
@@ -295,6 +291,15 @@ def _row(base: Tensor | None, sources: Sequence[Tensor]) -> TensorTable:
     """A table of one row that is only read."""
     bases = None if base is None else [base]
     return TensorTable([sources[0]], bases, [sources])
+
+
+def _is_right(x: Tensor) -> bool:
+    """Whether a sum with divisions of a few numbers has the bits of torch's kernels."""
+    sources = [x * 2, x * x, -x]
+    total = WeightedSum(tuple(Summand(MaskKind.DENSE, w) for w in (0.3, 0.7, 0.9)), True, None)
+    out, want = torch.empty_like(x), torch.empty_like(x)
+    is_finite = write_sum(x, sources, total, out)
+    return is_finite == torch_kernels.write_sum(x, sources, total, want) and torch.equal(out, want)
 
 
 def _is_readable(tensor: Tensor) -> bool:
