@@ -42,6 +42,14 @@ def test_the_second_time_begins_without_the_tensors_of_the_first() -> None:
     assert (len(calls), card.alive) == (1, [0, 0])
 
 
+def test_torch_gives_back_what_it_keeps_before_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, emptied = Card(1), list[int]()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(card.held)))
+    tried_again(card.forward, arranged([], True))
+    assert emptied == [1], "after the first forward"
+
+
 @pytest.mark.parametrize(("failures", "can", "tries"), [(2, True, 2), (1, False, 1)])
 def test_what_does_not_fit_with_less_either_is_an_error(failures: int, can: bool, tries: int) -> None:
     card = Card(failures)
