@@ -1,4 +1,4 @@
-"""What scoring takes of a card's memory at least, from a model's config: the budgets of one forward in bytes.
+"""What scoring takes of a card's memory, from a model's config and the budgets of a forward there.
 
 Upper bounds on paper; none was compared with a card yet.
 """
@@ -8,34 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.evaluation.inference.budgets import CPU, of_card
 from evomerge.merging.memory_plan import ScoringSize
 
-TOKENS = 16_384  # inputs of one forward
-LOGITS = 1 << 30  # elements of logits that one forward may make, in float32
-KV_TOKENS = 8_192  # tokens whose keys and values are kept at a time, at least
 _MLP_COPIES, _STREAM_COPIES = 4, 3  # gate, its activation, up, product; residual, normed, output
+_LOGIT_BYTES = 4  # of an element, as float32
 
 
-def scoring_size(config: Mapping[str, Any], item_bytes: int) -> ScoringSize:
-    """What scoring a model takes at least.
+def scoring_size(config: Mapping[str, Any], item_bytes: int, layers: int, card: int) -> ScoringSize:
+    """What scoring a model takes.
 
     Args:
         config: The model's config.json.
         item_bytes: Bytes of an element of what it computes in.
+        layers: Depth of its stack.
+        card: Bytes of the first card's memory; 0 for a CPU.
 
     Returns:
         The size; a part that the config does not say counts as nothing.
     """
-    text = config.get("text_config") or config
-    hidden, heads = _number(text, "hidden_size", "n_embd"), _number(text, "num_attention_heads", "n_head")
-    kv_heads = _number(text, "num_key_value_heads") or heads
-    width = _number(text, "head_dim") or (hidden // heads if heads else 0)
+    text, budgets = config.get("text_config") or config, of_card(card) if card else CPU
+    hidden = _number(text, "hidden_size", "n_embd")
     experts = _number(text, "moe_intermediate_size") * max(1, _number(text, "num_experts_per_tok"))
     inner = max(_number(text, "intermediate_size", "n_inner"), experts) or 4 * hidden
     return ScoringSize(
-        activations=TOKENS * (_MLP_COPIES * inner + _STREAM_COPIES * hidden) * item_bytes,
-        logits=4 * min(LOGITS, TOKENS * _number(text, "vocab_size")),
-        kv_of_layer=2 * KV_TOKENS * kv_heads * width * item_bytes,
+        activations=budgets.tokens * (_MLP_COPIES * inner + _STREAM_COPIES * hidden) * item_bytes,
+        logits=_LOGIT_BYTES * min(budgets.logits, budgets.tokens * _number(text, "vocab_size")),
+        kv_of_layer=-(-budgets.cache // max(1, layers)),
     )
 
 

@@ -84,12 +84,13 @@ def cards_here() -> Cards | None:
     return Cards(sizes, available_memory(), f"{len(sizes)} x {properties[0].name}")
 
 
-def memory_request(settings: Config, parents: Mapping[str, Parent]) -> MemoryRequest:
+def memory_request(settings: Config, parents: Mapping[str, Parent], card: int) -> MemoryRequest:
     """What a search needs of memory, from headers alone.
 
     Args:
         settings: The settings of the search.
         parents: Model name -> its files.
+        card: Bytes of a card.
 
     Returns:
         The request; the base comes first.
@@ -106,7 +107,7 @@ def memory_request(settings: Config, parents: Mapping[str, Parent]) -> MemoryReq
         {name: parent_size(parent) for name, parent in ordered.items()},
         parent_size(base, item_bytes),
         live_models=1 + len(parents) if routes else 1,
-        scoring=scoring_size(base.config, item_bytes),
+        scoring=scoring_size(base.config, item_bytes, base.layout.num_layers, card),
         tables=_TABLE_ENTRY * GRID * tensors if sparsifier else 0,
         ranks=sparsifier.bytes_per_element * elements if sparsifier else 0,
         workers=workers_of_a_card(settings, 1),
@@ -135,7 +136,7 @@ def worker_memory(
     if not holds_parents:
         return WorkerMemory(None, devices[:1])
     sizes = [_size_of(device) for device in devices]
-    request = memory_request(settings, opened.parents)
+    request = memory_request(settings, opened.parents, sizes[0])
     if workers is not None:
         request = replace(request, workers=workers)
     plan = plan_memory(request, sizes, available_memory())
@@ -163,7 +164,7 @@ def plan_data(settings: Config, parents: Mapping[str, Parent], cards: Cards | No
     Returns:
         'cards', their name; 'lines', what to print; 'fits'; and for cards 'gpus' and 'workers'.
     """
-    request = memory_request(settings, parents)
+    request = memory_request(settings, parents, 0 if cards is None else min(cards.sizes))
     if cards is None and settings.cluster.ray not in (None, "local"):
         return {"cards": None, "fits": True, "lines": [_ELSEWHERE]}
     if cards is None:
@@ -197,7 +198,7 @@ def check_memory(settings: Config, parents: Mapping[str, Parent], cards: Cards |
         return ""
     gpus = max(1, int(settings.cluster.gpus or 1))
     host = available_memory() if cards.host is None else cards.host
-    plan = plan_memory(memory_request(settings, parents), cards.sizes[:gpus], host)
+    plan = plan_memory(memory_request(settings, parents, cards.sizes[0]), cards.sizes[:gpus], host)
     return "memory: " + "; ".join(describe(plan))
 
 

@@ -94,7 +94,7 @@ def place(
 def _plan(parents: Mapping[str, Parent], base: str, dtype: str, device: str) -> MemoryPlan:
     """A plan for one worker that has a card to itself."""
     sizes = {name: parent_size(parents[name]) for name in (base, *(n for n in parents if n != base))}
-    item_bytes = _ITEM_BYTES[dtype]
-    live, scoring = parent_size(parents[base], item_bytes), scoring_size(parents[base].config, item_bytes)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return plan_memory(MemoryRequest(sizes, live, scoring=scoring), [int(total)], available_memory())
+    item_bytes, total = _ITEM_BYTES[dtype], int(torch.cuda.get_device_properties(device).total_memory)
+    live = parent_size(parents[base], item_bytes)
+    scoring = scoring_size(parents[base].config, item_bytes, len(live.layers), total)
+    return plan_memory(MemoryRequest(sizes, live, scoring=scoring), [total], available_memory())

@@ -35,7 +35,7 @@ class ArenaParent(PlacedParent):
     """A parent whose tensors are views of an arena."""
 
     def __init__(self, parent: Parent) -> None:
-        super().__init__(parent, "cpu")
+        super().__init__(parent)
         self.is_padded = True
         self._cache = allocate_arena(arena_layout_of_headers(parent.tensors), "cpu").view
         for name, view in self._cache.items():

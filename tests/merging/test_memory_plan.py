@@ -37,8 +37,8 @@ CONFIGS = {  # hidden, inner, heads, heads of keys, width of a head, vocabulary,
 }
 
 
-def request_of(name: str) -> MemoryRequest:
-    """A base and three fine-tunes of a known model, bfloat16."""
+def request_of(name: str, card: int) -> MemoryRequest:
+    """A base and three fine-tunes of a known model, bfloat16, on such cards."""
     hidden, inner, heads, kv_heads, width, vocabulary, layers, tied = CONFIGS[name]
     layer = 2 * hidden * heads * width + 2 * hidden * kv_heads * width + 3 * hidden * inner + 2 * hidden
     size = ModelSize(2 * ((2 - tied) * vocabulary * hidden + hidden), (2 * layer,) * layers)
@@ -51,7 +51,7 @@ def request_of(name: str) -> MemoryRequest:
         "vocab_size": vocabulary,
     }
     names = ("base", "math", "code", "chat")
-    return MemoryRequest(dict.fromkeys(names, size), size, scoring=scoring_size(config, 2))
+    return MemoryRequest(dict.fromkeys(names, size), size, scoring=scoring_size(config, 2, layers, card))
 
 
 def small(**changes: object) -> MemoryRequest:
@@ -75,10 +75,10 @@ def small(**changes: object) -> MemoryRequest:
     ],
 )
 def test_the_table_of_cards(name: str, model: float, h200: int, left: int, h100: int) -> None:
-    request = request_of(name)
+    request = request_of(name, H200)
     assert round(request.live.total / GB, 1) == model
     assert fewest_cards(request, H200) == h200
-    assert fewest_cards(request, H100) == h100
+    assert fewest_cards(request_of(name, H100), H100) == h100
     plan = plan_memory(request, [H200] * h200, 0)
     before_scoring = sum(card.left + card.scoring for card in plan.cards) / h200
     assert round(before_scoring / GB) == left
@@ -86,14 +86,14 @@ def test_the_table_of_cards(name: str, model: float, h200: int, left: int, h100:
 
 @pytest.mark.parametrize(("name", "cards", "most"), [("7B", 1, 15.2), ("70B", 8, 141.1)])
 def test_the_rows_of_the_table_with_a_parent_streamed(name: str, cards: int, most: float) -> None:
-    plan = plan_memory(request_of(name), [H100] * cards, HOST)
+    plan = plan_memory(request_of(name, H100), [H100] * cards, HOST)
     assert 0 < plan.pinned / GB <= most  # at most the bytes of one parent
     with pytest.raises(SetupError, match=r"streamed from pinned memory, of which 0\.0 GB can be had"):
-        plan_memory(request_of(name), [H100] * cards, 0)
+        plan_memory(request_of(name, H100), [H100] * cards, 0)
 
 
 def test_a_13b_search_leaves_little_of_one_h200() -> None:
-    plan = plan_memory(request_of("13B"), [H200], 0)
+    plan = plan_memory(request_of("13B", H200), [H200], 0)
     assert 0 < plan.left / GB < 10
 
 
@@ -170,24 +170,24 @@ def test_a_parent_with_fewer_layers_has_no_pieces_where_it_ends() -> None:
 
 def test_a_refusal_says_what_is_needed_what_there_is_and_what_to_change() -> None:
     with pytest.raises(SetupError) as refused:
-        plan_memory(request_of("70B"), [H100] * 2, HOST)
+        plan_memory(request_of("70B", H100), [H100] * 2, HOST)
     assert str(refused.value) == (
-        "the models do not fit: 4 parents 564.4 GB, live models 141.1 GB, scoring 16.1 GB and a reserve of "
-        "4.0 GB are 725.6 GB; 2 cards have 170.0 GB, too little for the live models, scoring and a layer of "
+        "the models do not fit: 4 parents 564.4 GB, live models 141.1 GB, scoring 15.6 GB and a reserve of "
+        "4.0 GB are 725.1 GB; 2 cards have 170.0 GB, too little for the live models, scoring and a layer of "
         "each parent; take cluster.gpus: 10 of such cards, or fewer parents"
     )
     with pytest.raises(SetupError, match=r"fewer workers a card, or larger cards or fewer parents$"):
-        plan_memory(replace(request_of("70B"), workers=4), [8 * GB], HOST)
+        plan_memory(replace(request_of("70B", H100), workers=4), [8 * GB], HOST)
 
 
 # ---- text --------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_in_words() -> None:
-    assert describe(plan_memory(request_of("7B"), [H200], 0)) == [
-        "card: live 15.2, parents 60.9, scoring 7.6, reserve 2.0 of 150.0 GB, 64.2 GB left"
+    assert describe(plan_memory(request_of("7B", H200), [H200], 0)) == [
+        "card: live 15.2, parents 60.9, scoring 15.7, reserve 2.0 of 150.0 GB, 56.1 GB left"
     ]
-    lines = describe(plan_memory(request_of("70B"), [H100] * 8, HOST))
+    lines = describe(plan_memory(request_of("70B", H100), [H100] * 8, HOST))
     assert lines[0].startswith("card 0, layers 0 to ")
     assert lines[-1].endswith(" layers streamed from pinned memory, 8.6 GB for each candidate")
 
