@@ -184,7 +184,7 @@ def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) ->
         execution.show(Progress("opening models and tasks", 0, 1, None, planned))
     evaluator = execution.wrap(harness) if execution.wrap else harness
     # workers of other processes have the parents; this one looks at the base alone
-    is_alone = execution.wrap is not None or (settings.cluster.ray is None and execution.workers <= 1)
+    is_alone = execution.wrap is not None or not pool_module.is_elsewhere(settings, execution.workers)
     kept = functools.partial(memory.worker_memory, is_shared=False, holds_parents=is_alone)
     scorer = opened.load(evaluator, memory=kept)
     for warning in harness.warnings(scorer.model):
