@@ -65,7 +65,8 @@ TESTS = (  # marked gpu, the most important first
 RESULT = re.compile(r"^(tests/.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)")
 DRY_NOTE = (
     "**A dry run on a CPU, with tiny models: no card was there. It shows that every part runs; its times and "
-    "rates mean nothing and are left out: a dash stands for each.**"
+    "rates mean nothing and are left out: a dash stands for each. Bits are those of the CPU beside itself, "
+    "graphs those of a stand-in.**"
 )
 
 
