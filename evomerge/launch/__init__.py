@@ -2,7 +2,8 @@
 
 - `prepare`: a search request -> a study ready to run, by `opening` (models and tasks), `facts` (what must not
   change), `stages` with an opener for each kind (`weight_stages`, `route_stages`), and `pool`
-- `dry_run`: what a search would be; `environment`: whether this machine can run one
+- `dry_run`: what a search would be; `memory`: what lies on which card
+- `environment`: whether this machine can run a search
 - `rescoring`: stored candidates compared and scanned with their models open; `derivatives`: by gradient
 - `api`, `search_request`, `study_view`, `ask_tell`: what `import evomerge` offers
 - `weight_space`, `route_stacks`, `relaxed_routes`, `route_screen`, `objective`, `tasks`, `threads`: what

@@ -180,13 +180,16 @@ def plan_data(settings: Config, parents: Mapping[str, Parent], cards: Cards | No
     return data | {"fits": True, "lines": _lines(settings, plan, gpus, workers, request, cards)}
 
 
-def check_memory(settings: Config, parents: Mapping[str, Parent], cards: Cards | None) -> str:
+def check_memory(
+    settings: Config, parents: Mapping[str, Parent], cards: Cards | None, workers: int = 1
+) -> str:
     """Plans the memory of a search that is about to be run.
 
     Args:
         settings: The settings of the search.
         parents: Model name -> its files.
         cards: Those of this machine; None for a CPU.
+        workers: Processes of this machine, without Ray.
 
     Returns:
         The plan in one line; empty for a CPU, and where the cards are a cluster's.
@@ -198,7 +201,9 @@ def check_memory(settings: Config, parents: Mapping[str, Parent], cards: Cards |
         return ""
     gpus = max(1, int(settings.cluster.gpus or 1))
     host = available_memory() if cards.host is None else cards.host
-    plan = plan_memory(memory_request(settings, parents, cards.sizes[0]), cards.sizes[:gpus], host)
+    request = memory_request(settings, parents, cards.sizes[0])
+    request = replace(request, workers=workers_of_a_card(settings, workers))
+    plan = plan_memory(request, cards.sizes[:gpus], host)
     return "memory: " + "; ".join(describe(plan))
 
 

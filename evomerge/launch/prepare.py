@@ -179,7 +179,7 @@ def _load(settings: Config, execution: _Execution, stored: StudyFacts | None) ->
     harness = opened.harness
     for warning in opened.warnings:
         log.warning(warning)
-    planned = memory.check_memory(settings, opened.parents, memory.cards_here())
+    planned = memory.check_memory(settings, opened.parents, memory.cards_here(), execution.workers)
     if planned:
         execution.show(Progress("opening models and tasks", 0, 1, None, planned))
     evaluator = execution.wrap(harness) if execution.wrap else harness

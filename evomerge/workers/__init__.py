@@ -5,6 +5,7 @@ pools by name.
 
 - `worker.Worker` builds and scores one candidate at a time on one device;
 - `InProcessPool` and `ProcessPool` run workers on this machine, `ray_pool.RayPool` on a cluster;
+- `worker_memory` places a worker's parents; `parent_holder` keeps them beside the workers of a card;
 - `scheduler` decides which worker does which job next, and `failure_policy` what a failure means.
 
 `Worker` and `RayPool` are imported by their path: they load torch and Ray.
