@@ -47,20 +47,21 @@ from scripts.benchmarks.gpu_models import METHODS, Models
 from scripts.benchmarks.gpu_rows import Rows
 
 REPO = Path(__file__).resolve().parents[2]
+_SEARCHES = "tests/integration/test_gpu.py"
 TESTS = (  # marked gpu, the most important first
-    "tests/integration/test_gpu.py::test_a_live_recipe_is_the_model_that_the_cpu_writes",
+    f"{_SEARCHES}::test_a_live_recipe_is_the_model_that_the_cpu_writes",
     "tests/integration/test_gpu_scoring.py",
     "tests/contracts/test_methods.py::test_a_device_gives_what_the_cpu_gives",
     "tests/methods/test_methods.py::test_a_mask_is_the_same_on_a_device",
     "tests/evaluation/inference/test_request_sums.py::test_a_card_gives_the_sums_of_the_cpu",
     "tests/merging/test_parent_placement.py::test_a_worker_on_a_gpu_merges_what_the_cpu_merges",
-    "tests/integration/test_gpu.py::test_a_candidate_that_runs_out_of_memory_is_a_value_and_the_next_is_scored",
-    "tests/integration/test_gpu.py::test_scores_in_float32_are_lm_evals",
-    "tests/integration/test_gpu.py::test_trained_weights_in_bfloat16_give_lm_evals_scores",
-    "tests/integration/test_gpu.py::test_a_route_computes_the_bits_of_a_physical_copy",
-    "tests/integration/test_gpu.py::test_a_search_that_is_killed_goes_on_row_by_row",
-    "tests/integration/test_gpu.py::test_two_workers_on_one_gpu_give_the_rows_of_one",
-    "tests/integration/test_gpu.py::test_a_search_is_near_the_cpus",
+    f"{_SEARCHES}::test_a_candidate_that_runs_out_of_memory_is_a_value_and_the_next_is_scored",
+    f"{_SEARCHES}::test_scores_in_float32_are_lm_evals",
+    f"{_SEARCHES}::test_trained_weights_in_bfloat16_give_lm_evals_scores",
+    f"{_SEARCHES}::test_a_route_computes_the_bits_of_a_physical_copy",
+    f"{_SEARCHES}::test_a_search_that_is_killed_goes_on_row_by_row",
+    f"{_SEARCHES}::test_two_workers_on_one_gpu_give_the_rows_of_one",
+    f"{_SEARCHES}::test_a_search_is_near_the_cpus",
 )
 RESULT = re.compile(r"^(tests/.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)")
 DRY_NOTE = (
