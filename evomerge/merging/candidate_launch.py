@@ -173,7 +173,10 @@ class CandidateLaunches:
                 keys = [merge.mask_keys(merge.steps[row.step]) for row in group.rows]
                 group.keys = MaskKeys(merge.recipe.seed, split_words(keys))
             values = {name: array[group.at] for name, array in merge.values.arrays(group.values).items()}
-            return sum_numbers(rule.task_vector_sum, values, group.differences, group.keys)
+            return sum_numbers(
+                *(rule.task_vector_sum, values, group.differences, group.keys),
+                finds_scales=group.table.device.type != "cpu",
+            )
         assert rule.coefficients is not None
         found = []
         for row, products in zip(group.rows, group.products, strict=True):

@@ -31,7 +31,7 @@ from evomerge.merging.tensor_plan import Step, layer_index
 from evomerge.merging.weight_map import WeightMap
 from evomerge.methods import method
 from evomerge.methods.fused import MagnitudeTables
-from evomerge.methods.fused.triton_kernels import runs_on
+from evomerge.methods.fused.table_sums import is_one_call
 from evomerge.recipes import Filtered, Mix, PerRow, Recipe
 
 
@@ -115,7 +115,7 @@ class ModelBuilder:
         self._device = device
         self._tables = tables
         # over several cards merges are made tensor by tensor, each on its layer's card
-        is_launched = isinstance(device, str) and runs_on(torch.device(device))
+        is_launched = isinstance(device, str) and is_one_call(torch.device(device))
         launches = CandidateLaunches(tables) if is_launched else None
         self._plans = MergePlans(parents, launches)
         self._skeletons = [self._made_skeleton(skeleton)]
@@ -143,7 +143,7 @@ class ModelBuilder:
         with suppress(EvomergeError):  # of a candidate before, which failed otherwise
             self.check_values()
         candidate = self._built(recipe)
-        if checked:
+        if checked or self._device == "cpu":  # where results are there already
             self.check_values()
         return candidate
 
@@ -384,9 +384,9 @@ class ModelBuilder:
         return self._skeletons[number]
 
     def _made_skeleton(self, model: nn.Module) -> _Skeleton:
-        """A skeleton of a loaded base, in an arena where merges are launched."""
+        """A skeleton of a loaded base, in an arena where merges are launched on a device."""
         weights = WeightMap(model, self._parents[self._base].tensors)
-        if self._plans.launches is not None:
+        if self._plans.launches is not None and self._device != "cpu":
             weights.use_arena()
         return _Skeleton(model, weights)
 

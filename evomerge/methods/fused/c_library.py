@@ -1,4 +1,4 @@
-"""Compiles `one_pass.c` and `tables.c` on first use with the machine's C compiler, into the user's cache.
+"""Compiles the files in C beside this one on first use with the machine's C compiler, into the user's cache.
 
 Optional: without a compiler, or with EVOMERGE_NATIVE=0, everything is done in torch, more slowly, with the
 same bits. Nothing here knows what the functions compute.
@@ -29,7 +29,7 @@ from evomerge.methods.fused import cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("one_pass.c", "tables.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("one_pass.c", "rows.c", "tables.c"))
 _HEADER = Path(__file__).with_name("elements.h")
 _FLAGS = (
     "-O3",

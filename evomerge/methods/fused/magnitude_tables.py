@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import random_masks
-from evomerge.methods.fused import one_pass, pair_measures
+from evomerge.methods.fused import one_pass, pair_measures, torch_kernels
 from evomerge.methods.fused.weighted_sum import TOP_NONE, MaskKind, Summand, TensorPair, TopK
 
 GRID = 1000
 """A table answers the densities 1/GRID, 2/GRID, ...: those that a search proposes."""
-_SMALL = 1 << 16  # below this many elements computing a threshold directly costs no more than a table
+_SMALL = 1 << 16  # elements up to which a sort takes less than counting does
 _SHARED = 1 << 18  # elements of a tensor for each thread, from which on the threads share its passes
 _LARGEST_CACHE = 200_000  # entries, after which the cache starts anew
 T = TypeVar("T")
@@ -303,7 +303,7 @@ class MagnitudeTables:
         return self._whole_norm(pair, self.unit(pair))
 
     def _has_table(self, pair: TensorPair) -> bool:
-        return self.build and pair.id is not None and pair.n > _SMALL
+        return self.build and pair.id is not None and pair.n > 0
 
     def _norms(self, pair: TensorPair, summand: Summand, unit: float) -> tuple[float, float]:
         """(norm of the whole difference, norm of what is kept), both in units."""
@@ -365,8 +365,10 @@ def _counts(pair: TensorPair) -> list[int]:
 
 def _top_table(pair: TensorPair, counts: Sequence[int]) -> TopTable:
     base, source = pair.base.reshape(-1), pair.source.reshape(-1)
-    thresholds, lasts = one_pass.backend_for([base, source]).top_k_table(base, source, counts)
-    return TopTable(np.array(counts, np.int64), thresholds, lasts)
+    backend = torch_kernels if pair.n <= _SMALL else one_pass.backend_for([base, source])
+    distinct, places = np.unique(np.array(counts, np.int64), return_inverse=True)
+    thresholds, lasts = backend.top_k_table(base, source, distinct.tolist())
+    return TopTable(distinct[places], thresholds[places], lasts[places])
 
 
 def _hash_table(pair: TensorPair, key: tuple[int, int], unit: float) -> tuple[Array, Array]:

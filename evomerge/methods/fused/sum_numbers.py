@@ -61,7 +61,12 @@ def dense_numbers(weights: Array) -> LaunchNumbers:
 
 
 def sum_numbers(
-    rule: TaskVectorSum, values: Mapping[str, Array], rows: DifferenceRows | None, keys: MaskKeys | None
+    rule: TaskVectorSum,
+    values: Mapping[str, Array],
+    rows: DifferenceRows | None,
+    keys: MaskKeys | None,
+    *,
+    finds_scales: bool = True,
 ) -> tuple[LaunchNumbers, Array | None] | None:
     """The numbers of a weighted sum of task vectors.
 
@@ -70,6 +75,8 @@ def sum_numbers(
         values: Parameter -> [rows, sources] float64 of a parameter of each model, [rows] of one of the merge.
         rows: The task vectors; None for a method without a base.
         keys: Of the masks of a randomized sparsifier, else None.
+        finds_scales: Whether the launch may be left to find scales that no table holds; else the tables are
+            asked for each of them.
 
     Returns:
         (the numbers, units of norms [rows, sources] where the launch has to find the scales itself, else
@@ -89,6 +96,9 @@ def sum_numbers(
         if found is None:
             return None
         numbers, units = found
+        if units is not None and not finds_scales:
+            units = None
+            _ask_for_scales(numbers, rows)
     if division is Division.NUMBER:
         is_normalized = values["normalize"] != 0
         numbers.totals[:, DIVISOR] = np.where(is_normalized, _divisors(weights, rows is not None), 1.0)
@@ -143,6 +153,16 @@ def _sparse(
         return numbers, rows.units
     numbers.floats[..., SCALE] = scales
     return numbers, None
+
+
+def _ask_for_scales(numbers: LaunchNumbers, rows: DifferenceRows) -> None:
+    """Writes the scales of all sources, one by one."""
+    for row, pairs in enumerate(rows.pairs):
+        is_ranked = numbers.form.kind is MaskKind.RANKED
+        ranks = [rows.tables.ranks(pair) if is_ranked and pair.n else None for pair in pairs]
+        for i, summand in enumerate(numbers.weighted_sum(row, ranks).summands):
+            if summand.kind is not MaskKind.DENSE:
+                numbers.floats[row, i, SCALE] = rows.tables.scale(pairs[i], summand)
 
 
 def write_bound(numbers: LaunchNumbers, columns: tuple[int, int], thresholds: Array, lasts: Array) -> None:

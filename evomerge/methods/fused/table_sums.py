@@ -1,4 +1,4 @@
-"""Merges all rows of a `TensorTable`: in one launch where Triton runs, else row by row with the same bits."""
+"""Merges all rows of a `TensorTable`: in one launch by Triton, in one call in C or row by row; equal bits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.methods.fused import one_pass, triton_kernels
+from evomerge.methods.fused import c_library, c_rows, one_pass, triton_kernels
 from evomerge.methods.fused.launch_numbers import P_STEP, SCALE, LaunchNumbers
 from evomerge.methods.fused.tensor_table import TensorTable
 from evomerge.methods.fused.weighted_sum import MaskKind
+
+
+def is_one_call(device: torch.device) -> bool:
+    """Whether the rows of a table are merged at once on a device, and not one after the other in Python.
+
+    Args:
+        device: Any.
+
+    Returns:
+        True where Triton runs, and on the CPU where the C library is.
+    """
+    return triton_kernels.runs_on(device) or (device.type == "cpu" and c_library.library() is not None)
 
 
 def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None = None) -> Tensor:
@@ -35,7 +47,9 @@ def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None 
     _check(table, numbers)
     if triton_kernels.fits_table(table, numbers.form):
         return triton_kernels.write_table(table, numbers, units)
-    return _row_by_row(table, numbers, units)
+    if units is not None:
+        numbers = _rescaled(table, numbers, units)
+    return c_rows.write_table(table, numbers) if c_rows.fits_table(table) else _row_by_row(table, numbers)
 
 
 def _check(table: TensorTable, numbers: LaunchNumbers) -> None:
@@ -52,9 +66,7 @@ def _check(table: TensorTable, numbers: LaunchNumbers) -> None:
         raise ValueError("masks by rank need the ranks of their sources in the table")
 
 
-def _row_by_row(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None) -> Tensor:
-    if units is not None:
-        numbers = _rescaled(table, numbers, units)
+def _row_by_row(table: TensorTable, numbers: LaunchNumbers) -> Tensor:
     bases = table.bases or [None] * table.rows
     ranks = table.ranks or [None] * table.rows
     flags = []

@@ -90,6 +90,9 @@ def test_numbers_from_arrays_are_those_of_each_tensor(method, normalize, build, 
             known[SCALE] = False
             np.testing.assert_array_equal(units, [[tables.unit(pair) for pair in x.pairs()] for x in inputs])
         np.testing.assert_array_equal(numbers.floats[..., known], expected.floats[..., known])
+        asked, units = sum_numbers(rule.task_vector_sum, values, rows, keys, finds_scales=False)
+        assert units is None
+        np.testing.assert_array_equal(asked.floats, expected.floats)
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "ties"])
