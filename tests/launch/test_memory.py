@@ -11,6 +11,7 @@ import pytest
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.config import Config, loading
+from evomerge.config.schema import StageConfig
 from evomerge.errors import ConfigError, SetupError
 from evomerge.launch import memory
 from evomerge.launch.memory import Cards, check_memory, memory_request, named_cards, plan_data
@@ -135,6 +136,14 @@ def test_rank_tables_of_della_are_planned() -> None:
     assert memory_request(search("ties"), parents("7B"), 85 * GB).ranks == 0
     lines = planned("7B", "80GB", search("della"))["lines"]
     assert any(line.startswith("rank tables: 0.4 GB of 45.7 GB are kept") for line in lines)
+
+
+def test_a_search_of_routes_has_its_parents_as_live_models_too() -> None:
+    routes = search().model_copy(
+        update={"stages": (StageConfig(stage="routes"), StageConfig(stage="weights"))}
+    )
+    assert memory_request(routes, parents("7B"), 85 * GB).live_models == 1 + 4
+    assert memory_request(search(), parents("7B"), 85 * GB).live_models == 1
 
 
 def test_on_a_cpu_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
