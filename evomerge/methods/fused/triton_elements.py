@@ -70,6 +70,9 @@ def write(slot, index, inside, value, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
         ALIGNED: Whether its address is a multiple of 16 bytes.
         NATIVE: Whether the device rounds to bfloat16; else integers do, for Triton's interpreter rounds
             halves up.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     pointer = typed_pointer(slot, TYPE, ALIGNED)
     if TYPE == FLOAT32:

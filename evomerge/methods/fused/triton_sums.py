@@ -76,6 +76,9 @@ def merge(
         ALIGNED: Whether addresses are multiples of 16 bytes and sizes of 16 elements.
         NATIVE: See `triton_elements.write`.
         BLOCK: Elements of a block.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     block = tl.program_id(0)
     row = tl.load(block_rows + block)
@@ -237,6 +240,9 @@ def norms(
         ALIGNED: As of `merge`.
         STEPS: Blocks of a chunk.
         BLOCK: Elements of a block.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     chunk = tl.program_id(0)
     row = tl.load(block_rows + chunk)

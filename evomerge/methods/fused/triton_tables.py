@@ -62,6 +62,9 @@ def largest(
         ALIGNED: Whether addresses are multiples of 16 bytes and sizes of 16 elements.
         STEPS: Blocks of a chunk.
         BLOCK: Elements of a block.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     row, first, size, steps = _chunk(sizes, first_blocks, block_rows, ALIGNED, STEPS, BLOCK)
     addresses += row * (N + 2)
@@ -102,6 +105,9 @@ def product_sums(
         ALIGNED: As of `largest`.
         STEPS: Blocks of a chunk.
         BLOCK: Elements of a block; rests of a chunk fit 64 bits for up to 2**23 elements.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     row, first, size, steps = _chunk(sizes, first_blocks, block_rows, ALIGNED, STEPS, BLOCK)
     addresses += row * (width + 2)
@@ -148,6 +154,9 @@ def hash_sums(
         ALIGNED: As of `largest`.
         STEPS: Blocks of a chunk.
         BLOCK: Elements of a block.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     row, first, size, steps = _chunk(sizes, first_blocks, block_rows, ALIGNED, STEPS, BLOCK)
     addresses += row * 3
@@ -210,6 +219,9 @@ def count_digits(
         ALIGNED: As of `largest`.
         STEPS: Blocks of a chunk.
         BLOCK: Elements of a block, a multiple of GROUP.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     row, first, size, steps = _chunk(sizes, first_blocks, block_rows, ALIGNED, STEPS, BLOCK)
     addresses += row * 3
@@ -277,6 +289,9 @@ def sums_between(
         ALIGNED: As of `largest`.
         STEPS: Blocks of a chunk.
         BLOCK: Elements of a block.
+
+    Returns:
+        Nothing: it writes to memory.
     """
     row, first, size, steps = _chunk(sizes, first_blocks, block_rows, ALIGNED, STEPS, BLOCK)
     addresses += row * 3
