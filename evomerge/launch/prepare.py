@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from evomerge.launch.facts import check_agreement, collect_facts
 from evomerge.launch.objective import per_generation, race_settings
 from evomerge.launch.opening import Allowed, LoadedSearch, open_search
 from evomerge.launch.search_request import SearchRequest
+from evomerge.methods.fused.table_files import TableFiles
 from evomerge.search import Plan, Progress, Study
 from evomerge.spaces import soup
 from evomerge.store import Store, StudyFacts, paths, stop_request
@@ -233,11 +234,14 @@ def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution, stored
         execution.show(Progress("opening models and tasks", 0, 1, None, text))
 
     note(f"parents: {loaded.scorer.placed.description}")
+    hashes = {name: fact.sha256 for name, fact in facts.parents.items()}
+    loaded.scorer.tables.keep_on_disk(TableFiles(hashes))
     make = None
     if not loaded.is_replaced:
         sharing = pool_module.workers_of_a_card(settings, execution.workers)
         limit = loaded.max_nats_per_token
-        make = functools.partial(_open_worker, settings, execution.allowed, limit, stored, sharing)
+        known = (settings, execution.allowed, limit, stored, sharing, hashes)
+        make = functools.partial(_open_worker, *known)
     pool = pool_module.open_pool(settings, loaded.scorer, make, execution.workers, note)
     return pool_module.reuse(pool, execution.earlier, facts)
 
@@ -248,10 +252,12 @@ def _open_worker(
     max_nats_per_token: float | None,
     stored: StudyFacts | None,
     sharing: int,
+    hashes: Mapping[str, str],
 ) -> Worker:
     """A worker in a process of its own.
 
-    max_nats_per_token: the limit of routes that the driver found; sharing: workers of a card.
+    max_nats_per_token: the limit of routes that the driver found; sharing: workers of a card; hashes: of the
+    content of each parent.
     """
     opened = open_search(settings, allowed, stored, is_checked=True)
     scorer = opened.load(memory=functools.partial(memory.worker_memory, is_shared=True, workers=sharing))

@@ -6,7 +6,9 @@ Every pass over the elements is cut into spans that threads share.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _BUCKETS = 1 << 19  # as in `tables.c`, as are the next two
 _SPARE = 8
 _BLOCK = 1024
+_MOST_KEPT = 16  # arrays of 2 MB at most
+_lock = threading.Lock()
+_kept: dict[Any, list[Array]] = {}
 _LISTED = 8  # a span's list of values that share buckets has room for one of so many elements
 
 
@@ -29,9 +34,15 @@ def top_k_table(base: Tensor, source: Tensor, counts: Sequence[int]) -> tuple[Ar
     ks = np.array(counts, np.int64)
     spans = pieces(base.numel(), span_of(base.numel()))
     tensors = (*c_library.pointer(base), *c_library.pointer(source))
-    buckets = [np.zeros(_BUCKETS, np.uint32) for _ in spans]
+    with _zeros(np.uint32, len(spans)) as buckets, _zeros(np.uint16, 1) as [wanted]:
+        return _table(spans, tensors, ks, buckets, wanted)
+
+
+def _table(
+    spans: Sequence[Span], tensors: tuple[object, ...], ks: Array, buckets: Sequence[Array], wanted: Array
+) -> tuple[Array, Array]:
+    """Thresholds and last indices of the k largest. buckets, wanted: zeros."""
     lists = _counted(spans, tensors, buckets)
-    wanted = np.zeros(_BUCKETS, np.uint16)
     chosen, rooms = np.zeros(len(ks), np.int32), np.zeros(len(ks), np.int64)
     sizes = np.zeros(len(spans), np.int64)
     arrays = (address(wanted), address(chosen), address(rooms), address(sizes))
@@ -99,6 +110,21 @@ def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
         _check(c_library.functions().rank_rows(*span(start, stop), ctypes.c_int64(width), *pointers, ranks))
 
     parallel_map(torch_kernels.whole_rows(base.numel(), width), piece)
+
+
+@contextmanager
+def _zeros(dtype: Any, count: int) -> Iterator[list[Array]]:
+    """Arrays of zeros, one entry a bucket, that were used before: first touches of new ones cost more."""
+    key = np.dtype(dtype)
+    with _lock:
+        kept = _kept.setdefault(key, [])
+        taken = [kept.pop() for _ in range(min(count, len(kept)))]
+    taken += [np.zeros(_BUCKETS, key) for _ in range(count - len(taken))]
+    yield taken
+    for array in taken:
+        array.fill(0)
+    with _lock:
+        kept.extend(taken[: _MOST_KEPT - len(kept)])
 
 
 def _counted(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evomerge.methods import random_masks
 from evomerge.methods.fused import one_pass, pair_measures, torch_kernels
+from evomerge.methods.fused.table_files import TableFiles
 from evomerge.methods.fused.weighted_sum import TOP_NONE, MaskKind, Summand, TensorPair, TopK
 
 GRID = 1000
@@ -92,6 +93,21 @@ class TopTable:
         return TopK(float(self.thresholds[place]), int(self.lasts[place]), int(self.counts[place]))
 
 
+_Form = tuple[Callable[[Any], Sequence[Array]], Callable[[Sequence[Array]], Any]]
+_NUMBER: _Form = (lambda number: [np.array(number)], lambda arrays: float(arrays[0]))
+_KEPT: dict[Hashable, _Form] = {
+    "top table": (
+        lambda table: [table.counts, table.thresholds, table.lasts],
+        lambda arrays: TopTable(*arrays),
+    ),
+    "top sums": (lambda sums: [sums], lambda arrays: arrays[0]),
+    "hashes": (list, tuple),
+    "unit": _NUMBER,
+    "norm": _NUMBER,
+}
+"""What `TableFiles` keeps, to arrays and back."""
+
+
 class MagnitudeTables:
     """Magnitudes of task vectors, computed when first asked for and cached by the pair's id.
 
@@ -114,6 +130,15 @@ class MagnitudeTables:
         self._cache: dict[Hashable, object] = {}
         self._ranks: dict[Hashable, Tensor] = {}
         self._products: dict[frozenset[Hashable], float] = {}
+        self._files: TableFiles | None = None
+
+    def keep_on_disk(self, files: TableFiles) -> None:
+        """Reads tables from disk from now on, and writes those that are not there.
+
+        Args:
+            files: The tables of the models that are merged.
+        """
+        self._files = files
 
     def unit(self, pair: TensorPair) -> float:
         """The unit of a pair's norms, see `one_pass.exact_unit`.
@@ -224,11 +249,14 @@ class MagnitudeTables:
         Returns:
             For each k of `top_table` the sum of floor(unit * magnitude) over the k largest, float64.
         """
-        table, unit = self._top_table(pair), self.unit(pair)
-        base, source = pair.base.reshape(-1), pair.source.reshape(-1)
-        backend = one_pass.backend_for([base, source])
-        numbers = (table.counts.tolist(), table.thresholds, table.lasts)
-        return self._cached(pair, ("top sums",), lambda: backend.top_k_sums(base, source, unit, *numbers))
+
+        def compute() -> Array:
+            table, unit = self._top_table(pair), self.unit(pair)
+            base, source = pair.base.reshape(-1), pair.source.reshape(-1)
+            numbers = (table.counts.tolist(), table.thresholds, table.lasts)
+            return one_pass.backend_for([base, source]).top_k_sums(base, source, unit, *numbers)
+
+        return self._cached(pair, ("top sums",), compute)
 
     def scale(self, pair: TensorPair, summand: Summand) -> float:
         """The factor that gives what a summand keeps the L1 norm of the whole difference.
@@ -342,6 +370,18 @@ class MagnitudeTables:
     def _top_table(self, pair: TensorPair) -> TopTable:
         return self._cached(pair, ("top table",), lambda: _top_table(pair, _counts(pair)))
 
+    def _measured(self, pair: TensorPair, what: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
+        """What is on disk, if it is of a kind that is kept there, else what is computed."""
+        if self._files is None or what[0] not in _KEPT:
+            return compute()
+        to_arrays, from_arrays = _KEPT[what[0]]
+        arrays = self._files.read(pair.id, what)
+        if arrays is not None:
+            return from_arrays(arrays)  # type: ignore[no-any-return]
+        found = compute()
+        self._files.write(pair.id, what, to_arrays(found))
+        return found
+
     def _cached(self, pair: TensorPair, what: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
         if pair.id is None:
             return compute()
@@ -349,7 +389,7 @@ class MagnitudeTables:
         if key not in self._cache:
             if len(self._cache) >= _LARGEST_CACHE:
                 self._cache.clear()
-            self._cache[key] = compute()
+            self._cache[key] = self._measured(pair, what, compute)
         return self._cache[key]  # type: ignore[return-value]
 
 

@@ -59,6 +59,18 @@ int choose_buckets(
     memset(sizes, 0, (size_t)spans * 8);
     for (int bucket = BUCKETS - 1; bucket >= 0 && next < count; bucket--) {
         int64_t here = 0;
+        if (bucket % 8 == 7) { /* most buckets are empty */
+            uint64_t any = 0, pair;
+            for (int s = 0; s < spans; s++)
+                for (int i = 0; i < 8; i += 2) {
+                    memcpy(&pair, counts[s] + bucket - 7 + i, 8);
+                    any |= pair;
+                }
+            if (!any) {
+                bucket -= 7;
+                continue;
+            }
+        }
         for (int s = 0; s < spans; s++) here += counts[s][bucket];
         if (!here || ks[next] > above + here) {
             above += here;
