@@ -261,5 +261,6 @@ def _open_worker(
     """
     opened = open_search(settings, allowed, stored, is_checked=True)
     scorer = opened.load(memory=functools.partial(memory.worker_memory, is_shared=True, workers=sharing))
+    scorer.tables.keep_on_disk(TableFiles(hashes))
     scorer.screen = route_screen.open_screen(settings, opened.harness, scorer, max_nats_per_token)
     return scorer
