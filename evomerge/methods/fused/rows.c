@@ -1,4 +1,5 @@
-/* The rows of a `tensor_table.TensorTable` one after the other, by the numbers of `launch_numbers.LaunchNumbers`:
+/* The rows of a `tensor_table.TensorTable` one after the other, by the numbers of
+   `launch_numbers.LaunchNumbers`:
    each is cut where a threshold changes, and summed by the kernels of `one_pass.c`. */
 #include <math.h>
 #include <stdint.h>
@@ -87,7 +88,8 @@ int sweep_rows(
             const int64_t end = kind == BAND ? next_cut(row_integers, sources, at, stop) : stop;
             numbers_at(row_floats, row_integers, sources, kind, at, few, kinds, f, k);
             const int bad = few
-                ? sweep_few(sources, kind, types[0], at, end, base, x, out, f, k, elect, divide, divisor, lambda)
+                ? sweep_few(
+                      sources, kind, types[0], at, end, base, x, out, f, k, elect, divide, divisor, lambda)
                 : sweep(
                       sources, at, end, base, types[1], x, types + 2, out, types[0], kinds, f, k, rank, elect,
                       divide, divisor, lambda
