@@ -16,6 +16,7 @@ from evomerge.methods import Method, method
 from evomerge.methods.task_vector_slopes import has_slopes
 
 _ITEMS = 30  # of each task in a step, as measured
+_FEW_ITEMS, _FEW_STEPS = 15, 26  # so many items make so few steps more, which is better: see `_items`
 _STEPS = (10, 110)  # fewest and most that were measured
 _LEARNED = (
     "on two families of small models a learned stage scored above evolution of the same weights at every "
@@ -44,7 +45,7 @@ def recommend(
         return _evolution(item_forwards, reason)
     if no_loss:
         return _evolution(item_forwards, no_loss)
-    items = min(_ITEMS, fewest_items)
+    items = min(_items(tasks, item_forwards), fewest_items)
     of_a_step = FORWARDS_OF_A_SLOPE * items * tasks
     least, most = _STEPS
     steps = max(least, min(most, item_forwards // of_a_step))
@@ -53,6 +54,10 @@ def recommend(
     sized = f"{few}from {ITEMS_FOR_TENSORS} on a weight for each tensor is ahead, below it the space's axes"
     stage = {"stage": "learned", "genome": genome, "steps": steps, "items": items}
     reasons = [_LEARNED, sized]
+    if items == _FEW_ITEMS < min(_ITEMS, fewest_items):
+        reasons.append(
+            f"{_FEW_STEPS} steps of {_FEW_ITEMS} items a task scored above {_FEW_STEPS // 2} of {_ITEMS}"
+        )
     if steps == most:
         reasons.append(f"more than {most} steps were not measured")
     if steps * of_a_step > item_forwards:
@@ -79,6 +84,12 @@ def recommendation(settings: Config, tasks: TaskSet, items: Items, item_forwards
         no_loss = str(error)
     fewest = min(map(len, items.values()))
     return recommend(method(settings.method), no_loss, len(items), fewest, item_forwards)
+
+
+def _items(tasks: int, item_forwards: int) -> int:
+    """Items of a task in a step: fewer where the budget has few steps."""
+    has_few_steps = item_forwards < _FEW_STEPS * FORWARDS_OF_A_SLOPE * _ITEMS * tasks
+    return _FEW_ITEMS if has_few_steps else _ITEMS
 
 
 def _evolution(item_forwards: int, reason: str) -> dict[str, Any]:

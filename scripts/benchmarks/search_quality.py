@@ -195,10 +195,10 @@ def coarse_first(document: Document, budget: int, root: Path) -> int:
     return int(view["cost"])
 
 
-def learned(genome: str, rate: float = 0.05) -> Callable[[Document, int], None]:
+def learned(genome: str, rate: float = 0.05, items: int = STEP_ITEMS) -> Callable[[Document, int], None]:
     def change(document: Document, budget: int) -> None:
-        steps = budget // (FORWARDS_OF_A_SLOPE * STEP_ITEMS * len(TASKS))
-        stage = {"stage": "learned", "genome": genome, "steps": steps, "items": STEP_ITEMS, "rate": rate}
+        steps = budget // (FORWARDS_OF_A_SLOPE * items * len(TASKS))
+        stage = {"stage": "learned", "genome": genome, "steps": steps, "items": items, "rate": rate}
         document["stages"] = [stage]
         for key in ("evaluations", "population", "sigma"):
             del document["search"][key]
@@ -265,6 +265,7 @@ ARMS: dict[str, Arm] = {
     "layer_component": Arm("learned, layer × component", (SMALL, MIDDLE), learned("layer_component")),
     "tensor": Arm("learned, tensor", (SMALL, LEARNED_FIRST, MIDDLE), learned("tensor")),
     "faster": Arm("learned, tensor, rate .1", (SMALL, LEARNED_FIRST, MIDDLE), learned("tensor", 0.1)),
+    "smaller": Arm("learned, tensor, rate .1, 15 items a step", (SMALL,), learned("tensor", 0.1, 15)),
     "then": Arm("learned, tensor, then CMA-ES", (MIDDLE, HALF), learned_then_evolved),
     "few_space": Arm("learned from 16 items a task, the space's axes", (FEW,), few_labels("space")),
     "few_tensor": Arm("learned from 16 items a task, tensor", (FEW,), few_labels("tensor")),
@@ -429,7 +430,9 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     goals = [
         ("tensor", SMALL, evolution, f"what CMA-ES has after {LARGE:,}"),
         ("faster", SMALL, evolution, f"what CMA-ES has after {LARGE:,}"),
+        ("smaller", SMALL, evolution, f"what CMA-ES has after {LARGE:,}"),
         ("tensor", MIDDLE, 0.75, "a weight for each tensor"),
+        ("faster", MIDDLE, 0.75, "a weight for each tensor"),
         ("few_space", FEW, 0.67, "16 labelled items a task"),
         ("experts_space", EXPERT_LABELS, 0.66, "experts' answers as labels"),
         ("experts_tensor", EXPERT_LABELS, 0.66, "experts' answers as labels"),

@@ -31,10 +31,14 @@ def test_where_a_task_has_no_text_that_is_the_reason() -> None:
     [
         (500, 14_400, "tensor", 40, 30),
         (500, 10**9, "tensor", 110, 30),
-        (500, 1, "tensor", 10, 30),
+        (500, 9_360, "tensor", 26, 30),
+        (500, 9_359, "tensor", 51, 15),
+        (500, 4_680, "tensor", 26, 15),
+        (500, 1, "tensor", 10, 15),
         (32, 14_400, "tensor", 40, 30),
         (31, 14_400, "space", 40, 30),
-        (16, 5_760, "space", 30, 16),
+        (16, 5_760, "space", 32, 15),
+        (8, 5_760, "space", 60, 8),
     ],
 )
 def test_steps_fill_the_budget_within_what_was_measured(
@@ -44,6 +48,12 @@ def test_steps_fill_the_budget_within_what_was_measured(
     assert found["stage"] == {"stage": "learned", "genome": genome, "steps": steps, "items": items}
     assert found["item_forwards"] == 3 * items * 4 * steps
     assert found["item_forwards"] <= max(budget, 3 * items * 4 * 10)
+
+
+@pytest.mark.parametrize(("budget", "is_said"), [(4_680, True), (14_400, False)])
+def test_fewer_items_a_step_come_with_the_reason(budget: int, is_said: bool) -> None:
+    reasons = " ".join(recommend(SUM, "", 4, 500, budget)["reasons"])
+    assert ("26 steps of 15 items a task scored above 13 of 30" in reasons) == is_said
 
 
 def test_plan_prints_it(tmp_path: Path) -> None:
