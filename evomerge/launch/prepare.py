@@ -235,7 +235,8 @@ def _pool(loaded: LoadedSearch, facts: StudyFacts, execution: _Execution, stored
 
     note(f"parents: {loaded.scorer.placed.description}")
     hashes = {name: fact.sha256 for name, fact in facts.parents.items()}
-    loaded.scorer.tables.keep_on_disk(TableFiles(hashes))
+    if loaded.scorer.is_open:  # else the processes that evaluate keep them
+        loaded.scorer.tables.keep_on_disk(TableFiles(hashes))
     make = None
     if not loaded.is_replaced:
         sharing = pool_module.workers_of_a_card(settings, execution.workers)

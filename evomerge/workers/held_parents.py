@@ -152,6 +152,7 @@ def _start(listener: socket.socket, request: HoldRequest) -> None:
     """Starts a holder on a socket that takes connections already."""
     command = [
         sys.executable,
+        "-P",
         "-c",
         _PROGRAM,
         str(listener.fileno()),

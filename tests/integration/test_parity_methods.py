@@ -16,7 +16,7 @@ from evomerge.errors import EvomergeError
 from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import merge
 from evomerge.methods import METHODS
-from evomerge.methods.fused import c_kernels, one_pass, torch_kernels
+from evomerge.methods.fused import c_library, c_rows, one_pass, torch_kernels
 from tests.support import parity_cases
 from tests.support.parity_cases import (
     Cell,
@@ -142,7 +142,8 @@ def test_masks_are_the_same_on_rerun_in_any_chunks_and_threads(
     assert not torch.equal(first, flat(dict(merge.merged_tensors(replace(recipe, seed=4), parents))))
     for threads, job, chunk in ((2, 1 << 18, 1 << 16), (1, 333, 100), (3, 1000, 77)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(c_kernels, "_LEAST_SPAN", job)
+        monkeypatch.setattr(c_library, "_LEAST_SPAN", job)
+        monkeypatch.setattr(c_rows, "_LEAST_SPAN", job)
         monkeypatch.setattr(torch_kernels, "_CHUNK", chunk)
         assert torch.equal(first, again())
         with monkeypatch.context() as only_torch:

@@ -118,7 +118,8 @@ def test_a_search_of_routes_alone_runs_shows_and_exports(tmp_path: Path) -> None
     code, _, err = in_process("export", f"alone/{found.id}", tmp_path / "out", "--weights", *root)
     assert code == 0, err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "the same to the last bit" in card
+    assert "a greedy generation" in card
+    assert "a greedy generation differs" not in card
     assert (tmp_path / "out" / "recipe.yaml").is_file()
     assert (tmp_path / "out" / "shell" / "config.json").is_file()
     code, _, err = in_process("merge", tmp_path / "out" / "recipe.json", tmp_path / "again")

@@ -369,7 +369,7 @@ def test_tokens_and_prompts_that_do_not_fit_are_refused_or_cut_as_in_hflm() -> N
         for prompt, new in (([], 4), ([5], 20), ([5], 0)):
             with pytest.raises(ValueError, match="new tokens"):
                 generator.compile([prompt], (), new)
-        with pytest.raises(ValueError, match="decoder must be one of slots"):
+        with pytest.raises(ValueError, match="decoder must be one of device, slots"):
             make(model, head, "beam")
 
 
