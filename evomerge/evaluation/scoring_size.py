@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.evaluation.inference.budgets import CPU, of_card
+from evomerge.evaluation.budgets import CPU, of_card
 from evomerge.merging.memory_plan import ScoringSize
 
 _MLP_COPIES, _STREAM_COPIES = 4, 3  # gate, its activation, up, product; residual, normed, output

@@ -14,7 +14,7 @@ from evomerge import __version__
 from evomerge.config import Config, loading, locations
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES
-from evomerge.evaluation.inference.budgets import budgets_of
+from evomerge.evaluation.budgets import budgets_of
 from evomerge.evaluation.task_set import items_digest
 from evomerge.launch.objective import task_terms
 from evomerge.launch.opening import LoadedSearch, backends, device_name

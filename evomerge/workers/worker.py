@@ -34,7 +34,7 @@ from evomerge.evaluation import (
     Teacher,
     soft_means,
 )
-from evomerge.evaluation.inference.device_memory import free_unused
+from evomerge.evaluation.device_memory import free_unused
 from evomerge.evaluation.perplexity_screen import NATS_PER_TOKEN, PerplexityScreen, nats_per_token
 from evomerge.merging.layer_devices import devices_of, place_model
 from evomerge.merging.live_model import ModelBuilder

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.evaluation.inference.budgets import budgets_of, of_card
+from evomerge.evaluation.budgets import budgets_of, of_card
 from evomerge.evaluation.inference.generation import GenerationLimits, Generator, TextRules
 from evomerge.evaluation.inference.generation_probe import choose_decoder, probe_decoders
 from evomerge.evaluation.inference.loglikelihood import Engine

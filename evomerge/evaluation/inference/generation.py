@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomerge.evaluation.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference import continuous_batching, device_batching, static_batching
-from evomerge.evaluation.inference.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference.cuda_graphs import CudaGraphs
 from evomerge.evaluation.inference.device_batching import DeviceBatch
 from evomerge.evaluation.inference.forward import Forward

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomerge.evaluation.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference import gradient_memory, kv_cache, loglikelihood_gradients
-from evomerge.evaluation.inference.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference.cuda_graphs import Step, graphs_for
 from evomerge.evaluation.inference.forward import Forward
 from evomerge.evaluation.inference.gradient_memory import GraphSizes, Way

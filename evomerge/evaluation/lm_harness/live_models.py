@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from evomerge.evaluation.inference.device_memory import tried_again
+from evomerge.evaluation.device_memory import tried_again
 from evomerge.evaluation.lm_harness.backends.base import Backend, ShrinkableBackend
 from evomerge.evaluation.lm_harness.gradients import PreparedTexts
 

@@ -21,8 +21,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import nn
 
 from evomerge.errors import CandidateError
+from evomerge.evaluation.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference import divergence, kv_cache
-from evomerge.evaluation.inference.budgets import Budgets, budgets_of
 from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.generation import Generator, TextRules
 from evomerge.evaluation.inference.generation_plan import GenerationPlan

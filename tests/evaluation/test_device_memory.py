@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from evomerge.evaluation.inference.device_memory import free_unused, tried_again
+from evomerge.evaluation.device_memory import free_unused, tried_again
 
 
 class Card:

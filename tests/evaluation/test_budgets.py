@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evomerge.evaluation.inference import budgets
+from evomerge.evaluation import budgets
 from evomerge.evaluation.inference.generation import Generator, TextRules
 from evomerge.evaluation.inference.loglikelihood import Engine
 from evomerge.evaluation.inference.selected_logits import RowHead
