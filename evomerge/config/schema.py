@@ -263,8 +263,7 @@ class ClusterConfig(Strict):
     workers: Whole | None = Field(default=None, ge=1)
     """Number of workers; as many as fit unless given."""
     gpus: Number | None = Field(default=None, ge=0, le=64)
-    """GPUs of each worker: a share of one, or a whole number over which models are spread by layers; one,
-    where the cluster has any, unless given."""
+    """GPUs of each worker, a share of one or a whole number; one, where the cluster has any, unless given."""
     cpus: Number = Field(default=1.0, ge=0)
     """CPUs of each worker."""
     grace: Number = Field(default=600.0, ge=0)

@@ -9,6 +9,7 @@ do too: the sums differ in their order alone. Where the processor has the instru
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,5 +53,36 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is_bfloat16 = input.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
     if not (is_bfloat16 and input.device.type == "cpu" and input.numel() >= FEW_ROWS * weight.shape[-1]):
         return _by_torch(input, weight, bias)
+    needs_graph = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)
+    )
+    if needs_graph:
+        product: Tensor = _Product.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+        return product
+    return _rounded(input, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The same with a gradient; the graph keeps no copies in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _rounded(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        wide = gradient.float()
+        rows = wide.reshape(-1, wide.shape[-1])
+        by_input, by_weight, by_bias = ctx.needs_input_grad
+        return (
+            (wide @ weight.float()).to(torch.bfloat16) if by_input else None,
+            (rows.T @ input.reshape(len(rows), -1).float()).to(torch.bfloat16) if by_weight else None,
+            rows.sum(0).to(torch.bfloat16) if by_bias else None,
+        )
+
+
+def _rounded(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide_bias = None if bias is None else bias.float()
     return _by_torch(input.float(), weight.float(), wide_bias).to(torch.bfloat16)

@@ -14,7 +14,7 @@ LINES = {
     ("run", "x", "--evaluations", "²"): "--evaluations should be a whole number; see evomerge run --help",
     ("run", "x", "--evaluations", "1" * 5000): "--evaluations should be a whole number",
     ("run", "x", "--workers", "0"): "--workers (or $EVOMERGE_WORKERS) should be at least 1; see evomerge run",
-    ("run", "x", "--gpus", "2"): "--gpus should be at most 1; see evomerge run --help",
+    ("run", "x", "--gpus", "65"): "--gpus should be at most 64; see evomerge run --help",
     ("run",): "Missing argument 'config'; see evomerge run --help",
     ("run", "x", "--evalutions", "5"): "No such option: --evalutions",
     ("runn",): "No such command 'runn'",

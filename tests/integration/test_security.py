@@ -435,15 +435,21 @@ def test_nothing_is_unpickled() -> None:
             else []
         )
         wrong += [f"{file} {n}" for n in names if n.split(".")[0] in modules]
-    assert wrong == ["evomerge/workers/worker_process.py pickle"], "a job is packed for the pipe"
+    assert wrong == [
+        "evomerge/workers/held_parents.py pickle",  # to and from a process of the same user, which is checked
+        "evomerge/workers/parent_holder.py pickle",
+        "evomerge/workers/worker_process.py pickle",  # a job is packed for the pipe
+    ]
     unpickling = [
         place
         for place, call in calls("load", "loads")
         if ast.unparse(call.func) in ("torch.load", "np.load", "numpy.load", "pd.read_pickle")
+        and "allow_pickle=False" not in ast.unparse(call)
     ]
     assert unpickling == []
     assert {place.split(":")[0] for place, call in calls("loads") if "pickle" in ast.unparse(call.func)} == {
-        "evomerge/workers/ray_pool/actor.py"
+        "evomerge/workers/parent_holder.py",
+        "evomerge/workers/ray_pool/actor.py",
     }
 
 

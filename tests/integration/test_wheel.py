@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) 
     package = {
         str(p.relative_to(REPO))
         for p in (REPO / "evomerge").rglob("*")
-        if p.suffix in (".py", ".c", ".typed")
+        if p.suffix in (".py", ".c", ".h", ".typed")
     }
     data = {
         f"evomerge/_data/{folder}/{name}"

@@ -23,7 +23,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("EVOMERGE_NATIVE", raising=False)
     source = tmp_path / "one_function.c"
     source.write_text("int one_function(void) { return 1; }\n")
-    monkeypatch.setattr(c_library, "_SOURCE", source)
+    monkeypatch.setattr(c_library, "_SOURCES", (source,))
     c_library.library.cache_clear()
     yield
     c_library.library.cache_clear()
