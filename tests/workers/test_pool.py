@@ -35,7 +35,7 @@ def test_what_cannot_be_prepared_is_the_error_of_its_evaluation(parents: dict[st
     assert one.evaluate(recipe(), ITEMS).error == "this cannot be merged"
 
 
-def _raises(of: Any) -> Any:
+def _raises(of: Any, **how: Any) -> Any:
     raise CandidateError("this cannot be merged")
 
 
