@@ -51,7 +51,8 @@ def holders(of: int) -> list[int]:
         with contextlib.suppress(OSError, ValueError, IndexError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
             name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
-            is_started = b"evomerge.workers.parent_holder" in words[2] and words[4] == str(of).encode()
+            is_program = b"evomerge.workers.parent_holder" in b"".join(words[3:4])
+            is_started = is_program and words[5:6] == [str(of).encode()]
             if rest.split()[0] != "Z" and (name == f"eh{of}" or is_started):
                 found.append(int(folder.name))
     return found
