@@ -37,6 +37,7 @@ from evomerge.methods.fused import c_library
 from evomerge.methods.fused.magnitude_tables import MagnitudeTables
 from evomerge.recipes import mergekit_yaml
 from scripts.benchmarks import machine
+from scripts.benchmarks.random_models import make_models
 
 REPO = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
@@ -140,7 +141,7 @@ def main() -> None:
 
 
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    models = make(scratch, args.layers)
+    models = make_models(scratch, args.layers)
     parents = {str(path): Checkpoint(path) for path in models}
     nbytes = total_bytes(parents[str(models[0])])
     for parent in parents.values():  # into the page cache
@@ -199,65 +200,6 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
 def keep(rows: dict[str, Any], args: argparse.Namespace) -> None:
     if args.rows:
         args.rows.write_text(json.dumps(rows["methods"]))
-
-
-def make(scratch: Path, layers: int, device: str = "cpu") -> list[Path]:
-    """A base of Qwen2-0.5B's shapes and three perturbations of it, bf16, with a config that transformers
-    builds. device: that draws them.
-    """
-    from safetensors.torch import save_file
-
-    hidden, inner, heads, kv, vocabulary = 896, 4864, 14, 2, 151_936
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for i in range(layers):
-        stem, side = f"model.layers.{i}", hidden // heads * kv
-        shapes |= {
-            f"{stem}.self_attn.{p}_proj.weight": (hidden if p in "qo" else side, hidden) for p in "qkvo"
-        }
-        shapes |= {f"{stem}.self_attn.{p}_proj.bias": (hidden if p == "q" else side,) for p in "qkv"}
-        shapes |= {f"{stem}.mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")} | {
-            f"{stem}.mlp.down_proj.weight": (hidden, inner)
-        }
-        shapes |= {f"{stem}.{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-        "max_position_embeddings": 1024,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-    }
-    base: dict[str, torch.Tensor] = {}
-    paths = []
-    for number, name in enumerate(("base", "one", "two", "three")):
-        generator = torch.Generator(device).manual_seed(number)
-        tensors = {}
-        for key, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator, device=device)
-            tensors[key] = (noise * 0.02 if number == 0 else base[key].float() + noise * 0.001).to(
-                torch.bfloat16
-            )
-        base = base or tensors
-        path = scratch / name
-        path.mkdir()
-        save_file(
-            {key: tensor.cpu() for key, tensor in tensors.items()},
-            path / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        (path / "config.json").write_text(json.dumps(config))
-        paths.append(path)
-    return paths
 
 
 def skeleton(path: Path) -> torch.nn.Module:

@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from evomerge.checkpoints import Checkpoint
 from scripts.benchmarks import machine
+from scripts.benchmarks.random_models import make_models
 
 REPO = Path(__file__).resolve().parents[2]
 GOALS = dict.fromkeys(("slerp", "nuslerp", "multislerp", "model_stock", "karcher"), (1.0, 1.8))
@@ -127,7 +128,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPO / "results" / "merge_before.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        parameters = make(Path(scratch), args.layers, args.vocabulary, args.hidden)
+        models = make_models(Path(scratch), args.layers, args.vocabulary, args.hidden)
+        parameters = sum(prod(info.shape) for info in Checkpoint(models[0]).tensors.values())
         trees = [args.before.resolve(), REPO]
         processes = [start(tree, Path(scratch), args.threads) for tree in trees]
         lines = head(args, parameters)
@@ -206,55 +208,6 @@ def row(name: str, rounds: Sequence[Sequence[tuple[list[tuple[float, float]], in
         f"{goals[0]:g}, {goals[1]:g}",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def make(scratch: Path, layers: int, vocabulary: int, hidden: int) -> int:
-    """Writes a base of Qwen2's shapes and three perturbations of it, bf16; returns how many parameters."""
-    from safetensors.torch import save_file
-
-    inner, heads, kv = hidden * 38 // 7 // 8 * 8, hidden // 64 or 1, 2 if hidden >= 128 else 1
-    side = hidden // heads * kv
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for i in range(layers):
-        stem = f"model.layers.{i}"
-        shapes |= {
-            f"{stem}.self_attn.{p}_proj.weight": (hidden if p in "qo" else side, hidden) for p in "qkvo"
-        }
-        shapes |= {f"{stem}.self_attn.{p}_proj.bias": (hidden if p == "q" else side,) for p in "qkv"}
-        shapes |= {f"{stem}.mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")}
-        shapes |= {f"{stem}.mlp.down_proj.weight": (hidden, inner)}
-        shapes |= {f"{stem}.{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-        "max_position_embeddings": 1024,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-    }
-    base: dict[str, torch.Tensor] = {}
-    for number, name in enumerate(("base", "one", "two", "three")):
-        generator = torch.Generator().manual_seed(number)
-        tensors = {}
-        for key, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator)
-            tensors[key] = (noise * 0.02 if number == 0 else base[key].float() + noise * 0.001).bfloat16()
-        base = base or tensors
-        path = scratch / name
-        path.mkdir()
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config))
-    return sum(tensor.numel() for tensor in base.values())
 
 
 if __name__ == "__main__":
