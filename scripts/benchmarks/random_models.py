@@ -12,7 +12,7 @@ NAMES = ("base", "one", "two", "three")
 
 
 def make_models(scratch: Path, layers: int, vocabulary: int = 151_936, hidden: int = 896) -> list[Path]:
-    """Writes the four models in bfloat16, with configs that transformers builds; by default as wide as Qwen2-0.5B.
+    """Writes four models in bfloat16 with configs that transformers builds; Qwen2-0.5B's width unless given.
 
     Args:
         scratch: Folder for theirs.
