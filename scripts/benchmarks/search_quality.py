@@ -42,8 +42,7 @@ from scripts.benchmarks import machine
 REPO = Path(__file__).resolve().parents[2]
 TASKS = ("zoo_arithmetic", "zoo_lookup", "zoo_string", "zoo_cross")
 ITEMS, STEP_ITEMS, POPULATION = 60, 30, 24  # items of a task for a candidate and for a step
-FIRST_DIGESTS = {"first": "another machine's", "second": "another machine's"}
-"""Zoo -> digest of rows that have none."""
+NO_DIGEST = "another machine's"  # stands in for the digest that the oldest rows lack
 FEW_ITEMS, TRAINING_ITEMS = 16, 200  # labelled items of a task, and how many they are drawn from
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Student's t, by number of seeds
 ZOOS = {
@@ -342,7 +341,8 @@ def digest(zoo: str) -> str:
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [{"digest": NO_DIGEST} | json.loads(line) for line in lines]
 
 
 def wanted(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
@@ -375,7 +375,7 @@ def main() -> None:
     done = {
         (row["zoo"], row["arm"], row["budget"], row["seed"])
         for row in rows_of(raw)
-        if row.get("digest", FIRST_DIGESTS[row["zoo"]]) == digests.get(row["zoo"])
+        if row["digest"] == digests.get(row["zoo"])
     }
     for zoo, arm, budget, seed in [] if args.report else wanted(args):
         if (zoo, arm, budget, seed) in done:
@@ -411,10 +411,10 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
         "The 16 labelled items of a task are others with each seed. mergekit-evolve was not run: its",
         "environment needs patches to run on a CPU.",
     ]
-    trained = dict.fromkeys((row["zoo"], row.get("digest", FIRST_DIGESTS[row["zoo"]])) for row in rows)
-    for zoo, number in sorted(trained, key=lambda pair: (pair[0], "machine" in pair[1])):
-        own = [row for row in rows if (row["zoo"], row.get("digest", FIRST_DIGESTS[zoo])) == (zoo, number)]
-        title = f"## The {zoo} zoo, {number if 'machine' in number else 'weights ' + number}"
+    trained = dict.fromkeys((row["zoo"], row["digest"]) for row in rows)
+    for zoo, weights in sorted(trained, key=lambda pair: (pair[0], pair[1] == NO_DIGEST)):
+        own = [row for row in rows if (row["zoo"], row["digest"]) == (zoo, weights)]
+        title = f"## The {zoo} zoo, {weights if weights == NO_DIGEST else f'weights {weights}'}"
         lines += ["", title, "", *_table(own), "", *_verdicts(own)]
     return "\n".join(lines) + "\n"
 
