@@ -164,7 +164,9 @@ def _sweep_few(
     stop: int,
 ) -> bool:
     """As `_sweep`, for few sources of one type and one kind of mask: everything stays in registers."""
-    _, numbers, keys, _ = _encoded([_as_kind(summand, kind) for summand in total.summands], start)
+    any_ranks = next((summand.ranks for summand in total.summands if summand.ranks is not None), None)
+    as_kind = [_as_kind(summand, kind, any_ranks) for summand in total.summands]
+    _, numbers, keys, ranks = _encoded(as_kind, start)
     target, type_code = c_library.pointer(out)
     bad = c_library.functions().sweep_few(
         len(sources),
@@ -176,6 +178,7 @@ def _sweep_few(
         target,
         numbers,
         keys,
+        ranks,
         *_how_to_sum(total),
     )
     return _is_finite(bad)
@@ -203,19 +206,22 @@ def _common_kind(summands: Sequence[Summand]) -> MaskKind | None:
     """The kind that all summands can be written as, if there is one that `sweep_few` knows."""
     kinds = {summand.kind for summand in summands} - {MaskKind.DENSE}
     bounded = any(summand.outer is not None for summand in summands)
-    if len(kinds) > 1 or MaskKind.RANKED in kinds or bounded:
+    if len(kinds) > 1 or bounded:
         return None
     return kinds.pop() if kinds else MaskKind.DENSE
 
 
-def _as_kind(summand: Summand, kind: MaskKind) -> Summand:
-    """The same summand with 'all elements' written as the given kind, and the bound of a hash inclusive."""
+def _as_kind(summand: Summand, kind: MaskKind, ranks: Tensor | None) -> Summand:
+    """The same summand with 'all elements' written as the given kind, and the bound of a hash inclusive.
+
+    ranks: of any summand, for one that keeps all elements whatever their ranks.
+    """
     if summand.kind is MaskKind.RANDOM:
         if summand.bound == -(1 << 31):
             return replace(summand, weight=0.0)
         return replace(summand, bound=summand.bound - 1)
     if summand.kind is MaskKind.DENSE:
-        return replace(summand, kind=kind, inner=_ALL, bound=(1 << 31) - 1)
+        return replace(summand, kind=kind, inner=_ALL, bound=(1 << 31) - 1, low=math.inf, ranks=ranks)
     return summand
 
 

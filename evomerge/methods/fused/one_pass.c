@@ -75,12 +75,13 @@ static inline __attribute__((always_inline)) float widen(const void *x, int type
 static inline __attribute__((always_inline)) int few(
     int sources, int kind, int type, int elect, int based, int64_t from, int64_t to,
     const void *restrict base, const void *const *x, void *restrict out, const float *numbers,
-    const int32_t *keys, int divide, float divisor, float lambda
+    const int32_t *keys, const uint16_t *const *ranks, int divide, float divisor, float lambda
 ) {
-    float weight[FEW], scale[FEW], low[FEW];
+    float weight[FEW], scale[FEW], low[FEW], p_low[FEW], p_step[FEW];
     uint32_t key[FEW], odd[FEW], bad = 0;
     int32_t bound[FEW];
     const void *restrict source[FEW];
+    const uint16_t *restrict rank[FEW];
     for (int i = 0; i < sources; i++) {
         weight[i] = numbers[i * NUMBERS + WEIGHT];
         scale[i] = numbers[i * NUMBERS + SCALE];
@@ -88,17 +89,25 @@ static inline __attribute__((always_inline)) int few(
         key[i] = (uint32_t)keys[i * 3];
         odd[i] = (uint32_t)keys[i * 3 + 1];
         bound[i] = keys[i * 3 + 2];
+        p_low[i] = numbers[i * NUMBERS + P_LOW];
+        p_step[i] = numbers[i * NUMBERS + P_STEP];
         source[i] = x[i];
+        rank[i] = kind == RANKED ? ranks[i] : NULL;
     }
     for (int64_t j = from; j < to; j++) {
         const float b = based ? widen(base, type, j) : 0.0f;
-        const uint32_t h = kind == RANDOM ? mix((uint32_t)j) : 0;
+        const uint32_t h = kind == RANDOM || kind == RANKED ? mix((uint32_t)j) : 0;
         float y[FEW], sum = 0, agreed = 0;
         for (int i = 0; i < sources; i++) {
             float d = widen(source[i], type, j);
             if (based) d -= b;
             if (kind == BAND) d = fabsf(d) < low[i] ? 0.0f : d;
             if (kind == RANDOM) d = (int32_t)((h ^ key[i]) * odd[i]) <= bound[i] ? d : 0.0f;
+            if (kind == RANKED) {
+                const float p = p_low[i] + (float)rank[i][j] * p_step[i];
+                const int32_t hash = (int32_t)((h ^ key[i]) * odd[i]);
+                d = (float)hash < p * 4294967296.0f - 2147483648.0f ? d : 0.0f;
+            }
             /* without a mask the scale is 1 */
             y[i] = kind == DENSE ? d * weight[i] : d * scale[i] * weight[i];
             sum += y[i];
@@ -132,7 +141,7 @@ static inline __attribute__((always_inline)) int few(
 }
 
 #define RUN(n, kind, type, elect, based, divide) \
-    return few(n, kind, type, elect, based, from, to, base, x, out, f, k, divide, divisor, lambda)
+    return few(n, kind, type, elect, based, from, to, base, x, out, f, k, ranks, divide, divisor, lambda)
 #define SUMMED(n, kind, type) \
     if (elect && divide) RUN(n, kind, type, 1, 1, 2); \
     if (elect) RUN(n, kind, type, 1, 1, 0); \
@@ -142,6 +151,7 @@ static inline __attribute__((always_inline)) int few(
     if (!base && divide) RUN(n, DENSE, type, 0, 0, 1); \
     if (!base) RUN(n, DENSE, type, 0, 0, 0); \
     if (kind == RANDOM) { SUMMED(n, RANDOM, type) } \
+    if (kind == RANKED) { SUMMED(n, RANKED, type) } \
     if (kind == DENSE) { SUMMED(n, DENSE, type) } \
     SUMMED(n, BAND, type)
 #define TYPED(n) \
@@ -149,11 +159,13 @@ static inline __attribute__((always_inline)) int few(
         if (type == FLOAT32) { MASKED(n, FLOAT32) } \
         MASKED(n, BFLOAT16)
 
-/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: DENSE, BAND without upper bound, or RANDOM with an
-   inclusive bound; with `elect`, divide is 0 or 2, without it 0 or 1. Without a base nothing is masked. */
+/* sources in [1, FEW]; type: FLOAT32 or BFLOAT16; kind: DENSE, BAND without upper bound, RANDOM with an
+   inclusive bound, or RANKED, where a P_LOW of infinity keeps everything; with `elect`, divide is 0 or 2,
+   without it 0 or 1. Without a base nothing is masked. */
 int sweep_few(
     int sources, int kind, int type, int64_t from, int64_t to, const void *base, const void *const *x,
-    void *out, const float *f, const int32_t *k, int elect, int divide, float divisor, float lambda
+    void *out, const float *f, const int32_t *k, const uint16_t *const *ranks, int elect, int divide,
+    float divisor, float lambda
 ) {
     switch (sources) {
         TYPED(1)

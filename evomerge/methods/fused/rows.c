@@ -13,7 +13,8 @@ static const int32_t MOST = 0x7fffffff;
 
 int sweep_few(
     int sources, int kind, int type, int64_t from, int64_t to, const void *base, const void *const *x,
-    void *out, const float *f, const int32_t *k, int elect, int divide, float divisor, float lambda
+    void *out, const float *f, const int32_t *k, const uint16_t *const *ranks, int elect, int divide,
+    float divisor, float lambda
 );
 int sweep(
     int sources, int64_t from, int64_t to, const void *base, int base_type, const void *const *x,
@@ -31,18 +32,19 @@ static int64_t next_cut(const int32_t *integers, int sources, int64_t at, int64_
     return to;
 }
 
-/* The numbers of the kernels for elements from `at` to the next cut. few: a hash's bound is included. */
+/* The numbers of the kernels for elements from `at` to the next cut. few: as `sweep_few` takes them. */
 static void numbers_at(
     const float *floats, const int32_t *integers, int sources, int kind, int64_t at, int few, int32_t *kinds,
     float *f, int32_t *k
 ) {
     for (int i = 0; i < sources; i++, floats += FLOATS, integers += INTEGERS, f += NUMBERS, k += 3) {
+        const int is_whole = kind == RANKED && floats[OF_P_LOW] >= 1 && floats[OF_P_STEP] == 0;
         const float of_source[NUMBERS] = {
             floats[OF_WEIGHT],
             floats[OF_SCALE],
             floats[at <= integers[OF_LAST] ? OF_LOW : OF_LOW_AFTER],
             floats[at <= integers[OF_HIGH_LAST] ? OF_HIGH : OF_HIGH_AFTER],
-            floats[OF_P_LOW],
+            few && is_whole ? INFINITY : floats[OF_P_LOW],
             floats[OF_P_STEP],
         };
         memcpy(f, of_source, sizeof of_source);
@@ -50,7 +52,7 @@ static void numbers_at(
         kinds[i] = kind;
         if (few || kind == BAND) continue;
         if (kind == RANDOM && integers[OF_BOUND] < MOST) k[2]++;
-        else if (kind != RANKED || (floats[OF_P_LOW] >= 1 && floats[OF_P_STEP] == 0)) kinds[i] = DENSE;
+        else if (kind != RANKED || is_whole) kinds[i] = DENSE;
     }
 }
 
@@ -66,7 +68,7 @@ int sweep_rows(
     if (sources > MOST_SOURCES) return -1;
     int one_type = types[0] != FLOAT16 && types[1] == types[0];
     for (int i = 0; i < sources; i++) one_type &= types[2 + i] == types[0];
-    const int few = sources <= FEW && one_type && kind != RANKED && !bounded;
+    const int few = sources <= FEW && one_type && !bounded;
     int64_t first = 0;
     for (int64_t row = 0; row < rows && first < to; first += sizes[row], row++) {
         const int64_t start = from > first ? from - first : 0;
@@ -89,7 +91,9 @@ int sweep_rows(
             numbers_at(row_floats, row_integers, sources, kind, at, few, kinds, f, k);
             const int bad = few
                 ? sweep_few(
-                      sources, kind, types[0], at, end, base, x, out, f, k, elect, divide, divisor, lambda)
+                      sources, kind, types[0], at, end, base, x, out, f, k, rank, elect, divide, divisor,
+                      lambda
+                  )
                 : sweep(
                       sources, at, end, base, types[1], x, types + 2, out, types[0], kinds, f, k, rank, elect,
                       divide, divisor, lambda

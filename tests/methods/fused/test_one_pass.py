@@ -114,6 +114,20 @@ def test_threads_chunks_and_the_compiled_version_change_no_bit(rule, dtype, monk
 
 
 @every_sparse
+@pytest.mark.parametrize("density", [(1.0, 0.5, 0.0), (0.5, 1.0, 1.0), (1.0, 1.0, 1.0)], ids=str)
+def test_a_model_kept_whole_beside_masked_ones_has_the_bits_of_torch(rule, density, monkeypatch):
+    if c_library.library() is None:
+        pytest.skip("no C compiler")
+    for dtype in (torch.float32, torch.bfloat16):
+        sources, base = models((30, 111), dtype=dtype)
+        values = numbers(rule, 3, density)
+        compiled = run(rule, sources, base, values, out_dtype=dtype)
+        with monkeypatch.context() as m:
+            m.setattr(one_pass, "BACKENDS", (torch_kernels,))
+            assert torch.equal(run(rule, sources, base, values, out_dtype=dtype), compiled)
+
+
+@every_sparse
 @pytest.mark.parametrize("rescale", [0.0, 1.0])
 def test_tables_change_no_bit(rule, rescale):
     sources, base = models((300, 1111))
