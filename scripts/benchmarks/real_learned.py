@@ -27,7 +27,7 @@ from scripts.benchmarks import machine
 
 REPO = Path(__file__).resolve().parents[2]
 TASKS = (
-    "real_svamp",
+    "real_bbh_boolean_expressions",
     "real_blimp_anaphor_number_agreement",
     "real_blimp_sentential_negation_npi_scope",
 )
@@ -49,7 +49,7 @@ def document_of(arm: str, seed: int, root: Path) -> Document:
     """The search file of an arm."""
     document: Document = {
         "study": f"{arm}-{seed}",
-        "models": {name: str(root / name) for name in ("base", "math", "grammar")},
+        "models": {name: str(root / name) for name in ("base", "logic", "grammar")},
         "base": "base",
         "method": "task_arithmetic",
         "space": {

@@ -155,6 +155,7 @@ def times(repeats: int, count: int) -> Iterator[str]:
         run = slope(lambda plan=plan: engine.differentiate(plan, torch.ones_like))
         yield _time_row("24 items of 4 choices after 64 shared tokens", plan, engine, run, repeats)
     yield from _adapter_rows(opened.parents["base"], asked, repeats)
+    yield from _shape_rows("135M", max(1, repeats // 3))
     yield from _product_rows(repeats)
 
 
@@ -175,6 +176,27 @@ def _product_rows(repeats: int) -> Iterator[str]:
             least.append((whole, seconds(partial(thin.products, inputs, gradients))))
         cells = [f"{1e3 * min(column):.2f}" for column in zip(*least, strict=True)]
         yield f"| {rows} × {columns} | {' | '.join(cells)} |"
+
+
+def _shape_rows(shape: str, repeats: int) -> Iterator[str]:
+    """The same requests, fewer of them, on a larger model, where products of matrices take most of the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_models(shape, Path(folder))
+        parents = {name: Checkpoint(Path(folder) / name) for name in ("base", "a", "b")}
+        model: Any = load_base(parents["base"], "bfloat16")
+        weights = WeightMap(model, parents["base"].tensors)
+        merge = Merge(_recipe(parents["base"].layout.num_layers), parents)
+        asked = requests(model.config.vocab_size, prefix=64, items=8, length=10)
+        with Engine(model) as engine:
+            for optimization in ("plain", "prefix", "fork", "tree"):
+                plan = engine.compile(asked, optimization)
+
+                def slope(plan: LoglikelihoodPlan = plan) -> None:
+                    with CoefficientSlopes(merge, weights):
+                        engine.differentiate(plan, torch.ones_like)
+
+                name = f"8 items of 4 choices after 64 shared tokens, {shape} shape, two parents"
+                yield _time_row(name, plan, engine, slope, repeats)
 
 
 def _adapter_rows(base: Parent, asked: Sequence[Request], repeats: int) -> Iterator[str]:
