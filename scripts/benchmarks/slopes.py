@@ -179,7 +179,7 @@ def _product_rows(repeats: int) -> Iterator[str]:
 
 
 def _shape_rows(shape: str, repeats: int) -> Iterator[str]:
-    """The same requests, fewer of them, on a larger model, where products of matrices take most of the time."""
+    """Fewer of the same requests on a larger model, where products of matrices take most of the time."""
     with tempfile.TemporaryDirectory() as folder:
         make_models(shape, Path(folder))
         parents = {name: Checkpoint(Path(folder) / name) for name in ("base", "a", "b")}
