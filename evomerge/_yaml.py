@@ -1,8 +1,8 @@
 """Reads YAML a user wrote: bounded, without surprises, with the place of every key for error messages.
 
-Differs from plain PyYAML on purpose: `1e-5` is a number, `no` is text (YAML 1.2), a repeated key, an anchor,
-an alias or a merge key is an error, and so is a file over 500 kB, with over 30,000 keys and values, or nested
-deeper than 32.
+Differs from plain PyYAML on purpose: `1e-5` is a number, `no` is text (YAML 1.2), a repeated key is an error,
+and so is a file over 500 kB, with over 30,000 keys and values, or nested deeper than 32, where what an alias
+or a merge key stands for counts each time.
 """
 
 from __future__ import annotations
@@ -70,26 +70,16 @@ class _Loader(yaml.SafeLoader):
         self._name, self._depth, self._values = name, 0, 0
 
     def get_event(self) -> yaml.Event:
-        """The next event. Raises ConfigError for an anchor or alias, and where a limit is passed."""
+        """The next event. Raises ConfigError where a limit is passed."""
         event: yaml.Event = super().get_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(
-                f"{_place(self._name, event)} uses a YAML anchor or alias; write the value out instead"
-            )
         if isinstance(event, yaml.CollectionStartEvent):
             self._depth += 1
-            if self._depth > MAX_DEPTH:
-                raise ConfigError(f"{_place(self._name, event)} is nested deeper than {MAX_DEPTH} levels")
         elif isinstance(event, yaml.CollectionEndEvent):
             self._depth -= 1
         self._values += isinstance(
             event, yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.DocumentStartEvent
         )
-        if self._values > MAX_VALUES:
-            raise ConfigError(
-                f"{_place(self._name, event)} is past the first {MAX_VALUES:,} keys and values; "
-                "a search or recipe has no more"
-            )
+        _check_limits(self._depth, self._values, _place(self._name, event))
         return event
 
 
@@ -196,13 +186,12 @@ def parse_all(text: str, name: str) -> list[Document]:
         )
     try:
         loader, out = _Loader(text, name), []
+        builder = _Builder(loader, name)
         while loader.check_node():
-            root, marks = loader.get_node(), dict[Key, tuple[int, int]]()
-            out.append(
-                Document(
-                    name, text, _build(loader, root, (), marks, name) if root is not None else None, marks
-                )
-            )
+            root = loader.get_node()
+            builder.marks = {}
+            data = builder.build(root, (), 0) if root is not None else None
+            out.append(Document(name, text, data, builder.marks))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -228,35 +217,85 @@ def _check_characters(node: yaml.ScalarNode, name: str) -> None:
         )
 
 
-def _build(loader: _Loader, node: yaml.Node, path: Key, marks: dict[Key, tuple[int, int]], name: str) -> Any:
-    marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
-    if isinstance(node, yaml.ScalarNode):
-        _check_characters(node, name)
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(loader, child, (*path, i), marks, name) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int":
+def _check_limits(depth: int, values: int, place: str) -> None:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{place} is nested deeper than {MAX_DEPTH} levels")
+    if values > MAX_VALUES:
+        raise ConfigError(
+            f"{place} is past the first {MAX_VALUES:,} keys and values; a search or recipe has no more"
+        )
+
+
+class _Builder:
+    """Nodes of a text -> plain data and the places of its keys; what an alias stands for is built anew.
+
+    marks: of the document at hand.
+    """
+
+    def __init__(self, loader: _Loader, name: str) -> None:
+        self.marks: dict[Key, tuple[int, int]] = {}
+        self._loader, self._name, self._values = loader, name, 0
+
+    def build(self, node: yaml.Node, path: Key, depth: int) -> Any:
+        self._count(node, depth)
+        self.marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, i), depth + 1) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path, depth + 1)
+        assert isinstance(node, yaml.ScalarNode)
+        _check_characters(node, self._name)
+        return self._scalar(node)
+
+    def _count(self, node: yaml.Node, depth: int) -> None:
+        self._values += 1
+        is_collection = isinstance(node, yaml.CollectionNode)
+        _check_limits(depth + is_collection, self._values, _place(self._name, node))
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        place = _place(self._name, node)
+        if node.tag == "tag:yaml.org,2002:int":
+            try:
+                return int(node.value)  # PyYAML would read 0100 as octal
+            except ValueError:
+                raise ConfigError(
+                    f"{place} is not valid YAML: '{node.value[:40]}' is no whole number"
+                ) from None
         try:
-            return int(node.value)  # PyYAML would read 0100 as octal
-        except ValueError:
-            raise ConfigError(
-                f"{_place(name, node)} is not valid YAML: '{node.value[:40]}' is no whole number"
-            ) from None
-    if not isinstance(node, yaml.MappingNode):
-        try:
-            return loader.construct_object(node)
+            return self._loader.construct_object(node)
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ConfigError(
-                f"{_place(name, node)} is not valid YAML: '{node.value}' is no {node.tag.rpartition(':')[2]}"
-            ) from None
-    out: dict[Any, Any] = {}
-    for key_node, child in node.value:
-        place = _place(name, key_node)
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-            raise ConfigError(f"{place} has a key that is not plain text; write the entries out")
-        _check_characters(key_node, name)
-        key = key_node.value
-        if key in out:
-            raise ConfigError(f"{place} repeats the key '{key}'; keep one of them")
-        marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-        out[key] = _build(loader, child, (*path, key), marks, name)
-    return out
+            kind = node.tag.rpartition(":")[2]
+            raise ConfigError(f"{place} is not valid YAML: '{node.value}' is no {kind}") from None
+
+    def _mapping(self, node: yaml.MappingNode, path: Key, depth: int) -> dict[Any, Any]:
+        out = {}
+        for key, (key_node, child) in self._entries(node, depth).items():
+            self._count(key_node, depth)
+            self.marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+            out[key] = self.build(child, (*path, key), depth)
+        return out
+
+    def _entries(self, node: yaml.MappingNode, depth: int) -> dict[str, tuple[yaml.ScalarNode, yaml.Node]]:
+        """Key -> (its node, the value's), in PyYAML's order: what merge keys bring, then what is written.
+
+        What is written wins; of several mappings in one merge key, the first that has the key.
+        """
+        merged: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}
+        written: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}
+        for key_node, child in node.value:
+            place = _place(self._name, key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{place} has a key that is not plain text; write the entries out")
+            _check_characters(key_node, self._name)
+            if not key_node.tag.endswith(":merge"):
+                if key_node.value in written:
+                    raise ConfigError(f"{place} repeats the key '{key_node.value}'; keep one of them")
+                written[key_node.value] = (key_node, child)
+                continue
+            mappings = child.value if isinstance(child, yaml.SequenceNode) else [child]
+            for mapping in reversed(mappings):
+                if not isinstance(mapping, yaml.MappingNode):
+                    raise ConfigError(f"{place} is a merge key, which takes a mapping or a list of mappings")
+                self._count(mapping, depth)
+                merged |= self._entries(mapping, depth + 1)
+        return merged | written

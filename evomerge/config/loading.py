@@ -20,6 +20,7 @@ from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConf
 from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import ConfigError, suggest
 from evomerge.evaluation.lm_harness import task_names
+from evomerge.recipes.file_kinds import other_file
 
 
 def load(reference: str) -> tuple[Config, str]:
@@ -218,6 +219,9 @@ def check(document: _yaml.Document, *, warn: bool = True) -> Config:
         raise ConfigError(
             f"{document.where()} must be a mapping with keys such as study, models, base, method, tasks"
         )
+    other = other_file(document.data, "search file")
+    if other is not None:
+        raise _error(document, (), other)
     document = rename_keys(document, warn=warn)
     try:
         config = Config.model_validate(document.data)

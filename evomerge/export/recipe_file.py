@@ -44,6 +44,7 @@ def merge_recipe_file(
         SetupError: If the folder exists.
     """
     parents: dict[str, Parent] = {}
+    ignored: list[str] = []
 
     def parent(reference: str) -> Parent:
         if reference not in parents:
@@ -64,9 +65,11 @@ def merge_recipe_file(
             lambda name: parent(name).layout.num_layers,
             lambda name: stored_dtype(parent(name)),
             policy,
+            tensor_names=lambda name: parent(name).tensors.keys(),
+            warn=ignored.append,
         )
         opened = {name: parent(name) for name in recipe.models}
-    return merge_recipe(recipe, opened, directory, progress, memory=memory)
+    return (*ignored, *merge_recipe(recipe, opened, directory, progress, memory=memory))
 
 
 def merge_recipe(

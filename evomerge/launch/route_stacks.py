@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from evomerge.checkpoints import Parent, locate, stored_dtype
 from evomerge.config import Config
 from evomerge.errors import ConfigError
 from evomerge.recipes import Mix, Recipe, mergekit_yaml
+
+log = logging.getLogger(__name__)
 
 
 def read_stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Recipe:
@@ -35,6 +38,8 @@ def read_stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Re
         lambda reference: parents[name_of(reference)].layout.num_layers,
         lambda reference: stored_dtype(parents[name_of(reference)]),
         "float32",
+        tensor_names=lambda reference: parents[name_of(reference)].tensors.keys(),
+        warn=log.warning,
     )
     if any(mix.method != "passthrough" for mix in stack.mixes):
         raise ConfigError(

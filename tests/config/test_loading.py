@@ -149,9 +149,9 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # YAML itself
     "tab": ("  items: 100", "§\titems: 100", ("not valid YAML",)),
     "bracket left open": ("[attention, mlp]", "[attention, mlp", ("not valid YAML",)),
-    "anchor": ("items: 100", "items: §&n 100", ("anchor",)),
-    "alias": ("items: 100", "items: §*n", ("anchor or alias",)),
-    "merge key": ("  items: 100", "  §<<: {items: 100}", ("not plain text",)),
+    "alias of nothing": ("items: 100", "items: §*n", ("undefined alias 'n'",)),
+    "anchor of a wrong value": ("items: 100", "items: &n many", ("items", "'many'")),
+    "merge key of a number": ("  items: 100", "  §<<: 100", ("merge key", "mapping")),
     "python object": ("study: trial", "§study: !!python/object/apply:os.getcwd []", ("study", "string")),
     "python name": ("study: trial", "study: §!!python/name:os.getcwd ''", ("not valid YAML",)),
     "second document": ("search:\n", "---\n§search:\n", ("second of 2 documents",)),

@@ -61,9 +61,13 @@ def mark(tmp_path: Path) -> Path:
 # ---- search files ------------------------------------------------------------------------------------------
 
 HOSTILE = {
-    "an anchor": "a: &x 1\n",
-    "an alias": "a: &x [1]\nb: *x\n",
-    "a merge key": "a: {b: 1}\nc:\n  <<: {d: 2}\n",
+    "an alias of nothing": "a: *x\n",
+    "an alias inside itself": "a: &x [*x]\n",
+    "a merge of itself": "a: &x {<<: *x}\n",
+    "a bomb of merge keys": "a: &a {x: 1}\n"
+    + "".join(
+        f"{c}: &{c} {{<<: [*{p}, *{p}]}}\n" for p, c in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)
+    ),
     "a bomb of aliases": "a: &a [x, x]\n"
     + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)),
     "a key twice": "a: 1\nb: 2\na: 3\n",

@@ -14,7 +14,12 @@ _LONGEST_MESSAGE = 500  # characters of an error that quotes the file
 
 
 class DocumentChecks:
-    """Reads texts, lists, mappings and model references out of one document; every error names its place."""
+    """Reads texts, lists, mappings and model references out of one document; every error names its place.
+
+    Attributes:
+        document: The parsed document.
+        ignored: What stands in it and changes nothing, in mergekit neither: (place, sentence) of each.
+    """
 
     def __init__(self, document: Document) -> None:
         """Checks of a document.
@@ -23,6 +28,17 @@ class DocumentChecks:
             document: The parsed document.
         """
         self.document = document
+        self.ignored: list[tuple[str, str]] = []
+
+    def ignore(self, path: Key, sentence: str) -> None:
+        """Notes something that changes nothing.
+
+        Args:
+            path: Key path of its place.
+            sentence: What it is, and why it changes nothing; without its place.
+        """
+        line = " ".join(sentence.split())
+        self.ignored.append((self.document.where(path), line[:_LONGEST_MESSAGE]))
 
     def fail(self, path: Key, message: str) -> RecipeError:
         """An error at a place; the caller raises it.
@@ -90,7 +106,7 @@ class DocumentChecks:
             RecipeError: It is neither.
         """
         if isinstance(value, dict):
-            return self.at(path, lambda: references.text(value))
+            return self.at(path, lambda: references.text(value, lambda sentence: self.ignore(path, sentence)))
         return self.text(path, value, "a model")
 
     def mappings(self, path: Key, value: Any) -> list[Any]:
@@ -111,20 +127,28 @@ class DocumentChecks:
         return value
 
     def keys(self, path: Key, value: Mapping[str, Any], allowed: Sequence[str], hint: str = "") -> None:
-        """Checks that a mapping has no unknown key.
+        """Notes the unknown keys of a mapping, which mergekit ignores.
 
         Args:
             path: Key path of its place.
             value: The mapping.
             allowed: The keys it may have.
             hint: What to say besides of an unknown key.
-
-        Raises:
-            RecipeError: It has another; mergekit would ignore it.
         """
         for key in value:
             if key not in allowed:
-                raise self.fail(
-                    (*path, key),
-                    f"unknown key '{key}'{hint}; mergekit would ignore it. {suggest(str(key), allowed)}",
-                )
+                self.ignore((*path, key), unknown_key(str(key), allowed, hint))
+
+
+def unknown_key(key: str, allowed: Sequence[str], hint: str = "") -> str:
+    """A sentence about a key that mergekit ignores.
+
+    Args:
+        key: The key.
+        allowed: The keys that may stand there.
+        hint: What to say besides.
+
+    Returns:
+        The sentence.
+    """
+    return f"unknown key '{key[:80]}'{hint} is left out, as mergekit does. {suggest(key, allowed)}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from evomerge._yaml import Document
 from evomerge.errors import RecipeError
+from evomerge.recipes.mergekit_yaml.filters import TensorNames
 from evomerge.recipes.mergekit_yaml.reader import DocumentReader
 from evomerge.recipes.recipe import Recipe
+
+_PLACES = 8  # that a warning names besides the first
 
 
 def load(
@@ -16,6 +19,9 @@ def load(
     num_layers: Callable[[str], int],
     dtype: Callable[[str], str] = lambda reference: "bfloat16",
     policy: str = "float32",
+    *,
+    tensor_names: TensorNames | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Recipe:
     """The recipe in a mergekit file; model names are its references as written.
 
@@ -27,15 +33,24 @@ def load(
         num_layers: Model reference -> number of its layers.
         dtype: Model reference -> type of its tensors, for files that name none.
         policy: Of the arithmetic, see `Recipe.policy`.
+        tensor_names: Model reference -> names of its tensors, to find filters that match none; None: filters
+            are not compared with them.
+        warn: Called with a sentence for each thing that stands in the file and changes nothing, in mergekit
+            neither: unknown keys, parameters of another method, filters that match nothing.
 
     Returns:
         The recipe.
 
     Raises:
-        RecipeError: With line and column, for what mergekit would reject, silently ignore or guess.
+        RecipeError: With line and column, for what mergekit would reject or guess.
     """
     documents = [documents] if isinstance(documents, Document) else list(documents)
-    return _File(documents, num_layers, dtype, policy).recipe()
+    file = _File(documents, num_layers, dtype, policy)
+    recipe = file.recipe()
+    if warn is not None:
+        for sentence in _joined(file.ignored(tensor_names)):
+            warn(sentence)
+    return recipe
 
 
 class _File:
@@ -54,6 +69,7 @@ class _File:
         self._last, self._named = _last_and_named(documents)
         self._stages: dict[str, Recipe] = {}
         self._being_read: list[str] = []
+        self._readers: list[DocumentReader] = []
 
     def recipe(self) -> Recipe:
         last = self._read(self._last)
@@ -65,8 +81,25 @@ class _File:
                 )
         return replace(last, stages=tuple(self._stages.items()))
 
+    def ignored(self, tensor_names: TensorNames | None) -> list[tuple[str, str]]:
+        """(place, sentence) of all that changes nothing; asked after `recipe`."""
+
+        def names_of(reference: str) -> Collection[str]:
+            assert tensor_names is not None
+            is_stage = reference in self._named
+            return names_of(self._stage(reference).base) if is_stage else tensor_names(reference)
+
+        return [
+            entry
+            for reader in self._readers
+            for entry in reader.ignored(names_of if tensor_names is not None else None)
+        ]
+
     def _read(self, document: Document) -> Recipe:
-        return DocumentReader(document, self._depth_of, self._dtype_of, self._policy).recipe()
+        reader = DocumentReader(document, self._depth_of, self._dtype_of, self._policy)
+        recipe = reader.recipe()
+        self._readers.append(reader)
+        return recipe
 
     def _stage(self, name: str) -> Recipe:
         if name in self._being_read:
@@ -90,6 +123,20 @@ class _File:
         if reference in self._named:
             return self._stage(reference).out_dtype
         return self._dtype(reference)
+
+
+def _joined(ignored: Sequence[tuple[str, str]]) -> list[str]:
+    """One sentence for all places of which the same is said."""
+    places: dict[str, list[str]] = {}
+    for place, sentence in ignored:
+        places.setdefault(sentence, []).append(place)
+    joined = []
+    for sentence, (first, *others) in places.items():
+        lines = [place.rsplit(":", 2)[-2] for place in others[:_PLACES]]
+        more = f" and {len(others) - _PLACES} more" if len(others) > _PLACES else ""
+        also = f" (lines {', '.join(lines)}{more} too)" if others else ""
+        joined.append(f"{first} {sentence}{also}")
+    return joined
 
 
 def _last_and_named(documents: Sequence[Document]) -> tuple[Document, dict[str, Document]]:

@@ -6,7 +6,9 @@ over the depth) and by filters (values for tensors whose names hold a text).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evomerge._yaml import Key
@@ -15,11 +17,39 @@ from evomerge.methods import Method, Param
 from evomerge.recipes.mergekit_yaml.document_checks import DocumentChecks
 from evomerge.recipes.recipe import Filtered, Setting, setting
 
-_IGNORED = ("int8_mask",)  # memory-saving switches that do not change the result
+_SWITCH = "int8_mask"  # saves memory in mergekit, and does not change the result
+_WITH_SWITCH = (
+    *("breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "sce"),
+    *("task_arithmetic", "ties"),
+)
+_SCALAR = (bool, int, float, str)
+Levels = Sequence[Mapping[str, Any]]
+"""Results of `ParameterReader.given`, the most particular first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose value of a parameter is asked for, for messages.
+
+    Attributes:
+        path: Key path of the model, the slice or the document.
+        model: The model, None for a parameter of the whole merge.
+    """
+
+    path: Key = ()
+    model: str | None = None
+
+    def __str__(self) -> str:
+        return "" if self.model is None else f" for model '{self.model}'"
 
 
 class ParameterReader:
-    """Reads the `parameters` of a document for its merge method."""
+    """Reads the `parameters` of a document for its merge method.
+
+    Attributes:
+        filters: The filter lists of all parameters, in the document's order: key paths and texts of the
+            entries of each; '*' is in every name.
+    """
 
     def __init__(self, checks: DocumentChecks, method: Method) -> None:
         """A reader of one document.
@@ -30,20 +60,23 @@ class ParameterReader:
         """
         self._checks = checks
         self._method = method
+        self.filters: list[tuple[tuple[Key, str], ...]] = []
 
-    def given(self, path: Key, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    def given(self, path: Key, entry: Mapping[str, Any], *, is_base: bool = False) -> Mapping[str, Any]:
         """The parameters of a model, a slice, a module or the whole document, checked, as they are written.
+
+        What mergekit would ignore is left out and noted.
 
         Args:
             path: Key path of the entry.
             entry: The mapping that may have `parameters`; one with `model` is a model's.
+            is_base: Whether it is of the base, to which the others' differences are added.
 
         Returns:
             Name -> a number, a gradient, or one or several filter entries.
 
         Raises:
-            RecipeError: A parameter that the method does not have or that belongs elsewhere, or a value that
-            it refuses.
+            RecipeError: A value that the method refuses, or one that no parameter can have.
         """
         place = (*path, "parameters")
         values = entry.get("parameters") or {}
@@ -52,20 +85,57 @@ class ParameterReader:
         inside_model = bool(path) and "model" in entry
         checked = {}
         for name, value in values.items():
-            if name in _IGNORED:
-                continue
-            param = self._declared((*place, name), name)
-            if inside_model and param.per == "merge":
-                raise self._checks.fail(
-                    (*place, name),
-                    f"{name} belongs to the whole merge; mergekit ignores it under a model, "
-                    "move it to the top parameters",
-                )
-            self._check_value((*place, name), param, value)
-            checked[name] = value
+            param = self._method.param(name)
+            reason = self._why_ignored(name, inside_model=inside_model, is_base=is_base)
+            if reason:
+                self._check_form((*place, name), name, value)
+                self._checks.ignore((*place, name), reason)
+            elif param is not None:
+                self._check_value((*place, name), param, value)
+                self._note_filters((*place, name), value)
+                checked[name] = value
         return checked
 
-    def setting(self, param: Param, levels: Sequence[Mapping[str, Any]], t: float) -> Setting:
+    def _why_ignored(self, name: str, *, inside_model: bool, is_base: bool) -> str | None:
+        """A sentence about a parameter that changes nothing where it stands; None for one that does."""
+        param = self._method.param(name)
+        if name == _SWITCH and self._method.name in _WITH_SWITCH and not inside_model:
+            return None
+        if param is None:
+            declared = [p.name for p in self._method.params]
+            return (
+                f"{self._method.name} has no parameter '{name[:80]}'; it is left out, as mergekit does. "
+                + suggest(name, declared)
+            )
+        if inside_model and param.per == "merge":
+            return (
+                f"{name} belongs to the whole merge; under a model it is left out, as mergekit does: "
+                "move it to the top parameters"
+            )
+        if is_base and param.per == "model":
+            return f"{name} of the base is left out, as mergekit does: {self._method.name} adds to the base"
+        return None
+
+    def _check_form(self, path: Key, name: str, value: Any) -> None:
+        """Checks that mergekit can read a value, although it then ignores it."""
+        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, dict) for entry in entries):
+            has_form = all(isinstance(entry, dict) and _is_filter(entry) for entry in entries)
+        else:
+            has_form = all(isinstance(entry, _SCALAR) for entry in entries)
+        if not has_form:
+            raise self._checks.fail(
+                path, f"{name} must be a number, a list of numbers or filter entries, got {value!r:.80}"
+            )
+
+    def _note_filters(self, path: Key, value: Any) -> None:
+        entries = [value] if isinstance(value, dict) else value
+        if isinstance(entries, list) and isinstance(entries[0], dict):
+            places = [(*path, i) if isinstance(value, list) else path for i in range(len(entries))]
+            texts = [str(entry.get("filter") or "*") for entry in entries]
+            self.filters.append(tuple(zip(places, texts, strict=True)))
+
+    def setting(self, param: Param, levels: Levels, t: float, owner: Owner) -> Setting:
         """What one layer gets of a parameter.
 
         The first level that has a value decides; a filter list that may miss a tensor falls through to the
@@ -73,8 +143,9 @@ class ParameterReader:
 
         Args:
             param: The parameter.
-            levels: Results of `given`, the most particular first.
+            levels: Where it may be given.
             t: Depth of the layer in its slice, in [0, 1].
+            owner: Whose value it is, for the message.
 
         Returns:
             A number, or a list of filters whose last case takes every tensor.
@@ -83,7 +154,7 @@ class ParameterReader:
             RecipeError: No level has a value for all tensors, and the parameter has no default in mergekit.
         """
         if param.required and not any(param.name in level for level in levels):
-            raise self._checks.fail((), f"{self._method.name} needs {param.name}; give it under parameters")
+            raise self._checks.fail(owner.path, self._missing(param, owner))
         cases: list[tuple[str, float]] = []
         for level in levels:
             if param.name in level:
@@ -93,8 +164,8 @@ class ParameterReader:
         else:
             if param.required:
                 raise self._checks.fail(
-                    (),
-                    f"{param.name} has no value for tensors that its filters miss; "
+                    owner.path,
+                    f"{param.name}{owner} has no value for tensors that its filters miss; "
                     "add an entry without filter at the end",
                 )
             cases.append(("*", param.default))
@@ -103,14 +174,13 @@ class ParameterReader:
             return cases[0][1]
         return Filtered(tuple(cases[: first_of_all + 1]))
 
-    def _declared(self, path: Key, name: str) -> Param:
-        param = self._method.param(name)
-        if param is None:
-            declared = [p.name for p in self._method.params]
-            raise self._checks.fail(
-                path, f"{self._method.name} has no parameter '{name}'. {suggest(name, declared)}"
-            )
-        return param
+    def _missing(self, param: Param, owner: Owner) -> str:
+        """A sentence about a parameter that has no value; with what is ignored and may have been meant."""
+        where = "under its parameters, or under those of the file" if owner.model else "under parameters"
+        names = re.compile(rf"\b{param.name}\b")
+        ignored = sorted(self._checks.ignored, key=lambda entry: not names.search(entry[1]))
+        note = " Left out was: " + " ".join(ignored[0]) if ignored else ""
+        return f"{self._method.name} needs {param.name}{owner}; give it {where}.{note}"
 
     def _check_value(self, path: Key, param: Param, value: Any) -> None:
         """Checks the form of a value and every number in it."""
@@ -139,6 +209,13 @@ class ParameterReader:
         value = entry.get("value")
         numbers = value if isinstance(value, list) else [value]
         return numbers or [None]
+
+
+def _is_filter(entry: Mapping[str, Any]) -> bool:
+    """Whether mergekit reads a mapping as a value for the tensors that a filter names."""
+    value = entry.get("value")
+    numbers = value if isinstance(value, list) else [value]
+    return isinstance(entry.get("filter"), str | None) and all(isinstance(n, _SCALAR) for n in numbers)
 
 
 def _cases(value: Any, name: str, t: float) -> list[tuple[str, float]]:

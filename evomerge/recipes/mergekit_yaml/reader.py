@@ -1,4 +1,6 @@
-"""One document of mergekit's YAML -> recipe. Names the place of what mergekit would reject, ignore or guess.
+"""One document of mergekit's YAML -> recipe. Names the place of what mergekit would reject or guess.
+
+What mergekit ignores is ignored here too, and noted with its place.
 
 Tensors are those on disk, and filters see their names there. mergekit merges, and its filters see, what
 transformers 5 makes of them: of experts that the hub has one by one, one tensor for a layer (in Mixtral,
@@ -16,9 +18,11 @@ from evomerge._yaml import Document, Key
 from evomerge.errors import RecipeError
 from evomerge.methods import method
 from evomerge.recipes import chat_templates
+from evomerge.recipes.file_kinds import other_file
 from evomerge.recipes.mergekit_yaml import references
 from evomerge.recipes.mergekit_yaml.document_checks import DocumentChecks
-from evomerge.recipes.mergekit_yaml.parameters import ParameterReader
+from evomerge.recipes.mergekit_yaml.filters import TensorNames, idle_filters, names_to_depth
+from evomerge.recipes.mergekit_yaml.parameters import Levels, Owner, ParameterReader
 from evomerge.recipes.recipe import STORED, Mix, ParamValue, Recipe, Source, params
 from evomerge.recipes.tokenizer_spec import WHOLE, TokenizerSpec
 
@@ -44,21 +48,23 @@ _LANGUAGE_MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class _SliceSource:
-    """A model of a slice, from its layer `first` on."""
+    """A model of a slice, from its layer `first` on; path: key path of its entry."""
 
     model: str
     first: int
     parameters: Mapping[str, Any]
+    path: Key
 
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Consecutive output layers of the same sources."""
+    """Consecutive output layers of the same sources; path: key path of its entry."""
 
     sources: tuple[_SliceSource, ...]
     length: int
     base: str | None
     parameters: Mapping[str, Any]
+    path: Key
 
     @property
     def models(self) -> list[str]:
@@ -89,7 +95,7 @@ class DocumentReader:
             policy: Of the arithmetic, see `Recipe.policy`.
 
         Raises:
-            RecipeError: It has an unknown key, or no merge method that is known.
+            RecipeError: It is no recipe, or has no merge method that is known.
         """
         self._num_layers = num_layers
         self._dtype = dtype
@@ -97,21 +103,48 @@ class DocumentReader:
         self._checks = DocumentChecks(document)
         if not isinstance(document.data, dict):
             raise self._checks.fail((), "a recipe is a mapping with merge_method and models or slices")
+        other = other_file(document.data, "recipe")
+        if other is not None:
+            raise self._checks.fail((), other)
         self._data: dict[str, Any] = document.data
         self._check_keys((), document.data, _TOP)
         self._method = self._checks.at(("merge_method",), lambda: method(self._top_text("merge_method")))
         self._parameters = ParameterReader(self._checks, self._method)
+        self._models: list[str] = []
+        self._depth = 0
         base = self._data.get("base_model")
         self._base = None if base is None else self._checks.model(("base_model",), base)
+
+    def ignored(self, tensor_names: TensorNames | None) -> list[tuple[str, str]]:
+        """What stands in the document and changes nothing; asked after `recipe`.
+
+        Args:
+            tensor_names: Model reference -> names of its tensors; None: filters are not compared with them.
+
+        Returns:
+            (place, sentence) of each, in the order of reading.
+        """
+        for place, sentence in idle_filters(self._parameters.filters, self._names_seen(tensor_names)):
+            self._checks.ignore(place, sentence)
+        return self._checks.ignored
+
+    def _names_seen(self, tensor_names: TensorNames | None) -> set[str] | None:
+        """Names of tensors that filters may be compared with; None if they are not known."""
+        if tensor_names is None:
+            return None
+        own = {name for model in self._models for name in tensor_names(model)}
+        depths = {self._num_layers(model) for model in self._models}
+        return own if depths == {self._depth} else names_to_depth(own, self._depth)
 
     def recipe(self) -> Recipe:
         """The recipe in the document.
 
         Raises:
-            RecipeError: For what mergekit would reject, silently ignore or guess.
+            RecipeError: For what mergekit would reject or guess.
         """
         block = self._block()
-        slices = self._slices(block) if "slices" in block.data else [self._whole_models(block)]
+        has_slices = block.data.get("slices") is not None
+        slices = self._slices(block) if has_slices else [self._whole_models(block)]
         first, last = slices[0], slices[-1]
         if len(last.sources) > len(first.sources):
             raise self._checks.fail(
@@ -125,6 +158,8 @@ class DocumentReader:
                 t = index / (part.length - 1) if part.length > 1 else 1.0
                 layers.append(self._mix(part, index, t, shared))
         base = self._base or first.sources[0].model
+        self._models = list(dict.fromkeys([base, *(model for part in slices for model in part.models)]))
+        self._depth = len(layers)
         dtype, out_dtype = self._dtypes(base)
         return Recipe(
             base=base,
@@ -145,7 +180,10 @@ class DocumentReader:
         for key in value:
             is_parameter = _declares(self._data.get("merge_method"), key)
             hint = " (numbers such as weight go under parameters)" if is_parameter else ""
-            self._checks.keys(path, {key: None}, allowed, hint)
+            if key == "residual_weight" and allowed is _KEYS["slices"]:
+                self._checks.ignore((*path, key), "residual_weight has no effect in mergekit either")
+            else:
+                self._checks.keys(path, {key: None}, allowed, hint)
 
     def _top_text(self, key: str) -> str:
         return self._checks.text((key,), self._data.get(key), key)
@@ -178,7 +216,10 @@ class DocumentReader:
         def model(value: Any) -> str:
             return self._checks.model(("tokenizer",), value)
 
-        return self._checks.at(("tokenizer",), lambda: references.tokenizer(spec, model))
+        def ignore(sentence: str) -> None:
+            self._checks.ignore(("tokenizer",), sentence)
+
+        return self._checks.at(("tokenizer",), lambda: references.tokenizer(spec, model, ignore))
 
     def _chat_template(self) -> str | None:
         if self._data.get("chat_template") is None:
@@ -190,7 +231,7 @@ class DocumentReader:
     # ---- models, slices, modules
 
     def _block(self) -> _Block:
-        forms = [form for form in _FORMS if form in self._data]
+        forms = [form for form in _FORMS if self._data.get(form) is not None]
         if len(forms) != 1:
             listed = " and ".join(forms) or "none"
             raise self._checks.fail((), f"give exactly one of models, slices and modules, got {listed}")
@@ -250,18 +291,19 @@ class DocumentReader:
             path: Key = (*place, i)
             self._check_keys(path, entry, _KEYS["models"])
             model = self._checks.model((*path, "model"), entry.get("model"))
-            sources.append(_SliceSource(model, 0, self._parameters.given(path, entry)))
+            given = self._parameters.given(path, entry, is_base=self._is_set_apart(model, self._base))
+            sources.append(_SliceSource(model, 0, given, path))
         models = [source.model for source in sources]
         base_is_a_source = not self._method.needs_base and not self._method.takes_base
         if self._base and base_is_a_source and self._base not in models:
             # as mergekit does: a base_model is one of the models
-            sources.append(_SliceSource(self._base, 0, {}))
+            sources.append(_SliceSource(self._base, 0, {}, ("base_model",)))
             models.append(self._base)
         depths = {m: self._num_layers(m) for m in models + ([self._base] if self._base else [])}
         if len(set(depths.values())) > 1:
             listed = ", ".join(f"{m} has {n}" for m, n in depths.items())
             raise self._checks.fail(place, f"models differ in depth: {listed} layers; use slices")
-        whole = _Slice(tuple(sources), next(iter(depths.values())), self._base, {})
+        whole = _Slice(tuple(sources), next(iter(depths.values())), self._base, {}, block.path)
         self._check_slice(place, whole, base_is_added=True)
         return whole
 
@@ -272,6 +314,9 @@ class DocumentReader:
 
     def _slice(self, path: Key, entry: Mapping[str, Any]) -> _Slice:
         self._check_keys(path, entry, _KEYS["slices"])
+        base = self._base
+        if entry.get("base_model") is not None:
+            base = self._checks.model((*path, "base_model"), entry["base_model"])
         sources, lengths = [], set()
         for i, source in enumerate(self._checks.mappings((*path, "sources"), entry.get("sources"))):
             place: Key = (*path, "sources", i)
@@ -279,15 +324,13 @@ class DocumentReader:
             model = self._checks.model((*place, "model"), source.get("model"))
             first, end = self._layer_range((*place, "layer_range"), source.get("layer_range"), model)
             lengths.add(end - first)
-            sources.append(_SliceSource(model, first, self._parameters.given(place, source)))
+            given = self._parameters.given(place, source, is_base=self._is_set_apart(model, base))
+            sources.append(_SliceSource(model, first, given, place))
         if len(lengths) != 1:
             raise self._checks.fail(
                 path, f"all sources of a slice span the same number of layers, got {sorted(lengths)}"
             )
-        base = self._base
-        if "base_model" in entry:
-            base = self._checks.model((*path, "base_model"), entry["base_model"])
-        part = _Slice(tuple(sources), lengths.pop(), base, self._parameters.given(path, entry))
+        part = _Slice(tuple(sources), lengths.pop(), base, self._parameters.given(path, entry), path)
         self._check_slice(path, part, base_is_added=False)
         return part
 
@@ -333,6 +376,10 @@ class DocumentReader:
 
     # ---- mixes
 
+    def _is_set_apart(self, model: str, base: str | None) -> bool:
+        """Whether a model is the base, whose differences the method merges."""
+        return model == base and (self._method.needs_base or self._method.takes_base)
+
     def _has_base(self, part: _Slice) -> bool:
         """Whether the slice's base is set apart from its sources."""
         return self._method.needs_base or (self._method.takes_base and part.base is not None)
@@ -342,7 +389,7 @@ class DocumentReader:
         base = part.base if self._has_base(part) else None
         return [source for source in part.sources if base is None or source.model != base]
 
-    def _mix(self, part: _Slice, index: int | None, t: float, shared: Sequence[Mapping[str, Any]]) -> Mix:
+    def _mix(self, part: _Slice, index: int | None, t: float, shared: Levels) -> Mix:
         """The mix of a slice's layer at depth t, or of the tensors outside the stack where index is None."""
 
         def layer(first: int) -> int | None:
@@ -353,10 +400,13 @@ class DocumentReader:
         values: dict[str, ParamValue] = {}
         for param in self._method.params:
             if param.per == "merge":
-                values[param.name] = self._parameters.setting(param, levels, t)
+                values[param.name] = self._parameters.setting(param, levels, t, Owner(part.path))
             else:
                 values[param.name] = tuple(
-                    self._parameters.setting(param, [source.parameters, *levels], t) for source in sources
+                    self._parameters.setting(
+                        param, [source.parameters, *levels], t, Owner(source.path, source.model)
+                    )
+                    for source in sources
                 )
         base: Source | None = None
         if self._has_base(part):
