@@ -1,19 +1,25 @@
 """LoRA adapters as parents: a base checkpoint whose tensors are read with the adapter folded in.
 
 W + s (B A), in float32 and rounded once to the type of W; s = alpha / r, or alpha / sqrt(r) with
-rank-stabilised scaling.
+rank-stabilised scaling. With DoRA, what feeds each output (a row of a linear layer's weight) is then scaled
+to the length that was trained for it.
+
+An adapter that trains the head of a base whose head is its embeddings has learned the two apart: the parent
+has a head of its own then, and its config says so.
 
 References:
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
     Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732.
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, section 4.1.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +29,17 @@ from torch import Tensor
 
 from evomerge.checkpoints import safetensors_headers
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.checkpoints.lora_config import LoraConfig
+from evomerge.checkpoints.parent import Parent
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError
 
 _PREFIX = "base_model.model."
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+HEAD = "lm_head.weight"
+"""Name of the output head that is written where an adapter unties it from the embeddings."""
+_BARE = ("layers", "h", "blocks")  # stacks of decoders without their language model
 _PAIRS = {  # ending of the name of an A -> ending of the name of its B
     ".lora_A.weight": ".lora_B.weight",
     ".lora_embedding_A": ".lora_embedding_B",
@@ -51,7 +63,8 @@ class LowRank:
 class _Change:
     """What an adapter does to one base tensor: replace it, then add scale (B A), transposed or not.
 
-    replacement, a and b are names of the adapter's tensors.
+    replacement, a, b and magnitude are names of the adapter's tensors; magnitude: of the lengths that the
+    weights of each output are scaled to in the end.
     """
 
     replacement: str | None
@@ -59,13 +72,15 @@ class _Change:
     b: str | None
     scale: float
     transposed: bool
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
     """A [r, in] and B [out, r] of one module.
 
-    stem: what their names share; is_embedding: whether A has one column a token.
+    stem: what their names share; is_embedding: whether A has one column a token; magnitude: name of the
+    module's lengths, None without DoRA.
     """
 
     stem: str
@@ -74,6 +89,7 @@ class _Pair:
     a_shape: tuple[int, ...]
     b_shape: tuple[int, ...]
     is_embedding: bool
+    magnitude: str | None
 
     @property
     def module(self) -> str:
@@ -90,9 +106,9 @@ class AdaptedCheckpoint:
     Attributes:
         adapter: Folder of the adapter.
         path: Folder of the base.
-        config: The base's config.json.
-        tensors: The base's: an adapter changes values alone.
-        layout: The base's.
+        config: The base's config.json; of a head that the adapter unties, with tie_word_embeddings false.
+        tensors: The base's, and a head that the adapter unties from the embeddings.
+        layout: The base's, with that head.
         files: The base's files and the adapter's.
     """
 
@@ -115,10 +131,14 @@ class AdaptedCheckpoint:
                 "save_pretrained"
             )
         config = LoraConfig(adapter_dir / "adapter_config.json")
-        self._changes = _changes(base, safetensors_headers.read_header(self._file), config, self._file)
-        self._handle = _open(self._file)
+        header = safetensors_headers.read_header(self._file)
+        self._tied = _trained_head_of_tied(base, header)
         self.path, self.config = base.path, base.config
         self.tensors, self.layout = base.tensors, base.layout
+        if self._tied is not None:
+            self.config, self.tensors, self.layout = _untied(base, self._tied)
+        self._changes = _changes(self, header, config, self._file)
+        self._handle = _open(self._file)
         self.files = (*base.files, self._file)
 
     @property
@@ -132,7 +152,8 @@ class AdaptedCheckpoint:
         Returns:
             The tensor; the base's own where the adapter leaves it alone.
         """
-        weight = self._base.tensor(name)
+        is_untied = self._tied is not None and name == HEAD
+        weight = self._base.tensor(self._tied if is_untied and self._tied is not None else name)
         change = self._changes.get(name)
         if change is None:
             return weight
@@ -143,6 +164,10 @@ class AdaptedCheckpoint:
             b = self._read(change.b).to(wide)  # [out, r]
             left, right = (a.T, b.T) if change.transposed else (b, a)
             start = torch.addmm(start.to(wide), left, right, alpha=change.scale)
+        if change.magnitude:
+            inputs = 0 if change.transposed else 1
+            length = start.norm(dim=inputs, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
+            start = start * (self._read(change.magnitude).to(start.dtype).unsqueeze(inputs) / length)
         return start.to(weight.dtype)
 
     def low_rank(self, name: str) -> LowRank | None:
@@ -152,11 +177,13 @@ class AdaptedCheckpoint:
             name: Name of the tensor on disk.
 
         Returns:
-            The difference, of rank 0 where the adapter leaves the tensor alone; None where it replaces it, or
-            where it is no matrix.
+            The difference, of rank 0 where the adapter leaves the tensor alone; None where it replaces it or
+            scales its rows, or where it is no matrix of the base.
         """
         shape, change = self.tensors[name].shape, self._changes.get(name)
-        if len(shape) != 2 or (change is not None and change.replacement is not None):
+        if len(shape) != 2 or name not in self._base.tensors:
+            return None
+        if change is not None and (change.replacement is not None or change.magnitude is not None):
             return None
         if change is None or not change.a or not change.b:
             return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
@@ -165,10 +192,10 @@ class AdaptedCheckpoint:
 
     def content_hash(self) -> str:
         """SHA-256 over the base, the adapter's tensors and what the adapter's config makes of them."""
-        changes = [
-            (name, c.replacement, c.a, c.b, c.scale, c.transposed)
-            for name, c in sorted(self._changes.items())
-        ]
+        changes: list[tuple[object, ...]] = []
+        for name, c in sorted(self._changes.items()):  # without DoRA as it was before there was DoRA
+            magnitude = () if c.magnitude is None else (c.magnitude,)
+            changes.append((name, c.replacement, c.a, c.b, c.scale, c.transposed, *magnitude))
         digest = hashlib.sha256((self._base.content_hash() + json.dumps(changes)).encode())
         with self._file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -190,7 +217,7 @@ def _open(file: Path) -> Any:
 
 
 def _changes(
-    base: Checkpoint, tensors: Mapping[str, TensorInfo], config: LoraConfig, file: Path
+    base: Parent, tensors: Mapping[str, TensorInfo], config: LoraConfig, file: Path
 ) -> dict[str, _Change]:
     """Base tensor -> what the adapter does to it. Every tensor of the adapter is used, or it is refused."""
     changes: dict[str, _Change] = {}
@@ -204,7 +231,7 @@ def _changes(
         ending = next((ending for ending in _PAIRS if name.endswith(ending)), None)
         if ending is None:
             continue
-        pair = _take_pair(rest, name, ending, file)
+        pair = _take_pair(rest, name, ending, config, file)
         target = _target(base, pair.module + ".weight", name, file)
         transposed = _is_transposed(base, target, pair, inputs_first, file)
         if target in changes:
@@ -213,14 +240,14 @@ def _changes(
                 "again"
             )
         scale = config.scale(pair.module, pair.a_shape[0])
-        changes[target] = _Change(None, pair.a, pair.b, scale, transposed)
+        changes[target] = _Change(None, pair.a, pair.b, scale, transposed, pair.magnitude)
     for name, info in rest.items():
         _replace_whole(changes, base, name, info, config, file)
     return changes
 
 
-def _take_pair(rest: dict[str, TensorInfo], name: str, ending: str, file: Path) -> _Pair:
-    """The pair of an A, whose two tensors are removed from `rest`."""
+def _take_pair(rest: dict[str, TensorInfo], name: str, ending: str, config: LoraConfig, file: Path) -> _Pair:
+    """The pair of an A, whose tensors are removed from `rest`."""
     stem = name.removesuffix(ending)
     other = stem + _PAIRS[ending]
     b = rest.pop(other, None)
@@ -229,11 +256,38 @@ def _take_pair(rest: dict[str, TensorInfo], name: str, ending: str, file: Path) 
         raise CheckpointError(
             f"{file} has '{name}' without its '{_PAIRS[ending].strip('.')}'; save the adapter again"
         )
-    return _Pair(stem, name, other, a.shape, b.shape, ending == ".lora_embedding_A")
+    magnitude = _take_magnitude(rest, stem, b.shape, config, file)
+    return _Pair(stem, name, other, a.shape, b.shape, ending == ".lora_embedding_A", magnitude)
+
+
+def _take_magnitude(
+    rest: dict[str, TensorInfo], stem: str, b_shape: tuple[int, ...], config: LoraConfig, file: Path
+) -> str | None:
+    """Name of the lengths of a module's outputs, removed from `rest`; None without DoRA."""
+    names = [stem + ending for ending in _MAGNITUDES if stem + ending in rest]
+    if not config.has_magnitudes:
+        if names:
+            raise CheckpointError(
+                f"{file} has '{names[0]}', a vector of DoRA, and {config.file} does not set use_dora; "
+                "save the adapter again"
+            )
+        return None
+    if not names:
+        raise CheckpointError(
+            f"{file} has '{stem}' without its lora_magnitude_vector, and {config.file} sets use_dora; "
+            "save the adapter again"
+        )
+    shape = rest.pop(names[0]).shape
+    if shape != b_shape[:1]:
+        raise CheckpointError(
+            f"'{names[0]}' of {file} is {list(shape)}, expected is one number for each of the {b_shape[0]} "
+            "outputs; save the adapter again"
+        )
+    return names[0]
 
 
 def _replace_whole(
-    changes: dict[str, _Change], base: Checkpoint, name: str, info: TensorInfo, config: LoraConfig, file: Path
+    changes: dict[str, _Change], base: Parent, name: str, info: TensorInfo, config: LoraConfig, file: Path
 ) -> None:
     """Notes in `changes` a tensor of the adapter that replaces one of the base: a bias, a saved module."""
     plain = name.removeprefix(_PREFIX)
@@ -244,7 +298,7 @@ def _replace_whole(
     before = changes.get(target, _Change(None, None, None, 0.0, False))
     if before.replacement is not None:
         raise CheckpointError(f"{file} has both '{before.replacement}' and '{name}'; save the adapter again")
-    changes[target] = _Change(name, before.a, before.b, before.scale, before.transposed)
+    changes[target] = replace(before, replacement=name)
     owner = tensor.rpartition(".")[0]
     is_saved = any(owner == module or owner.endswith("." + module) for module in config.saved)
     if is_saved and _is_tied(base, target):
@@ -253,7 +307,7 @@ def _replace_whole(
         )
 
 
-def _target(base: Checkpoint, wanted: str, name: str, file: Path) -> str:
+def _target(base: Parent, wanted: str, name: str, file: Path) -> str:
     """The base's tensor that a name inside the adapter's model means.
 
     A checkpoint of the bare decoder lacks the first word of the name, an adapter of the bare decoder lacks
@@ -262,13 +316,18 @@ def _target(base: Checkpoint, wanted: str, name: str, file: Path) -> str:
     for candidate in (wanted, wanted.partition(".")[2], f"{base.layout.stack.split('.')[0]}.{wanted}"):
         if candidate in base.tensors:
             return candidate
+    if wanted == HEAD:
+        raise CheckpointError(
+            f"'{name}' of {file} is of an output head, and base {base.path} has none of its own but shares "
+            "its embeddings; save the base as a whole language model with tie_word_embeddings: false first"
+        )
     raise CheckpointError(
         f"'{name}' of {file} matches no tensor of base {base.path}; give the base that the adapter was "
         "trained on"
     )
 
 
-def _is_transposed(base: Checkpoint, target: str, pair: _Pair, inputs_first: bool, file: Path) -> bool:
+def _is_transposed(base: Parent, target: str, pair: _Pair, inputs_first: bool, file: Path) -> bool:
     """Whether A [r, in] and B [out, r] fit a base tensor transposed, [in, out].
 
     Raises CheckpointError where they do not fit at all.
@@ -287,7 +346,37 @@ def _is_transposed(base: Checkpoint, target: str, pair: _Pair, inputs_first: boo
     return inputs_first and base.layout.place(target).part == "layer"
 
 
-def _keeps_inputs_first(base: Checkpoint) -> bool:
+def _trained_head_of_tied(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Name of the base's embeddings where an adapter trains a head of which the base has none.
+
+    None where the adapter trains no head, the base has one, the config says that they are not tied, or the
+    base is a bare decoder, whose names leave no place for a head.
+    """
+    trained = [name.removeprefix(_PREFIX).split(".") for name in tensors]
+    if HEAD in base.tensors or not any(HEAD.split(".")[0] in words for words in trained):
+        return None
+    text = base.config.get("text_config", base.config)
+    if not text.get("tie_word_embeddings", base.config.get("tie_word_embeddings", True)):
+        return None
+    tied = [name for name in base.layout.outer_names("embeddings") if _is_tied(base, name)]
+    is_bare = base.layout.stack in _BARE
+    # of GPT-2's two embeddings, that of the tokens
+    return None if is_bare or not tied else max(tied, key=lambda name: base.tensors[name].shape[0])
+
+
+def _untied(base: Checkpoint, tied: str) -> tuple[dict[str, Any], dict[str, TensorInfo], Layout]:
+    """(config, tensors, layout) of a base with a head of its own."""
+    tensors = {**base.tensors, HEAD: base.tensors[tied]}
+    layout = base.layout
+    untied = layout_of(tensors, layout.stack, layout.num_layers, layout.towers, layout.owner)
+    config = copy.deepcopy(base.config)
+    for block in (config, config.get("text_config")):
+        if isinstance(block, dict) and (block is config or "tie_word_embeddings" in block):
+            block["tie_word_embeddings"] = False
+    return config, tensors, untied
+
+
+def _keeps_inputs_first(base: Parent) -> bool:
     """Whether the stack's weights are [in, out], as GPT-2's: an oblong one has a bias as long as its columns.
 
     A square weight does not show it, and an adapter's fan_in_fan_out may be wrong: peft goes by the layer's
@@ -301,7 +390,7 @@ def _keeps_inputs_first(base: Checkpoint) -> bool:
     return False
 
 
-def _is_tied(base: Checkpoint, target: str) -> bool:
+def _is_tied(base: Parent, target: str) -> bool:
     """Whether a tensor outside the stack is embedding and head at once: no other one has its shape."""
     shape = base.tensors[target].shape
     if len(shape) != 2 or base.layout.place(target).part == "layer":
@@ -310,7 +399,7 @@ def _is_tied(base: Checkpoint, target: str) -> bool:
     return sum(base.tensors[name].shape == shape for name in outside) == 1
 
 
-def _misfit(what: str, base: Checkpoint, target: str) -> CheckpointError:
+def _misfit(what: str, base: Parent, target: str) -> CheckpointError:
     shape = list(base.tensors[target].shape)
     return CheckpointError(
         f"{what}, '{target}' of base {base.path} is {shape}; give the base that the adapter was trained on"

@@ -15,7 +15,6 @@ from evomerge.checkpoints import safetensors_headers
 from evomerge.errors import CheckpointError
 
 _REFUSED = {  # a config entry that is set -> what it is
-    "use_dora": "DoRA",
     "target_parameters": "LoRA on parameters that are no layers",
     "trainable_token_indices": "trained rows of an embedding",
     "layer_replication": "a stack with repeated layers",
@@ -41,6 +40,7 @@ class LoraConfig:
     Attributes:
         file: The file.
         saved: Names of the modules that were trained whole (modules_to_save).
+        has_magnitudes: Whether each module has a vector of magnitudes besides A and B (DoRA).
     """
 
     def __init__(self, file: Path) -> None:
@@ -55,6 +55,7 @@ class LoraConfig:
         data = safetensors_headers.read_json_object(file, "give the folder of a LoRA adapter, which has one")
         self.file = file
         _check_plain(data, file)
+        self.has_magnitudes = bool(data.get("use_dora"))
         self._rank_stabilised = bool(data.get("use_rslora"))
         self._rank = _number(data.get("r", 8), "r", file)
         self._alpha = _number(data.get("lora_alpha", 8), "lora_alpha", file)

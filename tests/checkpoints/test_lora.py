@@ -4,6 +4,7 @@ test_lora_peft.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint, check_compatible, equal_tensors, open_parent
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.checkpoints.reference import split_reference
 from evomerge.errors import CheckpointError, ConfigError
+from evomerge.export.recipe_file import merge_recipe_file
 from evomerge.merging import merge
 from evomerge.recipes import Mix, Recipe, params
 from tests.support.lora_adapters import (
@@ -267,14 +270,145 @@ def test_a_tied_embedding_that_was_trained_apart_is_refused_and_one_with_lora_is
     whole = {f"{PREFIX}{EMBEDDING}.weight": noise(*SHAPES[EMBEDDING])}
     with pytest.raises(CheckpointError, match="shares with its head"):
         AdaptedCheckpoint(base, adapter(tmp_path / "saved", whole, modules_to_save=["embed_tokens"]))
-    with pytest.raises(
-        CheckpointError, match=r"'base_model\.model\.lm_head\.lora_A\.weight' .* matches no tensor"
-    ):
-        AdaptedCheckpoint(base, adapter(tmp_path / "head", pair(HEAD)))
+
+
+TIED_HEADS: dict[str, dict[str, torch.Tensor]] = {
+    "lora": pair(HEAD),
+    "lora and the embeddings": pair(HEAD) | embedding(),
+    "saved": {f"{PREFIX}{HEAD}.weight": noise(*SHAPES[HEAD], seed=3)},
+    "both saved": {
+        f"{PREFIX}{HEAD}.weight": noise(*SHAPES[HEAD], seed=3),
+        f"{PREFIX}{EMBEDDING}.weight": noise(*SHAPES[EMBEDDING], seed=4),
+    },
+    "dora": pair(HEAD) | {f"{PREFIX}{HEAD}.lora_magnitude_vector": noise(64).abs()},
+    # what peft saves of a trained embedding: the head beside it, as it was
+    "the embeddings, and the head as it was": embedding(),
+}
+
+
+@pytest.mark.parametrize("case", TIED_HEADS)
+def test_a_head_trained_on_a_tied_base_becomes_one_of_its_own(case: str, tmp_path: Path) -> None:
+    """The merged folder computes what base and adapter do where the head is trained apart."""
+    folder = build(tmp_path / "tied", torch.float32, ("base",), tied=True)["base"]
+    base = Checkpoint(folder)
+    start = base.tensor(f"{EMBEDDING}.weight")
+    given = dict(TIED_HEADS[case])
+    if "as it was" in case:
+        given |= {f"{PREFIX}{EMBEDDING}.base_layer.weight": start, f"{PREFIX}{HEAD}.weight": start.clone()}
+    settings = {"modules_to_save": ["lm_head", "embed_tokens"]} if "saved" in case else {}
+    lora = adapter(tmp_path / "lora", given, use_dora=case == "dora", **settings)
+    parent = AdaptedCheckpoint(base, lora)
+    assert parent.config["tie_word_embeddings"] is False
+    assert parent.layout.outer_names("head") == ("lm_head.weight", "model.norm.weight")
+    assert base.config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in base.tensors
+
+    def trained(module: str) -> torch.Tensor:
+        saved = given.get(f"{PREFIX}{module}.weight", start)
+        a = given.get(f"{PREFIX}{module}.lora_A.weight", given.get(f"{PREFIX}{module}.lora_embedding_A"))
+        b = given.get(f"{PREFIX}{module}.lora_B.weight", given.get(f"{PREFIX}{module}.lora_embedding_B"))
+        if a is None or b is None:
+            return saved.double()
+        changed = looped(saved, a, b, 2.0, transposed=module == EMBEDDING)
+        return (
+            scaled(changed, given[f"{PREFIX}{module}.lora_magnitude_vector"]) if case == "dora" else changed
+        )
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {folder}+{lora}}}]\ndtype: float32\n")
+    merge_recipe_file(recipe, tmp_path / "out")
+    merged = Checkpoint(tmp_path / "out")
+    near(merged.tensor("lm_head.weight"), trained(HEAD))
+    near(merged.tensor(f"{EMBEDDING}.weight"), trained(EMBEDDING))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+        near(model(ids).logits, hidden.double() @ trained(HEAD).T)
+
+
+def test_a_head_trained_on_a_bare_tied_decoder_is_refused_with_the_reason(tmp_path: Path) -> None:
+    base = Checkpoint(gpt2(tmp_path / "base", prefix=""))
+    with pytest.raises(CheckpointError, match="none of its own but shares its embeddings"):
+        AdaptedCheckpoint(base, adapter(tmp_path / "head", pair(HEAD, shape=(20, 8))))
+    whole = AdaptedCheckpoint(
+        Checkpoint(gpt2(tmp_path / "whole")), adapter(tmp_path / "lora", pair(HEAD, shape=(20, 8)))
+    )
+    assert whole.tensors["lm_head.weight"].shape == (20, 8)
+
+
+# ---- DoRA
+
+
+def scaled(weight: torch.Tensor, lengths: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    """Each output's weights scaled to its length, in float64, one output at a time."""
+    out = weight.double().clone()
+    for i, length in enumerate(lengths.tolist()):
+        row = out[:, i] if transposed else out[i]
+        row *= length / math.sqrt(math.fsum(x * x for x in row.tolist()))
+    return out
+
+
+@pytest.mark.parametrize("ending", ["", ".weight"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_alpha": 1}])
+def test_rows_have_the_lengths_that_dora_trained(
+    settings: dict[str, Any], ending: str, base: Checkpoint, tmp_path: Path
+) -> None:
+    factor = {"use_rslora": 4.0, "lora_alpha": 0.25}.get(next(iter(settings), ""), 2.0)
+    tensors = pair(Q) | pair(V, seed=2) | embedding()
+    lengths = {Q: noise(32, seed=5), V: noise(16, seed=6), EMBEDDING: noise(32, seed=7)}
+    named = {f"{PREFIX}{m}.lora_magnitude_vector{ending}": length for m, length in lengths.items()}
+    folder = adapter(tmp_path / "lora", tensors | named, use_dora=True, **settings)
+    parent = AdaptedCheckpoint(base, folder)
+    for module in (Q, V):
+        changed = looped(base.tensor(f"{module}.weight"), *tensors_of(tensors, module), factor)
+        near(parent.tensor(f"{module}.weight"), scaled(changed, lengths[module]))
+        assert parent.low_rank(f"{module}.weight") is None
+    changed = looped(base.tensor(f"{EMBEDDING}.weight"), *embedding().values(), factor, transposed=True)
+    near(parent.tensor(f"{EMBEDDING}.weight"), scaled(changed, lengths[EMBEDDING], transposed=True))
+
+
+def test_weights_that_keep_inputs_first_are_scaled_by_column(tmp_path: Path) -> None:
+    base = Checkpoint(gpt2(tmp_path / "base"))
+    module = "transformer.h.0.attn.c_proj"
+    tensors, lengths = pair(module, shape=(8, 8)), noise(8, seed=4)
+    folder = adapter(
+        tmp_path / "lora", tensors | {f"{PREFIX}{module}.lora_magnitude_vector": lengths}, use_dora=True
+    )
+    changed = looped(base.tensor(f"{module}.weight"), *tensors_of(tensors, module), 2.0, transposed=True)
+    near(
+        AdaptedCheckpoint(base, folder).tensor(f"{module}.weight"), scaled(changed, lengths, transposed=True)
+    )
+
+
+def test_a_row_of_zeros_has_no_direction_and_stays(tmp_path: Path, base: Checkpoint) -> None:
+    tensors = {name: torch.zeros_like(t) for name, t in pair(HEAD).items()}
+    whole = {f"{PREFIX}{HEAD}.base_layer.weight": torch.zeros(64, 32)}
+    lengths = {f"{PREFIX}{HEAD}.lora_magnitude_vector": torch.ones(64)}
+    folder = adapter(tmp_path / "lora", tensors | whole | lengths, use_dora=True)
+    assert not AdaptedCheckpoint(base, folder).tensor(f"{HEAD}.weight").any()
+
+
+def test_lengths_that_are_too_few_are_refused(tmp_path: Path, base: Checkpoint) -> None:
+    tensors = pair(V) | {f"{PREFIX}{V}.lora_magnitude_vector": torch.ones(32)}
+    with pytest.raises(CheckpointError, match=r"is \[32\], expected is one number for each of the 16"):
+        AdaptedCheckpoint(base, adapter(tmp_path / "lora", tensors, use_dora=True))
+
+
+def test_the_hash_of_an_adapter_without_dora_is_that_of_earlier_versions(
+    tmp_path: Path, base: Checkpoint
+) -> None:
+    """A study knows its parents by it."""
+    folder = adapter(tmp_path / "lora", pair(Q))
+    names = [f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"]
+    changes = [[f"{Q}.weight", None, *names, 2.0, False]]
+    digest = hashlib.sha256((base.content_hash() + json.dumps(changes)).encode())
+    digest.update(hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).digest())
+    assert AdaptedCheckpoint(base, folder).content_hash() == digest.hexdigest()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora"),
+    "dora without magnitudes": ({"use_dora": True}, "without its lora_magnitude_vector"),
     "parameters": ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
@@ -313,7 +447,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused(name: str, base: Checkpoin
 STRAY: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "unknown module": (pair("model.layers.9.self_attn.q_proj", shape=(32, 32)), "matches no tensor of base"),
     "unknown whole": ({PREFIX + "score.weight": noise(2, 32)}, "matches no tensor of base"),
-    "magnitude": (pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": noise(32)}, "matches no tensor of base"),
+    "magnitude": (pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": noise(32)}, "does not set use_dora"),
     "A alone": ({f"{PREFIX}{Q}.lora_A.weight": noise(4, 32)}, "without its 'lora_B.weight'"),
     "B alone": ({f"{PREFIX}{Q}.lora_B.weight": noise(32, 4)}, "matches no tensor of base"),
     "ranks differ": ({f"{PREFIX}{Q}.lora_A.weight": noise(4, 32), f"{PREFIX}{Q}.lora_B.weight": noise(32, 3)},

@@ -33,11 +33,21 @@ LLAMA: dict[str, dict[str, Any]] = {
     "square-flag": {"target_modules": ["q_proj", "o_proj"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
     "gaussian": {"target_modules": ["gate_proj"], "r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian",
         "layers_to_transform": [1, 3]},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 8, "use_dora": True},
+    "dora-outer": {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4, "lora_alpha": 6,
+        "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
 }  # fmt: skip
 GPT2: dict[str, dict[str, Any]] = {
     "conv": {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
     "conv-flag-forgotten": {"target_modules": ["attn.c_proj", "wte"], "r": 4, "lora_alpha": 8},
     "conv-bias": {"target_modules": ["attn.c_attn"], "r": 4, "lora_alpha": 8, "bias": "lora_only"},
+    "conv-dora": {
+        "target_modules": ["attn.c_attn", "attn.c_proj"],
+        "r": 4,
+        "lora_alpha": 8,
+        "fan_in_fan_out": True,
+        "use_dora": True,
+    },
     "conv-bias-all": {"target_modules": ["attn.c_attn"], "r": 4, "lora_alpha": 8, "bias": "all"},
 }
 DRIVER = """
