@@ -15,6 +15,7 @@ from evomerge.config import Config, loading, locations
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES
 from evomerge.evaluation.budgets import budgets_of
+from evomerge.evaluation.inference import verification_cache
 from evomerge.evaluation.task_set import items_digest
 from evomerge.launch.objective import task_terms
 from evomerge.launch.opening import LoadedSearch, backends, device_name
@@ -70,6 +71,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         objective=score_check.objective_facts(opened.objective),
         files={key: paths for key, paths in locations.files(settings).items() if paths and key != "reuse"},
         versions=_versions(),
+        verifications=(stored.verifications if stored else {}) or verification_cache.known(),
     )
 
 

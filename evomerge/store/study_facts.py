@@ -103,6 +103,9 @@ class StudyFacts:
         objective: What the search maximizes, see `evomerge.store.score_check.objective_facts`; empty where
             not stored. It follows from the settings, which are compared.
         versions: Package -> version.
+        verifications: Which optimizations of scoring were found to give a model's own numbers when the study
+            began, see `evomerge.evaluation.inference.verification_cache`; it goes on with these. Empty where
+            not stored.
         extra: Keys that this version does not know, as stored.
     """
 
@@ -126,6 +129,7 @@ class StudyFacts:
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    verifications: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -178,6 +182,7 @@ class StudyFacts:
             "versions": dict(self.versions),
             **({"files": {key: list(paths) for key, paths in self.files.items()}} if self.files else {}),
             **({"objective": dict(self.objective)} if self.objective else {}),
+            **({"verifications": dict(self.verifications)} if self.verifications else {}),
             **({"searched": list(self.searched)} if self.searched else {}),
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
@@ -204,6 +209,7 @@ class StudyFacts:
         for facts in (before, now):
             facts.pop("files", None)
             facts.pop("objective", None)
+            facts.pop("verifications", None)
             for parent in facts["parents"].values():
                 if parent["sha256"]:
                     del parent["path"], parent["revision"]

@@ -343,7 +343,9 @@ def outcomes(name: str, dtypes: Sequence[torch.dtype] = (torch.float32,), seed: 
             note(technique, dtype, verdicts[technique], truth(model, technique, asked, wanted))
         given = prompts(seed)
         with RowHead(model) as head:
-            verdicts = probe_decoders(model, head, span=max(map(len, given)) + NEW_TOKENS, pad_id=PAD)
+            verdicts = probe_decoders(
+                model, head, span=max(map(len, given)) + NEW_TOKENS, pad_id=PAD, every=True
+            )
         texts = decoded(model, given)
         for decoder in DECODERS[:-1]:
             some = slice(6 if decoder in ("single", "whole") else None)  # a row at a time is slow

@@ -22,7 +22,12 @@ from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.target_logprobs import Rounding
 from evomerge.evaluation.lm_harness import gradients
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND, find_backend
-from evomerge.evaluation.lm_harness.backends.base import Backend, DifferentiableBackend, RetainingBackend
+from evomerge.evaluation.lm_harness.backends.base import (
+    Backend,
+    DifferentiableBackend,
+    RetainingBackend,
+    SpanningBackend,
+)
 from evomerge.evaluation.lm_harness.backends.hflm import make_hflm
 from evomerge.evaluation.lm_harness.groups import Group, add_group_metrics
 from evomerge.evaluation.lm_harness.items import ItemRules
@@ -40,7 +45,7 @@ from evomerge.evaluation.lm_harness.results import (
     soft_scores,
 )
 from evomerge.evaluation.lm_harness.samples import Sample, example, sample
-from evomerge.evaluation.lm_harness.task_loading import LoadedTask, TaskSpec, load
+from evomerge.evaluation.lm_harness.task_loading import LoadedTask, TaskSpec, load, longest_request
 from evomerge.evaluation.lm_harness.truncation import truncation_warnings
 from evomerge.evaluation.records import (
     GOLD,
@@ -112,9 +117,7 @@ class LmHarness:
         }
         for loaded in self.tasks.values():
             cache_document_rendering(loaded.task)
-        self._models = LiveModels(
-            lambda model: self._backend_entry.load()(model, self.tokenizer, self.batch_size)
-        )
+        self._models = LiveModels(self._open_backend)
 
     # ---- what the tasks are --------------------------------------------------------------------------------
 
@@ -394,6 +397,14 @@ class LmHarness:
             state.keep(key, PreparedItems(rows, requests, state.backend.prepare(requests)))
         state.prepared.move_to_end(key)
         return state.backend, state.prepared[key]
+
+    def _open_backend(self, model: nn.Module) -> Backend:
+        """A backend that knows how long requests become: its plans must not depend on which come first."""
+        backend = self._backend_entry.load()(model, self.tokenizer, self.batch_size)
+        if isinstance(backend, SpanningBackend):
+            longest = [longest_request(loaded) for loaded in self.tasks.values()]
+            backend.expect([request for request in longest if request is not None])
+        return backend
 
     def _row(self, name: str, item: str) -> Row:
         requests = self.tasks[name].requests[item]

@@ -194,6 +194,23 @@ def _check_once(name: str, entry: str, entries: dict[str, str]) -> None:
     raise TaskError(f"task '{name}' is {place}; list it once")
 
 
+def longest_request(loaded: LoadedTask) -> Any | None:
+    """Finds the longest request of a task, by characters, among the items of all roles.
+
+    Args:
+        loaded: The task.
+
+    Returns:
+        lm-eval's `Instance`; None for a task without requests of text.
+    """
+    requests = (request for of_item in loaded.requests.values() for request in of_item)
+    return max(requests, key=_characters, default=None)
+
+
+def _characters(request: Any) -> int:
+    return sum(len(part) for part in request.args if isinstance(part, str))
+
+
 # ---- groups ------------------------------------------------------------------------------------------------
 
 

@@ -112,7 +112,7 @@ def our_texts(
 def test_the_probe_allows_what_is_right_and_what_it_allows_gives_the_tokens_of_generate(name: str) -> None:
     model = build(name)
     with RowHead(model) as head:
-        verdicts = probe_decoders(model, head, span=SPAN, pad_id=PAD)
+        verdicts = probe_decoders(model, head, span=SPAN, pad_id=PAD, every=True)
         assert {key for key, verdict in verdicts.items() if verdict.allowed} == ALLOWED[name], verdicts
         asked = (
             prompts()[1:] if name == "recurrent_gemma" else prompts()

@@ -157,6 +157,19 @@ class ShrinkableBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class SpanningBackend(Protocol):
+    """A backend whose plans depend on how long requests become."""
+
+    def expect(self, requests: Sequence[Any]) -> None:
+        """Takes note of the longest requests that will come, so that it need not find out one by one.
+
+        Args:
+            requests: lm-eval's `Instance` objects, the longest of each task.
+        """
+        ...
+
+
 class BackendFactory(Protocol):
     """What a line of the registry names: a callable that wraps a live model."""
 

@@ -8,6 +8,7 @@ What our inference cannot honour exactly (sampling, beams) goes to HFLM on the s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -34,6 +35,7 @@ from evomerge.evaluation.inference.loglikelihood_probe import probe
 from evomerge.evaluation.inference.requests import Request, Verification
 from evomerge.evaluation.inference.selected_logits import device_of
 from evomerge.evaluation.inference.target_logprobs import Rounding
+from evomerge.evaluation.inference.verification_cache import span_bucket, verified
 from evomerge.evaluation.lm_harness.backends.base import Answers
 from evomerge.evaluation.lm_harness.backends.hflm import answer_by_hflm, make_hflm
 from evomerge.evaluation.lm_harness.tokenization import RequestTokenizer
@@ -168,11 +170,11 @@ class CompiledBackend:
         lengths += [len(ids) + group.max_new for group in prompts for ids in group.ids]
         if not lengths:
             return prepared
-        engine = self._verified_engine(max(lengths))
+        self._expect_span(max(lengths))
         if scored:
-            prepared.plan = engine.compile(scored)
+            prepared.plan = self._verified_engine().compile(scored)
         if prompts:
-            generator = self._verified_generator(engine)
+            generator = self._verified_generator()
             for group in prompts:
                 plan = generator.compile(group.ids, group.until, group.max_new, group.settings)
                 prepared.generations.append(_Generation(plan, group.numbers, group.until))
@@ -261,16 +263,39 @@ class CompiledBackend:
 
     # ---- verified inference, for requests of a length ------------------------------------------------------
 
-    def _verified_engine(self, span: int) -> Engine:
-        """The engine, verified anew where requests are longer than all before."""
+    def expect(self, requests: Sequence[Any]) -> None:
+        """See `SpanningBackend.expect`."""
+        spans = [self._span]
+        for request in requests:
+            with contextlib.suppress(CandidateError):  # which is raised again where the request is asked
+                spans.append(self._length(request))
+        self._expect_span(max(spans))
+
+    def _length(self, request: Any) -> int:
+        """Tokens of a request with its answer; -1 where HFLM answers."""
+        if request.request_type in ("loglikelihood", "loglikelihood_rolling"):
+            pieces = self._tokenize(request)
+            return max(len(piece.context) + len(piece.continuation) for piece in pieces)
+        if request.request_type != "generate_until" or self._unsupported_reason(request) is not None:
+            return -1
+        group = self._prompts([request], [0])
+        return len(group.ids[0]) + group.max_new
+
+    def _expect_span(self, span: int) -> None:
+        """Has optimizations verified anew where requests are longer than all before."""
         if span > self._span:
-            self._span = min(self.lm.max_length, max(span, 2 * self._span))
-            self._verifications = probe(
-                self.model, span=self._span, max_length=self.lm.max_length, pad_id=self.pad_id
-            )
-            self._decoders = {}
-            _log_verifications("optimizations", self._verifications)
+            self._span = min(self.lm.max_length, span_bucket(span))
+            self._verifications, self._decoders = {}, {}
+
+    def _verified_engine(self) -> Engine:
+        """The engine with the optimizations that are allowed at this length."""
         engine = self._opened_engine()
+        if not self._verifications:
+
+            def measure() -> dict[str, Verification]:
+                return probe(self.model, span=self._span, max_length=self.lm.max_length, pad_id=self.pad_id)
+
+            self._verifications = self._verified("optimizations", measure)
         engine.verifications = self._verifications
         return engine
 
@@ -280,11 +305,15 @@ class CompiledBackend:
             self._engine = Engine(self.model, pad_id=self.pad_id, budgets=self._budgets)
         return self._engine
 
-    def _verified_generator(self, engine: Engine) -> Generator:
+    def _verified_generator(self) -> Generator:
         """The generator with the fastest decoder that is allowed."""
+        engine = self._opened_engine()
         if self._generator is None or not self._decoders:
-            self._decoders = probe_decoders(self.model, engine.head, span=self._span, pad_id=self.pad_id)
-            _log_verifications("decoders", self._decoders)
+
+            def measure() -> dict[str, Verification]:
+                return probe_decoders(self.model, engine.head, span=self._span, pad_id=self.pad_id)
+
+            self._decoders = self._verified("decoders", measure)
             rules = TextRules(self.tokenizer, self.lm.max_length, self.pad_id, self._eos_ids())
             self._generator = Generator(
                 self.model,
@@ -296,6 +325,13 @@ class CompiledBackend:
                 budgets=self._budgets,
             )
         return self._generator
+
+    def _verified(self, kind: str, measure: Callable[[], dict[str, Verification]]) -> dict[str, Verification]:
+        """Verifies optimizations where neither this process, its study nor this machine has done so."""
+        settings = {"pad_id": self.pad_id, "max_length": self.lm.max_length}
+        verifications = verified(kind, self.model, self._span, settings, measure)
+        _log_verifications(kind, verifications)
+        return verifications
 
     def _eos_ids(self) -> frozenset[int]:
         """Ids that end a generation.
