@@ -152,9 +152,9 @@ class EvaluationConfig(Strict):
     """Most items of each task for the final score; all unless given."""
     search: Whole | None = Field(default=None, ge=1)
     """Most items of each task that generations take theirs from; all unless given."""
-    splits: Literal["declared", "hash", "hash-train"] = "hash"
-    """Which items have which role: the task's own splits, or by hash, see
-    `lm_harness.task_loading.TaskSpec`."""
+    splits: Literal["declared", "hash", "hash-train", "validation"] = "hash"
+    """Which items have which role: the task's own splits, by hash, or the search on validation items and the
+    test on test items; see `lm_harness.task_loading.TaskSpec`."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """What happens to an item in two declared splits: an error, or it is kept in the later role only."""
     allow_benchmark_test: bool = False

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,9 @@ from evomerge.errors import TaskError
 from evomerge.evaluation.contamination import NGRAM
 from evomerge.evaluation.records import ROLES, Role, role_of_hash
 
-Splits = Literal["declared", "hash", "hash-train"]
-"""How a task's documents become items; see `TaskSpec.splits`."""
 _PRECEDENCE: tuple[Role, ...] = ("test", "validation", "search")
 """Which role keeps an item of several roles: what is tested was not searched."""
+_SEARCHED = 0.6  # of the items that search and validation share
 _NAMED = 3  # items that a sentence names
 
 
@@ -81,49 +81,20 @@ def item_id(doc: Any) -> str:
     return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def split_documents(task: Any, name: str, splits: Splits) -> dict[Role, list[Any]] | list[Any]:
-    """Reads a task's documents.
-
-    Args:
-        task: lm-eval's task.
-        name: Its name, for errors.
-        splits: Which documents, see `TaskSpec.splits`.
-
-    Returns:
-        The documents of each role as the task declares them, or those of one split, to be assigned by hash.
-
-    Raises:
-        TaskError: A role has no documents.
-    """
-    if splits == "hash":
-        return list(task.eval_docs)
-    if splits == "hash-train":
-        if not task.has_training_docs():
-            raise TaskError(
-                f"task '{name}' has no training documents to deal; use splits: hash or another task"
-            )
-        return list(task.training_docs())
-    declared = {
-        "search": task.has_training_docs() and task.training_docs(),
-        "validation": task.has_validation_docs() and task.validation_docs(),
-        "test": task.has_test_docs() and task.test_docs(),
-    }
-    missing = [role for role, docs in declared.items() if not docs]
-    if missing:
-        raise TaskError(f"task '{name}' declares no documents for {', '.join(missing)}; use splits: hash")
-    return {role: list(declared[role]) for role in ROLES}
-
-
 def assign_roles(
     name: str,
-    documents: Mapping[Role, Sequence[TaskDocument]] | Sequence[TaskDocument],
+    dealt: Sequence[TaskDocument] | None,
+    declared: Mapping[Role, Sequence[TaskDocument]],
     chosen: Mapping[Role, Sequence[int | str]],
 ) -> dict[Role, list[TaskDocument]]:
     """Assigns documents to roles.
 
     Args:
         name: Name of the task, for errors.
-        documents: By role where splits are declared; else a list, which is assigned by hash.
+        dealt: Documents that are assigned by hash to the roles without documents of their own: 6, 2 and 2
+            tenths; where the test has documents, those with the smallest ids to the search, 6 tenths, and the
+            others to validation, so that a few documents leave neither empty. None for none.
+        declared: Documents of roles.
         chosen: Role -> numbers or ids of exactly its documents, in place of the declared or hashed ones.
 
     Returns:
@@ -132,28 +103,38 @@ def assign_roles(
     Raises:
         TaskError: A choice is empty, unknown, or in two roles.
     """
-    if isinstance(documents, Mapping):
-        return {
-            role: _choose(name, role, documents[role], chosen[role])
-            if role in chosen
-            else list(documents[role])
-            for role in ROLES
-        }
-    by_choice = {role: _choose(name, role, documents, chosen[role]) for role in ROLES if role in chosen}
+    pools = {role: declared.get(role, dealt or ()) for role in ROLES}
+    by_choice = {role: _choose(name, role, pools[role], chosen[role]) for role in ROLES if role in chosen}
     taken: dict[str, Role] = {}
     for role, rows in by_choice.items():
-        for row in rows:
+        for row in rows if role not in declared else ():
             if taken.setdefault(row.item, role) != role:
                 raise TaskError(
                     f"task '{name}': item {row.item} is listed for {taken[row.item]} and for {role}; "
                     "list it once"
                 )
-    return {
-        role: by_choice[role]
-        if role in by_choice
-        else [row for row in documents if row.item not in taken and role_of_hash(row.item) == role]
-        for role in ROLES
-    }
+
+    of_hash = _dealt_to_two(dealt or (), taken) if declared else role_of_hash
+    assigned: dict[Role, list[TaskDocument]] = {}
+    for role in ROLES:
+        if role in by_choice:
+            assigned[role] = by_choice[role]
+        elif role in declared:
+            assigned[role] = list(declared[role])
+        else:
+            assigned[role] = [r for r in pools[role] if r.item not in taken and of_hash(r.item) == role]
+    return assigned
+
+
+def _dealt_to_two(documents: Sequence[TaskDocument], taken: Mapping[str, Role]) -> Callable[[str], Role]:
+    """Item -> search or validation, by the order of ids, which are hashes."""
+    items = sorted({document.item for document in documents} - set(taken))
+    searched = set(items[: min(len(items) - 1, math.ceil(_SEARCHED * len(items)))])
+
+    def role(item: str) -> Role:
+        return "search" if item in searched else "validation"
+
+    return role
 
 
 def remove_duplicates(

@@ -138,7 +138,7 @@ def never_its_own_example(task: Any, split: str | None) -> Iterator[None]:
     fewshot = getattr(task, "fewshot_cfg", None)
     scored = None if split is None else getattr(task.config, split, None)
     shots = task.config.num_fewshot or 0
-    if fewshot is None or scored is None or not shots or not _drawn_from(fewshot, split, scored):
+    if fewshot is None or scored is None or not shots or not _drawn_from(task, split, scored):
         yield
         return
     before = task.config.test_split
@@ -149,11 +149,16 @@ def never_its_own_example(task: Any, split: str | None) -> Iterator[None]:
         task.config.test_split = before
 
 
-def _drawn_from(fewshot: Any, split: str | None, scored: str) -> bool:
+def _drawn_from(task: Any, split: str | None, scored: str) -> bool:
     """Whether few-shot examples are drawn from the split that is scored."""
+    fewshot = task.fewshot_cfg
     if fewshot.samples is not None:
         return False
-    return bool(fewshot.split == scored or (fewshot.split is None and split == "training_split"))
+    if fewshot.split is not None:
+        return bool(fewshot.split == scored)
+    # lm-eval's rule where none is named
+    is_validation = split == "validation_split" and not task.has_training_docs()
+    return split == "training_split" or is_validation
 
 
 def cache_document_rendering(task: Any) -> None:

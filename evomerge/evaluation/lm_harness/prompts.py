@@ -16,8 +16,9 @@ import jinja2
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.lm_harness import chat_rendering
-from evomerge.evaluation.lm_harness.items import Splits, TaskDocument, item_id, split_documents
+from evomerge.evaluation.lm_harness.items import TaskDocument, item_id
 from evomerge.evaluation.lm_harness.lm_eval_patches import never_its_own_example, rendered_once
+from evomerge.evaluation.lm_harness.splits import Splits, dealt_setting, split_documents
 from evomerge.evaluation.records import Role
 
 _SEED = 1234  # lm-eval's own, for each run over a split
@@ -42,7 +43,7 @@ class Prompting:
 
 def build_requests(
     task: Any, name: str, splits: Splits, prompting: Prompting
-) -> dict[Role, list[TaskDocument]] | list[TaskDocument]:
+) -> tuple[list[TaskDocument] | None, dict[Role, list[TaskDocument]]]:
     """Builds the requests of every document of a task.
 
     Args:
@@ -52,23 +53,22 @@ def build_requests(
         prompting: How prompts are made.
 
     Returns:
-        Documents with requests: by role where splits are declared, else in one list, to be assigned by hash.
+        Documents with requests: those to be dealt by hash, None for none, and those of roles.
     """
-    docs = split_documents(task, name, splits)
-    if isinstance(docs, list):
-        own = "training_split" if splits == "hash-train" else None
-        with never_its_own_example(task, own), rendered_once(task):
-            return _documents(task, name, docs, prompting)
+    dealt, of_roles = split_documents(task, splits)
     settings: dict[Role, str | None] = {
         "search": "training_split",
         "validation": "validation_split",
         "test": None,
     }
     documents = {}
-    for role, of_role in docs.items():
+    for role, of_role in of_roles.items():
         with never_its_own_example(task, settings[role]), rendered_once(task):
             documents[role] = _documents(task, name, of_role, prompting)
-    return documents
+    if dealt is None:
+        return None, documents
+    with never_its_own_example(task, dealt_setting(splits)), rendered_once(task):
+        return _documents(task, name, dealt, prompting), documents
 
 
 def _documents(task: Any, name: str, docs: Sequence[Any], prompting: Prompting) -> list[TaskDocument]:

@@ -13,10 +13,11 @@ from typing import Any
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.contamination import find_overlaps, read_documents
 from evomerge.evaluation.lm_harness import items as item_sets
-from evomerge.evaluation.lm_harness import sandbox
+from evomerge.evaluation.lm_harness import sandbox, splits
 from evomerge.evaluation.lm_harness.groups import Group, GroupMetric, choose_group_metric
-from evomerge.evaluation.lm_harness.items import ItemRules, Splits, TaskDocument
+from evomerge.evaluation.lm_harness.items import ItemRules, TaskDocument
 from evomerge.evaluation.lm_harness.prompts import Prompting, build_requests
+from evomerge.evaluation.lm_harness.splits import Splits
 from evomerge.evaluation.lm_harness.task_catalogue import TaskCatalogue
 from evomerge.evaluation.records import ROLES, Role
 
@@ -37,7 +38,8 @@ class TaskSpec:
         num_fewshot: Number of few-shot examples; None for the task's own.
         splits: 'declared' takes the task's training, validation and test documents for the roles; 'hash'
             assigns the documents that lm-eval would score (test, else validation) to the roles by hash: 6, 2
-            and 2 tenths; 'hash-train' assigns the training documents.
+            and 2 tenths; 'hash-train' assigns the training documents; 'validation' takes the test documents
+            for the test and assigns the validation documents to search and validation, 6 and 4 tenths.
         soft: Whether to compute soft metrics of generated texts too, which costs one more request an item.
         items: Role -> numbers or ids of exactly its documents.
         higher_is_better: Direction of a metric that says none of its own; None where the user says none.
@@ -281,13 +283,13 @@ def _load_task(
 ) -> tuple[LoadedTask, _Documents]:
     """(a task without items yet, the documents of each role)."""
     sandbox.check_task(spec.task, task)
-    if benchmark and spec.splits == "hash" and not rules.allow_benchmark_test:
-        raise TaskError(_benchmark_refusal(spec.task, task))
+    is_benchmark = benchmark and not rules.allow_benchmark_test
+    splits.check(task, spec.task, spec.splits, is_benchmark=is_benchmark)
     warnings = _set_fewshot(spec, task)
     metric, filter_name = _choose_metric(spec, task)
     higher_is_better = _direction(spec, task, metric)
-    documents = build_requests(task, spec.task, spec.splits, prompting)
-    roles = item_sets.assign_roles(spec.task, documents, spec.items or {})
+    dealt, declared = build_requests(task, spec.task, spec.splits, prompting)
+    roles = item_sets.assign_roles(spec.task, dealt, declared, spec.items or {})
     refuse = spec.splits == "declared" and rules.duplicates == "refuse"
     roles, duplicates = item_sets.remove_duplicates(spec.task, roles, refuse=refuse)
     warnings += duplicates
@@ -339,20 +341,6 @@ def _direction(spec: TaskSpec, task: Any, metric: str) -> bool:
 
 def _filter_names(task: Any) -> list[str]:
     return [ensemble.name for ensemble in task._filters]
-
-
-def _benchmark_refusal(name: str, task: Any) -> str:
-    """Why a benchmark is not searched on, and what to do instead."""
-    split = "test" if task.has_test_docs() else "validation"
-    instead = "it has no training items, so take another task for the search"
-    if task.has_training_docs():
-        instead = "write splits: hash-train, which deals its training items, or splits: declared"
-    return (
-        f"task '{name}' is lm-eval's: with splits: hash the search would optimise on the benchmark's "
-        f"own {split} "
-        f"items, and its score there would mean nothing any more; {instead}, or accept that with "
-        "evaluation.allow_benchmark_test: true"
-    )
 
 
 # ---- items -------------------------------------------------------------------------------------------------

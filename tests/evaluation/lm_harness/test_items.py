@@ -268,7 +268,7 @@ def test_a_benchmark_is_not_searched_on_unasked(
     (tmp_path / "own").mkdir()
     write_group(tmp_path / "own", "mine", task=["bench"])
     which = "test" if "test" in docs else "validation"
-    instead = "hash-train" if "search" in docs else "no training items"
+    instead = "hash-train" if "search" in docs else "take another task"
     for name in ("bench", "benches", "mine"):
         with pytest.raises(
             TaskError,
