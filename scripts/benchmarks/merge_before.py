@@ -69,6 +69,11 @@ torch.set_num_threads(threads)
 parents = {name: Checkpoint(folder / name) for name in ("base", "one", "two", "three")}
 model = load_base(parents["base"], "bfloat16")
 layers = parents["base"].layout.num_layers
+try:
+    from evomerge.merging.parent_placement import keep_small
+    parents = keep_small(parents, "base")  # as a worker does
+except ImportError:
+    pass
 for parent in parents.values():  # into the page cache
     for name in parent.tensors:
         parent.tensor(name).view(torch.int16).sum()

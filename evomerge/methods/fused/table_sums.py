@@ -45,7 +45,7 @@ def write_sums(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None 
         ValueError: The numbers are of other rows or sources, or want ranks that the table has not.
     """
     _check(table, numbers)
-    if triton_kernels.fits_table(table, numbers.form):
+    if triton_kernels.fits_table(table):
         return triton_kernels.write_table(table, numbers, units)
     if units is not None:
         numbers = _rescaled(table, numbers, units)

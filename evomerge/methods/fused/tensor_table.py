@@ -142,12 +142,13 @@ class TensorTable:
 
     def rank_addresses(self) -> Tensor:
         """[rows, width] int64 on the device: addresses of ranks, or of the output where there are none."""
-        ranks = self.ranks or [[None] * self.width] * self.rows
-        rows = [
-            [(out if t is None else t).data_ptr() for t in row]
-            for out, row in zip(self.outs, ranks, strict=True)
-        ]
-        return self._cached("ranks", lambda: rows)
+
+        def addresses() -> list[list[int]]:
+            ranks = self.ranks or [[None] * self.width] * self.rows
+            rows = zip(self.outs, ranks, strict=True)
+            return [[(out if t is None else t).data_ptr() for t in row] for out, row in rows]
+
+        return self._cached("ranks", addresses)
 
     def lacks_ranks(self) -> Array:
         """[rows, width] bool: where there are no ranks."""

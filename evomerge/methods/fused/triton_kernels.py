@@ -65,21 +65,20 @@ def fits(tensors: Sequence[Tensor | None], summands: Sequence[Summand] = ()) -> 
         len(there) <= MOST_SOURCES + 2
         and all(_is_readable(t) for t in there)
         and _takes_masks(summands)
-        and all(_runs_on(device) for device in {t.device for t in there})
+        and all(runs_on(device) for device in {t.device for t in there})
     )
 
 
-def fits_table(table: TensorTable, form: SumForm) -> bool:
+def fits_table(table: TensorTable) -> bool:
     """Whether `write_table` takes a table.
 
     Args:
         table: Its rows.
-        form: How they are summed; any.
 
     Returns:
         True where every row gets the reference's bits.
     """
-    return table.width <= MOST_SOURCES and _runs_on(table.device)
+    return table.width <= MOST_SOURCES and runs_on(table.device)
 
 
 def write_table(table: TensorTable, numbers: LaunchNumbers, units: Tensor | None = None) -> Tensor:
@@ -217,18 +216,6 @@ def top_k_sums(
     return norms
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on a device, so that a table is merged in one launch.
-
-    Args:
-        device: Any.
-
-    Returns:
-        True for a CUDA device that is new enough; for the CPU under Triton's interpreter.
-    """
-    return _runs_on(device)
-
-
 @functools.cache
 def is_available() -> bool:
     """Whether Triton is there, not too old, and wanted; AMD's is untried."""
@@ -258,7 +245,15 @@ def is_interpreted() -> bool:
 
 
 @functools.cache
-def _runs_on(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device, so that a table is merged in one launch.
+
+    Args:
+        device: Any.
+
+    Returns:
+        True for a CUDA device that is new enough; for the CPU under Triton's interpreter.
+    """
     if not is_available():
         return False
     if device.type != "cuda":

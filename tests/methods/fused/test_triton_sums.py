@@ -53,7 +53,7 @@ def launched(rule, case, sums, out_dtype, is_padded=True):
     bases = None if rule is not None and rule.task_vector_sum.without_base else case.bases
     ranks = [[summand.ranks for summand in total.summands] for total in sums]
     table = TensorTable(outs, bases, case.sources, ranks=ranks, is_padded=is_padded)
-    assert triton_kernels.fits_table(table, LaunchNumbers.of(sums).form)
+    assert triton_kernels.fits_table(table)
     return outs, write_sums(table, LaunchNumbers.of(sums))
 
 
