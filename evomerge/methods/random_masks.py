@@ -6,11 +6,15 @@ two multiplications shared by all parents and one for each, cheap enough to run 
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Array = np.ndarray[Any, np.dtype[Any]]
 _WORD = 1 << 32
 
 
@@ -73,16 +77,19 @@ def bound(density: float) -> int:
     return min(1 << 31, math.ceil(density * _WORD) - (1 << 31))
 
 
-def grid_bounds(grid: int) -> list[int]:
+@functools.cache
+def grid_bounds(grid: int) -> Array:
     """The bounds of the densities 1/grid, 2/grid, ..., 1.
 
     Args:
         grid: How many.
 
     Returns:
-        [grid] numbers, ascending, the last 2**31.
+        [grid] int64, ascending, the last 2**31; read-only.
     """
-    return [*(bound(j / grid) for j in range(1, grid)), 1 << 31]
+    bounds = np.array([*(bound(j / grid) for j in range(1, grid)), 1 << 31], np.int64)
+    bounds.setflags(write=False)
+    return bounds
 
 
 def _signed(word: int) -> int:

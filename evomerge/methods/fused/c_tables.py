@@ -96,20 +96,23 @@ def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, g
     return total
 
 
-def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
+def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> float:
     """See `KernelBackend.rank_rows`: torch does ranks beyond 16 bits."""
     if out.dtype != torch.uint16:
-        torch_kernels.rank_rows(base, source, width, out)
-        return
+        return torch_kernels.rank_rows(base, source, width, out)
 
     ranks = ctypes.c_void_p(out.data_ptr())
     c_library.functions().use_large_pages(ranks, ctypes.c_int64(out.nbytes))
 
-    def piece(start: int, stop: int) -> None:
+    def piece(start: int, stop: int) -> Array:
+        top = np.zeros(1, np.uint32)
+        numbers = (*span(start, stop), ctypes.c_int64(width))
         pointers = (*c_library.pointer(base), *c_library.pointer(source))
-        _check(c_library.functions().rank_rows(*span(start, stop), ctypes.c_int64(width), *pointers, ranks))
+        _check(c_library.functions().rank_rows(*numbers, *pointers, ranks, address(top)))
+        return top
 
-    parallel_map(torch_kernels.whole_rows(base.numel(), width), piece)
+    tops = parallel_map(torch_kernels.whole_rows(base.numel(), width), piece)
+    return float(np.max(tops, axis=0).view(np.float32)[0]) if tops else 0.0
 
 
 @contextmanager

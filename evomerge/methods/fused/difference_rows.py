@@ -89,7 +89,7 @@ class DifferenceRows:
             [rows, sources] float64 sums of floor(unit * magnitude); NaN where no table has it.
         """
         norms = np.full(self.shape, np.nan)
-        grid = np.array(random_masks.grid_bounds(GRID), np.int64)
+        grid = random_masks.grid_bounds(GRID)
         at = np.minimum(np.searchsorted(grid, bounds), GRID - 1)
         hit = wanted & (grid[at] == bounds)
         if hit.any():

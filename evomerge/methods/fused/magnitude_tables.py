@@ -285,7 +285,8 @@ class MagnitudeTables:
         """
         if pair.id in self._ranks:
             return self._ranks[pair.id]
-        ranks = _ranks(pair)
+        ranks, top = _ranks(pair)
+        self._cached(pair, ("unit",), lambda: one_pass.exact_unit(top, pair.n))
         if self.build and pair.id is not None and ranks.nbytes <= self._ranks_bytes_left:
             self._ranks_bytes_left -= ranks.nbytes
             self._ranks[pair.id] = ranks
@@ -399,8 +400,9 @@ def _table_builders(threads: int) -> ThreadPoolExecutor:
 
 
 def _counts(pair: TensorPair) -> list[int]:
-    """The k of a table."""
-    return [top_count(j / GRID, pair.n) for j in range(1, GRID)]
+    """The k of a table: `top_count` of every density of the grid."""
+    counts: list[int] = np.maximum(1, (np.arange(1, GRID) / GRID * pair.n).astype(np.int64)).tolist()
+    return counts
 
 
 def _top_table(pair: TensorPair, counts: Sequence[int]) -> TopTable:
@@ -415,12 +417,12 @@ def _hash_table(pair: TensorPair, key: tuple[int, int], unit: float) -> tuple[Ar
     """(sums of floor(unit * magnitude) below each bound, the bounds), for every density of the grid."""
     base, source = pair.base.reshape(-1), pair.source.reshape(-1)
     sums = one_pass.backend_for([base, source]).hash_sums(base, source, key, unit, GRID)
-    return np.cumsum(sums), np.array(random_masks.grid_bounds(GRID), np.int64)
+    return np.cumsum(sums), random_masks.grid_bounds(GRID)
 
 
-def _ranks(pair: TensorPair) -> Tensor:
+def _ranks(pair: TensorPair) -> tuple[Tensor, float]:
+    """(ranks of a pair, its largest magnitude)."""
     dtype = torch.uint16 if pair.width <= 65536 else torch.int32
     out = torch.empty(pair.n, dtype=dtype, device=pair.base.device)
     base, source = pair.base.reshape(-1), pair.source.reshape(-1)
-    one_pass.backend_for([base, source]).rank_rows(base, source, pair.width, out)
-    return out
+    return out, one_pass.backend_for([base, source]).rank_rows(base, source, pair.width, out)

@@ -130,7 +130,7 @@ class KernelBackend(Protocol):
             [grid] float64.
         """
 
-    def rank_rows(self, base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
+    def rank_rows(self, base: Tensor, source: Tensor, width: int, out: Tensor) -> float:
         """Ranks of |x - base| within each row, ascending; of equal ones the first come first.
 
         Args:
@@ -138,6 +138,9 @@ class KernelBackend(Protocol):
             source: [n].
             width: Number of elements of a row; n is a multiple of it.
             out: [n] uint16, or int32 for rows of more than 65536 elements; written.
+
+        Returns:
+            The largest |x - base|, 0 for an empty tensor, as `largest` gives it.
         """
 
     def top_k_table(self, base: Tensor, source: Tensor, counts: Sequence[int]) -> tuple[Array, Array]:

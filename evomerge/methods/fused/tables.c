@@ -402,38 +402,49 @@ static void rank_long(
     for (int j = 0; j < n; j++) ranks[other[j] & 0xffff] = (uint16_t)high[other[j] >> (16 + digit)]++;
 }
 
-/* Ranks of bits[n], n < 65536, equal ones in order, by one count: an element's key is twice the number of its
-   upper bits above those of the least element, one more if its lower bits are not 0. Elements of an even key
-   are equal; those of odd keys are listed and sorted. Returns 0, with nothing done, where more than one of
-   eight is listed. keys: [n]; list: [n + 1]; counts: [COUNTED]. */
+/* Ranks of bits[n], n < 65536, equal ones in order, by one count: magnitudes are multiplied by a power of two
+   that leaves few whole numbers; an element's key is twice the whole part, one more if there is a fraction.
+   Elements of an even key are equal; those of odd keys are listed and sorted. most: the largest of bits.
+   Returns 0, with nothing done, where more than one of eight is listed or no such power is a number.
+   keys: [n]; list: [n + 1]; counts: [COUNTED]. */
 enum { COUNTED = 1 << 14 };
 
 static int rank_by_count(
-    const uint32_t *restrict bits, int n, uint16_t *restrict ranks, uint16_t *restrict keys,
+    const uint32_t *restrict bits, int n, uint32_t most, uint16_t *restrict ranks, uint16_t *restrict keys,
     uint64_t *restrict list, uint16_t *restrict counts
 ) {
-    uint32_t least = UINT32_MAX, most = 0;
-    for (int j = 0; j < n; j++) {
-        const uint32_t here = bits[j] - 1; /* 0 becomes the largest */
-        least = here < least ? here : least;
-        most = bits[j] > most ? bits[j] : most;
+    if (!most) {
+        for (int j = 0; j < n; j++) ranks[j] = (uint16_t)j;
+        return 1;
     }
-    least++;
-    const uint32_t room = n < 2048 ? COUNTED / 8 - 16 : COUNTED / 2 - 16;
-    int shift = 0, listed = 0;
-    while (most && (most >> shift) - (least >> shift) > room) shift++;
-    const uint32_t lowest = (least >> shift) - 1, lower = (1u << shift) - 1;
-    const int values = most ? (int)(2 * ((most >> shift) - lowest) + 2) : 2, groups = (values + 15) / 16;
+    const int exponent = (int)(most >> 23) - 127, power = (n < 2048 ? 10 : 12) - exponent;
+    if (exponent == 128 || power < -126 || power > 127) return 0;
+    const float unit = value_of((uint32_t)(power + 127) << 23);
+    const int values = 2 * (int)(value_of(most) * unit) + 2, groups = (values + 15) / 16;
+    int listed = 0;
     for (int j = 0; j < n; j++) {
-        const uint32_t key = 2 * ((bits[j] >> shift) - lowest) + ((bits[j] & lower) != 0);
-        keys[j] = (uint16_t)(bits[j] ? key : 0);
+        const float scaled = value_of(bits[j]) * unit;
+        const int32_t whole = (int32_t)scaled;
+        keys[j] = (uint16_t)(2 * whole + ((float)whole != scaled));
     }
     memset(counts, 0, (size_t)groups * 32);
-    for (int j = 0; j < n; j++) {
+    const int quarter = n / 4, rest = n - n % 4;
+    const uint16_t *second = keys + quarter, *third = second + quarter, *fourth = third + quarter;
+    for (int j = 0; j < quarter; j++) { /* neighbours are often equal: each would wait for the other's count */
         counts[keys[j]]++;
-        list[listed] = (uint64_t)j;
-        listed += keys[j] & 1;
+        counts[second[j]]++;
+        counts[third[j]]++;
+        counts[fourth[j]]++;
     }
+    for (int j = rest; j < n; j++) counts[keys[j]]++;
+    for (int j = 0; j < rest; j += 4) {
+        uint64_t odd;
+        memcpy(&odd, keys + j, 8);
+        for (odd &= 0x0001000100010001u; odd; odd &= odd - 1)
+            list[listed++] = (uint64_t)(j + __builtin_ctzll(odd) / 16);
+    }
+    for (int j = rest; j < n; j++)
+        if (keys[j] & 1) list[listed++] = (uint64_t)j;
     if (listed > n / 8) return 0;
     uint64_t place = 0; /* four counts at a time: a product with these ones sums those up to each */
     const uint64_t ones = 0x0001000100010001u;
@@ -480,10 +491,10 @@ int use_large_pages(void *buffer, int64_t bytes) {
 }
 
 /* Ranks of |x - base| within rows of `width` <= 65536 elements, ascending, equal ones in order. from, to:
-   multiples of width. Returns -1 without memory. */
+   multiples of width. top: bits of the largest magnitude; raised, never lowered. Returns -1 without memory. */
 int rank_rows(
     int64_t from, int64_t to, int64_t width, const void *base, int base_type, const void *x, int type,
-    uint16_t *ranks
+    uint16_t *ranks, uint32_t *top
 ) {
     enum { AGAIN = 16 }; /* rows after which counting is tried again where it did not do */
     uint32_t *bits = malloc((size_t)width * 4), *counts = malloc(COUNTED * 4);
@@ -494,10 +505,13 @@ int rank_rows(
     for (int64_t row = from; row < to; row += width) {
         for (int64_t at = row; at < row + width; at += BLOCK)
             magnitudes(bits + (at - row), base, base_type, x, type, at, block_at(at, row + width));
+        uint32_t most = 0;
+        for (int64_t j = 0; j < width; j++) most = bits[j] > most ? bits[j] : most;
+        *top = most > *top ? most : *top;
         if (skip > 0) {
             skip--;
         } else if (skip == 0) {
-            if (rank_by_count(bits, (int)width, ranks + row, keys, order, (uint16_t *)counts)) continue;
+            if (rank_by_count(bits, (int)width, most, ranks + row, keys, order, (uint16_t *)counts)) continue;
             skip = AGAIN;
         }
         const int few = width_of(shorten(bits, (int)width));

@@ -110,7 +110,7 @@ def projections(gradient: Tensor, base: Tensor | None, sources: Sequence[Tensor]
 
 def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, grid: int) -> Array:
     """See `KernelBackend.hash_sums`."""
-    bounds = np.array(random_masks.grid_bounds(grid), np.int64)
+    bounds = random_masks.grid_bounds(grid)
 
     def piece(start: int, stop: int) -> Array:
         hashes = random_masks.hashed(random_masks.mixed(start, stop, base.device), key)
@@ -124,17 +124,19 @@ def hash_sums(base: Tensor, source: Tensor, key: tuple[int, int], unit: float, g
     return total
 
 
-def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> None:
+def rank_rows(base: Tensor, source: Tensor, width: int, out: Tensor) -> float:
     """See `KernelBackend.rank_rows`: the inverse of a stable sort of each row."""
 
-    def piece(start: int, stop: int) -> None:
+    def piece(start: int, stop: int) -> Tensor:
         size = difference(base, source, start, stop).abs().reshape(-1, width)
         order = size.argsort(dim=1, stable=True)
         position = torch.arange(width, dtype=torch.int32, device=order.device).expand_as(order)
         ranks = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, position)
         out[start:stop] = ranks.reshape(-1).to(out.dtype)
+        return size.max()
 
-    parallel_map(whole_rows(base.numel(), width), piece)
+    tops = parallel_map(whole_rows(base.numel(), width), piece)
+    return float(torch.stack(tops).max()) if tops else 0.0
 
 
 def top_k_table(base: Tensor, source: Tensor, counts: Sequence[int]) -> tuple[Array, Array]:
