@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evomerge.evaluation import Evaluation, GradientRequest, Items, ItemScore
+from evomerge.evaluation.objective import Objective
 from evomerge.evaluation.rank_correlation import spearman
-from evomerge.evaluation.records import GOLD
+from evomerge.evaluation.records import GOLD, soft_metric_name
 from evomerge.recipes import Recipe
 from evomerge.search.generation_runner import GenerationRunner
 from evomerge.search.item_windows import ItemWindows
@@ -136,6 +137,26 @@ class AgreementCheck:
             )
             for task, found in pairs.items()
         }
+
+
+def sure_of_answers(opening: LearnedOpening, objective: Objective, trial: Trial) -> float | None:
+    """How likely a candidate finds the right answers of the search items.
+
+    Args:
+        opening: The stage that would begin at it.
+        objective: Of the study.
+        trial: The candidate.
+
+    Returns:
+        The mean over the tasks of the probability of the right answer, weighted as the objective weighs them;
+        None where a task has none, or labels of another model stand for its right answers.
+    """
+    sources = by_subtask(opening.labels, objective)
+    shares = {task: abs(share) for task, share in objective.shares().items() if share}
+    means = {task: trial.metrics.get(soft_metric_name(task, "probability")) for task in shares}
+    if any(mean is None or sources.get(task, GOLD) != GOLD for task, mean in means.items()):
+        return None
+    return math.fsum(share * (means[task] or 0.0) for task, share in shares.items())
 
 
 def _is_known(evaluation: Evaluation, task: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from evomerge.errors import ConfigError, FailureBudget, Paused, StudyError
 from evomerge.search import event_loop
-from evomerge.search.agreement import AgreementCheck
+from evomerge.search.agreement import AgreementCheck, sure_of_answers
 from evomerge.search.dispatch import Dispatch
 from evomerge.search.final_selection import FinalSelection, SearchedStage
 from evomerge.search.generation_runner import GenerationRunner, ProgressCounter
@@ -233,11 +233,18 @@ class Study:
     def _learn(
         self, stage: Stage, opening: LearnedOpening, start: StageStart, references: Sequence[Trial]
     ) -> SearchedStage:
-        """Runs a stage of gradient descent from the best trial that its space can hold."""
+        """Runs a stage of gradient descent from the best trial that its space can hold.
+
+        The best is the one with the highest mean probability of right answers where it is known of all: it is
+        what the stage climbs, and tells more than the metric does on few items.
+        """
         encoded = self._encoded(opening.space, start.known)
         genome, parents = opening.space.start, start.parents
         if encoded:
-            genome, parents = encoded[0][1], (encoded[0][0].id,)
+            sureness = [sure_of_answers(opening, self.plan.objective, trial) for trial, _ in encoded]
+            known = [mean for mean in sureness if mean is not None]
+            best = sureness.index(max(known)) if len(known) == len(encoded) else 0
+            genome, parents = encoded[best][1], (encoded[best][0].id,)
         descended = self._descend(opening, start, genome, parents)
         self._refuse_less(stage, start.number, descended.last)
         finalists = self._finals.learned_finalists(descended)

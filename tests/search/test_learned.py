@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evomerge.errors import FailureBudget
+from evomerge.evaluation import Evaluation, Items
+from evomerge.evaluation.records import mean_metrics
+from evomerge.recipes import Recipe
 from evomerge.store import Store
 from tests.support.learned_search import ITEMS, SHARD, STEPS, Learner, run, target, tensor_space
 from tests.support.toy import stored_rows
@@ -141,3 +145,32 @@ def test_rows_do_not_depend_on_the_order_in_which_shards_come(
 
     assert run(tmp_path / "trial" / "study.db", Backwards()) == "done"
     assert stored_rows(tmp_path / "trial" / "study.db") == whole[0]
+
+
+class UnsurePool(Learner):
+    """Gives right answers a probability that ranks recipes against the metric's order."""
+
+    def evaluate(self, recipe: Recipe, items: Items) -> Evaluation:
+        found = super().evaluate(recipe, items)
+        scores = tuple(replace(s, probability=1 - s.value, logprob=-1.0) for s in found.items)
+        metrics = {name: value for task in items for name, value in mean_metrics(task, [
+            score for score in scores if score.task == task
+        ]).items()}  # fmt: skip
+        return replace(found, items=scores, metrics=metrics)
+
+
+@pytest.mark.parametrize("pool", [Learner(), UnsurePool()], ids=["scores alone", "probabilities"])
+def test_a_descent_begins_where_right_answers_are_likeliest_not_where_few_items_score_best(
+    pool: Learner, tmp_path: Path
+) -> None:
+    file = tmp_path / "trial" / "study.db"
+    assert run(file, pool) == "done"
+    with Store.open(file) as store:
+        trials = store.trials()
+        space = tensor_space()
+        known = [t for t in trials if t.generation == 0 and space.encode(store.recipe(t.recipe_id))]
+    first = next(t for t in trials if t.origin == "learned")
+    scores = {t.id: t.score for t in known}
+    assert len(set(scores.values())) > 1
+    best = max if type(pool) is Learner else min  # the probabilities fall as scores rise
+    assert first.parents == (best(scores, key=lambda number: scores[number] or 0.0),)
