@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evomerge.cli.output import column_width
+
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 100  # columns of a prompt
 _LINES = 12  # lines of a prompt; the last ones are shown
@@ -26,7 +28,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
     lines = [
         f"{data['study']}: {space['method']} over {len(data['models'])} models, {size}",
         "",
-        *(_model_line(model) for model in data["models"]),
+        *_model_lines(data["models"]),
         "",
         *(["axes, each from its start:"] if axes else []),
         *(
@@ -48,22 +50,30 @@ def plan_text(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model_line(model: Mapping[str, Any]) -> str:
-    name = model["name"] + (" (base)" if model["base"] else "")
+def _model_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [model["name"] + (" (base)" if model["base"] else "") for model in models]
+    width = column_width(names, 24)
+    return [_model_line(f"{name:{width}}", model) for name, model in zip(names, models, strict=True)]
+
+
+def _model_line(name: str, model: Mapping[str, Any]) -> str:
     parameters = f"{_short(model['parameters'])} parameters"
     size = f"{parameters}, {model['dtype']}, {_short(model['bytes'])}B"
-    return f"  {name:24.24}{model['architecture']}, {model['layers']} layers, {size}, {model['path']}"
+    return f"  {name}{model['architecture']}, {model['layers']} layers, {size}, {model['path']}"
 
 
 def _task_lines(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     counts = f"{'search':>8}{'valid.':>8}{'test':>8}{'a generation':>14}"
-    lines = [f"{'task':28}{'metric':18}{'weight':>7}{counts}   soft scores"]
-    for t in tasks:
+    metrics = [t["metric"] if t["filter"] is None else f"{t['metric']}, {t['filter']}" for t in tasks]
+    wide = column_width([t["task"] for t in tasks], 28)
+    medium = column_width(metrics, 18)
+    lines = [f"{'task':{wide}}{'metric':{medium}}{'weight':>7}{counts}   soft scores"]
+    for t, metric in zip(tasks, metrics, strict=True):
         sizes = "".join(f"{t['items'][role]:>8}" for role in ("search", "validation", "test"))
         counts = f"{t['weight']:>7g}{sizes}{t['items_of_a_generation']:>14}"
         soft = ", ".join(t["soft"]) or "none"
         arrow = "" if t["higher_is_better"] else " (lower is better)"
-        lines.append(f"{t['task']:28.28}{t['metric']:18.18}{counts}   {soft}{arrow}")
+        lines.append(f"{t['task']:{wide}}{metric:{medium}}{counts}   {soft}{arrow}")
     return lines
 
 
@@ -151,13 +161,14 @@ def comparison_table(data: Mapping[str, Any], role: str) -> str:
         lines.append(f"{c['name']}: candidate {c['id']} of {c['study']}{label}")
     lines += [f"note: {note}" for note in data["notes"]]
     columns = "".join(f"{c['name'][:32]:>34}" for c in candidates[1:])
-    lines += ["", f"{'':24}{'items':>7}{first[:20]:>22}{columns}"]
-    for row in data["rows"]:
+    names = [row["task"] + ("" if row["higher_is_better"] else " ↓") for row in data["rows"]]
+    width = column_width(names, 24)
+    lines += ["", f"{'':{width}}{'items':>7}{first[:20]:>22}{columns}"]
+    for name, row in zip(names, data["rows"], strict=True):
         score, *others = row["scores"]
         cells = [_cell(other, d) for other, d in zip(others, row["differences"], strict=True)]
-        name = row["task"] + ("" if row["higher_is_better"] else " ↓")
         columns = "".join(f"{cell:>34}" for cell in cells)
-        lines.append(f"{name:24.24}{row['items']:>7}{_number(score):>22}{columns}")
+        lines.append(f"{name:{width}}{row['items']:>7}{_number(score):>22}{columns}")
     lines += ["", "p: two-sided, of the difference, corrected by Holm for all of this table"]
     for sample in data.get("samples", ()):
         lines += ["", *_sample_lines(sample)]

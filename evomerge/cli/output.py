@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from evomerge._escaping import printable
@@ -45,6 +46,19 @@ def tell(text: str) -> None:
         text: One line or several; signs that a terminal obeys are spelt out.
     """
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def column_width(names: Sequence[str], least: int) -> int:
+    """The width of a column that no name runs out of.
+
+    Args:
+        names: What stands in it.
+        least: Width of a column of short names.
+
+    Returns:
+        Number of characters, one of them free.
+    """
+    return max(least, *(len(name) + 1 for name in names), 0)
 
 
 def print_in_any_locale() -> None:

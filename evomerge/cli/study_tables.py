@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.cli.output import column_width
+
 NO_STUDIES = "no studies here; start one with: evomerge run CONFIG"
 
 
@@ -33,19 +35,28 @@ def study_table(data: Mapping[str, Any]) -> str:
     lines = [
         f"{data['study']}: {data['state']}, seed {data['seed']}, {evaluations}, "
         f"{data['failed']} failed, store {data['store']}",
+        *_metric_lines(data["metrics"]),
         "",
-        f"{'':34}{'search':>8}{'valid.':>8}{'test':>8}   lead of the best",
     ]
     rows = list(data["references"])
     if data["best"]:
         best = data["best"]
         rows.insert(0, best | {"label": f"best: {data['study']}/{best['id']} ({best['origin']})"})
-    for row in rows:
+    labels = [str(row["label"] or row["id"]) for row in rows]
+    width = column_width(labels, 34)
+    lines.append(f"{'':{width}}{'search':>8}{'valid.':>8}{'test':>8}   lead of the best")
+    for label, row in zip(labels, rows, strict=True):
         numbers = "".join(f"{_number(row.get(key)):>8}" for key in ("search", "validation", "test"))
         lead = f"   {row['lead']:+.3f} ± {row['lead_error']:.3f}" if "lead" in row else ""
         error = f"   {row['error']}" if row.get("error") else ""
-        lines.append(f"{row['label'] or row['id']!s:34.34}{numbers}{lead}{error}")
+        lines.append(f"{label:{width}}{numbers}{lead}{error}")
     return "\n".join([*lines, *_conclusions(data)])
+
+
+def _metric_lines(metrics: Mapping[str, str]) -> list[str]:
+    """What is scored of each task, where an answer is filtered: without that the metric's name says it."""
+    filtered = [f"{task} by {name}" for task, name in metrics.items() if ", " in name]
+    return [f"scored: {'; '.join(filtered)}"] if filtered else []
 
 
 def candidate_text(data: Mapping[str, Any]) -> str:

@@ -190,6 +190,10 @@ class PythonTasks:
         """See `TaskSet.metric`: the mean of the function's scores."""
         return f"mean of {self._functions[task].spec.function}"
 
+    def filter(self, task: str) -> str | None:
+        """See `TaskSet.filter`. None."""
+        return None
+
     def unit(self, task: str) -> str | None:
         """See `TaskSet.unit`. None: only the function knows."""
         return None

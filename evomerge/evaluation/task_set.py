@@ -57,6 +57,17 @@ class TaskSet(Evaluator, Protocol):
         """
         ...
 
+    def filter(self, task: str) -> str | None:
+        """Names the filter that takes an answer out of a generated text.
+
+        Args:
+            task: Name of a task or group.
+
+        Returns:
+            The filter's name; None where nothing is filtered, or not by one name.
+        """
+        ...
+
     def unit(self, task: str) -> str | None:
         """Names what a task's metric is counted in; metrics of one unit have a mean.
 
@@ -284,6 +295,10 @@ class CombinedTasks:
     def metric(self, task: str) -> str:
         """See `TaskSet.metric`."""
         return self._owner[task].metric(task)
+
+    def filter(self, task: str) -> str | None:
+        """See `TaskSet.filter`."""
+        return self._owner[task].filter(task)
 
     def unit(self, task: str) -> str | None:
         """See `TaskSet.unit`."""

@@ -197,6 +197,7 @@ def _task(
         "task": task,
         "tasks": subtasks if subtasks != [task] else [],
         "metric": harness.metric(task),
+        "filter": harness.filter(task),
         "higher_is_better": harness.sign(task) > 0,
         "mean_of_items": harness.is_mean(task),
         "soft": list(harness.soft_metrics(task)),

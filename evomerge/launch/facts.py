@@ -54,6 +54,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         # what an older version began knows of no sources, and goes on without
         sources={} if stored and not stored.sources else {**harness.sources(), **retained_sources(settings)},
         metrics={t.task: harness.metric(t.task) for t in settings.tasks},
+        filters={t.task: name for t in settings.tasks if (name := harness.filter(t.task)) is not None},
         terms=task_terms(settings, harness),
         backends={} if loaded.is_replaced else backends(harness, loaded.scorer.model),
         items={role: {task: len(ids) for task, ids in of.items()} for role, of in items.items()},

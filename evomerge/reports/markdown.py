@@ -107,7 +107,15 @@ def _overview(data: Mapping[str, Any]) -> list[str]:
         f"{data['failed']} failed evaluations. Search scores are on the items of the candidate's generation; "
         f"validation chose the winner. {uses[:1].upper()}{uses[1:]}.",
         "",
+        *_metrics(data["metrics"]),
     ]
+
+
+def _metrics(metrics: Mapping[str, str]) -> list[str]:
+    """What is scored of each task, and by which filter."""
+    if not metrics:
+        return []
+    return [f"Scored: {'; '.join(f'{task} by {name}' for task, name in metrics.items())}.", ""]
 
 
 def _flat_tasks(sentences: Sequence[str]) -> list[str]:

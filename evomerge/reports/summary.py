@@ -11,7 +11,7 @@ from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.reports.learned_stages import agreements, label_rows
 from evomerge.reports.route_text import depths, hops
 from evomerge.reports.stages import stage_rows
-from evomerge.store import Scored, Store, StudyRow, Trial
+from evomerge.store import Scored, Store, StudyFacts, StudyRow, Trial
 
 
 def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         at how many candidates somebody `looks` by hand. `retention`: by task and parent what the winner has
         lost, empty before the end. `stages`: see `evomerge.reports.stages.stage_rows`. `agreements`,
         `labels`: of learned stages, see `evomerge.reports.learned_stages`. `flat`: a sentence for each task
-        on which all parents score alike.
+        on which all parents score alike. `metrics`: of each task what is scored, by which filter.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -54,6 +54,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "store": store.check() if check else "not checked",
         "pareto": [trial.id for trial in _front(store)[1]],
         "flat": flat_tasks(store, trials),
+        "metrics": metric_names(study.facts),
         "test_items": _test_items(store, study),
         "retention": [] if study.outcome is None else list(study.outcome.retention),
         "agreements": agreements(study),
@@ -72,6 +73,22 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "best": _row(leader) if leader else None,
         "references": [_row(trial) for trial in trials if trial.generation == 0],
         "finalists": [],
+    }
+
+
+def metric_names(facts: StudyFacts) -> dict[str, str]:
+    """Names what is scored of each task.
+
+    Args:
+        facts: Of a study.
+
+    Returns:
+        Task -> its metric and, where a text is filtered, the filter: 'exact_match, strict-match'.
+    """
+    filters = facts.filters
+    return {
+        task: f"{metric}, {filters[task]}" if task in filters else metric
+        for task, metric in facts.metrics.items()
     }
 
 

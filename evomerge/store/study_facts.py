@@ -82,6 +82,8 @@ class StudyFacts:
         sources: Python task -> file or package -> hash or version of the code that it depends on; empty for a
             study of a version that did not store it.
         metrics: Task -> name of its metric.
+        filters: Task -> name of the filter that takes an answer out of a generated text; tasks without one
+            are left out. For people: the hash of a task holds it.
         terms: Task -> what its metric is; empty for a study of a version that did not store it.
         backends: Task -> what scores it: 'compiled', or 'lm-eval: ' and the reason.
         items: Role -> task -> number of items.
@@ -113,6 +115,7 @@ class StudyFacts:
     tasks: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
+    filters: Mapping[str, str] = field(default_factory=dict)
     terms: Mapping[str, TermFacts] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=dict)
     items: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -182,6 +185,7 @@ class StudyFacts:
             "versions": dict(self.versions),
             **({"files": {key: list(paths) for key, paths in self.files.items()}} if self.files else {}),
             **({"objective": dict(self.objective)} if self.objective else {}),
+            **({"filters": dict(self.filters)} if self.filters else {}),
             **({"verifications": dict(self.verifications)} if self.verifications else {}),
             **({"searched": list(self.searched)} if self.searched else {}),
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
@@ -207,9 +211,8 @@ class StudyFacts:
             for key in [key for key in CARD_FACTS if key not in before["scoring"]]:
                 now["scoring"].pop(key, None)
         for facts in (before, now):
-            facts.pop("files", None)
-            facts.pop("objective", None)
-            facts.pop("verifications", None)
+            for key in ("files", "objective", "verifications", "filters"):
+                facts.pop(key, None)
             for parent in facts["parents"].values():
                 if parent["sha256"]:
                     del parent["path"], parent["revision"]

@@ -133,6 +133,12 @@ class LmHarness:
         """See `TaskSet.metric`."""
         return self._task_or_group(task).metric
 
+    def filter(self, task: str) -> str | None:
+        """See `TaskSet.filter`. lm-eval calls 'none' what changes nothing."""
+        names = {self.tasks[subtask].filter for subtask, _ in self.subtasks(task)}
+        name = names.pop() if len(names) == 1 else "none"
+        return None if name == "none" else name
+
     def unit(self, task: str) -> str | None:
         """See `TaskSet.unit`: by lm-eval's own metrics and aggregations; None for those of a task's own."""
         units = {

@@ -83,6 +83,20 @@ def check_entry(name: str, index: Mapping[str, Any]) -> None:
                     raise TaskError(f"{_executes(task_name)} ({line})")
 
 
+def task_names(name: str, index: Mapping[str, Any]) -> list[str]:
+    """Lists the tasks of the index that a name stands for.
+
+    Args:
+        name: Name of a task, group or tag.
+        index: lm-eval's index, name -> entry.
+
+    Returns:
+        Names of tasks with an entry, each once.
+    """
+    names = (task_name for task_name, _, _ in _task_entries(name, index, ()))
+    return list(dict.fromkeys(task_name for task_name in names if task_name in index))
+
+
 def _executes(name: str) -> str:
     return f"task '{name}' executes code that models write; evomerge does not run it"
 

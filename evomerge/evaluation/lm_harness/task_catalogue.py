@@ -5,11 +5,13 @@ Those shipped and included, and lm-eval's own tree, which is read only when it i
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -18,6 +20,7 @@ from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.lm_harness import sandbox
 from evomerge.evaluation.lm_harness.lm_eval_patches import harden
 from evomerge.evaluation.lm_harness.sandbox import TREE
+from evomerge.evaluation.lm_harness.task_index import manager_of_everything
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +47,15 @@ class TaskCatalogue:
         for folder in self.folders:
             if not folder.is_dir():
                 raise TaskError(f"there is no task folder '{folder}'")
-        logger = logging.getLogger("lm_eval")
-        logger.setLevel(max(logger.level, logging.ERROR))
-        self.local = _make_manager(self.folders)
+        _be_silent()
+        paths = [str(folder) for folder in self.folders]
+        self.local = _with_shipped_data(TaskManager(include_path=paths, include_defaults=False))
         self._all: TaskManager | None = None
 
     def everything(self) -> TaskManager:
-        """lm-eval's manager of these and its own tasks. Reading its tree takes seconds."""
+        """lm-eval's manager of these and its own tasks. Reading its tree takes seconds the first time."""
         if self._all is None:
-            log.info("reading lm-eval's own task tree")
-            self._all = _make_manager([TREE, *self.folders])
+            self._all = _with_shipped_data(manager_of_everything(TREE, self.folders))
         return self._all
 
     def build(self, name: str) -> tuple[dict[str, Any], Any | None, bool]:
@@ -73,15 +75,27 @@ class TaskCatalogue:
             raise TaskError(f"unknown task '{name}'. {suggest(name, manager.all_tasks)}")
         has_members = name not in manager.all_subtasks
         sandbox.check_entry(name, manager.task_index)
+        self._find_data(name, manager)
         try:
             built = manager.load([name])
         except Exception:  # a group of the user's may hold tasks of lm-eval's
             if manager is not self.local or not has_members:
                 raise
             sandbox.check_entry(name, self.everything().task_index)
+            self._find_data(name, self.everything())
             built = self.everything().load([name])
         is_tag = has_members and name in manager.all_tags
         return dict(built["tasks"]), built.get("groups", {}).get(name), is_tag
+
+    def _find_data(self, name: str, manager: TaskManager) -> None:
+        """Finds the data files of included tasks beside their YAML, else in the working directory."""
+        for task_name in sandbox.task_names(name, manager.task_index):
+            entry = manager.task_index[task_name]
+            if entry.yaml_path is None:
+                continue
+            place = Path(entry.yaml_path).resolve().parent
+            if any(place.is_relative_to(folder.resolve()) for folder in self.folders[1:]):
+                _place_data_files(entry, [place, Path.cwd()])
 
     def is_benchmark(self, task: Any, requested_as: str) -> bool:
         """Returns whether a task comes from lm-eval's own tree, and not from a folder of ours or the user's.
@@ -106,16 +120,58 @@ class TaskCatalogue:
         return not any(path.is_relative_to(folder.resolve()) for folder in self.folders)
 
 
-def _make_manager(folders: Sequence[Path]) -> TaskManager:
+def _be_silent() -> None:
+    """Keeps log lines and bars of lm-eval and datasets out of what is printed."""
+    for library in ("lm_eval", "datasets"):
+        logger = logging.getLogger(library)
+        logger.setLevel(max(logger.level, logging.ERROR))
+    datasets.disable_progress_bars()  # its variable is read once, and others may have imported it before
+
+
+def _with_shipped_data(manager: TaskManager) -> TaskManager:
     """A manager that finds the shipped tasks' data files, named from the repository's root, from anywhere."""
-    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
     for entry in manager.task_index.values():
-        if entry.yaml_path is None or not Path(entry.yaml_path).is_relative_to(_resources.evaluators()):
-            continue
-        config = load_yaml(entry.yaml_path)
-        files = config.get("dataset_kwargs", {}).get("data_files")
-        if files:
-            absolute = {split: str(_resources.root() / file) for split, file in files.items()}
-            config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": absolute}
-            entry.yaml_path, entry.cfg = None, config
+        if entry.yaml_path is not None and Path(entry.yaml_path).is_relative_to(_resources.evaluators()):
+            _place_data_files(entry, [_resources.root()])
     return manager
+
+
+def _place_data_files(entry: Any, folders: Sequence[Path]) -> None:
+    """Has an entry's relative data files found in the first of some folders that holds them."""
+    config = load_yaml(entry.yaml_path)
+    settings = config.get("dataset_kwargs")
+    files = settings.get("data_files") if isinstance(settings, dict) else None
+    if files:
+        config["dataset_kwargs"] = {**settings, "data_files": placed(files, folders, entry.name)}
+        entry.yaml_path, entry.cfg = None, config
+
+
+def placed(files: Any, folders: Sequence[Path], task: str) -> Any:
+    """Makes paths of data files absolute.
+
+    Args:
+        files: A path or pattern, several of them, or split -> those, as `datasets` takes them.
+        folders: Where a relative path may begin, the first that has it counts.
+        task: Name of the task, for errors.
+
+    Returns:
+        The same with absolute paths; addresses with a scheme stay.
+
+    Raises:
+        TaskError: A relative path is in none of the folders.
+    """
+    if isinstance(files, dict):
+        return {split: placed(own, folders, task) for split, own in files.items()}
+    if isinstance(files, list | tuple):
+        return [placed(own, folders, task) for own in files]
+    text = str(files)
+    if "://" in text or "::" in text or Path(text).is_absolute():
+        return files
+    for folder in folders:
+        if (folder / text).exists() or (glob.has_magic(text) and any(folder.glob(text))):
+            return str(folder / text)
+    tried = " nor in ".join(str(folder) for folder in folders)
+    raise TaskError(
+        f"task '{task}': its data file '{text}' is not in {tried}; write the path from the task's YAML file, "
+        "or a full path"
+    )

@@ -16,12 +16,12 @@ from evomerge.evaluation.lm_harness import items as item_sets
 from evomerge.evaluation.lm_harness import sandbox, splits
 from evomerge.evaluation.lm_harness.groups import Group, GroupMetric, choose_group_metric
 from evomerge.evaluation.lm_harness.items import ItemRules, TaskDocument
+from evomerge.evaluation.lm_harness.load_errors import explained
 from evomerge.evaluation.lm_harness.prompts import Prompting, build_requests
 from evomerge.evaluation.lm_harness.splits import Splits
 from evomerge.evaluation.lm_harness.task_catalogue import TaskCatalogue
 from evomerge.evaluation.records import ROLES, Role
 
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _Documents = dict[Role, list[TaskDocument]]
@@ -168,9 +168,7 @@ def load(
         except TaskError:
             raise
         except Exception as error:  # a task's templates and data can raise anything
-            raise TaskError(
-                f"task '{spec.task}' cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+            raise TaskError(explained(spec.task, error)) from error
         if group is not None:
             group_members[spec.task] = group
     if rules.training_texts:
