@@ -14,6 +14,7 @@ from evomerge.export import open_route
 from evomerge.merging import checkpoint_writer
 from evomerge.merging.checkpoint_writer import Progress
 from evomerge.merging.vocabulary.alignment import check_rows
+from evomerge.merging.written_stages import has_own_files, written_stages
 from evomerge.recipes import Recipe, mergekit_yaml
 from evomerge.store import StudyFacts
 
@@ -99,13 +100,16 @@ def merge_recipe(
     """
     for part in (*(stage for _, stage in recipe.stages), recipe):
         _check_layers(part, parents)
-    warnings = _warnings(recipe, parents)
     if recipe.scales:
+        warnings = _warnings(recipe, parents)
         agreement = open_route.write_route(recipe, parents, directory)
         checked = "the route was loaded in a process of its own and compared with what it should be"
         return (*warnings, f"{checked}: {agreement}")
-    checkpoint_writer.write(recipe, parents, directory, progress, memory)
-    return warnings
+    own_files = [stage for _, stage in recipe.stages if has_own_files(stage)]
+    with written_stages(recipe, parents, directory, memory) as (last, opened):
+        warnings = tuple(w for part in (*own_files, last) for w in _warnings(part, opened))
+        checkpoint_writer.write(last, opened, directory, progress, memory)
+    return tuple(dict.fromkeys(warnings))
 
 
 def _check_layers(recipe: Recipe, parents: Mapping[str, Parent]) -> None:

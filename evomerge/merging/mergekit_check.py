@@ -15,8 +15,10 @@ import yaml
 
 from evomerge import _yaml
 from evomerge.checkpoints import Checkpoint
-from evomerge.errors import SetupError
+from evomerge.checkpoints.reference import split_reference
+from evomerge.errors import ConfigError, SetupError
 
+_LONGEST_PATH = 4096
 _ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """One unit in the last place of a type, of the number."""
 
@@ -87,7 +89,9 @@ def find_program(recipe: Path, environment: Path) -> Path:
 def run_mergekit(
     program: Path, recipe: Path, out: Path, shown: Path | None = None, in_own_folder: bool = False
 ) -> None:
-    """Merges a recipe with mergekit into a new folder; intermediate merges are removed again.
+    """Merges a recipe with mergekit into a new folder.
+
+    Intermediate merges, and models that mergekit writes for parents with an adapter, are removed again.
 
     Args:
         program: The command, as `find_program` finds it.
@@ -100,11 +104,13 @@ def run_mergekit(
     Raises:
         SetupError: mergekit fails.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent) as intermediate:
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        stages, adapted = (str(Path(scratch).absolute() / name) for name in ("stages", "adapted"))
         if program.name == "mergekit-multi":
-            destination = ["--out-path", str(out.absolute()), "-I", str(Path(intermediate).absolute())]
+            destination = ["--out-path", str(out.absolute()), "-I", stages]
         else:
             destination = [str(out.absolute())]
+        destination += ["--lora-merge-cache", adapted]
         source = recipe.name if in_own_folder else str(recipe.absolute())
         finished = subprocess.run(
             [str(program), source, *destination, "--quiet"],
@@ -178,9 +184,25 @@ def _with_absolute_folders(value: Any) -> Any:
         return {key: _with_absolute_folders(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_with_absolute_folders(entry) for entry in value]
-    if isinstance(value, str) and "/" in value and len(value) < 4096 and Path(value).is_dir():
-        return str(Path(value).absolute())
+    if isinstance(value, str) and "/" in value and len(value) < _LONGEST_PATH:
+        return "+".join(_absolute(part) for part in _parts(value))
     return value
+
+
+def _parts(reference: str) -> list[str]:
+    """Model and adapter of a reference; the whole text where it is one folder, or no reference."""
+    if Path(reference).is_dir() or "+" not in reference:
+        return [reference]
+    try:
+        parts = split_reference(reference)
+    except ConfigError:
+        return [reference]
+    is_local = parts.revision is None and parts.adapter_revision is None
+    return [parts.model, parts.adapter] if is_local and parts.adapter is not None else [reference]
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
 
 
 def _unit(size: torch.Tensor, types: Sequence[torch.dtype]) -> torch.Tensor:

@@ -177,16 +177,6 @@ MISTAKES = {
     "two without a name": ([LINE, LINE], "4:1", "the second document without a name"),
     "a name that is a list": ([f"name: [a]\n{LINE}", LINE], "1:1", "name must be a text"),
     "a last document that is a list": ([f"name: a\n{LINE}", "- a\n"], "5:1", "a recipe is a mapping"),
-    "a tokenizer in a stage": (
-        [f"name: a\ntokenizer_source: union\n{LINE}", LINE.replace("MODEL", "a")],
-        None,
-        "stage 'a' has a tokenizer or chat template of its own",
-    ),
-    "a template in a stage": (
-        [f"name: a\nchat_template: chatml\n{LINE}", LINE.replace("MODEL", "a")],
-        None,
-        "stage 'a' has a tokenizer or chat",
-    ),
 }
 
 

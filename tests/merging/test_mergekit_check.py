@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging.mergekit_check import compare
+from tests.support.lora_adapters import PREFIX, Q, adapter, pair
 from tests.support.toy import REPO, in_process
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
@@ -193,6 +195,50 @@ def test_mergekit_bears_witness_to_merges_of_merges(
     assert code == 0, out + err
     assert out.splitlines()[-1].startswith(f"against mergekit: 39 tensors, {SIZE:,} elements: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stages.yaml"]
+
+
+@pytest.mark.parametrize("form", ["text", "relative", "mapping", "stage", "base"])
+def test_mergekit_bears_witness_to_parents_with_an_adapter(
+    form: str, mergekit: Path, tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny["base"], tmp_path / "base")
+    lora = adapter(
+        tmp_path / "lora",
+        pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(32)},
+        use_dora=True,
+        base_model_name_or_path=str(tiny["base"]),
+        task_type="CAUSAL_LM",
+    )
+    monkeypatch.chdir(tmp_path)
+    text = f"{tmp_path}/base+{lora}"
+    model: Any = {
+        "relative": "./base+./lora",
+        "mapping": {"model": {"path": "./base"}, "lora": {"path": str(lora)}},
+    }.get(form, text)
+    document: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": text if form == "base" else "./base",
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+        "slices": [{"sources": [{"model": model, "layer_range": [0, 4]}], "parameters": {"weight": 0.5}}],
+    }
+    if form != "base":
+        document["slices"][0]["sources"].append({"model": "./base", "layer_range": [0, 4]})
+    documents = [document]
+    if form == "stage":
+        last = {"merge_method": "passthrough", "models": [{"model": "first"}]}
+        documents = [{"name": "first", **document}, last]
+    file = tmp_path / "recipe.yaml"
+    file.write_text("---\n".join(yaml.safe_dump(d, sort_keys=False) for d in documents))
+    code, out, err = in_process("merge", file, tmp_path / "out", "--check-against", mergekit)
+    assert code == 0, out + err
+    compared = (
+        rf"against mergekit: 39 tensors, {SIZE:,} elements: .* 0 by more than one unit in the last place"
+    )
+    assert re.search(compared, out), out  # peft folds DoRA into bfloat16 with roundings between
+    changed = [Checkpoint(folder).tensor(f"{Q}.weight") for folder in (tmp_path / "out", tiny["base"])]
+    assert not torch.equal(*changed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "out", "recipe.yaml"]
 
 
 # ---- a program in mergekit's place

@@ -353,7 +353,7 @@ class DocumentReader:
         """Checks that the method takes these models."""
         mixed = len(self._mixed_sources(part))
         least, most = self._method.models
-        if not least <= mixed <= most:
+        if not least <= mixed <= most and not (mixed == 0 and self._takes_base_alone):
             wanted = f"{least} source model{'s' * (most > 1)}"
             if most > least:
                 wanted += " or more"
@@ -379,6 +379,12 @@ class DocumentReader:
     def _is_set_apart(self, model: str, base: str | None) -> bool:
         """Whether a model is the base, whose differences the method merges."""
         return model == base and (self._method.needs_base or self._method.takes_base)
+
+    @property
+    def _takes_base_alone(self) -> bool:
+        """Whether a base with nothing added to it is a merge: of a method that adds any number of models."""
+        least, most = self._method.models
+        return self._method.needs_base and least == 1 and most > 1
 
     def _has_base(self, part: _Slice) -> bool:
         """Whether the slice's base is set apart from its sources."""
@@ -414,6 +420,9 @@ class DocumentReader:
             first = next((source.first for source in part.sources if source.model == part.base), 0)
             base = (part.base, layer(first))
         named = tuple((source.model, layer(source.first)) for source in sources)
+        if not named:  # nothing is added to the base, such as a model with its adapter folded in
+            assert base is not None
+            return Mix("passthrough", (base,), params=params({"scale": (1.0,)}))
         return Mix(self._method.name, named, base, params(values))
 
 

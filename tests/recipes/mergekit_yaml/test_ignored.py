@@ -396,6 +396,13 @@ for method in registered_methods():
     methods[spec.name] = {
         p.name: ["merge" if p.scope.value == "shared" else "model", p.required] for p in params
     }
+alone = {}
+for method in registered_methods():
+    try:
+        method.validate_inputs(["base"], "base", group_name="")
+        alone[method.spec.name] = True
+    except Exception:
+        alone[method.spec.name] = False
 accepted = []
 for text in job:
     try:
@@ -403,7 +410,7 @@ for text in job:
         accepted.append(True)
     except Exception:
         accepted.append(False)
-json.dump({"methods": methods, "accepted": accepted}, sys.stdout)
+json.dump({"methods": methods, "accepted": accepted, "alone": alone}, sys.stdout)
 """
 WITHOUT_EFFECT = {  # mergekit declares them for task arithmetic too, which drops nothing and rescales nothing
     ("task_arithmetic", "density"), ("task_arithmetic", "rescale"),
@@ -433,3 +440,19 @@ def test_the_parameters_that_count_are_mergekits_and_what_it_refuses_is_refused(
     for name, params in theirs["methods"].items():
         counted = {p: list(v) for p, v in params.items() if (name, p) not in WITHOUT_EFFECT}
         assert counted == {p.name: [p.per, p.required] for p in METHODS[name].params}, name
+    ours_alone = {
+        name: _takes_base_alone(METHODS[name]) for name in theirs["alone"] if METHODS[name].needs_base
+    }
+    assert ours_alone == {name: theirs["alone"][name] for name in ours_alone}
+
+
+def _takes_base_alone(method: Method) -> bool:
+    """Whether a recipe of the base alone is read; it then passes the base through."""
+    data = document(method, "slices")
+    data["slices"][0]["sources"] = [{"model": "base", "layer_range": [0, 4]}]
+    try:
+        recipe, _ = read_data(data)
+    except RecipeError:
+        return False
+    assert [mix.passed for mix in recipe.mixes] == [("base", i) for i in (None, 0, 1, 2, 3, None)]
+    return True

@@ -419,7 +419,14 @@ MISTAKES = {
         "merge_method: ties\n§models:\n- {model: math}\nparameters: {weight: 1}\n",
         "ties needs base_model",
     ),
-    "nothing beside the base": (TIES + "models:\n- {model: base}\nparameters: {weight: 1}\n", "source model"),
+    "nothing beside the base": (
+        "merge_method: slerp\nbase_model: base\n§models:\n- {model: base}\nparameters: {t: 1}\n",
+        "slerp takes 1 source model besides the base, got 0",
+    ),
+    "one model for two": (
+        "merge_method: model_stock\nbase_model: base\n§models:\n- {model: base}\n",
+        "model_stock takes 2 source models or more besides the base, got 0",
+    ),
     "a model twice": (
         LINEAR + "slices:\n- §sources: [{model: math, layer_range: [0, 2]}, {model: math, layer_range: [2, "
         "4]}]\nparameters: {weight: 1}\n",
