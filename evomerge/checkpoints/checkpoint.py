@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.checkpoints import config_checks, safetensors_headers
 from evomerge.checkpoints.layout import Layout, layout_of, suffixes_by_layer
 from evomerge.checkpoints.safetensors_headers import TensorInfo
-from evomerge.checkpoints.tensor_names import find_towers
+from evomerge.checkpoints.tensor_names import find_towers, is_buffer
 from evomerge.errors import CheckpointError
 
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -31,7 +31,8 @@ class Checkpoint:
     Attributes:
         path: The folder.
         config: Its config.json.
-        tensors: Tensor name -> shape, type and file, from the headers.
+        tensors: Tensor name -> shape, type and file, from the headers; without tables that models compute
+            themselves, such as rotary frequencies.
         layout: The tensor names, divided into parts and layers.
         files: The weight files, sorted.
     """
@@ -53,7 +54,11 @@ class Checkpoint:
         config_checks.check_references(self.config, path / "config.json")
         _check_no_adapter(path)
         _check_companions(path)
-        self.tensors: dict[str, TensorInfo] = safetensors_headers.read_folder(path)
+        self.tensors: dict[str, TensorInfo] = {
+            name: info
+            for name, info in safetensors_headers.read_folder(path).items()
+            if not is_buffer(name, info.shape)
+        }
         if not self.tensors:
             raise CheckpointError(f"{path} holds no tensors; fetch the model again")
         self.layout: Layout = _layout(path, self.tensors, self.config, text)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evomerge.checkpoints.config_meanings import Difference, differences
 from evomerge.checkpoints.parent import Parent
 from evomerge.errors import CheckpointError
 
@@ -24,35 +25,11 @@ _SIZES = {
     "number of experts": ("num_local_experts", "num_experts", "n_routed_experts"),
 }
 """What a shape may come from -> the keys that configs have for it."""
-_HARMLESS = {
-    "architectures",
-    "auto_map",
-    "dtype",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_position_embeddings",
-    "max_sequence_length",
-    "model_max_length",
-    "model_type",
-    "n_layer",
-    "n_positions",
-    "num_hidden_layers",
-    "pretraining_tp",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
-}
-"""Keys of a config that change nothing in what weights mean, or that are compared by themselves."""
 _ROWS_OF_A_SEARCH = (
     "a search mixes rows by number, so bring it to the base's tokens first: evomerge merge, a recipe with "
     "this model alone and 'tokenizer_source: base' (or 'tokenizer: {source: base}')"
 )
-_ROPE = {"rope_scaling", "rope_parameters", "rope_theta"}
-_DEFAULT_THETA = 10_000.0
-_SHOWN = 4  # config keys that a warning names
+_SHOWN = 12  # config keys that a warning names
 _LONGEST = 60  # characters of a value
 
 
@@ -94,6 +71,12 @@ def first_difference(
         return f"{both} have {one} and {two} embedding rows, so their vocabularies differ; {rows}"
     for tensor, info in base.tensors.items():
         twin = parent.tensors.get(tensor)
+        if twin is None and (theirs := _another_name(tensor, parent, base)):
+            return (
+                f"'{name}' stores what '{tensor}' is in base '{base_name}' under the names of another "
+                f"version of transformers, such as '{theirs}'; write it anew under the base's: "
+                f"`evomerge merge` of a linear recipe of '{name}' alone with base_model '{base_name}'"
+            )
         if twin is None:
             kinds = f", {_kind(parent)} and {_kind(base)}" if _kind(parent) != _kind(base) else ""
             return f"'{name}' lacks the tensor '{tensor}' of base '{base_name}'{kinds}; {other}"
@@ -102,6 +85,31 @@ def first_difference(
             shapes = f"{list(twin.shape)} in '{name}' and {list(info.shape)} in base '{base_name}'"
             return f"'{tensor}' is {shapes}; {other}"
     return None
+
+
+def lacking(parent: Parent, base: Parent) -> tuple[str, ...]:
+    """Finds the tensors of a base that a model has none of that name for.
+
+    Args:
+        parent: The model.
+        base: The base.
+
+    Returns:
+        Names of the base's tensors, without those of other towers, of layers beyond the model's, and of a
+        head that may be tied to the embeddings.
+    """
+    names = []
+    for name in base.tensors:
+        place = base.layout.place(name)
+        is_deeper = place.layer is not None and place.layer >= parent.layout.num_layers
+        if (
+            name not in parent.tensors
+            and place.part != "tower"
+            and not is_deeper
+            and name not in _heads(base)
+        ):
+            names.append(name)
+    return tuple(names)
 
 
 def doubts(name: str, parent: Parent, base_name: str, base: Parent) -> Iterator[str]:
@@ -121,15 +129,15 @@ def doubts(name: str, parent: Parent, base_name: str, base: Parent) -> Iterator[
             f"'{name}' is {_kind(parent)} and base '{base_name}' {_kind(base)}: of one shape, but their "
             "weights may mean other things"
         )
-    differing = list(_config_differences(parent, base))
+    differing = [_sentence(name, base_name, found) for found in differences(parent.config, base.config)]
     if differing:
-        shown = "; ".join(
-            f"{key} is {_shown(one)} in '{name}' and {_shown(two)} in base '{base_name}'"
-            for key, one, two in differing[:_SHOWN]
-        )
         more = f" (and {len(differing) - _SHOWN} more)" if len(differing) > _SHOWN else ""
-        yield f"{shown}{more}: weights mean other things there, and the merge has the base's config"
-    if _has_head(parent) and not _has_head(base) and not _head_is_embedding(parent):
+        yield (
+            f"{'; '.join(differing[:_SHOWN])}{more}: weights mean other things there, and the merge has the "
+            "base's config"
+        )
+    is_tied = not _has_head(base) or _is_tied(base)
+    if _has_head(parent) and is_tied and not _is_tied(parent) and not _head_is_embedding(parent):
         yield (
             f"the output head {_heads(parent)[0]} of '{name}' is its own and that of base '{base_name}' "
             "tied to its embeddings: the merge is tied, and that head is left out"
@@ -145,6 +153,30 @@ def doubts(name: str, parent: Parent, base_name: str, base: Parent) -> Iterator[
             f"{len(surplus)} tensors of '{name}' have no like in base '{base_name}' and are left out, such "
             f"as '{surplus[0]}'"
         )
+
+
+def meaningless(name: str, parent: Parent, base_name: str, base: Parent) -> str | None:
+    """Finds a number of the configs by which the weights of one shape mean nothing to each other.
+
+    Args:
+        name: Name of the model.
+        parent: The model.
+        base_name: Name of the base.
+        base: The base.
+
+    Returns:
+        A sentence with both values, the reason and what to do; None without such a number, and where shapes
+        inside the layers differ, which is said of them.
+    """
+    if _layer_shapes_differ(parent, base):
+        return None
+    for found in differences(parent.config, base.config):
+        if found.meaning.verdict == "refused":
+            return (
+                f"{_sentence(name, base_name, found)}: {found.meaning.reason}; take a fine-tune of the same "
+                "base"
+            )
+    return None
 
 
 def equal_models(one: Parent, other: Parent) -> bool:
@@ -206,6 +238,7 @@ def check_compatible(parents: Mapping[str, Parent], base: str, *, deeper: bool =
         if name == base:
             continue
         reason = first_difference(name, parent, base, parents[base], rows=_ROWS_OF_A_SEARCH, deeper=deeper)
+        reason = reason or meaningless(name, parent, base, parents[base])
         if reason is not None:
             raise CheckpointError(f"model {reason}" if reason.startswith("'") else reason)
         warnings += doubts(name, parent, base, parents[base])
@@ -223,6 +256,24 @@ def _kind(parent: Parent) -> str:
     if isinstance(names, list) and names:
         return str(names[0])
     return str(parent.config.get("model_type", "of no named architecture"))
+
+
+def _another_name(tensor: str, parent: Parent, base: Parent) -> str | None:
+    """A tensor of a model that may be the one that it lacks, by its name; None where it has nothing alike.
+
+    Versions of transformers differ in what stands before the numbered layers, and hold experts in one tensor.
+    """
+    if _kind(parent) != _kind(base):
+        return None
+    ours, theirs = set(base.tensors), set(parent.tensors)
+    ending = tensor.rsplit(".layers.", 1)[-1].removeprefix("transformer.").removeprefix("model.")
+    for other in sorted(theirs - ours):
+        if other.endswith("." + ending) or tensor.endswith("." + other) or other == ending:
+            return other
+        is_expert = "expert" in tensor and "expert" in other
+        if is_expert and len(parent.tensors[other].shape) > len(base.tensors[tensor].shape):
+            return other
+    return None
 
 
 def _sizes_that_explain(parent: Parent, base: Parent) -> tuple[str, Any, Any] | None:
@@ -262,6 +313,11 @@ def _has_head(parent: Parent) -> bool:
     return bool(_heads(parent))
 
 
+def _is_tied(parent: Parent) -> bool:
+    """Whether the config says that the head is the embeddings' table, whatever is stored."""
+    return _text(parent).get("tie_word_embeddings", parent.config.get("tie_word_embeddings")) is True
+
+
 def _head_is_embedding(parent: Parent) -> bool:
     """Whether the head that is stored is the embedding's table again."""
     tables = [n for n in parent.layout.outer_names("embeddings") if len(parent.tensors[n].shape) == 2]
@@ -275,39 +331,8 @@ def _head_is_embedding(parent: Parent) -> bool:
     )
 
 
-def _config_differences(parent: Parent, base: Parent) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value, value of the base) of what changes the meaning of weights, rotary positions first."""
-    one, two = _text(parent), _text(base)
-    thetas = (_theta(one), _theta(two))
-    if thetas[0] != thetas[1] and not {None, _DEFAULT_THETA} >= set(thetas):
-        yield ("rope_theta", *thetas)
-    scalings = (_scaling(one), _scaling(two))
-    if scalings[0] != scalings[1]:
-        yield ("rope_scaling", *scalings)
-    for key in sorted((set(one) & set(two)) - _HARMLESS - _ROPE):
-        if key.startswith("_") or key.endswith(("_token_id", "_token_index", "dropout", "_pdrop", "_drop")):
-            continue
-        if isinstance(one[key], dict) or isinstance(two[key], dict) or None in (one[key], two[key]):
-            continue
-        if one[key] != two[key]:
-            yield key, one[key], two[key]
-
-
-def _theta(text: Mapping[str, Any]) -> float | None:
-    """The base of the rotary frequencies, None where the config leaves it to its class."""
-    nested = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    value = text.get("rope_theta", nested.get("rope_theta") if isinstance(nested, dict) else None)
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _scaling(text: Mapping[str, Any]) -> Any:
-    """How rotary positions are stretched, None where they are not."""
-    nested = text.get("rope_parameters") or text.get("rope_scaling")
-    if not isinstance(nested, dict):
-        return None
-    kind = nested.get("rope_type", nested.get("type", "default"))
-    rest = {k: v for k, v in sorted(nested.items()) if k not in ("rope_theta", "rope_type", "type")}
-    return None if kind == "default" and not rest else {"rope_type": kind, **rest}
+def _sentence(name: str, base_name: str, found: Difference) -> str:
+    return f"{found.key} is {_shown(found.one)} in '{name}' and {_shown(found.two)} in base '{base_name}'"
 
 
 def _shown(value: Any) -> str:

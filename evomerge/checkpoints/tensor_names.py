@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 Shape = tuple[int, ...]
+_BUFFERS = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.(masked_)?bias$"
+)
+"""Names of what older versions of transformers stored beside the weights and compute since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,21 @@ class Towers:
 
     stack: str
     others: tuple[str, ...]
+
+
+def is_buffer(name: str, shape: Shape) -> bool:
+    """Whether a tensor is no weight but a table that the model computes itself, as checkpoints of 2023 store.
+
+    Args:
+        name: Name on disk.
+        shape: Its shape, which tells a causal mask [1, 1, n, n] from the bias of a projection.
+
+    Returns:
+        True for rotary frequencies, causal masks and the value that stands where a mask hides.
+    """
+    if not _BUFFERS.search(name):
+        return False
+    return not name.endswith(".bias") or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
 
 
 def find_towers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Towers | None:

@@ -12,6 +12,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ _MOST_PADDING = 1_000_000  # tokens
 _MOST_BYTES = 250_000_000  # of a tokenizer.json
 _MOST_REPEATS = 12  # of a choice of a regular expression
 _LONGEST_EXPRESSION = 5000  # characters
+_LIBRARIES = (
+    ("*.model", "sentencepiece", "sentencepiece"),
+    ("*.spm", "sentencepiece", "sentencepiece"),
+    ("*.tiktoken", "tiktoken", "tiktoken"),
+    ("tekken.json", "mistral_common", "mistral-common"),
+)
+"""(pattern of a tokenizer's file, module that reads it, package of the module)."""
 _UNICODE = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "BertNormalizer": 12, "Lowercase": 3}
 """Type of a normalizer -> how many characters it makes of one at most."""
 
@@ -45,6 +53,27 @@ def check_tokenizer(folder: Path) -> None:
         raise CheckpointError(
             f"{file}: {reason}; take the tokenizer of the model that this one was made from"
         )
+
+
+def missing_library(folder: Path) -> str | None:
+    """The library that a tokenizer's only form needs and that is not installed.
+
+    Args:
+        folder: The model's folder.
+
+    Returns:
+        What to install and why, to end a sentence; None where no library is missing.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return None
+    for pattern, library, package in _LIBRARIES:
+        file = next(iter(sorted(folder.glob(pattern))), None)
+        if file is not None and find_spec(library) is None:
+            return (
+                f"its only tokenizer is {file.name}, which {package} reads and which is not installed: "
+                f"pip install {package}"
+            )
+    return None
 
 
 @functools.lru_cache(maxsize=64)

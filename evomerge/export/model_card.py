@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from evomerge import __version__
 from evomerge._escaping import markdown, markdown_code
 from evomerge.export import choice
+from evomerge.export.merge_card import front_matter
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
 from evomerge.reports.route_text import hops
@@ -31,11 +32,7 @@ def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:
         command = candidate.mergekit_command
         files.append(f"- `recipe.yaml`: for mergekit 0.1.5 (`{command}`, in this folder)")
     lines = [
-        "---",
-        "tags:",
-        "- merge",
-        "- evomerge",
-        "---",
+        *front_matter(candidate.references.values()),
         f"# {study.name}: candidate {trial.id}",
         "",
         f"A merge ({', '.join(candidate.methods)}) found by evomerge {__version__}, {origin}.",

@@ -14,7 +14,6 @@ from evomerge.errors import NothingToExport, RecipeError
 from evomerge.export import route_checkpoint, route_mergekit
 from evomerge.export.route_checkpoint import Agreement
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
-from evomerge.merging import atomic_folder
 from evomerge.merging.live_model import CandidateModel, ModelBuilder
 from evomerge.merging.model_loading import load_base
 from evomerge.merging.routing.routed_model import RoutedModel
@@ -27,7 +26,7 @@ class OpenRoute:
     """A route made live; its files are written from what it computes with.
 
         route = load_route(recipe, parents)
-        print(route.write_checkpoint(Path("out")))
+        print(route.write_checkpoint_files(Path("out")))
 
     Attributes:
         recipe: The recipe of the route.
@@ -52,26 +51,11 @@ class OpenRoute:
         """Folder whose tokenizer and other files the route gets."""
         return self.parents[self.recipe.base].path
 
-    def write_checkpoint(self, directory: Path) -> Agreement:
-        """Writes the Hugging Face folder and verifies it in a fresh process.
-
-        Args:
-            directory: Folder to make; it appears whole and verified, or not at all.
-
-        Returns:
-            How near the reloaded folder comes to the live route.
-
-        Raises:
-            NothingToExport: If the route is no plain checkpoint, or the folder computes something else.
-            SetupError: If the folder exists.
-        """
-        return route_checkpoint.write_checkpoint(self.routed, self.view.hops, directory, self.donor)
-
     def write_checkpoint_files(self, directory: Path) -> Agreement:
-        """Like `write_checkpoint`, into a folder that exists and that the caller makes whole.
+        """Writes the Hugging Face folder and verifies it in a fresh process; the caller makes it whole.
 
         Args:
-            directory: The folder.
+            directory: A folder that exists.
 
         Returns:
             How near the reloaded folder comes to the live route.
@@ -149,22 +133,3 @@ def load_route(recipe: Recipe, parents: Mapping[str, Parent]) -> OpenRoute:
     builder = ModelBuilder(parents, parents, base, skeleton, recipe.out_dtype, "cpu", MagnitudeTables())
     with torch.no_grad():
         return OpenRoute(recipe, parents, builder.build(recipe))
-
-
-def write_route(recipe: Recipe, parents: Mapping[str, Parent], directory: Path) -> Agreement:
-    """Writes a route as a Hugging Face folder, verified, whole or not at all.
-
-    Args:
-        recipe: Of a route of layers.
-        parents: Its models, open.
-        directory: Folder to make.
-
-    Returns:
-        How near the reloaded folder comes to the live route.
-
-    Raises:
-        SetupError: If the folder exists.
-        NothingToExport: If the route is no plain checkpoint, or the folder computes something else.
-    """
-    atomic_folder.check_new(directory)
-    return load_route(recipe, parents).write_checkpoint(directory)

@@ -207,13 +207,14 @@ def merge(
         SetupError: If the folder exists.
     """
     from evomerge.checkpoints import open_parent
+    from evomerge.export.merge_card import Origin
     from evomerge.export.recipe_file import merge_recipe, merge_recipe_file
 
     if not isinstance(recipe, Recipe):
         return merge_recipe_file(Path(recipe), Path(out), policy=policy, memory=memory)
-    references = {name: name for name in recipe.models} | dict(models or {})
-    parents = {name: open_parent(references[name]) for name in recipe.models}
-    return merge_recipe(recipe, parents, Path(out), memory=memory)
+    references = {name: (models or {}).get(name, name) for name in recipe.models}
+    parents = {name: open_parent(reference) for name, reference in references.items()}
+    return merge_recipe(Origin(recipe, references), parents, Path(out), memory=memory)
 
 
 def export_candidate(

@@ -14,8 +14,13 @@ from evomerge.config.schema import TaskConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluation import CombinedTasks, Role, TaskSet
 from evomerge.merging import model_loading
-from evomerge.merging.companion_files import TOKENIZER
 from evomerge.store import TermFacts
+
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json"),
+    *("*.jinja", "chat_template.json"),
+)
+"""Files of a tokenizer and its chat template, digested in stored studies: others would be another study."""
 
 
 def open_tasks(
@@ -141,7 +146,7 @@ def scoring_facts(settings: Config, base: Parent, device: str) -> dict[str, Any]
         Plain data.
     """
     digest = hashlib.sha256()
-    files = {file for pattern in TOKENIZER for file in base.path.glob(pattern) if file.is_file()}
+    files = {file for pattern in _TOKENIZER for file in base.path.glob(pattern) if file.is_file()}
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return {

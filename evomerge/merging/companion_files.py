@@ -4,66 +4,77 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from evomerge.checkpoints.safetensors_headers import read_json_object
+from evomerge.merging.folder_files import Fate, companions
 from evomerge.merging.merge import Merge
+from evomerge.merging.written_tokenizer import end_at_end_tokens, make_loadable_everywhere
 from evomerge.recipes import chat_templates
 
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "added_tokens.json",
-    "*.jinja",
-    "chat_template.json",
-)
-"""Patterns of the files that hold a tokenizer and its chat template."""
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""Names of the files that hold image and video processors."""
 _GENERATION = "generation_config.json"
 
 
 def copy_companion_files(donor: Path, directory: Path) -> None:
-    """Copies tokenizer, chat template, processor files and generation settings of a model.
+    """Copies what `folder_files.RULES` says of a model: tokenizer, processors, programs, generation settings.
 
     Args:
         donor: Folder of the model.
         directory: A folder that exists.
+
+    Raises:
+        CheckpointError: A file that the tokenizer or a program needs is a link that leaves the folder.
     """
-    _copy(donor, directory, (*TOKENIZER, *PROCESSORS, _GENERATION))
+    _copy(donor, directory, "tokenizer", "program", "copied")
+    make_loadable_everywhere(directory)
+    if (donor / _GENERATION).is_file():
+        shutil.copyfile(donor / _GENERATION, directory / _GENERATION)
 
 
 def write_companion_files(merge: Merge, directory: Path) -> None:
     """Writes the files beside the weights of a merge.
 
-    They are the base's, but for a tokenizer or a chat template of the recipe.
+    They are the base's, but for a tokenizer or a chat template of the recipe; generation then ends at the
+    end tokens of what was written.
 
     Args:
         merge: The merge.
-        directory: A folder that exists and holds the merge's weights.
+        directory: A folder that exists and holds the merge's weights and config.
     """
     donor = merge.parents[merge.recipe.base].path
     if merge.vocabulary is None:
         copy_companion_files(donor, directory)
     else:
-        _copy(donor, directory, PROCESSORS)
-        generation = donor / _GENERATION
-        if generation.is_file():
-            config = merge.vocabulary.config(read_json_object(generation, ""))
-            (directory / _GENERATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        merge.vocabulary.save(directory)
+        _write_tokenizer(merge, directory)
     if merge.recipe.chat_template is not None:
         _write_chat_template(merge, directory, merge.recipe.chat_template)
+    if merge.vocabulary is not None or merge.recipe.chat_template is not None:
+        end_at_end_tokens(directory)
 
 
-def _copy(donor: Path, directory: Path, patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        for file in sorted(donor.glob(pattern)):
-            shutil.copyfile(file, directory / file.name)
+def _write_tokenizer(merge: Merge, directory: Path) -> None:
+    """The base's companions and the tokenizer of the recipe, whose files are copied if it is a model's."""
+    assert merge.vocabulary is not None
+    donor = merge.parents[merge.recipe.base].path
+    _copy(donor, directory, "program", "copied")
+    generation = donor / _GENERATION
+    if generation.is_file():
+        config = merge.vocabulary.config(read_json_object(generation, ""))
+        (directory / _GENERATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    source = merge.parents[merge.vocabulary.source].path
+    if merge.vocabulary.is_as_in_source:
+        _copy(source, directory, "tokenizer", "program")
+    else:
+        merge.vocabulary.save(directory)
+    stated = source / "tokenizer_config.json"
+    make_loadable_everywhere(directory, read_json_object(stated, "") if stated.is_file() else None)
+
+
+def _copy(donor: Path, directory: Path, *fates: Fate) -> None:
+    for file in companions(donor, *fates):
+        target = directory / file.relative_to(donor)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def _write_chat_template(merge: Merge, directory: Path, requested: str) -> None:

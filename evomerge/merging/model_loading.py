@@ -12,7 +12,7 @@ from torch import nn
 
 from evomerge.checkpoints import Parent, safetensors_headers
 from evomerge.checkpoints.lora import AdaptedCheckpoint
-from evomerge.checkpoints.tokenizer_checks import check_tokenizer
+from evomerge.checkpoints.tokenizer_checks import check_tokenizer, missing_library
 from evomerge.errors import CheckpointError, SetupError
 from evomerge.merging import bfloat16_products
 from evomerge.merging.weight_map import WeightMap
@@ -178,6 +178,8 @@ def load_tokenizer(parent: Parent) -> object:
             parent.path, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        if library := missing_library(parent.path):
+            raise SetupError(f"the tokenizer of {parent.path} cannot be read: {library}") from None
         raise SetupError(
             f"the tokenizer of {parent.path} is broken or of a kind that transformers cannot load: "
             f"{_first_line(error)}; fetch its files again"

@@ -11,6 +11,7 @@ from evomerge.checkpoints import Parent
 from evomerge.checkpoints.comparison import first_difference
 from evomerge.checkpoints.safetensors_headers import TensorInfo
 from evomerge.errors import CheckpointError, RecipeError, suggest
+from evomerge.merging.routing.layer_config import LEADING, LayerConfig
 from evomerge.merging.vocabulary.alignment import Vocabulary
 from evomerge.merging.vocabulary.embedding_tables import vocabulary_tensors
 from evomerge.methods import Method, method
@@ -104,7 +105,8 @@ def plan(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary |
         The steps in output order: embeddings, layers, head, other towers.
 
     Raises:
-        CheckpointError: A model lacks a tensor, or the shapes of a tensor's inputs differ.
+        CheckpointError: A model lacks a tensor, the shapes of a tensor's inputs differ, or the base's config
+            has no layer of a shape that is stacked.
     """
     shell = parents[recipe.base].layout
     resized = resized_tensors(parents[recipe.base], vocabulary)
@@ -115,6 +117,7 @@ def plan(recipe: Recipe, parents: Mapping[str, Parent], vocabulary: Vocabulary |
             steps.append(planner.step(position + 1, shell.layer_name(position, suffix), suffix))
     last = len(recipe.layers) + 1
     steps += [planner.step(last, name, None) for name in shell.outer_names("head")]
+    planner.check_fits_base(steps)
     steps += [planner.taken_over(name) for name in shell.outer_names("tower")]
     return tuple(steps)
 
@@ -196,6 +199,43 @@ class _Planner:
         """The plan of a tensor that is the base's own."""
         return Step(name, self._header(self.parents[self.recipe.base].tensors[name]))
 
+    def check_fits_base(self, steps: Sequence[Step]) -> None:
+        """Raises CheckpointError for tensors taken from other models that the base's config has no place for.
+
+        A tensor that is merged with the base's has been compared with it already.
+        """
+        base = self.parents[self.recipe.base]
+        kinds, shapes = _layers_of(base)
+        suffixes: dict[int, set[str]] = {}
+        for step in steps:
+            assert step.mix is not None
+            assert step.place is not None
+            if self.recipe.base in step.mix.models:
+                continue
+            place = base.layout.place(step.name)
+            known = shapes.get(place.suffix, set())
+            shape = step.info.shape
+            if known and shape not in known and not (step.name in self.resized and self.vocabulary):
+                own = " or ".join(str(list(one)) for one in sorted(known))
+                model = step.mix.sources[0][0]
+                raise CheckpointError(
+                    f"'{step.name}' is {list(shape)} from '{model}' and {own} in base '{self.recipe.base}', "
+                    f"whose config.json the merge has{self._cause(model)}"
+                )
+            if place.layer is not None:
+                suffixes.setdefault(step.place, set()).add(place.suffix)
+        for number, own_suffixes in suffixes.items():
+            model = self.mixes[number].sources[0][0]
+            if frozenset(own_suffixes) not in kinds and not _has_layer_lists(base, self.parents[model]):
+                nearest = min(kinds, key=lambda kind: len(kind ^ own_suffixes))
+                name = min(nearest ^ own_suffixes)
+                has, lacks = (model, self.recipe.base) if name in own_suffixes else (self.recipe.base, model)
+                raise CheckpointError(
+                    f"layer {number - 1} of the merge comes from '{model}': '{has}' has the tensor '{name}' "
+                    f"there and '{lacks}' has none, so the config.json of base '{self.recipe.base}' does not "
+                    "fit; stack layers of one architecture"
+                )
+
     def _name(self, model: str, layer: int | None, output: str, suffix: str | None) -> str:
         """A model's name of an output tensor's input; the embeddings for a head that is tied to them."""
         parent = self.parents[model]
@@ -225,6 +265,27 @@ class _Planner:
         """The header facts of the output: of the recipe's type, unless it holds whole numbers."""
         is_floating = info.dtype in ("F64", "F32", "F16", "BF16")
         return TensorInfo(info.shape, DTYPE_CODES[self.recipe.out_dtype] if is_floating else info.dtype, "")
+
+
+def _layers_of(base: Parent) -> tuple[set[frozenset[str]], dict[str, set[tuple[int, ...]]]]:
+    """(the sets of suffixes that its layers have, suffix or outer name -> its shapes)."""
+    layout = base.layout
+    kinds = {frozenset(layout.layer_suffixes(layer)) for layer in range(layout.num_layers)}
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for name, info in base.tensors.items():
+        shapes.setdefault(layout.place(name).suffix, set()).add(info.shape)
+    return kinds, shapes
+
+
+def _has_layer_lists(*parents: Parent) -> bool:
+    """Whether configs of one architecture say something of each layer, which a stack takes along."""
+    if len({parent.config.get("model_type") for parent in parents}) > 1:
+        return False
+    texts = [parent.config.get("text_config") or parent.config for parent in parents]
+    read = [
+        LayerConfig("", text, p.layout.num_layers, "", {}) for text, p in zip(texts, parents, strict=True)
+    ]
+    return any(one.lists() or one.index_sets() or set(LEADING) & set(one.values) for one in read)
 
 
 def _check_models(mix: Mix, where: str) -> None:

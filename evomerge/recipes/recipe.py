@@ -212,6 +212,15 @@ class Recipe:
         return tuple(dict.fromkeys(model for model in named if model not in stages))
 
     @property
+    def root_base(self) -> str:
+        """The model whose config and files the output has: the base, or the base of the stage that it is."""
+        stages = dict(self.stages)
+        base = self.base
+        while base in stages and stages[base].base != base:
+            base = stages[base].base
+        return base
+
+    @property
     def row_numbers(self) -> int:
         """How many numbers settings by row hold; 0 for a recipe without any."""
         given = (value for mix in self.mixes for _, value in mix.params)

@@ -59,8 +59,9 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 
 def files(path: Path) -> dict[str, str]:
+    """Path in a folder -> digest, without what a merged folder says of its recipe."""
     return {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name not in ("README.md", "mergekit_config.yml")
     }

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomerge.checkpoints.refusals import REFUSALS
 from evomerge.errors import FoldError, RouteError
-from evomerge.merging.refusals import REFUSALS
 from evomerge.merging.routing import scale_folding
 from evomerge.merging.routing.decoder_layers import calls, sample, stack
 from evomerge.merging.routing.layer_source import LayerSource, layer_source

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.checkpoints.config_meanings import built_text_config
 from evomerge.errors import CheckpointError
-from evomerge.merging.refusals import REFUSALS
 from evomerge.merging.routing.layer_config import ConfigChanges, LayerConfig, as_json, values_of
 
 
@@ -23,7 +22,7 @@ def layer_config_of_file(name: str, config: Mapping[str, Any], depth: int) -> La
         The config of the layers; the file's own values alone where transformers knows no such model.
     """
     text = config.get("text_config", config)
-    built = _built(config)
+    built = built_text_config(config)
     if built is None:
         key = "n_layer" if "n_layer" in text else "num_hidden_layers"
         return LayerConfig(name, text, depth, key, {})
@@ -53,7 +52,7 @@ def write_changes_to_file(config: dict[str, Any], changes: ConfigChanges) -> Non
     stated = _stated(text)
     text.update({key: as_json(value) for key, value in changes.values.items() if key in stated})
     silent = {key: as_json(value) for key, value in changes.values.items() if key not in stated}
-    built = _built(config) if silent else None
+    built = built_text_config(config) if silent else None
     if built is not None:
         for key, value in silent.items():
             if as_json(getattr(built, key, None)) != value:
@@ -63,15 +62,3 @@ def write_changes_to_file(config: dict[str, Any], changes: ConfigChanges) -> Non
 def _stated(text: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says: a null is filled in as if the key were not there."""
     return {key: value for key, value in text.items() if value is not None}
-
-
-def _built(config: Mapping[str, Any]) -> Any:
-    """The text config that transformers makes of a file; None if it does not know or refuses it."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    try:
-        built = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
-        return built.get_text_config(decoder=True)
-    except (StrictDataclassError, *REFUSALS):
-        return None

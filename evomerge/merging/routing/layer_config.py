@@ -15,11 +15,11 @@ from evomerge.errors import RouteError
 
 _NOT_LAYERS = ("token_id", "architectures", "token_ids")
 _INDEX_SETS = ("layer", "idxs", "indices", "indexes")
-_LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """Numbers of leading layers of another kind, in the words of transformers' configs."""
 _LAST = ("moe_layer_end_index",)
 """Numbers of the last layer of a kind."""
-_NUMBERS = (*_LEADING, *_LAST, "scale_depth")
+_NUMBERS = (*LEADING, *_LAST, "scale_depth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def gather(shell: LayerConfig, layers: Sequence[tuple[LayerConfig, int]]) -> Con
             )
     lists = _gathered_lists(shell, layers)
     values: dict[str, Any] = _gathered_index_sets(shell, layers)
-    for key in _LEADING:
+    for key in LEADING:
         if isinstance(shell.values.get(key), int):
             inside = [layer < (origin.values.get(key) or 0) for origin, layer in layers]
             values[key] = inside.index(False) if False in inside else len(layers)

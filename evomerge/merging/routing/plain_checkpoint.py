@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from evomerge.checkpoints.refusals import REFUSALS
 from evomerge.errors import RouteError
-from evomerge.merging.refusals import REFUSALS
 from evomerge.merging.routing import computed_lists
 from evomerge.merging.routing.decoder_layers import stack, text_config
 from evomerge.merging.routing.fingerprint import fingerprint

@@ -33,7 +33,12 @@ from evomerge.checkpoints import Parent
 from evomerge.errors import CheckpointError, RecipeError, suggest
 from evomerge.merging.vocabulary.embedding_tables import embedding_rows
 from evomerge.merging.vocabulary.row_plan import RowPlan, TokenTable, plan_rows
-from evomerge.merging.vocabulary.tokenizer_files import fill_missing, output_tokenizer, read_tokens
+from evomerge.merging.vocabulary.tokenizer_files import (
+    fill_missing,
+    output_tokenizer,
+    read_tokens,
+    tokenizer_digests,
+)
 from evomerge.recipes import WHOLE, ZERO, TokenizerSpec
 
 _ROLES = ("bos_token", "eos_token", "pad_token")
@@ -60,10 +65,12 @@ def check_rows(parents: Mapping[str, Parent], base: str) -> str | None:
                 f"model '{name}' has {rows} embedding rows and base '{base}' {expected}; "
                 "add 'tokenizer_source: union' (or base) to the recipe, so that rows are matched by token"
             )
+    digests = tokenizer_digests(parents)
+    if digests[base] is None or {*digests.values(), None} == {digests[base], None}:
+        return None
     tokens_of = read_tokens(parents)
     base_tokens = tokens_of[base]
-    if base_tokens is None:
-        return None
+    assert base_tokens is not None
     example, differing = "", []
     for name, tokens in tokens_of.items():
         if tokens is None or tokens.rows == base_tokens.rows:
@@ -90,7 +97,9 @@ class Vocabulary:
     Attributes:
         spec: The tokenizer of the recipe.
         base: Name of the base.
+        source: Name of the model whose tokenizer the output's began as.
         tokenizer: The output's tokenizer, one of transformers.
+        is_as_in_source: Whether nothing was taken from it or added to it.
         tokens: Token -> output row.
         size: Number of output rows, those of padding included.
     """
@@ -111,7 +120,10 @@ class Vocabulary:
         self.spec, self.base = spec, base
         self._sizes = {name: embedding_rows(parent) for name, parent in parents.items()}
         self._tokens_of = fill_missing(read_tokens(parents), base, parents)
-        self.tokenizer: Any = output_tokenizer(spec, base, parents, self._tokens_of)
+        self.source = base if spec.source in WHOLE else spec.source
+        made = output_tokenizer(spec, parents[self.source], base, self._tokens_of)
+        self.tokenizer: Any = made.tokenizer
+        self.is_as_in_source = made.is_as_in_source
         self.tokens: dict[str, int] = self.tokenizer.get_vocab()
         used = max(len(self.tokens), 1 + max(self.tokens.values()))
         multiple = spec.pad_to_multiple_of or 1

@@ -6,17 +6,17 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints import Parent
-from evomerge.checkpoints.tokenizer_checks import check_tokenizer
+from evomerge.checkpoints.tokenizer_checks import check_tokenizer, missing_library
 from evomerge.errors import CheckpointError
 from evomerge.merging.vocabulary.embedding_tables import embedding_rows
-from evomerge.recipes import WHOLE, TokenizerSpec
+from evomerge.recipes import TokenizerSpec
 
 _VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 """Patterns of files of which any holds a vocabulary."""
@@ -60,19 +60,32 @@ def read_tokens(parents: Mapping[str, Parent]) -> dict[str, ParentTokens | None]
     Raises:
         CheckpointError: A tokenizer cannot be read; names the folder.
     """
-    by_content: dict[tuple[Any, ...], ParentTokens] = {}
+    by_content: dict[Hashable, ParentTokens] = {}
     tokens_of: dict[str, ParentTokens | None] = {}
-    for name, parent in parents.items():
-        if not _files(parent, _VOCABULARY_FILES):
-            tokens_of[name] = None
-            continue
-        size = embedding_rows(parent)
-        files = _files(parent, _VOCABULARY_FILES + _FURTHER_FILES)
-        key = (size, *((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in files))
-        if key not in by_content:
-            by_content[key] = _tokens(parent, size)
-        tokens_of[name] = by_content[key]
+    for name, key in tokenizer_digests(parents).items():
+        if key is not None and key not in by_content:
+            by_content[key] = _tokens(parents[name], embedding_rows(parents[name]))
+        tokens_of[name] = None if key is None else by_content[key]
     return tokens_of
+
+
+def tokenizer_digests(parents: Mapping[str, Parent]) -> dict[str, Hashable]:
+    """Digests the tokenizers of parents; runs and loads none.
+
+    Args:
+        parents: Name -> parent.
+
+    Returns:
+        Name -> a value that parents with the same tokenizer files and rows share, None for one without.
+    """
+    digests: dict[str, Hashable] = {}
+    for name, parent in parents.items():
+        digests[name] = None
+        if _files(parent, _VOCABULARY_FILES):
+            files = _files(parent, _VOCABULARY_FILES + _FURTHER_FILES)
+            content = ((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in files)
+            digests[name] = (embedding_rows(parent), *content)
+    return digests
 
 
 def fill_missing(
@@ -102,25 +115,39 @@ def fill_missing(
     return filled
 
 
+@dataclass(frozen=True, slots=True)
+class OutputTokenizer:
+    """The tokenizer of a merge.
+
+    Attributes:
+        tokenizer: A tokenizer of transformers.
+        is_as_in_source: Whether it has the tokens of the model that it was made from, with their settings.
+    """
+
+    tokenizer: Any
+    is_as_in_source: bool
+
+
 def output_tokenizer(
-    spec: TokenizerSpec, base: str, parents: Mapping[str, Parent], tokens_of: Mapping[str, ParentTokens]
-) -> Any:
+    spec: TokenizerSpec, source: Parent, base: str, tokens_of: Mapping[str, ParentTokens]
+) -> OutputTokenizer:
     """Makes the output's tokenizer: the base's or a model's, cut to its rows, then the further tokens.
 
     Args:
         spec: The tokenizer of the recipe.
+        source: The model whose tokenizer it begins as.
         base: Name of the base.
-        parents: Name -> parent.
         tokens_of: Name -> tokens, for every parent.
 
     Returns:
-        A tokenizer of transformers.
+        The tokenizer.
 
     Raises:
         CheckpointError: The source's tokenizer cannot be read or cut; names the folder.
     """
-    source = parents[base if spec.source in WHOLE else spec.source]
-    tokenizer, lost_roles = _cut(_load(source), source)
+    loaded = _load(source)
+    before = _content(loaded)
+    tokenizer, lost_roles = _cut(loaded, source)
     if spec.source == "union":
         _add_union(tokenizer, [tokens_of[base], *(own for name, own in tokens_of.items() if name != base)])
     vocabulary = tokenizer.get_vocab()
@@ -129,7 +156,13 @@ def output_tokenizer(
     for role, token in lost_roles.items():
         if token in vocabulary:
             setattr(tokenizer, role, token)
-    return tokenizer
+    return OutputTokenizer(tokenizer, _content(tokenizer) == before)
+
+
+def _content(tokenizer: Any) -> tuple[dict[str, int], dict[int, str], dict[str, Any]]:
+    """Tokens, settings of the added ones, roles: a copy."""
+    added = {number: repr(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    return dict(tokenizer.get_vocab()), added, dict(tokenizer.special_tokens_map)
 
 
 def _add_union(tokenizer: Any, parents: list[ParentTokens]) -> None:
@@ -257,5 +290,5 @@ def _from_folder(folder: Path, named: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = missing_library(folder) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the tokenizer in {named} cannot be read: {reason}") from error

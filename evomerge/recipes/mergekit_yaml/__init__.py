@@ -8,6 +8,6 @@ tensors, embeddings and head.
 from __future__ import annotations
 
 from evomerge.recipes.mergekit_yaml.load import load
-from evomerge.recipes.mergekit_yaml.writer import dump, with_outer_filters
+from evomerge.recipes.mergekit_yaml.writer import dump, dump_documents, with_outer_filters
 
-__all__ = ["dump", "load", "with_outer_filters"]
+__all__ = ["dump", "dump_documents", "load", "with_outer_filters"]

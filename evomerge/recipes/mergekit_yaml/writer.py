@@ -32,11 +32,23 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
     named = {**references, **{name: name for name, _ in recipe.stages}}
     documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages]
     documents.append(_document(recipe, named))
-    body = "---\n".join(
+    head = "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""])
+    return head + dump_documents(documents)
+
+
+def dump_documents(documents: Sequence[Any]) -> str:
+    """YAML of plain data that any reader of YAML reads alike.
+
+    Args:
+        documents: What each document holds.
+
+    Returns:
+        The text of the file.
+    """
+    return "---\n".join(
         yaml.dump(d, sort_keys=False, default_flow_style=False, width=120, Dumper=_Dumper, allow_unicode=True)
         for d in documents
     )
-    return "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""]) + body
 
 
 def _refuse_rows(recipe: Recipe) -> None:
