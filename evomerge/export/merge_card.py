@@ -71,8 +71,8 @@ def front_matter(references: Iterable[str]) -> list[str]:
     Returns:
         Lines with the models as base_model, adapters apart from the models that they change.
     """
-    names = dict.fromkeys(name for reference in references for name in _models(reference))
-    models = [f"- {json.dumps(scrub(name), ensure_ascii=False)}" for name in names]
+    names = dict.fromkeys(name for reference in references for name in _models(scrub(reference)))
+    models = [f"- {json.dumps(name, ensure_ascii=False)}" for name in names]
     return [
         "---",
         *(["base_model:", *models] if models else []),

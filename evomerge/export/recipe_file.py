@@ -77,7 +77,9 @@ def merge_recipe_file(
         )
         names = {name: name for name in recipe.models}
     opened = {name: parent(reference) for name, reference in names.items()}
-    return merge_recipe(Origin(recipe, names, text, tuple(ignored)), opened, directory, progress, memory=memory)
+    return merge_recipe(
+        Origin(recipe, names, text, tuple(ignored)), opened, directory, progress, memory=memory
+    )
 
 
 def merge_recipe(

@@ -130,6 +130,12 @@ def test_other_heads_of_the_same_matrices_are_refused_by_merges_and_searches(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_number_that_a_class_computes_is_not_taken_for_another(tmp_path: Path) -> None:
+    one = {"model_type": "mixtral", "hidden_size": 32, "num_attention_heads": 4, "head_dim": None}
+    two = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
+    assert "refused" not in {found.meaning.verdict for found in differences(one, two)}
+
+
 def test_a_window_that_both_configs_switch_off_is_no_difference(tmp_path: Path) -> None:
     one = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 131072}
     assert list(differences({**one, "sliding_window": 32768}, one)) == []
