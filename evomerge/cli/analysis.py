@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import AllowPython, AllowTasks, Json, Root, allowed, open_store, reading_store
+from evomerge.cli.options import (
+    AllowCode,
+    AllowPython,
+    AllowTasks,
+    Json,
+    Root,
+    allowed,
+    open_store,
+    reading_store,
+)
 from evomerge.cli.output import put
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
@@ -29,6 +38,7 @@ def plan(
     ] = None,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Check a search before it starts.
@@ -44,7 +54,7 @@ def plan(
     named = None if cards is None else named_cards(cards)
     settings, text = loading.load(config)
     loading.check_tasks(settings, text, config)
-    permitted = allowed(allow_python, allow_tasks)
+    permitted = allowed(allow_python, allow_tasks, allow_code)
     data = plan_search(settings, probe=probe, allowed=permitted, cards=named)
     put(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
 
@@ -99,6 +109,7 @@ def compare(
     ] = False,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
+    allow_code: AllowCode = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +134,7 @@ def compare(
             [(name, *split_reference(name)) for name in candidates],
             studies_root(root),
             request,
-            allowed=allowed(allow_python, allow_tasks),
+            allowed=allowed(allow_python, allow_tasks, allow_code),
             show=progress,
         )
     put(json.dumps(data, indent=2) if as_json else analysis_tables.comparison_table(data, role))
@@ -149,6 +160,7 @@ def sensitivity(
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .png, .svg or .pdf.")] = None,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
+    allow_code: AllowCode = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
@@ -172,7 +184,7 @@ def sensitivity(
         )
     study, reference = split_reference(candidate)
     request = rescoring.ScanRequest(step, span, axes, role, items)
-    may = allowed(allow_python, allow_tasks)
+    may = allowed(allow_python, allow_tasks, allow_code)
     if gradient:
         with reading_store(study, root) as store, progress_module.bar("shards of items") as progress:
             data = derivatives.differentiate(store, reference, request, allowed=may, show=progress)

@@ -39,6 +39,14 @@ AllowTasks = Annotated[
         "a task file is code and runs with all your rights.",
     ),
 ]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Run the programs that models write, where a task scores them so, in child processes "
+        "with limits; they read what you read.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -102,6 +110,7 @@ class RunOptions:
     Attributes:
         allow_python: Run the Python functions that the search names as tasks.
         allow_tasks: Load task folders that are not evomerge's own.
+        allow_code: Run the programs that models write, in child processes.
         workers: Processes of this machine, or of the Ray cluster, that evaluate candidates.
         ray: 'local', 'auto' or the address of a Ray cluster.
         gpus: GPUs of each Ray worker: 0 to 1, or a whole number.
@@ -113,6 +122,7 @@ class RunOptions:
 
     allow_python: AllowPython = False
     allow_tasks: AllowTasks = False
+    allow_code: AllowCode = False
     workers: Workers = None
     ray: Ray = None
     gpus: Gpus = None
@@ -124,7 +134,7 @@ class RunOptions:
     @property
     def allowed(self) -> Allowed:
         """What the tasks may do."""
-        return allowed(self.allow_python, self.allow_tasks)
+        return allowed(self.allow_python, self.allow_tasks, self.allow_code)
 
     def apply_to(self, settings: Config) -> Config:
         """The settings with what these options say of where the search runs.
@@ -222,16 +232,17 @@ def reading_store(study: str, root: Path | None) -> Iterator[Store]:
         yield store
 
 
-def allowed(python: bool, tasks: bool) -> Allowed:
+def allowed(python: bool, tasks: bool, code: bool) -> Allowed:
     """What the options let the tasks do.
 
     Args:
         python: --allow-python.
         tasks: --allow-tasks.
+        code: --allow-code-execution.
 
     Returns:
         The permissions as `evomerge.launch` takes them.
     """
     from evomerge.launch.opening import Allowed
 
-    return Allowed(python, tasks)
+    return Allowed(python, tasks, code)

@@ -19,7 +19,6 @@ from evomerge.recipes import Recipe
 from evomerge.store import Store, paths
 
 if TYPE_CHECKING:
-    from evomerge.launch.opening import Allowed
     from evomerge.search import Progress
 
 SearchLike = SearchRequest | Mapping[str, Any] | str | Path
@@ -27,7 +26,12 @@ SearchLike = SearchRequest | Mapping[str, Any] | str | Path
 
 
 def plan(
-    search: SearchLike, *, probe: bool = False, allow_python: bool = False, allow_tasks: bool = False
+    search: SearchLike,
+    *,
+    probe: bool = False,
+    allow_python: bool = False,
+    allow_tasks: bool = False,
+    allow_code_execution: bool = False,
 ) -> dict[str, Any]:
     """Checks a search before it starts: its models, space, tasks with their items, and the work that it is.
 
@@ -36,6 +40,8 @@ def plan(
         probe: Load the base too, try which scoring techniques it can be trusted with, and time a candidate.
         allow_python: Run the Python functions that the search names as tasks.
         allow_tasks: Load the task folders that the search includes; a task file is code.
+        allow_code_execution: Run the programs that models write, where a task scores them so, in child
+            processes with limits.
 
     Returns:
         Plain data, as `evomerge plan --json` prints it.
@@ -44,10 +50,11 @@ def plan(
         EvomergeError: What starting the search would raise.
     """
     from evomerge.launch.dry_run import plan_search
+    from evomerge.launch.opening import Allowed
 
     request = load(search)
     _check_tasks(request, search)
-    allowed = _allowed(allow_python, allow_tasks)
+    allowed = Allowed(allow_python, allow_tasks, allow_code_execution)
     return plan_search(request.effective_settings, probe=probe, allowed=allowed)
 
 
@@ -60,6 +67,7 @@ def run(
     on_progress: Callable[[Progress], None] | None = None,
     allow_python: bool = False,
     allow_tasks: bool = False,
+    allow_code_execution: bool = False,
     accept_floor: bool = False,
 ) -> StudyView:
     """Runs a search to its end.
@@ -74,6 +82,8 @@ def run(
         on_progress: Called with what the search has done so far; its `note` is a line worth printing, or ''.
         allow_python: Run the Python functions that the search names as tasks.
         allow_tasks: Load the task folders that the search includes; a task file is code.
+        allow_code_execution: Run the programs that models write, where a task scores them so, in child
+            processes with limits.
         accept_floor: Begin also where no parent has anything right in a task, or all answer it alike.
 
     Returns:
@@ -87,6 +97,7 @@ def run(
     """
     set_thread_defaults()
     from evomerge import reports
+    from evomerge.launch.opening import Allowed
     from evomerge.launch.prepare import prepare_study
 
     request = load(search)
@@ -94,7 +105,7 @@ def run(
     study = prepare_study(
         replace(request, resume=resume or request.resume),
         _root(root),
-        allowed=_allowed(allow_python, allow_tasks),
+        allowed=Allowed(allow_python, allow_tasks, allow_code_execution),
         workers=workers,
         show=on_progress or _silent,
         accept_floor=accept_floor,
@@ -252,12 +263,6 @@ def _check_tasks(request: SearchRequest, search: SearchLike) -> None:
     """Raises ConfigError for a task's name that is written wrong, before anything is opened."""
     name = str(search) if isinstance(search, str | Path) else "the search file"
     loading.check_tasks(request.settings, request.text, name)
-
-
-def _allowed(python: bool, tasks: bool) -> Allowed:
-    from evomerge.launch.opening import Allowed
-
-    return Allowed(python, tasks)
 
 
 def _root(root: str | Path | None) -> Path:

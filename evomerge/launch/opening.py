@@ -38,10 +38,12 @@ class Allowed:
     Attributes:
         python: Run the Python functions that the settings name as tasks.
         tasks: Load task folders that are not evomerge's own.
+        code: Execute what models write in child processes, where a task scores it so.
     """
 
     python: bool = False
     tasks: bool = False
+    code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +317,7 @@ def _opened(
         device=device_name(),
         allow_python=allowed.python,
         allow_tasks=allowed.tasks,
+        allow_code=allowed.code,
         known=stored.terms if stored else None,
     )
     if settings.follows_gradients:

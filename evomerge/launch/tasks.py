@@ -30,6 +30,7 @@ def open_tasks(
     device: str = "cpu",
     allow_python: bool = False,
     allow_tasks: bool = False,
+    allow_code: bool = False,
     known: Mapping[str, TermFacts] | None = None,
 ) -> TaskSet:
     """Opens the tasks of a configuration: their items learnt and their prompts built.
@@ -40,6 +41,7 @@ def open_tasks(
         device: Where a Python task gets a model to try.
         allow_python: Run the Python functions that the configuration names.
         allow_tasks: Read its folders of lm-eval tasks, whose files are code too.
+        allow_code: Have what models write executed in child processes, where a task asks for that.
         known: What the tasks' metrics were when a stored study began; None for a new one.
 
     Returns:
@@ -65,13 +67,15 @@ def open_tasks(
     tokenizer = model_loading.load_tokenizer(base)
     sets: list[TaskSet] = []
     if len(python_tasks) < len(settings.tasks):
-        sets.append(_harness_tasks(settings, tokenizer, known or {}))
+        sets.append(_harness_tasks(settings, tokenizer, known or {}, allow_code))
     if python_tasks:
         sets.append(_python_tasks(settings, tokenizer, base, device))
     return sets[0] if len(sets) == 1 else CombinedTasks(sets)
 
 
-def _harness_tasks(settings: Config, tokenizer: Any, known: Mapping[str, TermFacts]) -> TaskSet:
+def _harness_tasks(
+    settings: Config, tokenizer: Any, known: Mapping[str, TermFacts], allow_code: bool
+) -> TaskSet:
     """The tasks that lm-eval knows, or finds in the folders that the configuration includes."""
     from evomerge.evaluation.lm_harness.harness import LmHarness
     from evomerge.evaluation.lm_harness.items import ItemRules
@@ -111,6 +115,7 @@ def _harness_tasks(settings: Config, tokenizer: Any, known: Mapping[str, TermFac
         system_instruction=e.system_instruction,
         limits=_limits(settings),
         rules=rules,
+        allow_code=allow_code,
     )
 
 

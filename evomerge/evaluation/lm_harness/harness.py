@@ -86,6 +86,7 @@ class LmHarness:
         limits: Mapping[Role, int] | None = None,
         rules: ItemRules | None = None,
         backend: str = DEFAULT_BACKEND,
+        allow_code: bool = False,
     ) -> None:
         """Loads tasks and builds every request.
 
@@ -100,6 +101,7 @@ class LmHarness:
             limits: Role -> most items of each task, chosen by their hash; None for all.
             rules: Which documents may become items; None for the defaults.
             backend: What answers the requests, a key of `evomerge.evaluation.lm_harness.backends.BACKENDS`.
+            allow_code: Whether tasks may have what models write executed, in child processes.
 
         Raises:
             ConfigError: There is no such backend.
@@ -109,7 +111,7 @@ class LmHarness:
         self._backend_entry = find_backend(backend)
         self.tokenizer, self.batch_size = tokenizer, batch_size
         prompting = Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction)
-        self._loaded = load(specs, prompting, include, rules, limits)
+        self._loaded = load(specs, prompting, include, rules, limits, allow_code=allow_code)
         self.tasks, self.groups = self._loaded.tasks, self._loaded.groups
         self._values = {name: TaskValues(loaded) for name, loaded in self.tasks.items()}
         self._search_items = {

@@ -12,7 +12,8 @@ For as long as the process lives (`harden`, called before tasks are read; lm-eva
   the hub and runs.
 
 For one call: `HFLM._loglikelihood_tokens` (`captured_token_pairs`), to get the token ids that
-`HFLM.loglikelihood` makes, and a task's `test_split` (`never_its_own_example`). While requests are built:
+`HFLM.loglikelihood` makes, and a task's `test_split` (`never_its_own_example`). While tasks are imported that
+have what models write executed: `evaluate.load` (`code_metric_in_children`). While requests are built:
 `rendered_once`. For one task object: `cache_document_rendering`.
 """
 
@@ -23,6 +24,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import evaluate  # type: ignore[import-untyped]
 import lm_eval.api.task
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,6 +33,7 @@ from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import _yaml_loader
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.code_execution import CodeMetric
 
 _TEMPLATES = 4096  # compiled templates that are cached
 
@@ -92,6 +95,27 @@ class RefusedMetric:
             f"metric '{self.__name__}' is a program that the evaluate library would fetch and run; "
             "use a metric of lm-eval's own"
         )
+
+
+@contextlib.contextmanager
+def code_metric_in_children() -> Iterator[None]:
+    """While tasks are imported, gives them a metric `code_eval` that runs programs in child processes.
+
+    They load it from the hub where they are imported, and it would run programs in forks of this process.
+
+    Yields:
+        Nothing.
+    """
+    load = evaluate.load
+
+    def load_metric(path: str, *arguments: Any, **named: Any) -> Any:
+        return CodeMetric() if path == "code_eval" else load(path, *arguments, **named)
+
+    evaluate.load = load_metric
+    try:
+        yield
+    finally:
+        evaluate.load = load
 
 
 def captured_token_pairs(lm: Any, request: Any) -> list[Any]:

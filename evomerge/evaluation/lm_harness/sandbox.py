@@ -24,8 +24,9 @@ from evomerge.evaluation.lm_harness.lm_eval_patches import RefusedMetric
 
 TREE = Path(lm_tasks.__file__).resolve().parent
 """lm-eval's own tasks: public benchmarks."""
-# functions, and the metric of Hugging Face's evaluate that runs programs
-_EXECUTING_NAMES = {"exec", "eval", "code_eval"}
+_CODE_METRIC = "code_eval"
+"""The metric of Hugging Face's evaluate that runs programs, see `evomerge.evaluation.code_execution`."""
+_EXECUTING_NAMES = {"exec", "eval", _CODE_METRIC}
 _SHELLS = {("os", name) for name in ("system", "popen")} | {
     ("subprocess", name)
     for name in ("run", "Popen", "call", "check_call", "check_output", "getoutput", "getstatusoutput")
@@ -35,17 +36,18 @@ _TaskEntry = tuple[str, Mapping[str, Any], Path | None]
 """(name, the task's YAML with functions unresolved, its folder)."""
 
 
-def check_task(name: str, task: Any) -> None:
+def check_task(name: str, task: Any, *, allow_code: bool = False) -> None:
     """Checks a task, as built, for scores that would come from code that was fetched or that models write.
 
     Args:
         name: Its name, for errors.
         task: lm-eval's task.
+        allow_code: Whether what models write may be executed; `check_entry` has seen how.
 
     Raises:
         TaskError: The task executes what models write, or its metric is a program that would be fetched.
     """
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
+    if not allow_code and (getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False)):
         raise TaskError(_executes(name))
     metrics = getattr(task, "_metric_fn_list", {})
     fetched = [metric for metric, call in metrics.items() if isinstance(call, RefusedMetric)]
@@ -57,7 +59,7 @@ def check_task(name: str, task: Any) -> None:
         )
 
 
-def check_entry(name: str, index: Mapping[str, Any]) -> None:
+def check_entry(name: str, index: Mapping[str, Any], *, allow_code: bool = False) -> bool:
     """Checks a task, or a group or tag with all its tasks, before any of its code is imported.
 
     A task declares that it executes what models write (`unsafe_code`), or its code in lm-eval's tree shows
@@ -66,21 +68,35 @@ def check_entry(name: str, index: Mapping[str, Any]) -> None:
     Args:
         name: Name of a task, group or tag.
         index: lm-eval's index, name -> entry.
+        allow_code: Whether what models write may be executed in child processes.
+
+    Returns:
+        Whether a task has what models write executed.
 
     Raises:
-        TaskError: A task executes what models write.
+        TaskError: A task executes what models write, and that is not allowed or not by the metric that runs
+            it in a child process.
     """
+    executes = False
     for task_name, config, folder in _task_entries(name, index, ()):
         if config.get("unsafe_code"):
-            raise TaskError(_executes(task_name))
+            executes = True
+            if not allow_code:
+                raise TaskError(_executes(task_name))
         folders = {file.parent for file in _function_files(config)}
         if folder:
             folders.add(folder)
         for place in sorted(folders):
             if place.is_relative_to(TREE) and place != TREE:
-                line = executing_line(place)
-                if line:
+                if not allow_code and (line := executing_line(place)):
                     raise TaskError(f"{_executes(task_name)} ({line})")
+                if line := executing_line(place, but_metric=True):
+                    raise TaskError(
+                        f"task '{task_name}' executes code that models write in evomerge's own process "
+                        f"({line}), which --allow-code-execution does not allow; take another task"
+                    )
+                executes = executes or executing_line(place) is not None
+    return executes
 
 
 def task_names(name: str, index: Mapping[str, Any]) -> list[str]:
@@ -98,7 +114,10 @@ def task_names(name: str, index: Mapping[str, Any]) -> list[str]:
 
 
 def _executes(name: str) -> str:
-    return f"task '{name}' executes code that models write; evomerge does not run it"
+    return (
+        f"task '{name}' executes code that models write; evomerge does not run it unless "
+        "--allow-code-execution is given"
+    )
 
 
 def _task_entries(name: str, index: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[_TaskEntry]:
@@ -142,11 +161,12 @@ def _function_files(value: Any) -> Iterator[Path]:
 
 
 @functools.lru_cache(maxsize=256)
-def executing_line(folder: Path) -> str | None:
+def executing_line(folder: Path, *, but_metric: bool = False) -> str | None:
     """Finds where a folder's Python runs text as a program or starts one.
 
     Args:
         folder: A folder in lm-eval's tree.
+        but_metric: Whether loading the metric that runs programs does not count.
 
     Returns:
         'file, line'; None if nowhere, as far as its calls show.
@@ -156,24 +176,23 @@ def executing_line(folder: Path) -> str | None:
             warnings.simplefilter("ignore")  # of their syntax
             tree = ast.parse(file.read_bytes())
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and _executes_text(node):
+            if isinstance(node, ast.Call) and _executes_text(node, but_metric):
                 return f"{file.relative_to(TREE)}, line {node.lineno}"
     return None
 
 
-def _executes_text(node: ast.Call) -> bool:
+def _executes_text(node: ast.Call, but_metric: bool) -> bool:
     """Whether a call runs text as a program or starts one."""
     call = node.func
-    if isinstance(call, ast.Name) and call.id in _EXECUTING_NAMES:
+    names = _EXECUTING_NAMES - {_CODE_METRIC} if but_metric else _EXECUTING_NAMES
+    if isinstance(call, ast.Name) and call.id in names:
         return True
     starts_program = (
         isinstance(call, ast.Attribute)
         and isinstance(call.value, ast.Name)
         and (call.value.id, call.attr) in _SHELLS
     )
-    return starts_program or any(
-        isinstance(arg, ast.Constant) and arg.value in _EXECUTING_NAMES for arg in node.args
-    )
+    return starts_program or any(isinstance(arg, ast.Constant) and arg.value in names for arg in node.args)
 
 
 # ---- what code a task is made of ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Those shipped and included, and lm-eval's own tree, which is read only when it i
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from evomerge import _resources
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.lm_harness import sandbox
-from evomerge.evaluation.lm_harness.lm_eval_patches import harden
+from evomerge.evaluation.lm_harness.lm_eval_patches import code_metric_in_children, harden
 from evomerge.evaluation.lm_harness.sandbox import TREE
 from evomerge.evaluation.lm_harness.task_index import manager_of_everything
 
@@ -33,11 +34,12 @@ class TaskCatalogue:
         local: lm-eval's manager of the tasks in these folders.
     """
 
-    def __init__(self, include: Sequence[Path]) -> None:
+    def __init__(self, include: Sequence[Path], *, allow_code: bool = False) -> None:
         """Reads the shipped and included tasks.
 
         Args:
             include: Folders of task YAML files besides the shipped ones.
+            allow_code: Whether tasks may have what models write executed, in child processes.
 
         Raises:
             TaskError: A folder does not exist.
@@ -47,6 +49,7 @@ class TaskCatalogue:
         for folder in self.folders:
             if not folder.is_dir():
                 raise TaskError(f"there is no task folder '{folder}'")
+        self._allow_code = allow_code
         _be_silent()
         paths = [str(folder) for folder in self.folders]
         self.local = _with_shipped_data(TaskManager(include_path=paths, include_defaults=False))
@@ -74,18 +77,23 @@ class TaskCatalogue:
         if name not in manager.all_tasks:
             raise TaskError(f"unknown task '{name}'. {suggest(name, manager.all_tasks)}")
         has_members = name not in manager.all_subtasks
-        sandbox.check_entry(name, manager.task_index)
-        self._find_data(name, manager)
         try:
-            built = manager.load([name])
+            built = self._load(name, manager)
+        except TaskError:
+            raise
         except Exception:  # a group of the user's may hold tasks of lm-eval's
             if manager is not self.local or not has_members:
                 raise
-            sandbox.check_entry(name, self.everything().task_index)
-            self._find_data(name, self.everything())
-            built = self.everything().load([name])
+            built = self._load(name, self.everything())
         is_tag = has_members and name in manager.all_tags
         return dict(built["tasks"]), built.get("groups", {}).get(name), is_tag
+
+    def _load(self, name: str, manager: TaskManager) -> Any:
+        """What lm-eval builds of a name, once its entries are checked."""
+        executes = sandbox.check_entry(name, manager.task_index, allow_code=self._allow_code)
+        with code_metric_in_children() if executes else contextlib.nullcontext():
+            self._find_data(name, manager)
+            return manager.load([name])
 
     def _find_data(self, name: str, manager: TaskManager) -> None:
         """Finds the data files of included tasks beside their YAML, else in the working directory."""

@@ -130,6 +130,8 @@ def load(
     include: Sequence[Path] = (),
     rules: ItemRules | None = None,
     limits: Mapping[Role, int] | None = None,
+    *,
+    allow_code: bool = False,
 ) -> LoadedTasks:
     """Loads tasks.
 
@@ -139,6 +141,7 @@ def load(
         include: Folders of task YAML files besides the shipped ones.
         rules: Which documents may become items; None for the defaults.
         limits: Role -> most items of each task, chosen by their hash; None for all.
+        allow_code: Whether tasks may have what models write executed, in child processes.
 
     Returns:
         The tasks. What the rules allow but a user should know is in the warnings.
@@ -147,7 +150,7 @@ def load(
         TaskError: A task or metric is unknown, a role is left without items, or the rules refuse something.
     """
     rules = rules or ItemRules()
-    catalogue = TaskCatalogue(include)
+    catalogue = TaskCatalogue(include, allow_code=allow_code)
     loaded: dict[str, tuple[LoadedTask, _Documents]] = {}
     group_members: dict[str, tuple[tuple[str, ...], GroupMetric]] = {}
     entries: dict[str, str] = {}  # task with items -> the entry that it is part of
@@ -162,6 +165,7 @@ def load(
                         f"text of at most {_LONGEST_NAME} characters for a name"
                     )
                 _check_once(name, spec.task, entries)
+                sandbox.check_task(task_spec.task, task, allow_code=allow_code)
                 benchmark = catalogue.is_benchmark(task, spec.task)
                 loaded[name] = _load_task(task_spec, task, prompting, rules, benchmark)
                 loaded[name][0].code = sandbox.code_hash(task, include)
@@ -280,7 +284,6 @@ def _load_task(
     spec: TaskSpec, task: Any, prompting: Prompting, rules: ItemRules, benchmark: bool
 ) -> tuple[LoadedTask, _Documents]:
     """(a task without items yet, the documents of each role)."""
-    sandbox.check_task(spec.task, task)
     is_benchmark = benchmark and not rules.allow_benchmark_test
     splits.check(task, spec.task, spec.splits, is_benchmark=is_benchmark)
     warnings = _set_fewshot(spec, task)

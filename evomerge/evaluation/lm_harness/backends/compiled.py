@@ -114,7 +114,9 @@ class CompiledBackend:
         self._budgets: Budgets | None = None  # the device's
         self._verifications: dict[str, Verification] = {}
         self._decoders: dict[str, Verification] = {}
-        self._span = -1  # length of requests that the verifications hold for
+        self._span = (
+            self._text_span
+        ) = -1  # lengths that the verifications of scoring and of decoders hold for
         self._fallback_reasons: dict[str, str] = {}  # by task
         self._unsupported: dict[str, str | None] = {}  # by generation settings
         self._tokenize = RequestTokenizer(self.lm)
@@ -166,14 +168,11 @@ class CompiledBackend:
                 self._fallback_reasons[request.task_name] = reason
                 prepared.by_hflm.append(number)
         prompts = [self._prompts(prepared.requests, numbers) for numbers in generated.values()]
-        lengths = [len(request.context) + len(request.continuation) for request in scored]
-        lengths += [len(ids) + group.max_new for group in prompts for ids in group.ids]
-        if not lengths:
-            return prepared
-        self._expect_span(max(lengths))
         if scored:
+            self._expect_span(max(len(request.context) + len(request.continuation) for request in scored))
             prepared.plan = self._verified_engine().compile(scored)
         if prompts:
+            self._expect_text_span(max(len(ids) + group.max_new for group in prompts for ids in group.ids))
             generator = self._verified_generator()
             for group in prompts:
                 plan = generator.compile(group.ids, group.until, group.max_new, group.settings)
@@ -265,27 +264,30 @@ class CompiledBackend:
 
     def expect(self, requests: Sequence[Any]) -> None:
         """See `SpanningBackend.expect`."""
-        spans = [self._span]
         for request in requests:
             with contextlib.suppress(CandidateError):  # which is raised again where the request is asked
-                spans.append(self._length(request))
-        self._expect_span(max(spans))
+                self._expect(request)
 
-    def _length(self, request: Any) -> int:
-        """Tokens of a request with its answer; -1 where HFLM answers."""
+    def _expect(self, request: Any) -> None:
+        """Takes note of a request that will come; of nothing where HFLM answers it."""
         if request.request_type in ("loglikelihood", "loglikelihood_rolling"):
             pieces = self._tokenize(request)
-            return max(len(piece.context) + len(piece.continuation) for piece in pieces)
-        if request.request_type != "generate_until" or self._unsupported_reason(request) is not None:
-            return -1
-        group = self._prompts([request], [0])
-        return len(group.ids[0]) + group.max_new
+            self._expect_span(max(len(piece.context) + len(piece.continuation) for piece in pieces))
+        elif request.request_type == "generate_until" and self._unsupported_reason(request) is None:
+            group = self._prompts([request], [0])
+            self._expect_text_span(len(group.ids[0]) + group.max_new)
 
     def _expect_span(self, span: int) -> None:
         """Has optimizations verified anew where requests are longer than all before."""
         if span > self._span:
             self._span = min(self.lm.max_length, span_bucket(span))
-            self._verifications, self._decoders = {}, {}
+            self._verifications = {}
+
+    def _expect_text_span(self, span: int) -> None:
+        """Has decoders verified anew where prompts and texts are longer than all before."""
+        if span > self._text_span:
+            self._text_span = min(self.lm.max_length, span_bucket(span))
+            self._decoders = {}
 
     def _verified_engine(self) -> Engine:
         """The engine with the optimizations that are allowed at this length."""
@@ -295,7 +297,7 @@ class CompiledBackend:
             def measure() -> dict[str, Verification]:
                 return probe(self.model, span=self._span, max_length=self.lm.max_length, pad_id=self.pad_id)
 
-            self._verifications = self._verified("optimizations", measure)
+            self._verifications = self._verified("optimizations", self._span, measure)
         engine.verifications = self._verifications
         return engine
 
@@ -311,9 +313,9 @@ class CompiledBackend:
         if self._generator is None or not self._decoders:
 
             def measure() -> dict[str, Verification]:
-                return probe_decoders(self.model, engine.head, span=self._span, pad_id=self.pad_id)
+                return probe_decoders(self.model, engine.head, span=self._text_span, pad_id=self.pad_id)
 
-            self._decoders = self._verified("decoders", measure)
+            self._decoders = self._verified("decoders", self._text_span, measure)
             rules = TextRules(self.tokenizer, self.lm.max_length, self.pad_id, self._eos_ids())
             self._generator = Generator(
                 self.model,
@@ -326,10 +328,12 @@ class CompiledBackend:
             )
         return self._generator
 
-    def _verified(self, kind: str, measure: Callable[[], dict[str, Verification]]) -> dict[str, Verification]:
+    def _verified(
+        self, kind: str, span: int, measure: Callable[[], dict[str, Verification]]
+    ) -> dict[str, Verification]:
         """Verifies optimizations where neither this process, its study nor this machine has done so."""
         settings = {"pad_id": self.pad_id, "max_length": self.lm.max_length}
-        verifications = verified(kind, self.model, self._span, settings, measure)
+        verifications = verified(kind, self.model, span, settings, measure)
         _log_verifications(kind, verifications)
         return verifications
 
