@@ -6,7 +6,10 @@ from pathlib import Path
 
 from evomerge.errors import CheckpointError
 
-GGUF_ADVICE = "GGUF weights are quantised; use the model that they were made from"
+GGUF_ADVICE = (
+    "GGUF weights are quantised; use the model that they were made from, or name the .gguf file itself to "
+    "merge what they dequantise to"
+)
 PICKLE_ADVICE = (
     "convert it with from_pretrained(...).save_pretrained(...), on a machine where its pickle may run"
 )

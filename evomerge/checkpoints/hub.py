@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, or a snapshot in the cache of the Hugging Face Hub."""
+"""Where a model's files are: a local folder, a GGUF file, a snapshot in the cache of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from evomerge.checkpoints.foreign_formats import check_kind
+from evomerge.checkpoints.gguf import is_gguf, unpacked
 from evomerge.errors import CheckpointError
 
 
@@ -13,20 +14,23 @@ def locate(reference: str, revision: str | None = None) -> Path:
     """Finds the folder of a model, and downloads a repository that is not in the cache.
 
     Args:
-        reference: A local folder, which is taken as it is, or a Hugging Face repository.
+        reference: A local folder, which is taken as it is, a GGUF file, or a Hugging Face repository.
         revision: Branch, tag or commit of a repository; None: its main branch.
 
     Returns:
-        The folder.
+        The folder; of a GGUF file the one that it is dequantised into.
 
     Raises:
-        CheckpointError: There is no such folder and no such repository, or it cannot be fetched.
+        CheckpointError: There is no such folder and no such repository, or it cannot be fetched or
+            dequantised.
     """
     shown = f"'{reference[:200]}'" if reference.isprintable() else ascii(reference[:200])
     try:
         path = Path(reference).expanduser()
         if reference and path.is_dir():
             return path.resolve()
+        if is_gguf(path):
+            return unpacked(path.resolve())
         if reference and path.is_file():
             check_kind(path)
             raise CheckpointError(f"{shown} is a file; give the folder of the model, {path.resolve().parent}")

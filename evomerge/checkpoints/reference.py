@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.gguf import is_gguf
 from evomerge.checkpoints.hub import locate
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import ConfigError
@@ -15,7 +16,7 @@ class ModelReference(NamedTuple):
     """The parts of 'model[@revision][+adapter[@revision]]'.
 
     Attributes:
-        model: Folder or repository of the model.
+        model: Folder, GGUF file or repository of the model.
         revision: Its revision, None if none is named.
         adapter: Folder or repository of a LoRA adapter, None if none is named.
         adapter_revision: The adapter's revision, None if none is named.
@@ -30,7 +31,7 @@ class ModelReference(NamedTuple):
 def split_reference(reference: str) -> ModelReference:
     """Parses 'model[@revision][+adapter[@revision]]'.
 
-    A folder that exists wins over '+' and '@' in its name.
+    A folder or GGUF file that exists wins over '+' and '@' in its name.
 
     Args:
         reference: The text of a search file or a command line.
@@ -41,7 +42,7 @@ def split_reference(reference: str) -> ModelReference:
     Raises:
         ConfigError: A part is empty, or more than one '+' could be the one before the adapter.
     """
-    if "+" not in reference or _is_folder(reference):
+    if "+" not in reference or _is_here(reference):
         readings = [ModelReference(*_split_revision(reference), None, None)]
     else:
         cuts = [position for position, character in enumerate(reference) if character == "+"]
@@ -50,7 +51,7 @@ def split_reference(reference: str) -> ModelReference:
             for cut in cuts
         ]
     if len(readings) > 1:  # a '+' inside a folder's name: the cut that leaves the most folders
-        folders = [_is_folder(reading.model) + _is_folder(reading.adapter or "") for reading in readings]
+        folders = [_is_here(reading.model) + _is_here(reading.adapter or "") for reading in readings]
         most = max(folders)
         readings = [
             reading for reading, count in zip(readings, folders, strict=True) if count == most and count > 0
@@ -86,13 +87,14 @@ def open_parent(reference: str) -> Checkpoint | AdaptedCheckpoint:
 def _split_revision(reference: str) -> tuple[str, str | None]:
     """(model, revision) of 'repository[@revision]'; a path has no revision, and keeps its '@'."""
     name, at, revision = reference.rpartition("@")
-    if not at or reference.startswith(("/", ".", "~")) or _is_folder(reference):
+    if not at or reference.startswith(("/", ".", "~")) or _is_here(reference):
         return reference, None
     return name, revision
 
 
-def _is_folder(text: str) -> bool:
+def _is_here(text: str) -> bool:
     try:
-        return bool(text) and Path(text).expanduser().is_dir()
+        path = Path(text).expanduser()
+        return bool(text) and (path.is_dir() or is_gguf(path))
     except (OSError, RuntimeError, ValueError):
         return False

@@ -141,12 +141,12 @@ def found_models(known: Mapping[str, Place], given: Mapping[str, Place], study: 
         CheckpointError: One is nowhere.
     """
     places = {**known, **given}
-    there = [Path(path) for path, _ in places.values() if _is_folder(path)]
+    there = [Path(path) for path, _ in places.values() if _is_there(path)]
     near = [parent for path in there for parent in (path.absolute().parent, path.absolute().parent.parent)]
     near += list(study.absolute().parents)[:_ANCESTORS]
 
     def find(path: str, name: str) -> str:
-        found = path if not _is_local(path) or _is_folder(path) else beside(path, near)
+        found = path if not _is_local(path) or _is_there(path) else beside(path, near)
         if found is None:
             raise CheckpointError(
                 f"model '{name}' is not at {path} any more, and not beside the study or its other models; "
@@ -207,7 +207,7 @@ def _absolute(path: str, folder: Path) -> str:
 
 def _by_part(reference: str, place: Callable[[str], str]) -> str:
     """A reference with a function applied to the model and to its adapter, which a '+' joins."""
-    if "+" not in reference or _is_folder(reference):
+    if "+" not in reference or _is_there(reference):
         return place(reference)
     whole = place(reference)
     return whole if whole != reference else "+".join(map(place, reference.split("+")))
@@ -218,8 +218,8 @@ def _is_local(path: str) -> bool:
     return path.startswith(("/", ".", "~"))
 
 
-def _is_folder(path: str) -> bool:
+def _is_there(path: str) -> bool:
     try:
-        return Path(path).expanduser().is_dir()
+        return Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):
         return False

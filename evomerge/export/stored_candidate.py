@@ -69,10 +69,13 @@ class StoredCandidate:
 
     @property
     def references(self) -> dict[str, str]:
-        """Model name -> what a recipe file calls it: repository[@revision], or the folder of a local one."""
+        """Model name -> what a recipe file calls it: repository[@revision], or the folder of a local one.
+
+        A GGUF file is called by the folder that it is dequantised into, which mergekit reads, too.
+        """
         references = {}
         for name, fact in self.study.facts.parents.items():
-            if Path(fact.path).expanduser().is_dir():
+            if Path(fact.path).expanduser().exists():
                 references[name] = str(self.parents[name].path)
             else:
                 references[name] = f"{fact.path}@{fact.revision}" if fact.revision else fact.path
