@@ -153,8 +153,7 @@ class EvaluationConfig(Strict):
     search: Whole | None = Field(default=None, ge=1)
     """Most items of each task that generations take theirs from; all unless given."""
     splits: Literal["declared", "hash", "hash-train", "validation"] = "hash"
-    """Which items have which role: the task's own splits, by hash, or the search on validation items and the
-    test on test items; see `lm_harness.task_loading.TaskSpec`."""
+    """Which items have which role: the task's own splits, by hash, or a search on its validation items."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """What happens to an item in two declared splits: an error, or it is kept in the later role only."""
     allow_benchmark_test: bool = False

@@ -430,7 +430,7 @@ static int rank_by_count(
     memset(counts, 0, (size_t)groups * 32);
     const int quarter = n / 4, rest = n - n % 4;
     const uint16_t *second = keys + quarter, *third = second + quarter, *fourth = third + quarter;
-    for (int j = 0; j < quarter; j++) { /* neighbours are often equal: each would wait for the other's count */
+    for (int j = 0; j < quarter; j++) { /* neighbours are often equal, and would wait */
         counts[keys[j]]++;
         counts[second[j]]++;
         counts[third[j]]++;
@@ -491,7 +491,8 @@ int use_large_pages(void *buffer, int64_t bytes) {
 }
 
 /* Ranks of |x - base| within rows of `width` <= 65536 elements, ascending, equal ones in order. from, to:
-   multiples of width. top: bits of the largest magnitude; raised, never lowered. Returns -1 without memory. */
+   multiples of width. top: bits of the largest magnitude; raised, never lowered. Returns -1 without
+   memory. */
 int rank_rows(
     int64_t from, int64_t to, int64_t width, const void *base, int base_type, const void *x, int type,
     uint16_t *ranks, uint32_t *top
