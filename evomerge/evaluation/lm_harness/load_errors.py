@@ -23,9 +23,11 @@ def explained(task: str, error: Exception) -> str:
     Returns:
         A sentence: what was seen and, where that is known, what to do.
     """
-    for cause in _causes(error):
-        if isinstance(cause, ImportError):
-            return f"task '{task}' cannot be loaded: {_missing(cause)}"
+    imports = [cause for cause in _causes(error) if isinstance(cause, ImportError)]
+    if imports:
+        # lm-eval words some itself, and what it caught names the module
+        named = [cause for cause in imports if _module(cause)]
+        return f"task '{task}' cannot be loaded: {_missing((named or imports)[0])}"
     for cause in _causes(error):
         text = str(cause)
         if type(cause).__name__ in _OFFLINE or any(sign in text.lower() for sign in _NOT_CACHED):
@@ -45,16 +47,23 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _missing(error: ImportError) -> str:
     """What is missing, and the extra of lm-eval that brings it."""
-    name = (error.name or "").partition(".")[0]
-    if not name:
-        found = re.search(r"No module named '([\w.]+)'", str(error))
-        name = found[1].partition(".")[0] if found else ""
+    name = _module(error)
     extra = extra_of(name) if name else None
+    named = re.search(r"lm[-_]eval\[([\w-]+)\]", str(error))
+    if not name and named:
+        return f'it needs packages of an extra of lm-eval: pip install "lm-eval[{named[1]}]"'
     if extra is not None:
         return f"it needs the package '{name}', of an extra of lm-eval: pip install \"lm-eval[{extra}]\""
     if name:
         return f"it needs the package '{name}': pip install {name.replace('_', '-')}"
     return f"{type(error).__name__}: {_first(str(error))}"
+
+
+def _module(error: ImportError) -> str:
+    """The top-level module that was not found; '' where that is not known."""
+    found = re.search(r"No module named '([\w.]+)'", str(error))
+    name = error.name or (found[1] if found else "")
+    return name.partition(".")[0]
 
 
 def extra_of(module: str) -> str | None:

@@ -36,6 +36,15 @@ def test_a_task_whose_package_is_missing_said_only_no_module() -> None:
     assert other.endswith("pip install my-tools")
 
 
+def test_lm_evals_own_words_for_a_missing_package_name_the_extra_too() -> None:
+    own = ModuleNotFoundError("`sympy` is required; install it via pip install lm-eval[math] or -e .[math]")
+    assert explained("minerva", own).endswith('an extra of lm-eval: pip install "lm-eval[math]"')
+    own.__context__ = ModuleNotFoundError("No module named 'sympy'", name="sympy")
+    assert explained("minerva", own).endswith(
+        "'sympy', of an extra of lm-eval: pip install \"lm-eval[math]\""
+    )
+
+
 @pytest.mark.parametrize("kind", ["ConnectionError", "OfflineModeIsEnabled", "ValueError"])
 def test_data_that_are_not_here_name_the_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", "/data/cache")
