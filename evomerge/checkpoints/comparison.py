@@ -6,12 +6,14 @@ config where there is one, with the values of both.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from evomerge.checkpoints.config_meanings import Difference, differences
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.checkpoints.parent import Parent
 from evomerge.errors import CheckpointError
 
@@ -25,10 +27,6 @@ _SIZES = {
     "number of experts": ("num_local_experts", "num_experts", "n_routed_experts"),
 }
 """What a shape may come from -> the keys that configs have for it."""
-_ROWS_OF_A_SEARCH = (
-    "a search mixes rows by number, so bring it to the base's tokens first: evomerge merge, a recipe with "
-    "this model alone and 'tokenizer_source: base' (or 'tokenizer: {source: base}')"
-)
 _SHOWN = 12  # config keys that a warning names
 _LONGEST = 60  # characters of a value
 
@@ -237,7 +235,8 @@ def check_compatible(parents: Mapping[str, Parent], base: str, *, deeper: bool =
     for name, parent in parents.items():
         if name == base:
             continue
-        reason = first_difference(name, parent, base, parents[base], rows=_ROWS_OF_A_SEARCH, deeper=deeper)
+        advice = _advice_on_rows(parent, parents[base])
+        reason = first_difference(name, parent, base, parents[base], rows=advice, deeper=deeper)
         reason = reason or meaningless(name, parent, base, parents[base])
         if reason is not None:
             raise CheckpointError(f"model {reason}" if reason.startswith("'") else reason)
@@ -303,6 +302,24 @@ def _rows(parent: Parent) -> int | None:
     """Rows of the tallest table before the stack."""
     shapes = [parent.tensors[name].shape for name in parent.layout.outer_names("embeddings")]
     return max((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
+def _advice_on_rows(parent: Parent, base: Parent) -> str:
+    """How to give a model the base's tokens, and as many rows: the base may have more rows than tokens.
+
+    The base stands in the recipe with weight 0, for rows of tokens that the model lacks.
+    """
+    adapter = f"+{parent.adapter}" if isinstance(parent, AdaptedCheckpoint) else ""
+    model, donor = (
+        json.dumps(text, ensure_ascii=False) for text in (f"{parent.path}{adapter}", str(base.path))
+    )
+    return (
+        "a search mixes rows by number, so bring it to the base's tokens first: evomerge merge, the recipe "
+        f"{{merge_method: linear, base_model: {donor}, "
+        f"models: [{{model: {model}, parameters: {{weight: 1}}}}, "
+        f"{{model: {donor}, parameters: {{weight: 0}}}}], "
+        f"tokenizer: {{source: base, pad_to_multiple_of: {_rows(base)}}}}}"
+    )
 
 
 def _heads(parent: Parent) -> list[str]:

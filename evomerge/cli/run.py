@@ -127,4 +127,6 @@ def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = Fa
             data = reports.study_summary(study.store)
     put(study_tables.study_table(data))
     where = f" --root {options.root}" if options.root else ""
-    put(f"report: {path}\nnext:   evomerge export {request.settings.study}/best OUT --weights{where}")
+    put(f"report: {path}")
+    if not data["alike"]:
+        put(f"next:   evomerge export {request.settings.study}/best OUT --weights{where}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from evomerge.cli.options import Models, Root, open_store
 from evomerge.cli.output import put, tell
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
+
+if TYPE_CHECKING:
+    from evomerge.export.stored_candidate import StoredCandidate
 
 
 def export(
@@ -27,6 +31,7 @@ def export(
     from evomerge import reports
     from evomerge.cli import progress as progress_module
     from evomerge.export.candidate import export_candidate
+    from evomerge.export.stored_candidate import StoredCandidate
     from evomerge.launch import opening
 
     study, reference = split_reference(candidate)
@@ -35,13 +40,32 @@ def export(
         parents = opening.stored_parents(store, models or ())
         with progress_module.bar("tensors") as progress:
             export_candidate(store, trial, parents, directory, weights=weights, progress=progress)
+        stored = StoredCandidate.of(store, trial, parents)
+        commands = _trial_commands(stored, directory) if weights else stored.build_commands(directory)
     put(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
-    if weights:
-        command = f"lm_eval --model hf --model_args pretrained={directory} --tasks …"
-        put(f"try it: {command}, or vllm serve {directory}")
-    else:
-        command = f"evomerge merge {directory}/recipe.json MODEL"
-        put(f"build it: {command}, or mergekit-yaml {directory}/recipe.yaml MODEL")
+    for number, command in enumerate(commands):
+        put(f"{('try it' if weights else 'build it') if number == 0 else 'or'}: {command}")
+
+
+def _trial_commands(stored: StoredCandidate, directory: Path) -> list[str]:
+    """The commands that score or serve an exported model."""
+    from evomerge import _resources
+    from evomerge.config import loading
+    from evomerge.evaluation.lm_harness.task_names import names_in
+
+    settings, _ = loading.stored(stored.study.name, stored.study.config, {})
+    tasks = {task.task for task in settings.tasks if task.python is None}
+    shipped = _resources.evaluators()
+    folders = [shipped, *map(Path, settings.evaluation.include)]
+    needed = [folder for folder in folders if tasks & names_in([folder])]
+    commands = []
+    if tasks and len(needed) < 2:  # lm_eval takes one folder of tasks
+        words = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={directory.absolute()}"]
+        words += ["--tasks", ",".join(sorted(tasks)), *(f"--include_path={folder}" for folder in needed)]
+        # the shipped tasks name their data from the folder that they lie in
+        place = f"cd {shlex.quote(str(shipped.parent))} && " if needed == [shipped] else ""
+        commands.append(f"({place}{shlex.join(words)})" if place else shlex.join(words))
+    return [*commands, f"vllm serve {shlex.quote(str(directory))}"]
 
 
 def merge(

@@ -41,7 +41,8 @@ def study_table(data: Mapping[str, Any]) -> str:
     rows = list(data["references"])
     if data["best"]:
         best = data["best"]
-        rows.insert(0, best | {"label": f"best: {data['study']}/{best['id']} ({best['origin']})"})
+        kind = "no winner, one of equals" if data["alike"] else "best"
+        rows.insert(0, best | {"label": f"{kind}: {data['study']}/{best['id']} ({best['origin']})"})
     labels = [str(row["label"] or row["id"]) for row in rows]
     width = column_width(labels, 34)
     lines.append(f"{'':{width}}{'search':>8}{'valid.':>8}{'test':>8}   lead of the best")
@@ -122,6 +123,7 @@ def _conclusions(data: Mapping[str, Any]) -> list[str]:
     from evomerge.reports.stages import stage_sentences
 
     best, lines = data["best"] or {}, [""]
+    lines += [data["alike"]] if data["alike"] else []
     lines += stage_sentences(data["stages"])
     if "test_interval" in best:
         low, high = best["test_interval"]
@@ -154,6 +156,8 @@ def _best(row: Mapping[str, Any]) -> str:
     best = row["best"]
     if best is None:
         return "none yet"
+    if row["alike"]:
+        return f"none: all score {_number(best.get('search'))}"
     return f"{_number(best.get('test', best.get('search')))} (candidate {best['id']})"
 
 

@@ -145,19 +145,24 @@ def found_models(known: Mapping[str, Place], given: Mapping[str, Place], study: 
     near = [parent for path in there for parent in (path.absolute().parent, path.absolute().parent.parent)]
     near += list(study.absolute().parents)[:_ANCESTORS]
 
-    def find(path: str, name: str) -> str:
-        found = path if not _is_local(path) or _is_there(path) else beside(path, near)
-        if found is None:
-            raise CheckpointError(
-                f"model '{name}' is not at {path} any more, and not beside the study or its other models; "
-                f"give --models {name}=PATH"
-            )
-        return found
+    def find(path: str) -> str | None:
+        return path if not _is_local(path) or _is_there(path) else beside(path, near)
 
-    return {
-        name: (_by_part(path, lambda part, name=name: find(part, name)), revision)  # type: ignore[misc]
-        for name, (path, revision) in places.items()
-    }
+    def place(path: str, name: str) -> str:
+        whole = find(path) if "+" in Path(path).name or "+" not in path else None
+        if whole is not None and (whole != path or "+" not in path or _is_there(path)):
+            return whole
+        parts = path.split("+")  # a model and its adapter
+        found = [(part, find(part)) for part in parts]
+        missing = [part for part, folder in found if folder is None]
+        if missing:
+            raise CheckpointError(
+                f"model '{name}' is not at {' and '.join(missing)} any more, and not beside the study or its "
+                f"other models; give --models {name}=PATH"
+            )
+        return "+".join(folder for _, folder in found if folder is not None)
+
+    return {name: (place(path, name), revision) for name, (path, revision) in places.items()}
 
 
 def found_files(paths: Sequence[str], study: Path) -> tuple[str, ...]:

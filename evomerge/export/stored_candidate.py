@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evomerge.checkpoints import Parent
+from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import NothingToExport, StudyError
 from evomerge.recipes import Recipe
 from evomerge.store import ParentFacts, Store, StudyRow, Trial
@@ -83,15 +85,34 @@ class StoredCandidate:
 
     @property
     def mergekit_command(self) -> str:
-        """The command of mergekit 0.1.5 that merges its recipe.yaml."""
+        """The command of mergekit 0.1.5 that merges its recipe.yaml, run in the folder of that file."""
+        command = "mergekit-yaml recipe.yaml OUT"
         if self.recipe.stages:
-            return "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
-        return "mergekit-yaml recipe.yaml OUT"
+            command = "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
+        if any(isinstance(self.parents[name], AdaptedCheckpoint) for name in self.recipe.models):
+            command += " --lora-merge-cache ADAPTERS"
+        return command
+
+    def build_commands(self, directory: Path) -> tuple[str, ...]:
+        """The commands that make the model from an exported folder.
+
+        Args:
+            directory: The folder.
+
+        Returns:
+            Of evomerge, and of mergekit where the folder has a recipe for it.
+        """
+        commands = [f"evomerge merge {shlex.quote(str(directory / 'recipe.json'))} OUT"]
+        if (directory / "recipe.yaml").is_file():
+            commands.append(f"(cd {shlex.quote(str(directory))} && {self.mergekit_command})")
+        return tuple(commands)
 
 
 def _place(fact: ParentFacts, parent: Parent) -> ParentFacts:
-    """What a parent is, with the folder of now where it has moved since."""
-    path = Path(fact.path).expanduser()
-    if path.is_absolute() and not path.is_dir() and "+" not in fact.path:
-        return replace(fact, path=str(parent.path))
-    return fact
+    """What a parent is, with the folders of now where one has moved since."""
+    parts, now = [fact.path], str(parent.path)
+    if isinstance(parent, AdaptedCheckpoint):
+        parts, now = fact.path.split("+"), f"{parent.path}+{parent.adapter}"
+    folders = [Path(part).expanduser() for part in parts]
+    has_moved = any(folder.is_absolute() and not folder.is_dir() for folder in folders)
+    return replace(fact, path=now) if has_moved else fact

@@ -134,7 +134,8 @@ class StudyView:
         data = self.summary()
         rows = list(data["references"])
         if data["best"]:
-            rows.insert(0, data["best"] | {"label": f"best: {data['best']['id']}"})
+            kind = "no winner" if data["alike"] else "best"
+            rows.insert(0, data["best"] | {"label": f"{kind}: {data['best']['id']}"})
         head = "".join(f"<th>{text}</th>" for text in ("", *_COLUMNS))
         body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
         counts = f"{data['evaluations']} evaluations in {data['generations']} generations"

@@ -41,7 +41,8 @@ def study_markdown(store: Store) -> str:
         raise StudyError(f"{store.path.parent.name} is not finished; there is nothing to report yet")
     data = markdown_data(study_summary(store))
     best, references = data["best"], data["references"]
-    lines = [f"# {study.name}: {_verdict(best, references)}", ""]
+    alike = str(data["alike"])
+    lines = [f"# {study.name}: {f'no winner: {alike}' if alike else _verdict(best, references)}", ""]
     lines += _overview(data)
     lines += _flat_tasks(data["flat"])
     lines += _scores(study.name, best, references, [markdown(task) for task in study.facts.tasks])
@@ -53,7 +54,7 @@ def study_markdown(store: Store) -> str:
     lines += learned_lines(data["agreements"], data["labels"])
     lines += route_text.scores_by_depth([trial for trial in store.trials() if trial.generation > 0])
     lines += [
-        "## The best candidate",
+        "## One of the candidates, which score alike" if alike else "## The best candidate",
         "",
         *_recipe(store.recipe(best["recipe"]), route_text.depths(store)),
         "",

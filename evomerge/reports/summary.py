@@ -31,7 +31,8 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         at how many candidates somebody `looks` by hand. `retention`: by task and parent what the winner has
         lost, empty before the end. `stages`: see `evomerge.reports.stages.stage_rows`. `agreements`,
         `labels`: of learned stages, see `evomerge.reports.learned_stages`. `flat`: a sentence for each task
-        on which all parents score alike. `metrics`: of each task what is scored, by which filter.
+        on which all parents score alike. `alike`: a sentence where a finished search has no winner since all
+        score alike, else ''. `metrics`: of each task what is scored, by which filter.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -62,10 +63,12 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "stages": stage_rows(store),
     }
     if study.outcome is not None:
+        rows = [study.outcome.best, *study.outcome.references, *study.outcome.finalists]
         return data | {
             "best": study.outcome.best,
             "references": list(study.outcome.references),
             "finalists": list(study.outcome.finalists),
+            "alike": all_alike(trials, rows),
         }
     scored = [trial for trial in trials if trial.score is not None and trial.dropped is None]
     leader = max(scored, key=lambda trial: (-trial.violation, trial.score or 0.0, -trial.id), default=None)
@@ -73,7 +76,33 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "best": _row(leader) if leader else None,
         "references": [_row(trial) for trial in trials if trial.generation == 0],
         "finalists": [],
+        "alike": "",
     }
+
+
+def all_alike(trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Says of a search in which all models have one score that it has no winner.
+
+    Args:
+        trials: All candidates, parents and hand recipes.
+        rows: Those that were compared at the end, with their scores by role.
+
+    Returns:
+        A sentence without a full stop; '' where scores differ, or only one model was scored.
+    """
+    whole = [trial for trial in trials if trial.score is not None and trial.dropped is None]
+    scored = {trial.recipe_id for trial in whole}
+    metrics = {tuple(sorted(trial.metrics.items())) for trial in whole}  # those that rank among them
+    validation = {row["validation"] for row in rows if row.get("validation") is not None}
+    if len(scored) < 2 or len(metrics) > 1 or len(validation) > 1:
+        return ""
+    value = f"{whole[0].reported if whole[0].reported is not None else whole[0].score:.3f} on search items"
+    if validation:
+        value += f" and {validation.pop():.3f} on validation items"
+    return (
+        f"all {len(scored)} candidates, parents and hand recipes score alike ({value}), so nothing was "
+        "learned and there is no winner"
+    )
 
 
 def metric_names(facts: StudyFacts) -> dict[str, str]:

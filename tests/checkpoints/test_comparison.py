@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.checkpoints import Checkpoint, check_compatible
 from evomerge.checkpoints.comparison import doubts, first_difference, twins
 from evomerge.errors import CheckpointError
+from evomerge.export.recipe_file import merge_recipe_file
 from tests.support.toy import in_process
 
 SIZES: dict[str, Any] = {
@@ -163,3 +164,41 @@ def test_a_merge_says_what_speaks_against_it(tmp_path: Path) -> None:
     assert code == CheckpointError.exit_code
     assert "hidden_size is 64" in err
     assert "vocabular" not in err
+
+
+def with_words(folder: Path, count: int, tokenizer: Path, rows: int, seed: int) -> Path:
+    """A model with this number of words and rows; its words are the first or more than the tokenizer's."""
+    built(folder, seed, vocab_size=rows)
+    data = json.loads((tokenizer / "tokenizer.json").read_text())
+    words = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)[:count]
+    words += [f"more{i}" for i in range(count - len(words))]
+    data["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < count]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    shutil.copy(tokenizer / "tokenizer_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("base_words", [61, 64])
+@pytest.mark.parametrize(("words", "rows"), [(66, 66), (66, 72), (62, 62), (61, 61), (60, 128)])
+def test_the_recipe_that_a_refusal_of_other_tokens_names_makes_a_parent_that_is_taken(
+    words: int, rows: int, base_words: int, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a base that has more rows than tokens too; the advice before it led into the next refusal."""
+    base = Checkpoint(with_words(tmp_path / "base", base_words, tiny["base"], 64, 0))
+    other = Checkpoint(with_words(tmp_path / "with 'odd\" name", words, tiny["base"], rows, 1))
+    with pytest.raises(CheckpointError, match="their vocabularies differ") as caught:
+        check_compatible({"base": base, "other": other}, "base")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(str(caught.value).partition("evomerge merge, the recipe ")[2])
+    merge_recipe_file(recipe, tmp_path / "brought")
+    brought = Checkpoint(tmp_path / "brought")
+    assert check_compatible({"base": base, "other": brought}, "base") == ()
+    vocabularies = [
+        json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        for folder in (base.path, brought.path)
+    ]
+    assert vocabularies[0] == vocabularies[1]
+    shared = min(words, base_words)
+    table = "model.embed_tokens.weight"
+    assert torch.equal(brought.tensor(table)[:shared], other.tensor(table)[:shared]), "its own rows"

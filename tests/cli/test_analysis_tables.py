@@ -49,7 +49,7 @@ def test_the_chosen_filter_was_shown_nowhere() -> None:
     assert first.split()[:3] == ["gsm8k", "exact_match,", "strict-match"]
     assert second.split()[:3] == ["piqa", "acc", "1"]
     row = {"id": 3, "label": None, "origin": "cma", "search": 0.5}
-    empty = ("references", "retention", "pareto", "agreements", "flat", "labels", "stages")
+    empty = ("references", "retention", "pareto", "agreements", "flat", "alike", "labels", "stages")
     lists: dict[str, Any] = {key: [] for key in empty}
     numbers = dict.fromkeys(("seed", "evaluations", "generations", "failed", "partial", "dropped"), 0)
     words = {"study": "s", "state": "done", "store": "ok"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_a_task_at_its_floor_is_named_before_the_search_and_asks_for_a_flag(tmp_
         assert store.study() is not None
     code, out, err = in_process("resume", "first", "--root", root, "--allow-tasks")
     assert code == 0, err
+
+
+def test_a_search_in_which_all_score_alike_announces_no_winner(tmp_path: Path) -> None:
+    file = written(tmp_path, [{"task": "never"}], items=30)
+    write_task(tmp_path / "tasks", "never", NEVER)
+    root = tmp_path / "root"
+    code, out, err = in_process("run", file, "--root", root, "--allow-tasks", "--accept-floor")
+    assert code == 0, err
+    title, *rest = (root / "first" / "report.md").read_text().splitlines()
+    assert title.startswith("# first: no winner: all ")
+    assert (
+        "score alike (0.000 on search items and 0.000 on validation items), so nothing was learned" in title
+    )
+    assert "## The best candidate" not in rest
+    assert "score alike (0.000 on search items" in out
+    assert not re.search(r"^best: ", out, re.MULTILINE)
+    assert "evomerge export" not in out
+    code, out, err = in_process("status", "--root", root)
+    assert "best none: all score 0.000" in out
 
 
 def test_a_filter_that_finds_no_answer_is_said(tmp_path: Path) -> None:
