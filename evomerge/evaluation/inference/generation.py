@@ -1,6 +1,7 @@
 """Greedy generation on a live model.
 
-The tokens that lm-eval's HFLM gets at batch size 1, many prompts at a time.
+The tokens that lm-eval's HFLM gets at batch size 1, many prompts at a time; in half precision up to
+near-ties of two tokens.
 
 Prompts never change between candidates, so a plan is made once and run on every one. Which decoder a model
 can be trusted with is decided by `evomerge.evaluation.inference.generation_probe`. Knows nothing of tasks.

@@ -235,7 +235,7 @@ class LmHarness:
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
         """Scores a model. Items of the search are scored by float32 sums, which tie less.
 
-        All others with lm-eval's rounding.
+        All others with lm-eval's rounding, which in half precision is its numbers but for near-ties.
 
         Args:
             model: The live model.
