@@ -310,7 +310,9 @@ def test_the_folder_is_a_model_that_transformers_loads_and_runs(parents, residen
     with torch.no_grad():
         assert torch.equal(load_model(out)(ids).logits, resident.model(ids).logits)
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (out / file).read_bytes() == (tiny["base"] / file).read_bytes()
+        # the class that every version of transformers knows
+        expected = (tiny["base"] / file).read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        assert (out / file).read_text() == expected
     assert AutoTokenizer.from_pretrained(out)("w0 w5")["input_ids"] == [4, 9]
     config = json.loads((tiny["base"] / "config.json").read_text())
     assert json.loads((out / "config.json").read_text()) == config | {"dtype": "bfloat16"}
