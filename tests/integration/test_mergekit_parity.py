@@ -116,9 +116,9 @@ REFUSED = {
     "text-for-a-weight": "{merge_method: linear, models: [{model: $math}], parameters: {weight: heavy}}",
 }
 
-# ---- what mergekit takes without a word and evomerge must diagnose
+# ---- what mergekit leaves out without a word and evomerge must name
 
-SILENT = {
+IGNORED = {
     "weight-outside-parameters": (
         "{merge_method: linear, models: [{model: $math, weight: 3}], parameters: {weight: 1}}"
     ),
@@ -129,6 +129,11 @@ SILENT = {
         base_model: $base
         models: [{model: $math, parameters: {weight: 1, normalize: false}}]
         """,
+}
+
+# ---- what mergekit takes without a word and evomerge must refuse
+
+SILENT = {
     "t-beyond-one": (
         "{merge_method: slerp, base_model: $base, models: [{model: $math}], parameters: {t: 1.5}}"
     ),
@@ -213,7 +218,7 @@ def jobs(
                 mergekit_yaml.dump(named, {n: str(path) for n, path in models.items()}, ["a header"]),
                 models,
             )
-    for table in (CORNERS, ODD, REFUSED, SILENT, DARE, DARE_ONE):
+    for table in (CORNERS, ODD, REFUSED, IGNORED, SILENT, DARE, DARE_ONE):
         for name, text in table.items():
             add(name, block(text), tiny32)
     try:
@@ -396,6 +401,17 @@ def test_what_mergekit_refuses_is_refused_with_its_place(jobs: dict[str, Job], n
     assert re.match(rf"{re.escape(str(jobs[name].file))}:\d+:\d+ ", str(error.value)), (
         f"no place in: {error.value}"
     )
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_mergekit_leaves_out_is_left_out_and_named_with_its_place(
+    jobs: dict[str, Job], name: str, tmp_path: Path
+):
+    job = jobs[name]
+    assert not refusal(job.theirs), "mergekit refuses this; move it to another table"
+    warnings = merge_recipe_file(job.file, tmp_path / "out")
+    assert any(re.search(rf"{re.escape(str(job.file))}:\d+:\d+ ", warning) for warning in warnings), warnings
+    assert_same(tensors(tmp_path / "out"), tensors(job.theirs))
 
 
 @pytest.mark.parametrize("name", SILENT)
