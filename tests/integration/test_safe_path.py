@@ -94,4 +94,5 @@ def test_every_python_that_the_package_starts_leaves_out_the_working_directory()
         if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable"
     ]
     assert started
-    assert [place for place in started if not place[1].startswith("[sys.executable, '-P'")] == []
+    safe = ("[sys.executable, '-P'", "[sys.executable, '-I'")  # -I implies -P
+    assert [place for place in started if not place[1].startswith(safe)] == []
