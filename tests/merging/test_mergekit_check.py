@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging.mergekit_check import compare
 from tests.support.lora_adapters import PREFIX, Q, adapter, pair
+from tests.support.sweeps import sweep
 from tests.support.toy import REPO, in_process
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
@@ -197,7 +198,7 @@ def test_mergekit_bears_witness_to_merges_of_merges(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stages.yaml"]
 
 
-@pytest.mark.parametrize("form", ["text", "relative", "mapping", "stage", "base"])
+@pytest.mark.parametrize("form", sweep(["text", "relative", "mapping", "stage", "base"], ["mapping"]))
 def test_mergekit_bears_witness_to_parents_with_an_adapter(
     form: str, mergekit: Path, tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
