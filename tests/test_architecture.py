@@ -24,6 +24,7 @@ PACKAGES = (  # in import order: each imports only from those before it
         "_resources",
         "_redaction",
         "_yaml",
+        "_cache_folder",
         "methods",
         "recipes",
         "checkpoints",

@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from evomerge import _cache_folder
 from evomerge.errors import CheckpointError
-from evomerge.methods.fused import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ def unpacked(file: Path) -> Path:
             f"{file} is one of several parts of a model; join them with llama-gguf-split --merge, or "
             f"{_ORIGINAL}"
         )
-    above, is_trusted = cache_folder.ours()
+    above, is_trusted = _cache_folder.ours()
     target = above / "gguf" / f"{file.stem}-{_stamp(file)}"
-    if is_trusted and cache_folder.is_ours_alone(target, stat.S_ISDIR):
+    if is_trusted and _cache_folder.is_ours_alone(target, stat.S_ISDIR):
         return target
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(
@@ -84,7 +84,7 @@ def unpacked(file: Path) -> Path:
         try:
             os.replace(scratch, target)
         except OSError:  # another process was first
-            if not cache_folder.is_ours_alone(target, stat.S_ISDIR):
+            if not _cache_folder.is_ours_alone(target, stat.S_ISDIR):
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -15,7 +15,6 @@ from evomerge.config import Config, loading, locations
 from evomerge.errors import StudyError
 from evomerge.evaluation import ROLES
 from evomerge.evaluation.budgets import budgets_of
-from evomerge.evaluation.inference import verification_cache
 from evomerge.evaluation.task_set import items_digest
 from evomerge.launch.objective import task_terms
 from evomerge.launch.opening import LoadedSearch, backends, device_name
@@ -41,6 +40,8 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
     Returns:
         Everything beside the settings that must not change between start and resume.
     """
+    from evomerge.evaluation.inference import verification_cache
+
     opened, evaluator = loaded.opened, loaded.evaluator
     settings, parents, harness = opened.settings, opened.parents, opened.harness
     items = {role: evaluator.items(role) for role in ROLES}

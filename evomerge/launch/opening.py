@@ -16,7 +16,6 @@ from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
-from evomerge.evaluation.inference import verification_cache
 from evomerge.evaluation.task_set import check_losses
 from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.retained_texts import RETAINED
@@ -309,6 +308,8 @@ def _opened(
     base, allowed = parents[settings.base], allowed or Allowed()
     set_torch_threads(base)
     if stored is not None:
+        from evomerge.evaluation.inference import verification_cache
+
         verification_cache.remember(stored.verifications)
     space = make_space(settings, parents, stored.searched if stored else None)
     harness = open_tasks(

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from evomerge import __version__
+from evomerge import __version__, _cache_folder
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.selected_logits import device_of, dtype_of
-from evomerge.methods.fused import cache_folder
 
 log = logging.getLogger(__name__)
 _FORMAT = 1  # raised when what a probe measures changes
@@ -188,7 +187,7 @@ def _turn(key: str) -> Iterator[Path | None]:
 
 
 def _file(key: str) -> Path | None:
-    above, is_trusted = cache_folder.ours()
+    above, is_trusted = _cache_folder.ours()
     if not is_trusted:
         return None
     folder = above / "verifications"
@@ -197,14 +196,14 @@ def _file(key: str) -> Path | None:
     except OSError as error:
         log.debug("no folder %s: %s", folder, error)
         return None
-    if not cache_folder.is_ours_alone(folder, stat.S_ISDIR):
+    if not _cache_folder.is_ours_alone(folder, stat.S_ISDIR):
         return None
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
 
 
 def _read(file: Path, key: str) -> Verifications | None:
     try:
-        if not cache_folder.is_ours_alone(file, stat.S_ISREG) or file.stat().st_size > _LARGEST_FILE:
+        if not _cache_folder.is_ours_alone(file, stat.S_ISREG) or file.stat().st_size > _LARGEST_FILE:
             return None
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

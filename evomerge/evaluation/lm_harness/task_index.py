@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from evomerge import _cache_folder
 from evomerge.evaluation.lm_harness.sandbox import TREE
-from evomerge.methods.fused import cache_folder
 
 log = logging.getLogger(__name__)
 _FORMAT = 1  # raised when what the file holds changes
@@ -69,7 +69,7 @@ def own_index() -> Index:
 
 
 def _file() -> Path | None:
-    folder, is_trusted = cache_folder.ours()
+    folder, is_trusted = _cache_folder.ours()
     return folder / f"lm-eval-{version('lm_eval')}-index.json" if is_trusted else None
 
 
@@ -80,7 +80,7 @@ def _stamp() -> list[Any]:
 
 def _read(file: Path) -> Index | None:
     try:
-        if not cache_folder.is_ours_alone(file, stat.S_ISREG):
+        if not _cache_folder.is_ours_alone(file, stat.S_ISREG):
             return None
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["tree"] != _stamp():

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.methods.fused import cache_folder
+from evomerge import _cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 log = logging.getLogger(__name__)
@@ -217,9 +217,9 @@ def _compiled(compiler: str, flags: Sequence[str]) -> Path:
     texts = [source.read_text(encoding="utf-8") for source in (*_SOURCES, _HEADER)]
     parts = [*texts, _version(compiler), *flags, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder, is_trusted = cache_folder.ours()
+    folder, is_trusted = _cache_folder.ours()
     target = folder / f"one_pass-{key}.so"
-    if not (is_trusted and cache_folder.is_ours_alone(target, stat.S_ISREG)):
+    if not (is_trusted and _cache_folder.is_ours_alone(target, stat.S_ISREG)):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
             subprocess.run(

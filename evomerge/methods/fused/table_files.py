@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.methods.fused import cache_folder
+from evomerge import _cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class TableFiles:
             return None
         file = self.folder / f"{key}.table"
         try:
-            if not cache_folder.is_ours_alone(file, stat.S_ISREG) or file.stat().st_size > _LARGEST:
+            if not _cache_folder.is_ours_alone(file, stat.S_ISREG) or file.stat().st_size > _LARGEST:
                 return None
             data = file.read_bytes()
             if data[:_DIGEST] != _checksum(key, data[_DIGEST:]):
@@ -131,7 +131,7 @@ def _checksum(key: str, data: bytes) -> bytes:
 
 
 def _folder() -> Path | None:
-    above, is_trusted = cache_folder.ours()
+    above, is_trusted = _cache_folder.ours()
     if not is_trusted:
         return None
     folder = above / "tables"
@@ -140,7 +140,7 @@ def _folder() -> Path | None:
     except OSError as error:
         log.debug("no folder of tables: %s", error)
         return None
-    return folder if cache_folder.is_ours_alone(folder, stat.S_ISDIR) else None
+    return folder if _cache_folder.is_ours_alone(folder, stat.S_ISDIR) else None
 
 
 def _make_room(folder: Path, most_bytes: int) -> int:
