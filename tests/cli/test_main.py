@@ -458,7 +458,7 @@ def test_the_exported_folder_tells_its_story(small: Small) -> None:
 def test_merge_rebuilds_the_exported_weights_to_the_bit(small: Small, call: Call, tmp_path: Path) -> None:
     code, out, _ = call("export", "small/best", tmp_path / "recipe", "--root", small.root)
     assert code == 0
-    assert f"evomerge merge {tmp_path / 'recipe'}/recipe.json MODEL" in out
+    assert f"evomerge merge {tmp_path / 'recipe'}/recipe.json OUT" in out
     assert not list((tmp_path / "recipe").glob("*.safetensors"))
     for kind in ("json", "yaml"):
         code, out, err = call("merge", tmp_path / "recipe" / f"recipe.{kind}", tmp_path / kind)
