@@ -28,13 +28,15 @@ def convert(file: Path, folder: Path) -> None:
         gguf_file=file.name,
         dtype=getattr(torch, TYPE),
         quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     model = model.to(getattr(torch, TYPE))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.dtype = getattr(torch, TYPE)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def copy_companion_files(donor: Path, directory: Path) -> None:
     Raises:
         CheckpointError: A file that the tokenizer or a program needs is a link that leaves the folder.
     """
-    _copy(donor, directory, "tokenizer", "program", "copied")
+    _copy_tokenizer(donor, directory)
+    _copy(donor, directory, "copied")
     make_loadable_everywhere(directory)
     if (donor / _GENERATION).is_file():
         shutil.copyfile(donor / _GENERATION, directory / _GENERATION)
@@ -63,11 +64,19 @@ def _write_tokenizer(merge: Merge, directory: Path) -> None:
         (directory / _GENERATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source = merge.parents[merge.vocabulary.source].path
     if merge.vocabulary.is_as_in_source:
-        _copy(source, directory, "tokenizer", "program")
+        _copy_tokenizer(source, directory)
     else:
         merge.vocabulary.save(directory)
     stated = source / "tokenizer_config.json"
     make_loadable_everywhere(directory, read_json_object(stated, "") if stated.is_file() else None)
+
+
+def _copy_tokenizer(donor: Path, directory: Path) -> None:
+    """Copies a tokenizer and the programs that it may need. Raises CheckpointError for a broken config."""
+    config = donor / "tokenizer_config.json"
+    if config.is_file():
+        read_json_object(config, "")  # here an error names the model's own file
+    _copy(donor, directory, "tokenizer", "program")
 
 
 def _copy(donor: Path, directory: Path, *fates: Fate) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,6 +183,8 @@ def test_a_search_over_models_reads_what_it_would_have_scored(
     ours, theirs = rows(tmp_path / "again" / "study.db"), rows(before)
     for row in (*ours["study"], *theirs["study"]):
         row.pop("config")  # it names the study
+        row["facts"] = json.loads(row["facts"])
+        row["facts"].pop("verifications", None)  # of a process that scored nothing, whatever it knew before
     assert ours == theirs
 
 

@@ -96,10 +96,8 @@ class TaskValues:
             ) from error
         values = []
         for (item, _), result in zip(rows, results, strict=True):
-            if loaded.metric not in result and len(result) == 1:
-                result = {
-                    loaded.metric: next(iter(result.values()))
-                }  # a function that names its value itself
+            if loaded.metric not in result and len(result) == 1 and task.config.process_results is None:
+                result = {loaded.metric: next(iter(result.values()))}  # a metric that names its value itself
             if loaded.metric not in result:
                 raise TaskError(
                     f"task '{loaded.spec.task}' reports no '{loaded.metric}' for item {item}; "
