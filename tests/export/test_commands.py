@@ -17,6 +17,7 @@ from evomerge.merging.mergekit_check import compare
 from evomerge.store import Store
 from evomerge.store.paths import store_path
 from tests.support.lora_adapters import adapter, noise
+from tests.support.sweeps import sweep
 from tests.support.toy import REPO, environment, in_process, zoo_folder
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
@@ -84,7 +85,7 @@ def commands_in(text: str) -> list[str]:
 @pytest.mark.skipif(
     not (ENVIRONMENT / "bin" / "mergekit-yaml").is_file(), reason="needs scripts/make_mergekit_env"
 )
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("moved", sweep([False, True], [True]))
 def test_every_command_that_an_export_prints_makes_the_model_that_was_scored(
     moved: bool, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
