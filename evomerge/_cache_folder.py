@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,61 @@ def ours() -> tuple[Path, bool]:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         log.debug("no cache folder: %s", error)
         return Path(_private_folder().name), False
+
+
+def subfolder(name: str) -> Path | None:
+    """A folder of one kind of files in the user's cache.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The folder, made if it is not there; None where there is none that nobody else could have written.
+    """
+    above, is_trusted = ours()
+    if not is_trusted:
+        return None
+    folder = above / name
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        log.debug("no folder %s: %s", folder, error)
+        return None
+    return folder if is_ours_alone(folder, stat.S_ISDIR) else None
+
+
+def read_json(file: Path, most_bytes: int) -> Any:
+    """Reads a file of the user's cache.
+
+    Args:
+        file: The file.
+        most_bytes: Size above which it is not read.
+
+    Returns:
+        What it holds; None where it is not there, no JSON, too large, or not of this user alone.
+    """
+    try:
+        if not is_ours_alone(file, stat.S_ISREG) or file.stat().st_size > most_bytes:
+            return None
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        log.debug("nothing read from %s: %s", file, error)
+        return None
+
+
+def write_json(file: Path, data: object) -> None:
+    """Writes a file of the user's cache, whole or not at all; a failure is only logged.
+
+    Args:
+        file: The file, in a folder that exists.
+        data: What JSON can hold.
+    """
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
+            json.dump(data, stream)
+        Path(stream.name).replace(file)
+    except OSError as error:
+        log.debug("nothing written to %s: %s", file, error)
 
 
 @functools.cache

@@ -15,28 +15,8 @@ from evomerge.checkpoints import Checkpoint, check_compatible
 from evomerge.checkpoints.comparison import doubts, first_difference, twins
 from evomerge.errors import CheckpointError
 from evomerge.export.recipe_file import merge_recipe_file
+from tests.support.random_models import built
 from tests.support.toy import in_process
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-
-
-def built(folder: Path, seed: int = 0, family: str = "Llama", **changes: Any) -> Path:
-    """A random model of the sizes of `tiny`, some of them changed."""
-    import transformers
-
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
-    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def said(one: Path, base: Path, **options: Any) -> str:

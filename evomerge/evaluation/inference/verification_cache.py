@@ -14,8 +14,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -187,38 +185,17 @@ def _turn(key: str) -> Iterator[Path | None]:
 
 
 def _file(key: str) -> Path | None:
-    above, is_trusted = _cache_folder.ours()
-    if not is_trusted:
-        return None
-    folder = above / "verifications"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        log.debug("no folder %s: %s", folder, error)
-        return None
-    if not _cache_folder.is_ours_alone(folder, stat.S_ISDIR):
-        return None
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
+    folder = _cache_folder.subfolder("verifications")
+    return None if folder is None else folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
 
 
 def _read(file: Path, key: str) -> Verifications | None:
-    try:
-        if not _cache_folder.is_ours_alone(file, stat.S_ISREG) or file.stat().st_size > _LARGEST_FILE:
-            return None
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        log.debug("no verifications from %s: %s", file, error)
-        return None
+    data = _cache_folder.read_json(file, _LARGEST_FILE)
     return _verifications(data.get("found")) if isinstance(data, dict) and data.get("key") == key else None
 
 
 def _write(file: Path, key: str, found: Verifications) -> None:
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
-            json.dump({"key": key, "found": _plain(found)}, stream)
-        Path(stream.name).replace(file)
-    except OSError as error:
-        log.debug("no verifications written to %s: %s", file, error)
+    _cache_folder.write_json(file, {"key": key, "found": _plain(found)})
 
 
 def _plain(found: Verifications) -> dict[str, list[Any]]:

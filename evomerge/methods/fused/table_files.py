@@ -48,7 +48,7 @@ class TableFiles:
             most_bytes: Of all tables of all searches.
         """
         self._hashes = {name: digest for name, digest in content_hashes.items() if digest}
-        self.folder = _folder()
+        self.folder = _cache_folder.subfolder("tables")
         self._room = 0
         if self.folder is not None:
             self._room = most_bytes - _make_room(self.folder, most_bytes // 2)
@@ -128,19 +128,6 @@ class TableFiles:
 def _checksum(key: str, data: bytes) -> bytes:
     """Of a table under its name: a file that was renamed is not whole either."""
     return hashlib.sha256(key.encode() + data).digest()
-
-
-def _folder() -> Path | None:
-    above, is_trusted = _cache_folder.ours()
-    if not is_trusted:
-        return None
-    folder = above / "tables"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        log.debug("no folder of tables: %s", error)
-        return None
-    return folder if _cache_folder.is_ours_alone(folder, stat.S_ISDIR) else None
 
 
 def _make_room(folder: Path, most_bytes: int) -> int:
