@@ -149,18 +149,23 @@ def found_models(known: Mapping[str, Place], given: Mapping[str, Place], study: 
         return path if not _is_local(path) or _is_there(path) else beside(path, near)
 
     def place(path: str, name: str) -> str:
-        whole = find(path) if "+" in Path(path).name or "+" not in path else None
-        if whole is not None and (whole != path or "+" not in path or _is_there(path)):
-            return whole
-        parts = path.split("+")  # a model and its adapter
-        found = [(part, find(part)) for part in parts]
-        missing = [part for part, folder in found if folder is None]
-        if missing:
-            raise CheckpointError(
-                f"model '{name}' is not at {' and '.join(missing)} any more, and not beside the study or its "
-                f"other models; give --models {name}=PATH"
-            )
-        return "+".join(folder for _, folder in found if folder is not None)
+        missing = [path]
+        cuts = [at for at, character in enumerate(path) if character == "+"]
+        if _is_there(path) or not any(_is_local(path[cut + 1 :]) for cut in cuts):  # a '+' of a folder's name
+            whole = find(path)
+            if whole is not None and (whole != path or not cuts or _is_there(path)):
+                return whole
+        for cut in cuts:  # a model and its adapter
+            parts = [path[:cut], path[cut + 1 :]]
+            found = [find(part) for part in parts]
+            if None not in found:
+                return "+".join(folder for folder in found if folder is not None)
+            if path.count("+") == 1:
+                missing = [part for part, folder in zip(parts, found, strict=True) if folder is None]
+        raise CheckpointError(
+            f"model '{name}' is not at {' and '.join(missing)} any more, and not beside the study or its "
+            f"other models; give --models {name}=PATH"
+        )
 
     return {name: (place(path, name), revision) for name, (path, revision) in places.items()}
 

@@ -114,5 +114,5 @@ def _place(fact: ParentFacts, parent: Parent) -> ParentFacts:
     if isinstance(parent, AdaptedCheckpoint):
         parts, now = fact.path.split("+"), f"{parent.path}+{parent.adapter}"
     folders = [Path(part).expanduser() for part in parts]
-    has_moved = any(folder.is_absolute() and not folder.is_dir() for folder in folders)
+    has_moved = any(folder.is_absolute() and not folder.exists() for folder in folders)
     return replace(fact, path=now) if has_moved else fact

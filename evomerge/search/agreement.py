@@ -153,10 +153,13 @@ def sure_of_answers(opening: LearnedOpening, objective: Objective, trial: Trial)
     """
     sources = by_subtask(opening.labels, objective)
     shares = {task: abs(share) for task, share in objective.shares().items() if share}
-    means = {task: trial.metrics.get(soft_metric_name(task, "probability")) for task in shares}
-    if any(mean is None or sources.get(task, GOLD) != GOLD for task, mean in means.items()):
-        return None
-    return math.fsum(share * (means[task] or 0.0) for task, share in shares.items())
+    terms: list[float] = []
+    for task, share in shares.items():
+        mean = trial.metrics.get(soft_metric_name(task, "probability"))
+        if mean is None or sources.get(task, GOLD) != GOLD:
+            return None
+        terms.append(share * mean)
+    return math.fsum(terms)
 
 
 def _is_known(evaluation: Evaluation, task: str) -> bool:

@@ -114,9 +114,8 @@ class CompiledBackend:
         self._budgets: Budgets | None = None  # the device's
         self._verifications: dict[str, Verification] = {}
         self._decoders: dict[str, Verification] = {}
-        self._span = (
-            self._text_span
-        ) = -1  # lengths that the verifications of scoring and of decoders hold for
+        self._span = -1  # length of scored requests that the verifications hold for
+        self._text_span = -1  # length of prompts and texts that the decoders are verified for
         self._fallback_reasons: dict[str, str] = {}  # by task
         self._unsupported: dict[str, str | None] = {}  # by generation settings
         self._tokenize = RequestTokenizer(self.lm)
