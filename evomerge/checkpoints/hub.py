@@ -9,6 +9,9 @@ from evomerge.checkpoints.foreign_formats import check_kind
 from evomerge.checkpoints.gguf import is_gguf, unpacked
 from evomerge.errors import CheckpointError
 
+_TERMS = ("README.md", "LICEN[SC]E*", "licen[sc]e*", "COPYING*", "NOTICE*", "*USE_POLICY*")
+"""What a repository says of its license, see `evomerge.checkpoints.licenses`."""
+
 
 def locate(reference: str, revision: str | None = None) -> Path:
     """Finds the folder of a model, and downloads a repository that is not in the cache.
@@ -48,7 +51,7 @@ def _snapshot(repository: str, revision: str | None, shown: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", *_TERMS]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

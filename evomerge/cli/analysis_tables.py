@@ -59,7 +59,9 @@ def _model_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
 def _model_line(name: str, model: Mapping[str, Any]) -> str:
     parameters = f"{_short(model['parameters'])} parameters"
     size = f"{parameters}, {model['dtype']}, {_short(model['bytes'])}B"
-    return f"  {name}{model['architecture']}, {model['layers']} layers, {size}, {model['path']}"
+    license = ", ".join(model.get("licenses", ()))
+    said = f", license {license}" if license else ""
+    return f"  {name}{model['architecture']}, {model['layers']} layers, {size}{said}, {model['path']}"
 
 
 def _task_lines(tasks: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -39,9 +39,11 @@ def export(
         trial = reports.resolve(store, reference)
         parents = opening.stored_parents(store, models or ())
         with progress_module.bar("tensors") as progress:
-            export_candidate(store, trial, parents, directory, weights=weights, progress=progress)
+            warnings = export_candidate(store, trial, parents, directory, weights=weights, progress=progress)
         stored = StoredCandidate.of(store, trial, parents)
         commands = _trial_commands(stored, directory) if weights else stored.build_commands(directory)
+    for warning in warnings:
+        tell(f"warning: {warning}")
     put(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
     for number, command in enumerate(commands):
         put(f"{('try it' if weights else 'build it') if number == 0 else 'or'}: {command}")

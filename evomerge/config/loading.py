@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from evomerge import _resources, _yaml
 from evomerge.config import checks, messages
 from evomerge.config.locations import located
-from evomerge.config.renamed_keys import rename_keys
+from evomerge.config.renamed_keys import lift_license, rename_keys
 from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConfig
 from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import ConfigError, suggest
@@ -222,7 +222,7 @@ def check(document: _yaml.Document, *, warn: bool = True) -> Config:
     other = other_file(document.data, "search file")
     if other is not None:
         raise _error(document, (), other)
-    document = rename_keys(document, warn=warn)
+    document = lift_license(rename_keys(document, warn=warn))
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:

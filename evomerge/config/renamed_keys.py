@@ -16,6 +16,7 @@ RENAMED = {
     "routes.changes": "routes.expected_mutations",
 }
 """Old path -> new path, in the same block."""
+_POLICIES = ("any", "permissive")
 
 
 def rename_keys(document: _yaml.Document, *, warn: bool = True) -> _yaml.Document:
@@ -48,6 +49,37 @@ def rename_keys(document: _yaml.Document, *, warn: bool = True) -> _yaml.Documen
             )
         document = _renamed(document, tuple(block_path), old_key, new_key)
     return document
+
+
+def lift_license(document: _yaml.Document) -> _yaml.Document:
+    """Moves `models: {license: permissive}` to the file's own key `license`.
+
+    A model of that name is left where it is: what it is called by is a path, and no list or policy.
+
+    Args:
+        document: A search file as read.
+
+    Returns:
+        The document with the key at the top, at its own place.
+
+    Raises:
+        ConfigError: The key is there in both places.
+    """
+    models = _block(document.data, ["models"])
+    value = None if models is None else models.get("license")
+    if models is None or not (value in _POLICIES or isinstance(value, list)):
+        return document
+    if "license" in document.data:
+        raise ConfigError(
+            f"{document.where(('models', 'license'))} 'license' is there twice, under models and at the top; "
+            "remove one"
+        )
+    rest = {name: model for name, model in models.items() if name != "license"}
+    marks = {path: place for path, place in document.marks.items() if path[:2] != ("models", "license")}
+    for path, place in document.marks.items():
+        if path[:2] == ("models", "license"):
+            marks[path[1:]] = place
+    return replace(document, data={**document.data, "models": rest, "license": value}, marks=marks)
 
 
 def _block(data: Any, path: list[str]) -> dict[str, Any] | None:

@@ -310,6 +310,8 @@ class Config(Strict):
     """Name of the study and of its folder: letters, digits, '.', '_' and '-', at most 64."""
     models: dict[Name, ModelConfig] = Field(min_length=2)
     """Name -> parent model."""
+    license: Literal["any", "permissive"] | Annotated[tuple[Name, ...], Field(min_length=1)] = "any"
+    """Licenses that all models must have: 'permissive', or names of the Hub; also read inside models."""
     base: str
     """Name of the model that the others are compared with, whose shape the merge has."""
     method: str

@@ -12,6 +12,7 @@ from evomerge.checkpoints import Parent
 from evomerge.errors import RecipeError
 from evomerge.export import open_route
 from evomerge.export.fine_tuning import fine_tuning_note
+from evomerge.export.licenses import merged_license, write_licenses
 from evomerge.export.lineage import candidate_lineage
 from evomerge.export.model_card import render_card
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
@@ -30,8 +31,8 @@ def export_candidate(
     *,
     weights: bool = False,
     progress: checkpoint_writer.Progress | None = None,
-) -> None:
-    """Writes recipe.yaml, recipe.json, lineage.json and README.md, and the merged checkpoint if `weights`.
+) -> tuple[str, ...]:
+    """Writes recipe.yaml, recipe.json, lineage.json, README.md and LICENSES, and the checkpoint if `weights`.
 
     Of a route recipe.yaml is written with the shell folder that it needs, for architectures where mergekit
     was seen to do the same; where it is not, README.md says why. The checkpoint of a route is loaded in a
@@ -44,6 +45,9 @@ def export_candidate(
         directory: Folder to make; it appears whole or not at all.
         weights: Write the merged checkpoint too.
         progress: Called with the numbers of tensors written and to write.
+
+    Returns:
+        What a publisher has to see to, such as a license that is not known, each a sentence.
 
     Raises:
         SetupError: If the folder exists.
@@ -58,7 +62,12 @@ def export_candidate(
         (staging / "recipe.json").write_text(candidate.recipe.canonical() + "\n", encoding="utf-8")
         lineage = candidate_lineage(store, candidate.study, trial)
         (staging / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(render_card(candidate, notes), encoding="utf-8")
+        license = merged_license(candidate.models)
+        write_licenses(staging, candidate.models, license)
+        recipe = staging / "recipe.yaml"
+        text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+        (staging / "README.md").write_text(render_card(candidate, notes, text), encoding="utf-8")
+    return license.warnings
 
 
 def recipe_yaml(candidate: StoredCandidate) -> str:

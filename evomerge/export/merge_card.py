@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from evomerge import __version__
 from evomerge._escaping import markdown, markdown_code
 from evomerge._redaction import scrub
 from evomerge.checkpoints import Parent
-from evomerge.checkpoints.reference import split_reference
-from evomerge.errors import ConfigError, RecipeError
+from evomerge.errors import RecipeError
+from evomerge.export.front_matter import front_matter
+from evomerge.export.licenses import MergedLicense, license_cell, merged_license, write_licenses
+from evomerge.export.source_models import SourceModel, source_models
 from evomerge.recipes import Recipe, mergekit_yaml
 
 CONFIG = "mergekit_config.yml"
@@ -40,7 +41,7 @@ class Origin:
 def write_origin(
     directory: Path, origin: Origin, parents: Mapping[str, Parent], notes: Sequence[str] = ()
 ) -> None:
-    """Writes the recipe and the card of a merge into its folder.
+    """Writes the recipe, the card and the licenses of a merge into its folder.
 
     The recipe is mergekit_config.yml, or recipe.json where mergekit has no words for it.
 
@@ -59,52 +60,101 @@ def write_origin(
     if text is not None:
         text = scrub(text)
         (directory / CONFIG).write_text(text, encoding="utf-8")
-    (directory / "README.md").write_text(_card(origin, text, notes), encoding="utf-8")
+    models = source_models(origin.recipe.models, origin.references, parents)
+    license = merged_license(models)
+    write_licenses(directory, models, license)
+    card = _card(origin, models, license, text, notes)
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def front_matter(references: Iterable[str]) -> list[str]:
-    """The head of a model card that the Hub reads.
+def model_table(models: Sequence[SourceModel]) -> list[str]:
+    """Lists the models of a merge with their licenses and what they are made from.
 
     Args:
-        references: What the models merged are called.
+        models: The models.
 
     Returns:
-        Lines with the models as base_model, adapters apart from the models that they change.
+        A Markdown table.
     """
-    names = dict.fromkeys(name for reference in references for name in _models(scrub(reference)))
-    models = [f"- {json.dumps(name, ensure_ascii=False)}" for name in names]
-    return [
-        "---",
-        *(["base_model:", *models] if models else []),
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "- evomerge",
-        "---",
+    lines = [
+        "| model | repository or folder | license | made from, by its card |",
+        "| --- | --- | --- | --- |",
     ]
+    for model in models:
+        at = f" at {markdown(scrub(model.revision))}" if model.revision else ""
+        cells = [
+            markdown(scrub(model.name)),
+            markdown_code(model.repository or model.reference) + at,
+            license_cell(model.card.license),
+            ", ".join(markdown(scrub(name)) for name in model.card.base_models),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def _card(origin: Origin, text: str | None, notes: Sequence[str]) -> str:
+def license_section(license: MergedLicense, models: Sequence[SourceModel]) -> list[str]:
+    """Says which license a merge has, by which rule, and what is missing of its front matter.
+
+    Args:
+        license: Of the merge.
+        models: The models that it is made of.
+
+    Returns:
+        Lines of Markdown.
+    """
+    folders = [model.name for model in models if model.repository is None]
+    lines = ["## License", "", markdown(scrub(license.rule))]
+    lines += [f"- {markdown(scrub(warning))}" for warning in license.warnings]
+    if folders:
+        names = ", ".join(markdown(scrub(name)) for name in folders)
+        lines += [
+            "",
+            f"`base_model` takes names on the Hub, which {names} have not as folders; once they are there, "
+            "add their names.",
+        ]
+    return lines
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """A block of code in Markdown that nothing in it can end.
+
+    Args:
+        text: The code.
+        language: Its language.
+
+    Returns:
+        Lines.
+    """
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{language}", text.rstrip("\n"), fence]
+
+
+def _card(
+    origin: Origin,
+    models: Sequence[SourceModel],
+    license: MergedLicense,
+    text: str | None,
+    notes: Sequence[str],
+) -> str:
     recipe = origin.recipe
     recipes = [recipe, *(stage for _, stage in recipe.stages)]
     methods = sorted({mix.method for one in recipes for mix in one.mixes})
     base = origin.references.get(recipe.base)
     described = f", on the base {markdown_code(scrub(base))}" if base else ""
     lines = [
-        *front_matter(origin.references.values()),
+        *front_matter(models, license),
         "# A merge of language models",
         "",
         f"Made by evomerge {__version__} ({', '.join(methods)}{described}) of",
         "",
-        *(f"- {markdown_code(scrub(reference))}" for reference in origin.references.values()),
+        *model_table(models),
         "",
-        "The license is not set: it follows from those of the models merged.",
+        *license_section(license, models),
     ]
     if text is None:
         lines += ["", "## Recipe", "", "`recipe.json`: mergekit has no words for it."]
     else:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        lines += ["", "## Recipe", "", f"{fence}yaml", text.rstrip("\n"), fence]
+        lines += ["", "## Recipe", "", *fenced(text, "yaml")]
     if notes:
         lines += ["", "## Warnings", "", *(f"- {markdown(scrub(note))}" for note in notes)]
     return "\n".join(lines) + "\n"
@@ -122,12 +172,3 @@ def _yaml_of(origin: Origin, parents: Mapping[str, Parent]) -> str:
             recipe, layout.outer_names("embeddings"), layout.outer_names("head")
         )
     return mergekit_yaml.dump(named, origin.references)
-
-
-def _models(reference: str) -> list[str]:
-    """The model and the adapter of a reference, without revisions."""
-    try:
-        parts = split_reference(reference)
-    except ConfigError:
-        return [reference]
-    return [parts.model, *([parts.adapter] if parts.adapter else [])]

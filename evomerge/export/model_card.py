@@ -1,81 +1,148 @@
-"""The model card of an exported candidate: where it comes from, for people."""
+"""The model card of an exported candidate: where it comes from, for people and for the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from evomerge import __version__
-from evomerge._escaping import markdown, markdown_code
-from evomerge.export import choice
-from evomerge.export.merge_card import front_matter
+from evomerge import __version__, _yaml
+from evomerge._escaping import markdown
+from evomerge._redaction import scrub
+from evomerge.export import card_scores, choice
+from evomerge.export.front_matter import front_matter
+from evomerge.export.licenses import merged_license
+from evomerge.export.merge_card import fenced, license_section, model_table
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
+from evomerge.methods import method
 from evomerge.reports.route_text import hops
+from evomerge.reports.summary import lost_skills, metric_names, study_summary
+
+_LONGEST_RECIPE = 150  # lines of a recipe that a card shows
+VERIFICATION = "## Verification"
+"""Heading of the section that `evomerge.export.verification` writes."""
 
 
-def render_card(candidate: StoredCandidate, notes: Sequence[str] = ()) -> str:
+def render_card(candidate: StoredCandidate, notes: Sequence[str] = (), recipe: str | None = None) -> str:
     """The card: what the model is, what it scored and on how many items, beside the parents.
 
     Args:
         candidate: The candidate.
         notes: Sentences about its files.
+        recipe: The mergekit recipe that lies beside the card, None without one.
 
     Returns:
         Markdown, with the front matter that the Hugging Face hub reads.
     """
-    study, trial, recipe = candidate.study, candidate.trial, candidate.recipe
-    origin = f"study `{study.name}`, seed {study.seed}. Recipe id `{recipe.id}`"
-    models = [_model_line(name, fact.path, fact.revision) for name, fact in study.facts.parents.items()]
-    route = ["", f"Route: {markdown(hops(recipe))}."] if candidate.is_route else []
-    files = []
-    if not any(note.startswith(NO_MERGEKIT_FILE) for note in notes):
-        command = candidate.mergekit_command
-        files.append(f"- `recipe.yaml`: for mergekit 0.1.5 (`{command}`, in this folder)")
+    study, trial = candidate.study, candidate.trial
+    origin = f"study `{study.name}`, seed {study.seed}. Recipe id `{candidate.recipe.id}`"
+    models = candidate.models
+    license = merged_license(models)
+    title = f"{study.name}: candidate {trial.id}"
+    route = ["", f"Route: {markdown(hops(candidate.recipe))}."] if candidate.is_route else []
     lines = [
-        *front_matter(candidate.references.values()),
-        f"# {study.name}: candidate {trial.id}",
+        *front_matter(models, license, f"{study.name}-{trial.id}", card_scores.test_results(candidate)),
+        f"# {title}",
         "",
         f"A merge ({', '.join(candidate.methods)}) found by evomerge {__version__}, {origin}.",
-        "The license is not set: it follows from those of the models merged, which are",
         "",
-        *models,
+        *model_table(models),
         *route,
+        "",
+        *license_section(license, models),
         "",
         "## Scores",
         "",
-        *_score_rows(candidate),
+        *card_scores.score_table(candidate),
         "",
         " ".join(choice.sentences(candidate)),
         "",
+        "## What was searched",
+        "",
+        *_searched(candidate),
+        "",
+        "## Limits",
+        "",
+        *(f"- {line}" for line in _limits(candidate)),
+        "",
+        *_recipe_lines(recipe),
         "## Files",
         "",
-        *files,
-        "- `recipe.json`: exact, for `evomerge merge recipe.json OUT`",
-        "- `lineage.json`: genome, ancestors, hashes of models and tasks, the settings",
+        *_file_lines(candidate, notes),
         *(line for note in notes for line in ("", note)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _model_line(name: str, path: str, revision: str | None) -> str:
-    at = f" at {markdown(revision)}" if revision else ""
-    return f"- {markdown(name)}: {markdown_code(path)}{at}"
-
-
-def _score_rows(candidate: StoredCandidate) -> list[str]:
-    """A Markdown table: a row for each role of this model and of each parent."""
-    store, tasks = candidate.store, list(candidate.study.facts.tasks)
-    rows = [
-        "| model | role | objective | items | " + " | ".join(map(markdown, tasks)) + " |",
-        "| --- " * (4 + len(tasks)) + "|",
+def _searched(candidate: StoredCandidate) -> list[str]:
+    """The space, the tasks with their items, and the work of the search."""
+    store, facts = candidate.store, candidate.study.facts
+    summary = study_summary(store, check=False)
+    settings = _settings(candidate)
+    metrics = metric_names(facts)
+    tasks = "; ".join(
+        f"{markdown(task)} by {markdown(metrics.get(task, 'its score'))}" for task in facts.tasks
+    )
+    axes = f", {len(facts.axes)} coefficients" if facts.axes else ""
+    stages = ", then ".join(markdown(str(row["stage"])) for row in summary["stages"]) or "weights"
+    kind = facts.objective.get("kind", "mean")
+    counts = {role: sum(of.values()) for role, of in facts.items.items()}
+    items = ", ".join(f"{count} for {role}" for role, count in counts.items())
+    return [
+        f"- Space: {markdown(str(settings.get('method', 'unknown')))}{axes}; stages: {stages}.",
+        f"- Objective: {markdown(str(kind))} of {tasks or 'its tasks'}.",
+        f"- Work: {summary['evaluations']} candidates in {summary['generations']} generations, "
+        f"{summary['failed']} failed evaluations.",
+        *([f"- Items: {items}."] if items else []),
     ]
-    models = [("this model", candidate.trial.recipe_id)]
-    models += [(str(t.label), t.recipe_id) for t in store.trials() if t.origin == "parent"]
-    for name, recipe_id in models:
-        for role, scored in store.evaluations(recipe_id):
-            if role == "search" or scored.score is None:
-                continue
-            metrics, count = scored.evaluation.metrics, len(scored.evaluation.items)
-            values = " | ".join(f"{metrics.get(task, float('nan')):.4f}" for task in tasks)
-            rows.append(f"| {markdown(name)} | {role} | {scored.score:.4f} | {count} | {values} |")
-    return rows
+
+
+def _settings(candidate: StoredCandidate) -> Mapping[str, Any]:
+    data = _yaml.parse(candidate.study.config, f"{candidate.study.name} (stored)").data
+    return data if isinstance(data, dict) else {}
+
+
+def _limits(candidate: StoredCandidate) -> list[str]:
+    """What the scores do not say."""
+    outcome = candidate.study.outcome
+    tested = any(
+        row.role == "test" for row in card_scores.role_scores(candidate) if row.model == card_scores.OWN
+    )
+    lines = [
+        "The scores are of the tasks above and their items; other abilities, languages and safety were not "
+        "measured, and a merge may lose what its models were trained or aligned to do.",
+    ]
+    if not tested:
+        lines.append(
+            "No score of this candidate is on test items: those above are of items it was chosen by."
+        )
+    if outcome is not None and outcome.best.get("recipe") == candidate.trial.recipe_id:
+        lost = lost_skills(outcome.retention)
+        lines += [f"Against its models on the test items: {markdown(lost)}."] if lost else []
+    if any(method(name).randomized for name in candidate.methods):
+        lines.append(
+            "Its method draws random masks: evomerge makes these weights again, mergekit others like them."
+        )
+    return lines
+
+
+def _recipe_lines(recipe: str | None) -> list[str]:
+    if recipe is None:
+        return []
+    text = scrub(recipe)
+    if text.count("\n") > _LONGEST_RECIPE:
+        return ["## Recipe", "", f"`recipe.yaml`, {text.count(chr(10)):,} lines.", ""]
+    return ["## Recipe", "", *fenced(text, "yaml"), ""]
+
+
+def _file_lines(candidate: StoredCandidate, notes: Sequence[str]) -> list[str]:
+    lines = []
+    if not any(note.startswith(NO_MERGEKIT_FILE) for note in notes):
+        command = candidate.mergekit_command
+        lines.append(f"- `recipe.yaml`: for mergekit 0.1.5 (`{command}`, in this folder)")
+    return [
+        *lines,
+        "- `recipe.json`: exact, for `evomerge merge recipe.json OUT`",
+        "- `lineage.json`: genome, ancestors, hashes of models and tasks, the settings",
+        "- `LICENSES/`: licenses of the models merged, with their files",
+    ]

@@ -108,6 +108,7 @@ def merge_recipe(
         SetupError: If the folder exists.
     """
     recipe = origin.recipe
+    given = parents
     if not recipe.scales:  # a route's models are loaded by transformers, which knows their names
         parents = with_names_of_base(recipe, parents)
     for part in (*(stage for _, stage in recipe.stages), recipe):
@@ -123,7 +124,7 @@ def merge_recipe(
         merge = Merge(last, opened)
         with atomic_folder.new_folder(directory) as staging:
             checkpoint_writer.write_into(merge, staging, progress, memory)
-            write_origin(staging, origin, parents, warnings)
+            write_origin(staging, origin, given, warnings)
     return warnings
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import NothingToExport, StudyError
+from evomerge.export.source_models import SourceModel, source_models
 from evomerge.recipes import Recipe
 from evomerge.store import ParentFacts, Store, StudyRow, Trial
 
@@ -82,6 +83,11 @@ class StoredCandidate:
             else:
                 references[name] = f"{fact.path}@{fact.revision}" if fact.revision else fact.path
         return references
+
+    @property
+    def models(self) -> tuple[SourceModel, ...]:
+        """The models and adapters that its recipe reads, with their cards."""
+        return source_models(self.recipe.models, self.references, self.parents)
 
     @property
     def mergekit_command(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints import Parent, stored_dtype, total_bytes
+from evomerge.checkpoints.licenses import cards_of
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import EvomergeError, SetupError
@@ -185,6 +186,7 @@ def _model(name: str, parent: Parent, is_base: bool) -> dict[str, Any]:
         "parameters": sum(math.prod(info.shape) for info in parent.tensors.values()),
         "dtype": stored_dtype(parent),
         "bytes": total_bytes(parent),
+        "licenses": [card.shown for card in cards_of(parent)],
     }
 
 

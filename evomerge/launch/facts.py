@@ -131,7 +131,7 @@ def _comparable(settings: Config) -> dict[str, Any]:
 
     The budgets of all stages but the last must not change: they say where the next stage begins.
     """
-    data = settings.model_dump(mode="json", exclude={"cluster", "budget", "reuse"})
+    data = settings.model_dump(mode="json", exclude={"cluster", "budget", "reuse", "license"})
     del data["study"]
     data["models"] = {name: {} for name in data["models"]}
     del data["evaluation"]["include"]

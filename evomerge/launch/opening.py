@@ -17,6 +17,7 @@ from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import CandidateError, ConfigError, SetupError, StudyError
 from evomerge.evaluation import Evaluator, Objective, TaskSet
 from evomerge.evaluation.task_set import check_losses
+from evomerge.launch.license_policy import check_licenses
 from evomerge.launch.objective import make_objective, task_terms
 from evomerge.launch.retained_texts import RETAINED
 from evomerge.launch.stored_models import places, stored_settings
@@ -146,6 +147,7 @@ def open_search(
         TaskError: If a task cannot be had.
     """
     parents = open_parents({name: (m.path, m.revision) for name, m in settings.models.items()})
+    check_licenses(settings, parents)
     warnings = check_compatible(parents, settings.base, deeper=not settings.merges_weights)
     if not is_checked:
         for name, parent in parents.items():

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from evomerge.checkpoints.licenses import LICENSE_FILES
 from evomerge.checkpoints.safetensors_headers import check_file
 from evomerge.errors import CheckpointError
 
@@ -54,6 +55,7 @@ _TABLE: tuple[tuple[Fate, str, tuple[str, ...]], ...] = (
         "says how the base was made",
         (
             *("mergekit_*.y*ml", "recipe.json", "recipe.yaml", "lineage.json", "training_args.*"),
+            *("modelfile", "citation.bib", "environment.txt", "commands.sh", "verify.json"),
             *("trainer_state.json", "*_results.json", "all_results*", "train*.json", "eval*.json", "*.log"),
         ),
     ),
@@ -80,7 +82,7 @@ _TABLE: tuple[tuple[Fate, str, tuple[str, ...]], ...] = (
     (
         "copied",
         "is a license of the base, which holds for what is made of it",
-        ("licen[sc]e*", "notice*", "*use_policy*"),
+        LICENSE_FILES,
     ),
     (
         "copied",

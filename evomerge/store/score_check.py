@@ -55,7 +55,7 @@ class ScoreCheck:
             KeyError, TypeError, ValueError: The facts have another form than they are stored in.
         """
         self._facts = facts
-        self._objective = _objective(facts)
+        self._objective = stored_objective(facts)
         self._items: dict[str, list[tuple[str, int]]] = {}  # item set -> (task, number of items)
 
     def contradiction(self, row: sqlite3.Row, items: str, *, predicted: bool = False) -> str | None:
@@ -165,7 +165,18 @@ class ScoreCheck:
         ]
 
 
-def _objective(facts: StudyFacts) -> Objective | None:
+def stored_objective(facts: StudyFacts) -> Objective | None:
+    """Makes the objective of a study again from what is stored of it.
+
+    Args:
+        facts: Of the study.
+
+    Returns:
+        The objective; None for a study of a version that did not store it.
+
+    Raises:
+        KeyError, TypeError, ValueError: The facts have another form than they are stored in.
+    """
     stored = facts.objective
     if not stored or not facts.terms:
         return None

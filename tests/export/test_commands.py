@@ -115,7 +115,7 @@ def test_every_command_that_an_export_prints_makes_the_model_that_was_scored(
                 continue  # it reads the folder alone
             if not command.startswith(UNRUN):
                 run(re.sub(r"\bOUT\b", f"OUT{number}", command), here)
-        card = (here / "recipe" / "README.md").read_text()
+        card = re.sub(r"^```.*?^```$", "", (here / "recipe" / "README.md").read_text(), flags=re.S | re.M)
         written = [c for c in re.findall(r"`([^`]+)`", card) if re.match(r"(evomerge|mergekit-\w+) ", c)]
         assert len(written) == 2
         assert written[0] in (here / "recipe" / "recipe.yaml").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from safetensors.torch import load_file
 
 import evomerge as em
 from evomerge._escaping import markdown
-from evomerge.export.merge_card import CONFIG, front_matter
+from evomerge.checkpoints import open_parent
+from evomerge.export.front_matter import front_matter
+from evomerge.export.licenses import merged_license
+from evomerge.export.merge_card import CONFIG, model_table
 from evomerge.export.recipe_file import merge_recipe_file
+from evomerge.export.source_models import base_models, source_models
 from tests.support.merge_cases import candidate
 
 RECIPE = """merge_method: linear
@@ -45,10 +50,11 @@ def test_the_recipe_in_the_folder_makes_the_same_weights(tiny: dict[str, Path], 
     assert (tmp_path / "out" / CONFIG).read_text() in card
     assert "remark" not in card
     assert head(tmp_path / "out") == {
-        "base_model": [str(tiny["math"]), str(tiny["code"])],
+        "base_model_relation": "merge",
         "library_name": "transformers",
-        "tags": ["merge", "evomerge"],
+        "tags": ["merge", "mergekit", "evomerge"],
     }
+    assert all(f"`{tiny[name]}`" in card for name in ("math", "code"))
 
 
 def test_what_speaks_against_a_merge_is_on_its_card(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -70,7 +76,8 @@ def test_a_recipe_of_several_documents_is_written_whole(tiny: dict[str, Path], t
     merge_recipe_file(tmp_path / "r.yaml", tmp_path / "out")
     documents = list(yaml.safe_load_all((tmp_path / "out" / CONFIG).read_text()))
     assert [document["merge_method"] for document in documents] == ["linear", "slerp"]
-    assert set(head(tmp_path / "out")["base_model"]) == {str(tiny[name]) for name in ("base", "math", "code")}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"`{tiny[name]}`" in card for name in ("base", "math", "code"))
 
 
 def test_a_recipe_of_python_is_written_in_mergekits_language(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -84,10 +91,32 @@ def test_a_recipe_of_python_is_written_in_mergekits_language(tiny: dict[str, Pat
     assert first.keys() == again.keys()
 
 
-def test_a_secret_in_a_reference_is_hidden(tmp_path: Path) -> None:
-    lines = "\n".join(front_matter(["org/model@main+org/lora", "https://me:hunter22@host/model"]))
-    assert yaml.safe_load(lines.split("---")[1])["base_model"][:2] == ["org/model", "org/lora"]
-    assert "hunter22" not in lines
+def test_base_model_holds_repositories_alone(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Of a snapshot in the Hub's cache its repository, of a folder what its card says, never a path."""
+    cached = tmp_path / "models--org--cached" / "snapshots" / ("c" * 40)
+    shutil.copytree(tiny["math"], cached)
+    shutil.copytree(tiny["code"], tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text(
+        "---\nbase_model: [org/start, /home/me/other]\n---\n# Mine\n"
+    )
+    given = {"math": str(cached), "code": str(tmp_path / "mine")}
+    parents = {name: open_parent(reference) for name, reference in given.items()}
+    models = source_models(tuple(given), given, parents)
+    assert [(model.repository, model.revision) for model in models] == [
+        ("org/cached", "c" * 40),
+        (None, None),
+    ]
+    assert base_models(models) == ("org/cached", "org/start")
+    named = source_models(("math",), {"math": "org/model@main"}, parents)
+    assert base_models(named) == ("org/cached",)
+
+
+def test_a_secret_in_a_reference_is_hidden(tiny: dict[str, Path]) -> None:
+    parents = {"math": open_parent(str(tiny["math"]))}
+    (model,) = source_models(("math",), {"math": "https://me:hunter22@host/model"}, parents)
+    assert "hunter22" not in "\n".join(
+        [*model_table([model]), *front_matter([model], merged_license([model]))]
+    )
 
 
 @pytest.mark.parametrize("fence", ["```", "````"])

@@ -138,7 +138,7 @@ def test_a_models_name_is_shown_in_a_document_and_is_no_part_of_it(
 
 def test_a_cards_front_matter_and_a_recipe_are_what_they_were(searched: dict[str, str]) -> None:
     front = searched["card"].split("\n---\n")[0].removeprefix("---\n")
-    assert yaml.safe_load(front)["tags"] == ["merge", "evomerge"]
+    assert yaml.safe_load(front)["tags"] == ["merge", "mergekit", "evomerge"]
     winners = ("task_arithmetic", "linear", "passthrough")  # of the search, a mean of parents, a parent
     assert yaml.safe_load(searched["recipe"])["merge_method"] in winners
 

@@ -32,6 +32,7 @@ def test_what_is_planned_is_what_was_run(finished: Path) -> None:
         assert study is not None
         facts, trials = study.facts, store.trials()
     assert data["study"] == study.name
+    assert {word.split()[0] for model in data["models"] for word in model["licenses"]} == {"unknown"}
     assert data["space"]["axes"] == len(facts.axes)
     assert data["space"]["first"] == list(facts.axes[:4])
     assert {t["task"]: t["metric"] for t in data["tasks"]} == facts.metrics

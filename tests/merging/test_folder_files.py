@@ -27,13 +27,14 @@ FOLDER: dict[Fate, tuple[str, ...]] = {  # as the folders of published models ha
     "copied": (
         *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
         *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "LICENSE", "LICENSE.txt"),
-        *("NOTICE", "USE_POLICY.md", "generation_config_for_text.json", "norms.txt"),
+        *("NOTICE", "USE_POLICY.md", "COPYING", "generation_config_for_text.json", "norms.txt"),
     ),
     "written": ("config.json", "generation_config.json", "README.md", "mergekit_config.yml"),
     "left out": (
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "params.json"),
         *("model.gguf", "model.onnx", "flax_model.msgpack", "tf_model.h5", "training_args.bin"),
         *("trainer_state.json", "eval_results.json", "recipe.yaml", "lineage.json", ".gitattributes"),
+        *("Modelfile", "CITATION.bib", "environment.txt", "commands.sh", "verify.json"),
         *("onnx/model.json", "original/params.json", "assets/figure.json", "quantize_config.json"),
     ),
 }
