@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evomerge.store import Store, StudyRow
+from evomerge.store import Store, StudyRow, Trial
 
 
 def agreements(study: StudyRow) -> list[dict[str, Any]]:
@@ -27,19 +27,21 @@ def agreements(study: StudyRow) -> list[dict[str, Any]]:
     ]
 
 
-def label_rows(store: Store, study: StudyRow) -> list[dict[str, Any]]:
+def label_rows(store: Store, study: StudyRow, trials: Sequence[Trial] | None = None) -> list[dict[str, Any]]:
     """Lists where labels come from.
 
     Args:
         store: An open study.
         study: Its row.
+        trials: All of its trials, where the caller has read them; None to read them here.
 
     Returns:
         For each task and parent: `task`, `model`, `recipe`, the number of `items` that it was asked (those on
         which the surrogate is compared with the metric among them) and of `answers` that it gave, when they
         were `made` (UTC), and the `version` of the task, as the study's facts have it.
     """
-    models = {trial.recipe_id: str(trial.label) for trial in store.trials() if trial.origin == "parent"}
+    trials = store.trials() if trials is None else trials
+    models = {trial.recipe_id: str(trial.label) for trial in trials if trial.origin == "parent"}
     tasks = {subtask: task for task, facts in study.facts.terms.items() for subtask, _ in facts.subtasks}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in store.usage.labels():

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evomerge.store import Store
+from evomerge.store import Store, Trial
 
 
-def stage_rows(store: Store) -> list[dict[str, Any]]:
+def stage_rows(store: Store, trials: Sequence[Trial] | None = None) -> list[dict[str, Any]]:
     """Sums up the stages of a finished search.
 
     Args:
         store: An open study.
+        trials: All of its trials, where the caller has read them; None to read them here.
 
     Returns:
         A row for each stage: `stage`, `first` and `last` generation, `genes`, `candidates`, `forwards` and
@@ -25,7 +26,7 @@ def stage_rows(store: Store) -> list[dict[str, Any]]:
         return []
     finalists = {row["id"]: row for row in study.outcome.finalists}
     genes: dict[int, int] = {}
-    for trial in store.trials():
+    for trial in store.trials() if trials is None else trials:
         if trial.genome is not None and trial.generation > 0:
             genes[trial.stage] = len(trial.genome)
     rows = []

@@ -14,12 +14,13 @@ from evomerge.reports.stages import stage_rows
 from evomerge.store import Scored, Store, StudyFacts, StudyRow, Trial
 
 
-def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
+def study_summary(store: Store, check: bool = True, trials: Sequence[Trial] | None = None) -> dict[str, Any]:
     """Summarizes a study: state, counts, the best candidate and what it is compared with.
 
     Args:
         store: An open study.
         check: Check the whole file, which takes about a second for 100 MB.
+        trials: All of its trials, where the caller has read them; None to read them here.
 
     Returns:
         `state`: 'running', 'interrupted' (running, but its process is gone), 'paused', 'failed' or 'done'.
@@ -38,7 +39,7 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         StudyError: The file holds no study yet.
     """
     study = _study(store)
-    trials = store.trials()
+    trials = store.trials() if trials is None else trials
     counts = store.count_evaluations()
     searched = [trial for trial in trials if trial.generation > 0 and trial.origin != "mean"]
     interrupted = study.state == "running" and not store.is_driven()
@@ -59,8 +60,8 @@ def study_summary(store: Store, check: bool = True) -> dict[str, Any]:
         "test_items": _test_items(store, study),
         "retention": [] if study.outcome is None else list(study.outcome.retention),
         "agreements": agreements(study),
-        "labels": label_rows(store, study),
-        "stages": stage_rows(store),
+        "labels": label_rows(store, study, trials),
+        "stages": stage_rows(store, trials),
     }
     if study.outcome is not None:
         rows = [study.outcome.best, *study.outcome.references, *study.outcome.finalists]
