@@ -47,27 +47,15 @@ def export(
     put(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
     for number, command in enumerate(commands):
         put(f"{('try it' if weights else 'build it') if number == 0 else 'or'}: {command}")
+    put(f"more: {directory / 'commands.sh'}")
 
 
 def _trial_commands(stored: StoredCandidate, directory: Path) -> list[str]:
     """The commands that score or serve an exported model."""
-    from evomerge import _resources
-    from evomerge.config import loading
-    from evomerge.evaluation.lm_harness.task_names import names_in
+    from evomerge.export.commands import score_command
 
-    settings, _ = loading.stored(stored.study.name, stored.study.config, {})
-    tasks = {task.task for task in settings.tasks if task.python is None}
-    shipped = _resources.evaluators()
-    folders = [shipped, *map(Path, settings.evaluation.include)]
-    needed = [folder for folder in folders if tasks & names_in([folder])]
-    commands = []
-    if tasks and len(needed) < 2:  # lm_eval takes one folder of tasks
-        words = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={directory.absolute()}"]
-        words += ["--tasks", ",".join(sorted(tasks)), *(f"--include_path={folder}" for folder in needed)]
-        # the shipped tasks name their data from the folder that they lie in
-        place = f"cd {shlex.quote(str(shipped.parent))} && " if needed == [shipped] else ""
-        commands.append(f"({place}{shlex.join(words)})" if place else shlex.join(words))
-    return [*commands, f"vllm serve {shlex.quote(str(directory))}"]
+    score = score_command(stored, shlex.quote(str(directory.absolute())))
+    return [*([score] if score else []), f"vllm serve {shlex.quote(str(directory))}"]
 
 
 def merge(

@@ -10,10 +10,11 @@ from evomerge import __version__
 from evomerge._escaping import markdown
 from evomerge.checkpoints import Parent
 from evomerge.errors import RecipeError
-from evomerge.export import open_route
+from evomerge.export import citation, commands, open_route
 from evomerge.export.fine_tuning import fine_tuning_note
-from evomerge.export.licenses import merged_license, write_licenses
+from evomerge.export.licenses import MergedLicense, merged_license, write_licenses
 from evomerge.export.lineage import candidate_lineage
+from evomerge.export.merge_card import CONFIG
 from evomerge.export.model_card import render_card
 from evomerge.export.route_mergekit import NO_MERGEKIT_FILE
 from evomerge.export.stored_candidate import StoredCandidate
@@ -32,7 +33,7 @@ def export_candidate(
     weights: bool = False,
     progress: checkpoint_writer.Progress | None = None,
 ) -> tuple[str, ...]:
-    """Writes recipe.yaml, recipe.json, lineage.json, README.md and LICENSES, and the checkpoint if `weights`.
+    """Writes recipes, lineage, card, licenses and commands, and the merged checkpoint if `weights`.
 
     Of a route recipe.yaml is written with the shell folder that it needs, for architectures where mergekit
     was seen to do the same; where it is not, README.md says why. The checkpoint of a route is loaded in a
@@ -60,12 +61,15 @@ def export_candidate(
         else:
             notes = _write_merge(candidate, staging, weights, progress)
         (staging / "recipe.json").write_text(candidate.recipe.canonical() + "\n", encoding="utf-8")
-        lineage = candidate_lineage(store, candidate.study, trial)
+        lineage = candidate_lineage(store, candidate.study, trial, candidate.models)
         (staging / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
         license = merged_license(candidate.models)
         write_licenses(staging, candidate.models, license)
         recipe = staging / "recipe.yaml"
         text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+        if text is not None and weights:
+            (staging / CONFIG).write_text(text, encoding="utf-8")
+        _write_companions(candidate, staging, license, weights)
         (staging / "README.md").write_text(render_card(candidate, notes, text), encoding="utf-8")
     return license.warnings
 
@@ -87,6 +91,21 @@ def recipe_yaml(candidate: StoredCandidate) -> str:
         candidate.recipe, layout.outer_names("embeddings"), layout.outer_names("head")
     )
     return mergekit_yaml.dump(named, candidate.references, _header(candidate))
+
+
+def _write_companions(
+    candidate: StoredCandidate, directory: Path, license: MergedLicense, weights: bool
+) -> None:
+    """Writes what a user does next: commands, Ollama's file, citation and versions."""
+    has_recipe = (directory / "recipe.yaml").is_file()
+    texts = {
+        commands.SCRIPT: commands.script(commands.steps(candidate, weights, has_recipe)),
+        commands.MODELFILE: commands.modelfile(candidate, license, weights),
+        citation.BIBLIOGRAPHY: citation.bibliography(candidate),
+        citation.ENVIRONMENT: citation.environment(candidate),
+    }
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def _write_route(candidate: StoredCandidate, directory: Path, weights: bool) -> list[str]:

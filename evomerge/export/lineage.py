@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from evomerge import __version__, _yaml
 from evomerge._redaction import scrub_data
+from evomerge.export.source_models import SourceModel
 from evomerge.store import Store, StudyRow, Trial
 
 
-def candidate_lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, Any]:
+def candidate_lineage(
+    store: Store, study: StudyRow, trial: Trial, models: Sequence[SourceModel] = ()
+) -> dict[str, Any]:
     """Everything needed to know how a candidate came about.
 
     Args:
         store: The store of its study.
         study: The study's row.
         trial: The candidate.
+        models: The models that its recipe reads, with their cards.
 
     Returns:
         Plain data without secrets: genome, parents and scores by role, the study's facts, and its settings;
@@ -42,7 +48,18 @@ def candidate_lineage(store: Store, study: StudyRow, trial: Trial) -> dict[str, 
             }
             for role, scored in store.evaluations(trial.recipe_id)
         ],
+        "models": [
+            {
+                "name": model.name,
+                "repository": model.repository,
+                "revision": model.revision,
+                "license": None if model.card.license is None else model.card.license.shown,
+                "base_models": list(model.card.base_models),
+            }
+            for model in models
+        ],
         "facts": study.facts.to_json(),
+        "config_sha256": hashlib.sha256(study.config.encode()).hexdigest(),
         "config": _yaml.parse(study.config, f"{study.name} (stored)").data,
     }
     scrubbed: dict[str, Any] = scrub_data(lineage)

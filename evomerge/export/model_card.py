@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from evomerge import __version__, _yaml
+from evomerge import __version__
 from evomerge._escaping import markdown
 from evomerge._redaction import scrub
 from evomerge.export import card_scores, choice
@@ -78,7 +77,7 @@ def _searched(candidate: StoredCandidate) -> list[str]:
     """The space, the tasks with their items, and the work of the search."""
     store, facts = candidate.store, candidate.study.facts
     summary = study_summary(store, check=False)
-    settings = _settings(candidate)
+    settings = candidate.settings
     metrics = metric_names(facts)
     tasks = "; ".join(
         f"{markdown(task)} by {markdown(metrics.get(task, 'its score'))}" for task in facts.tasks
@@ -95,11 +94,6 @@ def _searched(candidate: StoredCandidate) -> list[str]:
         f"{summary['failed']} failed evaluations.",
         *([f"- Items: {items}."] if items else []),
     ]
-
-
-def _settings(candidate: StoredCandidate) -> Mapping[str, Any]:
-    data = _yaml.parse(candidate.study.config, f"{candidate.study.name} (stored)").data
-    return data if isinstance(data, dict) else {}
 
 
 def _limits(candidate: StoredCandidate) -> list[str]:
@@ -145,4 +139,6 @@ def _file_lines(candidate: StoredCandidate, notes: Sequence[str]) -> list[str]:
         "- `recipe.json`: exact, for `evomerge merge recipe.json OUT`",
         "- `lineage.json`: genome, ancestors, hashes of models and tasks, the settings",
         "- `LICENSES/`: licenses of the models merged, with their files",
+        "- `commands.sh`: merge, score, serve and upload it; `Modelfile`: for Ollama",
+        "- `CITATION.bib`, `environment.txt`: what to cite, and the versions that it was scored with",
     ]

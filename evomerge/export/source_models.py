@@ -80,6 +80,19 @@ def base_models(models: Sequence[SourceModel]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def snapshot_commit(folder: Path) -> str | None:
+    """Finds the commit of a folder in the Hub's cache.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        The commit that it is a snapshot of, None for another folder.
+    """
+    is_snapshot = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if is_snapshot else None
+
+
 def _parts(reference: str) -> list[tuple[str, str | None]]:
     """(model, revision) and (adapter, revision) of a reference."""
     try:
@@ -92,10 +105,9 @@ def _parts(reference: str) -> list[tuple[str, str | None]]:
 
 def _repository(reference: str, folder: Path) -> tuple[str | None, str | None]:
     """(repository, commit) of a reference, or of a snapshot in the Hub's cache; None for a plain folder."""
-    commit = folder.name if folder.parent.name == "snapshots" else None
-    cache = folder.parent.parent.name
-    if commit is not None and cache.startswith("models--"):
-        name = cache.removeprefix("models--").replace("--", "/")
+    commit = snapshot_commit(folder)
+    if commit is not None:
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return (name, commit) if is_repository_name(name) else (None, None)
     if not Path(reference).expanduser().exists() and is_repository_name(reference):
         return reference, None

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from evomerge import _yaml
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.lora import AdaptedCheckpoint
 from evomerge.errors import NothingToExport, StudyError
-from evomerge.export.source_models import SourceModel, source_models
+from evomerge.export.source_models import SourceModel, snapshot_commit, source_models
 from evomerge.recipes import Recipe
 from evomerge.store import ParentFacts, Store, StudyRow, Trial
 
@@ -85,6 +87,12 @@ class StoredCandidate:
         return references
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        """The study's search file as written: key -> plain value."""
+        data = _yaml.parse(self.study.config, f"{self.study.name} (stored)").data
+        return data if isinstance(data, dict) else {}
+
+    @property
     def models(self) -> tuple[SourceModel, ...]:
         """The models and adapters that its recipe reads, with their cards."""
         return source_models(self.recipe.models, self.references, self.parents)
@@ -115,10 +123,14 @@ class StoredCandidate:
 
 
 def _place(fact: ParentFacts, parent: Parent) -> ParentFacts:
-    """What a parent is, with the folders of now where one has moved since."""
+    """What a parent is, with the folders of now where one has moved, and the commit of a repository."""
     parts, now = [fact.path], str(parent.path)
     if isinstance(parent, AdaptedCheckpoint):
         parts, now = fact.path.split("+"), f"{parent.path}+{parent.adapter}"
     folders = [Path(part).expanduser() for part in parts]
     has_moved = any(folder.is_absolute() and not folder.exists() for folder in folders)
-    return replace(fact, path=now) if has_moved else fact
+    if has_moved:
+        return replace(fact, path=now)
+    if len(folders) == 1 and fact.revision != (commit := snapshot_commit(parent.path)) and commit:
+        return fact if folders[0].exists() else replace(fact, revision=commit)
+    return fact

@@ -124,9 +124,14 @@ def test_every_command_that_an_export_prints_makes_the_model_that_was_scored(
         assert all(torch.equal(ours.tensor(name), scored.tensor(name)) for name in scored.tensors)
         assert compare(theirs, scored).agrees
         if not moved:
-            for number, command in enumerate(written):
-                run(re.sub(r"\bOUT\b", f"card{number}", command), here / "recipe")
-                assert compare(Checkpoint(here / "recipe" / f"card{number}"), scored).agrees
+            for step in ("merge", "mergekit", "transformers"):
+                run(f"bash commands.sh {step}", here / "recipe")
+            made = Checkpoint(here / "recipe" / "model")
+            assert all(torch.equal(made.tensor(name), scored.tensor(name)) for name in scored.tensors)
+            assert compare(Checkpoint(here / "recipe" / "by-mergekit"), scored).agrees
+            lines = (here / "recipe" / "commands.sh").read_text()
+            assert written[0].replace("OUT", "by-mergekit") in lines, "the card's command is the script's"
+            assert written[1].replace("OUT", "model") in lines
     finally:
         if moved:
             (project / "hidden").rename(project / "models")
