@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evomerge.cli.output import column_width
+from evomerge.cli.output import column_width, duration
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 100  # columns of a prompt
@@ -307,21 +307,6 @@ def backend_lines(backends: Mapping[str, str]) -> list[str]:
     compiled = [task for task, backend in backends.items() if backend == "compiled"]
     parts = ([f"compiled requests: {', '.join(compiled)}"] if compiled else []) + others
     return [f"answered by {'; '.join(parts)}"] if parts else []
-
-
-def duration(seconds: float, decimals: int = 0) -> str:
-    """A time to be read: '45 s', '12 min' or '3.5 h'.
-
-    Args:
-        seconds: At least 0.
-        decimals: Of the seconds, where it is shorter than 90 s.
-
-    Returns:
-        The text.
-    """
-    if seconds < 90:
-        return f"{seconds:.{decimals}f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _bar(score: float | None, low: float, high: float) -> str:

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from evomerge.cli.analysis_tables import duration
 from evomerge.cli.options import Json, Root, open_store, reading_store
-from evomerge.cli.output import put, tell
+from evomerge.cli.output import duration, put, tell
 from evomerge.errors import EvomergeError
 
+_LEFT = 8  # lines that a watched status leaves on the terminal
 _LARGE = 64_000_000  # bytes of a store that --watch does not check as a whole at every refresh
 
 
@@ -24,15 +24,16 @@ def status(
     study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes of --watch.")] = 2.0,
+    whole: Annotated[bool, typer.Option("--all", help="Show every parent and hand recipe.")] = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Show the state of a study, or of all.
 
-    Of a study: its driver and workers, failures, store and backup, best candidate. Without a name: a line for
-    each.
+    Of a study: the verdict, or its best so far, pace, time left and cost; scores beside the strongest parents
+    and hand recipes; driver and workers, failures, store and backup. Without a name: a line for each.
     """
-    screen = _StatusScreen(study, root, as_json, watch)
+    screen = _StatusScreen(study, root, as_json, watch, whole)
     if not watch:
         put(screen.text())
         return
@@ -75,13 +76,14 @@ class _StatusScreen:
     """What status prints of one study, or of all where `study` is None.
 
     refreshed: the text is one of many: dated, its JSON in one line, and large stores are not checked as a
-    whole.
+    whole; whole: every parent and hand recipe has a row.
     """
 
     study: str | None
     root: Path | None
     as_json: bool
     refreshed: bool
+    whole: bool
 
     def text(self) -> str:
         from evomerge.cli import study_tables
@@ -119,11 +121,14 @@ class _StatusScreen:
             data = reports.study_summary(store, check=check) | reports.study_activity(store)
             if self.study is None:
                 return data, study_tables.line_of_study(data)
-            return data, "\n".join([study_tables.study_table(data), *activity_lines(data)])
+            return data, "\n".join([study_tables.study_table(data, self.whole), *activity_lines(data)])
 
 
 def _refresh(text: Callable[[], str], every: float) -> None:
-    """Draws on a terminal in place; elsewhere one screen after the other."""
+    """Draws over the whole terminal, and leaves the last state there at the end; elsewhere text after text.
+
+    What a terminal has no room for is cut off at its end, so that nothing runs out of its top.
+    """
     if not sys.stdout.isatty():
         while True:
             put(text(), flush=True)
@@ -131,10 +136,15 @@ def _refresh(text: Callable[[], str], every: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text(text()), auto_refresh=False, vertical_overflow="visible") as live:
-        while True:
-            time.sleep(every)
-            live.update(Text(text()), refresh=True)
+    shown = text()
+    try:
+        with Live(Text(shown), auto_refresh=False, screen=True) as live:
+            while True:
+                live.update(Text(shown), refresh=True)
+                time.sleep(every)
+                shown = text()
+    finally:
+        put("\n".join(shown.split("\n\n")[0].splitlines()[:_LEFT]))
 
 
 def activity_lines(data: Mapping[str, Any]) -> list[str]:
@@ -154,7 +164,8 @@ def activity_lines(data: Mapping[str, Any]) -> list[str]:
     if data["runs"]:
         driven = duration(sum(run["seconds"] for run in data["runs"]), 1)
         runs = f" in {len(data['runs'])} runs" if len(data["runs"]) > 1 else ""
-        lines.append(f"driven for {driven}{runs}")
+        limit = data["figures"]["limits"]["hours"]
+        lines.append(f"driven for {driven}{runs}" + ("" if limit is None else f", of {limit:g} h"))
     for end in data["ended"]:
         place = f"stage {end['stage'] + 1}, island {end['island'] + 1}"
         lines.append(f"{place} ended early: {end['cause']}")

@@ -100,6 +100,12 @@ Models = Annotated[
         help="Where a model is now; it is known by its content.",
     ),
 ]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress; print the verdict, warnings and errors.")
+]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="Print a line of JSON for each event and, at the end, the summary.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -118,6 +124,8 @@ class RunOptions:
         reuse: Names or paths of earlier studies whose evaluations are read.
         models: 'NAME=PATH' of models that are elsewhere than the search file says.
         root: Folder of the studies.
+        quiet: Show no progress.
+        as_json: Print a line of JSON for each event.
     """
 
     allow_python: AllowPython = False
@@ -130,6 +138,8 @@ class RunOptions:
     reuse: Reuse = None
     models: Models = None
     root: Root = None
+    quiet: Quiet = False
+    as_json: JsonLines = False
 
     @property
     def allowed(self) -> Allowed:

@@ -61,6 +61,21 @@ def column_width(names: Sequence[str], least: int) -> int:
     return max(least, *(len(name) + 1 for name in names), 0)
 
 
+def duration(seconds: float, decimals: int = 0) -> str:
+    """A time to be read: '45 s', '12 min' or '3.5 h'.
+
+    Args:
+        seconds: At least 0.
+        decimals: Of the seconds, where it is shorter than 90 s.
+
+    Returns:
+        The text.
+    """
+    if seconds < 90:
+        return f"{seconds:.{decimals}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def print_in_any_locale() -> None:
     """Has standard output and error replace characters that they lack, which is an error of Python's else.
 

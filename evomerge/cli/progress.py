@@ -1,4 +1,4 @@
-"""What is shown while a verb works: the progress of a search, counters; and what signals do meanwhile."""
+"""What signals do while a search opens and runs; and a counter for verbs that score."""
 
 from __future__ import annotations
 
@@ -6,100 +6,18 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from evomerge._escaping import printable
 from evomerge.cli.output import tell
 
 if TYPE_CHECKING:
-    from evomerge.search import Progress, Study
+    from evomerge.search import Study
 
-_QUIET_SECONDS = 15  # after which a line is printed without a terminal, though nothing happened
 _RESEND_SECONDS = 0.1  # after which a signal whose exception was lost is sent again
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class SearchScreen:
-    """The progress of a running search: a bar per stage on a terminal, else one dated line per event.
-
-    A context manager:
-
-        with SearchScreen("demo") as screen:
-            study = prepare_study(request, root, show=screen.show)
-            study.run()
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name, self._stage, self._last_line = name, "", 0.0
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> SearchScreen:
-        if sys.stderr.isatty():
-            self._bar = _progress_bar()
-            self._bar.start()
-            self._task = self._bar.add_task("opening models and tasks", total=None, best="")
-        else:
-            self._line("opening models and tasks")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def show(self, progress: Progress) -> None:
-        """Draws a progress report.
-
-        Args:
-            progress: What the search has done so far.
-        """
-        best = f"best {progress.best:.3f}" if progress.best is not None else ""
-        if self._bar:
-            if progress.stage != self._stage:
-                self._bar.update(self._task, visible=False)
-                self._task = self._bar.add_task(progress.stage, total=progress.total, best=best)
-            self._bar.update(self._task, completed=progress.done, total=progress.total, best=best)
-            if progress.note:
-                self._bar.console.print(printable(progress.note), highlight=False, markup=False)
-        else:
-            quiet = time.monotonic() - self._last_line
-            if progress.note or progress.stage != self._stage or quiet > _QUIET_SECONDS:
-                text = progress.note or best
-                self._line(f"{progress.stage} {progress.done}/{progress.total} {text}".rstrip())
-        self._stage = progress.stage
-
-    def _line(self, text: str) -> None:
-        self._last_line = time.monotonic()
-        tell(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._name}: {text}")
-
-
-def _progress_bar() -> Any:
-    """rich's progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[best]}", markup=False),
-        console=Console(stderr=True),
-    )
 
 
 @contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -90,12 +93,14 @@ def resume(
 
 def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = False) -> None:
     """Runs a search to its end with progress on the screen, writes its report and prints its table."""
-    from evomerge.cli import progress, study_tables
+    from evomerge.cli import progress
+    from evomerge.cli.screen import open_screen
 
-    with progress.SearchScreen(request.settings.study) as screen:
+    with open_screen(request.settings.study, quiet=options.quiet, as_json=options.as_json) as screen:
         with progress.stop_while_opening():
             from evomerge import reports
             from evomerge.launch.prepare import prepare_study
+            from evomerge.launch.running import run_study
             from evomerge.search import StopRequest
             from evomerge.store import paths, stop_request
 
@@ -111,7 +116,7 @@ def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = Fa
         with study.store, contextlib.closing(study.pool):
             try:
                 with progress.stop_while_running(study):
-                    study.run()
+                    run_study(study, [screen])
             except KeyboardInterrupt:
                 if study.dispatch.stop is not StopRequest.DROP:
                     raise
@@ -125,8 +130,21 @@ def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = Fa
             path = study.store.path.with_name("report.md")
             path.write_text(reports.study_markdown(study.store), encoding="utf-8")
             data = reports.study_summary(study.store)
+    _print_end(data, path, options)
+
+
+def _print_end(data: Mapping[str, Any], report: Path, options: RunOptions) -> None:
+    """Prints what a search found: its table, its verdict alone, or a line of JSON."""
+    from evomerge.cli import study_tables
+
+    if options.as_json:
+        put(json.dumps({"event": "summary", "report": str(report), **data}))
+        return
+    if options.quiet:
+        put(data["verdict"]["sentence"])
+        return
     put(study_tables.study_table(data))
     where = f" --root {options.root}" if options.root else ""
-    put(f"report: {path}")
+    put(f"report: {report}")
     if not data["alike"]:
-        put(f"next:   evomerge export {request.settings.study}/best OUT --weights{where}")
+        put(f"next:   evomerge export {data['study']}/best OUT --weights{where}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.cli.output import column_width
+from evomerge.cli.output import column_width, duration
 
+_PARENTS = 6  # that all have a row in a folded table
 NO_STUDIES = "no studies here; start one with: evomerge run CONFIG"
 
 
@@ -22,23 +23,18 @@ def line_of_study(row: Mapping[str, Any]) -> str:
     return f"{row['study']}: {row['state']}, {row['evaluations']} evaluations, {_best_or_damage(row)}"
 
 
-def study_table(data: Mapping[str, Any]) -> str:
-    """A header line, and the table of the best candidate, the parents and the hand recipes.
+def study_table(data: Mapping[str, Any], whole: bool = False) -> str:
+    """A header, where the search stands or what it found in one sentence, and the table of scores.
 
     Args:
         data: As `evomerge.reports.study_summary` gives it.
+        whole: Whether all parents and hand recipes have a row, else the strongest.
 
     Returns:
         The text.
     """
-    evaluations = f"{data['evaluations']} evaluations in {data['generations']} generations"
-    lines = [
-        f"{data['study']}: {data['state']}, seed {data['seed']}, {evaluations}, "
-        f"{data['failed']} failed, store {data['store']}",
-        *_metric_lines(data["metrics"]),
-        "",
-    ]
-    rows = list(data["references"])
+    lines = [*headline(data), *_metric_lines(data["metrics"]), ""]
+    rows, folded = (list(data["references"]), 0) if whole else _folded(data)
     if data["best"]:
         best = data["best"]
         kind = "no winner, one of equals" if data["alike"] else "best"
@@ -51,7 +47,111 @@ def study_table(data: Mapping[str, Any]) -> str:
         lead = f"   {row['lead']:+.3f} ± {row['lead_error']:.3f}" if "lead" in row else ""
         error = f"   {row['error']}" if row.get("error") else ""
         lines.append(f"{label:{width}}{numbers}{lead}{error}")
+    if folded:
+        lines.append(f"{folded} other parents and hand recipes: evomerge status {data['study']} --all")
     return "\n".join([*lines, *_conclusions(data)])
+
+
+def headline(data: Mapping[str, Any]) -> list[str]:
+    """State, and the verdict of a finished search; of another its best so far, its pace and what it has cost.
+
+    Args:
+        data: As `evomerge.reports.study_summary` gives it.
+
+    Returns:
+        Two to four lines.
+    """
+    figures = data["figures"]
+    evaluations, budget = figures["evaluations"] or data["evaluations"], figures["budget"]
+    is_over = data["state"] == "done" or budget is None or evaluations > budget
+    count = f"{data['evaluations']} evaluations" if is_over else f"{evaluations} of {budget} evaluations"
+    generations = f"{count} in {data['generations']} generations"
+    lines = [
+        f"{data['study']}: {data['state']}, {generations}, {data['failed']} failed, "
+        f"seed {data['seed']}, store {data['store']}"
+    ]
+    if data["verdict"]["sentence"]:
+        return [*lines, data["verdict"]["sentence"], f"used: {spent(figures)}"]
+    if figures["best"] is not None:
+        lines.append(f"best so far: {best_so_far(figures)}")
+    if data["state"] == "running":
+        lines.append(f"pace: {pace(figures)}")
+    return [*lines, f"used: {spent(figures)}"]
+
+
+def best_so_far(figures: Mapping[str, Any]) -> str:
+    """The best candidate of a search that runs: its score, which it is, its lead over the best parent.
+
+    Args:
+        figures: `figures` of a study's summary, with a best candidate.
+
+    Returns:
+        Such as '0.612 ± 0.021 (candidate 57), +0.034 ± 0.028 over the best parent 'math''.
+    """
+    best, parent = figures["best"], figures["parent"]
+    name = f"{best['origin']} '{best['label']}'" if best["origin"] in ("parent", "hand") else ""
+    text = f"{_with_error(best['score'], best['error'], '.3f')} ({name or 'candidate ' + str(best['id'])})"
+    if figures["lead"] is not None:
+        lead = _with_error(figures["lead"], figures["lead_error"], "+.3f")
+        text += f", {lead} over the best parent '{parent['label']}'"
+    if best["violation"]:
+        text += f", breaks keep by {best['violation']:.3f}"
+    return text
+
+
+def pace(figures: Mapping[str, Any]) -> str:
+    """Rate and time left.
+
+    Args:
+        figures: `figures` of a study's summary.
+
+    Returns:
+        Such as '120 candidates an hour, about 3.5 h to the end'.
+    """
+    if figures["rate"] is None:
+        return "known after the first generation"
+    parts = [f"{figures['rate']:,.{0 if figures['rate'] >= 10 else 1}f} candidates an hour"]
+    if figures["eta"]:
+        of = "" if figures["stages"] == 1 else f" of stage {figures['stage']} of {figures['stages']}"
+        parts.append(f"about {duration(figures['eta'])} to the end{of}")
+    return ", ".join(parts)
+
+
+def spent(figures: Mapping[str, Any]) -> str:
+    """What a search has used up, beside the limits that it was given.
+
+    Args:
+        figures: `figures` of a study's summary.
+
+    Returns:
+        Such as '2.13 GPU hours of 8, cost 4.26 of 16'.
+    """
+    limits = figures["limits"]
+    hours = "GPU hours" if figures["on_gpu"] else "worker hours"
+    parts = [f"{figures['gpu_hours']:.2f} {hours}{_limit(limits['gpu_hours'])}"]
+    if limits["price"]:
+        parts.append(f"cost {figures['cost']:.2f}{_limit(limits['cost'])}")
+    return ", ".join(parts)
+
+
+def _limit(limit: float | None) -> str:
+    return "" if limit is None else f" of {limit:g}"
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:.3f}"
+
+
+def _folded(data: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int]:
+    """(all parents and the best hand recipe, in their order; how many rows are left out)."""
+    from evomerge.reports.verdict import strongest_references
+
+    rows = list(data["references"])
+    parents = [row for row in rows if row["origin"] == "parent"]
+    strongest = [row for row in strongest_references(data) if row is not None]
+    kept = [*(parents if len(parents) <= _PARENTS else []), *strongest]
+    shown = [row for row in rows if any(row is other for other in kept)]
+    return shown, len(rows) - len(shown)
 
 
 def _metric_lines(metrics: Mapping[str, str]) -> list[str]:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from scipy.special import stdtr, stdtrit
-
-from evomerge.evaluation.records import Items, ItemScore
+from evomerge.evaluation.objective import Objective
+from evomerge.evaluation.records import Evaluation, Items, ItemScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +83,8 @@ def t_cdf(t: float, freedom: float) -> float:
     Returns:
         P(T <= t).
     """
+    from scipy.special import stdtr  # its import takes longer than all that reads a study
+
     return float(stdtr(freedom, t))
 
 
@@ -97,6 +98,8 @@ def t_quantile(p: float, freedom: float) -> float:
     Returns:
         The t with P(T <= t) = p.
     """
+    from scipy.special import stdtrit
+
     return float(stdtrit(freedom, p))
 
 
@@ -116,6 +119,34 @@ def stratified(items: Sequence[ItemScore], weights: Mapping[str, float]) -> Esti
         if score.task in by_task:
             by_task[score.task].append(score.value)
     return _combine([(w, _moments(by_task[task])) for task, w in weights.items()])
+
+
+def objective_estimate(
+    objective: Objective, evaluation: Evaluation, reported: float | None
+) -> Estimate | None:
+    """Estimates an objective with its error.
+
+    By the delta method where it is a geometric mean or the worst task; the worst task's error leaves out that
+    another could be the worst.
+
+    Args:
+        objective: What a search maximizes.
+        evaluation: Of a candidate.
+        reported: The objective by the tasks' metrics of the evaluation, None where it failed.
+
+    Returns:
+        The objective with its error; None for metrics that are no means of items, or an unknown error.
+    """
+    if reported is None or not all(term.mean for term in objective.terms):
+        return None
+    shares = objective.shares(evaluation.metrics)
+    size = math.fsum(abs(share) for share in shares.values())
+    if size == 0:
+        return None
+    estimate = stratified(evaluation.items, shares)
+    if not math.isfinite(estimate.error):
+        return None
+    return replace(estimate, mean=reported, error=estimate.error * size)
 
 
 def paired(a: Sequence[ItemScore], b: Sequence[ItemScore], weights: Mapping[str, float]) -> Estimate:

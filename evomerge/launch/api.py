@@ -99,6 +99,7 @@ def run(
     from evomerge import reports
     from evomerge.launch.opening import Allowed
     from evomerge.launch.prepare import prepare_study
+    from evomerge.launch.running import run_study
 
     request = load(search)
     _check_tasks(request, search)
@@ -111,7 +112,7 @@ def run(
         accept_floor=accept_floor,
     )
     with study.store, contextlib.closing(study.pool):
-        study.run()
+        run_study(study, [], on_progress)
         study.store.path.with_name("report.md").write_text(
             reports.study_markdown(study.store), encoding="utf-8"
         )

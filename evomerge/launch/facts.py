@@ -73,6 +73,7 @@ def collect_facts(loaded: LoadedSearch, stored: StudyFacts | None, num_workers: 
         objective=score_check.objective_facts(opened.objective),
         files={key: paths for key, paths in locations.files(settings).items() if paths and key != "reuse"},
         versions=_versions(),
+        limits=_limits(settings),
         verifications=(stored.verifications if stored else {}) or verification_cache.known(),
     )
 
@@ -105,7 +106,13 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
             f"study '{settings.study}' was begun with other settings, "
             f"so this would be another search: {shown}"
         )
-    moved = replace(stored.facts, parents=facts.parents, files=facts.files, objective=facts.objective)
+    moved = replace(
+        stored.facts,
+        parents=facts.parents,
+        files=facts.files,
+        objective=facts.objective,
+        limits=facts.limits,
+    )
     store.set_config(settings.study, request.text, request.overrides, moved)
 
 
@@ -117,6 +124,12 @@ def _card_facts(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cpu":
         return {}
     return {**card(device), "budgets": budgets_of(torch.device(device)).to_json()}
+
+
+def _limits(settings: Config) -> dict[str, Any]:
+    """What the search may use up, as `evomerge.reports.tally.Limits` reads it."""
+    budget = settings.budget.model_dump(mode="json", exclude_none=True)
+    return {**budget, "budgets": list(settings.budgets), "gpus": settings.cluster.gpus or 1.0}
 
 
 def _versions() -> dict[str, str]:

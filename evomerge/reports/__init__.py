@@ -1,7 +1,8 @@
 """Stored rows -> plain data, Markdown, plots. Runs no search and loads no torch.
 
-`summary` turns a study or a candidate into plain data, `activity` adds who drives it and what its workers
-did, `markdown` writes the report of a finished study, with `route_text` for routes of layers. `panels` makes
+`summary` turns a study or a candidate into plain data, `tally` says where a search stands and `verdict` what
+it found, `activity` adds who drives it and what its workers did, `monitor` tells listeners of a search that
+runs; `markdown` writes the report of a finished study, with `route_text` for routes of layers. `panels` makes
 what the page of a study shows, `html` writes it into one file with the style and scripts of `page`, and
 `outputs` keeps what candidates answered. `comparison` puts candidates beside one another on the items that
 all were scored on; `sensitivity` scans the coefficients of one candidate, and `plots` draws the scan. What

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from evomerge.errors import StudyError
@@ -11,6 +12,8 @@ from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.reports.learned_stages import agreements, label_rows
 from evomerge.reports.route_text import depths, hops
 from evomerge.reports.stages import stage_rows
+from evomerge.reports.tally import Tally, rank
+from evomerge.reports.verdict import verdict
 from evomerge.store import Scored, Store, StudyFacts, StudyRow, Trial
 
 
@@ -33,7 +36,9 @@ def study_summary(store: Store, check: bool = True, trials: Sequence[Trial] | No
         lost, empty before the end. `stages`: see `evomerge.reports.stages.stage_rows`. `agreements`,
         `labels`: of learned stages, see `evomerge.reports.learned_stages`. `flat`: a sentence for each task
         on which all parents score alike. `alike`: a sentence where a finished search has no winner since all
-        score alike, else ''. `metrics`: of each task what is scored, by which filter.
+        score alike, else ''. `metrics`: of each task what is scored, by which filter. `figures`: budget, pace
+        and cost, see `evomerge.reports.tally.Figures`.
+        `verdict`: `kind` and `sentence`, see `evomerge.reports.verdict.Verdict`.
 
     Raises:
         StudyError: The file holds no study yet.
@@ -62,18 +67,25 @@ def study_summary(store: Store, check: bool = True, trials: Sequence[Trial] | No
         "agreements": agreements(study),
         "labels": label_rows(store, study, trials),
         "stages": stage_rows(store, trials),
+        "figures": Tally.of(store, trials).figures().to_json(),
     }
+    data |= _ranking(study, trials)
+    return data | {"verdict": asdict(verdict(data))}
+
+
+def _ranking(study: StudyRow, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The best, what it is compared with, the finalists, and whether all score alike."""
     if study.outcome is not None:
         rows = [study.outcome.best, *study.outcome.references, *study.outcome.finalists]
-        return data | {
+        return {
             "best": study.outcome.best,
             "references": list(study.outcome.references),
             "finalists": list(study.outcome.finalists),
             "alike": all_alike(trials, rows),
         }
     scored = [trial for trial in trials if trial.score is not None and trial.dropped is None]
-    leader = max(scored, key=lambda trial: (-trial.violation, trial.score or 0.0, -trial.id), default=None)
-    return data | {
+    leader = max(scored, key=rank, default=None)
+    return {
         "best": _row(leader) if leader else None,
         "references": [_row(trial) for trial in trials if trial.generation == 0],
         "finalists": [],

@@ -113,7 +113,7 @@ class GenerationRunner:
             scores = [t.score for t in trials.values() if t.score is not None and not t.dropped]
             note = f"candidate {trial.id} failed: {trial.error}" if trial.error else ""
             best = max(scores, default=None)
-            self._show(Progress(counter.label, counter.done, counter.total, best, note))
+            self._show(Progress(counter.label, counter.done, counter.total, best, note, trial=trial))
 
         was_stored = not pending
         if pending and mu and self.plan.race is not None:
@@ -149,7 +149,13 @@ class GenerationRunner:
         Returns:
             The trials in the order of slots.
         """
-        generation = self._generation(number, candidates, {}, lambda trial: None, turn=0, items_of=number + 1)
+        counter = ProgressCounter("means of the distributions", len(candidates))
+
+        def on_trial(trial: Trial) -> None:
+            counter.done += 1
+            self._show(Progress(counter.label, counter.done, counter.total, trial=trial))
+
+        generation = self._generation(number, candidates, {}, on_trial, turn=0, items_of=number + 1)
         return self.complete(generation)
 
     def score_all(self, role: Role, recipes: Sequence[Recipe], label: str = "") -> dict[str, Scored]:

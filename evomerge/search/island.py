@@ -202,7 +202,8 @@ class Island:
         best, note = _summary(number, trials)
         if oldest.generation.was_stored:  # was said when it was searched
             self._replayed, note = self._replayed + 1, ""
-        self._show(Progress(self._counter.label, self._counter.done, self._counter.total, best, note))
+        ended = number if note else None
+        self._show(Progress(self._counter.label, self._counter.done, self._counter.total, best, note, ended))
         self._is_over = self._is_over or self._budget_ended(self.last_generation)
 
 

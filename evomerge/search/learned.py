@@ -122,7 +122,8 @@ class LearnedSearch:
                     f"{failures} steps of the learned stage failed; the last because: {trial.error}"
                 )
             descent.tell(None if slopes is None else self._gradient(step, candidate, slopes))
-            self._show(Progress(opening.name, step + 1, opening.steps, None, _note(step, trial, slopes)))
+            note = _note(step, trial, slopes)
+            self._show(Progress(opening.name, step + 1, opening.steps, None, note, number, trial))
             if checks.is_due(step + 1):
                 after = f"{opening.name}, after step {step + 1}"
                 checks.make(step + 1, self._candidate(descent, parents, after, step))

@@ -14,6 +14,7 @@ from evomerge.recipes import Recipe
 from evomerge.search import racing
 from evomerge.spaces import Baseline
 from evomerge.spaces.base import SearchSpace
+from evomerge.store import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,8 @@ class Progress:
         total: Candidates that it will have.
         best: Its best objective so far; None where unknown.
         note: A line to be printed, or ''.
+        generation: The generation that `note` sums up; None for a note about anything else.
+        trial: The candidate that was stored just now; None for other progress.
     """
 
     stage: str
@@ -218,6 +221,8 @@ class Progress:
     total: int
     best: float | None = None
     note: str = ""
+    generation: int | None = None
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)

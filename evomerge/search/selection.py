@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from evomerge.evaluation import Items, ItemScore, Objective
@@ -16,9 +15,9 @@ from evomerge.evaluation.estimates import (
     ItemMeans,
     control_variate,
     holm,
+    objective_estimate,
     paired,
     selection_bias,
-    stratified,
 )
 from evomerge.evaluation.flat_tasks import is_floor
 from evomerge.evaluation.intervals import lead_interval, score_interval
@@ -229,17 +228,7 @@ def headline(objective: Objective, scored: Scored) -> Estimate | None:
     Returns:
         The objective with its error; None for metrics that are no means of items.
     """
-    e = scored.evaluation
-    if scored.reported is None or not all(t.mean for t in objective.terms):
-        return None
-    shares = objective.shares(e.metrics)
-    size = math.fsum(abs(s) for s in shares.values())
-    if size == 0:
-        return None
-    found = stratified(e.items, shares)
-    return (
-        replace(found, mean=scored.reported, error=found.error * size) if math.isfinite(found.error) else None
-    )
+    return objective_estimate(objective, scored.evaluation, scored.reported)
 
 
 def row(

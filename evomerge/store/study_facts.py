@@ -82,8 +82,7 @@ class StudyFacts:
         sources: Python task -> file or package -> hash or version of the code that it depends on; empty for a
             study of a version that did not store it.
         metrics: Task -> name of its metric.
-        filters: Task -> name of the filter that takes an answer out of a generated text; tasks without one
-            are left out. For people: the hash of a task holds it.
+        filters: Task, where one filters a generated text -> name of its filter; the task's hash holds it.
         terms: Task -> what its metric is; empty for a study of a version that did not store it.
         backends: Task -> what scores it: 'compiled', or 'lm-eval: ' and the reason.
         items: Role -> task -> number of items.
@@ -102,12 +101,12 @@ class StudyFacts:
         threads: Number of CPU threads of a merge and of a score; 0 where not stored.
         files: Key of the search file -> absolute paths that it names; empty where not stored. A place, which
             may change, like the paths of the parents.
-        objective: What the search maximizes, see `evomerge.store.score_check.objective_facts`; empty where
-            not stored. It follows from the settings, which are compared.
+        objective: What the search maximizes, see `evomerge.store.score_check`; empty where not stored.
         versions: Package -> version.
         verifications: Which optimizations of scoring were found to give a model's own numbers when the study
             began, see `evomerge.evaluation.inference.verification_cache`; it goes on with these. Empty where
             not stored.
+        limits: What the last run may use up, see `evomerge.reports.tally.Limits`; empty where not stored.
         extra: Keys that this version does not know, as stored.
     """
 
@@ -133,6 +132,7 @@ class StudyFacts:
     objective: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     verifications: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -187,6 +187,7 @@ class StudyFacts:
             **({"objective": dict(self.objective)} if self.objective else {}),
             **({"filters": dict(self.filters)} if self.filters else {}),
             **({"verifications": dict(self.verifications)} if self.verifications else {}),
+            **({"limits": dict(self.limits)} if self.limits else {}),
             **({"searched": list(self.searched)} if self.searched else {}),
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
@@ -211,7 +212,7 @@ class StudyFacts:
             for key in [key for key in CARD_FACTS if key not in before["scoring"]]:
                 now["scoring"].pop(key, None)
         for facts in (before, now):
-            for key in ("files", "objective", "verifications", "filters"):
+            for key in ("files", "objective", "verifications", "filters", "limits"):
                 facts.pop(key, None)
             for parent in facts["parents"].values():
                 if parent["sha256"]:

@@ -89,6 +89,11 @@ class Usage:
         sql = "SELECT count(*) FROM trials WHERE stage = ? AND origin IN ('sampled', 'injected')"
         return int(self._file.row(sql, (stage,))[0])
 
+    def times(self) -> dict[int, float]:
+        """When the trials were scored: id of each -> Unix seconds at which its evaluation was stored."""
+        sql = "SELECT t.id, e.created FROM trials t JOIN evaluations e ON e.id = t.evaluation"
+        return {int(row[0]): float(row[1]) for row in self._file.rows(sql)}
+
     def cost(self, stage: int, first: int = 1, last: int | None = None) -> StageCost:
         """Counts the items that the candidates of a stage were scored on.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from evomerge.cli.analysis_tables import _model_lines, _task_lines, comparison_table
 from evomerge.cli.study_tables import study_table
+from evomerge.reports.tally import Figures
 
 LONG = "real_blimp_sentential_negation_npi_scope"
 
@@ -55,5 +56,7 @@ def test_the_chosen_filter_was_shown_nowhere() -> None:
     words = {"study": "s", "state": "done", "store": "ok"}
     metrics = {"gsm8k": "exact_match, strict-match", "piqa": "acc"}
     uses = {"winners": 0, "looks": 0}
-    study = {**lists, **numbers, **words, "best": row, "test_items": uses, "metrics": metrics}
+    verdict = {"kind": "none", "sentence": ""}
+    more = {"metrics": metrics, "figures": Figures().to_json(), "verdict": verdict}
+    study = {**lists, **numbers, **words, "best": row, "test_items": uses, **more}
     assert "scored: gsm8k by exact_match, strict-match" in study_table(study).splitlines()

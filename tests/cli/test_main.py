@@ -259,12 +259,17 @@ def test_verbose_shows_where(tmp_path: Path) -> None:
 # ---- look ----------------------------------------
 
 
-def test_run_ends_with_the_table_and_the_next_step(small: Small) -> None:
-    assert "small: done" in small.output
+def test_run_ends_with_the_verdict_the_table_and_the_next_step(small: Small, call: Call) -> None:
+    lines = small.output.splitlines()
+    first = lines.index(next(line for line in lines if line.startswith("small: done")))
+    assert re.search(r"small/\d+|hand recipe '.*'|parent '.*'", lines[first + 1])
+    whole = call("status", "small", "--root", small.root, "--all")[1]
     for label in ("base", "math", "lang", "string", "uniform average", "TIES .5, sum"):
-        assert re.search(rf"^{re.escape(label)} +\d\.\d\d\d +\d\.\d\d\d +\d\.\d\d\d", small.output, re.M), (
-            label
-        )
+        row = rf"^{re.escape(label)} +\d\.\d\d\d +\d\.\d\d\d +\d\.\d\d\d"
+        assert re.search(row, whole, re.M), label
+        assert bool(re.search(row, small.output, re.M)) or "i" in label, "parents are never folded"
+    assert "other parents and hand recipes: evomerge status small --all" in small.output
+    assert "other parents" not in whole
     assert f"evomerge export small/best OUT --weights --root {small.root}" in small.output
     report = (small.root / "small" / "report.md").read_text()
     assert report.startswith("# small: 0.")
@@ -293,7 +298,7 @@ def test_status_says_what_the_store_holds(small: Small, call: Call) -> None:
     assert sum(data["evaluations_by_role"].values()) == len(rows["evaluations"])
     code, text, _ = call("status", "small", "--root", small.root)
     assert code == 0
-    assert text.startswith("small: done, seed 0, 16 evaluations in 2 generations, 0 failed")
+    assert text.startswith("small: done, 16 evaluations in 2 generations, 0 failed, seed 0")
     assert f"best: small/{data['best']['id']} ({data['best']['origin']})" in text
     assert f"{data['best']['test']:.3f}" in text
 
@@ -367,7 +372,7 @@ NOTES = (
 
 def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a person sees: nothing here may fail because there is a terminal."""
-    from evomerge.cli import progress
+    from evomerge.cli import progress, screen
     from evomerge.search import Progress
 
     main, side = os.openpty()
@@ -385,19 +390,19 @@ def test_a_search_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "150")
-        with progress.SearchScreen("small") as screen:
+        with screen.open_screen("small") as opened:
             for done in range(1, 4):
-                screen.show(Progress("parents and hand recipes", done, 3, 0.25))
-            screen.show(Progress("search", 5, 8))
+                opened.show(Progress("parents and hand recipes", done, 3, 0.25))
+            opened.show(Progress("search", 5, 8))
             for note in NOTES:
-                screen.show(Progress("search", 9, 16, 0.75, note))
+                opened.show(Progress("search", 9, 16, 0.75, note))
         with progress.bar("tensors") as counter:
             for done in range(1, 4):
                 counter(done, 3)
     reader.join()
     os.close(main)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(written).decode())
-    for words in ("search", "9/16", "best 0.750", "tensors", *NOTES):
+    for words in ("search", "9/16", "tensors", *NOTES):
         assert words in text
 
 
