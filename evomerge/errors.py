@@ -5,7 +5,8 @@ EvomergeError                 E000  exit 1
 │   └── RecipeError           E110  exit 2   a merge recipe, ours or mergekit's
 ├── SetupError                E200  exit 3   something on the machine: a missing file, library or disk space
 │   ├── CheckpointError       E210  exit 3   a parent model on disk
-│   └── TaskError             E220  exit 3   an lm-eval task
+│   ├── TaskError             E220  exit 3   an lm-eval task
+│   └── EngineSetupError      E230  exit 3   a text engine that is missing or cannot be trusted
 ├── StudyError                E300  exit 2   a stored study: unknown, changed, locked, damaged
 ├── NothingToExport           E310  exit 4   no candidate is worth exporting
 ├── FailureBudget             E320  exit 5   too many candidates failed
@@ -73,6 +74,12 @@ class TaskError(SetupError):
     """An lm-eval task that cannot be loaded, split or scored."""
 
     code = "E220"
+
+
+class EngineSetupError(SetupError):
+    """A text engine that is not installed, cannot be opened, or computes something else than the model."""
+
+    code = "E230"
 
 
 class StudyError(EvomergeError):

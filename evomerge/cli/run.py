@@ -63,6 +63,17 @@ def resume(
             help="Score anew what failed by its machine or was timed out, and search anew from there.",
         ),
     ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Go on with another evaluation backend, although scores may then differ by it."),
+    ] = None,
+    mix_engines: Annotated[
+        bool,
+        typer.Option(
+            "--mix-engines",
+            help="Go on although another version of the engine generates texts now.",
+        ),
+    ] = False,
     *,
     options: RunOptions,
 ) -> None:
@@ -85,8 +96,15 @@ def resume(
             )
         before = settings.budgets[-1] if evaluations.startswith("+") else 0
         overrides["evaluations"] = int(evaluations) + before
+    if backend is not None:
+        settings = loading.with_backend(settings, backend)
     request = SearchRequest(
-        options.apply_to(settings), text, overrides, resume=True, retry_failed=retry_failed
+        options.apply_to(settings),
+        text,
+        overrides,
+        resume=True,
+        retry_failed=retry_failed,
+        mix_engines=mix_engines or backend is not None,
     )
     _search(request, options)
 

@@ -20,6 +20,7 @@ from evomerge.config.schema import STUDY_NAME, ClusterConfig, Config, SearchConf
 from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import ConfigError, suggest
 from evomerge.evaluation.lm_harness import task_names
+from evomerge.evaluation.lm_harness.backends import find_backend
 from evomerge.recipes.file_kinds import other_file
 
 
@@ -165,6 +166,24 @@ def override(settings: Config, overrides: Mapping[str, int]) -> Config:
         first = error.errors()[0]
         raise ConfigError(f"--{messages.sentence(first, first['loc'])}") from None
     return settings.model_copy(update={"stages": stages, "search": search})
+
+
+def with_backend(settings: Config, backend: str) -> Config:
+    """Replaces what answers the tasks.
+
+    Args:
+        settings: Settings of a search file.
+        backend: A key of `evomerge.evaluation.lm_harness.backends.BACKENDS`.
+
+    Returns:
+        The settings with it.
+
+    Raises:
+        ConfigError: There is no such backend.
+    """
+    find_backend(backend)
+    evaluation = settings.evaluation.model_copy(update={"backend": backend})
+    return settings.model_copy(update={"evaluation": evaluation})
 
 
 def placed(

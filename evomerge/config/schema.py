@@ -140,6 +140,27 @@ class TaskConfig(Strict):
         return self
 
 
+class EngineConfig(Strict):
+    """How an engine that generates texts is opened, see `evaluation.backend`."""
+
+    python: str | None = Field(default=None, min_length=1)
+    """Interpreter of the environment that has vLLM; $EVOMERGE_VLLM_PYTHON or evomerge's own unless given."""
+    process: Literal["child", "worker"] = "child"
+    """'child': a process of its own, started again where it dies; 'worker': the worker's own process."""
+    push: Literal["auto", "in-place", "reload"] = "auto"
+    """How weights get in: into the engine's own tensors, by its loader, or in place wherever that can be."""
+    rows: Whole = Field(default=256, ge=1)
+    """Most prompts that run at once."""
+    cache_gb: Number = Field(default=4.0, gt=0)
+    """Memory for keys and values, in GB."""
+    tensor_parallel: Whole = Field(default=1, ge=1)
+    """Devices that share the model."""
+    threads: Whole = Field(default=1, ge=1)
+    """CPU threads of a child."""
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further arguments of vLLM's LLM."""
+
+
 class EvaluationConfig(Strict):
     """How tasks are evaluated, and the roles of their items. Of a group, counts are of each of its tasks."""
 
@@ -166,8 +187,10 @@ class EvaluationConfig(Strict):
     overlap_ngram: Whole = Field(default=13, ge=1)
     """Number of words in a row that are an overlap."""
     backend: BackendName = DEFAULT_BACKEND
-    """What answers tasks: 'resident' compiles requests for the model in memory; 'lm-eval' is lm-eval's own
-    HFLM."""
+    """What answers tasks: 'compiled' requests on the model in memory, or lm-eval's own HFLM ('lm-eval');
+    texts by 'vllm'; or by whichever is expected to be faster ('auto')."""
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    """How vLLM is opened, where the backend is 'vllm' or 'auto'."""
     batch_size: Whole = Field(default=64, ge=1)
     """Batch size of what goes through lm-eval's HFLM."""
     include: tuple[str, ...] = ()

@@ -38,7 +38,11 @@ def _optimizer_name(value: str) -> str:
     return value
 
 
+_RENAMED_BACKENDS = {"resident": "compiled"}  # old name -> new one
+
+
 def _backend_name(value: str) -> str:
+    value = _RENAMED_BACKENDS.get(value, value)
     if value not in BACKENDS:
         raise ValueError(f"should be one of {', '.join(BACKENDS)}")
     return value

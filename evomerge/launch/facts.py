@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -96,8 +97,12 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
         store.begin(settings.study, settings.search.seed, request.text, request.overrides, facts)
         return
     before, _ = loading.stored(stored.name, stored.config, stored.overrides)
-    differences = study_facts.differences(_comparable(before), _comparable(settings))
-    differences += stored.facts.differences(facts)
+    mixes = request.mix_engines
+    differences = study_facts.differences(_comparable(before, mixes), _comparable(settings, mixes))
+    if mixes:
+        differences += stored.facts.without_engine().differences(facts.without_engine())
+    else:
+        differences += stored.facts.differences(facts)
     if differences:
         shown = "; ".join(differences[:_SHOWN])
         if len(differences) > _SHOWN:
@@ -113,6 +118,8 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
         objective=facts.objective,
         limits=facts.limits,
     )
+    if mixes:
+        moved = replace(moved, backends=_mixed(stored.facts.backends, facts.backends))
     store.set_config(settings.study, request.text, request.overrides, moved)
 
 
@@ -137,7 +144,23 @@ def _versions() -> dict[str, str]:
     return versions | {package: version(package) for package in _PACKAGES}
 
 
-def _comparable(settings: Config) -> dict[str, Any]:
+def _mixed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """What answers each task, where the engine was changed by request: all that did, in their order."""
+    return {
+        task: before[task]
+        if answered in before[task].split(", then ")
+        else f"{before[task]}, then {answered}"
+        for task, answered in now.items()
+        if task in before
+    }
+
+
+_THEN = ", then "
+_ENGINE_PLACES = {"python", "process", "push", "cache_gb", "threads"}
+"""Keys of `evaluation.engine` that texts do not depend on."""
+
+
+def _comparable(settings: Config, mixes_engines: bool = False) -> dict[str, Any]:
     """Settings without the budget and the cluster, which may change between runs, and without places.
 
     The folder names the study; models are compared by their content, and so are the tasks of a folder.
@@ -148,6 +171,10 @@ def _comparable(settings: Config) -> dict[str, Any]:
     del data["study"]
     data["models"] = {name: {} for name in data["models"]}
     del data["evaluation"]["include"]
+    for key in _ENGINE_PLACES:
+        del data["evaluation"]["engine"][key]
+    if mixes_engines:
+        del data["evaluation"]["engine"], data["evaluation"]["backend"]
     data["evaluation"]["training_texts"] = [Path(text).name for text in settings.evaluation.training_texts]
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)

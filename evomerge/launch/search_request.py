@@ -27,6 +27,7 @@ class SearchRequest:
             the text.
         resume: Go on with the study if it exists; otherwise one that exists is an error.
         retry_failed: Score anew what failed by its machine, and search anew from there.
+        mix_engines: Go on with a study although another engine generates texts now.
     """
 
     settings: Config
@@ -34,6 +35,7 @@ class SearchRequest:
     overrides: Mapping[str, int] = field(default_factory=dict)
     resume: bool = False
     retry_failed: bool = False
+    mix_engines: bool = False
 
     @property
     def effective_settings(self) -> Config:
@@ -73,7 +75,7 @@ def load(
     given = {"evaluations": evaluations, "seed": seed}
     overrides = dict(request.overrides) | {key: value for key, value in given.items() if value is not None}
     loading.override(settings, overrides)  # raises for a budget or seed that is out of range
-    return SearchRequest(settings, text, overrides, request.resume, request.retry_failed)
+    return SearchRequest(settings, text, overrides, request.resume, request.retry_failed, request.mix_engines)
 
 
 def _read(search: SearchRequest | Mapping[str, Any] | str | Path) -> SearchRequest:

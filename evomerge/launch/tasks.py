@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge import _resources
 from evomerge.checkpoints import Parent
@@ -15,6 +16,9 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import CombinedTasks, Role, TaskSet
 from evomerge.merging import model_loading
 from evomerge.store import TermFacts
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.engines.engine import EngineSettings
 
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json"),
@@ -109,6 +113,7 @@ def _harness_tasks(
         tokenizer,
         batch_size=e.batch_size,
         backend=e.backend,
+        engine=_engine_settings(settings),
         include=[Path(p) for p in e.include],
         apply_chat_template=e.apply_chat_template,
         fewshot_as_multiturn=e.fewshot_as_multiturn,
@@ -116,6 +121,23 @@ def _harness_tasks(
         limits=_limits(settings),
         rules=rules,
         allow_code=allow_code,
+    )
+
+
+def _engine_settings(settings: Config) -> EngineSettings:
+    """How an engine is opened, with its memory in bytes."""
+    from evomerge.evaluation.engines.engine import EngineSettings
+
+    engine = settings.evaluation.engine
+    return EngineSettings(
+        python=engine.python or os.environ.get("EVOMERGE_VLLM_PYTHON") or None,
+        process=engine.process,
+        push=engine.push,
+        rows=engine.rows,
+        cache=int(engine.cache_gb * 1e9),
+        tensor_parallel=engine.tensor_parallel,
+        threads=engine.threads,
+        options=engine.options,
     )
 
 

@@ -24,7 +24,7 @@ _DEVICE = re.compile(
 _ONLY_MACHINE = re.compile(_ONLY_MACHINES, re.IGNORECASE)
 _MEMORY = re.compile(_MEMORY_ERRORS, re.IGNORECASE)
 _MACHINE = re.compile(
-    "|".join((_DEVICE_ERRORS, _MEMORY_ERRORS, _ONLY_MACHINES, r"^(?:OS|Timeout)Error|\[Errno \d+\]")),
+    "|".join((_DEVICE_ERRORS, _MEMORY_ERRORS, _ONLY_MACHINES, r"^(?:OS|Timeout|Engine)Error|\[Errno \d+\]")),
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?", re.IGNORECASE)

@@ -19,7 +19,7 @@ from torch import nn
 
 from evomerge.checkpoints import Parent
 from evomerge.checkpoints.checkpoint import file_stamps
-from evomerge.errors import CandidateError, CheckpointError
+from evomerge.errors import CandidateError, CheckpointError, EngineSetupError
 from evomerge.evaluation import (
     Answering,
     Differentiable,
@@ -165,6 +165,7 @@ class Worker:
 
         Raises:
             CheckpointError: where a parent's files are no longer those that were opened.
+            EngineSetupError: where an engine that generates texts cannot be had or trusted.
         """
         self._check_parent_files()
         started = time.perf_counter()
@@ -174,6 +175,8 @@ class Worker:
             built = self.module(recipe, items, costs, checked=False)
             if isinstance(self.evaluator, Preparing):
                 self.evaluator.prepare(built, items)
+        except EngineSetupError:
+            raise
         except Exception as error:  # which `evaluate` makes the candidate's result
             built = error
         self._built = _Built(recipe.id, items, built, costs, time.perf_counter() - started)
@@ -192,6 +195,7 @@ class Worker:
         Raises:
             CheckpointError: where a parent's files are no longer those that were opened: no candidate is to
                 blame.
+            EngineSetupError: where an engine that generates texts cannot be had or trusted.
         """
         self._check_parent_files()
         seconds: dict[str, float] = {}
@@ -216,6 +220,8 @@ class Worker:
                 raise ConnectionResetError("the process that held the parents ended while they were read")
             _check_finite(metrics)
             return Evaluation(recipe.id, scores, metrics, seconds, costs=costs)
+        except EngineSetupError:
+            raise
         except Exception as error:  # the one place where a candidate's failure becomes data
             log.debug("candidate %s failed", recipe.id, exc_info=True)
             reason = one_line(self._first_cause(error))

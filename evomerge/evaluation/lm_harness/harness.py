@@ -8,15 +8,17 @@ candidate. Knows nothing of merging.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.engines.engine import EngineSettings
 from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.target_logprobs import Rounding
@@ -24,7 +26,9 @@ from evomerge.evaluation.lm_harness import gradients
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND, find_backend
 from evomerge.evaluation.lm_harness.backends.base import (
     Backend,
+    BackendFactory,
     DifferentiableBackend,
+    EngineBackend,
     RetainingBackend,
     SpanningBackend,
 )
@@ -57,6 +61,9 @@ from evomerge.evaluation.records import (
     soft_metric_name,
 )
 
+if TYPE_CHECKING:
+    from evomerge.evaluation.lm_harness.backends.base import EngineBackendFactory
+
 log = logging.getLogger(__name__)
 
 
@@ -86,6 +93,7 @@ class LmHarness:
         limits: Mapping[Role, int] | None = None,
         rules: ItemRules | None = None,
         backend: str = DEFAULT_BACKEND,
+        engine: EngineSettings | None = None,
         allow_code: bool = False,
     ) -> None:
         """Loads tasks and builds every request.
@@ -101,6 +109,7 @@ class LmHarness:
             limits: Role -> most items of each task, chosen by their hash; None for all.
             rules: Which documents may become items; None for the defaults.
             backend: What answers the requests, a key of `evomerge.evaluation.lm_harness.backends.BACKENDS`.
+            engine: How a backend that has one opens its engine; None for the defaults.
             allow_code: Whether tasks may have what models write executed, in child processes.
 
         Raises:
@@ -108,7 +117,7 @@ class LmHarness:
             TaskError: A task or metric is unknown, a role is left without items, or the rules refuse
                 something.
         """
-        self._backend_entry = find_backend(backend)
+        self._backend_entry, self._engine = find_backend(backend), engine
         self.tokenizer, self.batch_size = tokenizer, batch_size
         prompting = Prompting(tokenizer, apply_chat_template, fewshot_as_multiturn, system_instruction)
         self._loaded = load(specs, prompting, include, rules, limits, allow_code=allow_code)
@@ -211,13 +220,15 @@ class LmHarness:
             model: The live model.
 
         Returns:
-            Task with items -> 'compiled', or 'lm-eval: ' and why.
+            Task with items -> 'compiled', an engine with its version, or 'lm-eval: ' and why.
         """
         answered_by = {}
         for name, loaded in self.tasks.items():
             backend, _ = self._prepared(model, {name: loaded.items["search"][:1]})
             reason = backend.fallback_reason(name)
             answered_by[name] = "compiled" if reason is None else f"lm-eval: {reason}"
+            if isinstance(backend, EngineBackend):
+                answered_by[name] = backend.answered_by(name) or answered_by[name]
         return answered_by
 
     def optimizations(self, model: nn.Module, items: Items) -> Mapping[str, Verification]:
@@ -228,9 +239,11 @@ class LmHarness:
     def prepare(self, model: nn.Module, items: Items) -> None:
         """See `Preparing.prepare`.
 
-        Plans the items' requests, and verifies optimizations where the model is new.
+        Plans the items' requests, verifies optimizations where the model is new, and opens an engine.
         """
-        self._models.within_memory(lambda: self._prepared(model, items))
+        backend, prepared = self._models.within_memory(lambda: self._prepared(model, items))
+        if isinstance(backend, EngineBackend):
+            backend.ready(prepared.prepared)
 
     def score(self, model: nn.Module, items: Items) -> tuple[tuple[ItemScore, ...], dict[str, float]]:
         """Scores a model. Items of the search are scored by float32 sums, which tie less.
@@ -351,7 +364,7 @@ class LmHarness:
         if not isinstance(backend, RetainingBackend):
             raise TaskError(
                 "this evaluation backend gives no gradients, which retain needs; "
-                "use evaluation.backend: resident"
+                "use evaluation.backend: compiled"
             )
         return backend
 
@@ -408,11 +421,19 @@ class LmHarness:
 
     def _open_backend(self, model: nn.Module) -> Backend:
         """A backend that knows how long requests become: its plans must not depend on which come first."""
-        backend = self._backend_entry.load()(model, self.tokenizer, self.batch_size)
+        backend = self._factory()(model, self.tokenizer, self.batch_size)
         if isinstance(backend, SpanningBackend):
             longest = [longest_request(loaded) for loaded in self.tasks.values()]
             backend.expect([request for request in longest if request is not None])
         return backend
+
+    def _factory(self) -> BackendFactory:
+        factory = self._backend_entry.load()
+        if not self._backend_entry.has_engine:
+            return factory
+        with_engine = cast("EngineBackendFactory", factory)
+        prompts = {name: len(loaded.items["search"]) for name, loaded in self.tasks.items()}
+        return functools.partial(with_engine, engine=self._engine, prompts=prompts)
 
     def _row(self, name: str, item: str) -> Row:
         requests = self.tasks[name].requests[item]

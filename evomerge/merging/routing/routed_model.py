@@ -27,6 +27,20 @@ from evomerge.merging.routing.scale_folding import Fold
 _CACHE_FACTOR = 4
 """Clones of layers that are cached: this many times the length of the installed route."""
 
+_ROUTED = "_evomerge_routed"
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Whether a module takes routes.
+
+    Args:
+        model: A live model.
+
+    Returns:
+        True for the `model` of a `RoutedModel`, whose layers may change from candidate to candidate.
+    """
+    return _ROUTED in vars(model)
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:
@@ -118,6 +132,7 @@ class RoutedModel:
         self._sources = {id(model): layer_source(model) for model in (shell, *sources)}
         self._shell = self._sources[id(shell)]
         self.model: nn.Module = empty_shell(self._shell)
+        vars(self.model)[_ROUTED] = True
         self._text = text_config(self.model)
         self._stack = self.model.get_submodule(self._shell.path)
         self._clones: OrderedDict[tuple[int, int, int], _Clone] = OrderedDict()

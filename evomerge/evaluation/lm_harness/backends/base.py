@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from evomerge.evaluation.engines.engine import EngineSettings
 from evomerge.evaluation.inference.divergence import Distributions
 from evomerge.evaluation.inference.requests import Verification
 from evomerge.evaluation.inference.target_logprobs import Rounding
@@ -170,6 +171,33 @@ class SpanningBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class EngineBackend(Protocol):
+    """A backend that has another program generate texts, which is opened before candidates are timed."""
+
+    def ready(self, prepared: Any) -> None:
+        """Opens and checks what answering will need.
+
+        Args:
+            prepared: Result of `Backend.prepare`.
+
+        Raises:
+            EngineSetupError: It cannot be had or trusted.
+        """
+        ...
+
+    def answered_by(self, task: str) -> str | None:
+        """Describes what generates the texts of a task whose requests were prepared.
+
+        Args:
+            task: Its name.
+
+        Returns:
+            The engine, its version and settings; None where our own inference does.
+        """
+        ...
+
+
 class BackendFactory(Protocol):
     """What a line of the registry names: a callable that wraps a live model."""
 
@@ -180,6 +208,32 @@ class BackendFactory(Protocol):
             model: The live model.
             tokenizer: Its tokenizer.
             batch_size: Batch size of what goes through HFLM.
+
+        Returns:
+            The backend.
+        """
+        ...
+
+
+class EngineBackendFactory(BackendFactory, Protocol):
+    """A factory of the registry whose backends may have an engine."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        batch_size: int,
+        engine: EngineSettings | None = None,
+        prompts: Mapping[str, int] | None = None,
+    ) -> Backend:
+        """Wraps a model.
+
+        Args:
+            model: The live model.
+            tokenizer: Its tokenizer.
+            batch_size: Batch size of what goes through HFLM.
+            engine: How the engine is opened; None for the defaults.
+            prompts: Task -> items that a candidate may be scored on.
 
         Returns:
             The backend.

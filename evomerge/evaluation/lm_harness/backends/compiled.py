@@ -57,10 +57,15 @@ class _Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompts:
+class Prompts:
     """Prompts of requests with one set of generation settings.
 
-    max_new: most new tokens; ids: token ids of each request's prompt.
+    Attributes:
+        settings: What lm-eval would pass on to `generate` beside what follows.
+        until: Stop strings, the EOS text last.
+        max_new: Most new tokens.
+        numbers: Of the requests.
+        ids: Token ids of each request's prompt.
     """
 
     settings: Mapping[str, Any]
@@ -151,7 +156,7 @@ class CompiledBackend:
 
         Verifies optimizations where the model is new or requests are longer than before.
         """
-        prepared = Prepared(list(requests))
+        prepared = self._empty(requests)
         scored: list[Request] = []
         generated: dict[str, list[int]] = defaultdict(list)  # by generation settings
         for number, request in enumerate(prepared.requests):
@@ -172,11 +177,19 @@ class CompiledBackend:
             prepared.plan = self._verified_engine().compile(scored)
         if prompts:
             self._expect_text_span(max(len(ids) + group.max_new for group in prompts for ids in group.ids))
-            generator = self._verified_generator()
-            for group in prompts:
-                plan = generator.compile(group.ids, group.until, group.max_new, group.settings)
-                prepared.generations.append(_Generation(plan, group.numbers, group.until))
+            self._plan_texts(prepared, prompts)
         return prepared
+
+    def _empty(self, requests: Sequence[Any]) -> Prepared:
+        """Requests of which nothing is planned yet."""
+        return Prepared(list(requests))
+
+    def _plan_texts(self, prepared: Prepared, groups: Sequence[Prompts]) -> None:
+        """Plans how texts are generated."""
+        generator = self._verified_generator()
+        for group in groups:
+            plan = generator.compile(group.ids, group.until, group.max_new, group.settings)
+            prepared.generations.append(_Generation(plan, group.numbers, group.until))
 
     def answer(self, prepared: Prepared, rounding: Rounding) -> Answers:
         """See `Backend.answer`."""
@@ -354,7 +367,7 @@ class CompiledBackend:
 
     # ---- HFLM's own rules ----------------------------------------------------------------------------------
 
-    def _prompts(self, requests: Sequence[Any], numbers: Sequence[int]) -> _Prompts:
+    def _prompts(self, requests: Sequence[Any], numbers: Sequence[int]) -> Prompts:
         """The prompts of requests that have one set of generation settings."""
         first = requests[numbers[0]]
         normalized = normalize_gen_kwargs(dict(first.args[1]), self.lm.max_gen_toks)
@@ -362,7 +375,7 @@ class CompiledBackend:
         until = tuple(handle_stop_sequences(normalized.get("until"), eos=eos))
         max_new = int(normalized["max_gen_toks"])
         ids = [self._tokenized_prompt(requests[number], max_new) for number in numbers]
-        return _Prompts(self._generation_settings(first), until, max_new, tuple(numbers), ids)
+        return Prompts(self._generation_settings(first), until, max_new, tuple(numbers), ids)
 
     def _tokenized_prompt(self, request: Any, max_new: int) -> list[int]:
         """Token ids of a prompt, cut from the left so that its new tokens fit."""
