@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateError, ConfigError
+from evomerge.evaluation.engines import live_engine
+from evomerge.evaluation.engines.engine import EngineSettings
 from evomerge.evaluation.inference.requests import Verification
-from evomerge.evaluation.lm_harness.backends import BACKENDS, DEFAULT_BACKEND, find_backend
-from evomerge.evaluation.lm_harness.backends.base import Backend
+from evomerge.evaluation.lm_harness.backends import BACKENDS, DEFAULT_BACKEND, find_backend, vllm
+from evomerge.evaluation.lm_harness.backends.base import Backend, EngineBackend
 from evomerge.evaluation.lm_harness.harness import LmHarness
 from evomerge.evaluation.lm_harness.task_loading import TaskSpec
 from evomerge.merging import model_loading
+from tests.support import toy_engine
 from tests.support.lm_eval_tasks import CHOOSE, GENERATE, LIKELIHOOD, ROLLING, sums, write_task
 from tests.support.toy import environment, zoo_folder
 
@@ -31,7 +35,22 @@ KINDS = {
 FEW = {"search": sums(6), "validation": sums(3, 10), "test": sums(6, 20)}
 BATCH = 1
 
-pytestmark = pytest.mark.parametrize("name", BACKENDS)
+VLLM = os.environ.get(
+    "EVOMERGE_VLLM_PYTHON"
+)  # set by scripts/test_vllm; a toy engine stands for it elsewhere
+
+pytestmark = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.vllm] if entry.has_engine else []) for n, entry in BACKENDS.items()],
+)
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no vLLM, a toy engine in this process."""
+    if VLLM is None:
+        monkeypatch.setattr(live_engine, "VLLM", toy_engine.PATH)
+        monkeypatch.setattr(vllm, "vllm_version", lambda python: "of a toy")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +81,12 @@ def model() -> Any:
 
 
 def make_backend(name: str, model: Any, tokenizer: Any) -> Backend:
-    return BACKENDS[name].load()(model, tokenizer, BATCH)
+    factory: Any = BACKENDS[name].load()
+    if not BACKENDS[name].has_engine:
+        return factory(model, tokenizer, BATCH)
+    process: Any = "child" if VLLM else "worker"
+    settings = EngineSettings(python=VLLM, process=process, rows=8, cache=1 << 28)
+    return factory(model, tokenizer, BATCH, engine=settings)
 
 
 def lm_eval_itself(model: Any, tokenizer: Any, requests: list[Any]) -> list[Any]:
@@ -170,6 +194,25 @@ def test_optimizations_and_fallbacks_are_explained(
     for task in KINDS:
         reason = backend.fallback_reason(task)
         assert reason is None or reason
+    backend.close()
+
+
+def test_an_engine_says_which_tasks_it_answers_and_that_it_was_checked(
+    name: str, model: Any, tokenizer: Any, requests: list[Any]
+) -> None:
+    backend = make_backend(name, model, tokenizer)
+    prepared = backend.prepare(requests)
+    if isinstance(backend, EngineBackend):
+        backend.ready(prepared)
+        answered = {task: backend.answered_by(task) for task in KINDS}
+        texts = answered.pop("trial_generate")
+        assert not any(answered.values()), "log-likelihoods are not an engine's work"
+        if name == "vllm":
+            assert texts is not None
+            assert texts.startswith("vllm ")
+            assert "restored bit for bit" in backend.optimizations()["engine"].reason
+        else:
+            assert texts is None, "a small model on a CPU is not worth an engine"
     backend.close()
 
 
