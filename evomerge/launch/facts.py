@@ -100,7 +100,7 @@ def check_agreement(store: Store, request: SearchRequest, facts: StudyFacts) -> 
     mixes = request.mix_engines
     differences = study_facts.differences(_comparable(before, mixes), _comparable(settings, mixes))
     if mixes:
-        differences += stored.facts.without_engine().differences(facts.without_engine())
+        differences += _without_engine(stored.facts).differences(_without_engine(facts))
     else:
         differences += stored.facts.differences(facts)
     if differences:
@@ -142,6 +142,12 @@ def _limits(settings: Config) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     versions = {"evomerge": __version__, "python": platform.python_version()}
     return versions | {package: version(package) for package in _PACKAGES}
+
+
+def _without_engine(facts: StudyFacts) -> StudyFacts:
+    """Facts without what says which engine generated texts."""
+    scoring = {key: value for key, value in facts.scoring.items() if key != "backend"}
+    return replace(facts, backends={}, scoring=scoring)
 
 
 def _mixed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from evomerge.checkpoints import Parent
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.errors import ConfigError, SetupError
+from evomerge.evaluation.lm_harness.backends import BACKENDS
 from evomerge.evaluation.scoring_size import scoring_size
 from evomerge.launch.opening import Opened, device_name, device_names
 from evomerge.launch.pool import workers_of_a_card
@@ -107,11 +108,23 @@ def memory_request(settings: Config, parents: Mapping[str, Parent], card: int) -
         {name: parent_size(parent) for name, parent in ordered.items()},
         parent_size(base, item_bytes),
         live_models=1 + len(parents) if routes else 1,
-        scoring=scoring_size(base.config, item_bytes, base.layout.num_layers, card),
+        scoring=replace(
+            scoring_size(base.config, item_bytes, base.layout.num_layers, card),
+            engine=_engine_size(settings, base, item_bytes),
+        ),
         tables=_TABLE_ENTRY * GRID * tensors if sparsifier else 0,
         ranks=sparsifier.bytes_per_element * elements if sparsifier else 0,
         workers=workers_of_a_card(settings, 1),
     )
+
+
+def _engine_size(settings: Config, base: Parent, item_bytes: int) -> int:
+    """Bytes that an engine takes of a card: its own weights, and its keys and values."""
+    if not BACKENDS[settings.evaluation.backend].has_engine:
+        return 0
+    engine = settings.evaluation.engine
+    weights = sum(prod(info.shape) for info in base.tensors.values()) * item_bytes
+    return int(engine.cache_gb * 1e9) + weights // engine.tensor_parallel
 
 
 def worker_memory(

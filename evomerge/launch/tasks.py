@@ -20,6 +20,7 @@ from evomerge.store import TermFacts
 if TYPE_CHECKING:
     from evomerge.evaluation.engines.engine import EngineSettings
 
+_STORED_BACKENDS = {"compiled": "resident"}  # its name when studies were first stored
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json"),
     *("*.jinja", "chat_template.json"),
@@ -180,7 +181,7 @@ def scoring_facts(settings: Config, base: Parent, device: str) -> dict[str, Any]
         "base": settings.base,
         "dtype": settings.out_dtype,
         "device": device,
-        "backend": settings.evaluation.backend,
+        "backend": _STORED_BACKENDS.get(settings.evaluation.backend, settings.evaluation.backend),
         "batch_size": settings.evaluation.batch_size,
         "tokenizer": digest.hexdigest(),
     }

@@ -74,11 +74,13 @@ class ScoringSize:
         activations: On each card.
         logits: On the first card.
         kv_of_layer: Keys and values of each layer, on its card.
+        engine: Of a text engine, on the first card.
     """
 
     activations: int = 0
     logits: int = 0
     kv_of_layer: int = 0
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +314,7 @@ def _card(request: MemoryRequest, index: int, size: int, layers: range) -> CardP
     live = sum(_piece(request.live, layer) for layer in own) * request.live_models * request.workers
     scoring = request.scoring.activations + request.scoring.kv_of_layer * len(layers)
     if index == 0:
-        scoring += request.scoring.logits
+        scoring += request.scoring.logits + request.scoring.engine
     return CardPlan(
         size,
         layers,

@@ -8,7 +8,7 @@ version did not write reads as the default of its attribute, which is empty or z
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 _SHOWN = 40  # characters of a value that a difference shows
@@ -156,8 +156,6 @@ class StudyFacts:
             for name, parent in facts.get("parents", {}).items()
         }
         facts["terms"] = {name: TermFacts.from_json(term) for name, term in facts.get("terms", {}).items()}
-        if facts.get("scoring", {}).get("backend") == "resident":  # its name in older versions
-            facts["scoring"] = {**facts["scoring"], "backend": "compiled"}
         facts["axes"] = tuple(facts.get("axes", ()))
         facts["searched"] = tuple(facts.get("searched", ()))
         facts["budgets"] = tuple(facts.get("budgets", ()))
@@ -194,11 +192,6 @@ class StudyFacts:
             **({"sources": {task: dict(of) for task, of in self.sources.items()}} if self.sources else {}),
             **self.extra,
         }
-
-    def without_engine(self) -> StudyFacts:
-        """These facts without what says which engine generated texts."""
-        scoring = {key: value for key, value in self.scoring.items() if key != "backend"}
-        return replace(self, backends={}, scoring=scoring)
 
     def differences(self, other: StudyFacts) -> list[str]:
         """Compares these facts, as those of a stored study, with those of now; places may differ.

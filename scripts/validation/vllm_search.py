@@ -1,0 +1,215 @@
+"""A search whose texts vLLM generates, killed and resumed, beside the same search left alone.
+
+    scripts/make_vllm_env
+    EVOMERGE_VLLM_PYTHON=.venv-vllm/bin/python python -m scripts.validation.vllm_search
+
+Sixty evaluations on the zoo's models, on tasks of generated answers. The engine is killed twice and the
+driver twice (SIGKILL), at rows that are stored; the rows must be those of the search that nobody killed. Then
+the winner is exported and scored by lm_eval's command line: the stored scores of its test items must come
+back.
+Writes results/vllm_search.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from evomerge.evaluation.engines.installed import vllm_version
+from evomerge.store import Store
+from scripts.benchmarks import machine
+from tests.support.killing import check
+from tests.support.lm_eval_tasks import GENERATE, sums, write_task
+from tests.support.toy import command, count_rows, environment, stored_rows, zoo_folder
+
+REPO = Path(__file__).resolve().parents[2]
+TASKS = ("texts_small", "texts_large")
+STUDY = "vllm-killed"
+
+
+def search_file(folder: Path, evaluations: int, backend: str) -> Path:
+    """A search of weights on two tasks of generated answers."""
+    zoo = zoo_folder()
+    for position, task in enumerate(TASKS):
+        docs = {
+            role: sums(16, 16 * (3 * position + i)) for i, role in enumerate(("search", "validation", "test"))
+        }
+        write_task(folder / "tasks", task, GENERATE, docs)
+    document = {
+        "study": STUDY,
+        "models": {name: str(zoo / name) for name in ("base", "math", "lang", "string")},
+        "base": "base",
+        "method": "task_arithmetic",
+        "space": {"groups": 2, "parameters": {"weight": {"low": -0.5, "high": 2.5, "start": 0.8}}},
+        "tasks": [{"task": task, "filter": "number"} for task in TASKS],
+        "evaluation": {
+            "splits": "declared",
+            "items": 12,
+            "include": [str(folder / "tasks")],
+            "backend": backend,
+            "engine": {"rows": 16, "cache_gb": 0.25},
+        },
+        "search": {"evaluations": evaluations, "population": 10, "sigma": 0.1, "finalists": 3},
+    }
+    file = folder / f"{STUDY}.yaml"
+    file.write_text(json.dumps(document, indent=1))  # JSON is YAML
+    return file
+
+
+def begin(file: Path, root: Path) -> subprocess.Popen[str]:
+    """The search in a process of its own."""
+    words = ("run", file, "--resume", "--allow-tasks", "--root", root)
+    return subprocess.Popen(
+        command(*words),
+        cwd=REPO,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def engines_of(driver: int) -> list[int]:
+    """Processes of engines below a driver."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_text().split("\0")
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError, ValueError):
+                continue
+            if parent == driver and any("child_process" in word for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(process: subprocess.Popen[str], store: Path, rows: int) -> None:
+    """Until so many evaluations are stored, or the search has ended."""
+    while process.poll() is None and count_rows(store, "evaluations") < rows:
+        time.sleep(0.01)
+
+
+def killed(file: Path, root: Path, evaluations: int) -> list[str]:
+    """The search with four kills; what was killed, and when."""
+    store = root / STUDY / "study.db"
+    marks = [int(evaluations * share) for share in (0.2, 0.4, 0.6, 0.8)]
+    said: list[str] = []
+    rows: dict[str, list[dict[str, Any]]] = {}
+    process = begin(file, root)
+    for mark, what in zip(marks, ("engine", "driver", "engine", "driver"), strict=True):
+        wait_for(process, store, mark)
+        if process.poll() is not None:
+            raise SystemExit(f"the search ended before row {mark}: {process.communicate()[1][-2000:]}")
+        target = process.pid if what == "driver" else engines_of(process.pid)[0]
+        os.kill(target, signal.SIGKILL)
+        said.append(f"{what} at row {count_rows(store, 'evaluations')}")
+        print(said[-1], flush=True)
+        if what == "driver":
+            process.wait()
+            rows = check(store, rows)
+            process = begin(file, root)
+    finish(process)
+    return said
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Waits for the end of a search, which has to be a good one."""
+    _, err = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the search failed: {err[-2000:]}")
+
+
+def differing_rows(left: Path, right: Path) -> tuple[int, int, list[str]]:
+    """(trials, evaluations, tables that differ) of two stores; how often a job was tried is left out."""
+    first, second = stored_rows(left), stored_rows(right)
+    apart = [table for table in first if table != "attempts" and first[table] != second[table]]
+    return len(first["trials"]), len(first["evaluations"]), apart
+
+
+def exported(root: Path, folder: Path) -> list[str]:
+    """The winner's test scores as stored, and by lm_eval's command line on its export."""
+    out = folder / "export"
+    words = ("export", f"{STUDY}/best", out, "--weights", "--root", root)
+    subprocess.run(command(*words), cwd=REPO, env=environment(), check=True, capture_output=True)
+    words = [
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
+        f"pretrained={weights_folder(out)},dtype=bfloat16", "--tasks", ",".join(TASKS), "--include_path",
+        str(folder / "tasks"), "--batch_size", "1", "--output_path", str(folder / "lm_eval"),
+        "--device", "cpu",
+    ]  # fmt: skip
+    subprocess.run(words, cwd=REPO, env=environment(), check=True, capture_output=True)
+    results = json.loads(next((folder / "lm_eval").rglob("results*.json")).read_text())["results"]
+    lines = []
+    stored = stored_test_scores(root / STUDY / "study.db")
+    for task in TASKS:
+        theirs = float(results[task]["exact_match,number"])
+        same = "yes" if abs(stored[task] - theirs) < 1e-9 else "NO"
+        lines.append(f"| {task} | {stored[task]:.4f} | {theirs:.4f} | {same} |")
+    return lines
+
+
+def weights_folder(out: Path) -> Path:
+    """The folder with the exported weights."""
+    return next(out.rglob("*.safetensors")).parent
+
+
+def stored_test_scores(file: Path) -> dict[str, float]:
+    """Task -> the winner's score on all test items."""
+    with Store.open(file) as store:
+        study = store.study()
+        assert study is not None
+        assert study.outcome is not None
+        trial = store.trial(int(study.outcome.best["id"]))
+        found = store.evaluations(trial.recipe_id)
+    return dict(next(scored.evaluation.metrics for role, scored in found if role == "test"))
+
+
+def main() -> None:
+    """Runs both searches and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--evaluations", type=int, default=60)
+    parser.add_argument("--backend", default="vllm")
+    parser.add_argument("--out", type=Path, default=REPO / "results" / "vllm_search.md")
+    options = parser.parse_args()
+    python = os.environ.get("EVOMERGE_VLLM_PYTHON")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = search_file(folder, options.evaluations, options.backend)
+        started = time.perf_counter()
+        finish(begin(file, folder / "whole"))
+        print(f"unbroken: {time.perf_counter() - started:.0f} s", flush=True)
+        said = killed(file, folder / "parts", options.evaluations)
+        trials, evaluations, apart = differing_rows(
+            folder / "parts" / STUDY / "study.db", folder / "whole" / STUDY / "study.db"
+        )
+        lines = [
+            "# A search through vLLM, killed and resumed",
+            "",
+            machine.stamp("torch", "transformers", "lm_eval") + f"; vLLM {vllm_version(python)}.",
+            "",
+            f"{options.evaluations} evaluations; killed: {', '.join(said)}. {trials} trials and "
+            f"{evaluations} evaluations stored; tables that differ from the unbroken search: "
+            f"{', '.join(apart) or 'none'}.",
+            "",
+            "| task | stored, test | lm_eval on the export | same |",
+            "| --- | --- | --- | --- |",
+            *exported(folder / "whole", folder),
+            "",
+        ]
+        options.out.write_text("\n".join(lines))
+        print("\n".join(lines))
+        if apart:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
