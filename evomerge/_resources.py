@@ -21,3 +21,9 @@ def search_spaces() -> dict[str, Path]:
 def evaluators() -> Path:
     """Folder of the shipped lm-eval tasks."""
     return root() / "evaluators"
+
+
+def cluster_templates() -> Path:
+    """Folder of the templates of cluster jobs."""
+    installed = root() / "cluster"
+    return installed if installed.is_dir() else root() / "scripts" / "cluster"

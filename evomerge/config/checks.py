@@ -32,6 +32,7 @@ def problems(config: Config) -> Iterator[Problem]:
         yield ("base",), sentence
     yield from _method(config)
     yield from _space(config)
+    yield from _start(config)
     yield from _stages(config)
     yield from _routes(config)
     yield from _tasks(config)
@@ -76,6 +77,19 @@ def _space(config: Config) -> Iterator[Problem]:
     for component in components:
         if components.count(component) > 1:
             yield ("space", "components"), f"component '{component}' is listed twice"
+
+
+def _start(config: Config) -> Iterator[Problem]:
+    """Where the search of weights starts, and labels of hand recipes that mean something else."""
+    start, labels = config.search.start, tuple(config.hand_recipes)
+    if start not in ("space", "best", *labels):
+        sentence = (
+            f"start is space, best or a label of hand_recipes. {suggest(start, ['space', 'best', *labels])}"
+        )
+        yield ("search", "start"), sentence
+    for label in labels:
+        if label in ("space", "best", *config.models):
+            yield ("hand_recipes", label), f"'{label}' is a word of its own or a model; give another label"
 
 
 _EVOLVED = ("evaluations", "population", "sigma")

@@ -54,6 +54,7 @@ def files(settings: Config) -> dict[str, tuple[str, ...]]:
         "include": evaluation.include,
         "training_texts": evaluation.training_texts,
         "reuse": settings.reuse,
+        "hand_recipes": tuple(settings.hand_recipes.values()),
         "retain": tuple(stage.retain for stage in settings.stages if stage.retain is not None),
     }
 
@@ -70,13 +71,16 @@ def with_files(settings: Config, paths: Mapping[str, Sequence[str]]) -> Config:
     """
     given = {key: tuple(value) for key, value in paths.items()}
     reuse = given.pop("reuse", settings.reuse)
+    recipes = given.pop("hand_recipes", tuple(settings.hand_recipes.values()))
+    hand_recipes = dict(zip(settings.hand_recipes, recipes, strict=True))
     retained = iter(given.pop("retain", ()))
     stages = tuple(
         stage if stage.retain is None else stage.model_copy(update={"retain": next(retained, stage.retain)})
         for stage in settings.stages
     )
     evaluation = settings.evaluation.model_copy(update=given)
-    return settings.model_copy(update={"evaluation": evaluation, "reuse": reuse, "stages": stages})
+    changes = {"evaluation": evaluation, "reuse": reuse, "stages": stages, "hand_recipes": hand_recipes}
+    return settings.model_copy(update=changes)
 
 
 def given_models(given: Iterable[str], names: Iterable[str]) -> dict[str, Place]:

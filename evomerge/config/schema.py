@@ -238,9 +238,9 @@ class SearchConfig(Strict):
     diagonal: bool | None = None
     """Whether the covariance matrix is diagonal; unless given, it is with fewer than 20 evaluations for each
     gene."""
-    start: Literal["space", "best"] = "space"
-    """'space' starts at the parameters' own starts, 'best' at the best hand recipe that the space can
-    hold."""
+    start: Name = "space"
+    """'space' starts at the parameters' starts, 'best' at the best hand recipe that fits, or a label of
+    hand_recipes."""
     finalists: Whole = Field(default=6, ge=1)
     """Candidates that are scored again on validation items, the distribution's mean always among them."""
     tie_break: Literal["probability", "logprob", "none"] | None = None
@@ -356,6 +356,8 @@ class Config(Strict):
     """How the space is searched."""
     stages: tuple[StageConfig, ...] = Field(default=(StageConfig(stage="weights"),), min_length=1)
     """Stages of the search, each from the best of the one before."""
+    hand_recipes: dict[Name, str] = Field(default_factory=dict)
+    """Label -> mergekit file of a merge of the search's models that is scored beside the hand recipes."""
     routes: RoutesConfig = Field(default_factory=RoutesConfig)
     """Routes of layers, where a stage searches them."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)

@@ -182,6 +182,7 @@ def _comparable(settings: Config, mixes_engines: bool = False) -> dict[str, Any]
     if mixes_engines:
         del data["evaluation"]["engine"], data["evaluation"]["backend"]
     data["evaluation"]["training_texts"] = [Path(text).name for text in settings.evaluation.training_texts]
+    data["hand_recipes"] = {label: Path(file).name for label, file in settings.hand_recipes.items()}
     for key in ("evaluations", "finalists"):
         data["search"].pop(key)
     for stage in data["stages"]:

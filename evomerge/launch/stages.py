@@ -8,6 +8,7 @@ from evomerge.checkpoints import Parent
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
 from evomerge.evaluation import Items
+from evomerge.launch.hand_recipes import named_recipes
 from evomerge.launch.route_stages import hand_baselines
 from evomerge.launch.stage_request import StageRequest
 from evomerge.search import LearnedOpening, Opening, Stage, Start
@@ -86,11 +87,12 @@ def reference_recipes(settings: Config, space: WeightSpace, parents: Mapping[str
         parents: Its models, open.
 
     Returns:
-        The parents; hand recipes where weights are searched; routes written by hand where routes come first.
+        The parents; hand recipes where weights are searched; routes written by hand where routes come first;
+        the hand recipes that the search file names.
     """
     references = baselines(space)
     if not settings.merges_weights:
         references = [baseline for baseline in references if baseline.origin == "parent"]
     if settings.kinds[0] == "routes":
         references = [*references, *hand_baselines(settings, parents, None)]
-    return references
+    return [*references, *named_recipes(settings, parents)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from evomerge.launch.hand_recipes import start_genome
 from evomerge.launch.stage_request import StageRequest
 from evomerge.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerSettings, is_diagonal
 from evomerge.search import Opening, Start
@@ -25,7 +26,11 @@ def open_weight_stage(request: StageRequest) -> Callable[[Start], Opening]:
 
 def _of_merge(request: StageRequest) -> Callable[[Start], Opening]:
     make = request.optimizers(_entry(request), _settings(request, request.diagonal))
-    at_best = request.settings.search.start == "best"
+    settings = request.settings
+    if settings.search.start in settings.hand_recipes:
+        genome = start_genome(settings.search.start, request.space, settings, request.parents)
+        return lambda start: Opening(request.space, make, begin=genome)
+    at_best = settings.search.start == "best"
     return lambda start: Opening(request.space, make, at_best=at_best)
 
 

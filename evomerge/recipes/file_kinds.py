@@ -9,14 +9,11 @@ FileKind = Literal["recipe", "search file", "evolve", "moe"]
 
 _ADVICE: dict[FileKind, str] = {
     "recipe": "is a mergekit recipe, not a search file: evomerge merge FILE OUT merges it; to search its "
-    "weights, write a search file with its models, its base and its merge_method as method",
+    "weights, evomerge init --from-mergekit FILE writes a search file that begins at it and has it to beat",
     "search file": "is a search file, not a mergekit recipe: evomerge run FILE searches, and evomerge merge "
     "takes the recipe.yaml of what it exports",
-    "evolve": "is a mergekit-evolve file (genome), which is not read; write a search file for evomerge run: "
-    "study: a name; genome.models and base_model as models: {name: path}, with the base's name as base; "
-    "genome.merge_method as method; layer_granularity: n as space: {groups: number of layers / n}; each task "
-    "as {task: name, weight, metric}, 'acc,none' as metric: acc; limit as evaluation: {items}. "
-    "See 'From mergekit-evolve' in docs/search-file.md",
+    "evolve": "is a mergekit-evolve file (genome): evomerge init --from-mergekit-evolve FILE makes a search "
+    "file of it and names what it cannot carry over",
     "moe": "is a mergekit-moe file (experts, a mixture of experts behind a router), which evomerge does not "
     "build: give it to mergekit-moe; its models may be merged before, each by a recipe",
 }

@@ -41,6 +41,7 @@ class Opening:
             plan's
             baselines.
         at_best: Whether to start at the best known recipe that the space can hold, else at `space.start`.
+        begin: Genome to start at, in place of what `at_best` says; None for that.
         late: Share of the stage's generations, in [0, 1], after which candidates may become finalists. Where
             a
             distribution converges, early candidates owe a high score to selection bias.
@@ -51,6 +52,7 @@ class Opening:
     optimizer: Callable[[Sequence[float], int], Optimizer]
     hand: Sequence[Baseline] = ()
     at_best: bool = False
+    begin: tuple[float, ...] | None = None
     late: float = 0.75
     relaxation: Relaxation | None = None
 

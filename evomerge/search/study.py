@@ -281,6 +281,8 @@ class Study:
         space = opening.space
         encoded = self._encoded(space, start.known)
         first_genome = encoded[0][1] if opening.at_best and encoded else space.start
+        if opening.begin is not None:
+            first_genome = opening.begin
         count = max(1, self.plan.islands)
         first_trial_id = self.store.last_trial_before(start.first_generation) + 1
 

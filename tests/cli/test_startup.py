@@ -60,7 +60,9 @@ def imported(*words: object) -> tuple[str, set[str]]:
     return done.stdout, packages
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["run", "--help"], ["status", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["plan", "--help"], ["run", "--help"], ["status", "--help"], ["init", "--help"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     shown, packages = imported(*words)
     assert "Usage" in shown

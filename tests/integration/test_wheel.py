@@ -68,8 +68,8 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) 
         if p.suffix in (".py", ".c", ".h", ".typed")
     }
     data = {
-        f"evomerge/_data/{folder}/{name}"
-        for folder in ("search_spaces", "evaluators")
+        f"evomerge/_data/{Path(folder).name}/{name}"
+        for folder in ("search_spaces", "evaluators", "scripts/cluster")
         for name in data_files(folder)
     }
     assert set(names) == package | data
