@@ -63,7 +63,7 @@ CASES: list[tuple[dict[str, Any], bool]] = [
     ({"space": {"parameters": {"weight": {"low": 0, "high": 1, "begin": 0.5}}}}, False),
     ({"space": {"components": ["atention"]}}, False),
     ({"evaluation": {"items": {"first": 30}}}, True),
-    ({"evaluation": {"backend": "resident"}}, True),
+    ({"evaluation": {"backend": "compiled"}}, True),
     ({"evaluation": {"backend": "vlm"}}, False),
     ({"search": {"population": "auto", "islands": 3, "race": {"error": 0.1}}}, True),
     ({"search": {"population": 3}}, False),
