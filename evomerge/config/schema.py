@@ -187,8 +187,8 @@ class EvaluationConfig(Strict):
     overlap_ngram: Whole = Field(default=13, ge=1)
     """Number of words in a row that are an overlap."""
     backend: BackendName = DEFAULT_BACKEND
-    """What answers tasks: 'compiled' in memory, 'lm-eval' by its HFLM, 'vllm' for texts, or 'auto', the faster
-    of these."""
+    """What answers tasks: 'compiled' in memory, 'lm-eval' by its HFLM, 'vllm' for texts, or 'auto', the
+    faster of these."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
     """How vLLM is opened, where the backend is 'vllm' or 'auto'."""
     batch_size: Whole = Field(default=64, ge=1)
