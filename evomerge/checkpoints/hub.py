@@ -11,6 +11,7 @@ from evomerge.errors import CheckpointError
 
 _TERMS = ("README.md", "LICEN[SC]E*", "licen[sc]e*", "COPYING*", "NOTICE*", "*USE_POLICY*")
 """What a repository says of its license, see `evomerge.checkpoints.licenses`."""
+_SHOWN = 6  # revisions that a message names
 
 
 def locate(reference: str, revision: str | None = None) -> Path:
@@ -56,7 +57,28 @@ def _snapshot(repository: str, revision: str | None, shown: str) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{shown} is neither a folder here (looked from {Path.cwd()}) nor a model that could be fetched: "
-            f"{reason}"
-        ) from None
+        is_missing = isinstance(error, LocalEntryNotFoundError)
+    what = shown if revision is None else f"revision '{revision[:100]}' of {shown}"
+    raise CheckpointError(
+        f"{what} is neither a folder here (looked from {Path.cwd()}) nor a model that could be fetched: "
+        f"{reason}{_way_out(repository, revision) if is_missing else ''}"
+    )
+
+
+def _way_out(repository: str, revision: str | None) -> str:
+    """What to do about a revision that is not in the cache: what is there, and how to fetch it."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    refs = folder / "refs"
+    named = {file: file.relative_to(refs).as_posix() for file in sorted(refs.rglob("*")) if file.is_file()}
+    commits = {file.read_text(encoding="utf-8").strip() for file in named}
+    snapshots = {path.name for path in folder.glob("snapshots/*")}
+    there = [*named.values(), *sorted(snapshots - commits)]
+    command = f"hf download {repository}" + (f" --revision {revision[:100]}" if revision else "")
+    found = f"; the cache has {', '.join(there[:_SHOWN])}" if there else ""
+    return (
+        f"{found}; run `{command}` where the Hub can be reached, and with another cache copy "
+        f"{folder.name} from there to {folder.parent}"
+    )
