@@ -6,7 +6,7 @@ model's weights mean nothing there: such a difference is refused. Any other that
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -256,10 +256,16 @@ def built_text_config(config: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        built = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+        values = json.loads(json.dumps(dict(config)), object_hook=_special_float)
+        built = CONFIG_MAPPING[config["model_type"]].from_dict(values)
         return built.get_text_config(decoder=True)
     except (StrictDataclassError, *REFUSALS):
         return None
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """An infinity or NaN where transformers writes {'__float__': 'Infinity'}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@
 * `weight_map`: where a tensor on disk lands in a live transformers model.
 * `live_model`: recipe -> module, over models that are loaded once; what a worker scores.
 * `checkpoint_writer`, `companion_files`, `atomic_folder`: recipe -> Hugging Face folder, whole or not at all.
+  `written_tokenizer`, `older_config_keys`: what transformers 4 reads of it.
 * `model_loading`, `mergekit_check`: folders loaded by transformers, and merges compared with mergekit's.
 * `routing`: models built of other models' layers. `vocabulary`: parents whose tokenizers differ.
 """

@@ -19,6 +19,7 @@ from evomerge.errors import CheckpointError, SetupError
 from evomerge.merging.atomic_folder import check_new, new_folder
 from evomerge.merging.companion_files import write_companion_files
 from evomerge.merging.merge import Merge
+from evomerge.merging.older_config_keys import with_older_keys
 from evomerge.merging.tensor_plan import Step
 from evomerge.methods import method
 from evomerge.recipes import Recipe
@@ -93,7 +94,8 @@ def write_into(
                 "allowed; raise --memory"
             )
     _save(merge, directory, progress, shard)
-    (directory / "config.json").write_text(json.dumps(merge.config, indent=2) + "\n", encoding="utf-8")
+    config = with_older_keys(merge.config)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_companion_files(merge, directory)
 
 
