@@ -12,7 +12,6 @@ one.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,11 +24,11 @@ import torch
 from evomerge.checkpoints import Checkpoint, stored_dtype
 from evomerge.errors import EvomergeError
 from evomerge.evaluation import Evaluation
-from evomerge.evaluation.lm_harness.items import item_id
 from evomerge.export import reload_check, route_checkpoint, route_mergekit
 from evomerge.merging import mergekit_check, model_loading
 from evomerge.recipes import Recipe
 from evomerge.store import Store, paths
+from scripts.validation import lm_eval_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MERGEKIT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV", REPOSITORY / ".venv-mergekit"))
@@ -83,29 +82,8 @@ def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) ->
     equal.
     """
     tasks = sorted({item.task for item in stored.items})
-    model = (
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={ours},dtype={stored_dtype(Checkpoint(ours))}",
-        "--batch_size",
-        "256",
-        "--device",
-        "cpu",
-    )
     out = scratch / "lm_eval"
-    run(
-        "lm_eval",
-        "run",
-        *model,
-        "--tasks",
-        ",".join(tasks),
-        "--include_path",
-        include,
-        "--log_samples",
-        "--output_path",
-        str(out),
-    )
+    lm_eval_command.run(ours, stored_dtype(Checkpoint(ours)), tasks, Path(include), out, batch_size=256)
     lines = [
         "## lm_eval on the checkpoint",
         "",
@@ -115,13 +93,7 @@ def command_line(ours: Path, scratch: Path, stored: Evaluation, include: str) ->
     differ = 0
     for task in tasks:
         own = {item.item: item.value for item in stored.items if item.task == task}
-        rows = [
-            json.loads(line) for line in next(out.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
-        ]
-        found = {
-            item_id(row["doc"]): float(row[next(m for m in ("exact_match", "acc") if m in row)])
-            for row in rows
-        }
+        found = lm_eval_command.values(out, task)
         if own.keys() - found.keys():
             sys.exit(
                 f"lm_eval does not score {len(own.keys() - found.keys())} of the {len(own)} test items of "

@@ -18,14 +18,16 @@ def running(process: Fork | subprocess.Popen[str]) -> bool:
     return process.alive() if isinstance(process, Fork) else process.poll() is None
 
 
-def kill_after(process: Fork | subprocess.Popen[str], store: Path, rows: int, seconds: float) -> None:
+def kill_after(
+    process: Fork | subprocess.Popen[str], store: Path, rows: int, seconds: float, *, limit: float = 300
+) -> None:
     """SIGKILL once that many more evaluations are stored and that much time has passed, or at the end of the
-    process.
+    process. limit: seconds after which it is said to hang.
     """
     wanted = count_rows(store, "evaluations") + rows
-    limit = time.monotonic() + 300
+    end = time.monotonic() + limit
     while rows and count_rows(store, "evaluations") < wanted and running(process):
-        assert time.monotonic() < limit, "the search hangs"
+        assert time.monotonic() < end, "the search hangs"
         time.sleep(0.005)
     time.sleep(seconds)
     if running(process):
