@@ -43,6 +43,8 @@ PLACES = {  # third-party library -> the only package that imports it
     "pydantic": "config",
     "typer": "cli",
     "matplotlib": "reports",
+    "starlette": "reports/dashboard",
+    "uvicorn": "reports/dashboard",
 }
 LIGHT = ("recipes", "evaluation", "optimizers", "workers", "store", "reports", "config")  # load no torch
 HEAVY = {

@@ -61,7 +61,14 @@ app = typer.Typer(
 _GROUPS = {
     "Plan": (init.init, init.schema, analysis.plan, doctor.doctor),
     "Search": (run.run, run.resume, control.stop),
-    "Inspect": (control.status, analysis.show, analysis.compare, analysis.sensitivity, pages.report),
+    "Inspect": (
+        control.status,
+        analysis.show,
+        analysis.compare,
+        analysis.sensitivity,
+        pages.report,
+        pages.dashboard,
+    ),
     "Export": (ship.export, ship.merge),
 }
 for _group, _verbs in _GROUPS.items():

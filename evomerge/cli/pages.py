@@ -9,7 +9,7 @@ import typer
 
 from evomerge.cli.options import Root, reading_store
 from evomerge.cli.output import put
-from evomerge.errors import ConfigError, unwritable
+from evomerge.errors import ConfigError, SetupError, unwritable
 
 
 def report(
@@ -39,3 +39,41 @@ def report(
     except OSError as error:
         raise unwritable(file, error) from None
     put(f"{file}: report of {study}, {file.stat().st_size / 1e6:.2f} MB")
+
+
+def dashboard(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[ROOT]", help="Folder of the studies.", show_default="$EVOMERGE_ROOT or results"
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but a loopback address needs the token to read.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")] = 8377,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EVOMERGE_TOKEN", help="What lets in and stops searches.", show_default="a new one"
+        ),
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Path that a proxy leaves before every address, such as /proxy/8377.")
+    ] = "",
+) -> None:
+    """Show studies as a page that follows running searches.
+
+    Reads only, while searches write; a search is stopped with the token that is printed. Needs
+    evomerge[dashboard].
+    """
+    from evomerge.store.paths import root as studies_root
+
+    try:
+        from evomerge.reports.dashboard.server import Listening, serve
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f'the dashboard needs {error.name}, which is not installed; pip install "evomerge[dashboard]"'
+        ) from None
+    listening = Listening(host, port, token or "", prefix)
+    serve(studies_root(folder), listening, lambda line: put(line, flush=True))

@@ -105,7 +105,7 @@ def test_beliefs_are_means_of_the_best_candidates_coefficients(snapshot: Snapsho
     data = chart(PANELS["beliefs"](snapshot))  # type: ignore[arg-type]
     last = data["generations"][-1]
     own = [t for t in trials_of(study) if t.generation == last and t.score is not None]
-    best = sorted(own, key=lambda t: -(t.score or 0.0))[:6]
+    best = sorted(own, key=lambda t: -(t.score or 0.0))[:4]
     values = [coefficients(snapshot.recipe(t.recipe_id))[0, "attention"]["math"] for t in best]
     row, column = data["rows"].index("layer 0 attention"), data["models"].index("math")
     assert data["values"][-1][row][column] == pytest.approx(statistics.fmean(values), abs=1e-3)

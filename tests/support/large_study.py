@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, Objective, Term
@@ -147,7 +147,7 @@ class StudyMaker:
     def _add_candidate(self) -> None:
         generation, slot = divmod(self.made, self.plan.population)
         genome = [m + self._spread * self._random.gauss(0.0, 1.0) for m in self._mean]
-        recipe = self._route(genome) if self.plan.routes else self.space.decode(genome)
+        recipe = remembered(self._route(genome) if self.plan.routes else self.space.decode(genome))
         closeness = math.exp(-sum((g - 0.7) ** 2 for g in genome) / len(genome))
         fails = self.made % 97 == 96
         items = self._items("search", generation + 1)
@@ -279,9 +279,23 @@ class StudyMaker:
         return pool.recipe(chosen, [1.0] * len(chosen))
 
 
+class RememberedRecipe(Recipe):
+    """A recipe that writes its canonical text once: the store asks for it several times."""
+
+    def canonical(self) -> str:
+        if not hasattr(self, "text"):
+            object.__setattr__(self, "text", Recipe.canonical(self))
+        return self.text  # type: ignore[attr-defined, no-any-return]
+
+
+def remembered(recipe: Recipe) -> Recipe:
+    """The same recipe."""
+    return RememberedRecipe(**{f.name: getattr(recipe, f.name) for f in fields(recipe)})
+
+
 def large_space() -> WeightSpace:
-    """Three models of three layers, each a group."""
-    return replace(weight_space(models=MODELS, groups=(1, 1, 1)), out_dtype="bfloat16")
+    """Three models of two layers, each a group."""
+    return replace(weight_space(models=MODELS, groups=(1, 1)), out_dtype="bfloat16")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from evomerge.reports.panels.panel import Column, Panel, Table, rounded, spread_
 from evomerge.reports.panels.snapshot import Snapshot
 
 _GENERATIONS = 40  # that the slider has
-_ELITES = 6  # candidates of a generation that are averaged
+_ELITES = 4  # candidates of a generation that are averaged
 _CLOSE = 5e-4  # layers whose coefficients differ by less in every generation are one row
 _ORDER = ("attention", "mlp", "other", "")
 
@@ -25,7 +25,7 @@ def beliefs(snapshot: Snapshot) -> Panel:
 
     Returns:
         For up to 40 generations the mean coefficient of each model in each layer group, over the better half
-        of the generation's candidates (6 at most).
+        of the generation's candidates (4 at most).
     """
     title = "What the search believes"
     caption = (

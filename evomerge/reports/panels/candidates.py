@@ -13,7 +13,7 @@ from evomerge.store import Trial
 
 PAGE = 25
 """Rows of a page of the table."""
-_LINES = 250  # candidates that are drawn as parallel coordinates
+_LINES = 150  # candidates that are drawn as parallel coordinates
 _MODELS = 6  # models that have an axis
 STATES = ("scored", "dropped", "failed", "no score")
 
@@ -147,7 +147,7 @@ def parallel(snapshot: Snapshot) -> Panel:
         snapshot: Of the study.
 
     Returns:
-        A line for each of the 250 best candidates: the mean coefficient of each model, the tasks' metrics and
+        A line for each of the 150 best candidates: the mean coefficient of each model, the tasks' metrics and
         the objective.
     """
     title = "Coefficients and scores"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.reports.panels.panel import Column, Panel, Table, rounded
 from evomerge.reports.panels.snapshot import Snapshot
 from evomerge.store import Trial
 
+Matrix = NDArray[np.float64]
+"""Numbers of genomes."""
 _SOFT = ":logprob"
 _TABLE_ROWS = 12
 _COLLAPSED = 0.01  # of the first generation's spread
@@ -58,7 +62,7 @@ def optimizer(snapshot: Snapshot) -> Panel:
 def _rows(snapshot: Snapshot) -> list[list[Any]]:
     """generation, genes, spread, movement, s.d. of scores, loss."""
     rows: list[list[Any]] = []
-    before: tuple[tuple[int, int], list[float]] | None = None  # (stage and genes, mean genome)
+    before: tuple[tuple[int, int], Matrix] | None = None  # (stage and genes, mean genome)
     for generation, trials in snapshot.generations.items():
         genomes = [trial.genome for trial in trials if trial.genome]
         length = len(genomes[0]) if genomes else 0
@@ -69,28 +73,25 @@ def _rows(snapshot: Snapshot) -> list[list[Any]]:
             rows.append([generation, length, None, None, None, _loss(trials)])
             before = None
             continue
-        mean = [math.fsum(genes) / len(genomes) for genes in zip(*genomes, strict=True)]
+        points = np.asarray(genomes)
+        mean = points.mean(axis=0)
         kind = (trials[0].stage, length)
         moved = _distance(mean, before[1]) if before is not None and before[0] == kind else None
         before = kind, mean
         scores = [trial.score for trial in trials if trial.score is not None]
         deviation = statistics.stdev(scores) if len(scores) > 1 else None
-        rows.append([generation, length, _spread(genomes, mean), moved, deviation, None])
+        rows.append([generation, length, _spread(points), moved, deviation, None])
     return rows
 
 
-def _spread(genomes: Sequence[tuple[float, ...]], mean: Sequence[float]) -> float | None:
-    if len(genomes) < 2:
-        return None
-    squares = math.fsum(
-        math.fsum((g - m) ** 2 for g, m in zip(genome, mean, strict=True)) for genome in genomes
-    )
-    return math.sqrt(squares / (len(genomes) - 1) / len(mean))
+def _spread(points: Matrix) -> float | None:
+    """points: [candidates, genes]."""
+    return float(np.sqrt(points.var(axis=0, ddof=1).mean())) if len(points) > 1 else None
 
 
-def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+def _distance(one: Matrix, other: Matrix) -> float:
     """Root mean square over the genes."""
-    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
+    return float(np.sqrt(np.square(one - other).mean()))
 
 
 def _loss(trials: Sequence[Trial]) -> float | None:

@@ -1,0 +1,352 @@
+"""The dashboard's answers: a page of all studies, a page of each, changes as events, and the stop button.
+
+Every address in a page is relative, so that it works behind any prefix of a proxy and through a tunnel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+import anyio
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from evomerge.errors import EvomergeError, StudyError
+from evomerge.reports.dashboard.access import HEADERS, Access
+from evomerge.reports.dashboard.watch import StudyWatch, View, change
+from evomerge.reports.page import STATIC, digest, render
+from evomerge.reports.panels import Panel, TableQuery
+from evomerge.store import paths
+from evomerge.store.stop_request import ask_to_stop
+
+POLL = 0.25
+"""Seconds between two looks at a study's file."""
+_ALIVE = 15.0  # seconds after which a silent connection is told that it lives
+_FORM = 2000  # bytes of a form
+_PANELS = "<!-- panels -->"  # where they stand in the template
+_STREAMS = 64  # pages that are followed at once
+
+
+@dataclass
+class Dashboard:
+    """The studies of a folder, as an ASGI application::
+
+        uvicorn.run(Dashboard(Path("results"), Access(new_token(), is_local=True)).app())
+
+    Attributes:
+        root: Folder of the studies.
+        access: Who may read and stop.
+        prefix: Path that a proxy leaves before every address, '' for none.
+    """
+
+    root: Path
+    access: Access
+    prefix: str = ""
+    _watches: dict[tuple[str, bool], StudyWatch] = field(default_factory=dict)
+    _streams: int = 0
+
+    def app(self) -> Starlette:
+        """The application.
+
+        Returns:
+            It, with headers and access rules on every answer.
+        """
+        routes: list[BaseRoute] = [
+            Route("/", self.index),
+            Route("/events", self.index_events),
+            Route("/study/{name}", self.without_slash),
+            Route("/study/{name}/", self.study),
+            Route("/study/{name}/events", self.study_events),
+            Route("/study/{name}/stop", self.stop, methods=["POST"]),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ]
+        if self.prefix:
+            routes.insert(0, Mount(self.prefix, routes=list(routes)))
+        handlers: Any = {404: self.not_found, EvomergeError: self.failed}
+        guard = Middleware(BaseHTTPMiddleware, dispatch=self.guard)
+        app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return app
+
+    # ---- pages --------------------------------------------------------------------------------------------
+
+    async def index(self, request: Request) -> Response:
+        """All studies.
+
+        Args:
+            request: The request.
+
+        Returns:
+            The page.
+        """
+        html = await run_in_threadpool(self._cards)
+        studies = await run_in_threadpool(self._studies)
+        return HTMLResponse(
+            render("index.html", base="./", root=str(self.root), studies=studies, digest=digest(html))
+        )
+
+    async def study(self, request: Request) -> Response:
+        """One study.
+
+        Args:
+            request: The request.
+
+        Returns:
+            The page; with why it cannot be read where that is so.
+        """
+        watch = self._watch(request.path_params["name"])
+        head = await run_in_threadpool(watch.head)
+        if head.overview is None:
+            return self._unreadable(request, head)
+        html = render(
+            "study.html",
+            base="../../",
+            overview=head.overview,
+            overview_digest=head.head["digest"],
+            panels_mark=_PANELS,
+            address=f"?{request.url.query}" if request.url.query else "",
+            **self._stop_form(request, head),
+        )
+        before, after = html.split(_PANELS)
+
+        async def parts() -> AsyncIterator[str]:
+            yield before  # what a reader wants first is painted while the panels are made
+            yield await run_in_threadpool(self._panels, watch, request)
+            yield after
+
+        return StreamingResponse(parts(), media_type="text/html")
+
+    async def without_slash(self, request: Request) -> Response:
+        """Leads to the address with its last slash.
+
+        Args:
+            request: The request.
+
+        Returns:
+            The way there.
+        """
+        return RedirectResponse(f"{quote(request.path_params['name'], safe='')}/", status_code=307)
+
+    async def stop(self, request: Request) -> Response:
+        """Asks a search to end, as `evomerge stop` does.
+
+        Args:
+            request: The request, with the key of the page's form.
+
+        Returns:
+            The way back to the page, or why nothing was asked.
+        """
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _FORM:
+                break
+        keys = parse_qs(body[:_FORM].decode("latin-1")).get("key", [""])
+        if not self.access.may_stop(request, keys[0]):
+            text = "To stop a search, open the address with the token that `evomerge dashboard` printed."
+            return self._problem("not allowed", "Nothing was stopped", text, 403, base="../../")
+        watch = self._watch(request.path_params["name"])
+        try:
+            driver = await run_in_threadpool(ask_to_stop, watch.path)
+        except OSError as error:
+            text = f"The request to stop cannot be written: {error.strerror or error}."
+            return self._problem("not stopped", "Nothing was stopped", text, 409, base="../../")
+        if driver is None:
+            text = "No driver runs this search, so there is nothing to stop."
+            return self._problem("not running", "Nothing was stopped", text, 409, base="../../")
+        return RedirectResponse("./", status_code=303)
+
+    # ---- events -------------------------------------------------------------------------------------------
+
+    async def study_events(self, request: Request) -> Response:
+        """The changes of a study, from all of it on.
+
+        Args:
+            request: The request, with the parameters of the page that asks.
+
+        Returns:
+            Server-sent events.
+        """
+        watch = self._watch(request.path_params["name"])
+        one, other = (request.query_params.get(name, "")[:200] for name in ("one", "other"))
+        sent: dict[str, str] = {}
+
+        def news() -> str | None:
+            view = watch.view()
+            if view.overview is None:
+                return None
+            return change(view, sent, watch.pair(one, other) if one or other else None)
+
+        return self._stream(news)
+
+    async def index_events(self, request: Request) -> Response:
+        """The changes of the page of all studies.
+
+        Args:
+            request: The request.
+
+        Returns:
+            Server-sent events.
+        """
+        sent: dict[str, str] = {}
+
+        def news() -> str | None:
+            html = self._cards()
+            if sent.get("cards") == digest(html):
+                return None
+            sent["cards"] = digest(html)
+            head = {"html": html, "digest": digest(html), "title": "Studies · evomerge"}
+            return json.dumps({"overview": head})
+
+        return self._stream(news)
+
+    def _stream(self, news: Callable[[], str | None]) -> Response:
+        if self._streams >= _STREAMS:
+            return Response("too many pages are open", status_code=503)
+
+        async def events() -> AsyncIterator[str]:
+            self._streams += 1
+            try:
+                silent = 0.0
+                while True:
+                    text = await run_in_threadpool(news)
+                    if text is not None:
+                        yield f"data: {text}\n\n"
+                        silent = 0.0
+                    elif silent >= _ALIVE or silent == 0.0:
+                        yield ": \n\n"
+                        silent = 0.0
+                    await anyio.sleep(POLL)
+                    silent += POLL
+            finally:
+                self._streams -= 1
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+
+    # ---- what goes around every answer --------------------------------------------------------------------
+
+    async def guard(self, request: Request, following: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Lets in who may read, and adds the headers of every answer.
+
+        Args:
+            request: The request.
+            following: What answers it.
+
+        Returns:
+            The answer.
+        """
+        response = self.access.let_in(request)
+        if response is None and not self.access.may_read(request):
+            text = (
+                "Open the address with ?token=… that `evomerge dashboard` printed where it runs; the browser "
+                "then remembers it for a week."
+            )
+            response = self._problem("token needed", "This page needs its token", text, 401, base="")
+        if response is None:
+            response = await following(request)
+        response.headers.update(HEADERS)
+        if "cache-control" not in response.headers:
+            is_static = "/static/" in request.url.path
+            response.headers["Cache-Control"] = "no-cache" if is_static else "no-store"
+        return response
+
+    async def not_found(self, request: Request, error: Exception) -> Response:
+        """The answer to an address that leads nowhere.
+
+        Args:
+            request: The request.
+            error: What was raised.
+
+        Returns:
+            A page.
+        """
+        return self._problem("not found", "There is no such page", "", 404, base=self._base(request))
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        """The answer where a study is not there, or cannot be read.
+
+        Args:
+            request: The request.
+            error: What was raised.
+
+        Returns:
+            A page with the error's own words.
+        """
+        status = 404 if isinstance(error, StudyError) else 503
+        return self._problem(
+            "not found", "This study cannot be shown", str(error), status, self._base(request)
+        )
+
+    # ---- parts --------------------------------------------------------------------------------------------
+
+    def _watch(self, name: str, with_panels: bool = True) -> StudyWatch:
+        key = (name, with_panels)
+        if key not in self._watches or not self._watches[key].path.parent.is_dir():
+            self._watches.pop(key, None)
+            self._watches[key] = StudyWatch(paths.store_path(name, self.root), with_panels)
+        return self._watches[key]
+
+    def _studies(self) -> list[dict[str, Any]]:
+        rows = []
+        for name in paths.studies(self.root):
+            view = self._watch(name, with_panels=False).view()
+            if view.is_empty:
+                continue
+            row = {"name": name, "address": quote(name, safe=""), "overview": view.overview}
+            rows.append(row | {"error": view.error})
+        return rows
+
+    def _cards(self) -> str:
+        return render("cards.html", studies=self._studies(), root=str(self.root))
+
+    def _panels(self, watch: StudyWatch, request: Request) -> str:
+        """Panels as this page wants them, as HTML; each has the digest of its tables."""
+        view, address = watch.view(), request.query_params
+        asked = [address.get(name, "")[:200] for name in ("one", "other")]
+        panels = []
+        for panel in view.panels:
+            shown: Panel | None = panel
+            if panel.id == "candidates" and address:
+                shown = watch.table(address)
+            elif panel.id == "pair" and any(asked):
+                shown = watch.pair(*asked)
+            panels.append((shown or panel, view.messages[panel.id].table_digest if shown is panel else ""))
+        return render("panels.html", panels=panels, query=TableQuery.of(address), error=view.error)
+
+    def _stop_form(self, request: Request, view: View) -> dict[str, Any]:
+        assert view.overview is not None
+        can_stop = view.overview.state == "running" and self.access.has_token(request)
+        return {"can_stop": can_stop, "stop_key": self.access.stop_key if can_stop else ""}
+
+    def _unreadable(self, request: Request, view: View) -> Response:
+        name = request.path_params["name"]
+        if view.is_empty:
+            text = "Its file holds no study yet: the search has not begun. This page does not follow it."
+            return self._problem(name, "Nothing to show yet", text, 200, base="../../")
+        advice = f"evomerge status {name} says more."
+        return self._problem(name, "This study cannot be read", view.error, 200, "../../", advice)
+
+    @staticmethod
+    def _base(request: Request) -> str:
+        """The way from an address to the page of all studies."""
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+        return "../" * max(0, path.count("/") - 1) or "./"
+
+    @staticmethod
+    def _problem(
+        title: str, heading: str, message: str, status: int, base: str, advice: str = ""
+    ) -> Response:
+        html = render("problem.html", base=base, title=title, heading=heading, message=message, advice=advice)
+        return HTMLResponse(html, status_code=status)
