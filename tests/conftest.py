@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parent
 # is left with one at the end, and `--quick` leaves them out, with those that need a GPU or a Ray.
 SLOW = (
     "cli/test_main.py",
+    "reports/test_dashboard_browser.py",
     "integration/test_learned_search.py",
     "methods/fused/test_triton_kernels.py",
     "launch/test_learned_stage.py",

@@ -14,7 +14,7 @@ from evomerge.evaluation import Evaluation, Items, Objective, Role
 from evomerge.launch import objective as objective_module
 from evomerge.launch.opening import Allowed, Opened, open_stored_search
 from evomerge.recipes import Recipe
-from evomerge.reports import comparison, plots
+from evomerge.reports import comparison, outputs, plots
 from evomerge.reports import sensitivity as scanning
 from evomerge.reports.comparison import Contender
 from evomerge.store import NewEvaluation, Store, Trial
@@ -123,7 +123,22 @@ def compare(
             shared = comparison.common_items(contenders, request.task)
             chosen = comparison.most_different_items(contenders, shared, request.samples)
             data["samples"] = models.samples(contenders, chosen, show)
+            data["notes"] += _kept_outputs(stores, contenders, data["samples"])
     return data
+
+
+def _kept_outputs(
+    stores: Mapping[str, Store], contenders: Sequence[Contender], samples: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Keeps outputs beside each study, for its page; notes where they could not be."""
+    notes = []
+    for study, store in stores.items():
+        own = [c.recipe.id if c.study == store.path.parent.name else "" for c in contenders]
+        try:
+            outputs.keep_outputs(store.path.parent, own, samples)
+        except OSError as error:
+            notes.append(f"the outputs are not kept beside {study} for its page: {error.strerror or error}")
+    return notes
 
 
 def sensitivity(

@@ -19,6 +19,7 @@ from evomerge.evaluation import ItemScore, Objective, Term
 from evomerge.launch import opening
 from evomerge.reports import comparison
 from evomerge.reports.comparison import Contender
+from evomerge.reports.outputs import stored_outputs
 from evomerge.store import Store, Trial
 from tests.support.landscape import uniform
 from tests.support.toy import REPO, in_process, stored_rows, weight_space, zoo_folder
@@ -226,6 +227,10 @@ def test_outputs_agree_with_their_values(finished: Path) -> None:
                 assert answer["output"].endswith("the likeliest text") == (answer["value"] == 1)
             else:
                 assert (answer["output"].strip() == sample["target"].strip()) == (answer["value"] == 1)
+    kept = [stored_outputs(finished / "small", candidate["recipe"]) for candidate in data["candidates"]]
+    for sample in data["samples"]:  # for the page of the study
+        for answer, outputs in zip(sample["answers"], kept, strict=True):
+            assert outputs[sample["task"], sample["item"]]["output"] == answer["output"]
     text = in_process(*words)[1]
     for sample in data["samples"]:
         assert f"--- {sample['task']} {sample['item']}" in text

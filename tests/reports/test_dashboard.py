@@ -61,7 +61,7 @@ def test_a_damaged_study_is_a_card_and_no_fault_of_the_server(local: TestClient)
 
 def test_the_numbers_are_in_the_page_before_any_script(local: TestClient) -> None:
     text = local.get("/study/small/").text
-    assert "on held-out test items" in text
+    assert " on test (95 %" in text
     assert len(re.findall("<table", text)) > 8
     sorted_page = local.get("/study/small/?sort=objective&origin=parent").text
     assert "4 of 46 candidates" in sorted_page

@@ -89,12 +89,10 @@ def test_a_commit_is_shown_without_loading_the_page_again(
         tab.check()
 
 
-def test_the_table_keeps_its_filters_in_the_address(
-    opened: Browser, address: str, running: StudyMaker
-) -> None:
+def test_the_table_keeps_its_filters_in_the_address(opened: Browser, address: str, root: Path) -> None:
     with watched(opened, address) as tab:
         page = tab.page
-        page.goto(f"{address}/study/large/")
+        page.goto(f"{address}/study/paused/")
         wait_for_charts(page)
         page.locator("#candidates select[name=origin]").select_option("parent")
         assert page.locator("#candidates tbody tr").count() == 4
@@ -108,10 +106,10 @@ def test_the_table_keeps_its_filters_in_the_address(
         tab.check()
 
 
-def test_everything_is_reached_with_the_keyboard(opened: Browser, address: str, running: StudyMaker) -> None:
+def test_everything_is_reached_with_the_keyboard(opened: Browser, address: str, root: Path) -> None:
     with watched(opened, address) as tab:
         page = tab.page
-        page.goto(f"{address}/study/large/")
+        page.goto(f"{address}/study/paused/")
         wait_for_charts(page)
         reached = set()
         for _ in range(120):

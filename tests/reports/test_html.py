@@ -56,8 +56,8 @@ def test_the_first_sentence_is_the_verdict_and_every_panel_has_its_numbers(repor
     assert sections[:3] == ["history", "beliefs", "tasks"]
     assert sum(tag == "table" for tag, _ in page.elements) >= len(sections)
     sentences = [text for text in page.texts if text.endswith(".")]
-    assert sentences[0].startswith("Candidate ")
-    assert "on held-out test items" in sentences[0]
+    assert sentences[0].startswith("small/")
+    assert " on test (95 %" in sentences[0]
 
 
 def test_the_report_loads_nothing_from_elsewhere(report: str) -> None:

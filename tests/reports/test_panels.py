@@ -24,7 +24,6 @@ from evomerge.reports.panels import (
     study_panels,
 )
 from evomerge.reports.panels.coefficients import coefficients
-from evomerge.reports.panels.overview import time_left
 from evomerge.reports.panels.panel import cell, duration, spread_out
 from evomerge.store import Store, Trial
 from tests.support.large_study import TASKS, StudyPlan, make_study, making
@@ -172,21 +171,10 @@ def test_a_search_that_has_just_begun_says_so_in_every_panel(tmp_path: Path) -> 
     with making(tmp_path, StudyPlan(name="begun")) as maker, Store.open(maker.store.path) as store:
         snapshot = Snapshot(store)
         assert overview(snapshot).state == "running"
-        assert time_left(snapshot) is None
         notes = {panel.id: panel.note for panel in study_panels(snapshot)}
     assert notes["history"]
     assert notes["beliefs"]
     assert notes["timeline"]
-
-
-def test_time_left_follows_the_rate_of_the_workers(tmp_path: Path) -> None:
-    plan = StudyPlan(candidates=80, population=20, name="timed", budget=200)
-    with making(tmp_path, plan) as maker:
-        maker.add_candidates(80)
-        with Store.open(maker.store.path) as store:
-            left = time_left(Snapshot(store))
-    assert left is not None
-    assert left == pytest.approx(120 * 3.0 / 4, rel=0.1)  # four workers, a candidate in 3 s each
 
 
 def test_a_file_without_a_study_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from evomerge.reports.panels.history import history
 from evomerge.reports.panels.lineage import lineage
 from evomerge.reports.panels.machines import failures, timeline
 from evomerge.reports.panels.optimizer import optimizer
-from evomerge.reports.panels.overview import overview, verdict
+from evomerge.reports.panels.overview import overview
 from evomerge.reports.panels.pair import pair
 from evomerge.reports.panels.panel import Column, Overview, Panel, Table, Tile, cell
 from evomerge.reports.panels.routes import routes
@@ -51,7 +51,6 @@ __all__ = [
     "overview",
     "pair",
     "study_panels",
-    "verdict",
 ]
 
 

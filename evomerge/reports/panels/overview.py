@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from evomerge.evaluation.intervals import lead_interval, score_interval
+from evomerge.evaluation.intervals import score_interval
 from evomerge.reports.panels.panel import Overview, Tile, duration
-from evomerge.reports.panels.snapshot import SEARCHED, Snapshot
+from evomerge.reports.panels.snapshot import Snapshot
 from evomerge.reports.summary import lost_skills, test_item_uses
+from evomerge.reports.verdict import strongest_references
 from evomerge.store import Trial
 
-_RECENT = 200  # attempts that the time left is told from
+_NORMAL = 1.96  # standard errors of a 95 % interval
+_RECENT = 200  # attempts that the usual time of one is taken from
 _STALE = 20  # times the usual time of an attempt without a result, after which a search is called silent
 
 
@@ -33,7 +34,7 @@ def overview(snapshot: Snapshot) -> Overview:
     return Overview(
         study=snapshot.study.name,
         state=summary["state"],
-        verdict=verdict(snapshot),
+        verdict=verdict_sentence(snapshot),
         tiles=tuple(tile for tile in tiles if tile is not None),
         warnings=tuple(_warnings(snapshot)),
         progress=_progress(snapshot),
@@ -41,7 +42,7 @@ def overview(snapshot: Snapshot) -> Overview:
     )
 
 
-def verdict(snapshot: Snapshot) -> str:
+def verdict_sentence(snapshot: Snapshot) -> str:
     """Says in one sentence what a search has found, or how far it has come.
 
     Args:
@@ -50,36 +51,8 @@ def verdict(snapshot: Snapshot) -> str:
     Returns:
         The sentence.
     """
-    summary, best = snapshot.summary, snapshot.best
-    if summary["state"] != "done":
-        return _so_far(snapshot)
-    if summary["alike"]:
-        return f"There is no winner: {summary['alike']}."
-    row = summary["best"]
-    if best is None or row.get("test") is None:
-        return f"The winner could not be scored on the test items ({row.get('error') or 'no score'})."
-    reference = max(
-        (r for r in summary["references"] if r.get("test") is not None),
-        key=lambda r: float(r["test"]),
-        default=None,
-    )
-    score = f"{row['test']:.3f}{_between(row.get('test_interval'))} on held-out test items"
-    label = f" ({row['label']})" if row["label"] else ""
-    start = f"Candidate {row['id']}{label} scores {score}"
-    if reference is None:
-        return f"{start}."
-    kind = "parent" if reference["origin"] == "parent" else "hand recipe"
-    if reference["recipe"] == row["recipe"]:
-        return (
-            f"The search found nothing better than the {kind} '{reference['label']}', which scores {score}."
-        )
-    lead = row["test"] - reference["test"]
-    interval = reference.get("lead_interval")
-    other = f"the best {kind} ({reference['label']}, {reference['test']:.3f})"
-    if interval is not None and interval[0] <= 0 <= interval[1]:
-        return f"{start}, no clear difference to {other}: {lead:+.3f}{_between(interval, '+.3f')}."
-    direction = "ahead of" if lead > 0 else "behind"
-    return f"{start}, {abs(lead):.3f}{_between(_absolute(interval, lead))} {direction} {other}."
+    sentence = str(snapshot.summary["verdict"]["sentence"])
+    return f"{sentence}." if sentence else _so_far(snapshot)
 
 
 def _so_far(snapshot: Snapshot) -> str:
@@ -99,19 +72,6 @@ def _so_far(snapshot: Snapshot) -> str:
     if parent is None or parent.reported is None or parent.id == best.id:
         return f"{text}."
     return f"{text}, beside {parent.reported:.3f} of the best parent ({parent.label})."
-
-
-def _between(interval: Sequence[float] | None, form: str = ".3f") -> str:
-    if interval is None or not all(map(math.isfinite, interval)):
-        return ""
-    return f" (95 %: {interval[0]:{form}} to {interval[1]:{form}})"
-
-
-def _absolute(interval: Sequence[float] | None, lead: float) -> Sequence[float] | None:
-    """The interval of the lead's size."""
-    if interval is None or lead >= 0:
-        return interval
-    return -interval[1], -interval[0]
 
 
 def search_interval(snapshot: Snapshot, trial: Trial) -> tuple[float, float] | None:
@@ -154,22 +114,16 @@ def _parent_tile(snapshot: Snapshot) -> Tile | None:
     if best is None or row is None:
         return None
     if row.get("test") is not None:
-        tested = [
-            r for r in snapshot.summary["references"] if r["origin"] == "parent" and r.get("test") is not None
-        ]
-        if tested:
-            other = max(tested, key=lambda r: float(r["test"]))
-            lead = row["test"] - other["test"]
-            return _lead_tile(lead, other.get("lead_interval"), str(other["label"]))
+        other = strongest_references(snapshot.summary)[0]
+        if other is None or "lead" not in other:
+            return None
+        return _lead_tile(other["lead"], other.get("lead_interval"), str(other["label"]))
+    figures = snapshot.summary["figures"]
+    if figures["lead"] is None or figures["best"]["id"] != best.id:
         return None
-    parent = snapshot.best_parent()
-    if parent is None or parent.id == best.id or best.reported is None or parent.reported is None:
-        return None
-    paired = _paired_lead(snapshot, best, parent)
-    if paired is not None:
-        return _lead_tile(*paired, str(parent.label))
-    lead = best.reported - parent.reported
-    return Tile("over the best parent", f"{lead:+.3f}", f"{parent.label}; on other items, not paired")
+    lead, error = figures["lead"], figures["lead_error"]
+    interval = None if error is None else (lead - _NORMAL * error, lead + _NORMAL * error)
+    return _lead_tile(lead, interval, str(figures["parent"]["label"]))
 
 
 def _lead_tile(lead: float, interval: Sequence[float] | None, name: str) -> Tile:
@@ -179,32 +133,6 @@ def _lead_tile(lead: float, interval: Sequence[float] | None, name: str) -> Tile
     value += f" ± {(interval[1] - interval[0]) / 2:.3f}"
     tone = "good" if interval[0] > 0 else "bad" if interval[1] < 0 else ""
     return Tile("over the best parent", value, name if tone else f"{name}; no clear difference", tone)
-
-
-def _paired_lead(snapshot: Snapshot, best: Trial, parent: Trial) -> tuple[float, tuple[float, float]] | None:
-    """The lead on the items that both were scored on as search items, with its interval."""
-    objective = snapshot.objective
-    if objective is None or not objective.is_mean_of_items:
-        return None
-    one, other = (
-        {
-            (score.task, score.item): score
-            for role, scored in snapshot.store.evaluations(trial.recipe_id)
-            if role == "search" and scored.evaluation.error is None
-            for score in scored.evaluation.items
-        }
-        for trial in (best, parent)
-    )
-    shared = [key for key in one if key in other]
-    shares = objective.shares()
-    by_task: dict[str, list[float]] = {}
-    for key in shared:
-        by_task.setdefault(key[0], []).append(one[key].value - other[key].value)
-    if any(task not in by_task for task, share in shares.items() if share):
-        return None
-    lead = math.fsum(share * statistics.fmean(by_task[task]) for task, share in shares.items() if share)
-    interval = lead_interval([one[key] for key in shared], [other[key] for key in shared], shares, lead)
-    return (lead, interval) if all(map(math.isfinite, interval)) else None
 
 
 def _held_out_tile(snapshot: Snapshot) -> Tile | None:
@@ -220,68 +148,43 @@ def _held_out_tile(snapshot: Snapshot) -> Tile | None:
     return Tile("skills of parents", f"{len(lost)} lost", ", ".join(lost), "bad")
 
 
-def used_and_budget(snapshot: Snapshot) -> tuple[int, int | None]:
-    """How many candidates a search has used, and how many it may have.
-
-    Args:
-        snapshot: Of the study.
-
-    Returns:
-        (used, budget); the budget is None in a study that did not store it.
-    """
-    used = sum(trial.origin in SEARCHED for trial in snapshot.trials)
-    budgets = snapshot.study.facts.budgets
-    return used, sum(budgets) if budgets else None
-
-
 def _progress(snapshot: Snapshot) -> float | None:
-    used, budget = used_and_budget(snapshot)
+    figures = snapshot.summary["figures"]
     if snapshot.summary["state"] == "done":
         return 1.0
-    return None if not budget else min(1.0, used / budget)
+    return None if not figures["budget"] else min(1.0, figures["evaluations"] / figures["budget"])
 
 
 def _progress_tile(snapshot: Snapshot) -> Tile:
-    used, budget = used_and_budget(snapshot)
-    value = f"{used:,}" if budget is None else f"{used:,} / {budget:,}"
-    detail = f"{snapshot.summary['generations']} generations"
-    left = time_left(snapshot)
-    if left is not None:
-        detail += f", about {duration(left)} left"
-    return Tile("candidates", value, detail)
-
-
-def time_left(snapshot: Snapshot) -> float | None:
-    """Estimates the time that a running search still takes, by its latest attempts.
-
-    Args:
-        snapshot: Of the study.
-
-    Returns:
-        Seconds; None unless it runs, its budget is known and a generation is over.
-    """
-    used, budget = used_and_budget(snapshot)
-    if snapshot.summary["state"] != "running" or budget is None or snapshot.summary["generations"] < 2:
-        return None
-    recent = [attempt for attempt in snapshot.attempts if attempt.cause in ("done", "failed")][-_RECENT:]
-    ends = sorted(attempt.started + attempt.seconds for attempt in recent)
-    gaps = [after - before for before, after in pairwise(ends)]
-    if len(gaps) < 5:
-        return None
-    usual = 20 * statistics.median([attempt.seconds for attempt in recent]) + 60
-    mean = statistics.fmean([min(gap, usual) for gap in gaps])  # a pause between two runs is no time at work
-    return mean * max(0, budget - used)
+    figures = snapshot.summary["figures"]
+    value = f"{figures['evaluations']:,}"
+    if figures["budget"] is not None:
+        value += f" / {figures['budget']:,}"
+    parts = [f"{snapshot.summary['generations']} generations"]
+    if snapshot.summary["state"] == "running" and figures["rate"] is not None:
+        parts.append(f"{figures['rate']:,.0f} an hour")
+        if figures["eta"]:
+            of = f" of stage {figures['stage']}" if figures["stages"] > 1 else ""
+            parts.append(f"about {duration(figures['eta'])} left{of}")
+    return Tile("candidates", value, ", ".join(parts))
 
 
 def _cost_tile(snapshot: Snapshot) -> Tile:
-    workers = snapshot.activity["workers"]
-    busy = sum(worker["busy"] for worker in workers)
-    driven = sum(run["seconds"] for run in snapshot.activity["runs"])
-    devices = {worker["device"] for worker in workers}
-    unit = "GPU time" if any(device.startswith("cuda") for device in devices) else "worker time"
+    figures = snapshot.summary["figures"]
+    limits, hours = figures["limits"], figures["gpu_hours"]
+    parts = [f"{duration(sum(run['seconds'] for run in snapshot.activity['runs']))} on the clock"]
+    if limits["gpu_hours"] is not None:
+        parts.insert(0, f"of {limits['gpu_hours']:g} h")
+    if limits["price"]:
+        most = "" if limits["cost"] is None else f" of {limits['cost']:g}"
+        parts.append(f"cost {figures['cost']:.2f}{most}")
     share = snapshot.activity["utilisation"]
-    detail = f"{duration(driven)} on the clock, {len(workers)} worker{'s' if len(workers) != 1 else ''}"
-    return Tile(unit, duration(busy), detail if share is None else f"{detail}, {100 * share:.0f} % busy")
+    workers = len(snapshot.activity["workers"])
+    parts.append(f"{workers} worker{'s' if workers != 1 else ''}")
+    if share is not None:
+        parts.append(f"{100 * share:.0f} % busy")
+    label = "GPU time" if figures["on_gpu"] else "worker time"
+    return Tile(label, duration(3600 * hours), ", ".join(parts))
 
 
 def _failure_tile(summary: Mapping[str, Any]) -> Tile:

@@ -13,6 +13,7 @@ from evomerge.reports.panels.panel import Column, Panel, Table, rounded
 from evomerge.reports.panels.snapshot import Snapshot
 
 _ITEMS = 8  # whose outputs are shown
+_LONGEST = 400  # characters of a text
 _TITLE = "Two candidates compared"
 _CAPTION = (
     "Both on the same items, paired; the bars are 95 % intervals of the difference, corrected p by Holm. "
@@ -124,11 +125,17 @@ def _outputs(
         rows = []
         for key in shared[:_ITEMS]:
             first, second = outputs[0][key], outputs[1][key]
-            rows.append((key[0], first["prompt"], first["target"], first["output"], second["output"]))
+            texts = (first["prompt"], first["target"], first["output"], second["output"])
+            rows.append((key[0], *map(_end, texts)))
         return [Table("Outputs", columns, tuple(rows))]
     columns = (Column("task"), Column("item"), *(Column(label, "score") for label in labels))
     values = [(task, item, *(c.scores[task, item].value for c in contenders)) for task, item in keys]
     return [Table("Items that they differ on", columns, tuple(values))] if values else []
+
+
+def _end(text: str) -> str:
+    """The last part of a text: a prompt ends with its question."""
+    return text.strip() if len(text) <= _LONGEST else f"… {text[-_LONGEST:].strip()}"
 
 
 def _output_note(snapshot: Snapshot, names: list[str], tables: list[Table], role: str) -> str:

@@ -13,11 +13,9 @@ from evomerge.evaluation import Attempt, Objective
 from evomerge.recipes import Recipe
 from evomerge.reports.activity import study_activity
 from evomerge.reports.summary import study_summary
+from evomerge.reports.tally import rank
 from evomerge.store import Store, StudyRow, Trial
 from evomerge.store.score_check import stored_objective
-
-SEARCHED = ("sampled", "injected", "learned")
-"""Origins of candidates that a search's budget counts."""
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Snapshot:
     def ranked(self) -> list[Trial]:
         """Candidates of the search that were scored in full, the best first."""
         scored = [trial for trial in self.searched if trial.score is not None and trial.dropped is None]
-        return sorted(scored, key=lambda trial: (trial.violation, -(trial.score or 0.0), trial.id))
+        return sorted(scored, key=rank, reverse=True)
 
     @cached_property
     def generations(self) -> dict[int, list[Trial]]:
