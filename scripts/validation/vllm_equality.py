@@ -40,7 +40,8 @@ from scripts.validation.real_prompts import prompts_of
 REPO = Path(__file__).resolve().parents[2]
 TASKS = ("real_gsm8k", "real_mgsm_ja", "real_bbh_object_counting", "real_svamp")
 WEIGHTS = ((0.5, 0.5), (1.0, -0.5), (-0.3, 0.8))
-NEW_TOKENS = 24
+NEW_TOKENS = 16
+END = 2  # SmolLM2-Instruct's token that ends a text
 NOISE = 0.02  # of a parent's perturbation, times a tensor's standard deviation
 
 
@@ -112,11 +113,15 @@ def by_transformers(
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         out = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS, pad_token_id=0,
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0,
         )  # fmt: skip
-        made += out[:, longest:].tolist()
+        made += [until_end(text) for text in out[:, longest:].tolist()]
     return made
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    """A text with the token that ends it, without what follows."""
+    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
 
 def compared(
@@ -151,7 +156,7 @@ def rows_of(
         with tempfile.TemporaryDirectory() as folder, RowHead(model) as head:
             model.save_pretrained(folder)  # type: ignore[operator]
             alone = by_transformers(Path(folder), prompts, dtype, 1)
-            ours = compared([text.tokens for text in made], alone, head, prompts)
+            ours = compared([until_end(text.tokens) for text in made], alone, head, prompts)
             batched = None
             if dtype != torch.float32:
                 texts = by_transformers(Path(folder), prompts, dtype, 16)
