@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evomerge.checkpoints.foreign_formats import check_kind
 from evomerge.checkpoints.gguf import is_gguf, unpacked
+from evomerge.checkpoints.hub_access import work_offline_where_needed
 from evomerge.errors import CheckpointError
 
 _TERMS = ("README.md", "LICEN[SC]E*", "licen[sc]e*", "COPYING*", "NOTICE*", "*USE_POLICY*")
@@ -52,11 +53,14 @@ def _snapshot(repository: str, revision: str | None, shown: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unreachable = work_offline_where_needed()
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", *_TERMS]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if unreachable is not None:
+            reason = f"it is not in the cache, and the Hub cannot be reached from here ({unreachable})"
         is_missing = isinstance(error, LocalEntryNotFoundError)
     what = shown if revision is None else f"revision '{revision[:100]}' of {shown}"
     raise CheckpointError(
@@ -80,5 +84,5 @@ def _way_out(repository: str, revision: str | None) -> str:
     found = f"; the cache has {', '.join(there[:_SHOWN])}" if there else ""
     return (
         f"{found}; run `{command}` where the Hub can be reached, and with another cache copy "
-        f"{folder.name} from there to {folder.parent}"
+        f"{folder.name} from there to {folder.parent}; or `evomerge fetch` for all that a search needs"
     )

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
+from evomerge.checkpoints.hub_access import work_offline_where_needed
+
 _EXTRA = re.compile(r"""^([A-Za-z0-9._-]+)[^;]*;.*\bextra\s*==\s*["']([^"']+)["']""")
 _OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "DatasetNotFoundError")
 _NOT_CACHED = ("couldn't find", "couldn't reach", "couldn't be found", "doesn't exist on the hub")
@@ -104,6 +106,13 @@ def _remedy() -> str:
             os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
         )
         place = f"{Path(home) / 'datasets'}, its default"
+    unreachable = work_offline_where_needed()
+    if unreachable is not None:
+        return (
+            f"the Hub cannot be reached from here ({unreachable}): `evomerge fetch CONFIG --to DIR` brings "
+            f"models and data from a machine with a network; or set HF_DATASETS_CACHE to "
+            f"such data (now {place})"
+        )
     offline = [
         name for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if os.environ.get(name, "0") not in "0"
     ]

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from evomerge import _resources
+from evomerge.checkpoints.hub_access import work_offline_where_needed
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.lm_harness import sandbox
 from evomerge.evaluation.lm_harness.lm_eval_patches import code_metric_in_children, harden
@@ -24,6 +25,7 @@ from evomerge.evaluation.lm_harness.sandbox import TREE
 from evomerge.evaluation.lm_harness.task_index import manager_of_everything
 
 log = logging.getLogger(__name__)
+_BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of datasets, which read files
 
 
 class TaskCatalogue:
@@ -93,6 +95,8 @@ class TaskCatalogue:
         executes = sandbox.check_entry(name, manager.task_index, allow_code=self._allow_code)
         with code_metric_in_children() if executes else contextlib.nullcontext():
             self._find_data(name, manager)
+            if self._needs_hub(name, manager):
+                work_offline_where_needed()
             return manager.load([name])
 
     def _find_data(self, name: str, manager: TaskManager) -> None:
@@ -104,6 +108,11 @@ class TaskCatalogue:
             place = Path(entry.yaml_path).resolve().parent
             if any(place.is_relative_to(folder.resolve()) for folder in self.folders[1:]):
                 _place_data_files(entry, [place, Path.cwd()])
+
+    def _needs_hub(self, name: str, manager: TaskManager) -> bool:
+        """Whether a task of a name may read a data set of the Hub."""
+        entries = [manager.task_index[member] for member in sandbox.task_names(name, manager.task_index)]
+        return any(_is_of_hub(entry) for entry in entries)
 
     def is_benchmark(self, task: Any, requested_as: str) -> bool:
         """Returns whether a task comes from lm-eval's own tree, and not from a folder of ours or the user's.
@@ -126,6 +135,13 @@ class TaskCatalogue:
         if not path.is_relative_to(TREE):
             return False
         return not any(path.is_relative_to(folder.resolve()) for folder in self.folders)
+
+
+def _is_of_hub(entry: Any) -> bool:
+    """Whether an entry's data set is, as far as its YAML says, no file of this machine."""
+    config = entry.cfg or (load_yaml(entry.yaml_path) if entry.yaml_path is not None else {})
+    path = config.get("dataset_path")
+    return not isinstance(path, str) or (path not in _BUILDERS and not Path(path).exists())
 
 
 def _be_silent() -> None:
