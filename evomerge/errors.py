@@ -90,7 +90,7 @@ class StudyError(EvomergeError):
 
 
 class NothingToExport(EvomergeError):
-    """The study holds no candidate that could be exported."""
+    """The study holds no candidate that could be exported, or a check found what was made to be another."""
 
     code = "E310"
     exit_code = 4

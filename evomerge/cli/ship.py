@@ -8,43 +8,93 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.options import Models, Root, open_store
+from evomerge.cli.options import (
+    AllowCode,
+    AllowPython,
+    AllowTasks,
+    Models,
+    Root,
+    allowed,
+    open_store,
+)
 from evomerge.cli.output import put, tell
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, NothingToExport
 from evomerge.launch.references import split_reference
 
 if TYPE_CHECKING:
     from evomerge.export.stored_candidate import StoredCandidate
+    from evomerge.launch.exporting import Exported
 
 
 def export(
-    candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")],
+    candidate: Annotated[
+        str, typer.Argument(help="STUDY/ID, STUDY/best, STUDY/pareto, or STUDY with --top.")
+    ],
     directory: Annotated[Path, typer.Argument(help="Folder to make.")],
+    environment: Annotated[
+        Path | None,
+        typer.Argument(
+            help="With --verify: virtual environment with mergekit.",
+            show_default="$EVOMERGE_MERGEKIT_ENV or .venv-mergekit",
+        ),
+    ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Write the merged model too.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Merge it again with mergekit, compare, and score both folders again."),
+    ] = False,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, max=1000, help="The best so many, a folder for each.")
+    ] = None,
     models: Models = None,
+    allow_python: AllowPython = False,
+    allow_tasks: AllowTasks = False,
+    allow_code: AllowCode = False,
     root: Root = None,
 ) -> None:
-    """Write a candidate into a folder.
+    """Write a candidate into a folder, or the best or the Pareto front into a folder for each.
 
-    Its mergekit recipe, model card and lineage, and with --weights the merged model.
+    Its mergekit recipe, model card, licenses, lineage and commands, and with --weights the merged model.
     """
-    from evomerge import reports
     from evomerge.cli import progress as progress_module
-    from evomerge.export.candidate import export_candidate
-    from evomerge.export.stored_candidate import StoredCandidate
-    from evomerge.launch import opening
+    from evomerge.launch import exporting
+    from evomerge.launch.verification import mergekit_environment
 
-    study, reference = split_reference(candidate)
+    if environment is not None and not verify:
+        raise ConfigError(f"'{environment}' is an environment to verify with; add --verify, or leave it out")
+    study, _, reference = candidate.partition("/")
+    if top is None:
+        study, reference = split_reference(candidate)
+    request = exporting.ExportRequest(
+        weights,
+        mergekit_environment(environment) if verify else None,
+        models or (),
+        allowed(allow_python, allow_tasks, allow_code),
+    )
     with open_store(study, root) as store:
-        trial = reports.resolve(store, reference)
-        parents = opening.stored_parents(store, models or ())
-        with progress_module.bar("tensors") as progress:
-            warnings = export_candidate(store, trial, parents, directory, weights=weights, progress=progress)
-        stored = StoredCandidate.of(store, trial, parents)
-        commands = _trial_commands(stored, directory) if weights else stored.build_commands(directory)
+        trials, several = exporting.named_trials(store, reference, top)
+        found = exporting.export_trials(
+            store, trials, directory, request, several=several, bar=progress_module.bar, note=tell
+        )
+    warnings = dict.fromkeys(warning for one in found for warning in one.warnings)
     for warning in warnings:
         tell(f"warning: {warning}")
-    put(f"{directory}: candidate {trial.id} of {study}" + (", with weights" if weights else ""))
+    for one in found:
+        _say(one, study, weights)
+    failed = [one for one in found if one.verification is not None and not one.verification.passes]
+    if failed:
+        raise NothingToExport(
+            f"{failed[0].directory} is there and is not what it should be; its verify.json says what differs"
+        )
+
+
+def _say(exported: Exported, study: str, weights: bool) -> None:
+    """Prints what was written, and what can be done with it."""
+    directory, stored = exported.directory, exported.candidate
+    put(f"{directory}: candidate {stored.trial.id} of {study}" + (", with weights" if weights else ""))
+    if exported.verification is not None:
+        put(exported.verification.sentence)
+    commands = _trial_commands(stored, directory) if weights else stored.build_commands(directory)
     for number, command in enumerate(commands):
         put(f"{('try it' if weights else 'build it') if number == 0 else 'or'}: {command}")
     put(f"more: {directory / 'commands.sh'}")
@@ -77,6 +127,7 @@ def merge(
 ) -> None:
     """Merge by a recipe file into a folder."""
     from evomerge.cli import progress as progress_module
+    from evomerge.export.mergekit_agreement import compare_with_mergekit
     from evomerge.export.recipe_file import merge_recipe_file
     from evomerge.merging import mergekit_check
 
@@ -91,10 +142,13 @@ def merge(
         tell(f"warning: {warning}")
     put(f"{directory}: merged by {recipe}")
     if check_against is not None:
-        comparison = mergekit_check.compare_with_mergekit(recipe, directory, check_against)
-        put(f"against mergekit: {comparison}")
-        if not comparison.agrees:
-            raise typer.Exit(1)
+        agreement = compare_with_mergekit(recipe, directory, check_against, policy, memory_bytes)
+        put(f"against mergekit: {agreement.folder}")
+        if agreement.agrees and agreement.explanation:
+            put(agreement.explanation)
+        if not agreement.agrees:
+            reason = f" ({agreement.explanation})" if agreement.explanation else ""
+            raise NothingToExport(f"{directory} is not what mergekit makes of {recipe}{reason}")
 
 
 def _bytes(size: str | None) -> int | None:

@@ -157,12 +157,13 @@ def open_search(
     return _opened(settings, parents, (*warnings, *([warning] if warning else ())), allowed, stored)
 
 
-def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
+def open_stored_search(store: Store, allowed: Allowed | None = None, given: Sequence[str] = ()) -> Opened:
     """Opens what a stored study was searched with.
 
     Args:
         store: The study's store.
         allowed: What the tasks may do; nothing unless given.
+        given: 'NAME=PATH' of models that have moved.
 
     Returns:
         The open search.
@@ -170,10 +171,10 @@ def open_stored_search(store: Store, allowed: Allowed | None = None) -> Opened:
     Raises:
         StudyError: If a model or a task is no longer what it was.
     """
-    parents = stored_parents(store)
+    parents = stored_parents(store, given)
     study = store.study()
     assert study is not None
-    settings = stored_settings(study, store.path.parent)
+    settings = stored_settings(study, store.path.parent, given)
     opened = _opened(settings, parents, (), allowed, study.facts)
     for task, digest in opened.harness.fingerprint().items():
         if study.facts.tasks.get(task) != digest:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,28 +126,49 @@ def run_mergekit(
         raise SetupError(f"mergekit failed on {shown or recipe}: {last_line[:300]}")
 
 
-def compare_with_mergekit(recipe: Path, ours: Path, environment: Path) -> Comparison:
-    """Merges a recipe with mergekit, into a folder that is removed again, and compares.
+def version(environment: Path) -> str:
+    """The version of mergekit in a virtual environment.
+
+    Args:
+        environment: The environment.
+
+    Returns:
+        Such as '0.1.5'; 'unknown' where it does not say.
+    """
+    program = "import importlib.metadata as m; print(m.version('mergekit'))"
+    try:
+        done = subprocess.run(
+            [environment / "bin" / "python", "-P", "-c", program], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
+    text = done.stdout.strip()
+    return text if done.returncode == 0 and text and text.isprintable() and len(text) < 40 else "unknown"
+
+
+@contextmanager
+def merged_by_mergekit(recipe: Path, beside: Path, environment: Path) -> Iterator[Path]:
+    """A context with what mergekit makes of a recipe.
 
     Args:
         recipe: A mergekit YAML.
-        ours: Folder that we merged it to.
+        beside: A folder; mergekit's is made beside it and removed again.
         environment: A virtual environment with mergekit 0.1.5.
 
-    Returns:
-        The comparison.
+    Yields:
+        mergekit's folder.
 
     Raises:
         SetupError: There is no mergekit, or it fails on the recipe.
     """
     program = find_program(recipe, environment)
-    with tempfile.TemporaryDirectory(dir=ours.parent, prefix=".mergekit-") as scratch:
+    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=".mergekit-") as scratch:
         out = Path(scratch) / "out"
         copy = Path(scratch) / "recipe.yaml"
         documents = [_with_absolute_folders(document.data) for document in _yaml.read_all(recipe)]
         copy.write_text(yaml.safe_dump_all(documents, sort_keys=False), encoding="utf-8")
         run_mergekit(program, copy, out, shown=recipe)
-        return compare(Checkpoint(ours), Checkpoint(out))
+        yield out
 
 
 def compare(one: Checkpoint, other: Checkpoint) -> Comparison:

@@ -13,11 +13,20 @@ from __future__ import annotations
 
 from evomerge.reports.activity import study_activity
 from evomerge.reports.markdown import study_markdown
-from evomerge.reports.summary import candidate, front, lost_skills, resolve, study_summary, test_item_uses
+from evomerge.reports.summary import (
+    candidate,
+    front,
+    leaders,
+    lost_skills,
+    resolve,
+    study_summary,
+    test_item_uses,
+)
 
 __all__ = [
     "candidate",
     "front",
+    "leaders",
     "lost_skills",
     "resolve",
     "study_activity",

@@ -205,6 +205,37 @@ def resolve(store: Store, reference: str) -> Trial:
     return labelled[reference]
 
 
+def leaders(store: Store, count: int) -> list[Trial]:
+    """Ranks the candidates of a search: the winner, the other finalists, then the others.
+
+    Finalists are ranked by their validation scores; what was not a finalist by its search score, among those
+    that no race dropped, where other generations have other items.
+
+    Args:
+        store: An open study.
+        count: Most candidates, at least 1.
+
+    Returns:
+        The best first, each recipe once; fewer where there are no more.
+
+    Raises:
+        StudyError: The file holds no study yet.
+    """
+    study, trials = _study(store), store.trials()
+    searched = [t for t in trials if t.generation > 0 and t.score is not None and t.dropped is None]
+    searched.sort(key=lambda trial: (trial.violation, -(trial.score or 0.0), trial.id))
+    first: list[int] = []
+    if study.outcome is not None:
+        scored = [row for row in study.outcome.finalists if row.get("validation") is not None]
+        scored.sort(key=lambda row: -float(row["validation"]))
+        first = [int(row["id"]) for row in (study.outcome.best, *scored)]
+    known = {trial.id: trial for trial in trials}
+    ranked: dict[str, Trial] = {}
+    for trial in (*(known[i] for i in first if i in known), *searched):
+        ranked.setdefault(trial.recipe_id, trial)
+    return list(ranked.values())[:count]
+
+
 def front(store: Store) -> dict[str, Any]:
     """Reads the Pareto front over tasks.
 

@@ -149,7 +149,8 @@ def commands() -> str:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
-        usage = f"evomerge {name}" + "".join(f" {p.name.upper()}" for p in arguments) + " [OPTIONS]"
+        shown = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
+        usage = " ".join([f"evomerge {name}", *shown, "[OPTIONS]"])
         parts += [f"## evomerge {name}", code(usage), command.help or ""]
         rows = [(code(p.name.upper()), getattr(p, "help", "") or "") for p in arguments]
         rows += [(", ".join(code(o) for o in (*p.opts, *p.secondary_opts)), p.help or "") for p in options]
