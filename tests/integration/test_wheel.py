@@ -59,6 +59,13 @@ def data_files(folder: str) -> dict[str, str]:
     }
 
 
+def page_files() -> list[str]:
+    """Templates, style and scripts of the page of a study."""
+    folder = REPO / "evomerge" / "reports" / "page"
+    files = (p for kind in ("static", "templates") for p in (folder / kind).rglob("*"))
+    return [str(p.relative_to(folder)) for p in files if p.is_file()]
+
+
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if ".dist-info/" not in n]
@@ -67,12 +74,14 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) 
         for p in (REPO / "evomerge").rglob("*")
         if p.suffix in (".py", ".c", ".h", ".typed")
     }
+    page = {f"evomerge/reports/page/{name}" for name in page_files()}
     data = {
         f"evomerge/_data/{Path(folder).name}/{name}"
         for folder in ("search_spaces", "evaluators", "scripts/cluster")
         for name in data_files(folder)
     }
-    assert set(names) == package | data
+    assert set(names) == package | page | data
+    assert len(page) >= 15
     assert len(data) >= 5
     assert len(set(names)) == len(names)
 

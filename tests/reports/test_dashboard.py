@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from evomerge.reports.dashboard.watch import StudyWatch, change
 from evomerge.store.stop_request import stop_requested
 from tests.support.browser import damage
 from tests.support.large_study import StudyPlan, make_study, making
-from tests.support.toy import in_process
+from tests.support.toy import command, environment, in_process
 
 TOKEN = "a token of tests"
 SMALL = StudyPlan(candidates=40, population=20, name="small")
@@ -205,6 +208,27 @@ def test_what_cannot_be_served_is_one_clear_error(tmp_path: Path) -> None:
         Listening(prefix="proxy/")
     code, _, err = in_process("dashboard", tmp_path / "none")
     assert (code, "no folder" in err) == (3, True)
+
+
+@pytest.mark.parametrize("named", ["argument", "variable"])
+def test_the_verb_serves_a_root_until_it_is_interrupted(tmp_path: Path, named: str) -> None:
+    with making(tmp_path, StudyPlan(name="elsewhere")):
+        words = ["dashboard", "--port", "0", *([tmp_path] if named == "argument" else [])]
+        more = {"EVOMERGE_ROOT": str(tmp_path)} if named == "variable" else {}
+        process = subprocess.Popen(
+            command(*words),
+            env=environment() | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert "elsewhere" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
 
 
 def test_loopback_addresses_are_known() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from evomerge.errors import EvomergeError
 from evomerge.recipes import Recipe
+from evomerge.reports.outputs import OUTPUTS
 from evomerge.reports.page import digest, render_part
 from evomerge.reports.panels import (
     Overview,
@@ -27,7 +28,8 @@ from evomerge.reports.panels import (
 from evomerge.store import Store
 from evomerge.store.stop_request import STOP
 
-_OLD = 5.0  # seconds after which a study is read again without a change: its driver may be gone
+_OLD = 5.0  # seconds after which a running study is read again without a change: its driver may be gone
+_VERY_OLD = 60.0  # the same of one that does not run
 _REST = 2.0  # a study is read again no sooner than after so many times what reading it took
 _RECIPES = 4000  # that are kept from one reading to the next
 
@@ -153,7 +155,8 @@ class StudyWatch:
         now = self.clock()
         if now - self._read_at < _REST * self._took:
             return True
-        return view.marker == self._marker() and now - self._read_at < _OLD
+        is_running = view.overview is not None and view.overview.state == "running"
+        return view.marker == self._marker() and now - self._read_at < (_OLD if is_running else _VERY_OLD)
 
     def table(self, address: Mapping[str, str]) -> Panel | None:
         """The candidates as an address wants them sorted and filtered.
@@ -222,8 +225,8 @@ class StudyWatch:
         return View(marker, head, made)
 
     def _marker(self) -> Marker:
-        files = (self.path, self.path.with_name(f"{self.path.name}-wal"), self.path.with_name(STOP))
-        return tuple(_stamp(file) for file in files)
+        names = (self.path.name, f"{self.path.name}-wal", STOP, OUTPUTS)
+        return tuple(_stamp(self.path.with_name(name)) for name in names)
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:

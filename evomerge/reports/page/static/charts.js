@@ -83,7 +83,7 @@ const evomerge = (() => {
       const colour = r.origin === "parent" ? soft : colours[1];
       return {
         yAxis: r.score, name: r.name, lineStyle: { color: colour, type: r.origin === "parent" ? [4, 4] : [8, 4], width: 1, opacity: .9 },
-        label: { show: r.text !== "", formatter: r.text, position: "end", color: colour, fontSize: 11, width: 150, overflow: "truncate", align: "left" },
+        label: { show: r.text !== "", formatter: r.text, position: "end", color: colour, fontSize: 11, width: 185, overflow: "truncate", align: "left" },
       };
     });
     return base({
@@ -93,7 +93,7 @@ const evomerge = (() => {
           : tip(e.seriesName, [["generation", String(e.value[2] ?? "")], ["objective", fixed(e.value[1])]])),
       },
       xAxis: axis({ type: "value", name: "candidate, in the order it was tried", min: "dataMin", max: "dataMax", minInterval: 1, splitLine: { show: false } }),
-      grid: { left: 8, right: 160, top: 34, bottom: 26, containLabel: true },
+      grid: { left: 8, right: 195, top: 34, bottom: 26, containLabel: true },
       yAxis: axis({ type: "value", scale: true, min: low - pad, max: high + pad, axisLabel: { ...scoreLabel, showMinLabel: false, showMaxLabel: false } }),
       legend: { data: ["candidates", "dropped by a race", "best of a generation", "median", "finalist", "the best"].filter((n) =>
         (n !== "dropped by a race" || d.points.some((p) => p[3])) && (n !== "finalist" || d.finalists.length)) },
