@@ -45,18 +45,33 @@ def locate(reference: str, revision: str | None = None) -> Path:
     is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference)
     if path.is_absolute() or reference.startswith(".") or not is_repository:
         raise CheckpointError(f"there is no folder {shown} (looked from {Path.cwd()})")
-    return _snapshot(reference, revision, shown)
+    return snapshot(reference, revision)
 
 
-def _snapshot(repository: str, revision: str | None, shown: str) -> Path:
-    """Folder of a repository in the cache, downloaded if it is not there. shown: the name for an error."""
+def snapshot(repository: str, revision: str | None = None, cache: Path | None = None) -> Path:
+    """Downloads what a merge and a search read of a repository, unless it is in the cache.
+
+    Args:
+        repository: Of the Hugging Face Hub.
+        revision: Branch, tag or commit; None: its main branch.
+        cache: The cache's folder; None for the user's.
+
+    Returns:
+        The folder of the files, whose name is the commit.
+
+    Raises:
+        CheckpointError: There is no such repository, or it cannot be fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    shown = f"'{repository[:200]}'" if repository.isprintable() else ascii(repository[:200])
     unreachable = work_offline_where_needed()
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", *_TERMS]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, cache_dir=cache)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if unreachable is not None:

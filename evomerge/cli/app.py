@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from evomerge import __version__
 from evomerge._escaping import one_line
 from evomerge._redaction import ScrubbedFormatter, scrub
-from evomerge.cli import analysis, control, doctor, init, pages, run, ship
+from evomerge.cli import analysis, control, doctor, fetch, init, pages, run, ship
 from evomerge.cli.output import print_in_any_locale, put, tell
 from evomerge.cli.usage_errors import usage_line
 from evomerge.errors import ConfigError, EvomergeError, unwritable
@@ -59,7 +59,7 @@ app = typer.Typer(
     add_completion=True,
 )
 _GROUPS = {
-    "Plan": (init.init, init.schema, analysis.plan, doctor.doctor),
+    "Plan": (init.init, init.schema, analysis.plan, fetch.fetch, doctor.doctor),
     "Search": (run.run, run.resume, control.stop),
     "Inspect": (
         control.status,

@@ -63,12 +63,7 @@ def open_tasks(
             f"task '{first.task}' runs the Python function {first.python} in this process, "
             "with all your rights; read it, then allow that with --allow-python"
         )
-    foreign = [folder for folder in settings.evaluation.include if not _shipped(folder)]
-    if foreign and not allow_tasks:
-        raise ConfigError(
-            f"evaluation.include names '{foreign[0]}': task files there can run Python in this process, "
-            "with all your rights; read them, then allow that with --allow-tasks"
-        )
+    check_task_folders(settings, allow_tasks=allow_tasks)
     tokenizer = model_loading.load_tokenizer(base)
     sets: list[TaskSet] = []
     if len(python_tasks) < len(settings.tasks):
@@ -76,6 +71,24 @@ def open_tasks(
     if python_tasks:
         sets.append(_python_tasks(settings, tokenizer, base, device))
     return sets[0] if len(sets) == 1 else CombinedTasks(sets)
+
+
+def check_task_folders(settings: Config, *, allow_tasks: bool) -> None:
+    """Checks that the task folders of a search may be read, whose files are code.
+
+    Args:
+        settings: The settings of the search.
+        allow_tasks: Whether folders that are not evomerge's own may be.
+
+    Raises:
+        ConfigError: One is named and not allowed.
+    """
+    foreign = [folder for folder in settings.evaluation.include if not _shipped(folder)]
+    if foreign and not allow_tasks:
+        raise ConfigError(
+            f"evaluation.include names '{foreign[0]}': task files there can run Python in this process, "
+            "with all your rights; read them, then allow that with --allow-tasks"
+        )
 
 
 def _harness_tasks(
