@@ -140,21 +140,33 @@ def exported(root: Path, folder: Path) -> list[str]:
     out = folder / "export"
     words = ("export", f"{STUDY}/best", out, "--weights", "--root", root)
     subprocess.run(command(*words), cwd=REPO, env=environment(), check=True, capture_output=True)
-    words = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-        f"pretrained={weights_folder(out)},dtype=bfloat16", "--tasks", ",".join(TASKS), "--include_path",
-        str(folder / "tasks"), "--batch_size", "1", "--output_path", str(folder / "lm_eval"),
-        "--device", "cpu",
-    ]  # fmt: skip
-    subprocess.run(words, cwd=REPO, env=environment(), check=True, capture_output=True)
-    results = json.loads(next((folder / "lm_eval").rglob("results*.json")).read_text())["results"]
-    lines = []
+    python = os.environ.get("EVOMERGE_VLLM_PYTHON", sys.executable)
+    given = f"pretrained={weights_folder(out)},dtype=bfloat16"
+    by_hf = lm_eval_scores(sys.executable, "hf", f"{given}", folder)
+    by_vllm = lm_eval_scores(python, "vllm", f"{given},max_model_len=128,enforce_eager=True", folder)
     stored = stored_test_scores(root / STUDY / "study.db")
-    for task in TASKS:
-        theirs = float(results[task]["exact_match,number"])
-        same = "yes" if abs(stored[task] - theirs) < 1e-9 else "NO"
-        lines.append(f"| {task} | {stored[task]:.4f} | {theirs:.4f} | {same} |")
-    return lines
+    return [
+        f"| {task} | {stored[task]:.4f} | {by_hf[task]:.4f} | {by_vllm[task]:.4f} "
+        f"| {'yes' if abs(stored[task] - by_hf[task]) < 1e-9 else 'NO'} |"
+        for task in TASKS
+    ]
+
+
+def lm_eval_scores(python: str, model: str, arguments: str, folder: Path) -> dict[str, float]:
+    """Task -> its score by lm_eval's command line with one of its models."""
+    out = folder / f"lm_eval-{model}"
+    words = [
+        python, "-m", "lm_eval", "run", "--model", model, "--model_args", arguments, "--tasks",
+        ",".join(TASKS), "--include_path", str(folder / "tasks"), "--output_path", str(out),
+        *(["--batch_size", "1", "--device", "cpu"] if model == "hf" else ["--batch_size", "auto"]),
+    ]  # fmt: skip
+    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    given = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=folder, env=given | more, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"lm_eval --model {model} failed: {done.stderr[-2000:]}")
+    results = json.loads(next(out.rglob("results*.json")).read_text())["results"]
+    return {task: float(results[task]["exact_match,number"]) for task in TASKS}
 
 
 def weights_folder(out: Path) -> Path:
@@ -200,8 +212,8 @@ def main() -> None:
             f"{evaluations} evaluations stored; tables that differ from the unbroken search: "
             f"{', '.join(apart) or 'none'}.",
             "",
-            "| task | stored, test | lm_eval on the export | same |",
-            "| --- | --- | --- | --- |",
+            "| task | stored, test | lm_eval --model hf on the export | lm_eval --model vllm | stored = hf |",
+            "| --- | --- | --- | --- | --- |",
             *exported(folder / "whole", folder),
             "",
         ]
