@@ -47,6 +47,13 @@ AllowCode = Annotated[
         "with limits; they read what you read.",
     ),
 ]
+AllowNotify = Annotated[
+    bool,
+    typer.Option(
+        "--allow-notify",
+        help="Run the commands and call the addresses that the search names under notify.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -117,6 +124,7 @@ class RunOptions:
         allow_python: Run the Python functions that the search names as tasks.
         allow_tasks: Load task folders that are not evomerge's own.
         allow_code: Run the programs that models write, in child processes.
+        allow_notify: Run the commands and call the addresses under notify.
         workers: Processes of this machine, or of the Ray cluster, that evaluate candidates.
         ray: 'local', 'auto' or the address of a Ray cluster.
         gpus: GPUs of each Ray worker: 0 to 1, or a whole number.
@@ -131,6 +139,7 @@ class RunOptions:
     allow_python: AllowPython = False
     allow_tasks: AllowTasks = False
     allow_code: AllowCode = False
+    allow_notify: AllowNotify = False
     workers: Workers = None
     ray: Ray = None
     gpus: Gpus = None
@@ -144,7 +153,7 @@ class RunOptions:
     @property
     def allowed(self) -> Allowed:
         """What the tasks may do."""
-        return allowed(self.allow_python, self.allow_tasks, self.allow_code)
+        return allowed(self.allow_python, self.allow_tasks, self.allow_code, self.allow_notify)
 
     def apply_to(self, settings: Config) -> Config:
         """The settings with what these options say of where the search runs.
@@ -242,17 +251,18 @@ def reading_store(study: str, root: Path | None) -> Iterator[Store]:
         yield store
 
 
-def allowed(python: bool, tasks: bool, code: bool) -> Allowed:
+def allowed(python: bool, tasks: bool, code: bool, notify: bool = False) -> Allowed:
     """What the options let the tasks do.
 
     Args:
         python: --allow-python.
         tasks: --allow-tasks.
         code: --allow-code-execution.
+        notify: --allow-notify.
 
     Returns:
         The permissions as `evomerge.launch` takes them.
     """
     from evomerge.launch.opening import Allowed
 
-    return Allowed(python, tasks, code)
+    return Allowed(python, tasks, code, notify)

@@ -117,6 +117,7 @@ def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = Fa
     with open_screen(request.settings.study, quiet=options.quiet, as_json=options.as_json) as screen:
         with progress.stop_while_opening():
             from evomerge import reports
+            from evomerge.launch.listeners import open_listeners
             from evomerge.launch.prepare import prepare_study
             from evomerge.launch.running import run_study
             from evomerge.search import StopRequest
@@ -134,7 +135,7 @@ def _search(request: SearchRequest, options: RunOptions, accept_floor: bool = Fa
         with study.store, contextlib.closing(study.pool):
             try:
                 with progress.stop_while_running(study):
-                    run_study(study, [screen])
+                    run_study(study, [screen, *open_listeners(request.effective_settings, study.store)])
             except KeyboardInterrupt:
                 if study.dispatch.stop is not StopRequest.DROP:
                     raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge._escaping import printable
 from evomerge.cli import study_tables
-from evomerge.cli.output import put, tell
+from evomerge.cli.output import tell
 
 if TYPE_CHECKING:
     from evomerge.reports.monitor import Update
@@ -89,7 +89,10 @@ class Quiet:
 
 
 class JsonLines(Quiet):
-    """Prints each update but mere progress as a line of JSON."""
+    """Prints each update but mere progress as a line of JSON.
+
+    What libraries print meanwhile goes to standard error.
+    """
 
     def __init__(self, name: str) -> None:
         """A screen of one study.
@@ -97,7 +100,16 @@ class JsonLines(Quiet):
         Args:
             name: Its name.
         """
-        self._name = name
+        self._name, self._output = name, sys.stdout
+
+    def __enter__(self) -> JsonLines:
+        self._output, sys.stdout = sys.stdout, sys.stderr
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.stdout = self._output
 
     def update(self, update: Update) -> None:
         """See `SearchScreen.update`."""
@@ -127,7 +139,7 @@ class JsonLines(Quiet):
             }
         if update.kind == "end":
             line |= {"state": update.state, "results": dict(update.results)}
-        put(json.dumps(line), flush=True)
+        print(json.dumps(line), file=self._output, flush=True)
 
 
 class DatedLines(Quiet):

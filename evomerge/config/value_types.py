@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from evomerge.config.stage_kinds import STAGES
 from evomerge.evaluation.lm_harness.backends import BACKENDS
 from evomerge.optimizers import OPTIMIZERS
+from evomerge.reports.trackers.tracker import TRACKERS
 
 
 def _no_truth_value(value: Any) -> Any:
@@ -48,6 +49,12 @@ def _backend_name(value: str) -> str:
     return value
 
 
+def _tracker_name(value: str) -> str:
+    if value not in TRACKERS:
+        raise ValueError(f"should be one of {', '.join(TRACKERS)}")
+    return value
+
+
 def _printable(value: str) -> str:
     if not value.isprintable() or value != value.strip():
         raise ValueError("should be printable text without spaces around it")
@@ -70,6 +77,8 @@ StageName = Annotated[str, AfterValidator(_stage_name)]
 """A name of `evomerge.config.stage_kinds.STAGES`."""
 BackendName = Annotated[str, AfterValidator(_backend_name)]
 """A key of `evomerge.evaluation.lm_harness.backends.BACKENDS`."""
+TrackerName = Annotated[str, AfterValidator(_tracker_name)]
+"""A key of `evomerge.reports.trackers.TRACKERS`."""
 Measure = Literal["metric", "probability", "logprob"]
 """What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of
 the right answer."""

@@ -60,7 +60,13 @@ def candidate_lineage(
         ],
         "facts": study.facts.to_json(),
         "config_sha256": hashlib.sha256(study.config.encode()).hexdigest(),
-        "config": _yaml.parse(study.config, f"{study.name} (stored)").data,
+        "config": _settings(study),
     }
     scrubbed: dict[str, Any] = scrub_data(lineage)
     return scrubbed
+
+
+def _settings(study: StudyRow) -> Any:
+    """The search file without addresses of people and chats, which may let anybody write there."""
+    settings = _yaml.parse(study.config, f"{study.name} (stored)").data
+    return {key: value for key, value in settings.items() if key != "notify"}

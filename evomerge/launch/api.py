@@ -68,6 +68,7 @@ def run(
     allow_python: bool = False,
     allow_tasks: bool = False,
     allow_code_execution: bool = False,
+    allow_notify: bool = False,
     accept_floor: bool = False,
 ) -> StudyView:
     """Runs a search to its end.
@@ -84,6 +85,7 @@ def run(
         allow_tasks: Load the task folders that the search includes; a task file is code.
         allow_code_execution: Run the programs that models write, where a task scores them so, in child
             processes with limits.
+        allow_notify: Run the commands and call the addresses that the search names under `notify`.
         accept_floor: Begin also where no parent has anything right in a task, or all answer it alike.
 
     Returns:
@@ -97,6 +99,7 @@ def run(
     """
     set_thread_defaults()
     from evomerge import reports
+    from evomerge.launch.listeners import open_listeners
     from evomerge.launch.opening import Allowed
     from evomerge.launch.prepare import prepare_study
     from evomerge.launch.running import run_study
@@ -106,13 +109,13 @@ def run(
     study = prepare_study(
         replace(request, resume=resume or request.resume),
         _root(root),
-        allowed=Allowed(allow_python, allow_tasks, allow_code_execution),
+        allowed=Allowed(allow_python, allow_tasks, allow_code_execution, allow_notify),
         workers=workers,
         show=on_progress or _silent,
         accept_floor=accept_floor,
     )
     with study.store, contextlib.closing(study.pool):
-        run_study(study, [], on_progress)
+        run_study(study, open_listeners(request.effective_settings, study.store), on_progress)
         study.store.path.with_name("report.md").write_text(
             reports.study_markdown(study.store), encoding="utf-8"
         )

@@ -173,7 +173,9 @@ def _comparable(settings: Config, mixes_engines: bool = False) -> dict[str, Any]
 
     The budgets of all stages but the last must not change: they say where the next stage begins.
     """
-    data = settings.model_dump(mode="json", exclude={"cluster", "budget", "reuse", "license"})
+    data = settings.model_dump(
+        mode="json", exclude={"cluster", "budget", "reuse", "trackers", "notify", "license"}
+    )
     del data["study"]
     data["models"] = {name: {} for name in data["models"]}
     del data["evaluation"]["include"]

@@ -39,11 +39,13 @@ class Allowed:
         python: Run the Python functions that the settings name as tasks.
         tasks: Load task folders that are not evomerge's own.
         code: Execute what models write in child processes, where a task scores it so.
+        notify: Run the commands and call the addresses that the settings name under `notify`.
     """
 
     python: bool = False
     tasks: bool = False
     code: bool = False
+    notify: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from evomerge.config import Config, loading
 from evomerge.errors import StudyError, unwritable
 from evomerge.evaluation import ROLES, Evaluator, Items, Objective, Role
-from evomerge.launch import first_scores, memory, placement, route_screen, stages
+from evomerge.launch import first_scores, listeners, memory, placement, route_screen, stages
 from evomerge.launch import pool as pool_module
 from evomerge.launch.facts import check_agreement, collect_facts
 from evomerge.launch.objective import per_generation, race_settings
@@ -68,6 +68,7 @@ def prepare_study(
         EvomergeError: If a model or a task cannot be opened.
     """
     settings = request.settings
+    listeners.check_notify(settings, allowed or Allowed())
     on_cpu = placement.check_place(settings) if wrap is None else ""
     if on_cpu:
         show(Progress("opening models and tasks", 0, 1, None, on_cpu))

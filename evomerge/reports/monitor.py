@@ -38,6 +38,7 @@ class Update:
         text: A line to be printed, or ''.
         figures: Where the search stands.
         trial: The candidate that was stored, else None.
+        generation: The one that has ended, else None.
         state: At the end: what became of the search; '' before.
         results: At the end of a finished search: numbers of its winner by name, such as 'test'.
     """
@@ -49,6 +50,7 @@ class Update:
     text: str
     figures: Figures
     trial: Trial | None = None
+    generation: int | None = None
     state: State | Literal[""] = ""
     results: Mapping[str, float] = field(default_factory=dict)
 
@@ -101,7 +103,9 @@ class Monitor:
         figures = self.tally.figures()
         if kind == "best" and trial is not None:
             text = text or f"candidate {trial.id}, new best {_standing(figures)}"
-        self._tell(Update(kind, progress.stage, progress.done, progress.total, text, figures, trial))
+        ended = progress.generation if kind == "generation" else None
+        counts = (progress.done, progress.total)
+        self._tell(Update(kind, progress.stage, *counts, text, figures, trial, ended))
 
     def end(self, state: State, text: str, results: Mapping[str, float] | None = None) -> None:
         """Tells that the search has ended.
@@ -113,7 +117,7 @@ class Monitor:
         """
         figures = self.tally.figures()
         counts = (figures.evaluations, figures.budget or 0)
-        self._tell(Update("end", state, *counts, text, figures, None, state, results or {}))
+        self._tell(Update("end", state, *counts, text, figures, state=state, results=results or {}))
 
     def _kind(self, progress: Progress) -> Kind:
         trial = progress.trial

@@ -228,7 +228,8 @@ def test_doctor_finds_this_environment_fit(tmp_path: Path) -> None:
     assert found["problems"] == []
     assert all(row["fits"] for row in found["packages"] if not row["extra"])
     assert {"torch", "transformers", "lm-eval", "safetensors"} <= {row["name"] for row in found["packages"]}
-    assert {row["extra"] for row in found["packages"]} == {"", "ray", "plots", "gguf"}
+    extras = {"", "ray", "plots", "gguf", "vllm", "dashboard", "optuna", "trackers"}
+    assert {row["extra"] for row in found["packages"]} == extras
     assert found["devices"][0]["name"] == "cpu"
     assert found["studies"]["root"] == str(root)
     assert found["studies"]["free"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
