@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from evomerge.config import schema, stage_schema
+from evomerge.config import listener_schema, schema, stage_schema
 from evomerge.config.messages import block_of
 from evomerge.config.renamed_keys import RENAMED
 from evomerge.config.schema import Config
@@ -208,7 +208,7 @@ def _first_sentence(block: type[BaseModel]) -> str:
 def _descriptions() -> dict[str, dict[str, str]]:
     """Class of the schema -> key -> the text under it, on one line."""
     descriptions: dict[str, dict[str, str]] = {}
-    sources = [inspect.getsource(module) for module in (schema, stage_schema)]
+    sources = [inspect.getsource(module) for module in (schema, stage_schema, listener_schema)]
     for definition in [node for source in sources for node in ast.parse(source).body]:
         if not isinstance(definition, ast.ClassDef):
             continue

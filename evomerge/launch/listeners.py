@@ -6,7 +6,7 @@ import json
 
 from evomerge._redaction import scrub_data
 from evomerge.config import Config
-from evomerge.config.schema import NotifyConfig
+from evomerge.config.listener_schema import NotifyConfig
 from evomerge.errors import ConfigError
 from evomerge.launch.opening import Allowed
 from evomerge.reports.monitor import Listener

@@ -160,8 +160,7 @@ def test_a_channel_that_fails_or_hangs_costs_a_warning(
 
 def settings(**changes: Any) -> Any:
     text = "study: x\nmodels: {a: /a, b: /b}\nbase: a\nmethod: linear\ntasks: [{task: arc_easy}]\n"
-    text += "".join(f"{key}: {json.dumps(value)}
-" for key, value in changes.items())
+    text += "".join(f"{key}: {json.dumps(value)}\n" for key, value in changes.items())
     return loading.check(_yaml.parse(text, "x"))
 
 
