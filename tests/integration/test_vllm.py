@@ -80,17 +80,22 @@ def take(model: Any, other: Any, starts: tuple[str, ...] = ("",)) -> None:
             own[name].copy_(given[name])
 
 
-@pytest.fixture(params=["reload", "in-place"])
-def push(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_tokens_are_transformers_own_after_every_push(push: Any, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("push", "devices", "tied"),
+    [
+        ("reload", 1, True),
+        ("reload", 1, False),
+        ("in-place", 1, True),
+        ("in-place", 1, False),
+        ("reload", 2, True),
+    ],
+)
+def test_tokens_are_transformers_own_after_every_push(push: Any, devices: int, tied: bool) -> None:
     """After whole merges, after one layer, and after the embedding alone, which a tied head shares."""
     model, other = built(1, tied=tied), built(2, tied=tied)
     first = built(1, tied=tied)
-    engine = LiveEngine(model, EngineSettings(python=PYTHON, push=push, rows=8, cache=1 << 28), 320)
+    settings = EngineSettings(python=PYTHON, push=push, rows=8, cache=1 << 28, tensor_parallel=devices)
+    engine = LiveEngine(model, settings, 320)
     try:
         with RowHead(model) as head:
             assert engine.verify(head, prompts(), 4).allowed
