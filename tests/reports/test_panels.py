@@ -23,7 +23,7 @@ from evomerge.reports.panels import (
     pair,
     study_panels,
 )
-from evomerge.reports.panels.coefficients import coefficients
+from evomerge.reports.panels.coefficients import EMBEDDINGS, HEAD, coefficients
 from evomerge.reports.panels.panel import cell, duration, spread_out
 from evomerge.store import Store, Trial
 from tests.support.large_study import TASKS, StudyPlan, make_study, making
@@ -121,7 +121,7 @@ def test_coefficients_of_filters_and_of_layers_that_are_taken_over() -> None:
     assert found[0, "attention"] == {"a": 0.5, "b": 1.0}
     assert found[0, "mlp"] == {"a": 2.0, "b": 1.0}
     assert found[1, ""] == {"a": 1.0}
-    assert found[-1, ""] == found[2, ""] == {"a": 0.25, "b": 0.75}
+    assert found[EMBEDDINGS, ""] == found[HEAD, ""] == {"a": 0.25, "b": 0.75}
 
 
 def test_tasks_name_the_best_parent_and_what_is_lost(snapshot: Snapshot, study: Path) -> None:
@@ -227,3 +227,25 @@ def test_cells_are_written_by_kind() -> None:
     assert cell((0.1, 0.2), "interval") == "0.100 to 0.200"
     assert [duration(s) for s in (45, 720, 12_000, 187_200)] == ["45 s", "12 min", "3 h 20 min", "2 d 4 h"]
     assert spread_out(list(range(100)), 3) == [0, 50, 99]
+
+
+def test_failures_that_differ_in_their_numbers_are_one_kind(tmp_path: Path) -> None:
+    with making(tmp_path, StudyPlan(name="failing", population=200)) as maker:
+        maker.add_candidates(200)
+        with Store.open(maker.store.path) as store:
+            panel = PANELS["failures"](Snapshot(store))
+    assert panel is not None
+    by_cause, by_error = panel.tables
+    assert by_cause.rows[0][:2] == ("out of memory", 2)
+    assert [row[1] for row in by_error.rows] == [2]
+    assert "1 GiB" in by_error.rows[0][0]
+
+
+def test_routes_of_several_lengths_leave_their_rows_empty_where_they_have_no_layer(routes: Path) -> None:
+    with Store.open(routes) as store:
+        data = chart(PANELS["beliefs"](Snapshot(store)))  # type: ignore[arg-type]
+    assert data["rows"][0] == "embeddings"
+    assert data["rows"][-1] == "head"
+    for rows in data["values"]:
+        for row in rows:
+            assert row[0] is None or sum(row) == pytest.approx(1.0, abs=0.01)

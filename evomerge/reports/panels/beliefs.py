@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from evomerge.reports.panels.coefficients import Cell, coefficients
+from evomerge.reports.panels.coefficients import EMBEDDINGS, HEAD, Cell, coefficients
 from evomerge.reports.panels.panel import Column, Panel, Table, rounded, spread_out
 from evomerge.reports.panels.snapshot import Snapshot
 
@@ -39,12 +39,8 @@ def beliefs(snapshot: Snapshot) -> Panel:
     models = list(dict.fromkeys(m for values in means.values() for shares in values.values() for m in shares))
     cells = _cells(means)
     groups = _groups(cells, means, models)
-    last_layer = max(place for place, _ in cells) - 1
-    names = [_name(group, last_layer) for group in groups]
-    table = [
-        [[rounded(values.get(group[0], {}).get(model, 0.0), 3) for model in models] for group in groups]
-        for values in means.values()
-    ]
+    names = [_name(group) for group in groups]
+    table = [[_row(values.get(group[0]), models) for group in groups] for values in means.values()]
     flat = [number for rows in table for row in rows for number in row if number is not None]
     chart = {
         "generations": list(means),
@@ -55,9 +51,18 @@ def beliefs(snapshot: Snapshot) -> Panel:
         "high": max(flat),
     }
     columns = (Column("layers"), *(Column(model, "score") for model in models))
-    rows = tuple((name, *values) for name, values in zip(names, table[-1], strict=True))
+    rows = tuple(
+        (name, *values) for name, values in zip(names, table[-1], strict=True) if values[0] is not None
+    )
     last = Table(f"Coefficients in generation {list(means)[-1]}", columns, rows)
     return Panel("beliefs", title, caption, chart, (last,))
+
+
+def _row(shares: dict[str, float] | None, models: list[str]) -> list[float | None]:
+    """A row of the map; nothing where the generation has no such place, as routes of other lengths."""
+    if shares is None:
+        return [None] * len(models)
+    return [rounded(shares.get(model, 0.0), 3) for model in models]
 
 
 def _means(snapshot: Snapshot, generation: int) -> _Values:
@@ -83,13 +88,11 @@ def _cells(means: dict[int, _Values]) -> list[Cell]:
 
 def _groups(cells: list[Cell], means: dict[int, _Values], models: list[str]) -> list[list[Cell]]:
     """Cells in rows: neighbouring layers of one component whose coefficients are the same throughout."""
-    last = max(place for place, _ in cells)
     groups: dict[str, list[list[Cell]]] = {}
     for cell in cells:
         runs = groups.setdefault(cell[1], [])
-        is_outer = cell[0] in (-1, last)
-        before = runs[-1][-1] if runs else None
-        if before is not None and not is_outer and before[0] != -1 and _alike(before, cell, means, models):
+        before = runs[-1][-1] if runs else (HEAD, "")
+        if before[0] + 1 == cell[0] > 0 and _alike(before, cell, means, models):
             runs[-1].append(cell)
         else:
             runs.append([cell])
@@ -99,15 +102,18 @@ def _groups(cells: list[Cell], means: dict[int, _Values], models: list[str]) -> 
 
 def _alike(one: Cell, other: Cell, means: dict[int, _Values], models: list[str]) -> bool:
     for values in means.values():
-        a, b = values.get(one, {}), values.get(other, {})
-        if any(abs(a.get(model, 0.0) - b.get(model, 0.0)) > _CLOSE for model in models):
+        a, b = values.get(one), values.get(other)
+        if a is None or b is None:
+            if a is not b:
+                return False
+        elif any(abs(a.get(model, 0.0) - b.get(model, 0.0)) > _CLOSE for model in models):
             return False
     return True
 
 
-def _name(group: list[Cell], last_layer: int) -> str:
+def _name(group: list[Cell]) -> str:
     (first, component), (last, _) = group[0], group[-1]
-    if first in (-1, last_layer + 1):
-        return f"{'embeddings' if first == -1 else 'head'} {component.replace('other', 'norm')}".strip()
+    if first in (EMBEDDINGS, HEAD):
+        return f"{'head' if first == HEAD else 'embeddings'} {component}".strip()
     layers = f"layer {first}" if first == last else f"layers {first}–{last}"
     return f"{layers} {component}".strip()

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from evomerge.recipes import Filtered, Mix, PerRow, Recipe, Setting
 
 Cell = tuple[int, str]
-"""(place, component): -1 for embeddings, then layers, then the head; '' where components are mixed alike."""
+"""(place, component): `EMBEDDINGS`, a layer or `HEAD`; the component is '' where all are mixed alike."""
+EMBEDDINGS, HEAD = -1, 10**6
 _COMPONENTS = (
     ("norm", "other"),
     ("attn", "attention"),
@@ -29,11 +30,11 @@ def coefficients(recipe: Recipe) -> dict[Cell, dict[str, float]]:
         Cell -> model -> the mean of its coefficient there; a layer that is taken over counts 1.
     """
     found: dict[Cell, dict[str, float]] = {}
-    last = len(recipe.layers)
-    for place, mix in enumerate(recipe.mixes, -1):
+    places = (EMBEDDINGS, *range(len(recipe.layers)), HEAD)
+    for place, mix in zip(places, recipe.mixes, strict=True):
         by_component = _of_mix(mix)
         for component, shares in by_component.items():
-            is_outer = place in (-1, last) and len(by_component) == 1
+            is_outer = place in (EMBEDDINGS, HEAD) and len(by_component) == 1
             found[place, "" if is_outer else component] = shares
     return found
 
@@ -91,5 +92,5 @@ def mean_of_models(cells: Mapping[Cell, Mapping[str, float]], models: tuple[str,
     Returns:
         One number for each model, 0 where it is not taken at all.
     """
-    layers = [shares for (place, _), shares in cells.items() if place >= 0] or list(cells.values())
+    layers = [shares for (place, _), shares in cells.items() if 0 <= place < HEAD] or list(cells.values())
     return [math.fsum(shares.get(model, 0.0) for shares in layers) / len(layers) for model in models]

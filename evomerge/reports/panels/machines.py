@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from evomerge._escaping import one_line
@@ -11,6 +12,8 @@ from evomerge.reports.panels.snapshot import Snapshot
 _ATTEMPTS = 2000  # the latest, which are drawn
 _LISTED = 12
 _LONGEST = 160  # characters of an error
+_SHORT = 60  # of one in the chart
+_NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def timeline(snapshot: Snapshot) -> Panel:
@@ -91,10 +94,11 @@ def failures(snapshot: Snapshot) -> Panel:
         "cannot be scored counts as failed."
     )
     by_cause = [row for row in snapshot.activity["failures"] if row["cause"] != "done"]
-    errors = Counter(one_line(trial.error)[:_LONGEST] for trial in snapshot.trials if trial.error)
+    failed = [(trial.id, one_line(trial.error)) for trial in snapshot.trials if trial.error]
+    errors = Counter(_kind(error) for _, error in failed)
     if not by_cause and not errors:
         return Panel("failures", title, caption, note="Nothing has failed.")
-    first = {one_line(t.error)[:_LONGEST]: t.id for t in reversed(snapshot.trials) if t.error}
+    first = {_kind(error): (number, error[:_LONGEST]) for number, error in reversed(failed)}
     tables = []
     if by_cause:
         columns = (Column("cause"), Column("attempts", "count"), Column("last message"))
@@ -102,8 +106,14 @@ def failures(snapshot: Snapshot) -> Panel:
         tables.append(Table("Attempts without a score", columns, rows))
     if errors:
         columns = (Column("error"), Column("candidates", "count"), Column("first", "candidate"))
-        listed = tuple((error, count, first[error]) for error, count in errors.most_common(_LISTED))
-        tables.append(Table("Candidates that failed", columns, listed))
-    shown = [(r["cause"], r["attempts"]) for r in by_cause] or errors.most_common(_LISTED)
+        listed = tuple((first[kind][1], count, first[kind][0]) for kind, count in errors.most_common(_LISTED))
+        tables.append(Table("Candidates that failed, by error", columns, listed))
+    shown = [(r["cause"], r["attempts"]) for r in by_cause if r["cause"] != "failed"]
+    shown += [(kind[:_SHORT], count) for kind, count in errors.most_common(_LISTED)]
     chart = {"causes": [name for name, _ in shown], "counts": [count for _, count in shown]}
     return Panel("failures", title, caption, chart, tuple(tables))
+
+
+def _kind(error: str) -> str:
+    """An error without its numbers, which are others for each candidate."""
+    return _NUMBER.sub("…", error)

@@ -10,10 +10,12 @@ from evomerge.recipes import Mix, Recipe
 from evomerge.reports.panels.panel import Column, Panel, Table
 from evomerge.reports.panels.snapshot import Snapshot
 from evomerge.reports.route_text import hops
+from evomerge.reports.tally import rank
 from evomerge.store import Trial
 
 _ROUTES = 20  # the best, which the chart adds up
 _LISTED = 8
+_LOOKED_AT = 3  # candidates of a stage, to tell whether it searches routes
 
 
 def routes(snapshot: Snapshot) -> Panel | None:
@@ -26,17 +28,17 @@ def routes(snapshot: Snapshot) -> Panel | None:
         For each output layer which model it comes from, over the 20 best routes, and the best ones in words;
         None for a search without routes.
     """
-    if not snapshot.is_route_search:
-        return None
-    caption = (
-        f"From the input on the left to the output: the model that each layer comes from, over the {_ROUTES} "
-        "best routes; the wider a band, the more routes go that way."
-    )
     best = [
         (trial, recipe)
         for trial in _distinct(snapshot)
         if (recipe := snapshot.recipe(trial.recipe_id)).is_route(snapshot.depths)
     ]
+    if not best:
+        return None
+    caption = (
+        f"From the input on the left to the output: the model that each layer comes from, over the {_ROUTES} "
+        "best routes; the wider a band, the more routes go that way."
+    )
     links: Counter[tuple[tuple[int, str], tuple[int, str]]] = Counter()
     for _, recipe in best:
         links.update(_links(recipe))
@@ -64,10 +66,15 @@ def routes(snapshot: Snapshot) -> Panel | None:
 
 
 def _distinct(snapshot: Snapshot) -> Sequence[Trial]:
-    """The best candidates, each recipe once."""
-    trials = {trial.recipe_id: trial for trial in reversed(snapshot.ranked[: 4 * _ROUTES])}
-    order = sorted(trials.values(), key=lambda trial: -(trial.score or 0.0))
-    return order[:_ROUTES]
+    """The best candidates of the stages that search routes, each recipe once."""
+    by_stage: dict[int, list[Trial]] = {}
+    for trial in snapshot.ranked:
+        by_stage.setdefault(trial.stage, []).append(trial)
+    trials: dict[str, Trial] = {}
+    for ranked in by_stage.values():
+        if any(snapshot.recipe(t.recipe_id).is_route(snapshot.depths) for t in ranked[:_LOOKED_AT]):
+            trials |= {trial.recipe_id: trial for trial in ranked[: 2 * _ROUTES]}
+    return sorted(trials.values(), key=rank, reverse=True)[:_ROUTES]
 
 
 def _links(recipe: Recipe) -> list[tuple[tuple[int, str], tuple[int, str]]]:

@@ -118,12 +118,6 @@ class Snapshot:
         return found
 
     @cached_property
-    def is_route_search(self) -> bool:
-        """Whether the best candidate so far is a route of layers."""
-        best = self.best
-        return best is not None and self.recipe(best.recipe_id).is_route(self.depths)
-
-    @cached_property
     def has_several_depths(self) -> bool:
         """Whether candidates differ in their number of layers."""
         return len({trial.costs["layers"] for trial in self.trials if "layers" in trial.costs}) > 1

@@ -122,17 +122,18 @@ const evomerge = (() => {
       kept.set("beliefs", Number(range.value) === last ? undefined : Number(range.value));
       show("beliefs", data.get("beliefs"));
     };
-    element.style.height = `${Math.max(200, 22 * d.rows.length + 70)}px`;
+    const there = d.rows.map((_, r) => r).filter((r) => d.values[place][r][0] !== null), rows = there.map((r) => d.rows[r]);
+    element.style.height = `${Math.max(200, 22 * rows.length + 70)}px`;
     const ink = css("--ink"), strong = d.low + .5 * (d.high - d.low), paper = isDark() ? "#12151b" : "#ffffff";
-    const cells = d.values[place].flatMap((row, r) => row.map((value, c) => ({
+    const cells = there.map((r) => d.values[place][r]).flatMap((row, r) => row.map((value, c) => ({
       value: [c, r, value], label: { color: value > strong ? paper : ink },
     })));
     return base({
-      tooltip: { formatter: (e) => tip(d.rows[e.value[1]], [[d.models[e.value[0]], fixed(e.value[2])]]) },
+      tooltip: { formatter: (e) => tip(rows[e.value[1]], [[d.models[e.value[0]], fixed(e.value[2])]]) },
       grid: { left: 8, right: 70, top: 26, bottom: 4, containLabel: true },
       legend: { show: false },
       xAxis: axis({ type: "category", data: d.models, position: "top", splitLine: { show: false }, axisLine: { show: false }, axisLabel: { color: css("--ink"), fontSize: 12.5 } }),
-      yAxis: axis({ type: "category", data: d.rows, inverse: true, splitLine: { show: false }, axisLine: { show: false }, axisLabel: { interval: 0, fontSize: 11.5 } }),
+      yAxis: axis({ type: "category", data: rows, inverse: true, splitLine: { show: false }, axisLine: { show: false }, axisLabel: { interval: 0, fontSize: 11.5 } }),
       visualMap: { min: d.low, max: d.high, calculable: false, orient: "vertical", right: 4, top: 26, itemHeight: 110, itemWidth: 10, precision: 2,
         inRange: { color: ramp() }, textStyle: { color: css("--soft"), fontSize: 11 }, text: [fixed(d.high, 2), fixed(d.low, 2)] },
       series: [{ type: "heatmap", data: cells, itemStyle: { borderColor: css("--card"), borderWidth: 2, borderRadius: 3 },
@@ -213,7 +214,7 @@ const evomerge = (() => {
         ? tip(`layer ${e.data.source.replace(":", ": ")} → ${e.data.target.split(":").slice(1).join(":")}`, [["of the best routes", String(e.value)]])
         : tip(`layer ${e.data.place}`, [[e.data.model, String(e.value)]]) },
       legend: { show: false },
-      series: [{ type: "sankey", left: 10, right: 20, top: 24, bottom: 10, nodeAlign: "justify", nodeWidth: 9, nodeGap: 14, draggable: false, layoutIterations: 16,
+      series: [{ type: "sankey", left: 36, right: 40, top: 24, bottom: 10, nodeAlign: "left", nodeWidth: 9, nodeGap: 14, draggable: false, layoutIterations: 16,
         lineStyle: { color: "gradient", opacity: .38, curveness: .5 },
         label: { show: true, position: "top", distance: 3, fontSize: 10.5, color: css("--soft"), formatter: (e) => e.data.place === 0 || d.nodes.filter((n) => n.place === e.data.place - 1 && n.model === e.data.model).length === 0 ? e.data.model : "" },
         data: d.nodes.map((n) => ({ ...n, itemStyle: { color: colour(n.model), borderWidth: 0 } })), links: d.links }],
