@@ -18,7 +18,7 @@ from evomerge.cli.options import (
     open_store,
     reading_store,
 )
-from evomerge.cli.output import put
+from evomerge.cli.output import note, put
 from evomerge.errors import ConfigError
 from evomerge.launch.references import split_reference
 
@@ -39,13 +39,15 @@ def plan(
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
     allow_code: AllowCode = False,
+    root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Check a search before it starts.
 
-    Shows its models, space, tasks with their items, the work that it is, and what lies where in memory.
-    Writes nothing.
+    Shows its models, space, tasks with their items, the work that it is, what lies where in memory, and what
+    it takes on disk, of the cluster and of money. Writes nothing.
     """
+    note(f"checking {config}")
     from evomerge.cli import analysis_tables
     from evomerge.config import loading
     from evomerge.launch.dry_run import plan_search
@@ -55,7 +57,7 @@ def plan(
     settings, text = loading.load(config)
     loading.check_tasks(settings, text, config)
     permitted = allowed(allow_python, allow_tasks, allow_code)
-    data = plan_search(settings, probe=probe, allowed=permitted, cards=named)
+    data = plan_search(settings, probe=probe, allowed=permitted, cards=named, root=root, show=note)
     put(json.dumps(data, indent=2) if as_json else analysis_tables.plan_text(data))
 
 

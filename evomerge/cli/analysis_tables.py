@@ -42,6 +42,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
         "",
         *_work_lines(data),
         *_memory_lines(data["memory"]),
+        *_expense_lines(data),
     ]
     if "probe" in data:
         lines += _probe_lines(data["probe"])
@@ -113,6 +114,19 @@ def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
         return [f"memory of {memory['cards']}: {line}" for line in memory["lines"]]
     first, *others = memory["lines"]
     return [f"memory of {memory['cards']}: {first}", *(f"  {line}" for line in others)]
+
+
+def _expense_lines(data: Mapping[str, Any]) -> list[str]:
+    """Where the search runs, what it takes on disk, in hours and in money."""
+    disk = data["disk"]
+    free = "" if disk["free"] is None else f", {_short(disk['free'])}B free"
+    return [
+        f"cluster: {data['cluster']['line']}",
+        f"disk: {disk['root']}{free}; about {_short(disk['study'])}B with backups, an export with weights "
+        f"{_short(disk['export'])}B",
+        *([f"warning: {disk['warning']}"] if disk["warning"] else []),
+        *(f"cost: {line}" for line in data["cost"]["lines"]),
+    ]
 
 
 def _recommended(data: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.output import put, tell
+from evomerge.cli.output import note, put
 from evomerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def init(
     requested, kinds = _asked(requested, _kinds(slurm, ray, kuberay))
     jobs = _jobs(kinds, nodes, gpus_per_node, root)
     wishes = wishes_of(requested)
-    search, files = write_search(wishes, file, jobs=jobs, unread=unread, overwrite=force, show=tell)
+    search, files = write_search(wishes, file, jobs=jobs, unread=unread, overwrite=force, show=note)
     put("\n".join(_summary(search, jobs, files)))
 
 

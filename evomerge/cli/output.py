@@ -48,6 +48,20 @@ def tell(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+def note(text: str) -> None:
+    """Says on a terminal what is being done; nothing where standard error is a file or a pipe.
+
+    Args:
+        text: One line.
+    """
+    if _is_terminal():
+        tell(text)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
 def column_width(names: Sequence[str], least: int) -> int:
     """The width of a column that no name runs out of.
 

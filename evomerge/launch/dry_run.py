@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints import Parent, stored_dtype, total_bytes
@@ -16,6 +17,7 @@ from evomerge.evaluation import FORWARDS_OF_A_SLOPE, ROLES, Evaluation, Items
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
 from evomerge.launch import first_scores
+from evomerge.launch.expense import cluster_data, cost_data, disk_data
 from evomerge.launch.memory import Cards, cards_here, plan_data
 from evomerge.launch.objective import first_items
 from evomerge.launch.opening import Allowed, Opened, backends, open_search
@@ -35,7 +37,13 @@ _TIMED = 3  # candidates whose median is the estimate
 
 
 def plan_search(
-    settings: Config, *, probe: bool = False, allowed: Allowed | None = None, cards: Cards | None = None
+    settings: Config,
+    *,
+    probe: bool = False,
+    allowed: Allowed | None = None,
+    cards: Cards | None = None,
+    root: Path | None = None,
+    show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Everything about a search that can be known without starting it.
 
@@ -46,6 +54,8 @@ def plan_search(
             trusted with, and time a candidate.
         allowed: What the tasks may do.
         cards: Those that memory is planned for; those of this machine unless given.
+        root: Folder of the studies, for the room on its disk; None for the default.
+        show: Called with what is being done, before it is.
 
     Returns:
         Plain data, as `evomerge plan --json` prints it.
@@ -53,6 +63,7 @@ def plan_search(
     Raises:
         EvomergeError: What starting the search would raise.
     """
+    show(f"opening {len(settings.models)} models and {len(settings.tasks)} tasks")
     opened = open_search(settings, allowed)
     harness = opened.harness
     first_scores.check_units(settings, harness)
@@ -71,6 +82,9 @@ def plan_search(
         "work": _work(opened, stages, items, generation),
         "memory": plan_data(settings, opened.parents, cards or cards_here()),
     }
+    data["disk"] = disk_data(settings, opened.parents, data["work"], root)
+    data["cluster"] = cluster_data(settings, data["memory"])
+    data["cost"] = cost_data(settings, data["cluster"])
     if settings.merges_weights:
         budget = sum(
             step["candidates"] * step["items"]
@@ -79,6 +93,7 @@ def plan_search(
         )
         data["recommended"] = recommendation(settings, harness, items["search"], budget)
     if probe:
+        show("loading the base, scoring the parents and timing a candidate")
         worker = opened.load()
         parents = _parents(opened, worker, generation)
         first_scores.check_units(settings, harness, parents)
@@ -91,6 +106,7 @@ def plan_search(
         data["probe"] = _probe(opened, worker, generation, data["work"]) | {
             "parents": {name: dict(evaluation.metrics) for name, evaluation in parents.items()}
         }
+        data["cost"] = cost_data(settings, data["cluster"], data["probe"]["seconds_search"])
     return data
 
 
