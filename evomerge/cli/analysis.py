@@ -64,16 +64,30 @@ def plan(
 def show(
     candidate: Annotated[
         str,
-        typer.Argument(help="STUDY/ID, STUDY/best, STUDY/LABEL of a parent or hand recipe, or STUDY/pareto."),
+        typer.Argument(
+            help="STUDY/ID, STUDY/best, STUDY/LABEL of a parent or hand recipe, STUDY/pareto; "
+            "STUDY with --csv or --parquet."
+        ),
     ],
+    whole: Annotated[bool, typer.Option("--all", help="Show every row of coefficients.")] = False,
+    to_csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all candidates into a CSV file.")
+    ] = None,
+    to_parquet: Annotated[
+        Path | None,
+        typer.Option("--parquet", metavar="FILE", help="Write all candidates into a Parquet file."),
+    ] = None,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Show one candidate, or the Pareto front.
+    """Show one candidate or the Pareto front, or write all candidates into a table.
 
-    Of a candidate: where it comes from, its scores, or why it failed. Of STUDY/pareto: the candidates that no
-    other betters in every task.
+    Of a candidate: where it comes from, its scores, how much of each model it takes, or why it failed. Of
+    STUDY/pareto: the candidates that no other betters in every task.
     """
+    if to_csv is not None or to_parquet is not None:
+        _write_tables(candidate.partition("/")[0], root, to_csv, to_parquet)
+        return
     from evomerge import reports
     from evomerge.cli import analysis_tables, study_tables
 
@@ -92,7 +106,26 @@ def show(
             more = {"backends": backends, "recipe_body": json.loads(recipe.canonical())}
             put(json.dumps(data | more, indent=2))
         else:
-            put("\n".join([study_tables.candidate_text(data), *analysis_tables.backend_lines(backends)]))
+            put(
+                "\n".join(
+                    [study_tables.candidate_text(data, whole), *analysis_tables.backend_lines(backends)]
+                )
+            )
+
+
+def _write_tables(study: str, root: Path | None, to_csv: Path | None, to_parquet: Path | None) -> None:
+    """Writes every candidate of a study into a table of each kind that is asked for."""
+    from evomerge.reports.candidate_table import candidate_rows, write_candidates
+
+    for file, suffix in ((to_csv, ".csv"), (to_parquet, ".parquet")):
+        if file is not None and file.suffix.lower() != suffix:
+            raise ConfigError(f"'{file}' is to end with {suffix}, which says what kind of table it is")
+    with reading_store(study, root) as store:
+        rows = candidate_rows(store)
+    for file in (to_csv, to_parquet):
+        if file is not None:
+            write_candidates(rows, file)
+            put(f"{file}: {len(rows)} candidates, {len(rows[0])} columns")
 
 
 def compare(

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from evomerge import __version__
 from evomerge._escaping import one_line
 from evomerge._redaction import ScrubbedFormatter, scrub
-from evomerge.cli import analysis, control, doctor, fetch, init, pages, run, ship
+from evomerge.cli import analysis, control, doctor, fetch, init, pages, pictures, run, ship
 from evomerge.cli.output import print_in_any_locale, put, tell
 from evomerge.cli.usage_errors import usage_line
 from evomerge.errors import ConfigError, EvomergeError, unwritable
@@ -66,6 +66,7 @@ _GROUPS = {
         analysis.show,
         analysis.compare,
         analysis.sensitivity,
+        pictures.plot,
         pages.report,
         pages.dashboard,
     ),

@@ -8,6 +8,9 @@ from typing import Any
 from evomerge.cli.output import column_width, duration
 
 _PARENTS = 6  # that all have a row in a folded table
+_BARS = "▁▂▃▄▅▆▇█"
+_CELL = 9  # columns of a coefficient with its bar
+_ROWS = 40  # of coefficients that are shown
 NO_STUDIES = "no studies here; start one with: evomerge run CONFIG"
 
 
@@ -160,11 +163,12 @@ def _metric_lines(metrics: Mapping[str, str]) -> list[str]:
     return [f"scored: {'; '.join(filtered)}"] if filtered else []
 
 
-def candidate_text(data: Mapping[str, Any]) -> str:
-    """One candidate: where it comes from, and its scores.
+def candidate_text(data: Mapping[str, Any], whole: bool = False) -> str:
+    """One candidate: where it comes from, its scores, and how much of each model it takes.
 
     Args:
         data: As `evomerge.reports.candidate` gives it.
+        whole: Whether all rows of coefficients are shown, else the first.
 
     Returns:
         The text, several lines.
@@ -191,7 +195,32 @@ def candidate_text(data: Mapping[str, Any]) -> str:
     for score in data["scores"]:
         lines += _score_lines(score)
     lines += [f"stage {row['stage']}: {agreement_line(row)}" for row in data["agreements"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_coefficient_lines(data["coefficients"], whole)])
+
+
+def _coefficient_lines(data: Mapping[str, Any], whole: bool) -> list[str]:
+    """A small heat map: a row for each group of layers and component, a number with a bar for each model."""
+    rows, models = data["rows"], data["models"]
+    shown = rows if whole else rows[:_ROWS]
+    wide = column_width([name for name, _ in shown], 12)
+    widths = [max(_CELL, len(model) + 2) for model in models]
+    high = max((abs(value) for _, values in rows for value in values), default=0.0) or 1.0
+    heading = "".join(f"{model:>{width}}" for model, width in zip(models, widths, strict=True))
+    lines = ["", f"{'how much of':{wide}}{heading}"]
+    for name, values in shown:
+        cells = "".join(
+            f"{f'{value:.2f} {_bar(value, high)}':>{width}}"
+            for value, width in zip(values, widths, strict=True)
+        )
+        lines.append(f"{name:{wide}}{cells}")
+    if len(shown) < len(rows):
+        lines.append(f"{len(rows) - len(shown)} more rows: --all")
+    return lines
+
+
+def _bar(value: float, high: float) -> str:
+    """The size of a coefficient beside the largest one."""
+    return _BARS[round(abs(value) / high * (len(_BARS) - 1))]
 
 
 def _race_result(dropped: int | None) -> str:

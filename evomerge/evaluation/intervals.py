@@ -17,8 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from scipy.special import ndtri
-
 from evomerge.evaluation.estimates import t_quantile
 from evomerge.evaluation.records import ItemScore
 
@@ -36,6 +34,8 @@ def bounded_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     Returns:
         (low, high), in [0, 1]; for values that are 0 or 1 Wilson's score interval.
     """
+    from scipy.special import ndtri  # its import takes longer than all that reads a study
+
     n, mean = len(values), math.fsum(values) / len(values)
     variance = math.fsum((v - mean) ** 2 for v in values) / n
     binary = all(v in (0, 1) for v in values)

@@ -5,8 +5,9 @@ it found, `activity` adds who drives it and what its workers did, `monitor` tell
 runs; `markdown` writes the report of a finished study, with `route_text` for routes of layers. `panels` makes
 what the page of a study shows, `html` writes it into one file with the style and scripts of `page`, and
 `outputs` keeps what candidates answered. `comparison` puts candidates beside one another on the items that
-all were scored on; `sensitivity` scans the coefficients of one candidate, and `plots` draws the scan. What
-the last two score is passed in: this package opens no model.
+all were scored on; `sensitivity` scans the coefficients of one candidate. What the last two score is passed
+in: this package opens no model. `plots` draws a scan, `study_plots` other pictures, and `candidate_table`
+writes all candidates as CSV or Parquet. `trackers` and `notifications` listen to a search.
 """
 
 from __future__ import annotations

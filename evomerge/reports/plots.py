@@ -1,4 +1,4 @@
-"""Curves of a sensitivity scan drawn to a file. The only module that imports matplotlib."""
+"""Curves of a sensitivity scan drawn to a file, and what other pictures are drawn and saved with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check(file: Path) -> None:
         raise ConfigError(f"'{file}' names no kind of picture; end it with {', '.join(_SUFFIXES)}")
     if not file.absolute().parent.is_dir():
         raise SetupError(f"there is no folder {file.absolute().parent} to draw {file.name} into; make it")
-    _figure_class()
+    figure_class()
 
 
 def sensitivity(curves: Sequence[Curve], title: str, file: Path) -> None:
@@ -41,10 +41,10 @@ def sensitivity(curves: Sequence[Curve], title: str, file: Path) -> None:
     Raises:
         SetupError: matplotlib is missing.
     """
-    figure_class = _figure_class()
+    make = figure_class()
     columns = min(_COLUMNS, len(curves))
     rows = -(-len(curves) // columns)
-    figure = figure_class(figsize=(3.2 * columns, 2.4 * rows + 0.5), layout="constrained")
+    figure = make(figsize=(3.2 * columns, 2.4 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for panel in panels.flat[len(curves) :]:
         panel.set_visible(False)
@@ -53,8 +53,21 @@ def sensitivity(curves: Sequence[Curve], title: str, file: Path) -> None:
     figure.suptitle(title, fontsize=9)
     figure.supxlabel("coefficient; dashed: the candidate's", fontsize=8)
     figure.supylabel("objective, bars: ± 2 errors of the difference", fontsize=8)
+    save(figure, file)
+
+
+def save(figure: Any, file: Path) -> None:
+    """Writes a picture; the same figure gives the same SVG.
+
+    Args:
+        figure: Of matplotlib.
+        file: Picture to write.
+    """
+    from matplotlib import rc_context
+
     metadata = {"Date": None} if file.suffix.lower() == ".svg" else None
-    figure.savefig(file, dpi=150, metadata=metadata)
+    with rc_context({"svg.hashsalt": "evomerge", "svg.fonttype": "none"}):
+        figure.savefig(file, dpi=150, metadata=metadata)
 
 
 def _draw(curve: Curve, panel: Any) -> None:
@@ -74,8 +87,15 @@ def _draw(curve: Curve, panel: Any) -> None:
     panel.tick_params(labelsize=7)
 
 
-def _figure_class() -> Any:
-    """matplotlib's Figure, which draws without a display and without global state."""
+def figure_class() -> Any:
+    """Finds matplotlib's Figure, which draws without a display and without global state.
+
+    Returns:
+        The class.
+
+    Raises:
+        SetupError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

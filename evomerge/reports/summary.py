@@ -9,6 +9,7 @@ from typing import Any
 from evomerge.errors import StudyError
 from evomerge.evaluation import Term
 from evomerge.evaluation.flat_tasks import find_flat_tasks
+from evomerge.recipes import Recipe
 from evomerge.reports.learned_stages import agreements, label_rows
 from evomerge.reports.route_text import depths, hops
 from evomerge.reports.stages import stage_rows
@@ -316,7 +317,8 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         `partial`: how many of its generation's items a race scored it on, None for all. `estimate`: (mean,
         standard error) over all search items, of the leaders of a finished search. `violation`: by how much
         it breaks the retention constraints. `costs`: its layers and parameters. `route`: its layers in words,
-        None for a merge of whole models. `agreements`: of its stage, where that is a learned one.
+        None for a merge of whole models. `coefficients`: `models` and `rows` of (layers, a number for each
+        model). `agreements`: of its stage, where that is a learned one.
     """
     study = store.study()
     outcome = None if study is None else study.outcome
@@ -340,10 +342,19 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "stage": trial.stage,
         "costs": dict(trial.costs),
         "route": hops(recipe) if recipe.is_route(depths(store)) else None,
+        "coefficients": _coefficients(recipe),
         "agreements": [
             row for row in ([] if study is None else agreements(study)) if row["stage"] == trial.stage + 1
         ],
     }
+
+
+def _coefficients(recipe: Recipe) -> dict[str, Any]:
+    """How much of each model a recipe takes, by layers and component."""
+    from evomerge.reports.panels.beliefs import recipe_rows  # its package's face imports this module
+
+    models, rows = recipe_rows(recipe)
+    return {"models": models, "rows": [[name, values] for name, values in rows]}
 
 
 def _study(store: Store) -> StudyRow:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
-from evomerge.evaluation import FORWARDS_OF_A_SLOPE
+from evomerge.evaluation import FORWARDS_OF_A_SLOPE, Items, Role
 from evomerge.store import evaluation_rows
 from evomerge.store.connection import StudyFile
 from evomerge.store.records import LabelRow, Scored
@@ -116,6 +117,25 @@ class Usage:
         end = 2**62 if last is None else last
         candidates, forwards, gradients = self._file.row(sql, (stage, first, end))
         return StageCost(int(candidates), int(forwards), int(gradients))
+
+    def scans(self, centre_id: str) -> list[tuple[Role, Items]]:
+        """Lists the sensitivity scans of a candidate.
+
+        Args:
+            centre_id: Id of the candidate's recipe.
+
+        Returns:
+            (role, items) of each, the one with the most points first; see `Store.sensitivity`.
+        """
+        sql = (
+            "SELECT s.role, i.body FROM sensitivity s JOIN item_sets i ON i.id = s.item_set "
+            "WHERE s.centre = ? GROUP BY s.role, s.item_set ORDER BY count(*) DESC, max(s.id) DESC"
+        )
+        with self._file.reading():
+            return [
+                (role, {task: tuple(ids) for task, ids in json.loads(body)})
+                for role, body in self._file.rows(sql, (centre_id,))
+            ]
 
     def looks(self, recipe_id: str) -> list[Scored]:
         """Reads what a recipe scored on test items when somebody looked by hand.

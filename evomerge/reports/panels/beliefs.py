@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from evomerge.recipes import Recipe
 from evomerge.reports.panels.coefficients import EMBEDDINGS, HEAD, Cell, coefficients
 from evomerge.reports.panels.panel import Column, Panel, Table, rounded, spread_out
 from evomerge.reports.panels.snapshot import Snapshot
@@ -63,6 +64,25 @@ def _row(shares: dict[str, float] | None, models: list[str]) -> list[float | Non
     if shares is None:
         return [None] * len(models)
     return [rounded(shares.get(model, 0.0), 3) for model in models]
+
+
+def recipe_rows(recipe: Recipe) -> tuple[list[str], list[tuple[str, list[float]]]]:
+    """Tabulates how much of each model one recipe takes.
+
+    Args:
+        recipe: A merge of models, or a route of layers.
+
+    Returns:
+        (names of the models, (layers and component, coefficient of each model) of each row).
+    """
+    values = coefficients(recipe)
+    models = list(dict.fromkeys(model for shares in values.values() for model in shares))
+    cells = _cells({0: values})
+    rows = [
+        (_name(group), [values[group[0]].get(model, 0.0) for model in models])
+        for group in _groups(cells, {0: values}, models)
+    ]
+    return models, rows
 
 
 def _means(snapshot: Snapshot, generation: int) -> _Values:

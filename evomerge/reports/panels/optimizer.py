@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from evomerge.reports.panels.panel import Column, Panel, Table, rounded
 from evomerge.reports.panels.snapshot import Snapshot
 from evomerge.store import Trial
 
-Matrix = NDArray[np.float64]
-"""Numbers of genomes."""
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float64]
+    """Numbers of genomes."""
+
 _SOFT = ":logprob"
 _TABLE_ROWS = 12
 _COLLAPSED = 0.01  # of the first generation's spread
@@ -61,6 +64,8 @@ def optimizer(snapshot: Snapshot) -> Panel:
 
 def _rows(snapshot: Snapshot) -> list[list[Any]]:
     """generation, genes, spread, movement, s.d. of scores, loss."""
+    import numpy as np  # not needed by what else imports the panels
+
     rows: list[list[Any]] = []
     before: tuple[tuple[int, int], Matrix] | None = None  # (stage and genes, mean genome)
     for generation, trials in snapshot.generations.items():
@@ -86,12 +91,12 @@ def _rows(snapshot: Snapshot) -> list[list[Any]]:
 
 def _spread(points: Matrix) -> float | None:
     """points: [candidates, genes]."""
-    return float(np.sqrt(points.var(axis=0, ddof=1).mean())) if len(points) > 1 else None
+    return math.sqrt(points.var(axis=0, ddof=1).mean()) if len(points) > 1 else None
 
 
 def _distance(one: Matrix, other: Matrix) -> float:
     """Root mean square over the genes."""
-    return float(np.sqrt(np.square(one - other).mean()))
+    return math.sqrt(((one - other) ** 2).mean())
 
 
 def _loss(trials: Sequence[Trial]) -> float | None:
