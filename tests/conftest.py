@@ -35,6 +35,7 @@ SLOW = (
     "evaluation/lm_harness/test_harness.py",
     "merging/test_mergekit_check.py",
     "docs/test_code_blocks.py",
+    "launch/test_verification.py",
     "integration/test_mergekit_parity.py",
     "integration/test_safe_path.py",
     "workers/test_process_pool.py",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from evomerge.checkpoints import gguf, open_parent
+from evomerge.checkpoints.licenses import cards_of
 from evomerge.errors import CheckpointError
 from tests.support import gguf_models
 
@@ -43,6 +44,14 @@ def test_a_parent_is_what_the_file_dequantises_to(written: tuple[Path, Values]) 
         assert torch.equal(parent.tensor(name), torch.from_numpy(own).to(torch.bfloat16)), name
     assert parent.config["model_type"] == "qwen2"
     assert (parent.path / "tokenizer.json").is_file()
+
+
+@needs_gguf
+def test_the_license_in_a_files_metadata_is_that_of_the_model(written: tuple[Path, Values]) -> None:
+    (card,) = cards_of(open_parent(str(written[0])))
+    assert card.license is not None
+    assert card.license.identifier == "apache-2.0"
+    assert card.base_models == ("org/start",)
 
 
 @needs_gguf

@@ -11,7 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from evomerge import reports
-from evomerge.store import Store
+from evomerge.launch.opening import open_stored_search
+from evomerge.recipes import Mix, Recipe
+from evomerge.store import NewTrial, Store
 from tests.support.toy import REPO, in_process
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
@@ -146,3 +148,40 @@ def test_a_wrong_reference_is_one_line_and_writes_nothing(
     assert code == 2
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_route_is_made_again_too_and_no_test_item_is_looked_at_for_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a candidate that was scored on search items alone; mergekit's stand-in gives back the export."""
+    monkeypatch.setenv("EVOMERGE_THREADS", "1")
+    root = shutil.copytree(finished, tmp_path / "root")
+    with Store.open(root / "small" / "study.db", write=True) as store:
+        opened = open_stored_search(store)
+        layers = [("math", 0), ("lang", 1), ("math", 1), ("base", 2)]
+        outer = Mix("passthrough", (("base", None),))
+        route = Recipe("base", tuple(Mix("passthrough", (layer,)) for layer in layers), outer, outer)
+        items = {task: ids[:2] for task, ids in opened.harness.items("search").items()}
+        evaluation = opened.load().evaluate(route, items)
+        assert evaluation.error is None
+        score = opened.objective.reported_score(evaluation)
+        trial = store.add_trial(
+            NewTrial(
+                generation=9, slot=0, origin="sampled", label=None, genome=None, parents=(), recipe=route,
+                items=items, evaluation=evaluation, score=score, reported=score,
+            )
+        )  # fmt: skip
+        looks = len(store.usage.test_uses())
+    environment = stand_in(tmp_path / "env", f'cp -r "{tmp_path / "out"}" "$2"')
+    words = ("export", f"small/{trial.id}", tmp_path / "out", "--weights", "--verify", environment)
+    code, _, err = in_process(*words, "--root", root)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert (found["verdict"], found["items_of"]) == ("verified", "search")
+    assert found["tensors"]["unequal"] == 0
+    assert {name: row["items_that_differ"] for name, row in found["scores"].items()} == {
+        "exported": 0,
+        "mergekit": 0,
+    }
+    with Store.open(root / "small" / "study.db") as store:
+        assert len(store.usage.test_uses()) == looks

@@ -59,6 +59,10 @@ def write(file: Path, seed: int = 0, architecture: str = "qwen2") -> dict[str, n
 
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(file), architecture)
+    writer.add_license("apache-2.0")
+    writer.add_base_model_count(2)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/org/start")
+    writer.add_base_model_repo_url(1, "https://elsewhere.example/org/other")
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
     writer.add_embedding_length(WIDTH)
