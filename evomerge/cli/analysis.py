@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import (
     AllowCode,
     AllowPython,
@@ -24,7 +25,12 @@ from evomerge.launch.references import split_reference
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="Search file, or the name of a shipped search space.", autocompletion=completion.search_files
+        ),
+    ],
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the base, try the scoring techniques and time a candidate.")
     ] = False,
@@ -66,7 +72,8 @@ def show(
         str,
         typer.Argument(
             help="STUDY/ID, STUDY/best, STUDY/LABEL of a parent or hand recipe, STUDY/pareto; "
-            "STUDY with --csv or --parquet."
+            "STUDY with --csv or --parquet.",
+            autocompletion=completion.candidates,
         ),
     ],
     whole: Annotated[bool, typer.Option("--all", help="Show every row of coefficients.")] = False,
@@ -131,7 +138,10 @@ def _write_tables(study: str, root: Path | None, to_csv: Path | None, to_parquet
 def compare(
     candidates: Annotated[
         list[str],
-        typer.Argument(help="STUDY/ID, STUDY/best or STUDY/LABEL of a parent or hand recipe; two or more."),
+        typer.Argument(
+            help="STUDY/ID, STUDY/best or STUDY/LABEL of a parent or hand recipe; two or more.",
+            autocompletion=completion.candidates,
+        ),
     ],
     role: Annotated[str, typer.Option(help="Items to compare on: test, validation or search.")] = "test",
     task: Annotated[str | None, typer.Option(help="One task only.")] = None,
@@ -176,7 +186,9 @@ def compare(
 
 
 def sensitivity(
-    candidate: Annotated[str, typer.Argument(help="STUDY/ID or STUDY/best.")],
+    candidate: Annotated[
+        str, typer.Argument(help="STUDY/ID or STUDY/best.", autocompletion=completion.candidates)
+    ],
     step: Annotated[float, typer.Option(help="Step of a coefficient, in its own units.")] = 0.1,
     span: Annotated[
         float, typer.Option(help="How far to both sides, within the coefficient's bounds.")

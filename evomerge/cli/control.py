@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import Json, Root, open_store, reading_store
 from evomerge.cli.output import duration, put, tell
 from evomerge.errors import EvomergeError
@@ -21,7 +22,10 @@ _LARGE = 64_000_000  # bytes of a store that --watch does not check as a whole a
 
 
 def status(
-    study: Annotated[str | None, typer.Argument(help="Name of the study; all if left out.")] = None,
+    study: Annotated[
+        str | None,
+        typer.Argument(help="Name of the study; all if left out.", autocompletion=completion.studies),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes of --watch.")] = 2.0,
     whole: Annotated[bool, typer.Option("--all", help="Show every parent and hand recipe.")] = False,
@@ -44,7 +48,7 @@ def status(
 
 
 def stop(
-    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    study: Annotated[str, typer.Argument(help="Name of the study.", autocompletion=completion.studies)],
     wait: Annotated[bool, typer.Option("--wait", help="Return when it has ended.")] = False,
     root: Root = None,
 ) -> None:

@@ -7,12 +7,18 @@ from typing import Annotated
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import AllowTasks
 from evomerge.cli.output import put, tell
 
 
 def fetch(
-    config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="Search file, or the name of a shipped search space.", autocompletion=completion.search_files
+        ),
+    ],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder that the nodes can read.")],
     allow_tasks: AllowTasks = False,
 ) -> None:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import Root, reading_store
 from evomerge.cli.output import put
 from evomerge.errors import ConfigError, SetupError, unwritable
 
 
 def report(
-    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    study: Annotated[str, typer.Argument(help="Name of the study.", autocompletion=completion.studies)],
     out: Annotated[
         Path | None,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import Root, reading_store
 from evomerge.cli.output import put
 from evomerge.errors import ConfigError, suggest
@@ -16,7 +17,11 @@ _KINDS = ("history", "heatmap", "tasks", "sensitivity", "pareto", "routes")
 
 def plot(
     study: Annotated[
-        str, typer.Argument(help="Name of the study; STUDY/ID for the sensitivity of that candidate.")
+        str,
+        typer.Argument(
+            help="Name of the study; STUDY/ID for the sensitivity of that candidate.",
+            autocompletion=completion.studies,
+        ),
     ],
     kind: Annotated[str, typer.Argument(help="history, heatmap, tasks, sensitivity, pareto or routes.")],
     out: Annotated[

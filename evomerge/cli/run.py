@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import RunOptions, open_store, takes_run_options
 from evomerge.cli.output import put
 from evomerge.errors import ConfigError, Paused
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 @takes_run_options
 def run(
-    config: Annotated[str, typer.Argument(help="Search file, or the name of a shipped search space.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="Search file, or the name of a shipped search space.", autocompletion=completion.search_files
+        ),
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study if it exists.")] = False,
     evaluations: Annotated[
         int | None, typer.Option(help="Budget of the search, or of its last stage, instead of the file's.")
@@ -54,7 +60,7 @@ def run(
 
 @takes_run_options
 def resume(
-    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    study: Annotated[str, typer.Argument(help="Name of the study.", autocompletion=completion.studies)],
     evaluations: Annotated[str | None, typer.Option(help="New budget; '+200' adds to the old one.")] = None,
     retry_failed: Annotated[
         bool,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomerge.cli import completion
 from evomerge.cli.options import (
     AllowCode,
     AllowPython,
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 def export(
     candidate: Annotated[
-        str, typer.Argument(help="STUDY/ID, STUDY/best, STUDY/pareto, or STUDY with --top.")
+        str,
+        typer.Argument(
+            help="STUDY/ID, STUDY/best, STUDY/pareto, or STUDY with --top.",
+            autocompletion=completion.candidates,
+        ),
     ],
     directory: Annotated[Path, typer.Argument(help="Folder to make.")],
     environment: Annotated[
