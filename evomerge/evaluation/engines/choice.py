@@ -34,7 +34,7 @@ def why_not_faster(volume: TextVolume, parameters: int, device: str) -> str | No
         Why it is not; None where it is: long texts of many prompts, by a large model on an accelerator.
     """
     if device == "cpu":
-        return "on a CPU it is as fast"
+        return "on a CPU an engine gains little"
     if parameters < _LEAST_PARAMETERS:
         return f"the model has fewer than {_LEAST_PARAMETERS / 1e9:g}e9 parameters"
     if volume.prompts < _LEAST_PROMPTS or volume.new_tokens < _LEAST_NEW:
