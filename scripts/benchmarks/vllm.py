@@ -98,7 +98,7 @@ def main() -> None:
             f"{machine.stamp('torch', 'transformers')}; vLLM {vllm_version(python)}; "
             f"{options.threads} thread each. SmolLM2-135M-Instruct, bfloat16.",
             "",
-            "| pushed | way | tensors | MB | seconds, median of five |",
+            "| pushed | way | tensors | MB | seconds, median of five; of pushes above those of nothing |",
             "| --- | --- | --- | --- | --- |",
         ]
         with RowHead(model) as head:
