@@ -29,7 +29,7 @@ from tests.support.large_study import StudyMaker, StudyPlan, making
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-PAINT = "performance.getEntriesByName('first-contentful-paint').map((e) => e.startTime)[0] || 0"
+PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 SERVER = """
 import sys
 from pathlib import Path
@@ -58,9 +58,8 @@ def first_paints(opened: Browser, address: str, names: Sequence[str]) -> list[fl
         with watched(opened, address) as tab:
             tab.page.goto(f"{address}/study/{name}/", wait_until="commit")
             tab.page.locator(".tiles").wait_for()
-            while not (painted := float(tab.page.evaluate(PAINT))):
-                time.sleep(0.05)
-            times.append(painted)
+            tab.page.wait_for_function(f"() => {PAINT} > 0")
+            times.append(float(tab.page.evaluate(PAINT)))
             tab.page.locator("body[data-updates]").wait_for()
             tab.check()
     return times
