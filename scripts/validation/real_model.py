@@ -84,7 +84,7 @@ def methods_search(root: Path, paths: Paths) -> Row:
 
 def short_search(root: Path, study: str, parents: Paths, method: str | Sequence[str]) -> Row:
     """Runs a search of few evaluations and exports its winner."""
-    file = searches.search(root, study, parents, searches.TASKS[:2], SHORT, method)
+    file = searches.search(root, study, parents, searches.TASKS, SHORT, method)
     searches.run(file, root)
     return asdict(searches.exported(root, study, INCLUDE))
 

