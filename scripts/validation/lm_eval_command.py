@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evomerge.evaluation.lm_harness.items import item_id
 
@@ -61,9 +62,20 @@ def values(
     metric, filter_name: None for the first of METRICS that is there, and for any filter.
     """
     found = {}
-    for line in next(out.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines():
-        row = json.loads(line)
+    for row in _rows(out, task):
         if filter_name in (None, row["filter"]):
             name = metric or next(name for name in METRICS if name in row)
             found[item_id(row["doc"])] = float(row[name])
     return found
+
+
+def texts(out: Path, task: str) -> dict[str, str]:
+    """Item -> the text that was generated, from the log of a run; none for a task of log-likelihoods."""
+    answers = {item_id(row["doc"]): row["resps"][0][0] for row in _rows(out, task)}
+    return {item: answer for item, answer in answers.items() if isinstance(answer, str)}
+
+
+def _rows(out: Path, task: str) -> list[dict[str, Any]]:
+    """What lm-eval logged of each item."""
+    file = next(out.rglob(f"samples_{task}_*.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]

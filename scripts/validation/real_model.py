@@ -132,21 +132,27 @@ def _steps() -> str:
 def _items(row: Row) -> tuple[list[str], int]:
     rows = row["rows"]
     table = [
-        f"| {r['task']} | {r['metric']} | {r['items']} | {r['differ']} "
+        f"| {r['task']} | {r['metric']} | {r['items']} | {r['differ']} | {_texts(r)} "
         f"| {r['ours']:.3f} | {r['theirs']:.3f} |"
         for r in rows
     ]
     total, differ = sum(r["items"] for r in rows), sum(r["differ"] for r in rows)
+    other = sum(r.get("other_texts", 0) for r in rows)
     return [
         "## Items beside lm-eval's command line",
         "",
         f"`lm_eval run --model hf --samples` on the base, and evomerge's decoder: {differ} of {total} test",
         "items of ten tasks have another value.",
         "",
-        "| task | metric | items | other values | evomerge | lm_eval |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| task | metric | items | other values | other texts | evomerge | lm_eval |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         *table,
-    ], differ
+    ], differ + other
+
+
+def _texts(row: Row) -> str:
+    """How many generated texts are not lm-eval's; a dash where none were generated or compared."""
+    return f"{row['other_texts']} of {row['texts']}" if row.get("texts") else "–"
 
 
 def _killed(row: Row) -> tuple[list[str], int]:

@@ -53,6 +53,7 @@ def test_items_are_equal_to_the_command_lines_and_another_models_are_not(
     folder = zoo_folder() / "lang"
     rows = items.compare(folder, "float32", COUNTS, INCLUDE, tmp_path / "log")
     assert [(row.task, row.items, row.differ) for row in rows] == [(t, n, 0) for t, n in COUNTS.items()]
+    assert [(row.texts, row.other_texts) for row in rows] == [(0, 0), (5, 0), (0, 0)]
     assert all(row.ours == pytest.approx(row.theirs) for row in rows)
     assert 0 < sum(row.ours for row in rows) < len(rows), "answers are neither all right nor all wrong"
 
@@ -60,6 +61,7 @@ def test_items_are_equal_to_the_command_lines_and_another_models_are_not(
         patch.setattr(lm_eval_command, "run", lambda *_: None)  # the log is the other model's
         rows = items.compare(zoo_folder() / "math", "float32", COUNTS, INCLUDE, tmp_path / "log")
     assert sum(row.differ for row in rows) > 0
+    assert sum(row.other_texts for row in rows) > 0
 
 
 @pytest.mark.usefixtures("command_lines")

@@ -19,7 +19,10 @@ from scripts.validation import lm_eval_command
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """A task: how many items were scored, in how many the values differ, both means, our seconds."""
+    """A task: how many items were scored, in how many the values differ, both means, our seconds.
+
+    texts: How many texts were generated; other_texts: those that are not lm-eval's.
+    """
 
     task: str
     metric: str
@@ -28,6 +31,8 @@ class TaskRow:
     ours: float
     theirs: float
     seconds: float
+    texts: int
+    other_texts: int
 
 
 def compare(
@@ -55,7 +60,10 @@ def _row(model: Any, tokenizer: Any, task: str, numbers: range, include: Path, s
         raise AssertionError(f"{task}: other items, {sorted(ours.keys() ^ theirs.keys())}")
     differ = sum(ours[item] != theirs[item] for item in ours)
     mean = sum(theirs.values()) / len(theirs)
-    return TaskRow(task, loaded.metric, len(ours), differ, means[task], mean, seconds)
+    logged = lm_eval_command.texts(scratch, task)
+    texts = {item: loaded.requests[item][0].resps[0] for item in logged}  # they are shown nowhere else
+    other = sum(texts[item] != logged[item] for item in logged)
+    return TaskRow(task, loaded.metric, len(ours), differ, means[task], mean, seconds, len(texts), other)
 
 
 def splits_of(task: str, include: Path) -> str:
