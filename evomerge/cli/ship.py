@@ -17,6 +17,7 @@ from evomerge.cli.options import (
     Root,
     allowed,
     open_store,
+    reading_store,
 )
 from evomerge.cli.output import put, tell
 from evomerge.errors import ConfigError, NothingToExport
@@ -35,7 +36,7 @@ def export(
             autocompletion=completion.candidates,
         ),
     ],
-    directory: Annotated[Path, typer.Argument(help="Folder to make.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to make; with --to the file.")],
     environment: Annotated[
         Path | None,
         typer.Argument(
@@ -50,6 +51,10 @@ def export(
     ] = False,
     top: Annotated[
         int | None, typer.Option("--top", min=1, max=1000, help="The best so many, a folder for each.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="optuna", help="Write the whole study as a database of optuna."),
     ] = None,
     models: Models = None,
     allow_python: AllowPython = False,
@@ -68,6 +73,9 @@ def export(
     if environment is not None and not verify:
         raise ConfigError(f"'{environment}' is an environment to verify with; add --verify, or leave it out")
     study, _, reference = candidate.partition("/")
+    if to is not None:
+        _export_study(study, to, directory, root)
+        return
     if top is None:
         study, reference = split_reference(candidate)
     request = exporting.ExportRequest(
@@ -91,6 +99,18 @@ def export(
         raise NothingToExport(
             f"{failed[0].directory} is there and is not what it should be; its verify.json says what differs"
         )
+
+
+def _export_study(study: str, to: str, file: Path, root: Path | None) -> None:
+    """Writes a whole study in the form of another program."""
+    from evomerge.export.optuna_study import export_optuna
+
+    if to != "optuna":
+        raise ConfigError(f"--to writes for optuna, got '{to[:40]}'")
+    with reading_store(study, root) as store:
+        number = export_optuna(store, file)
+    put(f"{file}: {number} trials of {study}")
+    put(f"open it: optuna-dashboard sqlite:///{shlex.quote(str(file.absolute()))}")
 
 
 def _say(exported: Exported, study: str, weights: bool) -> None:

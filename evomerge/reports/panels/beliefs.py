@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from evomerge.recipes import Recipe
 from evomerge.reports.panels.coefficients import EMBEDDINGS, HEAD, Cell, coefficients
@@ -75,14 +76,30 @@ def recipe_rows(recipe: Recipe) -> tuple[list[str], list[tuple[str, list[float]]
     Returns:
         (names of the models, (layers and component, coefficient of each model) of each row).
     """
-    values = coefficients(recipe)
-    models = list(dict.fromkeys(model for shares in values.values() for model in shares))
-    cells = _cells({0: values})
-    rows = [
-        (_name(group), [values[group[0]].get(model, 0.0) for model in models])
-        for group in _groups(cells, {0: values}, models)
-    ]
-    return models, rows
+    models, names, rows = recipe_table({0: recipe})
+    return models, [(name, row) for name, row in zip(names, rows[0], strict=True) if row is not None]
+
+
+def recipe_table(
+    recipes: Mapping[int, Recipe],
+) -> tuple[list[str], list[str], dict[int, list[list[float] | None]]]:
+    """Tabulates how much of each model several recipes take, in the same rows.
+
+    Args:
+        recipes: Number -> recipe, at least one.
+
+    Returns:
+        (names of the models, layers and component of each row, number -> coefficients of each model in each
+        row, None for a row that the recipe does not have).
+    """
+    values = {number: coefficients(recipe) for number, recipe in recipes.items()}
+    models = list(dict.fromkeys(m for of in values.values() for shares in of.values() for m in shares))
+    groups = _groups(_cells(values), values, models)
+    rows: dict[int, list[list[float] | None]] = {}
+    for number, of in values.items():
+        found = [of.get(group[0]) for group in groups]
+        rows[number] = [None if r is None else [r.get(model, 0.0) for model in models] for r in found]
+    return models, [_name(group) for group in groups], rows
 
 
 def _means(snapshot: Snapshot, generation: int) -> _Values:
