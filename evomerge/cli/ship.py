@@ -27,6 +27,21 @@ if TYPE_CHECKING:
     from evomerge.export.stored_candidate import StoredCandidate
     from evomerge.launch.exporting import Exported
 
+Environment = Annotated[
+    Path | None,
+    typer.Argument(
+        help="With --verify: virtual environment with mergekit.",
+        show_default="$EVOMERGE_MERGEKIT_ENV or .venv-mergekit",
+    ),
+]
+Top = Annotated[
+    int | None, typer.Option("--top", min=1, max=1000, help="The best so many, a folder for each.")
+]
+To = Annotated[
+    str | None,
+    typer.Option("--to", metavar="optuna", help="Write the whole study as a database of optuna."),
+]
+
 
 def export(
     candidate: Annotated[
@@ -37,25 +52,14 @@ def export(
         ),
     ],
     directory: Annotated[Path, typer.Argument(help="Folder to make; with --to the file.")],
-    environment: Annotated[
-        Path | None,
-        typer.Argument(
-            help="With --verify: virtual environment with mergekit.",
-            show_default="$EVOMERGE_MERGEKIT_ENV or .venv-mergekit",
-        ),
-    ] = None,
+    environment: Environment = None,
     weights: Annotated[bool, typer.Option("--weights", help="Write the merged model too.")] = False,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Merge it again with mergekit, compare, and score both folders again."),
     ] = False,
-    top: Annotated[
-        int | None, typer.Option("--top", min=1, max=1000, help="The best so many, a folder for each.")
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option("--to", metavar="optuna", help="Write the whole study as a database of optuna."),
-    ] = None,
+    top: Top = None,
+    to: To = None,
     models: Models = None,
     allow_python: AllowPython = False,
     allow_tasks: AllowTasks = False,
