@@ -23,6 +23,8 @@ def plan_text(data: Mapping[str, Any]) -> str:
     """
     space, first = data["space"], data["stages"][0]
     size, axes = f"{space['axes']} axes in {len(space['groups'])} layer groups", space["ranges"]
+    if space["choices"]:
+        size += f", {len(space['choices'])} of them choose a method"
     if "items" in first:  # the first stage is learned, in a space of its own
         size, axes = f"{first['axes']} weights, {first['genome']}", []
     lines = [
@@ -30,6 +32,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
         "",
         *_model_lines(data["models"]),
         "",
+        *(f"  {choice['name']}: {' or '.join(choice['methods'])}" for choice in space["choices"]),
         *(["axes, each from its start:"] if axes else []),
         *(
             f"  {axis['name']}: {axis['low']:g} to {axis['high']:g}, start {axis['start']:.4g}"

@@ -185,6 +185,7 @@ def candidate_text(data: Mapping[str, Any], whole: bool = False) -> str:
         lines.append(f"{costs['layers']:.0f} layers, {costs['parameters']:,.0f} parameters")
     if data["route"]:
         lines.append(f"route: {data['route']}")
+    lines += [f"{method} in {places}" for method, places in data["methods"].items()]
     if data["violation"]:
         lines.append(f"breaks the search's keep by {data['violation']:.4f}")
     if data["estimate"]:

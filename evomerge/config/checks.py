@@ -6,6 +6,7 @@ A function for each block yields (path of the key, sentence) for everything that
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from evomerge import _yaml
 from evomerge.config.schema import Config, RangeConfig
@@ -13,6 +14,10 @@ from evomerge.config.stage_kinds import STAGES, check_sequence
 from evomerge.config.stage_schema import StageConfig
 from evomerge.errors import suggest
 from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
+from evomerge.optimizers import optimizer_for
+
+if TYPE_CHECKING:
+    from evomerge.methods import Method
 
 Problem = tuple[_yaml.Key, str]
 """(path of the key, what is wrong there and what to do)."""
@@ -39,32 +44,75 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def _method(config: Config) -> Iterator[Problem]:
-    """The merge method, its number of models and its parameters."""
+    """The merge methods, their number of models and their parameters."""
     from evomerge.methods import METHODS  # loads torch
 
-    if config.method not in METHODS:
-        yield ("method",), f"unknown method '{config.method}'. {suggest(config.method, METHODS)}"
+    unknown = [name for name in config.methods if name not in METHODS]
+    for name in unknown:
+        yield ("method",), f"unknown method '{name}'. {suggest(name, METHODS)}"
+    if config.chooses_methods:
+        yield from _choice_of_methods(config)
+    if unknown:
         return
-    method = METHODS[config.method]
-    least, most = method.models
-    count = len(method.searched_models(config.base, config.parents))
-    if not least <= count <= most:
-        yield ("models",), f"{method.name} takes {least} to {most} models besides the base, got {count}"
+    methods = [METHODS[name] for name in config.methods]
+    for method in methods:
+        least, most = method.models
+        count = len(method.searched_models(config.base, config.parents))
+        if not least <= count <= most:
+            yield ("models",), f"{method.name} takes {least} to {most} models besides the base, got {count}"
     for name, value in config.space.parameters.items():
-        path = ("space", "parameters", name)
-        param = method.param(name)
-        if param is None:
-            names = [p.name for p in method.params]
-            yield path, f"{method.name} has no parameter '{name}'. {suggest(name, names)}"
-            continue
-        is_range = isinstance(value, RangeConfig)
-        if param.flag and (is_range or value not in (0, 1)):
-            yield path, f"{name} is a switch: true or false, not searched"
-        bounds = (value.low, value.high) if isinstance(value, RangeConfig) else (float(value),)
+        yield from _parameter(methods, name, value)
+
+
+def _choice_of_methods(config: Config) -> Iterator[Problem]:
+    """A list of methods, of which each layer group gets one, and the stages that can search it."""
+    for name in dict.fromkeys(config.methods):
+        if config.methods.count(name) > 1:
+            yield ("method",), f"method '{name}' is listed twice; a list names each method once"
+    if len(config.methods) < 2:
+        one = config.methods[0] if config.methods else "task_arithmetic"
+        sentence = (
+            f"a list of methods to choose from has two or more, got {len(config.methods)}; "
+            f"for a single method write method: {one}"
+        )
+        yield ("method",), sentence
+    if "learned" in config.kinds:
+        sentence = (
+            "a learned stage follows the gradient of one method's weights, and this search chooses among "
+            "several; name one method, or take a stage of weights"
+        )
+        yield ("stages", config.kinds.index("learned")), sentence
+    elif config.kinds[0] != "weights":
+        sentence = (
+            "a list of methods is for a first stage of weights, which chooses one for each layer group; "
+            f"this search begins with {config.kinds[0]}, so name one method"
+        )
+        yield ("method",), sentence
+
+
+def _parameter(methods: Sequence[Method], name: str, value: RangeConfig | bool | float) -> Iterator[Problem]:
+    """A range or number of a parameter, which every method that has the parameter takes."""
+    path = ("space", "parameters", name)
+    found = [(method, param) for method in methods if (param := method.param(name)) is not None]
+    if not found:
+        names = list(dict.fromkeys(p.name for method in methods for p in method.params))
+        yield path, f"{_either(methods)} has no parameter '{name}'. {suggest(name, names)}"
+    bounds = (value.low, value.high) if isinstance(value, RangeConfig) else (float(value),)
+    for method, param in found:
+        of_method = f" for {method.name}" if len(methods) > 1 else ""
+        if param.flag and (isinstance(value, RangeConfig) or value not in (0, 1)):
+            yield path, f"{name} is a switch{of_method}: true or false, not searched"
         for number in bounds:
             if not param.hard_low <= number <= param.hard_high:
                 allowed = f"[{param.hard_low:g}, {param.hard_high:g}]"
-                yield path, f"{name} must be in {allowed}, got {number:g}"
+                yield path, f"{name} must be in {allowed}{of_method}, got {number:g}"
+
+
+def _either(methods: Sequence[Method]) -> str:
+    """Methods as the subject of a sentence."""
+    if len(methods) == 1:
+        return methods[0].name
+    return f"none of {', '.join(method.name for method in methods)}"
 
 
 def _space(config: Config) -> Iterator[Problem]:
@@ -133,9 +181,21 @@ def _stages(config: Config) -> Iterator[Problem]:
         if STAGES[stage.stage].is_learned:
             yield from _learned(config, i)
             yield from _labels(config, i)
+    yield from _optimizer(config)
     if config.search.race is not None and config.search.pipelined:
         sentence = "a search is raced or pipelined, not both; leave out search.race or search.pipelined"
         yield ("search", "pipelined"), sentence
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    """Whether the optimizer takes the genomes of the stages of weights."""
+    for position, kind in enumerate(config.kinds):
+        if kind == "weights":
+            try:
+                optimizer_for(config.search.optimizer, categorical=config.chooses_methods and position == 0)
+            except ValueError as error:
+                yield ("search", "optimizer"), str(error)
+                return
 
 
 def _learned(config: Config, i: int) -> Iterator[Problem]:

@@ -27,7 +27,6 @@ from evomerge.config.value_types import (
     Whole,
 )
 from evomerge.evaluation.lm_harness.backends import DEFAULT_BACKEND
-from evomerge.optimizers import optimizer_for
 
 STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a study may be called."""
@@ -255,13 +254,7 @@ class SearchConfig(Strict):
     """Asks each generation before the last results of the one before, so that no worker waits; takes more
     evaluations."""
     optimizer: OptimizerName = "cma"
-    """Optimizer of searches of weights, which takes numbers alone; routes have their own."""
-
-    @field_validator("optimizer")
-    @classmethod
-    def _takes_numbers(cls, name: str) -> str:
-        optimizer_for(name, categorical=False)
-        return name
+    """Optimizer of searches of weights; with a list of methods cma is CatCMA. Routes have their own."""
 
 
 class LimitsConfig(Strict):
@@ -338,8 +331,8 @@ class Config(Strict):
     """Licenses that all models must have: 'permissive', or names of the Hub; also read inside models."""
     base: str
     """Name of the model that the others are compared with, whose shape the merge has."""
-    method: str
-    """Merge method."""
+    method: str | tuple[str, ...]
+    """Merge method, or a list of which the search chooses one for each layer group."""
     out_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the merged tensors that are scored and written."""
     space: SpaceConfig = Field(default_factory=SpaceConfig)
@@ -392,6 +385,16 @@ class Config(Strict):
         if not isinstance(value, dict):
             return value
         return {name: {"path": model} if isinstance(model, str) else model for name, model in value.items()}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The merge methods that a layer group may have: one, or those that the search chooses from."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+    @property
+    def chooses_methods(self) -> bool:
+        """Whether the search chooses the method of each layer group."""
+        return not isinstance(self.method, str)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ Gemma's, the hop's layer lies in the shell.
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -232,12 +231,12 @@ def compare_checkpoints(expected: Path, merged: Path) -> Comparison:
 def _intermediate(
     name: str, merge: Recipe, parents: Mapping[str, Parent], references: Mapping[str, str]
 ) -> str:
-    """The document of an intermediate merge, which the others call by its name."""
+    """The documents of an intermediate merge, the last of which the others call by its name."""
     layout = parents[merge.base].layout
     named = mergekit_yaml.with_outer_filters(
         merge, layout.outer_names("embeddings"), layout.outer_names("head")
     )
-    return f"name: {json.dumps(name)}\n" + mergekit_yaml.dump(named, references)
+    return mergekit_yaml.dump(named, references, name=name)
 
 
 def _slice(model: str, start: int, end: int, filters: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:

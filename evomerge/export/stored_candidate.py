@@ -101,7 +101,7 @@ class StoredCandidate:
     def mergekit_command(self) -> str:
         """The command of mergekit 0.1.5 that merges its recipe.yaml, run in the folder of that file."""
         command = "mergekit-yaml recipe.yaml OUT"
-        if self.recipe.stages:
+        if self.recipe.stages or len({mix.method for mix in self.recipe.mixes}) > 1:
             command = "mergekit-multi recipe.yaml --out-path OUT -I STAGES"
         if any(isinstance(self.parents[name], AdaptedCheckpoint) for name in self.recipe.models):
             command += " --lora-merge-cache ADAPTERS"

@@ -18,7 +18,7 @@ from evomerge.recipes import Recipe
 from evomerge.reports import derivatives as report
 from evomerge.reports import sensitivity as scanning
 from evomerge.search.plan import DifferentiableSpace, RowSpace
-from evomerge.spaces import WeightSpace
+from evomerge.spaces import MethodChoiceSpace, WeightSpace
 from evomerge.spaces.base import NamedAxis
 from evomerge.spaces.cell_weights import axis_derivatives
 from evomerge.store import Store, Trial
@@ -101,31 +101,35 @@ def differentiate(
 def _coefficients(opened: Opened, trial: Trial, recipe: Recipe) -> _Coefficients:
     """The coefficients of a candidate; raises StudyError where there are none with derivatives."""
     kind, stage = opened.settings.kinds[trial.stage], opened.settings.stages[trial.stage]
-    rule = opened.space.method
     if kind == "routes" or (kind == "weights" and trial.stage):
         raise StudyError(
             f"candidate {trial.id} is a route or came after one: derivatives are of merges of whole models; "
             "choose a candidate of a first stage of weights or of a learned one"
         )
-    if not has_slopes(rule):
+    space = opened.space
+    if isinstance(space, MethodChoiceSpace):
         raise StudyError(
-            f"'{rule.name}' is no sum of task vectors with weights, so its coefficients have no known "
-            f"derivative; {_REMEDY}"
+            f"the search chose among {', '.join(space.methods)} for each layer group, and derivatives are of "
+            f"the coefficients of one method; {_REMEDY}"
+        )
+    if not has_slopes(space.method):
+        raise StudyError(
+            f"'{space.method.name}' is no sum of task vectors with weights, so its coefficients have no "
+            f"known derivative; {_REMEDY}"
         )
     if kind == "weights":
-        return _of_weights(opened, trial, recipe)
+        return _of_weights(opened, space, trial, recipe)
     fewest = min(map(len, opened.harness.items("search").values()))
-    space = GENOMES[stage.genome or genome_for(fewest)].make(opened.space, opened.parents)
-    if isinstance(space, RowSpace):
+    learned = GENOMES[stage.genome or genome_for(fewest)].make(space, opened.parents)
+    if isinstance(learned, RowSpace):
         raise StudyError(
             f"candidate {trial.id} has a weight for each row of its tensors, too many to be listed; choose a "
             "candidate of another genome"
         )
-    return _of_learned(space, trial, recipe)
+    return _of_learned(learned, trial, recipe)
 
 
-def _of_weights(opened: Opened, trial: Trial, recipe: Recipe) -> _Coefficients:
-    space: WeightSpace = opened.space
+def _of_weights(opened: Opened, space: WeightSpace, trial: Trial, recipe: Recipe) -> _Coefficients:
     genome = scanning.genome_of(space, recipe, trial.genome)
     values = tuple(axis.value(gene) for axis, gene in zip(space.axes, genome, strict=True))
     cells = tensor_cells(space, opened.parents[space.base])

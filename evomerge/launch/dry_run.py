@@ -25,11 +25,13 @@ from evomerge.launch.recommendation import recommendation
 from evomerge.launch.route_stages import route_optimizer
 from evomerge.launch.stages import open_stages, reference_recipes
 from evomerge.launch.weight_space import is_diagonal
-from evomerge.optimizers import OPTIMIZERS, OptimizerEntry
+from evomerge.optimizers import OptimizerEntry, optimizer_for
 from evomerge.reports.learned_stages import agreement_line, agreements
 from evomerge.search import LearnedOpening, Start
 from evomerge.search.agreement import ITEMS_ASKED, MOST_COMPARED
 from evomerge.search.learned_retention import retained_count
+from evomerge.spaces import Axis, MergeSpace, MethodChoiceSpace
+from evomerge.spaces.method_choices import MethodAxis
 from evomerge.store import Store, StudyFacts, paths
 from evomerge.workers.worker import Worker
 
@@ -147,12 +149,18 @@ def seconds_of(work: Mapping[str, Any], merge: float, item: float) -> float:
 def _space(opened: Opened) -> dict[str, Any]:
     space = opened.space
     return {
-        "method": opened.settings.method,
+        "method": " or ".join(opened.settings.methods),
         "axes": len(space.axes),
         "first": [axis.name for axis in space.axes[:4]],
+        "choices": [
+            {"name": axis.name, "methods": list(axis.methods)}
+            for axis in space.axes
+            if isinstance(axis, MethodAxis)
+        ],
         "ranges": [
             {"name": axis.name, "low": axis.low, "high": axis.high, "start": axis.start}
             for axis in space.axes
+            if isinstance(axis, Axis)
         ],
         "groups": [name for name, _ in space.spans()],
         "dead": len(space.dead),
@@ -173,7 +181,9 @@ def _optimizer(opened: Opened, population: int) -> dict[str, Any]:
             "seed": seed,
         }
     weights = settings.kinds[0] == "weights"
-    optimizer = OPTIMIZERS[search.optimizer] if weights else route_optimizer(settings)
+    optimizer = route_optimizer(settings)
+    if weights:
+        optimizer = optimizer_for(search.optimizer, categorical=settings.chooses_methods)
     return {
         "name": optimizer.title,
         "population": population,
@@ -344,8 +354,7 @@ def _probe(opened: Opened, worker: Worker, items: Items, work: Mapping[str, Any]
     The time of the first, which includes what is done once, is given apart.
     """
     answered_by = backends(opened.harness, worker.model)
-    axes = len(opened.space.axes)
-    recipes = [opened.space.decode([0.05 * k * (-1) ** i for i in range(axes)]) for k in range(_TIMED + 1)]
+    recipes = [opened.space.decode(_near_start(opened.space, k)) for k in range(_TIMED + 1)]
     first, *timed = [_evaluated(worker.evaluate(recipe, items)) for recipe in recipes]
     verdicts = opened.harness.optimizations(worker.model, items)
     merge, score = (statistics.median(e.seconds[stage] for e in timed) for stage in ("merge", "score"))
@@ -359,6 +368,13 @@ def _probe(opened: Opened, worker: Worker, items: Items, work: Mapping[str, Any]
         "items": count,
         "seconds_search": seconds_of(work, merge, score / count),
     }
+
+
+def _near_start(space: MergeSpace, number: int) -> list[float]:
+    """A genome near the start of a space, another one for each number; methods are chosen in turn."""
+    categories = space.categories if isinstance(space, MethodChoiceSpace) else ()
+    choices = [float((number + gene) % count) for gene, count in enumerate(categories)]
+    return choices + [0.05 * number * (-1) ** i for i in range(len(space.axes) - len(choices))]
 
 
 def _evaluated(evaluation: Evaluation) -> Evaluation:

@@ -14,7 +14,7 @@ from evomerge.config import Config
 from evomerge.errors import ConfigError
 from evomerge.recipes import Mix, Recipe, mergekit_yaml
 from evomerge.recipes.recipe import Source
-from evomerge.spaces import Baseline, WeightSpace
+from evomerge.spaces import Baseline, MergeSpace, first_method
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def read_named(label: str, settings: Config, parents: Mapping[str, Parent]) -> R
 
 
 def start_genome(
-    label: str, space: WeightSpace, settings: Config, parents: Mapping[str, Parent]
+    label: str, space: MergeSpace, settings: Config, parents: Mapping[str, Parent]
 ) -> tuple[float, ...]:
     """The genome at which a search begins that starts at one of its hand recipes.
 
@@ -91,8 +91,8 @@ def start_genome(
     if genome is None:
         raise ConfigError(
             f"search.start: the space cannot hold the hand recipe '{label}': it takes whole models "
-            f"{', '.join(space.models)} in this order by {space.method.name}, with the fixed parameters of "
-            "space.parameters; write search: {start: best}, or change the space"
+            f"{', '.join(first_method(space).models)} in this order by {' or '.join(settings.methods)}, with the "
+            "fixed parameters of space.parameters; write search: {start: best}, or change the space"
         )
     return genome
 

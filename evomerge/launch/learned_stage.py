@@ -12,7 +12,7 @@ from evomerge.methods.task_vector_slopes import has_slopes
 from evomerge.optimizers.descent import Leash
 from evomerge.search import LearnedOpening, Start
 from evomerge.search.plan import EarlyStopping, RetainedTexts
-from evomerge.spaces import baselines
+from evomerge.spaces import WeightSpace, baselines, first_method
 
 _SHARD = 64  # items that one worker scores with their slopes at once
 _ITEMS, _RATE = 30, 0.1  # chosen on the demo's validation items, see results/search_quality.md
@@ -31,16 +31,17 @@ def open_learned_stage(request: StageRequest) -> Callable[[Start], LearnedOpenin
     Raises:
         ConfigError: The method has no known derivatives, or nothing in the genome changes the merge.
     """
-    stage = request.stage
-    if not has_slopes(request.space.method):
+    stage, space = request.stage, request.space
+    assert isinstance(space, WeightSpace)  # the search file's checks refuse a choice of methods
+    if not has_slopes(space.method):
         raise ConfigError(
-            f"a learned stage needs a sum of task vectors with weights, and '{request.space.method.name}' is "
+            f"a learned stage needs a sum of task vectors with weights, and '{space.method.name}' is "
             "none; use task_arithmetic, ties, dare_linear or linear, or a stage of weights"
         )
     name = stage.genome or genome_for(request.fewest_items)
     genome = GENOMES[name]
     opening = LearnedOpening(
-        space=genome.make(request.space, request.parents),
+        space=genome.make(space, request.parents),
         summary=genome.summary,
         steps=request.evaluations,
         rate=stage.rate or _RATE,
@@ -62,7 +63,11 @@ def _retained(request: StageRequest) -> RetainedTexts | None:
         return None
     teacher = None
     if stage.teacher is not None:
-        named = (b for b in baselines(request.space) if b.origin == "parent" and b.label == stage.teacher)
+        named = (
+            b
+            for b in baselines(first_method(request.space))
+            if b.origin == "parent" and b.label == stage.teacher
+        )
         teacher = next(named).recipe
     weight = _RETAIN_WEIGHT if stage.retain_weight is None else stage.retain_weight
     return RetainedTexts(read_texts(stage.retain), weight, stage.retain_items or _RETAIN_ITEMS, teacher)

@@ -99,8 +99,8 @@ def memory_request(settings: Config, parents: Mapping[str, Parent], card: int) -
     base, item_bytes = parents[settings.base], _ITEM_BYTES[settings.out_dtype]
     ordered = {name: parents[name] for name in (settings.base, *settings.parents)}
     routes = any(not STAGES[kind].of_weights for kind in settings.kinds)
-    task_vector_sum = method(settings.method).task_vector_sum
-    sparsifier = task_vector_sum.sparsifier if task_vector_sum else None
+    sums = [method(name).task_vector_sum for name in settings.methods]
+    sparsifiers = [one.sparsifier for one in sums if one is not None and one.sparsifier is not None]
     fine_tunes = [parents[name] for name in settings.parents]
     elements = sum(prod(info.shape) for parent in fine_tunes for info in parent.tensors.values())
     tensors = sum(len(parent.tensors) for parent in fine_tunes)
@@ -112,8 +112,8 @@ def memory_request(settings: Config, parents: Mapping[str, Parent], card: int) -
             scoring_size(base.config, item_bytes, base.layout.num_layers, card),
             engine=_engine_size(settings, base, item_bytes),
         ),
-        tables=_TABLE_ENTRY * GRID * tensors if sparsifier else 0,
-        ranks=sparsifier.bytes_per_element * elements if sparsifier else 0,
+        tables=_TABLE_ENTRY * GRID * tensors if sparsifiers else 0,
+        ranks=max((one.bytes_per_element for one in sparsifiers), default=0) * elements,
         workers=workers_of_a_card(settings, 1),
     )
 

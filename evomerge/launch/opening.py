@@ -25,7 +25,7 @@ from evomerge.launch.tasks import open_tasks
 from evomerge.launch.threads import set_torch_threads
 from evomerge.launch.weight_space import make_space
 from evomerge.merging.vocabulary.alignment import check_rows
-from evomerge.spaces import WeightSpace
+from evomerge.spaces import MergeSpace
 from evomerge.store import Store, StudyFacts, study_facts
 from evomerge.workers.worker import Worker
 from evomerge.workers.worker_memory import WorkerMemory
@@ -63,7 +63,7 @@ class Opened:
 
     settings: Config
     parents: Mapping[str, Parent]
-    space: WeightSpace
+    space: MergeSpace
     harness: TaskSet
     objective: Objective
     warnings: tuple[str, ...] = ()

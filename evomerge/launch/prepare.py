@@ -20,7 +20,7 @@ from evomerge.launch.opening import Allowed, LoadedSearch, open_search
 from evomerge.launch.search_request import SearchRequest
 from evomerge.methods.fused.table_files import TableFiles
 from evomerge.search import Plan, Progress, Study
-from evomerge.spaces import soup
+from evomerge.spaces import first_method, soup
 from evomerge.store import Store, StudyFacts, paths, stop_request
 from evomerge.workers import Pool
 from evomerge.workers.machine_errors import is_worth_retrying
@@ -216,7 +216,7 @@ def _plan(loaded: LoadedSearch, facts: StudyFacts) -> Plan:
     return Plan(
         stages=stages.open_stages(settings, space, parents, facts, items["search"]),
         baselines=stages.reference_recipes(settings, space, parents),
-        soup=functools.partial(soup, space) if settings.merges_weights else None,
+        soup=functools.partial(soup, first_method(space)) if settings.merges_weights else None,
         objective=opened.objective,
         items=items,
         per_generation=per_generation(settings, opened.objective),

@@ -77,13 +77,15 @@ def recommendation(settings: Config, tasks: TaskSet, items: Items, item_forwards
     Returns:
         See `recommend`.
     """
+    if settings.chooses_methods:
+        return _evolution(item_forwards, "a choice of methods has no gradient")
     no_loss = ""
     try:
         check_losses(tasks)
     except TaskError as error:
         no_loss = str(error)
     fewest = min(map(len, items.values()))
-    return recommend(method(settings.method), no_loss, len(items), fewest, item_forwards)
+    return recommend(method(settings.methods[0]), no_loss, len(items), fewest, item_forwards)
 
 
 def _items(tasks: int, item_forwards: int) -> int:

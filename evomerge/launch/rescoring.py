@@ -17,6 +17,7 @@ from evomerge.recipes import Recipe
 from evomerge.reports import comparison, outputs, plots
 from evomerge.reports import sensitivity as scanning
 from evomerge.reports.comparison import Contender
+from evomerge.spaces import Axis, MergeSpace
 from evomerge.store import NewEvaluation, Store, Trial
 from evomerge.store.paths import store_path
 from evomerge.workers.worker import Worker
@@ -206,7 +207,7 @@ class _Scan:
     def of(cls, store: Store, trial: Trial, opened: Opened, request: ScanRequest) -> _Scan:
         recipe, space = store.recipe(trial.recipe_id), opened.space
         genome = scanning.genome_of(space, recipe, trial.genome)
-        axes = scanning.matching_axes(space.axes, request.pattern)
+        axes = _numbers(space, scanning.matching_axes(space.axes, request.pattern))
         neighbours = scanning.points(space, genome, axes, request.step, request.span)
         centre = space.decode(genome)
         notes = []
@@ -269,6 +270,17 @@ class _Scan:
             "notes": list(self.notes),
             "axes": [scanning.curve_data(curve) for curve in self.curves(store)],
         }
+
+
+def _numbers(space: MergeSpace, places: Sequence[int]) -> list[int]:
+    """Those of some axes that are numbers, which alone are scanned."""
+    numbers = [place for place in places if isinstance(space.axes[place], Axis)]
+    if not numbers:
+        raise StudyError(
+            f"'{space.axes[places[0]].name}' is a choice, and numbers alone are scanned; "
+            "leave the pattern out, or give one of a parameter such as weight"
+        )
+    return numbers
 
 
 def scan_items(opened: Opened, request: ScanRequest) -> Items:

@@ -11,7 +11,7 @@ from evomerge.config.stage_schema import StageConfig
 from evomerge.launch import pool
 from evomerge.optimizers import Optimizer, OptimizerEntry, OptimizerSettings
 from evomerge.search.plan import ISLAND_SEED_STEP, STAGE_SEED_STEP
-from evomerge.spaces import WeightSpace
+from evomerge.spaces import MergeSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class StageRequest:
     settings: Config
     stage: StageConfig
     parents: Mapping[str, Parent]
-    space: WeightSpace
+    space: MergeSpace
     position: int
     seed_number: int
     evaluations: int

@@ -12,13 +12,13 @@ from evomerge.launch.hand_recipes import named_recipes
 from evomerge.launch.route_stages import hand_baselines
 from evomerge.launch.stage_request import StageRequest
 from evomerge.search import LearnedOpening, Opening, Stage, Start
-from evomerge.spaces import Baseline, WeightSpace, baselines
+from evomerge.spaces import Baseline, MergeSpace, baselines, first_method
 from evomerge.store import StudyFacts
 
 
 def open_stages(
     settings: Config,
-    space: WeightSpace,
+    space: MergeSpace,
     parents: Mapping[str, Parent],
     facts: StudyFacts,
     items: Items | None = None,
@@ -78,7 +78,7 @@ def number_seeds(kinds: Sequence[str]) -> list[int]:
     return numbers
 
 
-def reference_recipes(settings: Config, space: WeightSpace, parents: Mapping[str, Parent]) -> list[Baseline]:
+def reference_recipes(settings: Config, space: MergeSpace, parents: Mapping[str, Parent]) -> list[Baseline]:
     """What a search is compared with from the start.
 
     Args:
@@ -90,7 +90,7 @@ def reference_recipes(settings: Config, space: WeightSpace, parents: Mapping[str
         The parents; hand recipes where weights are searched; routes written by hand where routes come first;
         the hand recipes that the search file names.
     """
-    references = baselines(space)
+    references = baselines(first_method(space))
     if not settings.merges_weights:
         references = [baseline for baseline in references if baseline.origin == "parent"]
     if settings.kinds[0] == "routes":

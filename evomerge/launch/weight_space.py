@@ -1,4 +1,4 @@
-"""Configuration and parents -> the space of a merge method's parameters."""
+"""Configuration and parents -> the space of a merge method's parameters, or of several methods."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from evomerge.checkpoints import COMPONENTS, Parent, equal_tensors
 from evomerge.config import Config
 from evomerge.errors import ConfigError
 from evomerge.methods import Method, method
-from evomerge.spaces import Range, WeightSpace
+from evomerge.spaces import MergeSpace, MethodChoiceSpace, Range, WeightSpace
 from evomerge.spaces.weights import EMBEDDINGS, HEAD
 
 Cell = tuple[str, str | None]
 """(layer group, component), or (embeddings or head, None)."""
 
 
-def is_diagonal(settings: Config, space: WeightSpace) -> bool:
+def is_diagonal(settings: Config, space: MergeSpace) -> bool:
     """Whether a first search of weights learns a diagonal covariance.
 
     Args:
@@ -37,16 +37,17 @@ def searched_unnamed(settings: Config) -> tuple[str, ...]:
         settings: The settings of the search.
 
     Returns:
-        Their names, as the method declares them.
+        Their names, as the methods declare them.
     """
-    params = method(settings.method).params
+    params = [param for name in settings.methods for param in method(name).params]
     named = settings.space.parameters
-    return tuple(p.name for p in params if p.searched and not p.required and p.name not in named)
+    found = (p.name for p in params if p.searched and not p.required and p.name not in named)
+    return tuple(dict.fromkeys(found))
 
 
 def make_space(
     settings: Config, parents: Mapping[str, Parent], searched: Collection[str] | None = None
-) -> WeightSpace:
+) -> MergeSpace:
     """The space of weights of a configuration.
 
     Args:
@@ -55,7 +56,8 @@ def make_space(
         searched: What a stored study searches of `searched_unnamed`; None for a new one, which searches all.
 
     Returns:
-        The space, without the parameters that change nothing.
+        The space, without the parameters that change nothing; with several methods one that chooses among
+        them.
 
     Raises:
         ConfigError: If the sizes of the layer groups do not add up to the base's layers, or nothing is left
@@ -68,14 +70,33 @@ def make_space(
         raise ConfigError(
             f"space.groups add up to {sum(groups)} layers, '{settings.base}' has {base.layout.num_layers}"
         )
-    merge_method = method(settings.method)
-    space = WeightSpace(
+    spaces = [
+        _of_method(settings, method(name), groups, _segments(base), searched) for name in settings.methods
+    ]
+    if not settings.chooses_methods:
+        return searchable(spaces[0], parents)
+    with_base = [space for space in spaces if space.method.needs_base]
+    dead = _dead(with_base[0], parents) if with_base else frozenset()  # which reads every tensor
+    return MethodChoiceSpace(
+        tuple(replace(space, dead=dead) if space.method.needs_base else space for space in spaces)
+    )
+
+
+def _of_method(
+    settings: Config,
+    merge_method: Method,
+    groups: tuple[int, ...],
+    segments: tuple[tuple[str, str], ...],
+    searched: Collection[str] | None,
+) -> WeightSpace:
+    """The space of one method, with all its axes."""
+    return WeightSpace(
         method=merge_method,
         base=settings.base,
         models=merge_method.searched_models(settings.base, settings.parents),
         groups=groups,
         components=settings.space.components,
-        segments=_segments(base),
+        segments=segments,
         ranges=_ranges(settings, merge_method, searched),
         embeddings=settings.space.embeddings,
         head=settings.space.head,
@@ -83,7 +104,6 @@ def make_space(
         seed=settings.search.seed,
         searchable=False,
     )
-    return searchable(space, parents)
 
 
 def searchable(space: WeightSpace, parents: Mapping[str, Parent]) -> WeightSpace:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from evomerge.launch.hand_recipes import start_genome
 from evomerge.launch.stage_request import StageRequest
-from evomerge.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerSettings, is_diagonal
+from evomerge.optimizers import OPTIMIZERS, OptimizerSettings, is_diagonal, optimizer_for
 from evomerge.search import Opening, Start
-from evomerge.spaces import RouteWeightSpace
+from evomerge.spaces import MethodChoiceSpace, RouteWeightSpace
 
 
 def open_weight_stage(request: StageRequest) -> Callable[[Start], Opening]:
@@ -25,13 +26,17 @@ def open_weight_stage(request: StageRequest) -> Callable[[Start], Opening]:
 
 
 def _of_merge(request: StageRequest) -> Callable[[Start], Opening]:
-    make = request.optimizers(_entry(request), _settings(request, request.diagonal))
-    settings = request.settings
-    if settings.search.start in settings.hand_recipes:
-        genome = start_genome(settings.search.start, request.space, settings, request.parents)
-        return lambda start: Opening(request.space, make, begin=genome)
-    at_best = settings.search.start == "best"
-    return lambda start: Opening(request.space, make, at_best=at_best)
+    space, settings, search = request.space, request.settings, request.settings.search
+    chosen = _settings(request, request.diagonal)
+    entry = optimizer_for(search.optimizer, categorical=isinstance(space, MethodChoiceSpace))
+    if isinstance(space, MethodChoiceSpace):
+        chosen = replace(chosen, categories=space.categories, keep_probability=space.keep_probability)
+    make = request.optimizers(entry, chosen)
+    if search.start in settings.hand_recipes:
+        genome = start_genome(search.start, space, settings, request.parents)
+        return lambda start: Opening(space, make, begin=genome)
+    at_best = search.start == "best"
+    return lambda start: Opening(space, make, at_best=at_best)
 
 
 def _of_route(request: StageRequest) -> Callable[[Start], Opening]:
@@ -41,13 +46,10 @@ def _of_route(request: StageRequest) -> Callable[[Start], Opening]:
     def open_from(start: Start) -> Opening:
         space = RouteWeightSpace(start.recipe, settings.base, settings.parents, num_groups)
         diagonal = is_diagonal(settings.search.diagonal, request.evaluations, len(space.axes))
-        return Opening(space, request.optimizers(_entry(request), _settings(request, diagonal)))
+        entry = OPTIMIZERS[settings.search.optimizer]
+        return Opening(space, request.optimizers(entry, _settings(request, diagonal)))
 
     return open_from
-
-
-def _entry(request: StageRequest) -> OptimizerEntry:
-    return OPTIMIZERS[request.settings.search.optimizer]
 
 
 def _settings(request: StageRequest, diagonal: bool) -> OptimizerSettings:

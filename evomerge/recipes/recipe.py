@@ -135,7 +135,7 @@ class Mix:
     def passed(self) -> Source | None:
         """The source of a mix that takes it over as it is, else None; a factor of 1 may be spelt out."""
         plain = self.method == "passthrough" and self.base is None and len(self.sources) == 1
-        return self.sources[0] if plain and all(value in (1.0, (1.0,)) for _, value in self.params) else None
+        return self.sources[0] if plain and all(_is_one(value) for _, value in self.params) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +309,14 @@ def _normal(value: ParamValue) -> ParamValue:
     if isinstance(value, tuple):
         return tuple(v if isinstance(v, Filtered | PerRow) else float(v) + 0.0 for v in value)
     return value if isinstance(value, Filtered | PerRow) else float(value) + 0.0
+
+
+def _is_one(value: ParamValue) -> bool:
+    """Whether a parameter of a merge, or of its only source, is 1 for every tensor that it is given for."""
+    (setting,) = value if isinstance(value, tuple) else (value,)
+    if isinstance(setting, Filtered):
+        return all(number == 1 for _, number in setting.cases)
+    return setting == 1
 
 
 def params(values: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:

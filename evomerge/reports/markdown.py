@@ -258,13 +258,14 @@ def _trade_offs(store: Store) -> list[str]:
 
 def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
     """Parameters by model, a row for each run of places mixed alike. depths: see `Recipe.is_route`."""
-    lines = [
-        f"Recipe `{recipe.id}`, {recipe.layers[0].method}, base {markdown(recipe.base)}, {recipe.out_dtype}.",
-        "",
-    ]
+    methods = route_text.methods_by_place(recipe)
+    named = ", ".join(name for name, _ in methods) or recipe.layers[0].method
+    lines = [f"Recipe `{recipe.id}`, {named}, base {markdown(recipe.base)}, {recipe.out_dtype}.", ""]
     is_route = recipe.is_route(depths)
     if is_route:
         lines += [*route_text.route_lines(recipe), ""]
+    elif methods:
+        lines += [*(f"- {name} in {places}" for name, places in methods), ""]
     lines += route_text.intermediate_merges(recipe)
     if is_route and all(mix.method == "passthrough" for mix in recipe.layers):
         return lines
@@ -279,10 +280,10 @@ def _recipe(recipe: Recipe, depths: Mapping[str, int]) -> list[str]:
 
 
 def _mixed_alike(recipe: Recipe) -> list[tuple[str, Mix]]:
-    """(places in words, their mix): embeddings, runs of layers with the same parameters, head."""
+    """(places in words, their mix): embeddings, runs of layers with the same method and parameters, head."""
     runs: list[tuple[int, int, Mix]] = []
     for layer, mix in enumerate(recipe.layers):
-        if runs and runs[-1][2].params == mix.params:
+        if runs and (runs[-1][2].method, runs[-1][2].params) == (mix.method, mix.params):
             runs[-1] = (runs[-1][0], layer, mix)
         else:
             runs.append((layer, layer, mix))

@@ -70,6 +70,32 @@ def route_lines(recipe: Recipe) -> list[str]:
     ]
 
 
+def methods_by_place(recipe: Recipe) -> list[tuple[str, str]]:
+    """Lists the methods of a merge by several.
+
+    Args:
+        recipe: Any recipe.
+
+    Returns:
+        (method, its places: 'embeddings, layers 0-3, head'), in the order of the output; empty for a recipe
+        with one method.
+    """
+    runs: list[tuple[str, int, int]] = []  # method, first layer, last layer
+    for layer, mix in enumerate(recipe.layers):
+        if runs and runs[-1][0] == mix.method:
+            runs[-1] = (mix.method, runs[-1][1], layer)
+        else:
+            runs.append((mix.method, layer, layer))
+    placed = [(name, f"layer {a}" if a == b else f"layers {a}-{b}") for name, a, b in runs]
+    placed = [(recipe.embeddings.method, "embeddings"), *placed, (recipe.head.method, "head")]
+    by_method: dict[str, list[str]] = {}
+    for name, place in placed:
+        by_method.setdefault(name, []).append(place)
+    if len(by_method) < 2:
+        return []
+    return [(name, ", ".join(places)) for name, places in by_method.items()]
+
+
 def intermediate_merges(recipe: Recipe) -> list[str]:
     """Names the intermediate merges that a recipe reads like models.
 

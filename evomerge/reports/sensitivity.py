@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from evomerge.errors import ConfigError, StudyError, suggest
 from evomerge.evaluation import Evaluation, Items, ItemScore, Role
@@ -20,7 +20,7 @@ from evomerge.recipes import Recipe
 from evomerge.store import NewEvaluation, NewSensitivity, Scored, Store
 
 if TYPE_CHECKING:
-    from evomerge.spaces import WeightSpace
+    from evomerge.spaces import Axis, MergeSpace
     from evomerge.spaces.base import NamedAxis
 
 
@@ -102,7 +102,7 @@ class Curve:
     steep: bool
 
 
-def genome_of(space: WeightSpace, recipe: Recipe, genome: Sequence[float] | None) -> tuple[float, ...]:
+def genome_of(space: MergeSpace, recipe: Recipe, genome: Sequence[float] | None) -> tuple[float, ...]:
     """Finds the genome of a candidate.
 
     Args:
@@ -121,9 +121,8 @@ def genome_of(space: WeightSpace, recipe: Recipe, genome: Sequence[float] | None
     nearest = space.encode(recipe)
     if nearest is None:
         raise StudyError(
-            f"recipe {recipe.id} is no point of this space "
-            f"({space.method.name} of {', '.join(space.models)}), so it has no coefficients to "
-            "move; choose a candidate that the search sampled"
+            f"recipe {recipe.id} is no point of this space, so it has no coefficients to move; "
+            "choose a candidate that the search sampled"
         )
     return nearest
 
@@ -152,7 +151,7 @@ def matching_axes(axes: Sequence[NamedAxis], pattern: str | None) -> list[int]:
 
 
 def points(
-    space: WeightSpace, genome: Sequence[float], places: Sequence[int], step: float, span: float
+    space: MergeSpace, genome: Sequence[float], places: Sequence[int], step: float, span: float
 ) -> list[Point]:
     """Makes the candidate's neighbours on some axes: value ± step, ± 2 step, … up to span.
 
@@ -162,7 +161,7 @@ def points(
     Args:
         space: The space of the search.
         genome: The candidate's genes, [axes].
-        places: Which axes are moved.
+        places: Which axes are moved, all of them numbers.
         step: Distance of neighbours, in the parameter's own units, above 0.
         span: Largest distance from the candidate, at least `step` and at most 100 steps.
 
@@ -183,7 +182,7 @@ def points(
     centre_id = space.decode(genome).id
     neighbours: list[Point] = []
     for place in places:
-        axis = space.axes[place]
+        axis = cast("Axis", space.axes[place])
         start = axis.value(genome[place])
         recipe_ids = {centre_id}
         for multiple in range(-count, count + 1):
@@ -271,7 +270,7 @@ def scan(
 
 
 def curves(
-    space: WeightSpace,
+    space: MergeSpace,
     genome: Sequence[float],
     neighbours: Sequence[Point],
     stored: Mapping[tuple[str, float], Scored],
@@ -295,6 +294,7 @@ def curves(
     for place, axis in enumerate(space.axes):
         values = sorted(point.value for point in neighbours if point.axis == axis.name)
         if values:
+            axis = cast("Axis", axis)  # a choice of methods has no neighbours
             around = {value: stored[axis.name, value] for value in values}
             scanned.append(_curve(axis.name, axis.value(genome[place]), centre, around, weights))
     return scanned

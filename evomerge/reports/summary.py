@@ -11,7 +11,7 @@ from evomerge.evaluation import Term
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.recipes import Recipe
 from evomerge.reports.learned_stages import agreements, label_rows
-from evomerge.reports.route_text import depths, hops
+from evomerge.reports.route_text import depths, hops, methods_by_place
 from evomerge.reports.stages import stage_rows
 from evomerge.reports.tally import Tally, rank
 from evomerge.reports.verdict import verdict
@@ -317,13 +317,19 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         `partial`: how many of its generation's items a race scored it on, None for all. `estimate`: (mean,
         standard error) over all search items, of the leaders of a finished search. `violation`: by how much
         it breaks the retention constraints. `costs`: its layers and parameters. `route`: its layers in words,
+<<<<<<< HEAD
         None for a merge of whole models. `coefficients`: `models` and `rows` of (layers, a number for each
         model). `agreements`: of its stage, where that is a learned one.
+=======
+        None for a merge of whole models. `methods`: method -> its places, of such a merge by several methods.
+        `agreements`: of its stage, where that is a learned one.
+>>>>>>> a6f1ee4 (Choose a merge method for each layer group)
     """
     study = store.study()
     outcome = None if study is None else study.outcome
     estimate = None if outcome is None else outcome.estimates.get(trial.id)
     recipe = store.recipe(trial.recipe_id)
+    is_route = recipe.is_route(depths(store))
     return {
         "id": trial.id,
         "generation": trial.generation,
@@ -341,8 +347,13 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "genome": trial.genome,
         "stage": trial.stage,
         "costs": dict(trial.costs),
+<<<<<<< HEAD
         "route": hops(recipe) if recipe.is_route(depths(store)) else None,
         "coefficients": _coefficients(recipe),
+=======
+        "route": hops(recipe) if is_route else None,
+        "methods": {} if is_route else dict(methods_by_place(recipe)),
+>>>>>>> a6f1ee4 (Choose a merge method for each layer group)
         "agreements": [
             row for row in ([] if study is None else agreements(study)) if row["stage"] == trial.stage + 1
         ],

@@ -38,6 +38,7 @@ class Axis:
         high: Upper bound of a value.
         start: Value of gene 0, between the bounds.
         digits: Decimals of a value.
+        method: The methods that take it, where others take the parameter in another range; '' for all.
     """
 
     group: str
@@ -48,6 +49,7 @@ class Axis:
     high: float
     start: float
     digits: int = DIGITS
+    method: str = ""
 
     def __post_init__(self) -> None:
         if not self.low < self.start < self.high:
@@ -60,7 +62,8 @@ class Axis:
         """'weight of math in layers 0-1, attention'."""
         model = f" of {self.source}" if self.source else ""
         component = f", {self.component}" if self.component else ""
-        return f"{self.param}{model} in {self.group}{component}"
+        method = f", by {self.method}" if self.method else ""
+        return f"{self.param}{model} in {self.group}{component}{method}"
 
     def value(self, gene: float) -> float:
         """The value of a gene, on the axis' decimal grid.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from evomerge import _resources, _yaml, config
 from evomerge.config import loading
 from evomerge.errors import ConfigError
 from evomerge.methods import METHODS
+from evomerge.optimizers import OPTIMIZERS
 
 GOOD = """\
 study: trial
@@ -145,6 +147,38 @@ MISTAKES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "study that looks like a flag": ("study: trial", "§study: -rf", ("study", "'-rf'")),
     # counts
     "too many models for the method": ("method: ties", "method: slerp", ("slerp", "1", "2")),
+    "two models for a method of one, among others": (
+        "method: ties",
+        "method: [ties, slerp]",
+        ("slerp", "1", "2"),
+    ),
+    # several methods
+    "one method in a list": ("method: ties", "§method: [ties]", ("two or more", "method: ties")),
+    "no method in a list": ("method: ties", "§method: []", ("two or more", "got 0")),
+    "a method twice": ("method: ties", "§method: [ties, della, ties]", ("'ties'", "twice")),
+    "unknown method among others": ("method: ties", "§method: [ties, dellla]", ("'dellla'", "'della'")),
+    "number among methods": ("method: ties", "method: [ties, §7]", ("string", "7")),
+    "parameter of none of the methods": (
+        "method: ties",
+        "method: [linear, nuslerp]",
+        ("none of linear, nuslerp", "'density'"),
+    ),
+    "gradient of several methods": (
+        "method: ties",
+        "method: [ties, della]\nstages: [§learned]",
+        ("gradient", "one method", "stage of weights"),
+    ),
+    "several methods after routes": (
+        "method: ties",
+        "§method: [ties, della]\nstages: [routes, weights]",
+        ("first stage of weights", "begins with routes"),
+    ),
+    # optimizers
+    "optimizer of categories for numbers": (
+        "  sigma: 0.15",
+        "  §optimizer: cat_cma",
+        ("cat_cma", "needs categorical genes", "cma or random"),
+    ),
     "base alone": ("  math: models/math\n  lang: {path: models/lang, revision: main}\n", "", ("models", "2")),
     # YAML itself
     "tab": ("  items: 100", "§\titems: 100", ("not valid YAML",)),
@@ -171,6 +205,28 @@ def test_the_example_is_good(tmp_path: Path) -> None:
     assert settings.space.groups == (2, 3)
     assert settings.space.parameters["density"] == 0.7
     assert settings.search.seed == 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_choice_of_methods_takes_every_optimizer_of_categories(optimizer: str, tmp_path: Path) -> None:
+    text = GOOD.replace("method: ties", "method: [ties, della]") + f"  optimizer: {optimizer}\n"
+    settings = read(text, tmp_path)
+    assert (settings.method, settings.methods) == (("ties", "della"), ("ties", "della"))
+    text += "stages: [weights, routes, weights]\n"  # of which the last one is of numbers alone
+    if OPTIMIZERS[optimizer].takes_numbers:
+        read(text, tmp_path)
+    else:
+        with pytest.raises(ConfigError, match=rf"{optimizer} needs categorical genes; .* use cma or random"):
+            read(text, tmp_path)
+
+
+def test_an_optimizer_that_takes_no_categories_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "cma", replace(OPTIMIZERS["cma"], categorical_name=""))
+    text = GOOD.replace("method: ties", "method: [ties, della]")
+    with pytest.raises(ConfigError, match=r"cma takes continuous genes alone; for categories use cat_cma or"):
+        read(text, tmp_path)
 
 
 @pytest.mark.parametrize("name", _resources.search_spaces())

@@ -16,7 +16,7 @@ from evomerge import spaces
 from evomerge.merging import tensor_plan
 from evomerge.methods import METHODS, method
 from evomerge.recipes import Mix, Recipe, params
-from evomerge.spaces import Range, RouteWeightSpace, SearchSpace
+from evomerge.spaces import MethodChoiceSpace, Range, RouteWeightSpace, SearchSpace
 from evomerge.spaces.cell_weights import CellWeightSpace
 from evomerge.spaces.routes import LayerIndicatorSpace, LayerPool, PositionChoiceSpace
 from evomerge.spaces.routes.relaxation import RelaxedRouteSpace
@@ -40,6 +40,10 @@ FOREIGN = Recipe(
 )
 
 
+DENSITY = Range(0.1, 1.0, 0.5)
+DEAD = frozenset({("layer 2", component, "a") for component in ("attention", "mlp")})
+
+
 def weight_spaces() -> dict[str, SearchSpace]:
     """A space over each method that has numbers, every one of them searched."""
     found: dict[str, SearchSpace] = {}
@@ -56,6 +60,19 @@ def weight_spaces() -> dict[str, SearchSpace]:
 
 
 SPACES: dict[str, SearchSpace] = weight_spaces() | {
+    "a method for each group": MethodChoiceSpace(
+        (
+            weight_space("task_arithmetic"),
+            weight_space("dare_ties", ranges={"weight": Range(-0.5, 2.0, 0.5), "density": DENSITY}, seed=3),
+            weight_space("linear", ranges={"weight": Range(0.0, 1.0, 0.5)}),
+        )
+    ),
+    "a method for each group, of some": MethodChoiceSpace(
+        tuple(
+            weight_space(name, ("a",), ranges=ranges, embeddings=False, dead=DEAD, searchable=False)
+            for name, ranges in (("arcee_fusion", {}), ("ties", {"density": DENSITY}), ("slerp", {}))
+        )
+    ),
     "indicators": LayerIndicatorSpace(POOL, scales="none"),
     "indicators, a scale a hop": LayerIndicatorSpace(POOL, scales="hop"),
     "indicators, a matrix of scales": LayerIndicatorSpace(SMALL_POOL, scales="matrix"),

@@ -8,6 +8,7 @@ tensors, embeddings and head.
 from __future__ import annotations
 
 from evomerge.recipes.mergekit_yaml.load import load
+from evomerge.recipes.mergekit_yaml.method_stages import by_method
 from evomerge.recipes.mergekit_yaml.writer import dump, dump_documents, with_outer_filters
 
-__all__ = ["dump", "dump_documents", "load", "with_outer_filters"]
+__all__ = ["by_method", "dump", "dump_documents", "load", "with_outer_filters"]

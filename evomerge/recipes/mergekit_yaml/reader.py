@@ -341,7 +341,9 @@ class DocumentReader:
             and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         )
         depth = self._num_layers(model)
-        if not is_pair or not 0 <= value[0] < value[1] <= depth:
+        # a slice without layers says whose embeddings or head a stack has
+        fewest = 0 if self._method.name == "passthrough" else 1
+        if not is_pair or not 0 <= value[0] <= value[1] - fewest <= depth - fewest:
             raise self._checks.fail(
                 path,
                 f"layer_range must be [first, end] with 0 <= first < end <= {depth} for {model}, "

@@ -10,17 +10,22 @@ import yaml
 
 from evomerge.errors import RecipeError
 from evomerge.methods import Method, Param, method
+from evomerge.recipes.mergekit_yaml.method_stages import by_method
 from evomerge.recipes.recipe import STORED, Filtered, Mix, ParamValue, PerRow, Recipe, Setting, Source, params
 from evomerge.recipes.tokenizer_spec import ZERO, TokenDonor, TokenizerSpec
 
 
-def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = ()) -> str:
+def dump(
+    recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = (), name: str | None = None
+) -> str:
     """mergekit YAML that rebuilds a recipe.
 
     Args:
-        recipe: A recipe; its stages become documents of their own, for mergekit-multi.
+        recipe: A recipe; its stages become documents of their own, for mergekit-multi, and so do its methods
+            where it has several.
         references: Model name -> what to write for it.
         header: Comment lines.
+        name: What other documents call the recipe's; None for the last document of a file.
 
     Returns:
         The text of the file.
@@ -29,9 +34,10 @@ def dump(recipe: Recipe, references: Mapping[str, str], header: Sequence[str] = 
         RecipeError: mergekit cannot express the recipe.
     """
     _refuse_rows(recipe)
-    named = {**references, **{name: name for name, _ in recipe.stages}}
-    documents = [{"name": name, **_document(stage, named)} for name, stage in recipe.stages]
-    documents.append(_document(recipe, named))
+    divided = by_method(recipe, name or "merge")
+    named = {**references, **{stage: stage for stage, _ in divided.stages}}
+    documents = [{"name": stage, **_document(part, named)} for stage, part in divided.stages]
+    documents.append(({} if name is None else {"name": name}) | _document(divided, named))
     head = "".join(f"# {line}\n" for text in header for line in text.splitlines() or [""])
     return head + dump_documents(documents)
 
@@ -59,18 +65,18 @@ def _refuse_rows(recipe: Recipe) -> None:
 
 
 def _document(recipe: Recipe, references: Mapping[str, str]) -> dict[str, Any]:
-    methods = sorted({mix.method for mix in recipe.mixes})
-    if len(methods) > 1:
-        raise RecipeError(f"one mergekit file has one method, this recipe has {', '.join(methods)}")
-    _check_outer_models(recipe)
-    rule = method(methods[0])
+    rule = method(recipe.layers[0].method)
+    pins = _pins(recipe, references)
     parts = _parts(recipe)
     slices = []
     for number, (first, length) in enumerate(parts):
-        outer = [recipe.embeddings] if number == 0 else []
-        outer += [recipe.head] if number == len(parts) - 1 else []
+        outer = [recipe.embeddings] if number == 0 and not pins else []
+        outer += [recipe.head] if number == len(parts) - 1 and not pins else []
         slices.append(_slice(rule, recipe.layers[first], length, outer, references, recipe.base))
-    data: dict[str, Any] = {"merge_method": rule.name, "base_model": references[recipe.base]}
+    slices = [*pins[:1], *slices, *pins[1:]]
+    data: dict[str, Any] = {"merge_method": rule.name}
+    if not rule.takes_base or any(mix.base for mix in recipe.mixes):  # else it would take differences from it
+        data["base_model"] = references[recipe.base]
     if recipe.dtype != STORED:
         data["dtype"] = recipe.dtype
     data["out_dtype"] = recipe.out_dtype
@@ -85,18 +91,25 @@ def _document(recipe: Recipe, references: Mapping[str, str]) -> dict[str, Any]:
     return data
 
 
-def _check_outer_models(recipe: Recipe) -> None:
-    """Embeddings and head are of the models that mergekit takes them from."""
+def _pins(recipe: Recipe, references: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Slices without layers, first and last, for embeddings and head of other models than those beside them.
+
+    mergekit takes embeddings from the first slice's models and the head from the last slice's.
+    """
 
     def models(mix: Mix) -> tuple[list[str], str | None]:
         return [name for name, _ in mix.sources], mix.base[0] if mix.base else None
 
-    first, last = recipe.layers[0], recipe.layers[-1]
-    if models(recipe.embeddings) != models(first) or models(recipe.head) != models(last):
+    first, last, outer = recipe.layers[0], recipe.layers[-1], (recipe.embeddings, recipe.head)
+    if [models(mix) for mix in outer] == [models(first), models(last)]:
+        return []
+    passed = [mix.passed for mix in outer]
+    if None in (mix.passed for mix in recipe.mixes):
         raise RecipeError(
             "mergekit takes embeddings from the first slice's models and the head from the last slice's; "
             "this recipe does not"
         )
+    return [{"sources": [_source(references[one[0]], 0, 0, {})]} for one in passed if one is not None]
 
 
 def _tokenizer(spec: TokenizerSpec, references: Mapping[str, str]) -> dict[str, Any]:

@@ -278,20 +278,21 @@ def test_filters_that_miss_a_tensor_are_written_with_the_default_they_mean(tiny3
             assert not isinstance(weight, list) or weight[-1]["filter"] == "*"
 
 
-def test_a_recipe_of_two_methods_is_refused():
-    one = load("{merge_method: linear, base_model: math, models: [{model: math}], parameters: {weight: 1}}")
-    two = load("{merge_method: passthrough, models: [{model: math}]}")
-    with pytest.raises(RecipeError, match="linear, passthrough"):
-        dump(replace(one, layers=(*one.layers[:2], *two.layers[2:])))
-
-
-def test_embeddings_of_models_that_the_first_slice_has_not_are_refused():
+def test_embeddings_and_head_of_other_models_are_slices_without_layers():
     recipe = load(
         "{merge_method: passthrough, base_model: math, slices: [{sources: [{model: math, "
         "layer_range: [0, 4]}]}]}"
     )
+    other = replace(recipe, embeddings=replace(recipe.embeddings, sources=(("code", None),)))
+    text = dump(other)
+    ranges = [s["sources"][0]["layer_range"] for s in yaml.safe_load(text)["slices"]]
+    assert ranges == [[0, 0], [0, 4], [0, 0]]
+    assert load(text) == other
+    merged = load(
+        "{merge_method: linear, base_model: math, models: [{model: math}], parameters: {weight: 1}}"
+    )
     with pytest.raises(RecipeError, match="embeddings"):
-        dump(replace(recipe, embeddings=replace(recipe.embeddings, sources=(("code", None),))))
+        dump(replace(merged, embeddings=replace(merged.embeddings, sources=(("code", None),))))
 
 
 @pytest.mark.parametrize("name", TEXTS)
