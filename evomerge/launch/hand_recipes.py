@@ -91,8 +91,8 @@ def start_genome(
     if genome is None:
         raise ConfigError(
             f"search.start: the space cannot hold the hand recipe '{label}': it takes whole models "
-            f"{', '.join(first_method(space).models)} in this order by {' or '.join(settings.methods)}, with the "
-            "fixed parameters of space.parameters; write search: {start: best}, or change the space"
+            f"{', '.join(first_method(space).models)} in this order by {' or '.join(settings.methods)}, with "
+            "the fixed parameters of space.parameters; write search: {start: best}, or change the space"
         )
     return genome
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.launch.opening import open_stored_search
+from evomerge.launch.opening import Allowed, open_stored_search
 from evomerge.merging.mergekit_check import compare, find_program, run_mergekit
 from evomerge.recipes import Recipe
 from evomerge.store import Store
@@ -21,6 +21,7 @@ from tests.support.toy import REPO, in_process, stored_rows, zoo_folder
 
 ENVIRONMENT = Path(os.environ.get("EVOMERGE_MERGEKIT_ENV") or REPO / ".venv-mergekit")
 METHODS = ["task_arithmetic", "linear", "dare_ties"]
+KEYS = ("generation", "slot", "genome", "recipe")
 TASK = """
 def likes(model, tokenizer, items):
     names = [f"item {i}" for i in range(40)] if items is None else items
@@ -115,11 +116,9 @@ def test_a_search_cut_short_and_gone_on_with_is_the_same_search(root: Path, tmp_
 
     def sampled(folder: Path) -> list[Any]:
         rows = stored_rows(folder / "chosen" / "study.db")["trials"]
-        return [
-            (t["generation"], t["slot"], t["genome"], t["recipe"], t["score"]) for t in rows if t["genome"]
-        ]
+        return [[t[key] for key in KEYS] for t in rows if t["origin"] in ("sampled", "injected")]
 
-    assert len(sampled(tmp_path)) >= 12
+    assert len(sampled(tmp_path)) == 12
     assert sampled(tmp_path) == sampled(root)
 
 
@@ -127,8 +126,8 @@ def test_a_study_with_another_list_is_another_search(root: Path, tmp_path: Path)
     shutil.copytree(root / "chosen", tmp_path / "chosen")
     for methods in (METHODS[:2], METHODS[::-1], METHODS[0]):
         file = write(tmp_path, "chosen", method=methods)
-        code, _, err = in_process("run", file, "--root", tmp_path, "--allow-python")
-        assert code == 3
+        code, _, err = in_process("run", file, "--resume", "--root", tmp_path, "--allow-python")
+        assert code == 2, err
         assert "so this would be another search: method" in err
 
 
@@ -141,7 +140,7 @@ def test_an_exported_candidate_merges_to_the_scored_one_by_evomerge_and_by_merge
             for n, r in recipes(store).items()
             if {mix.method for mix in r.mixes} == {"task_arithmetic", "linear"}
         )
-        opened = open_stored_search(store)
+        opened = open_stored_search(store, Allowed(python=True))
     out = tmp_path / "out"
     said = run("export", f"chosen/{number}", out, "--weights", "--root", root)
     assert "mergekit-multi recipe.yaml" in (out / "README.md").read_text()
@@ -160,4 +159,6 @@ def test_an_exported_candidate_merges_to_the_scored_one_by_evomerge_and_by_merge
     if not (ENVIRONMENT / "bin" / "mergekit-multi").is_file():
         pytest.skip("needs scripts/make_mergekit_env")
     run_mergekit(find_program(out / "recipe.yaml", ENVIRONMENT), out / "recipe.yaml", tmp_path / "theirs")
-    assert compare(scored, Checkpoint(tmp_path / "theirs")).agrees
+    compared = compare(scored, Checkpoint(tmp_path / "theirs"))
+    assert not compared.only
+    assert compared.largest < 1e-6, "sums of float32 in another order"
