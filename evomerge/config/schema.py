@@ -254,7 +254,7 @@ class SearchConfig(Strict):
     """Asks each generation before the last results of the one before, so that no worker waits; takes more
     evaluations."""
     optimizer: OptimizerName = "cma"
-    """Optimizer of searches of weights; with a list of methods cma is CatCMA. Routes have their own."""
+    """Optimizer of searches of weights, where cma is CatCMA for a list of methods; routes have their own."""
 
 
 class LimitsConfig(Strict):
