@@ -317,13 +317,9 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         `partial`: how many of its generation's items a race scored it on, None for all. `estimate`: (mean,
         standard error) over all search items, of the leaders of a finished search. `violation`: by how much
         it breaks the retention constraints. `costs`: its layers and parameters. `route`: its layers in words,
-<<<<<<< HEAD
-        None for a merge of whole models. `coefficients`: `models` and `rows` of (layers, a number for each
-        model). `agreements`: of its stage, where that is a learned one.
-=======
         None for a merge of whole models. `methods`: method -> its places, of such a merge by several methods.
-        `agreements`: of its stage, where that is a learned one.
->>>>>>> a6f1ee4 (Choose a merge method for each layer group)
+        `coefficients`: `models` and `rows` of (layers, a number for each model). `agreements`: of its stage,
+        where that is a learned one.
     """
     study = store.study()
     outcome = None if study is None else study.outcome
@@ -347,13 +343,9 @@ def candidate(store: Store, trial: Trial) -> dict[str, Any]:
         "genome": trial.genome,
         "stage": trial.stage,
         "costs": dict(trial.costs),
-<<<<<<< HEAD
-        "route": hops(recipe) if recipe.is_route(depths(store)) else None,
-        "coefficients": _coefficients(recipe),
-=======
         "route": hops(recipe) if is_route else None,
         "methods": {} if is_route else dict(methods_by_place(recipe)),
->>>>>>> a6f1ee4 (Choose a merge method for each layer group)
+        "coefficients": _coefficients(recipe),
         "agreements": [
             row for row in ([] if study is None else agreements(study)) if row["stage"] == trial.stage + 1
         ],
