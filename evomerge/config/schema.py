@@ -18,6 +18,7 @@ from evomerge.config.stage_schema import RoutesConfig, StageConfig
 from evomerge.config.value_types import (
     BackendName,
     Counts,
+    EngineOption,
     Measure,
     Name,
     Number,
@@ -143,8 +144,6 @@ class TaskConfig(Strict):
 class EngineConfig(Strict):
     """How an engine that generates texts is opened, see `evaluation.backend`."""
 
-    python: str | None = Field(default=None, min_length=1)
-    """Interpreter of the environment that has vLLM; $EVOMERGE_VLLM_PYTHON or evomerge's own unless given."""
     process: Literal["child", "worker"] = "child"
     """'child': a process of its own, started again where it dies; 'worker': the worker's own process."""
     push: Literal["auto", "in-place", "reload"] = "auto"
@@ -157,8 +156,8 @@ class EngineConfig(Strict):
     """Devices that share the model."""
     threads: Whole = Field(default=1, ge=1)
     """CPU threads of a child."""
-    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Further arguments of vLLM's LLM."""
+    options: dict[EngineOption, int | float | bool] = Field(default_factory=dict)
+    """Further arguments of vLLM's LLM that say how it computes, none that has it run other code."""
 
 
 class EvaluationConfig(Strict):

@@ -79,6 +79,16 @@ BackendName = Annotated[str, AfterValidator(_backend_name)]
 """A key of `evomerge.evaluation.lm_harness.backends.BACKENDS`."""
 TrackerName = Annotated[str, AfterValidator(_tracker_name)]
 """A key of `evomerge.reports.trackers.TRACKERS`."""
+EngineOption = Literal[
+    "block_size",
+    "cpu_offload_gb",
+    "disable_custom_all_reduce",
+    "enable_chunked_prefill",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "max_num_batched_tokens",
+]
+"""An argument of vLLM's `LLM` that a search file may give."""
 Measure = Literal["metric", "probability", "logprob"]
 """What an item is scored by: the task's metric, or a soft metric, the probability or mean log-probability of
 the right answer."""

@@ -162,7 +162,7 @@ def _mixed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
 
 
 _THEN = ", then "
-_ENGINE_PLACES = {"python", "process", "push", "cache_gb", "threads"}
+_ENGINE_PLACES = {"process", "push", "cache_gb", "threads"}
 """Keys of `evaluation.engine` that texts do not depend on."""
 
 

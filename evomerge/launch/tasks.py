@@ -144,14 +144,14 @@ def _engine_settings(settings: Config) -> EngineSettings:
 
     engine = settings.evaluation.engine
     return EngineSettings(
-        python=engine.python or os.environ.get("EVOMERGE_VLLM_PYTHON") or None,
+        python=os.environ.get("EVOMERGE_VLLM_PYTHON") or None,  # a search file names no program
         process=engine.process,
         push=engine.push,
         rows=engine.rows,
         cache=int(engine.cache_gb * 1e9),
         tensor_parallel=engine.tensor_parallel,
         threads=engine.threads,
-        options=engine.options,
+        options={str(name): value for name, value in engine.options.items()},
     )
 
 

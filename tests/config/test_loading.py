@@ -364,3 +364,20 @@ def test_every_method_has_a_search_file(name: str, tmp_path: Path) -> None:
     if method.models[1] == 1:
         text = text.replace("  lang: {path: models/lang, revision: main}\n", "")
     assert set(read(text, tmp_path).space.parameters) == {p.name for p in searched}
+
+
+@pytest.mark.parametrize("option", ["trust_remote_code", "worker_extension_cls", "tokenizer", "load_format"])
+def test_a_search_file_does_not_have_an_engine_run_other_code(option: str, tmp_path: Path) -> None:
+    text = _resources.search_spaces()["demo"].read_text()
+    file = tmp_path / "search.yaml"
+    file.write_text(text.replace("evaluation:", f"evaluation:\n  engine: {{options: {{{option}: true}}}}"))
+    with pytest.raises(ConfigError, match="enforce_eager"):
+        loading.load(str(file))
+
+
+def test_a_search_file_names_no_interpreter(tmp_path: Path) -> None:
+    text = _resources.search_spaces()["demo"].read_text()
+    file = tmp_path / "search.yaml"
+    file.write_text(text.replace("evaluation:", "evaluation:\n  engine: {python: ./mine}"))
+    with pytest.raises(ConfigError, match=r"unknown key 'evaluation\.engine\.python'"):
+        loading.load(str(file))

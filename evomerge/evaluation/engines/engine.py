@@ -18,7 +18,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How an engine is opened, from the search file's `evaluation.engine`.
+    """How an engine is opened, from the search file's `evaluation.engine` and the environment.
 
     Attributes:
         python: Interpreter of the environment that has the engine; None for this one.

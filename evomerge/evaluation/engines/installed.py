@@ -40,12 +40,12 @@ def vllm_version(python: str | None) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise EngineSetupError(
-            f"evaluation.engine.python: '{interpreter}' does not run ({type(error).__name__}); "
+            f"$EVOMERGE_VLLM_PYTHON: '{interpreter}' does not run ({type(error).__name__}); "
             "name the interpreter of an environment with vLLM"
         ) from None
     if not done.stdout.strip():
         raise EngineSetupError(
             f"{interpreter} has no vLLM; pip install 'evomerge[vllm]' there, name the interpreter of another "
-            "environment in evaluation.engine.python, or use evaluation.backend: compiled"
+            "environment in $EVOMERGE_VLLM_PYTHON, or use evaluation.backend: compiled"
         )
     return done.stdout.strip()
