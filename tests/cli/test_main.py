@@ -453,7 +453,7 @@ def test_the_exported_folder_tells_its_story(small: Small) -> None:
         if score["role"] != "search":
             assert f"{score['objective']:.4f}" in card
     for name in ("base", "math", "lang", "string"):
-        assert f"- {name}: `{zoo_folder() / name}`" in card
+        assert f"| {name} | `{zoo_folder() / name}` |" in card
     assert os.stat(small.weights).st_mode & 0o777 == 0o755
     assert not [p for p in small.weights.parent.iterdir() if p.name.startswith(".")], (
         "nothing half made is left"
