@@ -62,7 +62,8 @@ def write_origin(
         (directory / CONFIG).write_text(text, encoding="utf-8")
     models = source_models(origin.recipe.models, origin.references, parents)
     license = merged_license(models)
-    write_licenses(directory, models, license)
+    if any(model.card.license or model.card.files for model in models):
+        write_licenses(directory, models, license)
     card = _card(origin, models, license, text, notes)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
