@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from evomerge import _yaml
-from evomerge.checkpoints import Parent, locate, stored_dtype
-from evomerge.checkpoints.reference import split_reference
+from evomerge.checkpoints import Parent, stored_dtype
 from evomerge.config import Config
 from evomerge.errors import ConfigError
+from evomerge.launch.model_names import search_names
 from evomerge.recipes import Mix, Recipe, mergekit_yaml
 from evomerge.recipes.recipe import Source
 from evomerge.spaces import Baseline, MergeSpace, first_method
@@ -54,7 +54,13 @@ def read_named(label: str, settings: Config, parents: Mapping[str, Parent]) -> R
     file = settings.hand_recipes[label]
     if not Path(file).is_file():
         raise ConfigError(f"hand_recipes: there is no file '{file}' for '{label}'; correct the path")
-    name_of = _names(label, settings)
+    name_of = search_names(
+        settings,
+        lambda reference: (
+            f"hand_recipes: '{label}' merges '{reference}', which is not among the models of this "
+            "search; add it, or leave the recipe out"
+        ),
+    )
     recipe = mergekit_yaml.load(
         _yaml.read_all(Path(file)),
         lambda reference: parents[name_of(reference)].layout.num_layers,
@@ -123,29 +129,3 @@ def _renamed(recipe: Recipe, name_of: Callable[[str], str], settings: Config, wh
         chat_template=None,
         stages=(),
     )
-
-
-def _names(label: str, settings: Config) -> Callable[[str], str]:
-    """What gives the search's name of a model that a file names, by that name or by where it is."""
-    places: dict[tuple[str, ...], str] = {}
-
-    def place(reference: str) -> tuple[str, ...]:
-        parts = split_reference(reference)
-        model = str(locate(parts.model, parts.revision))
-        return (model, str(locate(parts.adapter, parts.adapter_revision))) if parts.adapter else (model,)
-
-    def name_of(reference: str) -> str:
-        if reference in settings.models:
-            return reference
-        if not places:
-            for name, model in settings.models.items():
-                places[place(f"{model.path}@{model.revision}" if model.revision else model.path)] = name
-        found = places.get(place(reference))
-        if found is None:
-            raise ConfigError(
-                f"hand_recipes: '{label}' merges '{reference}', which is not among the models of this "
-                "search; add it, or leave the recipe out"
-            )
-        return found
-
-    return name_of

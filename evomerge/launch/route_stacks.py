@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from evomerge import _yaml
-from evomerge.checkpoints import Parent, locate, stored_dtype
+from evomerge.checkpoints import Parent, stored_dtype
 from evomerge.config import Config
 from evomerge.errors import ConfigError
+from evomerge.launch.model_names import search_names
 from evomerge.recipes import Mix, Recipe, mergekit_yaml
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,13 @@ def read_stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Re
     """
     if not Path(file).is_file():
         raise ConfigError(f"routes.stacks: there is no file '{file}'; correct the path")
-    name_of = _names(file, settings)
+    name_of = search_names(
+        settings,
+        lambda reference: (
+            f"routes.stacks: {file} takes layers of '{reference}', "
+            "which is not among the models of this search"
+        ),
+    )
     stack = mergekit_yaml.load(
         _yaml.read_all(Path(file)),
         lambda reference: parents[name_of(reference)].layout.num_layers,
@@ -62,19 +69,3 @@ def read_stack(file: str, settings: Config, parents: Mapping[str, Parent]) -> Re
         renamed(stack.head),
         out_dtype=settings.out_dtype,
     )
-
-
-def _names(file: str, settings: Config) -> Callable[[str], str]:
-    """What gives the search's name of a model that a file names, by that name or by where it is."""
-    by_path = {str(locate(m.path, m.revision)): name for name, m in settings.models.items()}
-
-    def name_of(reference: str) -> str:
-        name = reference if reference in settings.models else by_path.get(str(locate(reference)))
-        if name is None:
-            raise ConfigError(
-                f"routes.stacks: {file} takes layers of '{reference}', "
-                "which is not among the models of this search"
-            )
-        return name
-
-    return name_of
