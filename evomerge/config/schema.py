@@ -43,6 +43,11 @@ class ModelConfig(Strict):
     revision: Name | None = None
     """Branch, tag or commit of the repository."""
 
+    @property
+    def reference(self) -> str:
+        """Path and revision as one text: PATH or PATH@REVISION."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
 
 class RangeConfig(Strict):
     """Bounds of a searched parameter and where the search starts: low < start < high."""

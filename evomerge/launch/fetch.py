@@ -107,13 +107,13 @@ def _use_cache(folder: Path) -> None:
 def _repositories(settings: Config) -> Iterator[tuple[str, str, str | None]]:
     """(name of the model, repository, revision) of everything that is no folder or file here."""
     for name, model in settings.models.items():
-        parts = split_reference(f"{model.path}@{model.revision}" if model.revision else model.path)
+        parts = split_reference(model.reference)
         yield from ((name, r, v) for r, v in _parts(parts) if not Path(r).expanduser().exists())
 
 
 def _local(settings: Config) -> Iterator[tuple[str, str]]:
     for name, model in settings.models.items():
-        parts = split_reference(f"{model.path}@{model.revision}" if model.revision else model.path)
+        parts = split_reference(model.reference)
         yield from ((name, r) for r, _ in _parts(parts) if Path(r).expanduser().exists())
 
 

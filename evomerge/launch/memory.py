@@ -153,10 +153,7 @@ def worker_memory(
     if workers is not None:
         request = replace(request, workers=workers)
     plan = plan_memory(request, sizes, available_memory())
-    references = {
-        name: f"{model.path}@{model.revision}" if model.revision else str(model.path)
-        for name, model in settings.models.items()
-    }
+    references = {name: model.reference for name, model in settings.models.items()}
     return WorkerMemory(plan, devices, references if is_shared else None)
 
 
