@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from evomerge.config.stage_kinds import STAGES
-from evomerge.evaluation.lm_harness.backends import BACKENDS
+from evomerge.evaluation.lm_harness.backends import BACKENDS, RENAMED_BACKENDS
 from evomerge.optimizers import OPTIMIZERS
 from evomerge.reports.trackers.tracker import TRACKERS
 
@@ -39,11 +39,8 @@ def _optimizer_name(value: str) -> str:
     return value
 
 
-_RENAMED_BACKENDS = {"resident": "compiled"}  # old name -> new one
-
-
 def _backend_name(value: str) -> str:
-    value = _RENAMED_BACKENDS.get(value, value)
+    value = RENAMED_BACKENDS.get(value, value)
     if value not in BACKENDS:
         raise ValueError(f"should be one of {', '.join(BACKENDS)}")
     return value

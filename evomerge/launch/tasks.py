@@ -14,13 +14,14 @@ from evomerge.config import Config
 from evomerge.config.schema import TaskConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluation import CombinedTasks, Role, TaskSet
+from evomerge.evaluation.lm_harness.backends import RENAMED_BACKENDS
 from evomerge.merging import model_loading
 from evomerge.store import TermFacts
 
 if TYPE_CHECKING:
     from evomerge.evaluation.engines.engine import EngineSettings
 
-_STORED_BACKENDS = {"compiled": "resident"}  # its name when studies were first stored
+_STORED_BACKENDS = {new: old for old, new in RENAMED_BACKENDS.items()}
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "added_tokens.json"),
     *("*.jinja", "chat_template.json"),

@@ -43,6 +43,8 @@ class BackendEntry:
         return factory
 
 
+RENAMED_BACKENDS = {"resident": "compiled"}
+"""Old name -> new one. Search files may have the old name, and the facts of studies keep it."""
 _HERE = "evomerge.evaluation.lm_harness.backends"
 BACKENDS: dict[str, BackendEntry] = {
     "compiled": BackendEntry(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -63,7 +63,12 @@ class VllmBackend(CompiledBackend):
     """Answers requests with one live model, whose weights vLLM is given before it generates.
 
     A model that takes routes is no model of vLLM's: our own decoder generates its texts.
+
+    Attributes:
+        chooses: Whether vLLM generates only what it is expected to be faster at.
     """
+
+    chooses: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,8 +77,6 @@ class VllmBackend(CompiledBackend):
         batch_size: int,
         engine: EngineSettings | None = None,
         prompts: Mapping[str, int] | None = None,
-        *,
-        always: bool = True,
     ) -> None:
         """See `BackendFactory`.
 
@@ -83,28 +86,19 @@ class VllmBackend(CompiledBackend):
             batch_size: Of what goes through HFLM.
             engine: How vLLM is opened; None for the defaults.
             prompts: Task -> items that a candidate may be scored on.
-            always: Generate with vLLM whatever it can, rather than what it is faster at.
 
         Raises:
-            EngineSetupError: There is no vLLM.
+            EngineSetupError: There is no vLLM, and texts are not chosen.
         """
         super().__init__(model, tokenizer, batch_size)
         self._settings = engine or EngineSettings()
-        self._always, self._prompt_counts = always, dict(prompts or {})
+        self._prompt_counts = dict(prompts or {})
         self._live: LiveEngine | None = None
-        self._version = None if is_routed(model) else self._installed()
         self._reasons: dict[str, str | None] = {}  # task -> why the engine does not generate its texts
         self._shortest: dict[str, list[tuple[int, ...]]] = {}  # task -> prompts that the engine is checked by
         self._stop_rules: dict[tuple[str, ...], Stops] = {}
-
-    def _installed(self) -> str | None:
-        """The version of vLLM; None where there is none, and it need not be."""
-        try:
-            return vllm_version(self._settings.python)
-        except EngineSetupError:
-            if self._always:
-                raise
-            return None
+        if not self.chooses and not is_routed(model):
+            vllm_version(self._settings.python)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -126,7 +120,8 @@ class VllmBackend(CompiledBackend):
         settings = self._settings
         shared = f", {settings.tensor_parallel} devices" if settings.tensor_parallel > 1 else ""
         options = "".join(f", {name} {value}" for name, value in sorted(settings.options.items()))
-        return f"vllm {self._version}: greedy, at most {settings.rows} at once{shared}{options}"
+        version = vllm_version(settings.python)
+        return f"vllm {version}: greedy, at most {settings.rows} at once{shared}{options}"
 
     # ---- what the engine generates -------------------------------------------------------------------------
 
@@ -161,15 +156,23 @@ class VllmBackend(CompiledBackend):
         return self._reasons[task]
 
     def _reason(self, task: str, group: Prompts) -> str | None:
-        if self._version is None:
-            return "vLLM is not installed" if not is_routed(self.model) else "layers of routes change"
+        if is_routed(self.model):
+            return "layers of routes change"
         if build_processors(self.model, group.ids[:1], [group.max_new], group.settings) is not None:
             return "its logits are processed before a token is taken"
-        if self._always:
-            return None
+        return self._why_not_chosen(task, group) if self.chooses else None
+
+    def _why_not_chosen(self, task: str, group: Prompts) -> str | None:
+        """Why vLLM is not expected to be faster at the texts of a task, or is not there."""
         volume = TextVolume(self._prompt_counts.get(task, len(group.ids)), group.max_new)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return why_not_faster(volume, parameters, device_of(self.model).type)
+        reason = why_not_faster(volume, parameters, device_of(self.model).type)
+        if reason is None:
+            try:
+                vllm_version(self._settings.python)
+            except EngineSetupError:
+                reason = "vLLM is not installed"
+        return reason
 
     def _engine_texts(self, group: Prompts, takes: Sequence[bool]) -> _EngineTexts:
         distinct: dict[tuple[int, ...], int] = {}
@@ -228,15 +231,9 @@ class VllmBackend(CompiledBackend):
 
 
 class AutoBackend(VllmBackend):
-    """Has vLLM generate what it is expected to be faster at, and our own decoder everything else."""
+    """Has vLLM generate what it is expected to be faster at, and our own decoder everything else.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        batch_size: int,
-        engine: EngineSettings | None = None,
-        prompts: Mapping[str, int] | None = None,
-    ) -> None:
-        """See `VllmBackend`. It does without vLLM where there is none."""
-        super().__init__(model, tokenizer, batch_size, engine, prompts, always=False)
+    It does without vLLM where there is none.
+    """
+
+    chooses: ClassVar[bool] = True
