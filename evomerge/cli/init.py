@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.output import note, put
+from evomerge.cli.output import note, put, write_text
 from evomerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def schema(
     if output is None:
         put(text)
         return
-    output.write_text(text + "\n", encoding="utf-8")
+    write_text(output, text + "\n")
     put(f"{output}: the JSON Schema of the search file")
     put(f"for editors, the first line of a search file: # yaml-language-server: $schema={output.name}")
 

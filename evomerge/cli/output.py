@@ -6,10 +6,12 @@ import codecs
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from evomerge._escaping import printable
 from evomerge._redaction import ScrubbedFormatter
+from evomerge.errors import unwritable
 
 _PLAIN = {
     "–": "-",
@@ -111,3 +113,19 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     characters = error.object[error.start : error.end]
     return "".join(_PLAIN.get(c) or c.encode("unicode_escape").decode() for c in characters), error.end
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that the user named.
+
+    Args:
+        file: Its path.
+        text: What it holds.
+
+    Raises:
+        EvomergeError: It cannot be written; says why.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritable(file, error) from None

@@ -9,8 +9,8 @@ import typer
 
 from evomerge.cli import completion
 from evomerge.cli.options import Root, reading_store
-from evomerge.cli.output import put
-from evomerge.errors import ConfigError, SetupError, unwritable
+from evomerge.cli.output import put, write_text
+from evomerge.errors import ConfigError, SetupError
 
 
 def report(
@@ -35,10 +35,7 @@ def report(
         raise ConfigError(f"'{file}' names no kind of report; end it with .html or .md")
     with reading_store(study, root) as store:
         text = reports.study_markdown(store) if file.suffix.lower() == ".md" else study_html(store)
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(file, error) from None
+    write_text(file, text)
     put(f"{file}: report of {study}, {file.stat().st_size / 1e6:.2f} MB")
 
 

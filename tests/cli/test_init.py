@@ -172,6 +172,13 @@ def test_models_that_are_not_here_can_be_written_unread(tmp_path: Path, call: Ca
     assert "not read" in text
 
 
+def test_a_schema_that_cannot_be_written_is_no_bug(tmp_path: Path, call: Call) -> None:
+    code, _, err = call("schema", "-o", tmp_path / "missing" / "s.json")
+    assert code != 1
+    assert "E000" not in err
+    assert "s.json" in err
+
+
 def test_the_schema_is_printed_and_written(tmp_path: Path, call: Call) -> None:
     code, out, _ = call("schema")
     assert code == 0
