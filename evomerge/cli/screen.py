@@ -264,9 +264,7 @@ class Block(Quiet):
 def _short_best(update: Update) -> str:
     """'best so far 0.612 ± 0.021'; '' before there is one."""
     best = update.figures.best
-    if best is None:
-        return ""
-    return f"best so far {best.score:.3f}" + ("" if best.error is None else f" ± {best.error:.3f}")
+    return "" if best is None else f"best so far {best}"
 
 
 def _time_left(update: Update) -> str:

@@ -102,7 +102,7 @@ class Monitor:
         trial, text = progress.trial, progress.note
         figures = self.tally.figures()
         if kind == "best" and trial is not None:
-            text = text or f"candidate {trial.id}, new best {_standing(figures)}"
+            text = text or f"candidate {trial.id}, new best {figures.best or ''}"
         ended = progress.generation if kind == "generation" else None
         counts = (progress.done, progress.total)
         self._tell(Update(kind, progress.stage, *counts, text, figures, trial, ended))
@@ -139,10 +139,3 @@ class Monitor:
                 self._listeners.remove(listener)
                 reason = f"{type(error).__name__}: {scrub(str(error))}"
                 log.warning("%s is left out from here on: %s", type(listener).__name__, reason)
-
-
-def _standing(figures: Figures) -> str:
-    best = figures.best
-    if best is None:
-        return ""
-    return f"{best.score:.3f}" + ("" if best.error is None else f" ± {best.error:.3f}")

@@ -79,6 +79,10 @@ class Standing:
     error: float | None = None
     violation: float = 0.0
 
+    def __str__(self) -> str:
+        """The score with its error, such as '0.612 ± 0.021'."""
+        return f"{self.score:.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
