@@ -2,6 +2,7 @@
 
 transformers 5 stores rotary positions in `rope_parameters` and the number of experts under one name;
 transformers 4 ignores the first and reads another name of the second, and so do programs that follow it.
+llama.cpp's conversion stops without some keys that transformers 4 has a default for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from evomerge.checkpoints.config_meanings import built_text_config
 
 _THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
 _ROTARY_PART = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+_DEFAULT_ROTARY_PART = 0.25  # of those, in all versions
+_POSITIONS = {"gpt2": ("n_ctx", "n_positions")}  # transformers 4 wrote both
 _EXPERTS = ("qwen3_moe", "qwen3_vl_moe_text")  # transformers 4 reads num_experts
 _SCALING = {"phi3": ("type", "short_factor", "long_factor")}  # the only keys that transformers 4 takes there
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")  # beside rope_scaling, not in it
@@ -49,6 +52,8 @@ def _older_keys(text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     kind = text.get("model_type")
     if kind in _EXPERTS and "num_local_experts" in text:
         yield "num_experts", text["num_local_experts"]
+    if kind in _POSITIONS and (positions := text.get(_POSITIONS[kind][1])) is not None:
+        yield _POSITIONS[kind][0], positions
     rope = text.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return
@@ -58,8 +63,10 @@ def _older_keys(text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         rope = of_full
     if "rope_theta" in rope:
         yield _THETA.get(str(kind), "rope_theta"), rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
-        yield _ROTARY_PART.get(str(kind), "partial_rotary_factor"), rope["partial_rotary_factor"]
+    if kind in _ROTARY_PART:
+        yield _ROTARY_PART[kind], rope.get("partial_rotary_factor", _DEFAULT_ROTARY_PART)
+    elif "partial_rotary_factor" in rope:
+        yield "partial_rotary_factor", rope["partial_rotary_factor"]
     scaling = {key: copy.deepcopy(value) for key, value in rope.items() if key not in _OUTSIDE}
     if set(scaling) - {"rope_type", "type"} or scaling.get("rope_type", "default") != "default":
         if keys := _SCALING.get(str(kind)):
@@ -77,4 +84,5 @@ def _reading(config: Mapping[str, Any]) -> dict[str, Any] | None:
     rope = values.get("rope_parameters") or {}
     values["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
     added = {"rope_scaling", "rope_local_base_freq", *_OUTSIDE, *_THETA.values(), *_ROTARY_PART.values()}
+    added |= {key for key, _ in _POSITIONS.values()}
     return {key: value for key, value in values.items() if key not in added}

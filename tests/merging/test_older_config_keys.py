@@ -133,13 +133,19 @@ def test_transformers_4_reads_the_same_theta_rotary_part_and_experts() -> None:
             },
         ),
         ("qwen3_moe", {}, {"rope_theta": THETA, "num_experts": 4}),
-        ("gpt2", {}, {}),
+        ("gpt2", {}, {"n_ctx": CONFIGS["gpt2"]["n_positions"]}),
     ],
 )
 def test_these_keys_are_added(name: str, rope: dict[str, Any], older: dict[str, Any]) -> None:
     config = saved(name, rope_theta=THETA, **rope)
     out = with_older_keys(config)
     assert {key: value for key, value in out.items() if key not in config} == older
+
+
+def test_the_default_part_of_gpt_neox_is_written_out() -> None:
+    config = saved("gpt_neox")
+    del config["rope_parameters"]["partial_rotary_factor"]
+    assert with_older_keys(config)["rotary_pct"] == 0.25
 
 
 def test_what_a_config_says_already_stays() -> None:
