@@ -12,8 +12,9 @@ from evomerge.checkpoints import Parent, stored_dtype, total_bytes
 from evomerge.checkpoints.licenses import cards_of
 from evomerge.config import Config
 from evomerge.config.stage_kinds import STAGES
-from evomerge.errors import EvomergeError, SetupError
+from evomerge.errors import EngineSetupError, EvomergeError, SetupError
 from evomerge.evaluation import FORWARDS_OF_A_SLOPE, ROLES, Evaluation, Items
+from evomerge.evaluation.engines.installed import vllm_version
 from evomerge.evaluation.flat_tasks import find_flat_tasks
 from evomerge.evaluation.records import GOLD, LEFT_OUT, SAMPLES
 from evomerge.launch import first_scores
@@ -24,6 +25,7 @@ from evomerge.launch.opening import Allowed, Opened, backends, open_search
 from evomerge.launch.recommendation import recommendation
 from evomerge.launch.route_stages import route_optimizer
 from evomerge.launch.stages import open_stages, reference_recipes
+from evomerge.launch.tasks import engine_settings
 from evomerge.launch.weight_space import is_diagonal
 from evomerge.optimizers import OptimizerEntry, optimizer_for
 from evomerge.reports.learned_stages import agreement_line, agreements
@@ -78,7 +80,7 @@ def plan_search(
         "warnings": list(opened.warnings),
         "space": _space(opened),
         "tasks": [_task(t.task, t.weight, opened, items, generation) for t in settings.tasks],
-        "findings": [*harness.warnings(), *_known_disagreements(settings)],
+        "findings": [*harness.warnings(), *_missing_engine(settings), *_known_disagreements(settings)],
         "optimizer": _optimizer(opened, stages[0]["population"]),
         "stages": stages,
         "work": _work(opened, stages, items, generation),
@@ -110,6 +112,17 @@ def plan_search(
         }
         data["cost"] = cost_data(settings, data["cluster"], data["probe"]["seconds_search"])
     return data
+
+
+def _missing_engine(settings: Config) -> list[str]:
+    """Why the engine that the settings ask for cannot be opened here; a search may start elsewhere."""
+    if settings.evaluation.backend != "vllm":
+        return []
+    try:
+        vllm_version(engine_settings(settings).python)
+    except EngineSetupError as error:
+        return [f"here a start would end at once: {error}"]
+    return []
 
 
 def _known_disagreements(settings: Config) -> list[str]:

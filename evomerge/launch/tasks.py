@@ -128,7 +128,7 @@ def _harness_tasks(
         tokenizer,
         batch_size=e.batch_size,
         backend=e.backend,
-        engine=_engine_settings(settings),
+        engine=engine_settings(settings),
         include=[Path(p) for p in e.include],
         apply_chat_template=e.apply_chat_template,
         fewshot_as_multiturn=e.fewshot_as_multiturn,
@@ -139,8 +139,15 @@ def _harness_tasks(
     )
 
 
-def _engine_settings(settings: Config) -> EngineSettings:
-    """How an engine is opened, with its memory in bytes."""
+def engine_settings(settings: Config) -> EngineSettings:
+    """Reads how an engine is opened.
+
+    Args:
+        settings: The settings of the search.
+
+    Returns:
+        The same with its memory in bytes, and the interpreter that this process's environment names.
+    """
     from evomerge.evaluation.engines.engine import EngineSettings
 
     engine = settings.evaluation.engine

@@ -26,7 +26,7 @@ from evomerge.store.records import (
     Trial,
     WorkerUse,
 )
-from evomerge.store.rows import item_set_id
+from evomerge.store.rows import TrialReader, item_set_id
 from evomerge.store.store import Store
 from evomerge.store.study_facts import Agreement, Outcome, ParentFacts, StageOutcome, StudyFacts, TermFacts
 from evomerge.store.usage import Tested
@@ -50,6 +50,7 @@ __all__ = [
     "TermFacts",
     "Tested",
     "Trial",
+    "TrialReader",
     "WorkerUse",
     "item_set_id",
 ]

@@ -9,10 +9,13 @@ import sqlite3
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from evomerge.evaluation import Attempt, Evaluation, Items, ItemScore, Slopes
 from evomerge.store.records import Scored, StudyRow, Trial, WorkerUse
 from evomerge.store.study_facts import Outcome, StudyFacts
+
+_DECODER = json.JSONDecoder()
 
 TRIALS = (
     "SELECT t.*, e.score, e.reported, e.error, e.metrics, e.seconds, e.costs "
@@ -100,6 +103,33 @@ def study(row: sqlite3.Row) -> StudyRow:
     )
 
 
+@dataclass
+class TrialReader:
+    """Reads all trials of a file again and again: a row that is as it was gives the value that it gave.
+
+    Attributes:
+        known: Trial id -> its row and its value at the last reading.
+    """
+
+    known: dict[int, tuple[tuple[Any, ...], Trial]] = field(default_factory=dict)
+
+    def read(self, found: Sequence[sqlite3.Row]) -> list[Trial]:
+        """Reads the trials.
+
+        Args:
+            found: All rows of the query `TRIALS`.
+
+        Returns:
+            Their trials, in the same order.
+        """
+        before, self.known = self.known, {}
+        for row in found:
+            values = tuple(row)
+            old = before.get(row["id"])
+            self.known[row["id"]] = old if old is not None and old[0] == values else (values, trial(row))
+        return [value for _, value in self.known.values()]
+
+
 def trial(row: sqlite3.Row) -> Trial:
     """Reads a trial.
 
@@ -117,8 +147,8 @@ def trial(row: sqlite3.Row) -> Trial:
         slot=row["slot"],
         origin=row["origin"],
         label=row["label"],
-        genome=tuple(json.loads(row["genome"])) if row["genome"] else None,
-        parents=tuple(json.loads(row["parents"])),
+        genome=tuple(_value(row["genome"])) if row["genome"] else None,
+        parents=tuple(_value(row["parents"])),
         recipe_id=row["recipe"],
         score=row["score"],
         error=row["error"],
@@ -170,9 +200,15 @@ def scored(row: sqlite3.Row, item_set: str) -> Scored:
     return Scored(row["score"], evaluation, row["score"] if reported is None else reported)
 
 
+def _value(text: str) -> Any:
+    """A short JSON text as `json.dumps` writes it; in half the time of `json.loads`, which skips spaces."""
+    value, end = _DECODER.raw_decode(text)
+    return value if end == len(text) else json.loads(text)
+
+
 def _numbers(text: str) -> dict[str, float]:
     """Named numbers as `numbers_json` wrote them; raises TypeError for anything else."""
-    numbers = json.loads(text)
+    numbers = _value(text)
     if not isinstance(numbers, dict) or not all(isinstance(x, int | float) for x in numbers.values()):
         raise TypeError("there are no numbers by name")
     return numbers

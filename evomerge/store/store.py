@@ -30,6 +30,7 @@ from evomerge.store.records import (
     Trial,
 )
 from evomerge.store.retry import Retry
+from evomerge.store.rows import TrialReader
 from evomerge.store.study_facts import Outcome, StudyFacts
 from evomerge.store.usage import Usage
 
@@ -341,12 +342,18 @@ class Store:
         with self._file.reading():
             return None if row is None else rows.trial(row)
 
-    def trials(self) -> list[Trial]:
-        """All trials, by generation and slot."""
+    def trials(self, reader: TrialReader | None = None) -> list[Trial]:
+        """All trials, by generation and slot.
+
+        Args:
+            reader: What read them before, for whoever reads a growing file again and again.
+
+        Returns:
+            The trials.
+        """
+        found = self._file.rows(rows.TRIALS + " ORDER BY t.generation, t.slot")
         with self._file.reading():
-            return [
-                rows.trial(row) for row in self._file.rows(rows.TRIALS + " ORDER BY t.generation, t.slot")
-            ]
+            return (reader or TrialReader()).read(found)
 
     def last_trial_before(self, generation: int) -> int:
         """Finds the last trial of the generations before one.

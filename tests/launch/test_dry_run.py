@@ -77,6 +77,18 @@ def test_a_plan_writes_nothing_and_names_what_a_probe_adds(
     assert len(axes) == 14, "every axis has a line with its bounds and start"
 
 
+def test_a_plan_without_a_probe_says_that_vllm_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_VLLM_PYTHON", "/no/such/python")
+    file = search_file(tmp_path, "trial")
+    for backend, count in (("vllm", 1), ("auto", 0)):
+        code, out, err = in_process("plan", file, "--set", f"evaluation.backend={backend}", "--json")
+        assert code == 0, err
+        findings = [line for line in json.loads(out)["findings"] if "'/no/such/python' does not run" in line]
+        assert len(findings) == count, backend
+
+
 def test_a_probe_times_a_candidate_and_says_what_answers(tmp_path: Path) -> None:
     file = search_file(tmp_path, "trial")
     code, out, err = in_process("plan", file, "--probe", "--json")

@@ -53,7 +53,7 @@ class Dashboard:
     root: Path
     access: Access
     prefix: str = ""
-    _watches: dict[tuple[str, bool], StudyWatch] = field(default_factory=dict)
+    _watches: dict[str, StudyWatch] = field(default_factory=dict)
     _streams: int = 0
 
     def app(self) -> Starlette:
@@ -182,13 +182,13 @@ class Dashboard:
         one, other = (request.query_params.get(name, "")[:200] for name in ("one", "other"))
         sent: dict[str, str] = {}
 
-        def news() -> str | None:
-            view = watch.view()
-            if view.overview is None:
-                return None
-            return change(view, sent, watch.pair(one, other) if one or other else None)
+        def head() -> str | None:  # before the panels, which take longer; a page that is new has its head
+            return change(watch.head(), sent) if sent else None
 
-        return self._stream(news)
+        def panels() -> str | None:
+            return change(watch.view(), sent, watch.pair(one, other) if one or other else None)
+
+        return self._stream(head, panels)
 
     async def index_events(self, request: Request) -> Response:
         """The changes of the page of all studies.
@@ -211,20 +211,22 @@ class Dashboard:
 
         return self._stream(news)
 
-    def _stream(self, news: Callable[[], str | None]) -> Response:
+    def _stream(self, *news: Callable[[], str | None]) -> Response:
+        """Events of what each of `news` has to tell, in this order, at every look."""
         if self._streams >= _STREAMS:
             return Response("too many pages are open", status_code=503)
 
         async def events() -> AsyncIterator[str]:
             self._streams += 1
             try:
-                silent = 0.0
+                silent = _ALIVE
                 while True:
-                    text = await run_in_threadpool(news)
-                    if text is not None:
-                        yield f"data: {text}\n\n"
-                        silent = 0.0
-                    elif silent >= _ALIVE or silent == 0.0:
+                    for part in news:
+                        text = await run_in_threadpool(part)
+                        if text is not None:
+                            yield f"data: {text}\n\n"
+                            silent = 0.0
+                    if silent >= _ALIVE:
                         yield ": \n\n"
                         silent = 0.0
                     await anyio.sleep(POLL)
@@ -291,17 +293,16 @@ class Dashboard:
 
     # ---- parts --------------------------------------------------------------------------------------------
 
-    def _watch(self, name: str, with_panels: bool = True) -> StudyWatch:
-        key = (name, with_panels)
-        if key not in self._watches or not self._watches[key].path.parent.is_dir():
-            self._watches.pop(key, None)
-            self._watches[key] = StudyWatch(paths.store_path(name, self.root), with_panels)
-        return self._watches[key]
+    def _watch(self, name: str) -> StudyWatch:
+        if name not in self._watches or not self._watches[name].path.parent.is_dir():
+            self._watches.pop(name, None)
+            self._watches[name] = StudyWatch(paths.store_path(name, self.root))
+        return self._watches[name]
 
     def _studies(self) -> list[dict[str, Any]]:
         rows = []
         for name in paths.studies(self.root):
-            view = self._watch(name, with_panels=False).view()
+            view = self._watch(name).head()
             if view.is_empty:
                 continue
             row = {"name": name, "address": quote(name, safe=""), "overview": view.overview}

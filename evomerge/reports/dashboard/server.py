@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from evomerge.errors import ConfigError, SetupError
 from evomerge.reports.dashboard.access import Access, is_loopback, new_token
 from evomerge.reports.dashboard.app import Dashboard
 
+_GC_THRESHOLD = 50_000  # objects made between two collections: a study's values are many, and none is a cycle
 _SHORTEST = 8  # characters of a token that a user chooses
 
 
@@ -57,6 +59,9 @@ def serve(root: Path, listening: Listening, say: Callable[[str], None]) -> None:
     if not root.is_dir():
         raise SetupError(f"there is no folder {root} with studies; name one, or run a search first")
     bound = _bind(listening.host, listening.port)
+    gc.set_threshold(_GC_THRESHOLD)
+    import scipy.special  # noqa: F401 - slow to import: before the first page is asked for
+
     token = listening.token or new_token()
     is_local = is_loopback(listening.host)
     port = bound.getsockname()[1]

@@ -25,7 +25,7 @@ from evomerge.reports.panels import (
     pair,
     study_panels,
 )
-from evomerge.store import Store
+from evomerge.store import Store, TrialReader
 from evomerge.store.stop_request import STOP
 
 _OLD = 5.0  # seconds after which a running study is read again without a change: its driver may be gone
@@ -113,17 +113,16 @@ class StudyWatch:
 
     Attributes:
         path: The study's file.
-        with_panels: Make panels too, not only the head.
         clock: Seconds, for the tests.
     """
 
     path: Path
-    with_panels: bool = True
     clock: Callable[[], float] = time.monotonic
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _view: View | None = None
     _snapshot: Snapshot | None = None
     _recipes: dict[str, Recipe] = field(default_factory=dict)
+    _reader: TrialReader = field(default_factory=TrialReader)
     _read_at: float = 0.0
     _took: float = 0.0
     _pairs: dict[tuple[str, str], Panel] = field(default_factory=dict)
@@ -147,8 +146,8 @@ class StudyWatch:
         """
         with self._lock:
             view = self._view
-            if view is None or not self._is_fresh(view) or (self.with_panels and not view.is_whole):
-                view = self._read(panels=self.with_panels)
+            if view is None or not view.is_whole or not self._is_fresh(view):
+                view = self._read(panels=True)
             return view
 
     def _is_fresh(self, view: View) -> bool:
@@ -215,7 +214,7 @@ class StudyWatch:
                 if len(self._recipes) > _RECIPES:
                     self._recipes = {}
                 if snapshot is None:
-                    snapshot = Snapshot(store, self._recipes)
+                    snapshot = Snapshot(store, self._recipes, self._reader)
                 snapshot.store = store
                 head = overview(snapshot)
                 made = tuple(study_panels(snapshot)) if panels else ()

@@ -14,7 +14,7 @@ from evomerge.recipes import Recipe
 from evomerge.reports.activity import study_activity
 from evomerge.reports.summary import study_summary
 from evomerge.reports.tally import rank
-from evomerge.store import Store, StudyRow, Trial
+from evomerge.store import Store, StudyRow, Trial, TrialReader
 from evomerge.store.score_check import stored_objective
 
 
@@ -28,11 +28,13 @@ class Snapshot:
     Attributes:
         store: An open study.
         recipes: Recipe id -> recipe, kept from one snapshot to the next by whoever makes several.
+        reader: What reads the trials, kept in the same way.
         now: When it was made, in Unix seconds.
     """
 
     store: Store
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    reader: TrialReader = field(default_factory=TrialReader)
     now: float = field(default_factory=time.time)
 
     @cached_property
@@ -50,7 +52,7 @@ class Snapshot:
     @cached_property
     def trials(self) -> list[Trial]:
         """All trials, by generation and slot."""
-        return self.store.trials()
+        return self.store.trials(self.reader)
 
     @cached_property
     def by_id(self) -> dict[int, Trial]:
