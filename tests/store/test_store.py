@@ -13,6 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from evomerge.store import (
     Store,
     StudyFacts,
     Trial,
+    TrialReader,
     integrity,
     item_set_id,
 )
@@ -182,6 +184,21 @@ def test_trials_come_in_the_order_of_generation_and_slot(store: Store) -> None:
         store.trial(13)
     with pytest.raises(StudyError, match="no recipe"):
         store.recipe("0" * 16)
+
+
+def test_a_reader_gives_what_it_gave_for_rows_that_are_as_they_were(store: Store, file: Path) -> None:
+    reader = TrialReader()
+    add(store, 1, 0, recipe(0.1))
+    add(store, 1, 1, recipe(0.2))
+    first = store.trials(reader)
+    add(store, 0, 0, recipe(0.3), origin="parent", label="base")
+    with closing(sqlite3.connect(file)) as other, other:
+        other.execute("UPDATE trials SET dropped = 1 WHERE slot = 1")
+    second = store.trials(reader)
+    assert second == store.trials()
+    assert [trial.generation for trial in second] == [0, 1, 1]
+    assert second[1] is first[0]
+    assert (first[1].dropped, second[2].dropped) == (None, 1)
 
 
 def test_soft_scores_come_back_to_the_bit(store: Store, file: Path) -> None:

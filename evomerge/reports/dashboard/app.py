@@ -34,6 +34,7 @@ POLL = 0.25
 """Seconds between two looks at a study's file."""
 _ALIVE = 15.0  # seconds after which a silent connection is told that it lives
 _FORM = 2000  # bytes of a form
+_TITLE = "<title>"  # what stands before it is the same in all pages at one depth
 _PANELS = "<!-- panels -->"  # where they stand in the template
 _STREAMS = 64  # pages that are followed at once
 
@@ -106,24 +107,18 @@ class Dashboard:
             The page; with why it cannot be read where that is so.
         """
         watch = self._watch(request.path_params["name"])
-        head = await run_in_threadpool(watch.head)
-        if head.overview is None:
-            return self._unreadable(request, head)
-        html = render(
-            "study.html",
-            base="../../",
-            overview=head.overview,
-            overview_digest=head.head["digest"],
-            panels_mark=_PANELS,
-            address=f"?{request.url.query}" if request.url.query else "",
-            **self._stop_form(request, head),
-        )
-        before, after = html.split(_PANELS)
 
         async def parts() -> AsyncIterator[str]:
-            yield before  # what a reader wants first is painted while the panels are made
-            yield await run_in_threadpool(self._panels, watch, request)
-            yield after
+            """What a reader wants first is painted before the rest is made."""
+            start, _, _ = self._problem_page("", "", "", "../../").partition(_TITLE)
+            yield start  # the browser asks for style and scripts while the study is read
+            head = await run_in_threadpool(watch.head)
+            html = self._unreadable(request, head) if head.overview is None else self._page(request, head)
+            before, has_panels, after = html[len(start) :].partition(_PANELS)
+            yield before
+            if has_panels:
+                yield await run_in_threadpool(self._panels, watch, request)
+                yield after
 
         return StreamingResponse(parts(), media_type="text/html")
 
@@ -326,18 +321,31 @@ class Dashboard:
             panels.append((shown or panel, view.messages[panel.id].table_digest if shown is panel else ""))
         return render("panels.html", panels=panels, query=TableQuery.of(address), error=view.error)
 
+    def _page(self, request: Request, view: View) -> str:
+        """A study's page with a mark where its panels belong."""
+        assert view.overview is not None
+        return render(
+            "study.html",
+            base="../../",
+            overview=view.overview,
+            overview_digest=view.head["digest"],
+            panels_mark=_PANELS,
+            address=f"?{request.url.query}" if request.url.query else "",
+            **self._stop_form(request, view),
+        )
+
     def _stop_form(self, request: Request, view: View) -> dict[str, Any]:
         assert view.overview is not None
         can_stop = view.overview.state == "running" and self.access.has_token(request)
         return {"can_stop": can_stop, "stop_key": self.access.stop_key if can_stop else ""}
 
-    def _unreadable(self, request: Request, view: View) -> Response:
+    def _unreadable(self, request: Request, view: View) -> str:
         name = request.path_params["name"]
         if view.is_empty:
             text = "Its file holds no study yet: the search has not begun. This page does not follow it."
-            return self._problem(name, "Nothing to show yet", text, 200, base="../../")
+            return self._problem_page(name, "Nothing to show yet", text, "../../")
         advice = f"evomerge status {name} says more."
-        return self._problem(name, "This study cannot be read", view.error, 200, "../../", advice)
+        return self._problem_page(name, "This study cannot be read", view.error, "../../", advice)
 
     @staticmethod
     def _base(request: Request) -> str:
@@ -345,9 +353,10 @@ class Dashboard:
         path = request.url.path.removeprefix(request.scope.get("root_path", ""))
         return "../" * max(0, path.count("/") - 1) or "./"
 
+    def _problem(self, title: str, heading: str, message: str, status: int, base: str) -> Response:
+        return HTMLResponse(self._problem_page(title, heading, message, base), status_code=status)
+
     @staticmethod
-    def _problem(
-        title: str, heading: str, message: str, status: int, base: str, advice: str = ""
-    ) -> Response:
-        html = render("problem.html", base=base, title=title, heading=heading, message=message, advice=advice)
-        return HTMLResponse(html, status_code=status)
+    def _problem_page(title: str, heading: str, message: str, base: str, advice: str = "") -> str:
+        words = {"title": title, "heading": heading, "message": message, "advice": advice}
+        return render("problem.html", base=base, **words)
