@@ -19,6 +19,9 @@ _MANY_PARENTS = 4
 _OPPOSED = -0.1  # mean cosine of task vectors below which they work against each other
 _ITEMS = ((200, 50), (1000, 100), (math.inf, 200))
 """Budgets below this many evaluations -> items of each task in a generation."""
+_FINALS = 25  # parents, hand recipes and finalists, about, which are scored on validation and test items
+_LEAST_FINAL, _MOST_FINAL = 200, 1000
+"""Test items of each task: as many as take no longer than the search, at least and at most so many."""
 _AUTO_WORKERS = 8  # from here on a generation is sized by the workers
 
 
@@ -234,6 +237,15 @@ def _evaluation(
         f"error of an accuracy is up to {50 / math.sqrt(items):.1f} points. Finalists see all search items.",
     }
     block: dict[str, Any] = {"splits": splits[0], "items": items}
+    final = max(_LEAST_FINAL, evaluations * items // _FINALS)
+    if final < _MOST_FINAL:
+        block |= {"validation": final // 2, "test": final}
+        comments["evaluation", "validation"] = "Most items of each task that finalists are chosen by."
+        comments["evaluation", "test"] = (
+            f"Most items of each task for the final score (standard error up to {50 / math.sqrt(final):.1f} "
+            f"points), with those above: about {_FINALS} parents, hand recipes and finalists on more items "
+            "would take longer than this search. Left out: all items."
+        )
     if wishes.include:
         block["include"] = list(wishes.include)
         comments["evaluation", "include"] = "Folders of your task files, which are code: add --allow-tasks."

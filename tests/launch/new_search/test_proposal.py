@@ -75,6 +75,21 @@ def test_more_evaluations_buy_more_groups_and_never_fewer_than_one() -> None:
     assert draft.document["space"]["groups"] == 2
 
 
+def test_final_scores_take_no_longer_than_a_short_search() -> None:
+    found = survey(0.1, 0.0)
+    blocks = {n: propose(wishes(found, evaluations=n), found, SPLITS) for n in (20, 100, 150, 300, 1000)}
+    tests = {n: draft.document["evaluation"].get("test") for n, draft in blocks.items()}
+    assert tests == {20: 200, 100: 200, 150: 300, 300: None, 1000: None}
+    for n, draft in blocks.items():
+        evaluation = draft.document["evaluation"]
+        if evaluation.get("test"):
+            assert evaluation["validation"] == evaluation["test"] // 2
+            assert ("evaluation", "test") in draft.comments
+            assert n < 200 or 25 * evaluation["test"] <= n * evaluation["items"]
+    given = propose(wishes(found, evaluations=20, blocks={"evaluation": {"test": 900}}), found, SPLITS)
+    assert given.document["evaluation"]["test"] == 900
+
+
 def test_the_start_of_a_sum_is_where_it_moves_as_far_as_each_model_did() -> None:
     """For n task vectors of one length and cosine c, s (1 + (n - 1) c) = 1."""
     for overlap, expected in ((0.0, 1.0), (0.5, 0.5), (1.0, 1 / 3)):
