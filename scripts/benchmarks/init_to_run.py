@@ -50,9 +50,9 @@ def main() -> None:
     lines = [
         "# From init to a finished search",
         "",
-        f"By `python -m scripts.benchmarks.init_to_run`: `evomerge init` with {len(MODELS)} models of the zoo",
-        f"and {len(TASKS)} of its tasks, {args.evaluations} evaluations, then `evomerge run` of what it wrote, a",
-        f"worker a core; one run, load {load:.1f} before it.",
+        f"By `python -m scripts.benchmarks.init_to_run`: `evomerge init` with {len(MODELS)} models of the",
+        f"zoo and {len(TASKS)} of its tasks, {args.evaluations} evaluations, then `evomerge run` of what",
+        f"it wrote, a worker a core; one run, load {load:.1f} before it.",
         "",
         f"{machine.stamp('torch', 'transformers', 'lm-eval')}.",
         "",
