@@ -12,9 +12,10 @@ import pytest
 from evomerge import reports
 from evomerge.errors import ConfigError, StudyError
 from evomerge.reports.candidate_table import candidate_rows, write_candidates
-from evomerge.reports.panels import Snapshot
+from evomerge.reports.panels import PANELS, Snapshot
 from evomerge.reports.study_plots import PICTURES, draw
 from evomerge.store import NewEvaluation, NewSensitivity, Store, StudyFacts
+from tests.support.large_study import StudyPlan, make_study
 from tests.support.stored import ITEMS, evaluation
 from tests.support.toy import ToyPool
 from tests.support.toy_search import SPACE, plan, search, sometimes
@@ -72,6 +73,20 @@ def test_a_picture_holds_what_its_panel_says_and_is_the_same_again(
     assert [words for words in TEXTS[kind] if words not in text] == []
     assert text == (tmp_path / "other.svg").read_text()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_routes_are_drawn_with_a_line_a_hop_and_a_row_a_model(tmp_path: Path) -> None:
+    made = make_study(tmp_path, StudyPlan(candidates=40, population=20, name="routed", routes=True))
+    with Store.open(made) as store:
+        snapshot = Snapshot(store)
+        panel = PANELS["routes"](snapshot)
+        assert panel is not None
+        assert panel.chart is not None
+        draw(snapshot, "routes", reports.resolve(store, "best"), tmp_path / "routes.svg")
+    text = (tmp_path / "routes.svg").read_text()
+    assert f"routed: the {panel.chart['routes']} best routes" in text
+    assert [model for model in panel.chart["models"] if model not in text] == []
+    assert text.count("stroke-opacity: 0.6") == len(panel.chart["links"])
 
 
 def test_what_cannot_be_drawn_is_one_sentence(store: Store, tmp_path: Path) -> None:
