@@ -13,6 +13,7 @@ from evomerge.reports import route_text
 from evomerge.reports.learned_stages import learned_lines
 from evomerge.reports.stages import stage_table
 from evomerge.reports.summary import front, lost_skills, study_summary, test_item_uses
+from evomerge.reports.verdict import verdict
 from evomerge.store import Store, Trial
 
 _INTERVALS = (
@@ -41,8 +42,9 @@ def study_markdown(store: Store) -> str:
         raise StudyError(f"{store.path.parent.name} is not finished; there is nothing to report yet")
     data = markdown_data(study_summary(store))
     best, references = data["best"], data["references"]
-    alike = str(data["alike"])
-    lines = [f"# {study.name}: {f'no winner: {alike}' if alike else _verdict(best, references)}", ""]
+    found = verdict(data)
+    alike = found.kind == "alike"
+    lines = [f"# {study.name}: {'no winner: ' if alike else ''}{found.sentence}", ""]
     lines += _overview(data)
     lines += _flat_tasks(data["flat"])
     lines += _scores(study.name, best, references, [markdown(task) for task in study.facts.tasks])
@@ -73,32 +75,6 @@ def study_markdown(store: Store) -> str:
     if failures:
         lines += ["## Failed candidates", "", *failures, ""]
     return "\n".join(lines)
-
-
-def _verdict(best: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> str:
-    if best.get("test") is None:
-        return f"the winner could not be scored on the test items ({best.get('error')})"
-    parts = [f"{best['test']:.3f} on test{_between(best.get('test_interval'), '.3f')}"]
-    for origin, kind in (("parent", "parent"), ("hand", "hand recipe")):
-        scored = [row for row in references if row["origin"] == origin and row.get("test") is not None]
-        if not scored:
-            continue
-        other = max(scored, key=lambda row: row["test"])
-        if other["recipe"] == best["recipe"]:
-            parts.append(f"which is the {kind} '{other['label']}' itself")
-            continue
-        lead = f"{best['test'] - other['test']:+.3f}{_between(other.get('lead_interval'), '+.3f')}"
-        parts.append(f"{lead} against the best {kind} ({other['label']}, {other['test']:.3f})")
-    return ", ".join(parts)
-
-
-def _between(interval: Sequence[float] | None, form: str) -> str:
-    """' (95 %: low to high)', and whether 0 lies in it where it is a difference's."""
-    if interval is None:
-        return ""
-    low, high = interval
-    unclear = ", no clear difference" if form.startswith("+") and low <= 0 <= high else ""
-    return f" (95 %: {low:{form}} to {high:{form}}{unclear})"
 
 
 def _overview(data: Mapping[str, Any]) -> list[str]:

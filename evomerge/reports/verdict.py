@@ -44,7 +44,8 @@ def verdict(data: Mapping[str, Any]) -> Verdict:
         return Verdict("none", "")
     name = f"{data['study']}/{best['id']}"
     if best.get("test") is None:
-        return Verdict("untested", f"{name} won on validation and could not be scored on the test items")
+        why = f": {best['error']}" if best.get("error") else ""
+        return Verdict("untested", f"{name} won on validation and could not be scored on the test items{why}")
     score = f"{best['test']:.3f} on test{_between(best.get('test_interval'))}"
     parent = _strongest(data["references"], "parent", best)
     if best["origin"] == "parent":

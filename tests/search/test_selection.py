@@ -385,7 +385,7 @@ def test_report_and_screens_say_it(whole: tuple[Path, Outcome]) -> None:
     with Store.open(file) as store:
         text, data = reports.study_markdown(store), reports.study_summary(store)
         low, high = outcome.best["test_interval"]
-        assert f"{outcome.best['test']:.3f} on test (95 %: {low:.3f} to {high:.3f})" in text.splitlines()[0]
+        assert f"{outcome.best['test']:.3f} on test (95 % {low:.3f} to {high:.3f})" in text.splitlines()[0]
         assert "against the best parent" in text.splitlines()[0]
         for heading in ("## Finalists", "## Skills kept", "## Trade-offs", "## The search"):
             assert f"\n{heading}\n" in text
@@ -651,4 +651,4 @@ def test_a_hand_recipe_that_wins_is_called_by_its_name(tmp_path: Path) -> None:
         )
         outcome = Study(plan(), store, Hand()).run()
         assert outcome.best["recipe"] == best.recipe.id
-        assert f"'{best.label}' itself" in reports.study_markdown(store).splitlines()[0]
+        assert f"the hand recipe '{best.label}'" in reports.study_markdown(store).splitlines()[0]
