@@ -172,6 +172,35 @@ def test_only_what_has_changed_is_sent(tmp_path: Path) -> None:
     assert len(second["panels"][0]["chart"]["points"]) > len(first["panels"][0]["chart"]["points"])
 
 
+def test_a_page_with_a_comparison_of_its_own_is_not_told_it_again_and_again(tmp_path: Path) -> None:
+    plan = StudyPlan(candidates=40, population=10, name="going", budget=100)
+    with making(tmp_path, plan) as maker:
+        maker.add_candidates(20)
+        watch = StudyWatch(maker.store.path)
+        sent: dict[str, str] = {}
+        first = json.loads(change(watch.view(), sent, watch.pair("11", "12")) or "")
+        assert "pair" in {panel["id"] for panel in first["panels"]}
+        for _ in range(2):
+            assert change(watch.head(), sent, head_only=True) is None
+            assert change(watch.view(), sent, watch.pair("11", "12")) is None
+
+
+def test_the_head_is_told_before_the_panels(tmp_path: Path) -> None:
+    plan = StudyPlan(candidates=40, population=10, name="going", budget=100)
+    seconds = [0.0]
+    with making(tmp_path, plan) as maker:
+        maker.add_candidates(20)
+        watch = StudyWatch(maker.store.path, clock=lambda: seconds[0])
+        sent: dict[str, str] = {}
+        change(watch.view(), sent)
+        maker.add_candidates(10)
+        head = json.loads(change(watch.head(), sent, head_only=True) or "")
+        rest = json.loads(change(watch.view(), sent) or "")
+    assert head.keys() == {"overview"}
+    assert "30 / 100" in head["overview"]["html"]
+    assert rest.keys() == {"panels"}
+
+
 def test_a_search_whose_driver_is_gone_is_seen_without_a_change_of_its_file(tmp_path: Path) -> None:
     seconds = [0.0]
     with making(tmp_path, StudyPlan(candidates=20, population=10, name="going")) as maker:

@@ -178,7 +178,7 @@ class Dashboard:
         sent: dict[str, str] = {}
 
         def head() -> str | None:  # before the panels, which take longer; a page that is new has its head
-            return change(watch.head(), sent) if sent else None
+            return change(watch.head(), sent, head_only=True) if sent else None
 
         def panels() -> str | None:
             return change(watch.view(), sent, watch.pair(one, other) if one or other else None)

@@ -236,13 +236,16 @@ def _stamp(file: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def change(view: View, sent: dict[str, str], other: Panel | None = None) -> str | None:
+def change(
+    view: View, sent: dict[str, str], other: Panel | None = None, *, head_only: bool = False
+) -> str | None:
     """Writes what has changed since a page was last told.
 
     Args:
         view: The study now.
         sent: Part -> digest of what the page has; brought up to date.
         other: The comparison that this page asked for, in place of the usual one.
+        head_only: Say nothing of panels.
 
     Returns:
         JSON of the parts that differ, None where none does.
@@ -253,7 +256,7 @@ def change(view: View, sent: dict[str, str], other: Panel | None = None) -> str 
     if sent.get("overview") != view.head["digest"]:
         sent["overview"] = view.head["digest"]
         parts.append(f'"overview":{json.dumps(view.head)}')
-    messages: dict[str, Any] = dict(view.messages)
+    messages: dict[str, Any] = {} if head_only else dict(view.messages)
     if other is not None:
         messages["pair"] = PanelMessage.of(other)
     changed = [name for name, message in messages.items() if sent.get(name) != message.digest]
