@@ -6,8 +6,11 @@ small SentencePiece one where the conversion asks for that) and rotary positions
 are merged; the GGUF file that llama.cpp's own program makes of the folder has to say the config's theta,
 depth and experts, and the tokenizer's tokens and end token.
 
+The program reads configs by transformers, here by version 4: version 5 hides a key of gpt_neox from it, of
+models of the Hub too.
+
 usage: python -m scripts.validation.llama_cpp_conversion [--kinds llama,gemma2] [--wheel FILE]   (needs
-    scripts/make_llama_cpp_env, the package gguf)
+    scripts/make_llama_cpp_env, scripts/make_transformers4_env, the package gguf)
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 
 from evomerge.export.recipe_file import merge_recipe_file
 from scripts.benchmarks import machine
-from scripts.validation.older_transformers import KINDS, THETA, other_positions
+from scripts.validation.older_transformers import KINDS, THETA, other_positions, transformers4
 from scripts.validation.real_model_parts import models
 from tests.support import architectures
 
@@ -112,7 +115,8 @@ def convert(folder: Path, file: Path) -> Converted:
 
     program = environment() / "convert_hf_to_gguf.py"
     words = (sys.executable, str(program), str(folder), "--outfile", str(file), "--outtype", "bf16")
-    quiet = {"PYTHONPATH": str(environment() / "packages"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    packages = f"{environment() / 'packages'}:{transformers4()}"  # 5 hides gpt_neox's rotary_pct
+    quiet = {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(words, env=os.environ | quiet, capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():
         return Converted({}, 0, (done.stderr.strip().splitlines() or ["no message"])[-1][:200])
@@ -181,7 +185,7 @@ def main() -> None:
         "# Merged folders in llama.cpp's conversion",
         "",
         "Written by `python -m scripts.validation.llama_cpp_conversion`: merges of two tiny models through",
-        f" llama.cpp's `convert_hf_to_gguf.py` ({version}).",
+        f" llama.cpp's `convert_hf_to_gguf.py` ({version}), which reads configs by transformers 4.",
         f"Rotary positions have theta {THETA:g}.",
         "The file has to say the folder's theta (for some architectures the program writes none), depth,",
         "number of experts, end token and number of tokens.",
