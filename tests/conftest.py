@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support.tiny_models import build
 from tests.support.toy import in_process, search_file
+
+# a busy machine is no failure
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 TESTS = Path(__file__).resolve().parent
 # Files that take more than 3 s of a processor, the longest first as measured: they begin, so that no process

@@ -121,18 +121,10 @@ class Store:
             overrides: Key of the search file -> the number that a flag replaces it by.
             facts: What the study's scores depend on beside its settings.
         """
+        texts = [json.dumps(value, sort_keys=True) for value in (overrides, facts.to_json())]
+        rest: dict[str, Any] = {"state": "running", "overrides": texts[0], "facts": texts[1]}
         with self._file.transaction():
-            self._file.insert(
-                "study",
-                id=1,
-                name=name,
-                seed=seed,
-                config=config,
-                overrides=json.dumps(overrides, sort_keys=True),
-                facts=json.dumps(facts.to_json(), sort_keys=True),
-                state="running",
-                created=time.time(),
-            )
+            self._file.insert("study", id=1, name=name, seed=seed, config=config, created=time.time(), **rest)
 
     def study(self) -> StudyRow | None:
         """The study's own row, None in a file where none has begun; its name is that of its folder."""

@@ -23,8 +23,6 @@ from evomerge.recipes import Filtered, Mix, Recipe, params
 from evomerge.spaces import Axis, Range, WeightSpace, baselines
 from tests.support.toy import SEGMENTS, llama, llama_shapes, weight_space
 
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")  # a busy machine is no failure
 GRID = 1e-4
 SEARCHED = [n for n in METHODS if n != "passthrough" and not all(p.flag for p in METHODS[n].params)]
 CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(("attention", "mlp", "other"), n)]

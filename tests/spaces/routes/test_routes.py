@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -28,9 +28,6 @@ from evomerge.spaces.routes.layer_indicators import LayerIndicatorSpace
 from evomerge.spaces.routes.layer_pool import LOG_SCALE_STEP, MAX_MUTATED_SHARE, LayerPool
 from evomerge.spaces.routes.position_choices import PositionChoiceSpace
 from tests.support.toy import weight_space
-
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")  # a busy machine is no failure
 
 RouteSpace = LayerIndicatorSpace | PositionChoiceSpace
 Hops = list[tuple[str, int]]
