@@ -81,9 +81,9 @@ def test_a_plan_without_a_probe_says_that_vllm_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVOMERGE_VLLM_PYTHON", "/no/such/python")
-    file = search_file(tmp_path, "trial")
     for backend, count in (("vllm", 1), ("auto", 0)):
-        code, out, err = in_process("plan", file, "--set", f"evaluation.backend={backend}", "--json")
+        file = search_file(tmp_path, "trial", backend=backend)
+        code, out, err = in_process("plan", file, "--json")
         assert code == 0, err
         findings = [line for line in json.loads(out)["findings"] if "'/no/such/python' does not run" in line]
         assert len(findings) == count, backend
