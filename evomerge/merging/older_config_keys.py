@@ -14,9 +14,10 @@ from typing import Any
 from evomerge.checkpoints.config_meanings import built_text_config
 
 _THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
-_ROTARY_PART = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-_DEFAULT_ROTARY_PART = 0.25  # of those, in all versions
-_POSITIONS = {"gpt2": ("n_ctx", "n_positions")}  # transformers 4 wrote both
+_ROTARY_PART = {"gpt_neox": ("rotary_pct", 0.25), "gpt_neox_japanese": ("rotary_pct", 1.0)}
+"""Architecture -> key of transformers 4, and its default in all versions."""
+_POSITIONS = {"gpt2": ("n_ctx", "n_positions")}
+"""Architecture -> two keys of one number, of which transformers 5 writes the second alone."""
 _EXPERTS = ("qwen3_moe", "qwen3_vl_moe_text")  # transformers 4 reads num_experts
 _SCALING = {"phi3": ("type", "short_factor", "long_factor")}  # the only keys that transformers 4 takes there
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")  # beside rope_scaling, not in it
@@ -64,7 +65,8 @@ def _older_keys(text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if "rope_theta" in rope:
         yield _THETA.get(str(kind), "rope_theta"), rope["rope_theta"]
     if kind in _ROTARY_PART:
-        yield _ROTARY_PART[kind], rope.get("partial_rotary_factor", _DEFAULT_ROTARY_PART)
+        key, default = _ROTARY_PART[kind]
+        yield key, rope.get("partial_rotary_factor", default)
     elif "partial_rotary_factor" in rope:
         yield "partial_rotary_factor", rope["partial_rotary_factor"]
     scaling = {key: copy.deepcopy(value) for key, value in rope.items() if key not in _OUTSIDE}
@@ -83,6 +85,6 @@ def _reading(config: Mapping[str, Any]) -> dict[str, Any] | None:
     values = built.to_dict()
     rope = values.get("rope_parameters") or {}
     values["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
-    added = {"rope_scaling", "rope_local_base_freq", *_OUTSIDE, *_THETA.values(), *_ROTARY_PART.values()}
-    added |= {key for key, _ in _POSITIONS.values()}
+    added = {"rope_scaling", "rope_local_base_freq", *_OUTSIDE, *_THETA.values()}
+    added |= {key for key, _ in (*_ROTARY_PART.values(), *_POSITIONS.values())}
     return {key: value for key, value in values.items() if key not in added}

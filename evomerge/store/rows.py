@@ -145,25 +145,25 @@ def trial(row: sqlite3.Row) -> Trial:
     if not str(label).isprintable() or not str(origin).isprintable():
         raise ValueError("a label has control characters")
     return Trial(
-        number,
-        generation,
-        slot,
-        origin,
-        label,
-        tuple(_value(genome)) if genome else None,
-        tuple(_value(parents)),
-        recipe,
-        score,
-        error,
-        _numbers(metrics),
-        _numbers(seconds),
-        score if reported is None else reported,
-        dropped,
-        whole,
-        violation or 0.0,
-        stage,
-        _numbers(costs) if costs else {},
-        island,
+        id=number,
+        generation=generation,
+        slot=slot,
+        origin=origin,
+        label=label,
+        genome=tuple(_value(genome)) if genome else None,
+        parents=tuple(_value(parents)),
+        recipe_id=recipe,
+        score=score,
+        error=error,
+        metrics=_numbers(metrics),
+        seconds=_numbers(seconds),
+        reported=score if reported is None else reported,
+        dropped=dropped,
+        whole=whole,
+        violation=violation or 0.0,
+        stage=stage,
+        costs=_numbers(costs) if costs else {},
+        island=island,
     )
 
 
@@ -204,7 +204,7 @@ def scored(row: sqlite3.Row, item_set: str) -> Scored:
 
 
 def _value(text: str) -> Any:
-    """A short JSON text as `json.dumps` writes it; in half the time of `json.loads`, which skips spaces."""
+    """A short JSON text as `json.dumps` writes it; in 60 % of the time of `json.loads`."""
     value, end = _DECODER.raw_decode(text)
     return value if end == len(text) else json.loads(text)
 

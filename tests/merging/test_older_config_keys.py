@@ -142,10 +142,11 @@ def test_these_keys_are_added(name: str, rope: dict[str, Any], older: dict[str, 
     assert {key: value for key, value in out.items() if key not in config} == older
 
 
-def test_the_default_part_of_gpt_neox_is_written_out() -> None:
-    config = saved("gpt_neox")
+@pytest.mark.parametrize(("name", "part"), [("gpt_neox", 0.25), ("gpt_neox_japanese", 1.0)])
+def test_the_default_part_of_gpt_neox_is_written_out(name: str, part: float) -> None:
+    config = saved("gpt_neox") | {"model_type": name}
     del config["rope_parameters"]["partial_rotary_factor"]
-    assert with_older_keys(config)["rotary_pct"] == 0.25
+    assert with_older_keys(config)["rotary_pct"] == part
 
 
 def test_what_a_config_says_already_stays() -> None:

@@ -21,7 +21,7 @@ _ITEMS = ((200, 50), (1000, 100), (math.inf, 200))
 """Budgets below this many evaluations -> items of each task in a generation."""
 _FINALS = 25  # parents, hand recipes and finalists, about, which are scored on validation and test items
 _LEAST_FINAL, _MOST_FINAL = 200, 1000
-"""Test items of each task: as many as take no longer than the search, at least and at most so many."""
+"""Test items of each task that are always proposed, and a number from which on all are taken."""
 _AUTO_WORKERS = 8  # from here on a generation is sized by the workers
 
 
