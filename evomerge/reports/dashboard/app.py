@@ -34,7 +34,6 @@ POLL = 0.25
 """Seconds between two looks at a study's file."""
 _ALIVE = 15.0  # seconds after which a silent connection is told that it lives
 _FORM = 2000  # bytes of a form
-_TITLE = "<title>"  # what stands before it is the same in all pages at one depth
 _PANELS = "<!-- panels -->"  # where they stand in the template
 _STREAMS = 64  # pages that are followed at once
 
@@ -110,11 +109,11 @@ class Dashboard:
 
         async def parts() -> AsyncIterator[str]:
             """What a reader wants first is painted before the rest is made."""
-            start, _, _ = self._problem_page("", "", "", "../../").partition(_TITLE)
+            start = render("start.html", base="../../")
             yield start  # the browser asks for style and scripts while the study is read
             head = await run_in_threadpool(watch.head)
             html = self._unreadable(request, head) if head.overview is None else self._page(request, head)
-            before, has_panels, after = html[len(start) :].partition(_PANELS)
+            before, has_panels, after = html.removeprefix(start).partition(_PANELS)
             yield before
             if has_panels:
                 yield await run_in_threadpool(self._panels, watch, request)
