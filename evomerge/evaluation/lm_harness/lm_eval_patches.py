@@ -24,7 +24,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import evaluate  # type: ignore[import-untyped]
 import lm_eval.api.task
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -106,6 +105,8 @@ def code_metric_in_children() -> Iterator[None]:
     Yields:
         Nothing.
     """
+    import evaluate  # type: ignore[import-untyped]  # 2 s of a start that most searches do not need
+
     load = evaluate.load
 
     def load_metric(path: str, *arguments: Any, **named: Any) -> Any:
