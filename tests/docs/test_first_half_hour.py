@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.toy import REPO, environment, zoo_folder
+from tests.support.toy import REPO, Prepared, environment, zoo_folder
 
 PAGE = REPO / "docs" / "first-half-hour.md"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -60,11 +60,8 @@ def test_what_the_page_shows_is_what_happens(tmp_path: Path) -> None:
     (wheel,) = target.glob("*.whl")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target / "site")]
     subprocess.run([*install, "--disable-pip-version-check", str(wheel)], check=True, capture_output=True)
-    (target / "evomerge").write_text(f'#!/bin/sh\nexec {sys.executable} -m evomerge "$@"\n')
-    (target / "evomerge").chmod(0o755)
     env = environment() | {
         "PYTHONPATH": str(target / "site"),
-        "PATH": f"{target}:{os.environ['PATH']}",
         "EVOMERGE_THREADS": "1",
         "COLUMNS": "160",
     }
@@ -75,10 +72,18 @@ def test_what_the_page_shows_is_what_happens(tmp_path: Path) -> None:
     assert run.stdout.startswith(str(target / "site")), "the wheel, not the checkout"
 
     assert len(written) >= 8
-    for command, shown in written:
-        done = subprocess.run(
-            command, shell=True, cwd=place, env=env, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        assert missing(shown, done.stdout + done.stderr) == [], f"{command}: {done.stdout}{done.stderr}"
+    with Prepared(target, cwd=place, env=env) as prepared:
+        for command, shown in written:
+            program, *words = shlex.split(command)
+            if program == "evomerge":
+                started = prepared.start(*words)
+                code = started.wait()
+                output = started.out.read_text() + started.err.read_text()
+            else:
+                done = subprocess.run(
+                    command, shell=True, cwd=place, env=env, capture_output=True, text=True, check=False
+                )
+                code, output = done.returncode, done.stdout + done.stderr
+            assert code == 0, f"{command}: {output}"
+            assert missing(shown, output) == [], f"{command}: {output}"
     assert (place / "report.html").stat().st_size < 2_000_000

@@ -191,7 +191,7 @@ def staged(opened: dict[str, Checkpoint], into: Path, scaled: bool, dtype: str, 
     ("kind", "scaled", "dtype", "policy"),
     sweep(
         [("gemma2", True, "float32", "mergekit"), ("qwen3", False, "bfloat16", "mergekit")],
-        [("gemma2", True, "float32", "mergekit")],
+        [],
     ),
 )
 def test_a_merge_and_a_route_over_it_are_two_documents_for_mergekit_multi(

@@ -54,7 +54,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("kills", sweep([10, 4], [4]))
+@pytest.mark.parametrize("kills", sweep([10, 4, 2], [2]))
 def test_killed_at_random_moments_it_is_the_search_that_nobody_killed(
     kills: int, unbroken: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def search(hostile: Path) -> Path:
     return search_file(hostile.parent, "trial", evaluations=4, population=4)
 
 
+@pytest.mark.sweep
 def test_worker_processes_import_nothing_from_the_working_directory(hostile: Path) -> None:
     done = run(hostile, "run", search(hostile), "--workers", 2, "--root", hostile.parent / "studies")
     assert imported(hostile) == []

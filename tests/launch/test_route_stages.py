@@ -47,7 +47,7 @@ def staged_file(folder: Path, study: str, stages: list[Any], **routes: Any) -> P
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("kills", sweep([2, 7], [2]))
+@pytest.mark.parametrize("kills", sweep([1, 2, 7], [1]))
 def test_a_killed_search_of_three_stages_is_the_unbroken_one_row_by_row(kills: int, tmp_path: Path) -> None:
     rng = random.Random(3)
     file = staged_file(tmp_path, "staged", STAGES, penalty=0.01)

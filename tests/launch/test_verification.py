@@ -150,6 +150,7 @@ def test_a_wrong_reference_is_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sweep
 def test_a_route_is_made_again_too_and_no_test_item_is_looked_at_for_it(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,7 @@ def mergekit(monkeypatch: pytest.MonkeyPatch) -> Path:
     return ENVIRONMENT
 
 
+@pytest.mark.sweep
 def test_mergekit_bears_witness_to_merges_of_merges(
     mergekit: Path, tiny: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -343,6 +343,7 @@ def ray_tools(tmp_path: Path) -> dict[str, str]:
     return kept | own
 
 
+@pytest.mark.cluster
 def test_the_slurm_script_starts_a_real_cluster(tmp_path: Path, ray_tools: dict[str, str]) -> None:
     """Two nodes of this machine, with a token; the driver sees both."""
     port = free_port()
@@ -369,6 +370,7 @@ def test_the_slurm_script_starts_a_real_cluster(tmp_path: Path, ray_tools: dict[
     assert seen == f"2 nodes: run search.yaml --resume --ray 127.0.0.1:{port} --grace 240"
 
 
+@pytest.mark.cluster
 def test_ray_job_submit_runs_the_driver_on_a_real_cluster(tmp_path: Path, ray_tools: dict[str, str]) -> None:
     port, dashboard = free_port(), free_port()
     folder = Path(f"/tmp/rj-{os.getpid()}")  # sockets have short names

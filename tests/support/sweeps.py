@@ -1,4 +1,6 @@
-"""Parameters of tests of which only some run with every change; the script `sweeps` runs the others."""
+"""Parameters of tests of which only some run with every change; the script `sweeps` runs the others, and the
+long tests that have the mark without parameters.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,6 @@ def sweep(values: Iterable[Any], always: Container[Any]) -> list[Any]:
     found = []
     for value in values:
         arguments = value if isinstance(value, tuple) else (value,)
-        name = "-".join(map(str, arguments))
+        name = "-".join(getattr(a, "__name__", str(a)) for a in arguments)
         found.append(value if value in always else pytest.param(*arguments, marks=pytest.mark.sweep, id=name))
     return found

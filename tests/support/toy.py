@@ -312,12 +312,12 @@ class Prepared:
     process.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cwd: Path = REPO, env: Mapping[str, str] | None = None) -> None:
         """folder: for the output of what is started."""
         self.folder, self._count = folder, 0
-        pipe = subprocess.PIPE
+        pipe, program = subprocess.PIPE, [sys.executable, "-c", _PREPARED]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PREPARED], cwd=REPO, env=environment(), stdin=pipe, stdout=pipe, text=True
+            program, cwd=cwd, env=env or environment(), stdin=pipe, stdout=pipe, text=True
         )
 
     def __enter__(self) -> Prepared:

@@ -51,6 +51,7 @@ def test_nothing_is_allowed_that_is_wrong_and_little_refused_that_is_right(name:
     assert refused == [], "sharing that this model could have had"
 
 
+@pytest.mark.sweep
 def test_half_precision_hides_no_wrong_decoder() -> None:
     """Slots are wrong for this model; on few tokens the regret alone looks like rounding."""
     found = probe_truth.outcomes("recurrent_gemma", (torch.float32, torch.bfloat16))

@@ -356,6 +356,7 @@ def listening(pids: set[int]) -> list[str]:
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
+@pytest.mark.cluster
 def test_a_cluster_of_its_own_is_shut_to_others_and_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
     token = tmp_path / "secret" / "token"
