@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,19 +72,32 @@ def apply(name: str, folder: Path, *options: str) -> None:
     assert applied.returncode == 0, applied.stderr
 
 
-def test_each_diff_applies_and_its_contract_passes(tmp_path: Path) -> None:
-    """Each applies to the repository as it is; one process tests all of them, in one copy."""
-    folder = copy_of_the_repository(tmp_path)
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository to which each diff applies; it has all of them."""
+    folder = copy_of_the_repository(tmp_path_factory.mktemp("repository"))
     for name in EXAMPLES:
         apply(name, folder, "--check")
     for name in EXAMPLES:
         apply(name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_diff_applies_and_what_it_makes_is_python(name: str, copied: Path) -> None:
+    for file in re.findall(r"^\+\+\+ b/(.*\.py)$", (EXTENDING / f"{name}.diff").read_text(), re.M):
+        compile((copied / file).read_text(), file, "exec")
+
+
+@pytest.mark.sweep
+def test_each_contract_passes(copied: Path) -> None:
+    """One process tests all examples, in one copy."""
     files = [file for of_example, _ in EXAMPLES.values() for file in of_example]
     chosen = " or ".join(f"({words})" for _, words in EXAMPLES.values())
     program = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files, "-k", chosen]
     program += ["-m", "not sweep and not cluster"]
-    env = {**os.environ, "PYTHONPATH": str(folder)}
-    run = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(copied)}
+    run = subprocess.run(program, cwd=copied, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:]
     passed = {line.partition("::")[0] for line in run.stdout.splitlines() if " PASSED" in line}
     assert passed == set(files)

@@ -18,6 +18,7 @@ from evomerge.launch.opening import Opened, open_search
 from evomerge.recipes import Recipe
 from evomerge.store import Store
 from evomerge.workers.worker import Worker
+from tests.support.sweeps import sweep
 from tests.support.toy import in_process, search_file, stored_rows
 
 TEXTS = ("Q: next three A: 4", "Q: same a b c A: a b c", "Q: first two nine A: 2")
@@ -98,7 +99,8 @@ def test_a_teacher_has_no_divergence_from_itself(opened: tuple[Opened, Worker]) 
     assert max(map(abs, found.slopes.partials.values())) < 1e-5
 
 
-def test_a_study_stores_its_rows_and_resumes_from_them(done: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", sweep(["", "--workers 2"], [""]))
+def test_a_study_stores_its_rows_and_resumes_from_them(workers: str, done: Path, tmp_path: Path) -> None:
     with Store.open(done / "rows" / "study.db") as store:
         steps = [trial for trial in store.trials() if trial.origin == "learned"]
         recipe = store.recipe(steps[-1].recipe_id)
@@ -112,7 +114,7 @@ def test_a_study_stores_its_rows_and_resumes_from_them(done: Path, tmp_path: Pat
     assert sum(len(tasks) > 1 for tasks in retained) >= 2, "texts with the items of each step"
     assert all(row["slopes"] for row in gradients)
     code, _, err = in_process(
-        "run", row_file(tmp_path, "rows", {"check": 1}), "--root", tmp_path, "--workers", "2"
+        "run", row_file(tmp_path, "rows", {"check": 1}), "--root", tmp_path, *workers.split()
     )
     assert code == 0, err
     again = stored_rows(tmp_path / "rows" / "study.db")
