@@ -310,12 +310,11 @@ def _opened(
     allowed: Allowed | None,
     stored: StudyFacts | None,
 ) -> Opened:
+    from evomerge.evaluation.inference import verification_cache
+
     base, allowed = parents[settings.base], allowed or Allowed()
     set_torch_threads(base)
-    if stored is not None:
-        from evomerge.evaluation.inference import verification_cache
-
-        verification_cache.remember(stored.verifications)
+    verification_cache.begin(stored.verifications if stored else {})
     space = make_space(settings, parents, stored.searched if stored else None)
     harness = open_tasks(
         settings,

@@ -16,7 +16,7 @@ from tests.support.toy import in_process, search_file
 def test_a_resumed_search_probed_the_model_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("EVOMERGE_THREADS", "1")
-    verification_cache.forget()
+    verification_cache.begin({})
     file = search_file(tmp_path, "small", evaluations=8)
     code, _, err = in_process("run", file, "--root", tmp_path)
     assert code == 0, err
@@ -26,13 +26,13 @@ def test_a_resumed_search_probed_the_model_again(tmp_path: Path, monkeypatch: py
     kinds = {key.split()[0] for key in study.facts.verifications}
     assert kinds == {"optimizations", "decoders"}, "arithmetic generates, the others choose"
 
-    verification_cache.forget()  # another process, on a machine without the files
+    verification_cache.begin({})  # another process, on a machine without the files
     shutil.rmtree(tmp_path / "cache")
     for probe in ("probe", "probe_decoders"):
         monkeypatch.setattr(compiled, probe, lambda *_, **__: pytest.fail("probed again"))
     code, _, err = in_process("resume", "small", "--root", tmp_path, "--evaluations", "12")
     assert code == 0, err
-    verification_cache.forget()
+    verification_cache.begin({})
 
 
 def test_verifications_and_filters_are_no_reason_to_refuse_a_resume() -> None:

@@ -94,7 +94,7 @@ def verified(
 
 
 def known() -> dict[str, dict[str, list[Any]]]:
-    """What this process has verified or read, as a study stores it.
+    """What the study of this process has verified or read since it began, as it stores it.
 
     Returns:
         Key -> optimization -> [allowed, reason].
@@ -102,21 +102,18 @@ def known() -> dict[str, dict[str, list[Any]]]:
     return {key: _plain(found) for key, found in _known.items()}
 
 
-def remember(stored: Mapping[str, Any]) -> None:
-    """Takes over what a study has stored, for this process alone: a study may be a stranger's.
+def begin(stored: Mapping[str, Any]) -> None:
+    """Begins with a study: what another one in this process has found or stored is forgotten, files stay.
 
     Args:
-        stored: Result of `known`; what is of another form is left out.
+        stored: Result of `known`, taken over for this process alone, as a study may be a stranger's; empty
+            for a new study. What is of another form is left out.
     """
+    _known.clear()
     for key, plain in stored.items():
         found = _verifications(plain)
         if found is not None:
             _known[key] = found
-
-
-def forget() -> None:
-    """Forgets what this process knows; files stay."""
-    _known.clear()
 
 
 def _digest(kind: str, model: nn.Module, span: int, settings: Mapping[str, Any]) -> str:

@@ -18,9 +18,9 @@ from tests.support.text_architectures import build
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    verification_cache.forget()
+    verification_cache.begin({})
     yield tmp_path / "evomerge" / "verifications"
-    verification_cache.forget()
+    verification_cache.begin({})
 
 
 class Probe:
@@ -42,7 +42,7 @@ def ask(model: torch.nn.Module, probe: Probe, span: int = 64, pad_id: int = 0) -
 def test_a_probe_ran_again_in_every_process_and_at_every_resume() -> None:
     probe = Probe()
     first = ask(build("llama"), probe)
-    verification_cache.forget()  # another process
+    verification_cache.begin({})  # another process
     assert ask(build("llama"), probe) == first
     assert ask(build("llama"), probe) == first
     assert probe.calls == 1
@@ -63,7 +63,7 @@ def test_other_weights_of_the_same_architecture_are_not_measured_again() -> None
     ask(model, probe)
     with torch.no_grad():
         next(model.parameters()).mul_(1.5)
-    verification_cache.forget()
+    verification_cache.begin({})
     ask(model, probe)
     assert probe.calls == 1
 
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_measured_again(cache: Path) -> None:
     probe = Probe()
     for damage in ("", "{", "[]", '{"key": 1}', None):
         ask(build("llama"), probe)
-        verification_cache.forget()
+        verification_cache.begin({})
         (file,) = cache.glob("*.json")
         if damage is None:
             data = json.loads(file.read_text())
@@ -102,21 +102,29 @@ def test_a_study_goes_on_with_what_it_began_with(cache: Path) -> None:
     model = build("llama")
     began = ask(model, refused)
     stored = json.loads(json.dumps(verification_cache.known()))
-    verification_cache.forget()
+    verification_cache.begin({})
     for file in cache.glob("*.json"):
         file.unlink()
-    verification_cache.remember(stored)
+    verification_cache.begin(stored)
     other = Probe()
     assert ask(model, other) == began
     assert other.calls == 0
+
+
+def test_a_study_stored_what_another_study_of_its_process_had_found(cache: Path) -> None:
+    ask(build("llama"), Probe())
+    verification_cache.begin({})
+    probe = Probe("padded")
+    ask(build("mistral"), probe)
+    assert [list(found) for found in verification_cache.known().values()] == [["padded"]]
 
 
 def test_a_strangers_study_changes_no_file_of_the_user(cache: Path) -> None:
     model, probe = build("llama"), Probe()
     ask(model, probe)
     forged = {key: {"slots": [False, "forged"]} for key in verification_cache.known()}
-    verification_cache.remember({**forged, "other": 3, "more": {"slots": 1}})
-    verification_cache.forget()
+    verification_cache.begin({**forged, "other": 3, "more": {"slots": 1}})
+    verification_cache.begin({})
     assert ask(model, probe)["slots"].allowed
 
 
