@@ -39,10 +39,7 @@ HEADS = {
     "out-float32": "dtype: float32\nout_dtype: float32\n",
 }
 
-PAIRS = [
-    ("bf16", "out-bfloat16"),
-    ("float32", "out-float32"),
-]
+PAIRS = [("bf16", "out-bfloat16"), ("float32", "out-float32")]
 CROSSED = [("bf16", "out-float32"), ("float32", "out-bfloat16")]
 
 # ---- corners of the language: read once each, on models in float32
@@ -204,8 +201,9 @@ def jobs(
     tiny32: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Job]:
-    """Every recipe file of this module, merged by evomerge and, in one process, by mergekit; names as in the
-    tables."""
+    """Every recipe file that a collected test needs, merged by evomerge and, in one process, by mergekit;
+    names as in the tables.
+    """
     work = tmp_path_factory.mktemp("parity")
     jobs: dict[str, Job] = {}
     collected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]

@@ -76,7 +76,7 @@ def test_killed_at_any_evaluation_and_resumed_it_is_the_same_search(
     how: str, whole: tuple[dict[str, list[dict[str, Any]]], Learner], tmp_path: Path
 ) -> None:
     rows, pool = whole
-    for at in range(1, len(pool.calls), 9):
+    for at in range(1, len(pool.calls), 5):
 
         def kill(made: int, at: int = at) -> None:
             if made == at:

@@ -201,7 +201,7 @@ def test_broken_off_anywhere_and_taken_up_it_is_the_same_search(
 ) -> None:
     rows, pool, _ = whole
     calls = len(pool.calls)
-    for k in range(1, calls + 1, 3 if how == "stop" else 5):
+    for k in range(1, calls + 1, 1 if how == "stop" else 5):
         file = tmp_path / f"{k}" / "study.db"
         pools = broken(file, [k], how)
         assert stored_rows(file) == rows, f"broken off after {k} of {calls}"

@@ -213,11 +213,10 @@ def compare(wanted: Results, found: Results, *, exact: bool = True) -> Differenc
             _say(out, f"{score.twin} {item}: {value} against {found.values[score, item]}")
     for score, value in wanted.metrics.items():
         out.metrics += 1
-        other, rounded = found.metrics[score], not (exact or score.metric.startswith("acc"))
-        if rounded and "perplexity" in score.metric:  # the exponential of a mean: its rounding grows with it
-            near = _near(math.log(value), math.log(other), exact=False)
-        else:
-            near = _near(value, other, exact=not rounded)
+        other, is_exact = found.metrics[score], exact or score.metric.startswith("acc")
+        near = _near(value, other, is_exact)
+        if not is_exact and "perplexity" in score.metric:  # the exponential of a mean, which is rounded
+            near = near or math.isclose(math.log(value), math.log(other), rel_tol=2**-8)
         if not near:
             out.other_metrics += 1
             _say(out, f"{score.twin}: {value} against {other}")

@@ -105,7 +105,7 @@ def code_metric_in_children() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    import evaluate  # type: ignore[import-untyped]  # 2 s of a start that most searches do not need
+    import evaluate  # type: ignore[import-untyped]  # slow, and few tasks need it
 
     load = evaluate.load
 
